@@ -184,8 +184,8 @@ def without(part: str) -> Iterator[None]:
     ) -> list[torch.Tensor]:  # fmt: skip
         y, own = F.linear(x, weight, bias), s
         if own is None:
-            own = shrink.shrink_one(x, [lora_a], seed, dropout_p)
-        expand.expand_one_(y, own, lora_b, scaling)
+            own = shrink.shrink_one_adapter(x, [lora_a], seed, dropout_p)
+        expand.expand_one_adapter_(y, own, lora_b, scaling)
         return [y, own] if s is None else [y]
 
     def wide(chip: Any, rows: Any, *sizes: Any) -> Any:
@@ -201,7 +201,7 @@ def without(part: str) -> Iterator[None]:
         "narrow tiles": [wide_tiles],
         "narrow tiles and split K": [wide_tiles, whole_k],
         "expand by pieces": [(configs, "FUSED_MAX_ADAPTERS", SEQUENCES)],
-        "update first": [alone, (linear, "linear_one", product_first)],
+        "update first": [alone, (linear, "linear_one_adapter", product_first)],
     }
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes[part]:

@@ -46,7 +46,7 @@ from fastlora.bench.shapes import Point
 from fastlora.kernels import config_files, config_tables, configs, launch, measurements
 from fastlora.kernels.chips import Chip, ConfigRow, chip_of
 from fastlora.kernels.config_files import FileRow
-from fastlora.ops.layout import padded_rank
+from fastlora.ops.layout import rank_to_multiple_of_16
 
 TRY_SECONDS = 60.0  # for all candidates of a group: compiling each, and running it once
 NO_ANSWER = "error: no answer"
@@ -116,7 +116,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
     """Return the candidates at a point of `groups`: today's choice, then its nearest variants."""
     name, is_plan = group_of(point)
     asked, kind = LAUNCHES[point.mode][name].sizes, "half" if dtype.itemsize == 2 else "ieee"
-    r = padded_rank(point.r) if point.adapters else point.r
+    r = rank_to_multiple_of_16(point.r) if point.adapters else point.r
     limits = {"max_m": point.m, "n": point.n, "k": point.k, "max_r": r}
     if is_plan:
         if point.adapters:

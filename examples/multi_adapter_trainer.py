@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora
 from fastlora.commands import smollm2
-from fastlora.commands.demo import example_data_file
+from fastlora.commands.demo import examples_data_path
 from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens, train_adapters
 from fastlora.train.data import read_samples
 
@@ -210,7 +210,7 @@ def collate_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[s
 
 def styles() -> dict[str, list[tuple[str, str]]]:
     """Returns pairs of prompt and answer in three styles, from the demo's text."""
-    samples = read_samples([example_data_file("ships_log.jsonl")]).found
+    samples = read_samples([examples_data_path("ships_log.jsonl")]).found
     pairs = [(sample.prompt or "", sample.text) for sample in samples]
     facts = [answer.removeprefix("Ship's log: ") for _, answer in pairs]
     facts = [answer.removesuffix(" All hands well.").rstrip(".") for answer in facts]

@@ -132,8 +132,8 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 
-def _register_kernels_and_bench() -> None:
-    """Make the folders `kernels/` and `bench/` of a source checkout importable from fastlora.
+def _make_kernels_and_bench_importable() -> None:
+    """Make the folders `kernels/` and `bench/` importable from fastlora.
 
     They become the packages `fastlora.kernels` and `fastlora.bench`. In a source checkout, these
     folders are next to this package's folder. An installed package contains both folders, so
@@ -148,7 +148,7 @@ def _register_kernels_and_bench() -> None:
         globals()[name] = _sys.modules[spec.name] = _util.module_from_spec(spec)
 
 
-_register_kernels_and_bench()
+_make_kernels_and_bench_importable()
 
 __all__ = [
     "AdapterOptimizers",

@@ -32,9 +32,10 @@ def parse_arguments(
 
 
 def install_command(extra: str) -> str:
-    """Return the shell command that installs an optional dependency group, for an error message.
+    """Return the pip command that installs fastlora with an extra.
 
-    There is no release on PyPI yet, so the command must be run in a clone of the repository.
+    An extra is an optional dependency group. The command is part of an error message. There is no
+    release on PyPI yet, so the command must be run in a clone of the repository.
 
     Args:
         extra: Name of the extra, such as "train".

@@ -15,7 +15,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Issue a `FutureWarning` that ``old`` was renamed to ``new``."""
+    """Warn that ``old`` was renamed to ``new``.
+
+    The warning is a `FutureWarning`.
+    """
     warnings.warn(
         f"{old} is deprecated and will be removed; use {new}", FutureWarning, stacklevel=stacklevel
     )
@@ -41,10 +44,10 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
 
 
 class RenamedAttribute:
-    """The old name of a method or property of a class.
+    """Descriptor for the old name of a renamed attribute.
 
-    Read from the class, it is this object, so that tools that read all attributes of a class do not
-    cause warnings.
+    The attribute is a method or property of a class. Read from the class, it is this object, so
+    that tools that read all attributes of a class do not cause warnings.
 
     Args:
         new: The new name.
@@ -76,7 +79,10 @@ class RenamedAttribute:
 
 
 def current_names(instance: object, names: Iterable[str]) -> list[str]:
-    """Return ``names`` without the old names of an instance's attributes."""
+    """Return the current names among ``names``.
+
+    The old names of the instance's attributes are left out.
+    """
     owner = type(instance)
     return [
         name
@@ -86,7 +92,9 @@ def current_names(instance: object, names: Iterable[str]) -> list[str]:
 
 
 def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
-    """Decorator that accepts the old names of a function's keyword arguments.
+    """Return a decorator that accepts the old names of a function's renamed arguments.
+
+    They are keyword arguments.
 
     Args:
         **names: Maps each old name to the new name.

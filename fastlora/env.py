@@ -14,76 +14,84 @@ _VARIABLES = (
 
 
 def triton_interpreted() -> bool:
-    """Return whether ``TRITON_INTERPRET`` enables Triton's interpreter.
+    """Return whether Triton kernels run in Triton's interpreter.
 
-    The interpreter runs Triton kernels on the CPU. It is for tests only.
+    ``TRITON_INTERPRET`` enables the interpreter. It runs Triton kernels on the CPU and is for tests
+    only.
     """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def batch_invariant() -> bool:
-    """Return whether ``FASTLORA_BATCH_INVARIANT`` enables batch-invariant mode.
+    """Return whether the environment enables batch-invariant mode.
 
-    The mode is then on from the start.
+    The variable is ``FASTLORA_BATCH_INVARIANT``. The mode is then on from the start.
     """
     return os.environ.get("FASTLORA_BATCH_INVARIANT", "0").lower() in ("1", "true", "on", "yes")
 
 
 def default_plan() -> str:
-    """Return the default plan, which ``FASTLORA_PLAN`` sets.
+    """Return the default plan.
 
     It applies to calls that specify no plan. A plan selects the kernels of a LoRA layer; see
-    `fastlora.functional.lora_linear`. The default is ``"auto"`` if the variable is not set.
+    `fastlora.functional.lora_linear`. ``FASTLORA_PLAN`` sets the default plan, which is ``"auto"``
+    if the variable is not set.
     """
     return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder with tables of measured kernel configurations, or None if none is set.
+    """Return the folder of measured kernel configurations, or None if none is set.
 
-    The folder is set by ``FASTLORA_MEASURED``.
+    ``FASTLORA_MEASURED`` sets the folder. It contains tables of configurations.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
 
 
 def variables_in_use() -> dict[str, str]:
-    """Return a dict with the names and values of all fastlora variables that are set.
+    """Return a dict of the fastlora variables that are set in the environment.
 
-    The values of secrets are replaced by ``"(set)"``.
+    It maps the name of each variable to its value. The values of secrets are replaced by
+    ``"(set)"``.
     """
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return {name: "(set)" if name in _SECRETS else value for name, value in found.items()}
 
 
 def cache_dir() -> Path:
-    """Return the path of fastlora's cache folder, ``$XDG_CACHE_HOME/fastlora``.
+    """Return the path of fastlora's cache folder.
 
-    If ``XDG_CACHE_HOME`` is not set, the path is ``~/.cache/fastlora``. The folder contains only
-    files that can be regenerated.
+    The path is ``$XDG_CACHE_HOME/fastlora``, or ``~/.cache/fastlora`` if ``XDG_CACHE_HOME`` is not
+    set. The folder contains only files that can be regenerated.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fastlora"
 
 
 def server_api_key() -> str | None:
-    """Return the API key that clients of ``fastlora serve`` must send, or None if it is not set.
+    """Return the server's API key, or None if it is not set.
 
-    The key is set by ``FASTLORA_API_KEY``. It may be an empty string.
+    Clients of ``fastlora serve`` must send this key. It is set by ``FASTLORA_API_KEY`` and may be
+    an empty string.
     """
     return os.environ.get("FASTLORA_API_KEY")
 
 
 def server_admin_key() -> str | None:
-    """Return the admin key of ``fastlora serve``, or None if it is not set.
+    """Return the server's admin key, or None if it is not set.
 
-    Clients must send this key to change the server's adapters. It is set by ``FASTLORA_ADMIN_KEY``.
+    Clients of ``fastlora serve`` must send this key to change the server's adapters. It is set by
+    ``FASTLORA_ADMIN_KEY``.
     """
     return os.environ.get("FASTLORA_ADMIN_KEY")
 
 
 def user_configured_malloc() -> bool:
-    """Return whether the user has configured glibc's malloc with an environment variable."""
+    """Return whether the user has configured malloc in the environment.
+
+    The malloc is that of glibc.
+    """
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
 
@@ -100,11 +108,11 @@ def set_offline_demo_variables() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def hide_library_progress_bars() -> None:
-    """Disable the progress bars of huggingface_hub, transformers, and datasets.
+def hide_hugging_face_progress_bars() -> None:
+    """Disable the progress bars of the Hugging Face libraries.
 
-    Call this function before these libraries are imported. Variables that are already set are not
-    changed.
+    These are huggingface_hub, transformers, and datasets. Call this function before they are
+    imported. Variables that are already set are not changed.
     """
     for library in ("HF_HUB", "HF_DATASETS"):  # transformers uses the first
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

@@ -34,7 +34,9 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedMatchingState:
-    """The state of a `bounded_matching` block: the time spent, and the compiled patterns.
+    """The state of a `bounded_matching` block.
+
+    It consists of the time spent and the compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -141,11 +143,11 @@ _bounded: ContextVar[_BoundedMatchingState | None] = ContextVar(
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the time and memory for matching patterns in a ``with`` block.
+    """Limit the cost of matching patterns in a ``with`` block.
 
-    The limits apply to this thread. Inside the block, a pattern that exceeds a limit raises
-    `CheckpointError`. So does a regular expression if pcre2 is not installed. A nested block shares
-    the limits of the outer block.
+    The limits are on time and memory, and apply to this thread. Inside the block, a pattern that
+    exceeds a limit raises `CheckpointError`. So does a regular expression if pcre2 is not
+    installed. A nested block shares the limits of the outer block.
     """
     if _bounded.get() is not None:
         yield
@@ -200,7 +202,7 @@ def matches_whole_name(field: str, pattern: str, name: str) -> bool:
     return _match(field, pattern, "{}", name, whole=True) is not None
 
 
-def matches_name_components(field: str, pattern: str, name: str) -> bool:
+def matches_consecutive_components(field: str, pattern: str, name: str) -> bool:
     """Return whether a pattern matches consecutive components of a module name.
 
     The components of a name are separated by dots.
@@ -208,7 +210,7 @@ def matches_name_components(field: str, pattern: str, name: str) -> bool:
     return _match(field, pattern, r"(^|.*\.){}($|\..*)", name) is not None
 
 
-def layer_index_in_name(field: str, pattern: str, name: str) -> int | None:
+def layer_index_after_match(field: str, pattern: str, name: str) -> int | None:
     """Return the layer index that follows a pattern's first match in a module name.
 
     The result is None if no number follows. For example, it is 3 for the pattern "layers" and the
@@ -287,7 +289,7 @@ class _SuffixIndex:
         found = {}
         with count_matching_time(self._field):
             for lengths, patterns in self._plain.items():
-                end = _dotted_suffix(name, lengths)
+                end = _dotted_suffix_from_lengths(name, lengths)
                 if end in patterns:
                     found[end] = patterns[end]
         return found
@@ -351,7 +353,7 @@ def _max_expanded_length(pattern: str, expression: str) -> int:
     return length
 
 
-def _dotted_suffix(name: str, part_lengths: tuple[int, ...]) -> str | None:
+def _dotted_suffix_from_lengths(name: str, part_lengths: tuple[int, ...]) -> str | None:
     """Return the end of a name, split into parts of the given lengths and joined with dots.
 
     The character between two parts is replaced by a dot, because a dot in a pattern matches any

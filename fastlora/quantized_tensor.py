@@ -47,7 +47,7 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor subclass that represents a weight ``[N, K]`` by its quantized data.
+    """A weight tensor ``[N, K]`` that is stored as quantized data.
 
     Args:
         quantized_data: The quantized data that kernels read.

@@ -20,7 +20,10 @@ from fastlora.validation import CheckpointError, UnsupportedLayerError
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Return whether a tensor is a DTensor, even if it is replicated."""
+    """Return whether a tensor is a DTensor.
+
+    A replicated DTensor counts too.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -38,10 +41,11 @@ def local_shard(parameter: Any) -> torch.Tensor:
         return parameter.to_local()
 
 
-def to_local_summing_grads(parameter: Any) -> torch.Tensor:
-    """Return a DTensor's local shard. If it is replicated, sum its gradients in the backward pass.
+def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
+    """Return a parameter's local tensor, summing gradients if the parameter is replicated.
 
-    The result is a plain tensor. The sum is over all processes.
+    The parameter is a DTensor. The result is its local shard, a plain tensor. The gradients of a
+    replicated DTensor are summed over all processes in the backward pass.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
@@ -55,7 +59,10 @@ def to_local_summing_grads(parameter: Any) -> torch.Tensor:
 
 
 def has_multiple_processes() -> bool:
-    """Return whether `torch.distributed` is initialized with more than one process."""
+    """Return whether there is more than one distributed process.
+
+    If so, `torch.distributed` is initialized.
+    """
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -65,18 +72,19 @@ def unwrap_ddp(model: Any) -> Any:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a DTensor and return the full tensor, or return a plain tensor unchanged.
+    """Return the full tensor of a DTensor, or a plain tensor unchanged.
 
-    For a DTensor, every process of its device mesh must call this function.
+    A DTensor is gathered: every process of its device mesh must call this function.
     """
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the total norm of gradients, some of which may be DTensors.
+    """Return the total norm of gradients.
 
-    Every process of the DTensors' device meshes must call this function. Unlike
-    `torch.nn.utils.get_total_norm`, it supports gradients on different meshes.
+    Some of the gradients may be DTensors. Every process of the DTensors' device meshes must call
+    this function. Unlike `torch.nn.utils.get_total_norm`, it supports gradients on different
+    meshes.
 
     Args:
         gradients: Plain tensors and DTensors, on any device meshes.
@@ -134,7 +142,10 @@ class ShardedSave:
 
     @property
     def is_model_sharded(self) -> bool:
-        """Whether the model is sharded, in which case every process must participate."""
+        """Whether the model is sharded.
+
+        If so, every process must participate.
+        """
         return self._mesh is not None
 
     @property
@@ -145,9 +156,10 @@ class ShardedSave:
     def gather_full_tensors(
         self, tensors: Mapping[str, torch.Tensor], return_tensors: bool
     ) -> dict[str, torch.Tensor]:
-        """Gather all DTensors, one at a time, and return a dict of full tensors by name.
+        """Gather the full tensors, and return them by name.
 
-        Gathered tensors are on the CPU. Plain tensors are returned unchanged.
+        DTensors are gathered one at a time. Gathered tensors are on the CPU. Plain tensors are
+        returned unchanged.
 
         Args:
             tensors: Maps names to tensors. Every process must pass the same DTensors in the same
@@ -171,7 +183,10 @@ class ShardedSave:
         return found
 
     def wait_for_all_or_raise(self, error: Exception | None) -> None:
-        """Wait until every process has called this method, and raise an error if a write failed.
+        """Wait for all processes, and raise an error if one of them failed.
+
+        A process waits until every process has called this method. It failed if it could not write
+        the files.
 
         Args:
             error: The exception that occurred in this process while it wrote the files, or None.
@@ -213,26 +228,29 @@ def copy_full_tensor_(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def uses_fsdp2() -> bool:
-    """Return whether `fully_shard` has been called in this process.
+    """Return whether FSDP2 is in use in this process.
 
-    If so, a parameter that FSDP2 gathers again may have new values at the same memory address and
-    with the same ``_version``.
+    It is in use if `fully_shard` has been called. If so, a parameter that FSDP2 gathers again may
+    have new values at the same memory address and with the same ``_version``.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def is_fsdp2_module(module: nn.Module) -> bool:
-    """Return whether `fully_shard` has been called on the module itself, not only on a parent."""
+    """Return whether a module is an FSDP2 module.
+
+    This means that `fully_shard` has been called on the module itself, not only on a parent.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def raise_if_base_weight_sharded(layer: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
+    """Raise `UnsupportedLayerError` if the base weight of a layer is sharded.
 
-    This is checked in the forward pass. Otherwise, the layer would compute its output with only a
-    shard of the weight.
+    A sharded weight is a DTensor. This is checked in the forward pass. Otherwise, the layer would
+    compute its output with only a shard of the weight.
     """
     weight: Any = layer._parameters.get("weight")
     if is_dtensor(weight):

@@ -20,7 +20,10 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A `LoraConfig` field or an argument has an invalid or unsupported value."""
+    """A configuration value is invalid or unsupported.
+
+    The value is that of a `LoraConfig` field or of an argument.
+    """
 
 
 class TargetNotFoundError(FastLoraError, ValueError):
@@ -28,11 +31,17 @@ class TargetNotFoundError(FastLoraError, ValueError):
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A module has a type or a state that fastlora's LoRA layers do not support."""
+    """A module is not supported by fastlora's LoRA layers.
+
+    The reason is its type or its state.
+    """
 
 
 class InitializationError(FastLoraError, ValueError):
-    """An initialization method does not support a base weight, or the data it needs is missing."""
+    """An adapter's weights cannot be initialized.
+
+    The method does not support a base weight, or the data that it needs is missing.
+    """
 
 
 class AdapterNotFoundError(FastLoraError, ValueError):
@@ -40,18 +49,25 @@ class AdapterNotFoundError(FastLoraError, ValueError):
 
 
 class AdapterStateError(FastLoraError, ValueError):
-    """An operation is not possible in the current state, for example while an adapter is merged."""
+    """An operation is not possible in the current state of an adapter.
+
+    For example, an adapter is merged.
+    """
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint or an adapter folder cannot be read or written.
+    """A checkpoint cannot be read or written.
 
-    For example, a file is missing, damaged, or unsafe, or does not match the model.
+    This includes adapter folders. For example, a file is missing, damaged, or unsafe, or does not
+    match the model.
     """
 
 
 class PoolClosedError(AdapterStateError):
-    """An adapter pool is closed, or is closing and no longer grants leases."""
+    """An adapter pool is closed.
+
+    It may also be closing, and no longer grant leases.
+    """
 
 
 class AdapterTooLargeError(CheckpointError):
@@ -74,16 +90,25 @@ PEFT_MODEL_ALTERNATIVE = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """An adapter pool has no room for the requested adapters, even after eviction."""
+    """An adapter pool has no room for the requested adapters.
+
+    There is no room even after eviction.
+    """
 
 
 class ImplementationError(FastLoraError, RuntimeError):
-    """A requested implementation or feature is not supported, or not available on this machine."""
+    """A requested implementation is not supported or not available.
+
+    The error is also raised for features, and for what is not available on this machine.
+    """
 
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Prefix the message of any `FastLoraError` raised in a ``with`` block with ``where``."""
+    """Prefix the messages of errors raised in a ``with`` block with ``where``.
+
+    Only a `FastLoraError` is changed.
+    """
     try:
         yield
     except FastLoraError as error:
@@ -92,7 +117,9 @@ def error_prefix(where: object) -> Iterator[None]:
 
 
 def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
-    """Return an error message suffix that lists similar names, such as ``"; close names: a, b"``.
+    """Return the names that are similar to ``name``, as text for an error message.
+
+    The text is a suffix such as ``"; close names: a, b"``.
 
     Args:
         name: The unknown name.
@@ -107,14 +134,20 @@ def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
 
 
 def check_rank(r: object) -> int:
-    """Return ``r`` if it is a positive integer. Raise `ConfigError` otherwise."""
+    """Check that a rank is a positive integer, and return it.
+
+    Raises `ConfigError` if it is not.
+    """
     if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
         raise ConfigError(f"r must be a positive integer, got {r!r}")
     return r
 
 
 def check_dropout(name: str, p: object) -> float:
-    """Return ``p`` as a float if it is in [0, 1). Raise `ConfigError` otherwise."""
+    """Check that a dropout probability is valid, and return it as a float.
+
+    It must be in [0, 1). Raises `ConfigError` if it is not.
+    """
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
         raise ConfigError(f"{name} must be a number in [0, 1), got {p!r}")
     return float(p)
@@ -141,7 +174,10 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> N
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
-    """Raise `TypeError` unless the dtype of ``tensor`` is fp16, bf16, fp32, or fp64."""
+    """Raise `TypeError` unless the tensor has a floating-point dtype.
+
+    The dtypes are fp16, bf16, fp32, and fp64.
+    """
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
@@ -149,7 +185,10 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_dropout_dtype(dtype: torch.dtype) -> None:
-    """Raise `TypeError` unless dropout supports ``dtype``: fp16, bf16, fp32, or fp64."""
+    """Raise `TypeError` unless dropout supports the dtype.
+
+    The dtypes are fp16, bf16, fp32, and fp64.
+    """
     if not dtype.is_floating_point or dtype.itemsize < torch.float16.itemsize:
         raise TypeError(
             f"dropout does not support {dtype}; expected a floating-point dtype of 16, 32 or 64 "

@@ -34,9 +34,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class UncopiedCache:
-    """Base class of caches that are not copied with the object that owns them.
+    """A cache that is not copied with the object that owns it.
 
-    Copying or unpickling an instance creates a new, empty instance.
+    This is the base class of such caches. Copying or unpickling an instance creates a new, empty
+    instance.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> UncopiedCache:
@@ -47,13 +48,13 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """The recorded state of the tensors that a cached value was computed from.
+    """The recorded state of tensors, which shows whether they have changed since.
 
-    The memory address and the ``_version`` of a tensor are not sufficient. PyTorch reuses freed
-    memory, so a tensor that is replaced twice may have its first address again. A stamp therefore
-    also compares the identity of the storage, and it has a weak reference to the storage. The weak
-    reference does not keep the memory alive, but as long as it exists, no other storage can have
-    the same identity.
+    A cached value was computed from the tensors. The memory address and the ``_version`` of a
+    tensor are not sufficient. PyTorch reuses freed memory, so a tensor that is replaced twice may
+    have its first address again. A stamp therefore also compares the identity of the storage, and
+    it has a weak reference to the storage. The weak reference does not keep the memory alive, but
+    as long as it exists, no other storage can have the same identity.
 
     A stamp does not detect writes that leave ``_version`` unchanged. To detect these, the caller
     includes a `WeightsVersion` in ``context``. A stamp does not compare the tensors as Python
@@ -105,7 +106,10 @@ def _states_of(tensors: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
 def stamp_tensors(
     tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()
 ) -> TensorStamp | None:
-    """Return a `TensorStamp` of the tensors, or None if one of them is an inference tensor."""
+    """Return a `TensorStamp` of the tensors, or None if they cannot be stamped.
+
+    An inference tensor cannot be stamped.
+    """
     try:
         return TensorStamp(tensors, context)
     except RuntimeError:
@@ -113,11 +117,12 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """The version that this process's weights had when a value was cached.
+    """A version of this process's weights.
 
-    Versions are compared by identity. A version is an object rather than a number because a
-    compiler that traces an optimizer's step also traces fastlora's hook. The compiler would guard
-    on a number and recompile at each step.
+    A cached value records the version that the weights had when it was cached. Versions are
+    compared by identity. A version is an object rather than a number because a compiler that traces
+    an optimizer's step also traces fastlora's hook. The compiler would guard on a number and
+    recompile at each step.
     """
 
 
@@ -141,17 +146,26 @@ class ProcessWeightsVersions:
         self._hooked = False
 
     def for_trained_weights(self) -> WeightsVersion:
-        """Return the weights version to store with values computed from trainable weights."""
+        """Return the version of the trainable weights.
+
+        It is the weights version to store with values computed from trainable weights.
+        """
         self._watch_steps()
         return self.trained
 
     def for_group_outputs(self) -> WeightsVersion:
-        """Return the weights version to store with outputs cached for a shared-input group."""
+        """Return the weights version for the cached outputs of a group.
+
+        It is the weights version to store with outputs cached for a shared-input group.
+        """
         self._watch_steps()
         return self.step
 
     def for_base_weight(self, weight: torch.Tensor) -> WeightsVersion:
-        """Return the weights version to store with values computed from the given base weight."""
+        """Return the version of the given base weight.
+
+        It is the weights version to store with values computed from this weight.
+        """
         if weight.requires_grad:
             return self.for_trained_weights()
         self.for_trained_weights()

@@ -15,8 +15,8 @@ from fastlora.patterns import (
     bounded_matching,
     check_pattern,
     first_suffix_match,
-    layer_index_in_name,
-    matches_name_components,
+    layer_index_after_match,
+    matches_consecutive_components,
     matches_whole_name,
     patterns_matching_no_suffix,
 )
@@ -136,7 +136,7 @@ def test_layer_patterns_match_as_in_peft(pattern: str, engine: None) -> None:
 
     seen = set()
     for name in (name for name in NAMES if "experts" not in name):  # PEFT counts those of experts
-        found = layer_index_in_name("layers_pattern", pattern, name)
+        found = layer_index_after_match("layers_pattern", pattern, name)
         for index in range(13):
             leaf = name.rpartition(".")[2]
             fields = {"layers_to_transform": [index], "layers_pattern": [pattern]}
@@ -149,7 +149,9 @@ def test_layer_patterns_match_as_in_peft(pattern: str, engine: None) -> None:
 
 @pytest.mark.parametrize("pattern", ["score", "norm", r"(?:score|lm_head)", r"embed\w*"])
 def test_saved_modules_match_by_components(pattern: str, engine: None) -> None:
-    found = {name for name in NAMES if matches_name_components("modules_to_save", pattern, name)}
+    found = {
+        name for name in NAMES if matches_consecutive_components("modules_to_save", pattern, name)
+    }
     words = {"score": ("score",), "norm": ("norm",)}.get(pattern, ("score", "lm_head"))
     words = ("embed_tokens",) if pattern.startswith("embed") else words
     assert found == {name for name in NAMES if {*words} & {*name.split(".")}}
@@ -157,7 +159,8 @@ def test_saved_modules_match_by_components(pattern: str, engine: None) -> None:
 
 @pytest.mark.parametrize("pattern", SLOW)
 @pytest.mark.parametrize(
-    "match", [matches_whole_name, matches_end, matches_name_components, layer_index_in_name]
+    "match",
+    [matches_whole_name, matches_end, matches_consecutive_components, layer_index_after_match],
 )
 def test_a_pattern_that_backtracks_is_refused_at_once(
     match: Callable[[str, str, str], object], pattern: str
@@ -203,7 +206,12 @@ def test_a_long_way_between_two_steps_is_bounded(pattern: str) -> None:
 def test_a_pattern_that_is_no_pattern_is_refused_at_once(pattern: str) -> None:
     """E2: neither compiling a pattern nor a limit of its own gets around the bound."""
     start = time.thread_time()
-    for match in (matches_whole_name, matches_end, matches_name_components, layer_index_in_name):
+    for match in (
+        matches_whole_name,
+        matches_end,
+        matches_consecutive_components,
+        layer_index_after_match,
+    ):
         with bounded_matching(), pytest.raises(CheckpointError, match="alpha_pattern"):
             match("alpha_pattern", pattern, NAME)
     assert time.thread_time() - start < 4 * patterns.MATCHING_SECONDS
@@ -253,7 +261,7 @@ def test_without_pcre2_names_match_and_expressions_are_refused(
     monkeypatch.setitem(sys.modules, "pcre2", None)
     with bounded_matching():
         assert matches_end("rank_pattern", "self_attn.q_proj", NAME)
-        assert layer_index_in_name("layers_pattern", "layers", NAME) == 10
+        assert layer_index_after_match("layers_pattern", "layers", NAME) == 10
         for pattern in (r".*q_proj", *SLOW):
             with pytest.raises(CheckpointError, match="needs pcre2; install it with: pip install"):
                 matches_whole_name("target_modules", pattern, NAME)

@@ -20,7 +20,9 @@ SVD = "_svd"
 
 
 class CombinationMethod(NamedTuple):
-    """A method for combining tensors of the same shape into a weighted sum.
+    """A method for combining several tensors into one.
+
+    The tensors have the same shape, and the result is a weighted sum.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its
@@ -33,7 +35,9 @@ class CombinationMethod(NamedTuple):
 
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a copy of a tensor in which all values except those of largest magnitude are zero.
+    """Keep the ``density`` fraction of values with the largest magnitude, and zero the others.
+
+    Return the result as a new tensor.
 
     Args:
         tensor: The tensor.
@@ -46,9 +50,10 @@ def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tenso
 
 
 def random_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a copy of a tensor in which each value is kept with probability ``density``.
+    """Randomly keep a ``density`` fraction of a tensor's values, and zero the others.
 
-    The values that are kept are divided by ``density``; the others are zero.
+    Each value is kept with probability ``density``, and is then divided by ``density``. Return the
+    result as a new tensor.
     """
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
@@ -85,7 +90,9 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> torch.Tensor:
-    """Combine tensors of the same shape into a weighted sum.
+    """Combine weighted tensors into one with the named method.
+
+    The tensors have the same shape, and the result is a weighted sum.
 
     Args:
         method: Name of the method, a key of `METHODS`.

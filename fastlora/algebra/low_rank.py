@@ -27,7 +27,9 @@ class Svd(NamedTuple):
     vh: torch.Tensor
 
     def singular_values_to_keep(self, rank: int | float) -> int:
-        """Return the number of singular values to keep, at most R.
+        """Return the number of singular values to keep for a given rank.
+
+        It is at most R.
 
         Args:
             rank: The number of singular values as an int, or a float in (0, 1]. For a float, the
@@ -41,8 +43,10 @@ class Svd(NamedTuple):
             return 1
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
-    def truncation_error(self, rank: int) -> float:
-        """Return the relative error, in the Frobenius norm, of truncation to a given rank.
+    def relative_truncation_error(self, rank: int) -> float:
+        """Return the relative error of truncation to a given rank.
+
+        The error is measured in the Frobenius norm.
 
         Args:
             rank: Number of singular values that remain.
@@ -69,7 +73,10 @@ def check_factors_finite(where: str, *tensors: torch.Tensor) -> None:
 
 
 def compute_svd(matrix: torch.Tensor, driver: str | None = None) -> Svd:
-    """Return the singular value decomposition of a matrix ``[N, K]``, computed in fp32 or fp64.
+    """Return the singular value decomposition of a matrix.
+
+    The matrix is ``[N, K]``. The decomposition is computed in fp32, or in fp64 for a matrix in
+    fp64.
 
     Args:
         matrix: A matrix of any floating-point dtype.
@@ -82,10 +89,11 @@ def compute_svd(matrix: torch.Tensor, driver: str | None = None) -> Svd:
 def svd_of_weighted_sum(
     pairs: Sequence[FactorPair], weights: Sequence[float], driver: str | None = None
 ) -> Svd:
-    """Return the singular value decomposition of ``sum(weight * lora_b @ lora_a)`` over all pairs.
+    """Return the singular value decomposition of a weighted sum of factor products.
 
-    If the sum R of the pairs' ranks is less than both N and K, only an ``[R, R]`` matrix is
-    decomposed. Otherwise, the ``[N, K]`` sum is decomposed directly.
+    The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. If the sum R of the pairs' ranks is
+    less than both N and K, only an ``[R, R]`` matrix is decomposed. Otherwise, the ``[N, K]`` sum
+    is decomposed directly.
 
     Args:
         pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).
@@ -104,9 +112,10 @@ def svd_of_weighted_sum(
 
 
 def clamp_to_quantile(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> FactorPair:
-    """Clamp the values of lora_a and lora_b to ``[-bound, bound]``, and return both factors.
+    """Clamp the values of lora_a and lora_b to a quantile, and return both factors.
 
-    The bound is a quantile of the values of both factors together.
+    The values are clamped to ``[-bound, bound]``. The bound is a quantile of the values of both
+    factors together.
 
     Args:
         lora_a: ``[R, K]``.

@@ -38,9 +38,9 @@ def run_adapter(
     precomputed: PrecomputedResult | None = None,
     adjust_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer with one adapter.
+    """Run a base layer with one adapter, and return the output.
 
-    The caller ensures that the shapes match.
+    The output is ``[..., N]``. The caller ensures that the shapes match.
 
     Args:
         x: ``[..., K]``, in autocast's dtype if autocast is on.

@@ -39,8 +39,9 @@ from fastlora.ops.torch.dora import (
 
 
 class DoraScale(torch.autograd.Function):
-    """Scale the LoRA output u, without bias, to the DoRA output ``y = g * u + bias``.
+    """Autograd function that applies DoRA's scale and adds the bias.
 
+    It computes the DoRA output ``y = g * u + bias`` from the LoRA output u, which is without bias.
     Saves u if the magnitude needs a gradient; no other gradient depends on u. Also saves the
     magnitude and the squared norms.
     """
@@ -53,7 +54,11 @@ class DoraScale(torch.autograd.Function):
         magnitude: torch.Tensor,
         squared_norms: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Compute y ``[..., N]`` from ``u [..., N]``."""
+        """Scale u by the DoRA scale, add the bias, and return the result.
+
+        The DoRA scale is computed from the magnitude and the squared norms. u and the result are
+        ``[..., N]``.
+        """
         rows = u.reshape(-1, u.shape[-1])
         y = scale_columns(rows, bias, dora_scale(magnitude, squared_norms))
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -158,7 +163,10 @@ def _allocate_gradients(
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple (y with the adapters applied, s, z); the backward pass needs s and z."""
+    """Compute the output of DoRA adapters with dropout, and return it with s and z.
+
+    The output is y with the adapters applied. The backward pass needs s and z.
+    """
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])
     for _, rows, part, adapter in _iter_adapters_with_rows(x, *batch[:-1]):
@@ -182,7 +190,10 @@ def _(
 def _dora_with_dropout_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Return the gradients of x, the weight, and each adapter's factors, in that order."""
+    """Compute the gradients for the backward pass of `_dora_with_dropout`.
+
+    Returns a list of the gradients of x, the weight, and each adapter's factors, in that order.
+    """
     *batch_of, s, z, wanted = batch
     found = _allocate_gradients(x, weight, batch_of[0], wanted)
     for tensor in found:
@@ -196,7 +207,7 @@ def _dora_with_dropout_backward(
             own_base=False,
             wants_x=wants_x,
             wants_weight=wants_weight,
-            wants=wants[own],
+            wants_factors=wants[own],
         )
         if dx is not None:
             found[0][rows] = dx
@@ -214,7 +225,9 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
 
 
 class DoraWithDropout(torch.autograd.Function):
-    """Compute the output of DoRA adapters with active dropout; see the module's docstring.
+    """Autograd function for DoRA adapters with dropout.
+
+    It computes the output of adapters whose dropout is active; see the module's docstring.
 
     Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves
     ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor ``1 / (1 - p)``. The
@@ -234,8 +247,9 @@ class DoraWithDropout(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute y from the base layer's output, or from weight and bias if ``base`` is None.
+        """Compute the output y of DoRA adapters with active dropout.
 
+        y is computed from the base layer's output, or from weight and bias if ``base`` is None.
         ``adapters`` has six tensors for each adapter; see `DropoutAdapter`. ``ids [B]`` are slots
         per sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is
         one adapter, which applies to all rows. With ids, ``base`` must be given.
@@ -280,7 +294,7 @@ class DoraWithDropout(torch.autograd.Function):
                 own_base=ctx.own_base,
                 wants_x=needs_x,
                 wants_weight=needs_weight,
-                wants=wanted[2:],
+                wants_factors=wanted[2:],
             )
             found = dx, d_weight, *d_factors
         else:

@@ -45,7 +45,10 @@ def run_adapters(
     rows: Rows | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer plus the update of each row's adapter.
+    """Run a base layer with its adapters, and return the output.
+
+    The output is ``[..., N]``. Each row of it is the base layer's output plus the update of the
+    row's adapter.
 
     Args:
         x: The input, in the dtype of the products.
@@ -86,7 +89,10 @@ def _forward_without_graph(
     impl: str,
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (output ``[..., N]``, s) without recording an autograd graph."""
+    """Run the forward pass without an autograd graph, and return a tuple (output, s).
+
+    The output is ``[..., N]``.
+    """
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
     flat, given = x if len(shape) == 2 else x.reshape(-1, shape[-1]), y
     if weight is not None and weight.dtype != dtype:
@@ -137,11 +143,12 @@ def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
 
 
 class LoraLinear(torch.autograd.Function):
-    """Compute a base layer and the updates of its adapters as one autograd node.
+    """Autograd function for a linear layer with LoRA adapters.
 
-    A given y is not overwritten. Saves x, s, the seeds, and the parameters. Dropout masks are
-    computed again from the seeds. If ``s`` is shared with other layers, every lora_a is detached,
-    and x is not saved for it.
+    It computes a base layer and the updates of its adapters as one autograd node. A given y is not
+    overwritten. Saves x, s, the seeds, and the parameters. Dropout masks are computed again from
+    the seeds. If ``s`` is shared with other layers, every lora_a is detached, and x is not saved
+    for it.
     """
 
     @staticmethod

@@ -21,7 +21,7 @@ from fastlora.autograd.lora_linear import run_adapters
 from fastlora.ops.factors import AdapterOperands, Base, replace_missing_with_empty
 from fastlora.ops.library import define_operator, register_composite
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.seeds import seeds_of_layer
+from fastlora.ops.seeds import derive_seeds_of_layer
 
 define_operator(
     "lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor?[] factors,"
@@ -45,15 +45,16 @@ def _lora_mixed(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return a base layer's output plus the update of each row's adapter, for a mixed batch.
+    """Return the output of a layer with adapters for a mixed batch.
 
-    The result is that of `fastlora.autograd.lora_linear.run_adapters`. Factors of several dtypes
-    are converted to a common one.
+    It is the base layer's output plus the update of each row's adapter, as in
+    `fastlora.autograd.lora_linear.run_adapters`. Factors of several dtypes are converted to a
+    common one.
     """
     rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None
     if any(dropout_p):
-        drawn = seeds_of_layer(seeds, projection)
+        drawn = derive_seeds_of_layer(seeds, projection)
         if impl == "triton":
             drawn = drawn.to(x.device, non_blocking=True)
     dtypes = [tensor.dtype for tensor in factors if tensor is not None]

@@ -33,7 +33,9 @@ _Factor = torch.Tensor | None
 
 
 class PrecomputedResult(NamedTuple):
-    """A layer's output y or shrink output s, computed together with those of other layers.
+    """A precomputed result of a layer.
+
+    The layer's output y or shrink output s was computed together with those of other layers.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.
@@ -49,9 +51,10 @@ class PrecomputedResult(NamedTuple):
 def run_grouped_linears(
     x: torch.Tensor, operands: Sequence[_Factor], dropout_p: tuple[float, ...], impl: str
 ) -> Sequence[torch.Tensor]:
-    """Return a list of outputs ``[..., N]``, one for each of 1 to 4 layers.
+    """Run LoRA linear layers that share the input x as one group, and return their outputs.
 
-    An autograd graph is recorded if gradients are enabled.
+    There are 1 to 4 layers. The result has one output ``[..., N]`` for each of them. An autograd
+    graph is recorded if gradients are enabled.
 
     ``operands`` are as in `fastlora.ops.backend.Backend.grouped_forward`. ``impl`` is a backend
     that computes all layers in one call, in x's dtype.
@@ -64,11 +67,12 @@ def run_grouped_linears(
 
 
 class GroupedLoraLinear(torch.autograd.Function):
-    """Compute the outputs of layers that receive the same x as one autograd node.
+    """Autograd function for LoRA linear layers that share the input x.
 
-    `run_grouped_linears` calls it. The weights, biases, lora_a, and lora_b of all layers are passed
-    a second time, because autograd does not look into nested arguments. A layer with an unused y
-    takes no part in the backward pass.
+    It computes the outputs of all layers as one autograd node. `run_grouped_linears` calls it. The
+    weights, biases, lora_a, and lora_b of all layers are passed a second time, because autograd
+    does not look into nested arguments. A layer with an unused y takes no part in the backward
+    pass.
     """
 
     @staticmethod
@@ -130,9 +134,11 @@ def grouped_shrink(
     impl: str,
     rows: Rows | None = None,
 ) -> list[PrecomputedResult]:
-    """Compute s for G layers that receive the same x, and return a list of `PrecomputedResult`.
+    """Compute the LoRA shrink of layers that share the input x, and return the results.
 
-    Dropout seeds are drawn in the order in which the layers would draw them.
+    The shrink multiplies x by a layer's lora_a, which gives the layer's s. The result is a list of
+    `PrecomputedResult`, one for each of the G layers. Dropout seeds are drawn in the order in which
+    the layers would draw them.
 
     Args:
         x: The layers' input, in the dtype of the products.
@@ -150,11 +156,11 @@ def grouped_shrink(
 
 
 class GroupedLoraShrink(torch.autograd.Function):
-    """Compute s for G layers that receive the same x as one autograd node.
+    """Autograd function for the LoRA shrink of layers that share the input x.
 
-    x is passed detached, because this node does not compute its gradient. There is a seed or None
-    for each layer. The lora_a of all layers follow in turn. Each layer has one per slot, or without
-    rows only one.
+    It computes s for G layers as one autograd node. x is passed detached, because this node does
+    not compute its gradient. There is a seed or None for each layer. The lora_a of all layers
+    follow in turn. Each layer has one per slot, or without rows only one.
 
     Saves x, the seeds, and the factors. The backward pass reads x once for all d_lora_a. A layer
     with an unused s takes no part in it.
@@ -207,12 +213,19 @@ class GroupedLoraShrink(torch.autograd.Function):
 
 
 def _to_2d(x: torch.Tensor) -> torch.Tensor:
-    """Return x as ``[M, K]``; avoid ``reshape``, which takes 1.6 us, if x has two dimensions."""
+    """Flatten the leading dimensions of x, and return the result as a 2-D tensor.
+
+    The result is ``[M, K]``. If x has two dimensions, ``reshape`` is not called, because it takes
+    1.6 us.
+    """
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _restore_leading_dims(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Reshape a backend's outputs ``[M, N]`` to ``[..., N]``, with the leading dimensions of x."""
+    """Reshape the outputs to the leading dimensions of x.
+
+    A backend's outputs ``[M, N]`` become ``[..., N]``.
+    """
     if x.dim() == 2:
         return ys
     # Not views for autograd, which would not allow in-place writes to them.

@@ -65,7 +65,7 @@ OPTIONS = (
 
 
 def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Return a dict that maps adapter names to the folders given on the command line.
+    """Parse the adapter folders given on the command line into a dict by adapter name.
 
     Args:
         given: Values of ``--adapter``: folders, or ``NAME=FOLDER``.
@@ -139,7 +139,10 @@ class Chat:
         self.messages: list[dict[str, str]] = []
 
     def handle_line(self, line: str) -> bool:
-        """Answer a message or run a command, and return whether the dialogue continues."""
+        """Handle a line that the user enters, and return whether the chat continues.
+
+        The line is a message to answer or a command to run.
+        """
         word, _, rest = line.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return False
@@ -166,9 +169,9 @@ class Chat:
         return True
 
     def select_adapter(self, name: str) -> None:
-        """Select the adapter or base model that answers the messages that follow.
+        """Select the adapter that answers from now on.
 
-        Unknown names are reported.
+        The name may also be that of the base model. Unknown names are reported.
         """
         if name in self.names or name == BASE:
             self.active_adapter = name
@@ -205,7 +208,9 @@ class Chat:
         return True
 
     def _conversation_ids(self) -> torch.Tensor:
-        """Return the conversation's token ids as an int64 tensor of shape ``[1, T]``.
+        """Return the conversation's token ids.
+
+        They are an int64 tensor of shape ``[1, T]``.
 
         Raises `ConfigError` if the chat template rejects the conversation.
         """
@@ -283,7 +288,10 @@ class Chat:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, run the dialogue, and return the exit code."""
+    """Run the chat command, and return the exit code.
+
+    It parses ``argv`` and then runs the dialogue.
+    """
     text = "Chat with a model and its adapters: switch between them, or ask all of them at once."
     args = parse_options("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
@@ -339,7 +347,10 @@ def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path])
 
 
 def _read_user_lines(chat: Chat) -> Iterator[str]:
-    """Yield the lines that the user enters, from the terminal or from a pipe."""
+    """Yield the lines that the user enters.
+
+    They are read from the terminal or from a pipe.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()

@@ -78,10 +78,10 @@ _TOKENIZER_FILES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 1 for an error.
+    """Run the ``fastlora`` command line, and return the exit code.
 
-    If a signal interrupts the command, the exit code is 128 plus the number of the signal. Wrong
-    usage exits with code 2.
+    The exit code is that of the command: 0, or 1 for an error. If a signal interrupts the command,
+    the exit code is 128 plus the number of the signal. Wrong usage exits with code 2.
 
     Args:
         argv: The arguments, or None to use those of the process.
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         env.silence_import_warnings()
     if not sys.stderr.isatty():
-        env.hide_library_progress_bars()
+        env.hide_hugging_face_progress_bars()
     try:
         for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
@@ -245,7 +245,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def adapter_facts(path: str) -> dict[str, Any]:
-    """Return a dict of facts about an adapter folder, for ``fastlora inspect --json``.
+    """Return a dict of facts about the adapter in a folder.
+
+    ``fastlora inspect --json`` prints them.
 
     Raises:
         CheckpointError: The folder is missing or damaged.

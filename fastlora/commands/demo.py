@@ -90,10 +90,10 @@ def run_demo(args: argparse.Namespace) -> int:
         )
     env.set_offline_demo_variables()
     started = time.monotonic()
-    files = args.data or [example_data_file(f"{style}.jsonl") for style in STYLES]
+    files = args.data or [examples_data_path(f"{style}.jsonl") for style in STYLES]
     adapters = settings_for_data_files(files)
     prompts = (
-        args.prompt or example_data_file("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
+        args.prompt or examples_data_path("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -157,8 +157,12 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0 if agrees else 1
 
 
-def example_data_file(name: str) -> Path:
-    """Return the path of a file in ``examples/data``; raise `DataError` if it is missing."""
+def examples_data_path(name: str) -> Path:
+    """Return the path of a file in ``examples/data``.
+
+    Raises:
+        DataError: The file is missing.
+    """
     path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
         raise DataError(
@@ -211,10 +215,11 @@ def open_demo_run(
 def answer_with_adapters(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Generate the answers of several adapters to one prompt, as one batch.
+    """Generate the answers of several adapters to one prompt.
 
-    Decoding is greedy, without a system prompt. ``names`` contains the adapter for each answer,
-    with None for the base model. Without ``names``, a model without adapters answers once.
+    The answers are generated as one batch. Decoding is greedy, without a system prompt. ``names``
+    contains the adapter for each answer, with None for the base model. Without ``names``, a model
+    without adapters answers once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}
@@ -237,7 +242,10 @@ def answer_with_adapters(
 
 
 def decoding_time_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
-    """Measure decoding for each number of adapters, and return a table of the times per step."""
+    """Return a table of decoding times for each number of adapters.
+
+    The times are measured, and are per step.
+    """
     torch.manual_seed(0)
     with measure.torch_threads(1):
         rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)
@@ -249,7 +257,7 @@ def decoding_time_table(base: Any, adapters: Sequence[int], device: torch.device
 def format_side_by_side(
     titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> str:
-    """Format the answers to each prompt as columns of text.
+    """Format the answers to each prompt side by side, in columns of text.
 
     All columns together are as wide as the terminal, but at most 120 characters.
     """
@@ -269,7 +277,10 @@ def format_side_by_side(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv`` and run the demo."""
+    """Run the demo command, and return the exit code.
+
+    It parses ``argv`` and then runs the demo.
+    """
     return run_demo(
         parse_options("fastlora demo", (__doc__ or "").replace("``", ""), OPTIONS, argv)
     )

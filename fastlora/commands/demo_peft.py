@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,25 +15,35 @@ from fastlora.testing import error_budget
 from fastlora.train.data import TrainBatch
 
 
+class PeftComparison(NamedTuple):
+    """A comparison of a model's logits with PEFT's logits.
+
+    Attributes:
+        peft_model: PEFT's model, which is trainable.
+        logits_agree: Whether the logits agree.
+        text: A description of the comparison.
+    """
+
+    peft_model: Any
+    logits_agree: bool
+    text: str
+
+
 def load_in_peft_and_compare_logits(
     model: Any, fresh_base: Callable[[], Any], folder: Path, batch: TrainBatch
-) -> tuple[Any, bool, str]:
-    """Load the adapters in ``folder`` with PEFT, and compare the logits of a mixed batch.
+) -> PeftComparison:
+    """Load the saved adapters with PEFT, compare the logits, and return the comparison.
 
-    The tolerance is derived, not chosen: it is twice the sum of PEFT's own error against the same
-    model in float64 and one rounding of the largest logit (`fastlora.testing.error_budget`).
-    transformers computes the norms of a float64 Llama in fp32, so the reference is exact except for
-    the norms.
+    The logits are those of a mixed batch. The tolerance is derived, not chosen: it is twice the sum
+    of PEFT's own error against the same model in float64 and one rounding of the largest logit
+    (`fastlora.testing.error_budget`). transformers computes the norms of a float64 Llama in fp32,
+    so the reference is exact except for the norms.
 
     Args:
         model: The model with its adapters.
         fresh_base: Function that returns a new base model.
         folder: The folder of the saved adapters.
         batch: The mixed batch.
-
-    Returns:
-        A tuple (PEFT's model, which is trainable; whether the logits agree; a text that describes
-        the comparison).
     """
     from peft import PeftModel
     from tqdm import tqdm
@@ -77,7 +87,7 @@ def load_in_peft_and_compare_logits(
         f"  allowed                   {budget:.2e}  (2 x (PEFT's error + fp32 eps x largest))\n"
         f"  {'equal within fp32 rounding' if agrees else 'NOT EQUAL'}"
     )
-    return peft_model, agrees, text
+    return PeftComparison(peft_model, agrees, text)
 
 
 def compare_step_time_and_memory(

@@ -41,9 +41,9 @@ _ALIGNMENT = 16  # bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, print the findings, and return the exit code.
+    """Run ``fastlora doctor``, and return the exit code.
 
-    The code is 1 if a problem was found, otherwise 0.
+    The findings are printed. The code is 1 if a problem was found, otherwise 0.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora doctor",
@@ -86,9 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report_and_facts(
     folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Return the fusion report of a model with an adapter, and a dict of facts for JSON.
+    """Return the fusion report of a model, and a dict of facts about it.
 
-    If the model cannot be loaded, the error is added to the problems, and the report is None.
+    The report is for the model with an adapter. The facts can be written as JSON. If the model
+    cannot be loaded, the error is added to the problems, and the report is None.
     """
     from fastlora.layers.fallback_reasons import DORA_WITH_DROPOUT
 

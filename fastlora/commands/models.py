@@ -14,7 +14,7 @@ from fastlora.validation import FastLoraError
 
 
 class CommandError(FastLoraError):
-    """A command cannot do what was requested."""
+    """Raised if a command cannot do what was requested."""
 
 
 # The options that `load_model_and_tokenizer` reads.
@@ -37,7 +37,10 @@ def load_model_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def load_causal_lm(name_or_path: str, dtype: str) -> Any:
-    """Load a base model from a folder, or by its name on the Hugging Face Hub."""
+    """Load a causal language model by name or path.
+
+    The path is that of a folder. The name is that of a model on the Hugging Face Hub.
+    """
     # Names on the Hub have at most one slash.
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if is_path and not Path(name_or_path).exists():
@@ -52,7 +55,10 @@ def load_causal_lm(name_or_path: str, dtype: str) -> Any:
 
 
 def load_tokenizer(folder: str) -> Any:
-    """Load the tokenizer of a base model; raise `CommandError` if it cannot be read."""
+    """Load a tokenizer from a folder.
+
+    It is the tokenizer of a base model. If it cannot be read, raise `CommandError`.
+    """
     from transformers import AutoTokenizer
 
     from fastlora.integrations.transformers import CANNOT_READ
@@ -64,5 +70,8 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def print_progress(text: str) -> None:
-    """Print a progress message to stderr."""
+    """Print a progress message.
+
+    It is printed to stderr.
+    """
     print(f"fastlora: {text}", file=sys.stderr, flush=True)

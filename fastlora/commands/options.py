@@ -15,7 +15,7 @@ _METAVARS = {int: "N", float: "X", Path: "DIR"}
 
 
 class Option(NamedTuple):
-    """An option of a command.
+    """A command-line option.
 
     Attributes:
         flag: Name of the option. A name without dashes makes a positional argument.

@@ -143,7 +143,10 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, serve until a signal stops the server, and return the exit code."""
+    """Run the serve command, and return the exit code.
+
+    It parses ``argv`` and serves until a signal stops the server.
+    """
     args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
@@ -178,12 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _return_freed_memory_to_os() -> None:
-    """Make glibc give the memory of removed adapters back to the operating system.
+    """Make the memory allocator return freed memory to the operating system.
 
-    By default, once a block of up to 32 MiB has been freed, glibc allocates blocks of this size in
-    heaps, and each thread that reads adapters has its own heap. The memory of removed adapters lies
-    between blocks that are still in use. The heaps therefore grow although the memory in use does
-    not.
+    The allocator is that of glibc, and the memory is that of removed adapters. By default, once a
+    block of up to 32 MiB has been freed, glibc allocates blocks of this size in heaps, and each
+    thread that reads adapters has its own heap. The memory of removed adapters lies between blocks
+    that are still in use. The heaps therefore grow although the memory in use does not.
 
     The user's own allocator settings take precedence. The settings affect the whole process, so
     only the program calls this function.
@@ -196,7 +199,10 @@ def _return_freed_memory_to_os() -> None:
 
 
 def connection_limits(args: argparse.Namespace, descriptors: int | None) -> ConnectionLimits:
-    """Return the connection limits from the options, adapted to a limit on open files."""
+    """Return the connection limits from the arguments and the limit on file descriptors.
+
+    The limits that the options set are adapted to the limit on open files.
+    """
     from fastlora.serve.connections import limits_for_descriptors
 
     return limits_for_descriptors(
@@ -211,7 +217,7 @@ def connection_limits(args: argparse.Namespace, descriptors: int | None) -> Conn
 def make_uvicorn_server(
     app: Any, args: argparse.Namespace, limits: ConnectionLimits
 ) -> uvicorn.Server:
-    """Return a uvicorn server for an application."""
+    """Create a uvicorn server for an application."""
     import uvicorn
 
     from fastlora.serve.connections import LongBacklogServer, OpenConnections
@@ -274,7 +280,10 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; raise `ConfigError` or `CommandError` if an argument is invalid."""
+    """Parse the arguments of the serve command.
+
+    If an argument is invalid, raise `ConfigError` or `CommandError`.
+    """
     text = "Serve a model and a folder of adapters with an OpenAI-compatible API."
     args = parse_options("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
@@ -323,9 +332,9 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_cleanly_on_signals() -> Iterator[None]:
-    """Make the process exit with code 0 if a signal arrives in the ``with`` block.
+    """Make the process exit cleanly if a signal arrives in the ``with`` block.
 
-    uvicorn handles the signal and raises it again.
+    The exit code is then 0. uvicorn handles the signal and raises it again.
     """
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)

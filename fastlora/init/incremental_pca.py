@@ -14,7 +14,9 @@ _ITERATIONS = 4
 
 
 class IncrementalPca:
-    """Computes the first R principal directions of all rows that have been added.
+    """Incremental principal component analysis.
+
+    It computes the first R principal directions of all rows that have been added.
 
     Args:
         count: Number of directions, R.
@@ -38,9 +40,10 @@ class IncrementalPca:
         self._mean = self._variance = torch.empty(0, dtype=torch.float64)
 
     def partial_fit(self, rows: torch.Tensor) -> None:
-        """Update the directions with a batch of rows, ``[M, K]``.
+        """Update the principal components with a batch of rows.
 
-        A batch with fewer than R rows is ignored.
+        The components are the directions. The rows are ``[M, K]``. A batch with fewer than R rows
+        is ignored.
         """
         self.most_rows = max(self.most_rows, len(rows))
         if len(rows) < self.count:

@@ -35,9 +35,10 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Quantize the base weight with LoftQ, and fit the initial factors to the quantization error.
+    """Initialize a layer's adapter with LoftQ.
 
-    The returned base weight contains the dequantized values.
+    The base weight is quantized, and the factors are fitted to the quantization error. The returned
+    base weight contains the dequantized values.
 
     Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
     approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling

@@ -92,7 +92,9 @@ def lora_ga(given: InitInputs) -> InitResult:
 
 
 def _direction_indices(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (indices for A, indices for B) that selects the singular directions to use.
+    """Return the indices of the singular directions to use for A and for B.
+
+    The result is a tuple (indices for A, indices for B).
 
     Args:
         direction: As in `LoraGAConfig`.

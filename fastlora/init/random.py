@@ -26,12 +26,18 @@ def kaiming(given: InitInputs) -> InitResult:
 
 @register_init(False, supports_convolutions=True)
 def random_a_and_b(given: InitInputs) -> InitResult:
-    """Return both factors as initialized by `nn.Linear`, so that the initial update is not zero."""
+    """Return random values for A and B, so that the initial update is not zero.
+
+    Both factors keep the values with which `nn.Linear` has initialized them.
+    """
     return InitResult(given.lora_a, given.lora_b)
 
 
 @register_init("gaussian", supports_convolutions=True)
 def gaussian(given: InitInputs) -> InitResult:
-    """Return normally distributed values (standard deviation ``1 / R``) for A, and zeros for B."""
+    """Return normally distributed random values for A, and zeros for B.
+
+    The standard deviation is ``1 / R``.
+    """
     lora_a = nn.init.normal_(given.lora_a.detach(), std=1 / given.rank)
     return InitResult(lora_a, torch.zeros_like(given.lora_b))

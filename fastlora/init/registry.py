@@ -55,7 +55,9 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
+        """Return the layer's base weight.
+
+        It is ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -96,7 +98,9 @@ class InitResult:
 
 @dataclass(frozen=True)
 class InitConfigField:
-    """Describes the `fastlora.LoraConfig` field that holds the config of an initialization method.
+    """The config field of an initialization method.
+
+    It is the field of `fastlora.LoraConfig` that holds the method's config.
 
     Attributes:
         field: Name of the field.
@@ -158,7 +162,9 @@ class InitMethod:
     supports_convolutions: bool = False
 
     def changes_base_randomly(self, value: bool | str) -> bool:
-        """Return whether the change to the base weight differs from run to run.
+        """Return whether the method changes the base weight randomly.
+
+        The change then differs from run to run.
 
         Args:
             value: Value of ``init_lora_weights`` that selected this method.
@@ -240,25 +246,27 @@ def subtract_update(
     return InitResult(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
-def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit: int) -> None:
-    """Raise `InitializationError` unless the first R singular values of a matrix are nonzero.
+def check_singular_values_nonzero(
+    given: InitInputs, values: torch.Tensor, larger_dimension: int
+) -> None:
+    """Raise `InitializationError` if an initialization needs a singular value that is zero.
 
-    Values that are as small as rounding errors count as zero. For a singular value of zero, the
-    column of lora_b and the row of lora_a would both be zero and would never receive a gradient.
-    The error is also raised if the scaling is not positive, because the factors are divided by its
-    square root.
+    The first R values are needed. Values that are as small as rounding errors count as zero. For a
+    singular value of zero, the column of lora_b and the row of lora_a would both be zero and would
+    never receive a gradient. The error is also raised if the scaling is not positive, because the
+    factors are divided by its square root.
 
     Args:
         given: The arguments of the initialization method.
         values: Singular values in descending order.
-        limit: Larger dimension of the matrix.
+        larger_dimension: Larger dimension of the matrix.
     """
     if not given.scaling > 0:
         raise InitializationError(
             f"init_lora_weights={given.name!r} needs a positive scaling, got lora_alpha / r = "
             f"{given.scaling:g}"
         )
-    tolerance = float(values[0]) * limit * torch.finfo(values.dtype).eps
+    tolerance = float(values[0]) * larger_dimension * torch.finfo(values.dtype).eps
     usable = int((values > tolerance).sum())
     if usable < given.rank:
         raise InitializationError(

@@ -22,10 +22,10 @@ from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clip the total norm of gradients. Plain tensors and DTensors may be mixed.
+    """Clip the total norm of the parameters' gradients, and return the norm.
 
-    For plain tensors, the function is equivalent to `torch.nn.utils.clip_grad_norm_`. Every process
-    must call it.
+    Plain tensors and DTensors may be mixed. For plain tensors, the function is equivalent to
+    `torch.nn.utils.clip_grad_norm_`. Every process must call it.
 
     Args:
         parameters: The parameters with the gradients to clip. Parameters without a gradient are

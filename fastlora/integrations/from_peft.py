@@ -53,7 +53,9 @@ def peft_names_if_installed() -> tuple[str, ...]:
 
 
 def import_object(name: str) -> Any:
-    """Import PEFT, and return the object for a name in `NAMES`.
+    """Import an object from PEFT by name.
+
+    The name is one of `NAMES`.
 
     Raises:
         ImportError: PEFT is not installed, or the installed version does not have the name.
@@ -81,10 +83,11 @@ def import_object(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Add an adapter to a model in place, as PEFT's function of the same name does.
+    """Add an adapter to a model in place, and return the model.
 
-    The new LoRA layers are patched. Use `unpatch` to restore PEFT's own layers. The result is the
-    model itself, without a `peft.PeftModel` around it.
+    This function works as PEFT's function of the same name does. The new LoRA layers are patched.
+    Use `unpatch` to restore PEFT's own layers. The result is the model itself, without a
+    `peft.PeftModel` around it.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

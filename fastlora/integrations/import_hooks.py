@@ -40,9 +40,10 @@ def _call_or_warn(name: str, action: Callable[[], None]) -> None:
 
 
 class _ImportHookFinder(importlib.abc.MetaPathFinder):
-    """An import finder that runs an action after a given module is imported.
+    """An import finder that adds an import hook to a given module.
 
-    It finds the module through the other finders in ``sys.meta_path``.
+    The hook runs an action after the module is imported. The finder finds the module through the
+    other finders in ``sys.meta_path``.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
@@ -51,9 +52,9 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Find the given module with the other finders, and add the import hook to its spec.
+        """Return the spec of the given module with the import hook added, or None for any other.
 
-        The result is None for any other module.
+        The spec is found with the other finders.
         """
         if name != self.name:
             return None

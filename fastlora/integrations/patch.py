@@ -13,11 +13,12 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def patch(peft_model: nn.Module) -> FusionReport:
-    """Patch a PEFT model in place, so that its LoRA layers compute their outputs with fastlora.
+    """Patch a PEFT model in place to run with fastlora, and return the fusion report.
 
-    The model remains an ordinary PEFT model. Only the classes of its LoRA layers and its tuner are
-    replaced, with subclasses of PEFT's own classes. PEFT continues to manage the parameters, the
-    files, and adapters that are added later. Existing optimizer state remains valid.
+    The LoRA layers then compute their outputs with fastlora. The model remains an ordinary PEFT
+    model. Only the classes of its LoRA layers and its tuner are replaced, with subclasses of PEFT's
+    own classes. PEFT continues to manage the parameters, the files, and adapters that are added
+    later. Existing optimizer state remains valid.
 
     Args:
         peft_model: A `peft.PeftModel`, or any module that PEFT has added LoRA layers to.
@@ -43,9 +44,9 @@ def patch(peft_model: nn.Module) -> FusionReport:
 
 
 def unpatch(peft_model: nn.Module) -> None:
-    """Restore the layer classes of a patched PEFT model.
+    """Undo `patch` on a PEFT model.
 
-    A model that is not patched is left unchanged.
+    The classes of the patched layers are restored. A model that is not patched is left unchanged.
 
     Raises:
         UnsupportedLayerError: Other code has changed the class of a patched layer.

@@ -24,20 +24,20 @@ from torch import nn
 
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
-from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
-from fastlora.layers.fallback_reasons import fusion_status
+from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import (
-    QuantizedBaseWeight,
+    BaseQuantizedWeight,
     peft_quantized_layers,
     prevent_repacking,
     quantized_weight_of,
 )
 from fastlora.layers.quantized_base import (
     call_base_layer,
-    clear_weight_caches,
+    clear_weight_dependent_caches,
     fallback_reason_base_called,
     quantized_base_of_call,
     quantized_base_of_layer,
@@ -55,10 +55,11 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class _FusedForwardMixin(BaseAdapterLayer):
-    """Mixin that implements the forward pass of every patched layer.
+    """Mixin that gives PEFT's LoRA layers fastlora's fused forward pass.
 
-    In cases that fastlora does not support, it calls the forward method of PEFT's layer. In each
-    patched class, this mixin precedes the PEFT layer class in the list of base classes.
+    It implements the forward pass of every patched layer. In cases that fastlora does not support,
+    it calls the forward method of PEFT's layer. In each patched class, this mixin precedes the PEFT
+    layer class in the list of base classes.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -89,14 +90,14 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _base_weight_or_output(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight and bias, or the base layer's output for ``x``.
+        """Return the base layer's weight, or its output for ``x``.
 
-        The output is computed only if the base layer is called with further arguments, or if
-        fastlora cannot read the base layer's weight directly.
+        A weight is returned with the bias. The output is computed only if the base layer is called
+        with further arguments, or if fastlora cannot read the base layer's weight directly.
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
-            plain = not fallback_reason_not_plain(module)
+            plain = not fallback_reason_not_plain_linear(module)
             base = Base(module.weight, module.bias) if plain else quantized_base_of_call(call)
         if base is not None:
             return base
@@ -106,21 +107,26 @@ class _FusedForwardMixin(BaseAdapterLayer):
         module = self.base_layer
         return (
             quantized_base_of_layer(self)
-            if fallback_reason_not_plain(module)
+            if fallback_reason_not_plain_linear(module)
             else Base(module.weight, module.bias)
         )
 
-    def _local_quantized(self: Any) -> QuantizedBaseWeight | None:
+    def _local_quantized(self: Any) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add or replace an adapter, as PEFT's layer does, and clear the packed factors."""
+        """Add or update an adapter, as PEFT's layer does.
+
+        The packed factors are then cleared.
+        """
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._move_scalings_to_factors([adapter_name])
         self._clear_model_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT's layer does, and clear the layer's caches.
+        """Delete an adapter of the layer, as PEFT does.
+
+        The layer's caches are then cleared.
 
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
@@ -131,23 +137,26 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_layer_caches(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Merge adapters, as PEFT's layer does.
+        """Merge adapters into the base weight, as PEFT's layer does.
 
         The layer's weight caches are cleared first.
         """
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge adapters, as PEFT's layer does.
+        """Unmerge the adapters from the base weight, as PEFT's layer does.
 
         The layer's weight caches are cleared first.
         """
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
+        """Raise `UnsupportedLayerError` if the layer does not support the mixed batch.
+
+        This is the case if a routed adapter cannot be used in a mixed batch.
+        """
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -171,19 +180,17 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _disabled(self: Any) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
         return self.disable_adapters
 
-    def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
-        """Return a tuple ``(fused, fallback_reason)`` for this layer.
+    def fusion(self: Any, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
-        ``fused`` is True if the base GEMM and the LoRA term are computed in one call.
+        The layer is fused if the base GEMM and the LoRA term are computed in one call.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             if _has_unsupported_variant(self, name):
-                return False, (
-                    f"adapter {name!r} uses {type(self.lora_variant[name]).__name__}, which runs "
-                    "in PEFT"
-                )
-        reason = fallback_reason_not_plain(
+                variant = type(self.lora_variant[name]).__name__
+                return FusionStatus(False, f"adapter {name!r} uses {variant}, which runs in PEFT")
+        reason = fallback_reason_not_plain_linear(
             self.base_layer, gathered
         ) and fallback_reason_base_called(self)
         return fusion_status(self, names, reason, gathered)
@@ -256,7 +263,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as PEFT's tuner does.
+        """Inject an adapter into the model, as PEFT does.
 
         The list of the model's LoRA layers is then updated.
         """
@@ -301,7 +308,10 @@ class FastPeftLoraModel(PeftLoraModel):
             router.group.check_no_open_blocks(operation)
 
     def _update_routed_layers(self) -> None:
-        """Update the list of LoRA layers for mixed batches, if the list already exists."""
+        """Update the list of routed layers.
+
+        These are the LoRA layers for mixed batches. If the list does not exist yet, do nothing.
+        """
         router = self.__dict__.get("_fastlora_router")
         if router is not None:
             router.routed_layers = None
@@ -309,7 +319,7 @@ class FastPeftLoraModel(PeftLoraModel):
                 patched_model_router(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model.
+        """Run the model's forward pass, and return the output.
 
         In a `fastlora.adapters` block, the batch size must match the number of adapter ids.
         """
@@ -328,9 +338,11 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Assign adapters to rows according to ``adapter_names`` for the duration of a call.
+        """Enable PEFT's forward hooks, or route by adapter names, in a ``with`` block.
 
-        The assignment is computed once for the whole model. PEFT computes it at every layer.
+        PEFT's hooks are not used if ``adapter_names`` is routed. The names assign adapters to rows.
+        The assignment is computed once for the whole model, whereas PEFT computes it at every
+        layer.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -392,7 +404,9 @@ class PatchedModelRouter:
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
-        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
+        """Return a list of the LoRA layers that take part in routing.
+
+        They select an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -422,7 +436,10 @@ class PatchedModelRouter:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Create the routing for a `fastlora.adapters` block. See `fastlora.adapters`."""
+        """Create the routing that assigns an adapter to each row of a batch.
+
+        The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
+        """
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
@@ -501,9 +518,10 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch all LoRA layers and tuners of a PEFT model, and return the number of LoRA layers.
+    """Patch the LoRA layers of a PEFT model in place, and return their number.
 
-    The number includes LoRA layers of classes that fastlora does not patch.
+    The tuners are patched too. The number includes LoRA layers of classes that fastlora does not
+    patch.
     """
     seen = 0
     for module in model.modules():
@@ -518,7 +536,10 @@ def patch_model(model: nn.Module) -> int:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Restore the classes that the layers and tuners of a model had before `patch_model`."""
+    """Unpatch all patched layers of a model.
+
+    This undoes `patch_model`. The layers and the tuners get back the classes that they had before.
+    """
     for module in model.modules():
         check_can_unpatch(module)
     for module in model.modules():
@@ -528,15 +549,14 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] | None:
-    """Return a tuple ``(fused, fallback_reason)`` for a PEFT LoRA layer.
-
-    For any other module, the result is None.
-    """
+def layer_fusion(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
+    """Return the fusion status of a PEFT LoRA layer, or None for any other module."""
     if isinstance(module, _FusedForwardMixin):
         return module.fusion(gathered)
     if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
-        return False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it"
+        return FusionStatus(False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it")
     if isinstance(module, PeftLoraLayer):
-        return False, f"PEFT {type(module).__name__} layer, which fastlora.patch() leaves unchanged"
+        return FusionStatus(
+            False, f"PEFT {type(module).__name__} layer, which fastlora.patch() leaves unchanged"
+        )
     return None

@@ -26,9 +26,10 @@ from fastlora.optimizers import create_loraplus_optimizer
 
 
 def unwrap_lora_model(model: object) -> Any:
-    """Return the `LoraModel` inside the wrappers of torch.compile, FSDP1, and DDP.
+    """Return the `LoraModel` inside a model's wrappers, or None if there is none.
 
-    A `LoraModel` without a wrapper is returned unchanged. For any other object, the result is None.
+    The wrappers are those of torch.compile, FSDP1, and DDP. A `LoraModel` without a wrapper is
+    returned unchanged.
     """
     while model is not None and not isinstance(model, LoraModel):
         inner: Any = getattr(model, "_modules", {})
@@ -38,9 +39,10 @@ def unwrap_lora_model(model: object) -> Any:
 
 
 def has_lora_layers(argument: object) -> bool:
-    """Return whether a value is a `LoraModel`, or a module that contains fastlora's LoRA layers.
+    """Return whether a value has fastlora's LoRA layers.
 
-    A module compiled with `torch.compile` is supported too.
+    This is the case for a `LoraModel`, and for a module that contains fastlora's LoRA layers. A
+    module compiled with `torch.compile` is supported too.
     """
     model = getattr(argument, "_orig_mod", argument)
     if not isinstance(model, nn.Module) or isinstance(model, LoraModel):
@@ -71,9 +73,10 @@ def set_peft_model_state_dict(
     *_: Any,
     **__: Any,
 ) -> Any:
-    """Copy tensors into an adapter's parameters. See `adapter_state.set_adapter_tensors`.
+    """Load a state dict into an adapter, and return the missing and unexpected keys.
 
-    The keys of ``peft_model_state_dict`` are those of PEFT's adapter files.
+    The tensors are copied into the adapter's parameters. The keys of ``peft_model_state_dict`` are
+    those of PEFT's adapter files. See `adapter_state.set_adapter_tensors`.
     """
     return adapter_state.set_adapter_tensors(
         unwrap_lora_model(model), adapter_name, peft_model_state_dict
@@ -88,7 +91,10 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Copy tensors into the base model. See `load_base_state_dict`."""
+    """Load a state dict into the base model, and return the missing and unexpected keys.
+
+    The tensors are copied. See `load_base_state_dict`.
+    """
     return load_base_state_dict(unwrap_lora_model(model).get_base_model(), state_dict, strict)
 
 

@@ -53,7 +53,10 @@ def register_classes_with_peft() -> None:
 def _create_patched_layer(
     target: nn.Module, adapter_name: str, *, config: Any, **options: Any
 ) -> Any:
-    """Create PEFT's LoRA layer for a module, patch it as `fastlora.patch` does, and return it."""
+    """Create PEFT's LoRA layer for a module, patch it, and return it.
+
+    It is patched in the same way as by `fastlora.patch`.
+    """
     from peft.tuners.lora import LoraModel as PeftTuner
 
     from fastlora.integrations.peft import patch_layer
@@ -66,9 +69,10 @@ def _create_patched_layer(
 
 
 def _override_from_pretrained(peft: Any) -> None:
-    """Override ``peft.PeftModel.from_pretrained`` with a method that also accepts a `LoraModel`.
+    """Override PEFT's ``from_pretrained`` so that it also accepts a `LoraModel`.
 
-    It uses fastlora to load an adapter into a `LoraModel`.
+    The method is that of `peft.PeftModel`. If it is called with a `LoraModel`, fastlora loads the
+    adapter into it.
     """
     theirs = peft.PeftModel.from_pretrained.__func__
 

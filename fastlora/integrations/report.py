@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.layers import LoraLayer
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.group_members import describe_group_sharing
 from fastlora.layers.quantized_base import describe_quantization
 from fastlora.ops.execution_mode import triton_status
@@ -22,7 +23,9 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """Describes whether a LoRA layer is fused. It is a row of the fusion report.
+    """Whether a LoRA layer is fused, and the reason.
+
+    It is a row of the fusion report.
 
     Attributes:
         name: Name of the layer in the model.
@@ -53,9 +56,9 @@ class LayerFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A report with one row for each LoRA layer of a model.
+    """A report on which LoRA layers of a model are fused.
 
-    ``str()`` formats the report as a table.
+    It has one row for each LoRA layer. ``str()`` formats the report as a table.
 
     Attributes:
         rows: One row for each LoRA layer, in the model's order.
@@ -99,7 +102,7 @@ class FusionReport:
         return "\n".join([line, *format_table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
-        """Return a description of how a layer is computed.
+        """Return a description of how a layer runs.
 
         The result is ``"Triton kernels"``, ``"PyTorch"``, or ``"base layer and separate LoRA"``.
         """
@@ -109,9 +112,10 @@ class FusionReport:
 
 
 def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Combine table rows that differ only in the part of the layer name before the last dot.
+    """Combine similar table rows.
 
-    The name in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
+    Rows are similar if they differ only in the part of the layer name before the last dot. The name
+    in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *others in rows:
@@ -123,7 +127,7 @@ def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Return the fusion report of a model.
+    """Return a report on which LoRA layers of a model are fused.
 
     Args:
         model: A fastlora model, a PEFT model (patched or not), or any other module, with or without
@@ -152,7 +156,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def auto_implementation(device: torch.device) -> tuple[str, str]:
-    """Return a tuple (implementation, reason): what ``impl="auto"`` selects, and why."""
+    """Return the implementation that ``impl="auto"`` selects on a device, and the reason.
+
+    The result is a tuple (implementation, reason).
+    """
     runs, reason = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", reason
@@ -165,7 +172,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
-def _verdict(module: nn.Module, gathered: bool) -> tuple[bool, str] | None:
+def _verdict(module: nn.Module, gathered: bool) -> FusionStatus | None:
     if isinstance(module, LoraLayer):
         return module.fusion(gathered)
     if "peft.tuners.lora.layer" in sys.modules:

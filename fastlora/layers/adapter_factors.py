@@ -50,15 +50,21 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
-    """Return a module's weight, or None if the module is not a plain `nn.Linear` without hooks."""
+    """Return the weight of a plain linear module, or None for any other module.
+
+    A plain linear module is an `nn.Linear` without hooks.
+    """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
     weight = module._parameters.get("weight")
     return weight if type(weight) is nn.Parameter else None
 
 
-def _has_replaced_weight(module: nn.Module) -> bool:
-    """Return whether a hook-free `nn.Linear` has a weight that is not an `nn.Parameter`."""
+def _has_non_parameter_weight(module: nn.Module) -> bool:
+    """Return whether a module has a weight that is not an `nn.Parameter`.
+
+    The result is False for a module that has hooks or is not an `nn.Linear`.
+    """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return False
     weight = module._parameters.get("weight")
@@ -72,7 +78,10 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's `Factors`, which contain its parameters.
+    """Return an adapter's factors, taken from the layer's parameters, or None.
+
+    The result is a `Factors` that contains the parameters. It is None if the adapter's modules must
+    be called.
 
     Returns None if the adapter's modules must be called.
 
@@ -144,7 +153,7 @@ def fallback_reason_adapter_called(
                 if gathered and not any(map(has_module_hooks, modules)):
                     continue
                 return f"adapter {name!r} has sharded factors (DTensors) that are not gathered"
-            if any(map(_has_replaced_weight, modules)):
+            if any(map(_has_non_parameter_weight, modules)):
                 return (
                     f"adapter {name!r} has a factor that was replaced by a plain tensor, as "
                     "torch.func.functional_call does unless it is given nn.Parameter objects"
@@ -159,10 +168,11 @@ def fallback_reason_adapter_called(
 def scaling_as_scalar_tensor(
     layer: LinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
-    """Return an adapter's scaling as a zero-dimensional tensor on x's device.
+    """Return an adapter's scaling as a scalar tensor.
 
-    The dtype is fp64 if x is fp64, and fp32 otherwise. In a graph that is being compiled, the
-    tensor is an input of the graph; a number would be a constant of the graph.
+    The tensor has no dimensions and is on x's device. The dtype is fp64 if x is fp64, and fp32
+    otherwise. In a graph that is being compiled, the tensor is an input of the graph; a number
+    would be a constant of the graph.
     """
     x = call.x
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -177,9 +187,10 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return the scalings as a tensor ``[S]`` on x's device, in fp32 (or fp64 if x is fp64).
+    """Return the scalings as one tensor on x's device.
 
-    If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its value.
+    The tensor is ``[S]``, in fp32 (or fp64 if x is fp64). If PEFT's compiled hot swap has made a
+    scaling a tensor, the host does not read its value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -218,18 +229,25 @@ def dora_scales_of_adapters(
 
 
 class AdapterSource(Protocol):
-    """Protocol for the source of a batch's adapters, which is the model itself or a pool."""
+    """Protocol for the source of a batch's adapters.
+
+    The source is the model itself or a pool.
+    """
 
     @property
     def loaded_adapters(self) -> tuple[Any, ...] | None:
-        """The pool's entries by slot, or None if the adapters are not in a pool.
+        """The adapters loaded in the source, or None.
 
-        The entry of an empty slot is None.
+        The value is None if the source is not a pool. The tuple has an entry for each slot, which
+        is None for an empty slot.
         """
 
     @property
     def tables(self) -> AddressTables | None:
-        """The pool's address tables, or None if the adapters are not in a pool."""
+        """The source's address tables, or None if it has none.
+
+        Only a pool has address tables.
+        """
 
     def factors(
         self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
@@ -313,9 +331,9 @@ class PoolSource:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def dora_scales(self, call: MixedCall, slots: Sequence[int]) -> list[DoraScaleTerms]:
-        """Return the given slots' DoRA scales, which the pool caches.
+        """Return the DoRA scales of the given slots.
 
-        See `fastlora.pool.scales`.
+        The pool caches them. See `fastlora.pool.scales`.
         """
         found: list[Any] = [
             self.loaded_adapters[slot] for slot in slots
@@ -334,10 +352,10 @@ def factors_in_slots(
     which: Sequence[int],
     excluded: Sequence[int] = (),
 ) -> Slots:
-    """Return a layer's factors in the given slots as a list.
+    """Return a layer's factors in the given slots.
 
-    The list has one entry for each slot in ``which``. The entry is None for a slot in ``excluded``
-    and for an adapter that does not adapt the layer.
+    The result is a list that has one entry for each slot in ``which``. The entry is None for a slot
+    in ``excluded`` and for an adapter that does not adapt the layer.
     """
     found: Slots = []
     for slot in which:

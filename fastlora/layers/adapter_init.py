@@ -19,7 +19,10 @@ from fastlora.validation import AdapterStateError, InitializationError, Unsuppor
 
 
 class InitializableLayer(Protocol):
-    """Protocol for the attributes of a `LoraLayer` that adapter initialization uses."""
+    """Protocol for a layer whose adapters can be initialized.
+
+    It has the attributes of a `LoraLayer` that adapter initialization uses.
+    """
 
     merged_adapters: Any
     is_split: bool
@@ -93,9 +96,10 @@ class AdapterInitializer:
 
     @torch.no_grad()
     def initialize_weights(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
-        """Initialize the weights of new factor modules.
+        """Initialize the weights of the modules lora_a and lora_b in place.
 
-        A bias of lora_b becomes zero, except with ``init_lora_weights=False``.
+        They are new factor modules. A bias of lora_b becomes zero, except with
+        ``init_lora_weights=False``.
 
         Args:
             lora_a: A linear ``[R, K]``, or a convolution.
@@ -182,7 +186,10 @@ def find_calibration(
 
 
 def delete_calibration(layer: InitializableLayer, init: InitMethod) -> None:
-    """Delete a layer's calibration result after an adapter has been initialized from it."""
+    """Delete a layer's calibration result.
+
+    This is called after an adapter has been initialized from it.
+    """
     found = find_calibration(layer, init)
     if found is not None:
         delattr(found[0], init.data)

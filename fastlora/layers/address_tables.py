@@ -51,11 +51,12 @@ def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | No
 def _build_model_tables(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> AddressTables | Literal[False]:
-    """Build address tables for a batch's adapters on all layers, or return False if this fails.
+    """Build the address tables of a model, or return False if they cannot be built.
 
-    The result is False if a factor is not a plain tensor, or if factors are on several devices.
-    Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once, because
-    kernels read it transposed, as rank rows.
+    The tables contain the addresses of a batch's adapters on all layers. The result is False if a
+    factor is not a plain tensor, or if factors are on several devices. Kernels read lora_a in place
+    if its dtype and layout allow it. lora_b is copied once, because kernels read it transposed, as
+    rank rows.
     """
     found = _collect_factors(routing, watch)
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
@@ -87,7 +88,10 @@ def _build_model_tables(
 def _collect_factors(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> list[tuple[int, int, Factors]] | None:
-    """Return a list of tuples (row, column, factors), one for every adapter on every layer.
+    """Collect the factors of every adapter on every layer, with their positions in the tables.
+
+    The result is a list of tuples (row, column, factors), or None if a factor is not a plain
+    tensor.
 
     Returns None if a factor is not a plain tensor.
     """
@@ -108,9 +112,9 @@ def _collect_factors(
 
 
 def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Make a tensor contiguous and aligned to 16 bytes, as kernels require.
+    """Return a tensor in the given dtype, with the alignment that kernels require.
 
-    The result has dtype ``dtype``, and is a copy only if necessary.
+    The result is contiguous and aligned to 16 bytes. It is a copy only if necessary.
     """
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastlora.layers import parts
 from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import (
     LayerAdapterSettings,
     LayerKind,
@@ -29,7 +30,7 @@ from fastlora.layers.layer_kinds import (
 )
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.unfused import UnfusedLoraLayer
+from fastlora.layers.unfused import BaseUnfusedLoraLayer
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing.active import active_routing
 from fastlora.validation import UnsupportedLayerError
@@ -49,16 +50,18 @@ class AttentionOutProjection(FastLoraWrapper):
 
     is_linear = False
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
         This layer never runs fused.
         """
-        return False, _FALLBACK_REASON
+        return FusionStatus(False, _FALLBACK_REASON)
 
 
-class FastLoraMultiheadAttention(UnfusedLoraLayer):
-    """LoRA layer for an `nn.MultiheadAttention` or an instance of a subclass.
+class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
+    """LoRA layer for an `nn.MultiheadAttention`.
+
+    The module may also be an instance of a subclass.
 
     Args:
         base_layer: The attention module. Its out_proj is replaced by a LoRA layer until `release`.
@@ -98,9 +101,9 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Return the attention module without adapters.
+        """Release the base layer from this layer, and return it.
 
-        Its original out_proj is restored.
+        The original out_proj of the attention module is restored.
         """
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
@@ -151,7 +154,10 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
 
 
 def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Return ``weight [N, K]`` plus a layer's LoRA updates, rounded once to the weight's dtype."""
+    """Add a layer's LoRA updates to a weight, and return the result.
+
+    The weight is ``[N, K]`` and is not changed. The result is rounded once to the weight's dtype.
+    """
     if not names:
         return weight
     wide = torch.promote_types(torch.float32, weight.dtype)

@@ -14,7 +14,7 @@ from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
 from fastlora.layers.linear_with_adapters import LinearWithAdapters
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.weights_version import weights_versions
@@ -26,17 +26,18 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
     These are the caches that depend on the layer's weights. They include the packed factors that
     the layer's model caches for mixed batches.
     """
-    clear_weight_caches(layer)
+    clear_weight_dependent_caches(layer)
     clear_group_cache(layer)
     weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
     layer._clear_model_packed_factors()
 
 
 class BaseAdapterLayer(LinearWithAdapters):
-    """Base class of layers with adapters: fastlora's own layers and patched PEFT layers.
+    """Base class of layers with adapters.
 
-    Switching between training and evaluation clears all values cached for the weights. ``scaling``
-    is always a `Scalings`, with tensors on the device of the factors.
+    The layers are fastlora's own layers and patched PEFT layers. Switching between training and
+    evaluation clears all values cached for the weights. ``scaling`` is always a `Scalings`, with
+    tensors on the device of the factors.
     """
 
     has_shared_input_group = has_shared_input_group
@@ -51,14 +52,18 @@ class BaseAdapterLayer(LinearWithAdapters):
     _local_magnitude = dora_magnitude_of
 
     def _clear_model_packed_factors(self) -> None:
-        """Clear the model's packed factors for mixed batches, also in open ``with`` blocks."""
+        """Clear the model's packed factors.
+
+        These are the packed factors for mixed batches. They are also cleared in open ``with``
+        blocks.
+        """
         if self.routing_group is not None:
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return this process's part of the base weight, as a dense matrix ``[N, K]``.
+        """Return this process's part of the base weight.
 
-        By default, it is the whole weight.
+        The result is a dense matrix ``[N, K]``. By default, it is the whole weight.
         """
         return dense_weight(self.get_base_layer())
 

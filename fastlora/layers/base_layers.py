@@ -34,8 +34,8 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def fallback_reason_not_plain(module: nn.Module, gathered: bool = False) -> str:
-    """Return the fallback reason if a module is not a plain `nn.Linear`, or an empty string.
+def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
+    """Return the reason why a module is not a plain `nn.Linear`, or an empty string if it is.
 
     ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
 
@@ -90,13 +90,18 @@ def factor_reference(base: nn.Module) -> torch.Tensor | None:
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Return whether tensor parallelism shards a module's weight, supported or not."""
+    """Return whether a module's weight is sharded by tensor parallelism.
+
+    The result does not depend on whether adapters support the sharding.
+    """
     split = getattr(module, "_distribute_module_applied", False)
     return bool(split) and is_dtensor(module._parameters.get("weight"))
 
 
 def tensor_parallel_style(module: nn.Module) -> str | None:
-    """Return `COLUMN_WISE` or `ROW_WISE` for a tensor-parallel module, or None for other modules.
+    """Return a module's tensor-parallel style, or None if it is not tensor-parallel.
+
+    The style is `COLUMN_WISE` or `ROW_WISE`.
 
     Raises:
         UnsupportedLayerError: Adapters do not support the way in which the weight is split.
@@ -194,7 +199,10 @@ def dense_weight(
 
 
 def stores_weight_transposed(module: nn.Module) -> bool:
-    """Return whether a linear-like module stores its weight as ``[K, N]``."""
+    """Return whether a module stores its weight transposed.
+
+    A linear-like module that does so stores its weight as ``[K, N]``.
+    """
     return type(module).__name__ == "Conv1D"
 
 
@@ -228,10 +236,11 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
 
 
 def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Replace a linear-like module's weight with ``weight [N, K]``, keeping its dtype and layout.
+    """Replace a module's weight.
 
-    The parameter object stays the same. The memory of its old values is not overwritten, because
-    other code may refer to it. A quantized weight is quantized again. See
+    The module is linear-like, and the new weight is ``[N, K]``. The dtype and the layout stay the
+    same. The parameter object stays the same. The memory of its old values is not overwritten,
+    because other code may refer to it. A quantized weight is quantized again. See
     `reason_weight_not_replaceable`.
     """
     found = quantized_weight_of(module)
@@ -244,11 +253,11 @@ def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
 
 
 def make_weight_restorer(module: nn.Module, offload: bool) -> Callable[[], None]:
-    """Return a function that restores a module's current weight, bit for bit.
+    """Return a function that restores a module's current weight.
 
-    `replace_weight` does not overwrite the old values, so no copy is needed. If ``offload`` is set,
-    the values of a weight on an accelerator are copied to the CPU, for models that do not fit there
-    twice.
+    The weight is restored bit for bit. `replace_weight` does not overwrite the old values, so no
+    copy is needed. If ``offload`` is set, the values of a weight on an accelerator are copied to
+    the CPU, for models that do not fit there twice.
     """
     found = quantized_weight_of(module)
     if found is not None:

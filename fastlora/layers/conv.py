@@ -32,7 +32,7 @@ from fastlora.layers.layer_kinds import (
     register_layer_kind,
 )
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.layers.unfused import BaseAdditiveLoraLayer
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
@@ -44,7 +44,7 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 }
 
 
-class FastLoraConv(AdditiveLoraLayer):
+class FastLoraConv(BaseAdditiveLoraLayer):
     """LoRA layer for a convolution.
 
     The convolution, which may be an instance of a subclass, is called unchanged.
@@ -81,10 +81,14 @@ class FastLoraConv(AdditiveLoraLayer):
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _reshape_to_magnitude(self, norms: torch.Tensor) -> torch.Tensor:
-        return self._broadcast_over_channels(norms).unsqueeze(0)
+        return self._align_with_channel_dimension(norms).unsqueeze(0)
 
-    def _broadcast_over_channels(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Reshape per-channel values ``[N]`` to ``[N, 1, ...]``, so that they broadcast over y."""
+    def _align_with_channel_dimension(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Reshape per-channel numbers so that they align with the channel dimension.
+
+        Numbers ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions
+        of y.
+        """
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
     def _local_magnitude(self, name: str) -> torch.Tensor:
@@ -92,7 +96,7 @@ class FastLoraConv(AdditiveLoraLayer):
 
     # ------------------------------------------------------------------------------------ forward
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return (x.shape[0], 1) if x.dim() == self.weight.dim() else (1, 0)
 
     def _add_update(
@@ -116,21 +120,25 @@ class FastLoraConv(AdditiveLoraLayer):
         if dropped is not inner:
             scaled = base._conv_forward(dropped.to(base.weight.dtype), base.weight, None)
         else:
-            scaled = y if base.bias is None else y - self._broadcast_over_channels(base.bias)
-        g = self._broadcast_over_channels(g)
+            scaled = y if base.bias is None else y - self._align_with_channel_dimension(base.bias)
+        g = self._align_with_channel_dimension(g)
         return y + (g - 1.0) * scaled + g * update
 
     # ------------------------------------------------------------------------ weight and factors
 
     def _flatten_kernels(self, kernels: torch.Tensor) -> torch.Tensor:
-        """Flatten kernels ``[N, C, ...]`` to ``[N, K]``, in the memory order of the base weight.
+        """Flatten convolution kernels ``[N, C, ...]`` to a matrix ``[N, K]``.
 
-        The result for the base weight is therefore a view of it.
+        The elements are in the memory order of the base weight, so the result for the base weight
+        is a view of it.
         """
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Undo `_flatten_kernels`, and return a tensor of shape ``shape``."""
+        """Reshape a matrix to convolution kernels of shape ``shape``.
+
+        This undoes `_flatten_kernels`.
+        """
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
@@ -140,9 +148,9 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a and lora_b, as matrices, and its lora_bias or None.
+        """Return an adapter's lora_a, lora_b, and lora_bias or None.
 
-        If the convolution has groups, lora_b is ``[N, R / groups]``.
+        The factors are matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias
@@ -157,11 +165,12 @@ class FastLoraConv(AdditiveLoraLayer):
             up.bias.copy_(bias)
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update from which DoRA's norms are computed, as in PEFT.
+        """Return the two factors from which an adapter's DoRA norms are computed.
 
-        With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
-        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped
-        product is row ``n//groups`` of lora_B times share ``n%groups`` of lora_A's input channels.
+        The norms are those of PEFT. With one group, the two factors are the adapter's own. With
+        groups, PEFT multiplies the flattened ``lora_B`` and ``lora_A`` and reshapes the product to
+        ``[N, C / groups, ...]``. Row n of the reshaped product is row ``n//groups`` of lora_B times
+        share ``n%groups`` of lora_A's input channels.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
@@ -177,9 +186,10 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._flatten_kernels(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's weight update in the shape of the base weight.
+        """Return an adapter's weight update.
 
-        A convolution with groups is not supported and raises an error.
+        It has the shape of the base weight. A convolution with groups is not supported and raises
+        an error.
         """
         self._raise_if_grouped("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)

@@ -40,7 +40,7 @@ from fastlora.layers.fallback_reasons import raise_if_triton_required
 from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base, number_tensor_without_sync
 from fastlora.ops.rows import Rows
-from fastlora.ops.seeds import seeds_of_layer
+from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_columns
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.routing.routing import Routing
@@ -73,7 +73,7 @@ def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._local_dropout_seed(ops.draw_seed(x, conditions.impl)),
         )
-    bias = layer._local_bias()
+    bias = layer._local_base_bias()
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
@@ -92,9 +92,10 @@ def _scale_and_add_bias(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scale ``u [..., N]`` by DoRA's g, and add the bias.
+    """Scale ``u [..., N]`` for DoRA, and add the bias.
 
-    The result overwrites u if no autograd graph is recorded.
+    The scale is DoRA's g, which is computed from the magnitude and the squared norms. The result
+    overwrites u if no autograd graph is recorded.
     """
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, magnitude, squares)
@@ -104,12 +105,15 @@ def _scale_and_add_bias(
 
 
 def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Apply a DoRA adapter to y by calling the adapter's modules, as PEFT does."""
+    """Apply a DoRA adapter to y by calling the adapter's modules.
+
+    This is how PEFT applies it.
+    """
     layer, x, conditions = call.layer, call.original_x, call.conditions
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
     dropout, scaling = layer.lora_dropout[name], scaling_as_scalar_tensor(layer, name, call)
-    bias, magnitude = layer._local_bias(), dora_magnitude_of(layer, name)
+    bias, magnitude = layer._local_base_bias(), dora_magnitude_of(layer, name)
     inner = x.to(down.weight.dtype) if conditions.autocast is None else x
     inner = dropout(inner)
     factors = down.weight, up.weight, scaling
@@ -132,7 +136,9 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlots(NamedTuple):
-    """The slots of a batch whose adapters use DoRA on one layer.
+    """The slots of a batch whose adapters use DoRA.
+
+    The slots are those of one layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
@@ -184,7 +190,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> to
     y includes the bias. On entry, the rows of ``slots.dropped`` contain the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
-    (scaled, dropped), bias, rows = slots, layer._local_bias(), None
+    (scaled, dropped), bias, rows = slots, layer._local_base_bias(), None
     if not compiling and _needs_gathered_rows(layer, y, bias, routing, slots):
         rows = call.sorted_rows(read_on_host=True)
         scaled = tuple(slot for slot in scaled if slot in rows.used_slots)
@@ -210,7 +216,10 @@ def _needs_gathered_rows(
     routing: Routing,
     slots: DoraSlots,
 ) -> bool:
-    """Return whether DoRA must gather each adapter's rows, which autograd and dropout require."""
+    """Return whether each adapter's rows must be gathered for DoRA.
+
+    Autograd and dropout require it.
+    """
     if slots.dropped:
         return True
     magnitudes = []
@@ -225,7 +234,7 @@ def _apply_dora_with_dropout(
     """Apply the DoRA adapters with active dropout to their rows of ``y [..., N]``."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
-        seeds = seeds_of_layer(routing.seeds, layer.routing_index)
+        seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index)
     else:
         seeds = routing.layer_dropout_seeds(layer.routing_index, torch.device("cpu"))
     adapters: list[torch.Tensor] = []
@@ -249,11 +258,12 @@ def _apply_dora_with_dropout(
 def _scale_rows_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Return a copy of ``y [..., N]`` in which each row is scaled by its adapter's DoRA scale.
+    """Scale each row of ``y [..., N]`` by its adapter's DoRA scale, and return the result.
 
-    ``scales`` maps a slot to the scale of its rows. Other rows are not scaled, and neither is
-    ``bias [N]``, which y includes. The function is for calls that record no autograd graph, and for
-    traced calls. Everything runs on y's device, without waiting for the ids.
+    y itself is not changed. ``scales`` maps a slot to the scale of its rows. Other rows are not
+    scaled, and neither is ``bias [N]``, which y includes. The function is for calls that record no
+    autograd graph, and for traced calls. Everything runs on y's device, without waiting for the
+    ids.
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
@@ -318,7 +328,7 @@ def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tens
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:
         return y
-    flat, bias = y.view(-1, y.shape[-1]), layer._local_bias()
+    flat, bias = y.view(-1, y.shape[-1]), layer._local_base_bias()
     rows, impl = call.sorted_rows(), call.conditions.backend
     own = rows_for_address_tables(rows) if impl == "triton" else rows.operator_arguments()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)

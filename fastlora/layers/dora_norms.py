@@ -20,13 +20,14 @@ _StampArguments = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
 
 
 class DoraNormCache(UncopiedCache):
-    """Cache of the squared row norms of a layer's base weight and adapted weights.
+    """Cache of a layer's DoRA norms.
 
-    Norms of adapted weights are cached only while gradients are disabled. Each entry is stored with
-    a `TensorStamp` of the tensors that it was computed from. A stamp does not detect in-place
-    writes through ``.data``; call `LoraLayer.clear_caches` after them. Nor does it detect that
-    FSDP2 has gathered parameters, so nothing is cached in a process that uses FSDP2. A copied layer
-    starts with an empty cache.
+    These are the squared row norms of the base weight and of the adapted weights. Norms of adapted
+    weights are cached only while gradients are disabled. Each entry is stored with a `TensorStamp`
+    of the tensors that it was computed from. A stamp does not detect in-place writes through
+    ``.data``; call `LoraLayer.clear_caches` after them. Nor does it detect that FSDP2 has gathered
+    parameters, so nothing is cached in a process that uses FSDP2. A copied layer starts with an
+    empty cache.
 
     Attributes:
         base: The stamp of the base weight.
@@ -55,7 +56,8 @@ def may_cache_tensors(device: torch.device) -> bool:
 def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
     """Return a stamp that detects changes to a layer's base weight, or None if no stamp can.
 
-    The same object is returned until the weight changes or `clear_weight_caches` clears it.
+    The same object is returned until the weight changes or
+    `clear_weight_dependent_caches` clears it.
     """
     watched = _base_stamp_arguments(layer)
     if watched is None:
@@ -78,9 +80,10 @@ def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeig
 def base_squared_norms(
     layer: LinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
 ) -> torch.Tensor:
-    """Return the squared row norms ``[N]`` of the base weight, cached until the weight changes.
+    """Return the squared row norms ``[N]`` of a layer's base weight.
 
-    If ``compiling`` is set, because a graph is being compiled, nothing is cached.
+    They are cached until the weight changes. If ``compiling`` is set, because a graph is being
+    compiled, nothing is cached.
     """
     if compiling:
         return squared_row_norms(weight, in_one_pass=True)
@@ -134,10 +137,11 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: LinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return an adapter's `local_adapted_squared_norms`, from the cache if possible.
+    """Return the squared norms of an adapter's adapted weight, from the cache if possible.
 
-    If gradients are enabled, the sums are computed in every forward pass, because an optimizer may
-    be about to step, and not all optimizers change the versions of tensors.
+    They are those of `local_adapted_squared_norms`. If gradients are enabled, the sums are computed
+    in every forward pass, because an optimizer may be about to step, and not all optimizers change
+    the versions of tensors.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight
@@ -173,7 +177,10 @@ def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments for `stamp_tensors`, or None if a stamp cannot detect changes."""
+    """Return the arguments for stamping ``tensors`` and ``context``, or None if that is impossible.
+
+    They are the arguments of `stamp_tensors`. None means that a stamp cannot detect changes.
+    """
     if uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
@@ -197,9 +204,10 @@ def _get_or_compute(
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's cached value for ``name``, computing it if its stamp is not valid.
+    """Return a layer's cached tensor for ``name``, or compute and cache it.
 
-    If ``watched`` is None, nothing is cached.
+    It is computed if the stamp of the cached tensor is not valid. If ``watched`` is None, nothing
+    is cached.
     """
     if watched is None:
         return make()

@@ -30,12 +30,12 @@ from fastlora.layers.layer_kinds import (
 )
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.parts import Factor
-from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.layers.unfused import BaseAdditiveLoraLayer
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
 
-class FastLoraEmbedding(AdditiveLoraLayer):
+class FastLoraEmbedding(BaseAdditiveLoraLayer):
     """LoRA layer for an `nn.Embedding`.
 
     The embedding, which may be an instance of a subclass, is called unchanged.
@@ -80,7 +80,7 @@ class FastLoraEmbedding(AdditiveLoraLayer):
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name], None
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel(), x.dim()
 
     def _add_update(

@@ -6,7 +6,7 @@ mode, and of CUDA graph captures.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,13 +29,24 @@ DORA_WITH_DROPOUT = (
 )
 
 
+class FusionStatus(NamedTuple):
+    """Whether a layer runs fused, and the fallback reason if it does not.
+
+    Attributes:
+        fused: Whether the layer computes the base GEMM and the LoRA update in one call.
+        fallback_reason: Reason why the layer does not run fused, or an empty string if it does.
+    """
+
+    fused: bool
+    fallback_reason: str
+
+
 def fusion_status(
     layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
-) -> tuple[bool, str]:
-    """Return whether a layer runs fused, and the fallback reason if it does not.
+) -> FusionStatus:
+    """Return whether a layer runs fused with the given adapters and, if not, the reason.
 
-    A fused layer computes the base GEMM and the active adapters in one call. In this case, the
-    reason is an empty string.
+    A fused layer computes the base GEMM and the active adapters in one call.
 
     Args:
         layer: The layer.
@@ -54,7 +65,7 @@ def fusion_status(
             "several active adapters with dropout: the first is fused, the others are added "
             "separately"
         )
-    return not reason, reason
+    return FusionStatus(not reason, reason)
 
 
 def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
@@ -77,10 +88,10 @@ def reason_dora_prevents_fusion(layer: LinearWithAdapters, names: list[str]) -> 
 
 
 def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> None:
-    """Raise `ImplementationError` if a layer that has to fall back requires Triton.
+    """Raise `ImplementationError` if a layer requires Triton.
 
-    A layer with ``impl="triton"`` requires Triton. The caller has found that the adapters' modules
-    must be called.
+    The layer has to fall back. A layer with ``impl="triton"`` requires Triton. The caller has found
+    that the adapters' modules must be called.
     """
     if layer.impl == "triton":
         raise ImplementationError(
@@ -89,7 +100,10 @@ def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> Non
 
 
 def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the error message for a CUDA graph that cannot be captured with a pool."""
+    """Return the error message for a CUDA graph that cannot be captured.
+
+    The message is for a model with a pool.
+    """
     if inference_only:
         reason = "the layer runs without kernels"
     elif autocast_dtype is not None:
@@ -105,10 +119,12 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
     )
 
 
-def fallback_reason_for_pytorch_gemms(
-    inference_only: bool, autocast_dtype: torch.dtype | None
-) -> str:
-    """Return the reason why a mixed batch uses PyTorch's GEMMs although kernels are available."""
+def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
+    """Return the reason why a mixed batch falls back.
+
+    It falls back to PyTorch's GEMMs. The function is only called for such a batch, and only if
+    kernels are available.
+    """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"
     if not inference_only:

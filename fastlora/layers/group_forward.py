@@ -43,7 +43,7 @@ from fastlora.layers.group_members import (
 )
 from fastlora.layers.shared_input import SharedInputGroup, observe_group
 from fastlora.layers.table_launch import (
-    TableLaunch,
+    TableLaunchArguments,
     linear_from_tables,
     run_launch_with_neighbors,
 )
@@ -67,7 +67,7 @@ _memory_of = torch.Tensor.untyped_storage
 
 
 # A layer's operands: the active adapter, the adapters of all slots, or the tables of a mixed batch.
-_LayerFactors = Factors | Slots | TableLaunch
+_LayerFactors = Factors | Slots | TableLaunchArguments
 
 
 def group_forward(
@@ -81,8 +81,9 @@ def group_forward(
     Args:
         call: The call of the layer.
         base: The base layer.
-        own: The `Factors` of the active adapter, the `Slots` of a mixed batch, or the `TableLaunch`
-            where kernels find the factors of a mixed batch. With a `TableLaunch`, y is ``[M, N]``.
+        own: The `Factors` of the active adapter, the `Slots` of a mixed batch, or the
+            `TableLaunchArguments` with which kernels find the factors of a mixed batch. With a
+            `TableLaunchArguments`, y is ``[M, N]``.
 
     Returns:
         The shared result, or None if the layer runs alone.
@@ -91,10 +92,10 @@ def group_forward(
     if call.conditions.compiling:
         return (
             None
-            if isinstance(own, TableLaunch) or not records
+            if isinstance(own, TableLaunchArguments) or not records
             else _s_in_compiled_graph(call, _as_slots(own))
         )
-    table_launch = own if isinstance(own, TableLaunch) else None
+    table_launch = own if isinstance(own, TableLaunchArguments) else None
     group = observe_group(layer, x) if table_launch is None else table_launch.group
     if group is None or (not records and isinstance(own, list)):
         return None
@@ -162,12 +163,12 @@ def _as_slots(own: Factors | Slots) -> Slots:
 
 
 def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return the state that all results of a call depend on, such as the open block and autocast.
+    """Return the objects that all results of a call depend on.
 
-    Items are compared by identity.
+    They are state such as the open block and autocast, and are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
-    if isinstance(own, TableLaunch):
+    if isinstance(own, TableLaunchArguments):
         # With gradients enabled, every call starts a new weights version. It is left out here,
         # because a pool's adapters are not trained.
         return own.rows, own.of, own.invariant, None if records else weights_versions.trained
@@ -184,14 +185,15 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
 def _operand_cache_key(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: PrecomputedResult
 ) -> tuple[object, ...] | None:
-    """Return a cache key for the operands that a layer would use to compute ``made``.
+    """Return a cache key for a layer's operands, or None if there is none.
 
-    Returns None if the layer cannot use such a result, or if writes to its tensors are not counted.
+    The operands are those that the layer would use to compute ``made``. There is no key if the
+    layer cannot use such a result, or if writes to its tensors are not counted.
     """
     # The stream is determined as in `cuda_stream_handle`, without a Python call.
     x = call.original_x
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if isinstance(own, TableLaunch):
+    if isinstance(own, TableLaunchArguments):
         if made.y is None:
             return stream, own.first, len(own.members)
         return _tensor_cache_key(stream, None, _base_tensors(base))
@@ -205,9 +207,10 @@ def _operand_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key that changes with the tensors, or None for inference tensors.
+    """Return a cache key for a stream, a dropout probability, and tensors, or None.
 
-    PyTorch does not count writes to inference tensors.
+    The key changes with the tensors. It is None for inference tensors, because PyTorch does not
+    count writes to them.
     """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
@@ -218,7 +221,10 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for s, which depends on every lora_a and the dropout probabilities."""
+    """Return a cache key for the s of the given slots, or None if there is none.
+
+    It depends on every lora_a and the dropout probabilities.
+    """
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _tensor_cache_key(stream, dropout_p, [a for a in lora_a_by_slot(own) if a is not None])
 
@@ -328,7 +334,7 @@ def _compute_s_together(
 
 
 def _active_dropout_p(slots: Slots) -> float:
-    """Return a layer's active dropout probability, or 0 without dropout.
+    """Return the active dropout probability of a layer's slots, or 0 without dropout.
 
     `select_sharing_layers` ensures that at most one adapter of the layer has active dropout.
     """
@@ -380,7 +386,7 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> Precomput
 
 
 def _compute_outputs_with_neighbors(
-    call: MixedCall, base: Base, own: TableLaunch
+    call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
     """Use one launch to compute the outputs of a layer and its neighbors in the address tables.
 
@@ -412,7 +418,7 @@ def _compute_outputs_with_neighbors(
 
 
 def _compute_output_and_neighbor_s(
-    call: MixedCall, base: Base, own: TableLaunch
+    call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
     """Use one call to compute a layer's output, and s for its neighbors in the address tables.
 

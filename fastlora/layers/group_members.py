@@ -44,9 +44,10 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class PreparedGroupLaunch:
-    """Prepared arguments for computing the outputs of several layers of a group in one call.
+    """Prepared launch for several layers of a group.
 
-    The layers are the one that is called first and those that are called after it.
+    It consists of the arguments for computing the outputs of these layers in one call. The layers
+    are the one that is called first and those that are called after it.
 
     Attributes:
         dtype, device: Dtype and device of x.
@@ -75,7 +76,10 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the launch was prepared for these tensors and for x's dtype and device."""
+        """Return whether the launch was prepared for x, the base layer, and the factors.
+
+        Of x, only the dtype and the device must match.
+        """
         before, known = self.own, self.base
         return (
             own.lora_a is before.lora_a
@@ -91,7 +95,7 @@ class PreparedGroupLaunch:
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node can still compute all layers."""
+        """Return whether one autograd node can still compute all of the layers for x."""
         if not self.others:
             return True
         if has_gradient_hooks(self.tensors):
@@ -106,7 +110,10 @@ class PreparedGroupLaunch:
 def prepare_group_launch(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PreparedGroupLaunch:
-    """Prepare one launch for a layer and, where possible, for the layers called after it."""
+    """Prepare one launch for a layer and other members of its shared-input group.
+
+    The other members are, where possible, the layers called after it.
+    """
     layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []
     apart = torch.is_grad_enabled() and has_gradient_hooks(operand_tensors(base, own))
@@ -155,12 +162,12 @@ def prepare_group_launch(
 def _groupable_operands(
     member: LinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return another layer's (base, factors), or None if one call cannot compute both layers.
+    """Return a member's base and factors, or None if it cannot join the first layer's launch.
 
-    With gradients there are two more conditions. No parameter may have hooks, because the shared
-    node calls them, with None, for a y that was never used. If x needs no gradient, both layers
-    must train or neither, because autograd treats every output of a node as one that needs a
-    gradient.
+    It can join if one call can compute both layers. With gradients there are two more conditions.
+    No parameter may have hooks, because the shared node calls them, with None, for a y that was
+    never used. If x needs no gradient, both layers must train or neither, because autograd treats
+    every output of a node as one that needs a gradient.
     """
     records, x = torch.is_grad_enabled(), call.original_x
     hooked = records and has_module_hooks(member)
@@ -203,7 +210,10 @@ def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: F
 
 
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return a list of the tensors other than x that a layer's output depends on."""
+    """Return a list of the tensors in a layer's base and factors.
+
+    The layer's output depends on these tensors and on x.
+    """
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
         if tensor is not None:
@@ -217,11 +227,12 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 def select_sharing_layers(
     members: Sequence[LinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Select the layers that can share a pass over x, and return a tuple (pairs, reason).
+    """Select the members that can share a layer's pass over x.
 
-    Each pair is a layer and a list of its factors by slot. If the calling layer itself cannot
-    share, the list of pairs is empty and the reason explains it. Otherwise it is the reason why the
-    last layer that was left out cannot share, or empty if none was left out.
+    Returns a tuple (pairs, reason). Each pair is a layer and a list of its factors by slot. If the
+    calling layer itself cannot share, the list of pairs is empty and the reason explains it.
+    Otherwise it is the reason why the last layer that was left out cannot share, or empty if none
+    was left out.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""
@@ -243,9 +254,10 @@ def select_sharing_layers(
 def _factors_or_reason(
     member: LinearWithAdapters, call: UniformCall | MixedCall
 ) -> tuple[Slots | None, str]:
-    """Return another layer's factors by slot, or the reason why it cannot share a pass over x.
+    """Return a member's factors by slot, or the reason why they cannot be used.
 
-    The result is a tuple (slots, reason). The reason applies only if slots is None.
+    The reason states why the layer cannot share a pass over x. The result is a tuple (slots,
+    reason). The reason applies only if slots is None.
     """
     if member.impl != call.layer.impl:
         return None, "the layers have different implementations"
@@ -313,10 +325,10 @@ def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
 
 @constant_when_compiled
 def has_shared_input_group(self: Any) -> bool:
-    """Return whether the layer has a known shared-input group.
+    """Return whether the layer has a shared-input group.
 
-    The group is known once a forward pass has identified it. `torch.compile` treats the result as a
-    constant and does not recompile when it changes.
+    The layer has a group once a forward pass has identified it. `torch.compile` treats the result
+    as a constant and does not recompile when it changes.
     """
     return known_group(self) is not None
 
@@ -331,9 +343,10 @@ def record_compiled_fallback(self: Any, reason: str) -> None:
 
 
 def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:
-    """Describe a layer's shared-input group in training, for the fusion report.
+    """Describe how a layer shares with its shared-input group.
 
-    ``uses_kernels`` tells whether Triton kernels compute the layer.
+    The text is for the fusion report, and describes training. ``uses_kernels`` tells whether Triton
+    kernels compute the layer.
     """
     if not uses_kernels:
         return _IN_PYTORCH

@@ -24,7 +24,10 @@ PEFT_LAYER_ALTERNATIVE = (
 
 
 class LayerAdapterSettings(NamedTuple):
-    """Settings of an adapter on one module, as passed to `LoraLayer.add_adapter`."""
+    """Settings of an adapter on one layer.
+
+    They are passed to `LoraLayer.add_adapter`.
+    """
 
     r: int = 8
     lora_alpha: float = 8
@@ -91,7 +94,10 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
 
 
 def layer_kind_names() -> list[str]:
-    """Return the names of all layer kinds as a sorted list, for messages."""
+    """Return the names of all layer kinds as a sorted list.
+
+    The list is for messages.
+    """
     return sorted({kind.name for kind in _KINDS})
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.call import UniformCall
-from fastlora.layers.fallback_reasons import fusion_status
+from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
@@ -98,7 +98,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             UnsupportedLayerError: ``linear`` is not a plain `nn.Linear`.
             ConfigError: A value is out of range. ``linear`` is then unchanged.
         """
-        reason = fallback_reason_not_plain(linear)
+        reason = fallback_reason_not_plain_linear(linear)
         if reason:
             raise UnsupportedLayerError(f"from_linear expects a plain nn.Linear: {reason}")
         self = cls._from_linear_without_adapter(linear)
@@ -127,9 +127,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return an `nn.Linear` without adapters that shares this layer's weight and bias.
+        """Return the base layer as a plain `nn.Linear`, without adapters.
 
-        It is the `nn.Linear` that the layer was created from, if any.
+        It shares this layer's weight and bias, and is the `nn.Linear` that the layer was created
+        from, if any.
         """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
@@ -138,7 +139,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Return the base `nn.Linear`, which replaces this layer when its adapters are removed."""
+        """Release the base layer from this layer, and return it.
+
+        The `nn.Linear` replaces this layer when its adapters are removed.
+        """
         return self.to_linear()
 
     def _freeze_base(self) -> None:
@@ -180,7 +184,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @property
     def base_layer(self) -> nn.Linear:
-        """An `nn.Linear` that shares this layer's weight and bias, under PEFT's attribute name."""
+        """The base layer as an `nn.Linear`.
+
+        The attribute's name is PEFT's. It shares this layer's weight and bias.
+        """
         return self.to_linear()
 
     def _modules_with_calibration(self) -> list[nn.Module]:
@@ -190,14 +197,14 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """
         return [self, *self.__dict__.get("_linear", ())]
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return whether the layer runs fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call. ``gathered`` means
         that FSDP2 replaces shards by plain parameters during the forward pass.
         """
         if is_dtensor(self._parameters.get("weight")) and not gathered:
-            return False, "its base weight is sharded (a DTensor) and is not gathered"
+            return FusionStatus(False, "its base weight is sharded (a DTensor) and is not gathered")
         return fusion_status(self, self._applied_adapters(), "", gathered)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
@@ -214,5 +221,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return DenseMergeTarget(self.weight), self.bias
 
     def extra_repr(self) -> str:
-        """Return the text of `nn.Linear.extra_repr` with the ranks and active adapters appended."""
+        """Return the extra text for the layer's repr.
+
+        The text of `nn.Linear.extra_repr` is followed by the ranks and the active adapters.
+        """
         return f"{nn.Linear.extra_repr(self)}, r={self.r}, active={self._active_adapters}"

@@ -56,7 +56,10 @@ def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | Mix
 
 
 def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer with the call's adapters applied."""
+    """Run a call of a linear layer, and return the output ``[..., N]``.
+
+    The output is that of the base layer with the call's adapters applied.
+    """
     if isinstance(call, MixedCall):
         if call.conditions.compiling or call.routing.cache.row_checker is None:
             return forward_mixed(call, base)
@@ -123,11 +126,12 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
 def _concatenate_adapters(
     call: UniformCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Concatenate several adapters along the rank dimension, unless dropout is active.
+    """Concatenate the factors of several adapters.
 
-    Returns a tuple of the concatenated factors, a list of the adapters to compute separately, and
-    the sum of the adapters' scaled lora_bias ``[N]`` or None. With active dropout, the first item
-    is the first adapter alone. The first item is None if the modules of any adapter must be called.
+    They are concatenated along the rank dimension, unless dropout is active. Returns a tuple of the
+    concatenated factors, a list of the adapters to compute separately, and the sum of the adapters'
+    scaled lora_bias ``[N]`` or None. With active dropout, the first item is the first adapter
+    alone. The first item is None if the modules of any adapter must be called.
     """
     found: list[Factors] = []
     for name in names:
@@ -147,7 +151,10 @@ def _concatenate_adapters(
 
 
 def _add_by_calling_modules(call: UniformCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Add the adapters' updates to y by calling their modules one by one, as PEFT does."""
+    """Add the adapters' updates to y by calling their modules.
+
+    The adapters are called one by one, as in PEFT.
+    """
     layer, x = call.layer, call.original_x
     raise_if_triton_required(layer, names)
     for name in names:

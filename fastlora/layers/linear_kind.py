@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.layers.base_layers import dense_weight, fallback_reason_not_plain, linear_features
+from fastlora.layers.base_layers import (
+    dense_weight,
+    fallback_reason_not_plain_linear,
+    linear_features,
+)
 from fastlora.layers.layer_kinds import (
     LINEAR,
     LayerAdapterSettings,
@@ -24,7 +28,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def _wrap(module: nn.Module) -> LoraLayer:
-    if fallback_reason_not_plain(module):
+    if fallback_reason_not_plain_linear(module):
         return FastLoraWrapper(module)
     layer = FastLoraLinear._from_linear_without_adapter(module)  # type: ignore[arg-type]  # plain
     layer._freeze_base()

@@ -14,15 +14,16 @@ from fastlora.ops.torch.dora import replace_zeros_with_infinity
 from fastlora.routing.routing import RoutingGroup
 
 if TYPE_CHECKING:
-    from fastlora.layers.quantized.base_weight import QuantizedBaseWeight
+    from fastlora.layers.quantized.base_weight import BaseQuantizedWeight
 
 
 class LinearWithAdapters(nn.Module):
-    """Interface of a linear layer with named adapters, under PEFT's attribute names.
+    """Interface of a linear layer with named adapters.
 
-    `fastlora.layers.base_adapter_layer` implements it. Names that start with ``_local`` refer to
-    the whole layer. For a layer that is split over processes (`fastlora.layers.tensor_parallel`)
-    they refer to this process's shard, and shapes are those of the shard.
+    `fastlora.layers.base_adapter_layer` implements it. The attributes have PEFT's names. Names that
+    start with ``_local`` refer to the whole layer. For a layer that is split over processes
+    (`fastlora.layers.tensor_parallel`) they refer to this process's shard, and shapes are those of
+    the shard.
 
     Attributes:
         impl: Implementation, as in `fastlora.functional.lora_linear`.
@@ -88,20 +89,21 @@ class LinearWithAdapters(nn.Module):
         """Return the base weight and bias as a `Base`, or None if the base layer must be called."""
         return None
 
-    def _local_quantized(self) -> QuantizedBaseWeight | None:
+    def _local_quantized(self) -> BaseQuantizedWeight | None:
         """Return this process's part of a quantized base weight, or None for other weights."""
         return None
 
     def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
-        """Return the base weight in the form that autograd saves for the backward pass.
+        """Return the base weight that is saved for the backward pass.
 
-        If the weight is quantized, the result represents it without a dense matrix.
+        It is in the form that autograd saves. If the weight is quantized, the result represents it
+        without a dense matrix.
         """
         found = None if compiling else self._local_quantized()
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
-    def _local_bias(self) -> torch.Tensor | None:
-        """Return this process's part ``[N]`` of the base bias, or None."""
+    def _local_base_bias(self) -> torch.Tensor | None:
+        """Return this process's share ``[N]`` of the base bias, or None."""
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
 

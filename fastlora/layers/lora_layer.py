@@ -20,6 +20,7 @@ from fastlora.layers.base_layers import (
     make_weight_restorer,
     replace_weight,
 )
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.merging import Mergeable
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_dtensor
@@ -36,11 +37,11 @@ from fastlora.weights_version import weights_versions
 
 
 class LoraLayer(Mergeable):
-    """Base class of layers with named LoRA adapters, under PEFT's attribute names.
+    """Layer with named LoRA adapters.
 
-    This class implements what all kinds of LoRA layers have in common. A subclass for another kind
-    of layer overrides the methods in the section "methods that a layer kind overrides", which by
-    default are those of a linear layer.
+    This is the base class of all kinds of LoRA layers, and implements what they have in common. The
+    attributes have PEFT's names. A subclass for another kind of layer overrides the methods in the
+    section "methods that a layer kind overrides", which by default are those of a linear layer.
 
     Attributes:
         adapter_parts: Names of the module dicts that map an adapter name to one of its tensors.
@@ -78,11 +79,14 @@ class LoraLayer(Mergeable):
     # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Return the base module, which replaces this layer when its adapters are removed."""
+        """Release the base layer from this layer, and return it.
+
+        The base layer replaces this layer when its adapters are removed.
+        """
         return self.get_base_layer()
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return whether the layer runs fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """
@@ -120,7 +124,10 @@ class LoraLayer(Mergeable):
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict that maps relative names to nested LoRA layers with the same adapters."""
+        """Return the LoRA layers inside this layer as a dict, keyed by relative name.
+
+        They have the same adapters as this layer.
+        """
         return {}
 
     # ----------------------------------------------------------------------------- adapters
@@ -139,11 +146,12 @@ class LoraLayer(Mergeable):
         init_config: object | None = None,
         from_file: bool = False,
     ) -> None:
-        """Add an adapter, which stays inactive until `set_adapter` activates it.
+        """Add an adapter to the layer.
 
-        Random values are drawn as PEFT draws them, so the same seed gives the same factors. Some
-        initializations move a part of the base weight into the factors. They change the base weight
-        and leave the layer's output unchanged.
+        The adapter stays inactive until `set_adapter` activates it. Random values are drawn as PEFT
+        draws them, so the same seed gives the same factors. Some initializations move a part of the
+        base weight into the factors. They change the base weight and leave the layer's output
+        unchanged.
 
         Args:
             adapter_name: A name without dots that is not in use on the layer.
@@ -245,15 +253,16 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
+        """Reset an adapter's DoRA magnitude to the norms of its current weight.
 
-        The magnitude has the dtype of the factors. The adapter then changes only the direction of
-        the weight's rows. While lora_B is zero, as it is at initialization, the layer's output is
-        that of its base layer. The new magnitude is frozen.
+        These are the row norms of the adapted weight. The magnitude has the dtype of the factors.
+        The adapter then changes only the direction of the weight's rows. While lora_B is zero, as
+        it is at initialization, the layer's output is that of its base layer. The new magnitude is
+        frozen.
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
-        squares = self._squared_norms_by_name([adapter_name])[adapter_name]
+        squares = self._squared_row_norms_by_name([adapter_name])[adapter_name]
         norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
         norms = self._reshape_to_magnitude(norms.to(lora_b.device, lora_b.dtype))
         magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)
@@ -274,7 +283,7 @@ class LoraLayer(Mergeable):
         return current_names(self, super().__dir__())
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
+        """Delete an adapter from the layer.
 
         Raises:
             AdapterNotFoundError: The layer has no adapter of this name.
@@ -291,9 +300,10 @@ class LoraLayer(Mergeable):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter without the checks of `delete_adapter`.
+        """Remove an adapter from the layer.
 
-        A failed `add_adapter` calls this method, for example.
+        Unlike `delete_adapter`, this method checks nothing. A failed `add_adapter` calls this
+        method, for example.
         """
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
@@ -306,9 +316,10 @@ class LoraLayer(Mergeable):
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's parameters on this layer, except for those that are never trained.
+        """Yield an adapter's parameters on this layer.
 
-        Nothing is yielded if the layer lacks the adapter.
+        Parameters that are never trained are left out. Nothing is yielded if the layer lacks the
+        adapter.
         """
         fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
@@ -350,9 +361,10 @@ class LoraLayer(Mergeable):
                     self.scaling[name] /= scale
 
     def _applied_adapters(self) -> list[str]:
-        """Return a list of the adapters that the layer applies outside mixed batches.
+        """Return a list of the adapters that the layer applies.
 
-        These are the active adapters, or none if adapters are disabled or merged.
+        These are the active adapters, or none if adapters are disabled or merged. The adapters of
+        mixed batches are not included.
         """
         if self._disabled or self.merged_adapters:
             return []

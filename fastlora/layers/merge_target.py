@@ -32,46 +32,75 @@ class MergeTarget(Protocol):
     backend: str | None
 
     def dense(self) -> torch.Tensor:
-        """Return the weight as a matrix, which is a view or a new tensor."""
+        """Return the weight as a dense matrix.
+
+        It is a view or a new tensor.
+        """
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a dense matrix into which adapters are merged before `write` is called.
+        """Return a dense matrix to merge into.
 
-        The matrix is the weight itself or a new fp32 copy.
+        Adapters are merged into it before `write` is called. The matrix is the weight itself or a
+        new fp32 copy.
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
-        """Return the squared Frobenius norm of the difference between the weight and a matrix."""
+        """Return the squared distance between the weight and a matrix.
+
+        It is the squared Frobenius norm of their difference.
+        """
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` if `write` does not support the weight."""
+        """Raise `UnsupportedLayerError` if the weight cannot be written.
+
+        `write` then does not support the weight.
+        """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Replace the weight with ``dense [N, K]``, quantized in the same way as the weight."""
+        """Replace the weight with ``dense [N, K]``.
+
+        ``dense`` is quantized in the same way as the weight.
+        """
 
     def snapshot(self) -> object:
-        """Return a copy of all data that `write` changes, to be passed to `restore`."""
+        """Return a snapshot from which `restore` can restore the weight.
+
+        It is a copy of all data that `write` changes.
+        """
 
     def restore(self, snapshot: object) -> None:
-        """Restore the weight, bit for bit, from a result of `snapshot`.
+        """Restore the weight from a snapshot.
 
-        The weight stays on its current device.
+        A result of `snapshot` restores the weight bit for bit. The weight stays on its current
+        device.
         """
 
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a result of `snapshot` in the way that ``fn`` converts the module's tensors."""
+        """Convert a snapshot with ``fn``, and return it.
+
+        ``fn`` converts the module's tensors, and the result of `snapshot` is converted in the same
+        way.
+        """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
-        """Return the matrix ``[N, K]`` that a result of `snapshot` represents."""
+        """Return the dense matrix ``[N, K]`` that a snapshot represents.
+
+        The snapshot is a result of `snapshot`.
+        """
 
     def fingerprint(self) -> Fingerprint:
-        """Return a fingerprint that changes whenever other code writes to the weight."""
+        """Return a fingerprint of the weight.
+
+        It changes whenever other code writes to the weight.
+        """
 
 
 class DenseMergeTarget:
-    """A floating-point weight that adapters are merged into.
+    """A dense weight that adapters are merged into.
+
+    It is a floating-point weight.
 
     Args:
         weight: The weight, in any shape.
@@ -131,10 +160,11 @@ class DenseMergeTarget:
 
 
 def bit_sums(tensor: torch.Tensor | None) -> Fingerprint:
-    """Return the row and column sums of a tensor's bits, read as integers.
+    """Return a tensor's fingerprint, computed from sums of its bits.
 
-    Any write changes the sums, whether or not it changes the tensor's version. Examples are writes
-    by an optimizer, by compiled code, through ``.data``, or by ``load_state_dict``.
+    The bits are read as integers and summed by row and by column. Any write changes the sums,
+    whether or not it changes the tensor's version. Examples are writes by an optimizer, by compiled
+    code, through ``.data``, or by ``load_state_dict``.
     """
     if tensor is None:
         return ()

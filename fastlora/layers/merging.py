@@ -14,7 +14,7 @@ from fastlora.layers.dora_norms import base_squared_norms, base_weight_rows
 from fastlora.layers.fallback_reasons import uses_dora
 from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums, fingerprints_equal
 from fastlora.layers.module_with_adapters import ModuleWithAdapters
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.scalings import Scaling
 from fastlora.ops.torch.dora import dora_scale, squared_norms_with_update, squared_row_norms
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -24,7 +24,10 @@ _MERGE_ROWS = 1024
 
 
 class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
-    """Base class of `LoraLayer` that implements merging and unmerging."""
+    """Layer with adapters that can be merged into its base weight.
+
+    This base class of `LoraLayer` implements merging and unmerging.
+    """
 
     out_features: int
     in_features: int
@@ -42,16 +45,19 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales: dict[str, torch.Tensor] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which the adapters modify."""
+        """Return the base layer.
+
+        It is the layer that the adapters modify.
+        """
         base: nn.Module | None = self._modules.get("base_layer")
         if base is None:
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
         return base
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return the base weight and the bias that adapters are merged into, or raise an error.
+        """Return the base weight and bias to merge into.
 
-        The error says why the weight or the bias does not support merging.
+        If the weight or the bias does not support merging, an error states the reason.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
@@ -61,7 +67,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base weight and bias have not been modified since the last merge."""
+        """Return whether the base layer is unmodified since the last merge.
+
+        The weight and the bias are compared.
+        """
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
@@ -86,7 +95,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             self.merged_adapters.append(name)
             self._add_last_adapter_bias(bias, self.merged_adapters, 1.0, scales)
         self._when_merged = [] if snapshot is None else self._base_fingerprints()
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
 
     def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
         """Write ``matrix [N, K]`` to the weight, and record the error that quantization causes.
@@ -104,7 +113,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check whether a merge is possible, and return a list of the adapters that it would merge.
+        """Check that adapters can be merged, and return a list of those that would be merged.
 
         Raises the same errors as `merge`. The layer is not changed.
         """
@@ -173,7 +182,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._unmerged = self.merge_error = None
         self.merged_adapters.clear()
         self._merged_scales.clear()
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
 
     def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Subtract every merged adapter from ``weight [N, K]`` and ``bias [N]`` in place."""
@@ -190,14 +199,14 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
             name: dora_scale(layer._local_magnitude(name).detach(), squares)
-            for name, squares in self._squared_norms_by_name(dora).items()
+            for name, squares in self._squared_row_norms_by_name(dora).items()
         }
 
     @torch.no_grad()
-    def _squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the squared row norms ``[N]`` for each adapter in a dict, keyed by adapter name.
+    def _squared_row_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Return the squared row norms ``[N]`` of each adapter's weight, keyed by adapter name.
 
-        The norms are those of the adapted weight, computed with the unmerged base weight.
+        The weight is the adapted weight, computed with the unmerged base weight.
         """
         if not names:
             return {}
@@ -226,10 +235,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _add_delta_weight(
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
-        """Add ``sign * scaling * B @ A`` to ``weight [N, K]`` in place, rounding once.
+        """Add ``sign`` times an adapter's delta weight to ``weight [N, K]`` in place.
 
-        ``scale [N]`` is the g of a DoRA adapter, or its inverse. If it is given, the sum is
-        multiplied by it. To subtract an update (``sign < 0``), the weight is multiplied first.
+        The delta weight is ``scaling * B @ A``, and the sum is rounded once. ``scale [N]`` is the g
+        of a DoRA adapter, or its inverse. If it is given, the sum is multiplied by it. To subtract
+        an update (``sign < 0``), the weight is multiplied first.
         """
         lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -256,9 +266,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add to the bias ``sign`` times the last adapter's change to it.
+        """Add ``sign`` times the last adapter's bias to the bias in place.
 
-        Adapters are merged in the order of ``names``, and the last of them is added here.
+        More precisely, the last adapter's change to the bias is added. Adapters are merged in the
+        order of ``names``, and the last of them is added here.
 
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
@@ -275,27 +286,37 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return a tuple (lora_a ``[R, K]``, lora_b ``[N, R]``, lora_bias ``[N]`` or None)."""
+        """Return an adapter's lora_a, lora_b, and lora_bias or None.
+
+        Their shapes are ``[R, K]``, ``[N, R]``, and ``[N]``.
+        """
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update from which DoRA's norms are computed."""
+        """Return the two factors from which an adapter's DoRA norms are computed.
+
+        They are factors of the update.
+        """
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
     def _copy_into_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Copy tensors into an adapter's factors, in the shapes that `_factors` returns."""
+        """Copy tensors into an adapter's factors.
+
+        The tensors have the shapes that `_factors` returns.
+        """
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the update ``scaling * B @ A``, in the base weight's shape and the factors' dtype.
+        """Return an adapter's weight update ``scaling * B @ A``.
 
-        As in PEFT, a DoRA magnitude is not included.
+        It has the base weight's shape and the factors' dtype. As in PEFT, a DoRA magnitude is not
+        included.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = self._factors(adapter_name)
@@ -308,7 +329,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         self._clear_model_packed_factors()
         super()._load_from_state_dict(*args, **kwargs)
 

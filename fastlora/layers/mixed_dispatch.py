@@ -18,8 +18,8 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.fallback_reasons import (
     BASE_GEMM_VARIES,
     fallback_reason_for_factors,
-    fallback_reason_for_pytorch_gemms,
     graph_capture_error_message,
+    mixed_batch_fallback_reason,
 )
 from fastlora.ops.factors import AddressTables, Base, Slots
 from fastlora.validation import AdapterStateError, ImplementationError, check_same_device
@@ -72,9 +72,7 @@ def choose_mixed_implementation(
     if call.routing.captured:
         raise AdapterStateError(graph_capture_error_message(bare, autocast))
     if invariant:
-        conditions.raise_if_batch_invariant(
-            layer, fallback_reason_for_pytorch_gemms(bare, autocast)
-        )
+        conditions.raise_if_batch_invariant(layer, mixed_batch_fallback_reason(bare, autocast))
     if not bare and fits:
         slots = None
         if conditions.impl == "triton":

@@ -79,7 +79,7 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 def _forward_before_dora(
     call: MixedCall, base: Base, excluded: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
-    """Compute a layer's output ``[..., N]`` before DoRA is applied.
+    """Compute a layer's output ``[..., N]`` for a mixed batch, before DoRA is applied.
 
     Returns a tuple (output, whether kernels found the factors by address). Rows of the slots in
     ``excluded`` get the base layer's output.
@@ -177,7 +177,10 @@ def _forward_with_factor_lists(
 
 
 def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
-    """Return the base layer's output ``[..., N]`` for a batch without adapters on the layer."""
+    """Return the base layer's output ``[..., N]`` without adapters.
+
+    The batch has no adapters on the layer.
+    """
     weight, bias, y, _ = base
     if weight is None:
         return base.output(x)

@@ -16,9 +16,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class ModuleWithAdapters:
-    """Base class of a module with named adapters.
+    """Module with named adapters.
 
-    In a class's ``__mro__``, it never comes before PEFT's abstract class.
+    This is the base class of such modules. In a class's ``__mro__``, it never comes before PEFT's
+    abstract class.
 
     Attributes:
         other_param_names: PEFT's name for the attributes of adapters that are not tensors.
@@ -42,9 +43,10 @@ class ModuleWithAdapters:
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's parameters in this module, except for those that are never trained.
+        """Yield an adapter's parameters in this module.
 
-        Nothing is yielded if the module lacks the adapter.
+        Parameters that are never trained are left out. Nothing is yielded if the module lacks the
+        adapter.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -64,16 +66,24 @@ class ModuleWithAdapters:
 
     @property
     def active_adapter(self) -> list[str]:
-        """Names of the active adapters, under PEFT's second name for this list."""
+        """Names of the active adapters.
+
+        This is PEFT's second name for the list.
+        """
         return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the forward pass ignores every adapter."""
+        """Whether the adapters are disabled.
+
+        The forward pass then ignores every adapter.
+        """
         return self._disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters, make their parameters trainable, and freeze all other adapters.
+        """Set the active adapters.
+
+        Their parameters become trainable, and all other adapters are frozen.
 
         Args:
             adapter_names: One name, or several in the order in which they are applied.
@@ -90,10 +100,10 @@ class ModuleWithAdapters:
     def _activate(
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
-        """Activate adapters, and make only their parameters trainable.
+        """Activate the named adapters.
 
-        If ``inference_mode`` is set, nothing is trainable. Unlike `set_adapter`, this method
-        accepts the names of adapters that the module lacks.
+        Only their parameters become trainable, or none if ``inference_mode`` is set. Unlike
+        `set_adapter`, this method accepts the names of adapters that the module lacks.
         """
         if self.merged and not keep_merged:
             warnings.warn(
@@ -147,7 +157,7 @@ class ModuleWithAdapters:
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check whether a merge is possible, and return a list of the adapters that it would merge.
+        """Check that adapters can be merged, and return a list of those that would be merged.
 
         Raises the same errors as `merge`. The module is not changed.
         """
@@ -160,7 +170,9 @@ class ModuleWithAdapters:
         *,
         keep_base: bool = True,
     ) -> None:
-        """Merge adapters into the base weight, so that the forward pass runs only the base layer.
+        """Merge adapters into the base weight.
+
+        The forward pass then runs only the base layer.
 
         Args:
             safe_merge: Whether to raise if the result is not finite.
@@ -184,4 +196,7 @@ class ModuleWithAdapters:
         """Merge adapters that `check_merge` has checked."""
 
     def unmerge(self) -> None:
-        """Undo `merge` for every merged adapter."""
+        """Unmerge every merged adapter.
+
+        This undoes `merge`.
+        """

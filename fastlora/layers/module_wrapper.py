@@ -17,9 +17,10 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that give each adapter its own copy of a module or of some rows.
+    """Module that wraps another module.
 
-    A subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
+    This is a base class. Each adapter has its own copy of the wrapped module or of some rows. A
+    subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -50,20 +51,28 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
-    def _trained_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
-        """Maps an adapter name to the adapter's own copy of the module or rows."""
+    def _trained_copies_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
+        """The trained copies, keyed by adapter name.
+
+        They are copies of the module or of some rows.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's file key suffixes to names in ``state_dict()``."""
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+
+        The dict maps suffixes of file keys to ``state_dict()`` names.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     # ------------------------------------------------------------------------ mixed batches
 
-    def _check_batch_rows(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Check that x has all rows of a batch, in order, and return a context manager.
+    def _check_rows_and_pause_tracking(
+        self, routing: Routing, x: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """Check the rows of x, and pause row tracking in the returned context.
 
-        The context manager pauses the tracking of rows.
+        x must have all rows of the batch, in order.
         """
         compiling = execution_mode_of(x, "eager").compiling
         routing.check_gets_all_rows(self, x, compiling)
@@ -74,7 +83,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Return the base module, which replaces this wrapper when the adapters are removed."""
+        """Release the module that replaces this wrapper, and return it.
+
+        By default, it is the base module. It replaces the wrapper when the adapters are removed.
+        """
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
@@ -86,18 +98,21 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters that have their own copy of this module or of some rows."""
-        return list(self._trained_by_adapter)
+        """Names of all adapters of this module.
+
+        They have their own copy of this module or of some rows.
+        """
+        return list(self._trained_copies_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield an adapter's own parameters in this module, if any."""
-        if adapter_name in self._trained_by_adapter:
-            trained = self._trained_by_adapter[adapter_name]
+        if adapter_name in self._trained_copies_by_adapter:
+            trained = self._trained_copies_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
-    def _remove_trained(self, adapter_name: str) -> None:
+    def _remove_trained_copy(self, adapter_name: str) -> None:
         """Remove an adapter's own copy of the module or rows."""
-        del self._trained_by_adapter[adapter_name]
+        del self._trained_copies_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
         """Look up missing attributes, such as ``weight``, on the current module."""
@@ -109,7 +124,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter's copy of the module or of its rows.
+        """Delete an adapter from this module.
+
+        The adapter's copy of the module or of its rows is deleted.
 
         Raises:
             AdapterNotFoundError: The adapter has no version of the module.
@@ -121,11 +138,12 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's copy without the checks of `delete_adapter`.
+        """Remove an adapter from this module.
 
-        A failed addition of an adapter calls this method, for example.
+        The adapter's copy of the module or rows is removed too. Unlike `delete_adapter`, this
+        method checks nothing. A failed addition of an adapter calls this method, for example.
         """
-        self._remove_trained(adapter_name)
+        self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -139,16 +157,25 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters that have their own copy of this module or of some rows."""
+        """Names of the adapters that are active in this module.
+
+        They have their own copy of the module or of some rows.
+        """
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the child modules that adapters own, under PEFT's attribute name."""
+        """Names of the child modules that adapters own.
+
+        The attribute's name is PEFT's.
+        """
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the adapter that a forward pass applies, or None if there is none."""
+        """Return the name of the acting adapter, or None if there is none.
+
+        A forward pass applies the acting adapter.
+        """
         if self._disabled:
             return None
         known = self.adapter_names

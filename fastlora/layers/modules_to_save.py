@@ -17,7 +17,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def raise_if_container(module: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if a module is a container without a ``forward`` method."""
+    """Raise `UnsupportedLayerError` if a module is a container.
+
+    A container has no ``forward`` method.
+    """
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
             f"modules_to_save supports only modules that can be called, got {type(module).__name__}"
@@ -25,7 +28,9 @@ def raise_if_container(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Wrapper that runs the active adapter's copy of a module, or the original if none is active.
+    """Wrapper around a module in ``modules_to_save``, with a copy of it for each adapter.
+
+    The forward pass runs the active adapter's copy, or the original module if none is active.
 
     Args:
         original_module: The module to copy.
@@ -59,12 +64,15 @@ class ModulesToSaveWrapper(ModuleWrapper):
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     @property
-    def _trained_by_adapter(self) -> nn.ModuleDict:
-        """Maps an adapter name to the adapter's copy of the module."""
+    def _trained_copies_by_adapter(self) -> nn.ModuleDict:
+        """The trained copies of the module, keyed by adapter name."""
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps names in an adapter's copy to ``state_dict()`` names."""
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+
+        The dict maps names in the adapter's copy, which files use, to ``state_dict()`` names.
+        """
         if adapter_name not in self.modules_to_save:
             return {}
         owned = self.modules_to_save[adapter_name].state_dict()
@@ -75,9 +83,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the active adapter's copy, or the original module if no adapter is active.
+        """Release the module that replaces this wrapper, and return it.
 
-        Whether adapters are disabled makes no difference.
+        It is the active adapter's copy, or the original module if no adapter is active. Whether
+        adapters are disabled makes no difference.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
@@ -95,7 +104,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self._in_batch(routing, *args, **kwargs)
 
     def _in_batch(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._check_batch_rows(routing, x):
+        with self._check_rows_and_pause_tracking(routing, x):
             return self._run_copies_on_rows(routing, x, *args, **kwargs)
 
     def _run_copies_on_rows(
@@ -131,7 +140,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _combine_outputs(
         self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size
     ) -> object:
-        """Combine the outputs of all copies into one tensor ``[*lead, ...]``."""
+        """Combine the outputs of all copies into one output.
+
+        Tensors are combined into one tensor ``[*lead, ...]``.
+        """
         tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
         if len(tensors) < len(outputs):
             return outputs[0]  # None, or a number

@@ -72,9 +72,10 @@ def run_packed(
 
 
 def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Return a tuple (packed factors, plan, rows) for a layer, or None if it has no packed factors.
+    """Return a layer's packed factors for a mixed batch, or None if it has none.
 
-    The factors are packed if necessary. The result is cached for the block.
+    The result is a tuple (packed factors, plan, rows). The factors are packed if necessary. The
+    result is cached for the block.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:

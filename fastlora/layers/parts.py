@@ -15,7 +15,9 @@ Factor = nn.Module | nn.Parameter
 
 
 class DoraMagnitude(nn.Module):
-    """Module that holds one adapter's DoRA magnitude as ``weight [N]``, as in PEFT.
+    """Module that holds one adapter's DoRA magnitude.
+
+    As in PEFT, the magnitude is ``weight [N]``.
 
     Args:
         magnitude: Initial value.
@@ -27,7 +29,10 @@ class DoraMagnitude(nn.Module):
 
 
 def freeze_and_convert(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
-    """Freeze a factor, convert it to the device and dtype of ``reference``, and return it."""
+    """Freeze a factor, convert it to the device and dtype of ``reference``, and return it.
+
+    ``training`` sets the mode of a factor that is a module.
+    """
     if isinstance(factor, nn.Module):
         if reference is not None:
             factor.to(device=reference.device, dtype=reference.dtype)
@@ -39,9 +44,10 @@ def freeze_and_convert(factor: Factor, reference: torch.Tensor | None, training:
 
 
 def upcast_to_fp32(factor: Factor) -> Factor:
-    """Convert a factor to fp32 if its dtype is narrower.
+    """Convert a factor to fp32, and return it.
 
-    A module is converted in place.
+    A factor whose dtype is not narrower than fp32 is returned unchanged. A module is converted in
+    place.
     """
     if isinstance(factor, nn.Parameter):
         if factor.itemsize >= torch.float32.itemsize:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import may_cache_tensors
 from fastlora.layers.quantized import (
-    QuantizedBaseWeight,
+    BaseQuantizedWeight,
     RepackedProduct,
     is_repacking_prevented,
     quantized_weight_of,
@@ -38,21 +38,25 @@ _CAPTURED = "a CUDA graph is being captured; run a forward pass before the captu
 
 
 class KernelWeight(NamedTuple):
-    """A quantized base weight in the form that kernels read, with its kind of quantization."""
+    """A base weight in the form that kernels read.
+
+    The weight is quantized. ``kind`` is its kind of quantization.
+    """
 
     weight: QuantizedTensor
-    kind: QuantizedBaseWeight
+    kind: BaseQuantizedWeight
 
 
 # A module's quantization kind, and by dtype its weight for kernels or the fallback reason.
-_Found = tuple[QuantizedBaseWeight | None, dict[torch.dtype, KernelWeight | str]]
+_Found = tuple[BaseQuantizedWeight | None, dict[torch.dtype, KernelWeight | str]]
 
 
 class KernelWeightCache(UncopiedCache):
-    """Cache of a layer's quantized base weight for kernels, valid until the weight changes.
+    """Cache of a layer's base weight in the form that kernels read.
 
-    Entries are stored by dtype of x, and include fallback reasons. Switching autocast on and off
-    therefore recomputes nothing. A copied layer starts with an empty cache.
+    The weight is quantized, and an entry is valid until the weight changes. Entries are stored by
+    dtype of x, and include fallback reasons. Switching autocast on and off therefore recomputes
+    nothing. A copied layer starts with an empty cache.
 
     Attributes:
         dtype: Dtype of x in the last forward pass.
@@ -73,10 +77,10 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for kernels, or the reason why the module must be called.
+        """Return a module's weight for kernels, or the fallback reason.
 
-        The weight is for x in ``dtype``. If ``dtype`` is None, the dtype that the module computes
-        in is used.
+        With a fallback reason, the module must be called. The weight is for x in ``dtype``. If
+        ``dtype`` is None, the dtype that the module computes in is used.
         """
         if dtype is not None:
             self.dtype = dtype
@@ -84,7 +88,7 @@ class KernelWeightCache(UncopiedCache):
         if reason:
             return reason
         try:
-            entries = self._current_entries(module)
+            entries = self._get_or_create_entries(module)
         except (UnsupportedLayerError, AttributeError) as error:
             return str(error)
         if entries is None:
@@ -94,7 +98,9 @@ class KernelWeightCache(UncopiedCache):
         kernel_weight = made.get(dtype)
         if kernel_weight is None:
             if kind is None:
-                kernel_weight = fallback_reason_not_plain(module) or "its base layer runs unchanged"
+                kernel_weight = (
+                    fallback_reason_not_plain_linear(module) or "its base layer runs unchanged"
+                )
             elif not may_cache_tensors(kind.codes().device):
                 return _CAPTURED
             else:
@@ -106,9 +112,10 @@ class KernelWeightCache(UncopiedCache):
         return kernel_weight
 
     def to_base(self, kernel_weight: KernelWeight) -> Base:
-        """Convert a kernel weight to the `Base` that is used instead of calling the module.
+        """Convert a kernel weight to a `Base`.
 
-        A weight that a CUDA graph reads is kept until `fastlora.clear_caches`.
+        The `Base` is used instead of calling the module. A weight that a CUDA graph reads is kept
+        until `fastlora.clear_caches`.
         """
         weight, kind = kernel_weight
         if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):
@@ -116,9 +123,9 @@ class KernelWeightCache(UncopiedCache):
         return Base(weight, kind.bias_for_product(weight.dtype))
 
     def clear(self, release_captured: bool = False) -> None:
-        """Clear the cache, except for weights that CUDA graphs read.
+        """Clear the cache.
 
-        If ``release_captured`` is set, clear these weights too.
+        Weights that CUDA graphs read are cleared only if ``release_captured`` is set.
         """
         self.dtype = self.repacked = None
         self._of = None, None, None
@@ -131,7 +138,7 @@ class KernelWeightCache(UncopiedCache):
         The module is one for which `is_repacking_prevented` is true.
         """
         try:
-            if self._current_entries(module) is None:
+            if self._get_or_create_entries(module) is None:
                 return None
         except (UnsupportedLayerError, AttributeError):
             return None
@@ -144,8 +151,8 @@ class KernelWeightCache(UncopiedCache):
             else repacked(x)
         )
 
-    def _current_entries(self, module: nn.Module) -> _Found | None:
-        """Return the cached entries for a module's current weight, or None if it cannot be cached.
+    def _get_or_create_entries(self, module: nn.Module) -> _Found | None:
+        """Return or create the entries of a module's weight, or None if it cannot be cached.
 
         The entries are a tuple (kind, dict). A weight without a stamp cannot be cached.
 
@@ -169,7 +176,10 @@ class KernelWeightCache(UncopiedCache):
 
 
 def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
-    """Return a `Base` with the quantized weight, or None if the base layer must be called."""
+    """Return a `Base` with the quantized weight for a call, or None if there is none.
+
+    With None, the base layer must be called.
+    """
     conditions, x = call.conditions, call.x
     # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
     runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
@@ -232,10 +242,10 @@ def fallback_reason_base_called(layer: LinearWithAdapters) -> str:
 
 
 def describe_quantization(layer: LinearWithAdapters) -> str:
-    """Describe a layer's quantization and the dtype that kernels compute in.
+    """Describe a layer's quantization.
 
-    `fallback_reason_base_called` must have been called before. The text is empty if the weight is
-    plain or if the base layer is called.
+    The text also states the dtype that kernels compute in. `fallback_reason_base_called` must have
+    been called before. The text is empty if the weight is plain or if the base layer is called.
     """
     cache: KernelWeightCache | None = layer.__dict__.get("_kernel_weights")
     kernel_weight = (
@@ -245,21 +255,26 @@ def describe_quantization(layer: LinearWithAdapters) -> str:
     )
     if isinstance(kernel_weight, str):
         return ""
-    return f"{kernel_weight.kind.description}, {kernel_weight.weight.dtype}".replace("torch.", "")
+    return f"{kernel_weight.kind.quantization_name}, {kernel_weight.weight.dtype}".replace(
+        "torch.", ""
+    )
 
 
 def to_base_output_dtype(
     call: UniformCall | MixedCall, base: Base, y: torch.Tensor
 ) -> torch.Tensor:
-    """Convert ``y`` to the base layer's output dtype, which is the dtype of x."""
+    """Convert ``y`` to the base layer's output dtype.
+
+    It is the dtype of x.
+    """
     dtype = call.original_x.dtype
     if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
         return y
     return y.to(dtype)
 
 
-def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear a layer's caches of values that are computed from its base weight.
+def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
+    """Clear the caches of a layer that depend on its base weight.
 
     These are the DoRA norms and the quantized weight for kernels. If ``release_captured`` is set,
     weights that CUDA graphs read are released too.
@@ -274,9 +289,12 @@ def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
 
 
 def _stamp_arguments(
-    module: nn.Module, kind: QuantizedBaseWeight | None
+    module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments for `stamp_tensors`, or None if the module's weight was replaced."""
+    """Return the arguments for stamping a weight, or None if it cannot be stamped.
+
+    The arguments are for `stamp_tensors`. A weight that was replaced cannot be stamped.
+    """
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

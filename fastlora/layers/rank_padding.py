@@ -42,7 +42,10 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
 def replace_factors(
     layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
 ) -> None:
-    """Replace an adapter's factors with factors of rank ``rank``, without changing its scaling."""
+    """Replace an adapter's factors with factors of rank ``rank``.
+
+    The adapter's scaling does not change.
+    """
     for part, factor in factors.items():
         layer._modules[part][adapter_name] = factor
     layer.r[adapter_name] = rank
@@ -54,7 +57,10 @@ def replace_factors(
 def set_scaling_and_alpha(
     layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
 ) -> None:
-    """Set an adapter's scaling, and adjust its lora_alpha to match at its current rank."""
+    """Set an adapter's scaling and the matching lora_alpha.
+
+    They match at the adapter's current rank.
+    """
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)
@@ -86,9 +92,10 @@ def count_rank_blocks(layer: LoraLayer, part: str) -> int:
 
 @torch.no_grad()
 def copy_zero_padded(target: torch.Tensor, source: torch.Tensor, blocks: int = 1) -> None:
-    """Copy a factor into a tensor of the same or larger rank, and fill the rest with zeros.
+    """Copy ``source`` into ``target``, and fill the rest with zeros.
 
-    The rank rows form ``blocks`` equal blocks along the first dimension.
+    Both are factors, and the rank of ``target`` is the same or larger. The rank rows form
+    ``blocks`` equal blocks along the first dimension.
     """
     if target.shape == source.shape:
         target.copy_(source)

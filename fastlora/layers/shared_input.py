@@ -53,7 +53,10 @@ class GroupCallResults:
     unfinished: dict[tuple[int, int, int], SharedResultCache] | None
 
     def is_valid_for(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
-        """Return whether the results were computed from the current values of x in ``context``."""
+        """Return whether the results are valid for x in ``context``.
+
+        They are valid if they were computed from the current values of x in the same context.
+        """
         version = 0 if x.is_inference() else x._version
         known = self.context
         if self.x() is not x or self.version != version or len(context) != len(known):
@@ -66,12 +69,13 @@ _put_last: dict[int, weakref.ref[SharedResultCache]] = {}
 
 
 class SharedResultCache(UncopiedCache):
-    """Cache of results that one layer computed for other layers.
+    """Cache of results that layers share.
 
-    Each result is taken only once. Threads do not see each other's results. A result is stored
-    until it is taken, its tensor is freed, or `discard_untaken` is called. `discard_untaken` is
-    called when the thread stores results for other layers, when it computes again for these layers,
-    and when its forward pass of the model or its block ends. Layers are identified by numbers.
+    One layer computes them for other layers. Each result is taken only once. Threads do not see
+    each other's results. A result is stored until it is taken, its tensor is freed, or
+    `discard_untaken` is called. `discard_untaken` is called when the thread stores results for
+    other layers, when it computes again for these layers, and when its forward pass of the model or
+    its block ends. Layers are identified by numbers.
 
     Attributes:
         entries: Results by thread and by ``id`` of the tensor.
@@ -121,10 +125,11 @@ class SharedResultCache(UncopiedCache):
         context: tuple[object, ...],
         entry: GroupCallResults | None = None,
     ) -> tuple[Any, Any] | None:
-        """Remove and return the tuple (cache key, result) that this thread computed for a layer.
+        """Remove and return the result that was computed for a layer, or None if there is none.
 
-        Returns None if there is no result that was computed from the current values of x in the
-        same ``context``. ``entry`` is this thread's entry for x, if the caller has looked it up.
+        The return value is a tuple (cache key, result). The result was computed by this thread,
+        from the current values of x in the same ``context``. ``entry`` is this thread's entry for
+        x, if the caller has looked it up.
         """
         location = get_ident(), id(x)
         if entry is None:
@@ -141,7 +146,10 @@ class SharedResultCache(UncopiedCache):
         return found
 
     def discard_untaken(self) -> set[int]:
-        """Discard this thread's unused results, and return the layers they were computed for."""
+        """Discard the results that no layer has taken, and return the layers they were for.
+
+        Only this thread's results are discarded.
+        """
         untaken: set[int] = set()
         if self.entries:
             thread = get_ident()
@@ -151,7 +159,10 @@ class SharedResultCache(UncopiedCache):
         return untaken
 
     def clear(self) -> None:
-        """Drop the results of every thread."""
+        """Clear the cache.
+
+        The results of every thread are dropped.
+        """
         for location in [*self.entries]:
             self._drop(location)
 
@@ -166,10 +177,10 @@ class SharedResultCache(UncopiedCache):
 
 
 class SharedInputGroup(SharedResultCache):
-    """Group of layers that received the same input tensor, in the order of their calls.
+    """Group of layers that receive the same input tensor.
 
-    A copied or unpickled layer has a group without members until a forward pass identifies its
-    group.
+    They are in the order of their calls. A copied or unpickled layer has a group without members
+    until a forward pass identifies its group.
 
     Attributes:
         members: The layers. Results are stored by their ``id``.
@@ -192,10 +203,10 @@ class SharedInputGroup(SharedResultCache):
         self.idle: set[int] = set()
 
     def discard_untaken(self) -> set[int]:
-        """Discard this thread's unused results, and return the layers they were computed for.
+        """Discard the results that no layer has taken, and return the layers they were for.
 
-        These layers are also recorded as idle. Nothing is computed for an idle layer until it
-        is called again.
+        Only this thread's results are discarded. The layers are also recorded as idle. Nothing is
+        computed for an idle layer until it is called again.
         """
         untaken = super().discard_untaken()
         if untaken:
@@ -204,9 +215,9 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Drop everything that is cached for the group.
+        """Clear the group's caches.
 
-        This includes the results of every thread, the launches, and the set of idle layers.
+        They contain the results of every thread, the launches, and the set of idle layers.
         """
         super().clear()
         self.launches.clear()
@@ -214,7 +225,10 @@ class SharedInputGroup(SharedResultCache):
 
 
 class _CallSequence:
-    """Layers that one thread has called one after another with the same tensor."""
+    """Sequence of layers called with the same tensor.
+
+    One thread has called them one after another.
+    """
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
         self.thread = get_ident()
@@ -225,7 +239,10 @@ class _CallSequence:
         self._state = x.clone() if x.is_inference() else x._version
 
     def is_continued_by(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Return whether calling a layer with x in this thread continues the sequence of calls."""
+        """Return whether calling a layer with x continues the sequence of calls.
+
+        The call is in this thread.
+        """
         if self.thread != get_ident() or self.x() is not x:
             return False
         return all(member() is not layer for member in self.members)
@@ -245,7 +262,10 @@ class _CallSequence:
             self.unwritten = same
 
     def form_group(self) -> None:
-        """Form a group from the layers, except those that another thread has already grouped."""
+        """Form a shared-input group from the layers.
+
+        Layers that another thread has already grouped are left out.
+        """
         group = SharedInputGroup(tuple(self.members), self.unwritten)
         for reference in self.members:
             member: Any = reference()
@@ -299,7 +319,10 @@ def observe_group(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
 
 
 def clear_group_cache(layer: object) -> None:
-    """Clear the results and launches cached in a layer's shared-input group."""
+    """Clear the cache of a layer's shared-input group.
+
+    The cache contains results and launches.
+    """
     group = getattr(layer, "__dict__", {}).get("_shared_input_group")
     if group is not None:
         group.clear()

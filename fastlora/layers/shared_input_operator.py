@@ -32,7 +32,7 @@ define_operator(
 
 
 @register_composite("lora_shared")
-def _own_s_and_seed(
+def _own_s_and_optional_seed(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
     places: list[int],
@@ -43,12 +43,12 @@ def _own_s_and_seed(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return s and the dropout seed of layer ``own`` in a shared-input group.
+    """Return a layer's own s and dropout seed in a shared-input group.
 
-    In a trace, the first call also computes s for the group's other layers. The seed is in a list,
-    which is empty without dropout. ``places`` lists the position of each lora_a among those of all
-    layers and slots. Without ids, one adapter applies to all rows. If ``factor_dtype`` is given,
-    factors are converted to it.
+    ``own`` is the layer's number. In a trace, the first call also computes s for the group's other
+    layers. The seed is in a list, which is empty without dropout. ``places`` lists the position of
+    each lora_a among those of all layers and slots. Without ids, one adapter applies to all rows.
+    If ``factor_dtype`` is given, factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 

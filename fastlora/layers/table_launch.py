@@ -1,4 +1,4 @@
-"""`TableLaunch`, the arguments of launches that read a layer's factors from the tables.
+"""`TableLaunchArguments`, the arguments of launches that read a layer's factors from the tables.
 
 They include the layer's row in the address tables, and its neighbors: the layers of its
 shared-input group with adjacent rows. One launch serves a layer and its neighbors.
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from fastlora.layers.linear_with_adapters import LinearWithAdapters
 
 
-class TableLaunch(NamedTuple):
-    """Arguments of a layer's kernel launches, reused by all forward passes with the same rows.
+class TableLaunchArguments(NamedTuple):
+    """Arguments of a layer's kernel launches with address tables.
+
+    All forward passes with the same rows reuse them.
 
     Attributes:
         of: The tables.
@@ -57,8 +59,8 @@ def get_table_launch(
     rows: Rows,
     invariant: bool = False,
     impl: str = "triton",
-) -> TableLaunch | None:
-    """Find or create a layer's `TableLaunch`, or return None if the layer has no row in the tables.
+) -> TableLaunchArguments | None:
+    """Find or create a layer's `TableLaunchArguments`, or return None if it is not in the tables.
 
     The result is cached for the block once the layer's shared-input group is known. In a graph that
     is being compiled each layer runs alone, because a compiled graph must not see results that one
@@ -69,7 +71,7 @@ def get_table_launch(
         key = (id(tables), rows, invariant)
         known = call.routing.cache.layers.get(("table_launches", layer.routing_index))
         if known is not None and known[0] == key:
-            launch: TableLaunch = known[1]
+            launch: TableLaunchArguments = known[1]
             return launch
     row = table_row_of(layer, layer.routing_index, tables)
     if row is None:
@@ -96,7 +98,7 @@ def get_table_launch(
         rows_for_address_tables(rows, invariant) if impl == "triton" else rows.operator_arguments()
     )
     shared = group if len(members) > 1 else None
-    found = TableLaunch(
+    found = TableLaunchArguments(
         tables, rows, invariant, own, tables.operator_arguments(), row, shared, first, members
     )
     if group is not None:
@@ -105,11 +107,12 @@ def get_table_launch(
 
 
 def output_from_tables(
-    call: MixedCall, base: Base, launch: TableLaunch, impl: str = "triton"
+    call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output ``[M, N]``: the base output plus the update of each row's adapter.
+    """Compute a layer's output ``[M, N]`` from address tables.
 
-    ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
+    It is the base output plus the update of each row's adapter. ``impl`` may differ from
+    ``"triton"`` only if the base layer's output is given.
     """
     if base.weight is not None:
         return linear_from_tables(call, base, launch)[0]
@@ -125,14 +128,15 @@ def output_from_tables(
 def linear_from_tables(
     call: MixedCall,
     base: Base,
-    launch: TableLaunch,
+    launch: TableLaunchArguments,
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Return a list with y ``[M, N]``, computed from the base weight and each row's adapter.
+    """Compute a layer's output from its base weight and the adapters in address tables.
 
-    ``s`` is given if a neighbor has computed it. If ``with_neighbor_s`` is set, the call also
-    computes s for all neighbors, and the list contains it after y.
+    The result is a list with y ``[M, N]``. ``s`` is given if a neighbor has computed it. If
+    ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains it
+    after y.
     """
     of, plan = launch.of, "invariant" if launch.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])
@@ -159,7 +163,7 @@ def linear_from_tables(
 
 
 def run_launch_with_neighbors(
-    x: torch.Tensor, bases: Sequence[Base], launch: TableLaunch
+    x: torch.Tensor, bases: Sequence[Base], launch: TableLaunchArguments
 ) -> list[torch.Tensor] | None:
     """Use one launch to compute y ``[M, N]`` for a layer and for each neighbor in the tables.
 

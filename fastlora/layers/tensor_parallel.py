@@ -48,6 +48,7 @@ from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.fallback_reasons import (
     BASE_GEMM_VARIES,
+    FusionStatus,
     reason_dora_prevents_fusion,
     uses_dora,
 )
@@ -62,12 +63,12 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.ops.factors import Base, Factors
 from fastlora.routing.active import active_routing
-from fastlora.sharding import full_tensor, local_shard, to_local_summing_grads
+from fastlora.sharding import full_tensor, local_shard, to_local_summing_replicated_grads
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
 # The golden ratio in 62 bits: its products with different ranks are far apart.
@@ -131,7 +132,10 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Remove this layer's hook from the base layer, and return the base layer."""
+        """Release the base layer from this layer, and return it.
+
+        This layer's hook is removed from the base layer.
+        """
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -160,7 +164,7 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
+        """Reset an adapter's DoRA magnitude to the norms of its current weight.
 
         All processes must call this method.
         """
@@ -193,7 +197,10 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the layer's output y for x, both in the layouts of its parallel style."""
+        """Return the layer's output y for x.
+
+        Both are in the layouts of its parallel style.
+        """
         execution_mode_of(x, "eager").raise_if_batch_invariant(self, BASE_GEMM_VARIES)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
@@ -205,9 +212,9 @@ class TensorParallelLora(FastLoraWrapper):
     def _lora_forward_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Forward hook that adds the local share of the LoRA update to the local share of y.
+        """Forward hook that adds the LoRA update to the base layer's output.
 
-        It runs before the collectives on y.
+        This process's share of the update is added to its share of y, before the collectives on y.
         """
         from torch.distributed.tensor import DTensor, Partial
 
@@ -251,7 +258,9 @@ class TensorParallelLora(FastLoraWrapper):
     def _local_factors(
         self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
-        """Return this process's share of an adapter's factors as plain, unscaled tensors.
+        """Return this process's share of an adapter's factors.
+
+        They are plain tensors and are not scaled.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called.
@@ -263,40 +272,41 @@ class TensorParallelLora(FastLoraWrapper):
                     f"adapter {name!r} has a {type(module).__name__} that has hooks or was "
                     "replaced; a tensor-parallel layer does not support this"
                 )
-        lora_bias = None if up.bias is None else to_local_summing_grads(up.bias)
+        lora_bias = None if up.bias is None else to_local_summing_replicated_grads(up.bias)
         if lora_bias is not None and self.style == ROW_WISE:
             # All shares of y are summed, so only the first process adds the bias.
             lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
-            to_local_summing_grads(self.lora_A[name].weight),
-            to_local_summing_grads(up.weight),
+            to_local_summing_replicated_grads(self.lora_A[name].weight),
+            to_local_summing_replicated_grads(up.weight),
             self.scaling[name] if call is None else scaling_as_scalar_tensor(self, name, call),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
     def _local_magnitude(self, name: str) -> torch.Tensor:
-        return to_local_summing_grads(dora_magnitude_of(self, name))
+        return to_local_summing_replicated_grads(dora_magnitude_of(self, name))
 
     def _local_weight(self) -> torch.Tensor:
         return local_shard(self.base_layer.weight)
 
-    def _local_bias(self) -> torch.Tensor | None:
-        """Return the share of the base bias that is included in this process's share of y.
+    def _local_base_bias(self) -> torch.Tensor | None:
+        """Return this process's share of the base bias, or None.
 
-        Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y and
-        adds them afterwards, so that they sum to the bias in whichever process torch has added it.
-        All parts may be trained.
+        It is included in this process's share of y. Row-wise, each process gets an equal part. DoRA
+        subtracts these parts before it scales y and adds them afterwards, so that they sum to the
+        bias in whichever process torch has added it. All parts may be trained.
         """
-        bias = super()._local_bias()
+        bias = super()._local_base_bias()
         if bias is None or self.style == COLUMN_WISE:
-            return None if bias is None else to_local_summing_grads(bias)
-        return to_local_summing_grads(bias) / self.base_layer.weight.device_mesh.size()
+            return None if bias is None else to_local_summing_replicated_grads(bias)
+        return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds as int64, in the shape of ``seed``.
+        """Return this process's dropout seeds, derived from ``seed``.
 
-        Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
+        They are int64 and have the shape of ``seed``. Column-wise, all processes use the same
+        seeds. Row-wise, each process uses its own.
         """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
@@ -315,13 +325,13 @@ class TensorParallelLora(FastLoraWrapper):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The caller may write into the tensors' local parts, as dcp.load does. No version records
         # that.
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return whether the layer runs fused and, if not, the reason.
 
         A tensor-parallel layer never runs fused.
         """
@@ -330,10 +340,13 @@ class TensorParallelLora(FastLoraWrapper):
         if uses_dora(self, names):
             further = reason_dora_prevents_fusion(self, names)
             reason += ", which DoRA scales" + (f"; {further}" if further else "")
-        return False, reason
+        return FusionStatus(False, reason)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return this process's shards of the base weight and bias, for merging."""
+        """Return the base weight and bias to merge into.
+
+        These are this process's shards.
+        """
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(
@@ -358,9 +371,9 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's update ``scaling * B @ A`` in its full shape ``[N, K]``.
+        """Return an adapter's weight update ``scaling * B @ A``.
 
-        The update is not sharded. All processes must call this method.
+        It has its full shape ``[N, K]`` and is not sharded. All processes must call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
@@ -373,7 +386,10 @@ def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
 
 
 def _accept_all(module: nn.Module, settings: LayerAdapterSettings) -> None:
-    """Accept all settings, because `TensorParallelLora` checks its base layer itself."""
+    """Accept all settings.
+
+    `TensorParallelLora` checks its base layer itself.
+    """
 
 
 register_layer_kind(LayerKind(LINEAR, is_tensor_parallel, TensorParallelLora, _shapes, _accept_all))

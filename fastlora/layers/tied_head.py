@@ -16,7 +16,7 @@ from torch import nn
 from fastlora.layers.adapter_init import AdapterInitializer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.parts import Factor
-from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.layers.unfused import BaseAdditiveLoraLayer
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Parameter-free module whose weight is the transpose of another layer's factor."""
+    """Module whose weight is the transpose of another layer's factor.
+
+    It has no parameters.
+    """
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -34,7 +37,10 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The embedding's factor, transposed."""
+        """The weight of this module.
+
+        It is the embedding's factor, transposed.
+        """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -45,8 +51,10 @@ class _TransposedFactor(nn.Module):
         return None
 
 
-class TiedLoraHead(AdditiveLoraLayer):
-    """LoRA layer for a linear layer that shares its weight and adapters with an embedding.
+class TiedLoraHead(BaseAdditiveLoraLayer):
+    """LoRA layer for a linear head that is tied to an embedding.
+
+    The head shares its weight and adapters with the embedding.
 
     Args:
         base_layer: The linear layer.
@@ -74,9 +82,10 @@ class TiedLoraHead(AdditiveLoraLayer):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add an adapter that shares its factors with the embedding's adapter of the same name.
+        """Add an adapter to the tied head.
 
-        ``settings`` are those of `LoraLayer.add_adapter`.
+        The adapter shares its factors with the embedding's adapter of the same name. ``settings``
+        are those of `LoraLayer.add_adapter`.
         """
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)
@@ -90,13 +99,13 @@ class TiedLoraHead(AdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to ``state_dict()`` names.
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
 
         The dict is empty, because the embedding saves the shared factors.
         """
         return {}
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel() // x.shape[-1], x.dim() - 1
 
     def _add_update(
@@ -124,5 +133,8 @@ class TiedLoraHead(AdditiveLoraLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Undo `merge` for every merged adapter."""
+        """Unmerge every merged adapter.
+
+        This undoes `merge`.
+        """
         self.merged_adapters.clear()

@@ -56,9 +56,9 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """Adapter module for one base layer, with each adapter's rows for the tokens that it trains.
+    """Module that holds the trained rows of tokens for each adapter.
 
-    The attribute names follow PEFT.
+    It is the adapter module of one base layer. The attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -97,7 +97,10 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Names of the active adapters, under PEFT's attribute name."""
+        """Names of the active adapters.
+
+        The attribute's name is PEFT's.
+        """
         return list(self.active_adapters)
 
     @property
@@ -114,7 +117,9 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """Wrapper around an embedding or a tied head that lets adapters train some rows of the weight.
+    """Wrapper around a module that lets adapters train the rows of some tokens.
+
+    The module is an embedding or a tied head, and the rows are those of its weight.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens_trainable` accepts.
@@ -149,7 +154,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
-        self._trained_by_adapter[adapter_name] = rows
+        self._trained_copies_by_adapter[adapter_name] = rows
         self.token_adapter.token_indices[adapter_name] = list(indices)
         self.token_adapter.tables.clear()
 
@@ -157,7 +162,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Return a copy of the given weight rows ``[n, D]``, with their values before any merge."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
-        for name, before in reversed(self._rows_before_merge().items()):
+        for name, before in reversed(self._rows_before_merge_by_adapter().items()):
             merged = {token: i for i, token in enumerate(self.token_indices[name])}
             for i, token in enumerate(indices):
                 if token in merged:
@@ -166,18 +171,22 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Maps an adapter name to the indices of the rows that the adapter trains."""
+        """Maps an adapter name to the indices of the tokens that the adapter trains.
+
+        They are row indices of the weight.
+        """
         return self.token_adapter.token_indices
 
     @property
-    def _trained_by_adapter(self) -> nn.ParameterDict:
-        """Maps an adapter name to its rows."""
+    def _trained_copies_by_adapter(self) -> nn.ParameterDict:
+        """The trained copies of the rows, keyed by adapter name."""
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the file key of an adapter's rows to their ``state_dict()`` name.
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
 
-        The dict is empty if another module owns the rows.
+        The dict maps the file key of the adapter's rows to their ``state_dict()`` name. It is empty
+        if another module owns the rows.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -186,12 +195,18 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The embedding or linear layer, under PEFT's attribute name."""
+        """The original module.
+
+        It is the embedding or linear layer. The attribute's name is PEFT's.
+        """
         return self.get_base_layer()
 
     @property
     def is_tied(self) -> bool:
-        """Whether another module owns the rows."""
+        """Whether the rows are tied to another module.
+
+        The other module then owns the rows.
+        """
         return self.token_adapter.tied_adapter is not None
 
     def _activate(
@@ -205,14 +220,17 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
-    def _remove_trained(self, adapter_name: str) -> None:
+    def _remove_trained_copy(self, adapter_name: str) -> None:
         if not self.is_tied:
-            super()._remove_trained(adapter_name)
+            super()._remove_trained_copy(adapter_name)
             del self.token_indices[adapter_name]
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the embedding or linear layer."""
+        """Return the base layer.
+
+        It is the embedding or linear layer.
+        """
         return self.token_adapter.base_layer
 
     # ------------------------------------------------------------------------------- forward
@@ -243,7 +261,7 @@ class TrainableTokensWrapper(ModuleWrapper):
             )
         if routing.whole is not None and execution_mode_of(x, "eager").compiling:
             return self._replace_in_mixed_batch(routing.whole, x, y)
-        with self._check_batch_rows(routing, x):
+        with self._check_rows_and_pause_tracking(routing, x):
             return self._replace_in_mixed_batch(routing, x, y)
 
     def _replace_in_mixed_batch(
@@ -279,11 +297,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
-        ids, (keys, places) = ids.long(), self._token_keys_and_rows(names, ids.device)
+        ids, (keys, places) = ids.long(), self._token_keys_and_row_indices(names, ids.device)
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
-        deltas = [self._trained_by_adapter[name] for name in names]
+        deltas = [self._trained_copies_by_adapter[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
         # Ids without an adapter's row share one extra row, so that they are not counted.
@@ -300,10 +318,10 @@ class TrainableTokensWrapper(ModuleWrapper):
             new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
-    def _token_keys_and_rows(
+    def _token_keys_and_row_indices(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys of all trained tokens, and the index of the row for each key.
+        """Return the keys of all trained tokens, and the row index for each key.
 
         The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
@@ -326,8 +344,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
         """Return y ``[..., V]`` with an adapter's trained columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
-        index, places = self._token_keys_and_rows([name], x.device)
-        delta = self._trained_by_adapter[name].to(base.weight.dtype)[places]
+        index, places = self._token_keys_and_row_indices([name], x.device)
+        delta = self._trained_copies_by_adapter[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
 
@@ -339,7 +357,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check whether a merge is possible, and return a list of the adapters that it would merge.
+        """Check that adapters can be merged, and return a list of those that would be merged.
 
         The module is not changed.
 
@@ -362,7 +380,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                     "adapter; expected adapters that have no tokens in common"
                 )
             taken.update(known[name])
-            delta = self._trained_by_adapter[name]
+            delta = self._trained_copies_by_adapter[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
@@ -372,32 +390,35 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that `check_merge` has checked, by writing their rows into the weight.
+        """Merge adapters that `check_merge` has checked.
 
-        The old rows are saved for `unmerge`.
+        Their rows are written into the weight, and the old rows are saved for `unmerge`.
         """
         weight: Any = self.get_base_layer().weight
-        rows_before = self._rows_before_merge()
+        rows_before = self._rows_before_merge_by_adapter()
         for name in names:
             if name not in rows_before:
                 index = self._index(name, weight.device)
                 rows_before[name] = weight.detach()[index].clone()
-                weight.index_copy_(0, index, self._trained_by_adapter[name].to(weight))
+                weight.index_copy_(0, index, self._trained_copies_by_adapter[name].to(weight))
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo `merge` by restoring the rows that it replaced."""
+        """Unmerge every merged adapter.
+
+        This undoes `merge` by restoring the rows that it replaced.
+        """
         weight: Any = self.get_base_layer().weight
-        rows_before = self._rows_before_merge()
+        rows_before = self._rows_before_merge_by_adapter()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             before = rows_before.pop(name, None)
             if before is not None:
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
-    def _rows_before_merge(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each merged adapter to the weight rows' values before its merge.
+    def _rows_before_merge_by_adapter(self) -> dict[str, torch.Tensor]:
+        """Return the weight rows from before each merge, keyed by the merged adapter.
 
         Modules that share the weight share the dict.
         """
@@ -415,7 +436,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         if acting is None:
             return found
         return found.index_copy(
-            0, self._index(acting, found.device), self._trained_by_adapter[acting].to(found)
+            0, self._index(acting, found.device), self._trained_copies_by_adapter[acting].to(found)
         )
 
 

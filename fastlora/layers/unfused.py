@@ -1,7 +1,7 @@
 """LoRA layers that call their base layer unchanged and run in PyTorch, without Triton kernels.
 
-`AdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each adapter
-runs on its own samples.
+`BaseAdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each
+adapter runs on its own samples.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.dora_norms import adapted_squared_norms
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.mixed_dispatch import check_not_merged
 from fastlora.layers.scalings import Scalings
@@ -25,11 +26,12 @@ from fastlora.validation import ImplementationError, UnsupportedLayerError
 from fastlora.weights_version import WeightsVersion, weights_versions
 
 
-class UnfusedLoraLayer(LoraLayer):
-    """Base class of LoRA layers that call their base layer unchanged and use no Triton kernels.
+class BaseUnfusedLoraLayer(LoraLayer):
+    """Base class of unfused LoRA layers.
 
-    Attributes that the layer lacks are looked up on the base layer, because models read, for
-    example, the stride of a convolution.
+    An unfused layer calls its base layer unchanged and uses no Triton kernels. Attributes that the
+    layer lacks are looked up on the base layer, because models read, for example, the stride of a
+    convolution.
 
     Args:
         base_layer: The module.
@@ -67,15 +69,16 @@ class UnfusedLoraLayer(LoraLayer):
                 raise
             return getattr(self._modules["base_layer"], name)
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return whether the layer runs fused and, if not, the reason.
 
         A layer of this class never runs fused.
         """
-        return False, f"its base layer is {type(self.base_layer).__name__}: {self.fallback_reason}"
+        kind = type(self.base_layer).__name__
+        return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
     def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
-        """Return the conditions of a forward pass, or raise an error if it requires kernels.
+        """Check the conditions of a forward pass, and return them.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
@@ -90,11 +93,12 @@ class UnfusedLoraLayer(LoraLayer):
         return conditions
 
 
-class AdditiveLoraLayer(UnfusedLoraLayer):
-    """Base class of LoRA layers that add the adapters' updates to the base output one by one.
+class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
+    """Base class of additive LoRA layers.
 
-    Besides the methods that `LoraLayer` lists for subclasses, a subclass implements `_add_update`
-    and `_count_samples_and_dims`.
+    An additive layer adds the adapters' updates to the base output one by one. Besides the methods
+    that `LoraLayer` lists for subclasses, a subclass implements `_add_update` and
+    `_count_samples_and_sample_dims`.
     """
 
     # ------------------------------------------- methods that a layer kind overrides
@@ -107,7 +111,9 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         conditions: ExecutionMode,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the sum of y and one adapter's update, in y's dtype or a wider dtype.
+        """Add one adapter's update to y, and return the sum.
+
+        The sum has y's dtype or a wider dtype.
 
         Args:
             name: The adapter's name.
@@ -119,10 +125,10 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         """
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         """Return the number of samples in x, and the number of dimensions that index samples."""
         raise UnsupportedLayerError(
-            f"{type(self).__name__} does not implement _count_samples_and_dims()"
+            f"{type(self).__name__} does not implement _count_samples_and_sample_dims()"
         )
 
     # ------------------------------------------------------------------------------------ forward
@@ -149,7 +155,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     ) -> torch.Tensor:
         """Add the update of each sample's own adapter to y in a mixed batch."""
         check_not_merged(self)
-        m, dims = self._count_samples_and_dims(x)
+        m, dims = self._count_samples_and_sample_dims(x)
         count = routing.ids.shape[0]
         if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
             raise ValueError(
@@ -169,9 +175,10 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _add_updates_by_segment(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Add each adapter's update by running the adapter only on its own samples.
+        """Add the adapters' updates to y segment by segment.
 
-        The host waits for the adapter ids if they are on a GPU.
+        Each adapter runs only on its own samples, which form a segment. The host waits for the
+        adapter ids if they are on a GPU.
         """
         rows = routing.sorted_rows(x.shape[0], x.device, host=True)
         seeds = (
@@ -199,9 +206,10 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _add_updates_by_mask(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Add updates by running every adapter on all samples and selecting results by adapter id.
+        """Add the adapters' updates to y by mask.
 
-        The graph of operations does not depend on the values of ids.
+        Every adapter runs on all samples, and a mask selects the samples that have its id. The
+        graph of operations does not depend on the values of ids.
         """
         each = x.shape[0] // max(routing.ids.shape[0], 1)
         ids = routing.ids.to(x.device).unsqueeze(1).expand(-1, each).reshape(-1)
@@ -218,10 +226,10 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _apply_dropout(
         self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply dropout to x, or return x itself if dropout is not active.
+        """Apply dropout to x, and return it.
 
-        With a seed, an adapter drops the same elements of its samples whatever else is in the
-        batch.
+        If dropout is not active, x itself is returned. With a seed, an adapter drops the same
+        elements of its samples whatever else is in the batch.
         """
         if isinstance(dropout, nn.Identity):
             return x

@@ -13,11 +13,11 @@ from fastlora.layers.base_layers import (
     returns_unreferenced_output,
 )
 from fastlora.layers.call import UniformCall
-from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, fusion_status
+from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import MergeTarget
-from fastlora.layers.quantized import QuantizedBaseWeight, quantized_weight_of
+from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.quantized_base import (
     call_base_layer,
     fallback_reason_base_called,
@@ -30,9 +30,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer for a linear-like base layer that is called unchanged.
+    """LoRA layer that wraps a base layer and calls it unchanged.
 
-    Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+    The base layer is linear-like. The layer computes ``y = base_layer(x) + scaling * dropout(x) @
+    lora_A.T @ lora_B.T``.
 
     The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
     layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
@@ -78,14 +79,17 @@ class FastLoraWrapper(LoraLayer):
         inplace = not y.requires_grad and self._may_overwrite(y, x)
         return forward(call, Base(y=y, inplace=inplace))
 
-    def _local_quantized(self) -> QuantizedBaseWeight | None:
+    def _local_quantized(self) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def _fusable_base(self) -> Base | None:
         return quantized_base_of_layer(self)
 
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether y may be overwritten, because no other code refers to it."""
+        """Return whether y may be overwritten.
+
+        It may be if no other code refers to it.
+        """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (
             hooked or y is x or y._is_view()
@@ -101,8 +105,8 @@ class FastLoraWrapper(LoraLayer):
         """The base layer's bias."""
         return self.base_layer.bias
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return whether the layer runs fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """

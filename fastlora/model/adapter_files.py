@@ -3,7 +3,7 @@
 A save replaces the weights file first and the config file second. If the process is killed between
 the two steps, the folder contains new weights and an old config. For this reason, the metadata of
 the weights file contains a copy of the config that was saved with the weights, and a hash of the
-config file that the save replaces. `_config_matching_weights` compares both with the config file,
+config file that the save replaces. `_config_saved_with_weights` compares both with the config file,
 and selects the
 config that belongs to the weights.
 """
@@ -37,7 +37,7 @@ _TRIES = 10
 
 
 @dataclass(frozen=True)
-class FileSizeLimits:
+class ConfigAndHeaderSizeLimits:
     """Size limits, in bytes, for an adapter's config and the header of its weights file.
 
     Attributes:
@@ -51,7 +51,7 @@ class FileSizeLimits:
 
 
 @dataclass(frozen=True)
-class OpenAdapterFiles:
+class ConfigAndOpenWeightsFile:
     """The config and the open weights file of an adapter folder.
 
     Attributes:
@@ -65,8 +65,8 @@ class OpenAdapterFiles:
 
 @contextlib.contextmanager
 def open_adapter_files(
-    folder: Path, root: Path | None = None, limits: FileSizeLimits | None = None
-) -> Iterator[OpenAdapterFiles]:
+    folder: Path, root: Path | None = None, limits: ConfigAndHeaderSizeLimits | None = None
+) -> Iterator[ConfigAndOpenWeightsFile]:
     """Open the files of an adapter folder for the duration of a ``with`` block.
 
     The files are opened for reading only.
@@ -83,16 +83,16 @@ def open_adapter_files(
         OSError: If a file is missing or cannot be opened.
     """
     path = folder / CONFIG_NAME
-    limits = limits or FileSizeLimits()
+    limits = limits or ConfigAndHeaderSizeLimits()
     for _ in range(_TRIES):
         text = _read_config(path, root, limits.config)
         file = open_regular_file(folder / WEIGHTS_NAME, root)
         with TensorFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
-            own = _config_matching_weights(text, weights.metadata, path, limits.config)
+            own = _config_saved_with_weights(text, weights.metadata, path, limits.config)
             # A concurrent save may have replaced both files since the config was read.
             if own is None and _read_config(path, root, limits.config) != text:
                 continue
-            yield OpenAdapterFiles(_fields(text if own is None else own, path), weights)
+            yield ConfigAndOpenWeightsFile(_fields(text if own is None else own, path), weights)
             return
     raise CheckpointError(
         f"{folder}: the files kept changing while they were being read; try again"
@@ -115,7 +115,9 @@ def read_config_of_weights(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return a dict of the fields in an ``adapter_config.json`` file. The values are not checked.
+    """Read a config file, and return a dict of its fields.
+
+    The file is an ``adapter_config.json``. The values are not checked.
 
     Raises:
         CheckpointError: If the file is missing, too large, or not a JSON object.
@@ -229,10 +231,10 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         return text
 
 
-def _config_matching_weights(
+def _config_saved_with_weights(
     text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Return the config that, according to the weights file's metadata, matches the weights.
+    """Return the config that was saved with the weights, or None if it no longer applies.
 
     If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
     the config that the save was about to replace, the save was interrupted or is still running, and

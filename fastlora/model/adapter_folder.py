@@ -24,8 +24,8 @@ import torch
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    FileSizeLimits,
-    OpenAdapterFiles,
+    ConfigAndHeaderSizeLimits,
+    ConfigAndOpenWeightsFile,
     make_weights_file_metadata,
     open_adapter_files,
 )
@@ -78,7 +78,7 @@ Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
 class ParsedAdapterKey(NamedTuple):
-    """A key of an adapter's weights file, split into the module's name and the kind of tensor.
+    """A parsed key of an adapter's weights file.
 
     Attributes:
         module: The name of the module in the base model.
@@ -96,7 +96,9 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The checked contents of an adapter folder, without the tensor data.
+    """The contents of an adapter folder without the tensor data.
+
+    They have been checked.
 
     Attributes:
         path: The folder.
@@ -114,7 +116,9 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The checked contents of an adapter folder, including the tensor data.
+    """The contents of an adapter folder, including the tensor data.
+
+    They have been checked.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
@@ -139,7 +143,7 @@ class OpenAdapterFolder:
         config: The adapter's config.
     """
 
-    def __init__(self, path: Path, files: OpenAdapterFiles) -> None:
+    def __init__(self, path: Path, files: ConfigAndOpenWeightsFile) -> None:
         self.path = path
         self._weights = files.weights
         try:
@@ -150,14 +154,18 @@ class OpenAdapterFolder:
 
     @property
     def weights_file_size(self) -> int:
-        """The size of the weights file in bytes, as the file system reports it."""
-        return self._weights.file_size
+        """The size of the weights file in bytes.
+
+        The file system reports it.
+        """
+        return self._weights.size_on_disk
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The checked contents of the folder without the tensor data.
+        """The adapter's header.
 
-        The header of the weights file is checked against the config. No tensor data is read.
+        It is the checked contents of the folder without the tensor data. The header of the weights
+        file is checked against the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -167,7 +175,9 @@ class OpenAdapterFolder:
         return AdapterHeader(self.path, self.config, tensor_infos, keys)
 
     def load(self) -> AdapterContents:
-        """Check the adapter, read its tensors, and return both as an `AdapterContents`.
+        """Load and return the adapter's contents.
+
+        The adapter is checked.
 
         Raises:
             CheckpointError: If the weights file is damaged, contradicts the config, or changes
@@ -180,7 +190,9 @@ class OpenAdapterFolder:
 
 @contextlib.contextmanager
 def open_adapter_folder(
-    path: str | os.PathLike[str], root: Path | None = None, limits: FileSizeLimits | None = None
+    path: str | os.PathLike[str],
+    root: Path | None = None,
+    limits: ConfigAndHeaderSizeLimits | None = None,
 ) -> Iterator[OpenAdapterFolder]:
     """Open a local adapter folder for the duration of a ``with`` block.
 
@@ -207,9 +219,9 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
-    """Read the config and the tensors of a local adapter folder, and check them.
+    """Load the config and the tensors of a local adapter folder.
 
-    Symbolic links are followed.
+    Both are checked. Symbolic links are followed.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or unsafe, or if the two files contradict
@@ -221,7 +233,10 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Check a local adapter folder as `load_adapter_folder` does, without reading tensor data."""
+    """Read and return the header of a local adapter folder, without its tensors.
+
+    The folder is checked as in `load_adapter_folder`.
+    """
     with open_adapter_folder(path) as opened:
         return opened.header
 
@@ -229,10 +244,10 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 def with_renamed_modules(
     file: AdapterContents, mapping: Mapping[str, str] | None
 ) -> AdapterContents:
-    """Return a copy of an adapter file with renamed modules.
+    """Return an adapter's contents with renamed modules.
 
-    Some transformers models define a mapping from the module names of earlier versions to the
-    current names.
+    The result is a copy. Some transformers models define a mapping from the module names of earlier
+    versions to the current names.
 
     Args:
         file: The loaded adapter.
@@ -267,13 +282,14 @@ def save_adapter_folder(
     *,
     auto_mapping: dict[str, Any] | None = None,
 ) -> None:
-    """Write an adapter folder that PEFT and fastlora can load.
+    """Save an adapter's config and tensors to a folder.
 
-    The config is written with ``inference_mode=True``. Both files are first written completely
-    under temporary names. Then the weights file is renamed, and after it the config file. If the
-    save fails or the process is killed before the renames, the old adapter remains. If the process
-    is killed between the renames, fastlora reads the new adapter, but other readers find the new
-    weights beside the old config. Concurrent saves into the same folder run one after another.
+    PEFT and fastlora can load the folder. The config is written with ``inference_mode=True``. Both
+    files are first written completely under temporary names. Then the weights file is renamed, and
+    after it the config file. If the save fails or the process is killed before the renames, the old
+    adapter remains. If the process is killed between the renames, fastlora reads the new adapter,
+    but other readers find the new weights beside the old config. Concurrent saves into the same
+    folder run one after another.
 
     Args:
         path: The folder. It is created if it does not exist.

@@ -105,7 +105,7 @@ def check_adapter_fits_model(
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     with replication_applied(plan.replication):
         expected = _expected_shapes(model, plan)
-        shapes = _tied_head_file_shapes(model, expected, plan) | expected
+        shapes = _file_shapes_of_tied_heads(model, expected, plan) | expected
         biases = _base_biases(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
             found = _base_weight_of_module(model, parts.module) if parts.kind == "base" else None
@@ -215,10 +215,10 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
     return shapes
 
 
-def _tied_head_file_shapes(
+def _file_shapes_of_tied_heads(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return a dict of tensor shapes for the tied output heads, keyed by file key.
+    """Return the tensor shapes of the tied output heads, keyed by file key.
 
     A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
     time, transposed, under the head's name.
@@ -295,7 +295,7 @@ def adapter_file_state_dict(
         save, reason = _is_vocab_resized(model, config), "the embedding layer has been resized"
         if not save:
             embeddings = {n: m for n, m in embeddings.items() if isinstance(m, LoraLayer)}
-            save = _targets_embedding(embeddings, adapter_name, config)
+            save = _targets_embedding_or_head(embeddings, adapter_name, config)
             reason = "embedding layers found in `target_modules`"
         if save:
             warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=4)
@@ -331,12 +331,13 @@ def _input_output_embeddings(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if module in found}
 
 
-def _targets_embedding(
+def _targets_embedding_or_head(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Return whether an adapter targets an embedding or output head by PEFT's criteria.
+    """Return whether an adapter targets an embedding or output head.
 
-    The result is always False if the adapter has ``trainable_token_indices``.
+    The criteria are PEFT's. The result is always False if the adapter has
+    ``trainable_token_indices``.
     """
     if config.trainable_token_indices is not None:
         return False
@@ -350,10 +351,11 @@ def _targets_embedding(
 
 
 def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
-    """Return whether the model's vocabulary size has changed since the model was loaded.
+    """Return whether the vocabulary size of a model has changed.
 
-    The size is compared with the one in the base model's ``config.json``. The result is False if
-    the base model was not loaded from a local folder.
+    The current size is compared with the one in the base model's ``config.json``, which the model
+    had when it was loaded. The result is False if the base model was not loaded from a local
+    folder.
     """
     path = Path(config.base_model_name_or_path or "") / "config.json"
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -365,10 +367,11 @@ def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 @torch.no_grad()
 def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: AdapterContents) -> None:
-    """Copy the tensors of a checked adapter file into an adapter's parameters.
+    """Load the contents of an adapter file into an adapter of a model.
 
-    The parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when
-    the vocabulary was resized, the embedding is copied into the base model.
+    The tensors of the file, which has been checked, are copied into the adapter's parameters. The
+    parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when the
+    vocabulary was resized, the embedding is copied into the base model.
 
     Args:
         lora_model: The model that has the adapter.

@@ -143,7 +143,10 @@ def acquire_flock(descriptor: int, *, wait: bool = False) -> bool | None:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush the content of a file, or the directory entries of a folder, to disk."""
+    """Flush a file or folder to disk.
+
+    The content of a file or the directory entries of a folder are flushed.
+    """
     is_folder = path.is_dir()
     if is_folder and fcntl is None:  # Windows cannot open folders
         return
@@ -209,9 +212,10 @@ def _remove_if_owner_ended(folder: Path) -> None:
 
 
 def _owner_process_ended(folder: Path) -> bool:
-    """Return whether a temporary folder was created on this host by a process that has ended.
+    """Return whether the process that created a temporary folder has ended.
 
-    The host and the process id are part of the folder's name.
+    The result is False if this is not known, as for a process on another host. The host and the
+    process id are part of the folder's name.
     """
     owner = _TEMPORARY.fullmatch(folder.name)
     if owner is None or owner["host"] != _host_name_digest():
@@ -242,5 +246,8 @@ def _remove_temp_folder(folder: Path) -> None:
 
 
 def _host_name_digest() -> str:
-    """Return a hexadecimal digest of the host's name, for use in file names."""
+    """Return a digest of the host's name.
+
+    It is hexadecimal, for use in file names.
+    """
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()

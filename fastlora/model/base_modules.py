@@ -28,17 +28,26 @@ def strip_wrapper_prefixes(name: str) -> str:
 
 
 def is_lora_layer(module: nn.Module) -> bool:
-    """Return whether ``module`` is a LoRA layer of fastlora or PEFT."""
+    """Return whether ``module`` is a LoRA layer.
+
+    It may be from fastlora or PEFT.
+    """
     return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
 
 
 def is_modules_to_save_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a ``modules_to_save`` wrapper of fastlora or PEFT."""
+    """Return whether ``module`` is a ``modules_to_save`` wrapper.
+
+    It may be from fastlora or PEFT.
+    """
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
 def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a ``trainable_token_indices`` wrapper of fastlora or PEFT."""
+    """Return whether ``module`` is a wrapper for trainable tokens.
+
+    The wrapper is for ``trainable_token_indices``. It may be from fastlora or PEFT.
+    """
     return "token_adapter" in module._modules
 
 
@@ -135,18 +144,20 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
     return found
 
 
-def peft_function_or_raise(model: nn.Module, module: str, name: str, error: Exception) -> Any:
-    """Return the given PEFT function if the model has PEFT adapter layers, or raise ``error``.
+def peft_function_or_raise(
+    model: nn.Module, module: str, name: str, no_peft_layers_error: Exception
+) -> Any:
+    """Return a function of PEFT if the model has PEFT layers, or raise an error.
 
     Args:
         model: The model.
         module: The name of the Python module that defines the function.
         name: The name of the function.
-        error: The error to raise if the model has no PEFT adapter layers.
+        no_peft_layers_error: The error to raise if the model has no PEFT adapter layers.
     """
     layers: Any = sys.modules.get("peft.tuners.tuners_utils")
     kind = () if layers is None else layers.BaseTunerLayer
     # The layers of fastlora are registered as virtual subclasses of BaseTunerLayer.
     if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
         return getattr(importlib.import_module(module), name)
-    raise error
+    raise no_peft_layers_error

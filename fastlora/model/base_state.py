@@ -19,7 +19,10 @@ _INNER = ("base_layer", "original_module", "token_adapter")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base model's state dict, with the same keys as in a model without adapters."""
+    """Return the base model's state dict.
+
+    The keys are the same as in a model without adapters.
+    """
     named = (
         (key_without_adapters(model, key), tensor) for key, tensor in model.state_dict().items()
     )
@@ -30,7 +33,9 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_base_state_dict(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Copy tensors into a base model that may have adapters.
+    """Load a state dict of the base model into a model.
+
+    The tensors are copied. The model may have adapters.
 
     Args:
         model: The base model, with or without adapters.
@@ -97,9 +102,10 @@ def key_without_adapters(model: nn.Module, key: str, adapter_name: str | None = 
 
 
 def strip_adapter_wrapper_names(module: str) -> str:
-    """Remove wrapper modules' names from the name of a base module in an adapter file.
+    """Remove the names of adapter wrappers from the name of a module.
 
-    The result is the module's name in the model without adapters.
+    The name is that of a base module in an adapter file. The result is the module's name in the
+    model without adapters.
     """
     return ".".join(part for part in module.split(".") if part not in _INNER)
 

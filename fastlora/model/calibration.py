@@ -260,9 +260,10 @@ def preprocess_loraga(
 def estimate_gradients(
     model: nn.Module, lora_config: Any, train_step: Callable[[], object]
 ) -> None:
-    """Compute the mean gradient of each target layer's weight, and store it on the layer.
+    """Estimate the gradient of each target layer's weight, and store it.
 
-    See `preprocess_loraga` for the arguments.
+    The estimate is the mean gradient. It is stored on the layer for LoRA-GA. See
+    `preprocess_loraga` for the arguments.
     """
     layers = target_linear_layers(model, to_lora_config(lora_config), "LoRA-GA")
     training = temporary_training_mode(model, training=True)

@@ -39,7 +39,9 @@ class ComputedLayerParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter that was computed from other adapters and has not been added to the model yet.
+    """An adapter that was computed from other adapters.
+
+    It has not been added to the model yet.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -82,7 +84,7 @@ class ComputedAdapter(NamedTuple):
 
 
 def factor_matrices(
-    name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = True
+    name: str, layer: LoraLayer, adapter: str, *, require_product: bool = True
 ) -> low_rank.FactorPair:
     """Return an adapter's LoRA factors on a layer as a tuple of two matrices.
 
@@ -92,14 +94,14 @@ def factor_matrices(
         name: The name of the layer, for messages.
         layer: The LoRA layer.
         adapter: The name of the adapter.
-        multiplied: Whether to require that the product of the two matrices is the adapter's update.
+        require_product: Whether to require that the product of the two matrices is the adapter's update.
 
     Returns:
         The tuple ``(lora_a, lora_b)``, of shapes ``[R, K]`` and ``[N, R]``.
 
     Raises:
         AdapterStateError: If the factors are sharded or contain values that are not finite.
-        UnsupportedLayerError: If ``multiplied`` is True and the update is not the product of the
+        UnsupportedLayerError: If ``require_product`` is True and the update is not the product of the
             two matrices, as in a grouped convolution.
     """
     lora_a, lora_b, _ = layer._factors(adapter)
@@ -108,7 +110,7 @@ def factor_matrices(
             f"the factors of {name!r} are sharded across processes; save the adapters, load them "
             "into an unsharded model, and run this operation there"
         )
-    if multiplied and lora_b.shape[1] != lora_a.shape[0]:
+    if require_product and lora_b.shape[1] != lora_a.shape[0]:
         raise UnsupportedLayerError(
             f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, and its LoRA "
             "factors are not a pair of matrices; leave this layer out of target_modules"

@@ -71,7 +71,9 @@ class LoraRuntimeConfig:
 
 @dataclass
 class LoraConfig(PeftConfigMethods):
-    """The configuration of a LoRA adapter, with the fields and defaults of PEFT 0.21.2.
+    """The configuration of a LoRA adapter.
+
+    The fields and defaults are those of PEFT 0.21.2.
 
     Args:
         task_type: The task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``, as in PEFT; or None.
@@ -240,7 +242,9 @@ class LoraConfig(PeftConfigMethods):
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
-        """Check that all fields that fastlora does not support have their default values.
+        """Check that the config sets no field that fastlora does not support.
+
+        All of these fields must have their default values.
 
         Args:
             stage: ``"new"`` if the adapter is about to be initialized, ``"load"`` if its weights
@@ -260,12 +264,12 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter is a plain LoRA adapter for the original base weights.
+        """Check that the adapter is a plain LoRA adapter.
 
-        Some initialization methods change the base weights, and the adapter is then trained on the
-        changed weights. If the change must be repeated when the adapter is loaded, an error is
-        raised. For methods with a change that PEFT does not reproduce either, only a warning is
-        emitted.
+        A plain adapter is for the original base weights. Some initialization methods change the
+        base weights, and the adapter is then trained on the changed weights. If the change must be
+        repeated when the adapter is loaded, an error is raised. For methods with a change that PEFT
+        does not reproduce either, only a warning is emitted.
 
         Args:
             what: A description of the operation's result, as the subject of the message.
@@ -358,9 +362,10 @@ class LoraConfig(PeftConfigMethods):
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dict of the config's fields that can be serialized as JSON.
+        """Return the config as a dict.
 
-        Sets are converted to sorted lists, and ``runtime_config`` is left out.
+        The dict can be serialized as JSON. Sets are converted to sorted lists, and
+        ``runtime_config`` is left out.
         """
         data = dataclasses.asdict(self)
         del data["runtime_config"]
@@ -368,10 +373,10 @@ class LoraConfig(PeftConfigMethods):
 
     @classmethod
     def from_dict(cls: type[_T], data: Mapping[str, Any], *, for_loading: bool = False) -> _T:
-        """Create a config from the fields of an ``adapter_config.json``.
+        """Create a config from a dict.
 
-        Unknown keys, such as those of a newer PEFT version, are dropped with a single warning, as
-        in PEFT.
+        The dict has the fields of an ``adapter_config.json``. Unknown keys, such as those of a
+        newer PEFT version, are dropped with a single warning, as in PEFT.
 
         Args:
             data: A mapping from field names to values.
@@ -444,7 +449,9 @@ class LoraConfig(PeftConfigMethods):
         auto_mapping: dict[str, Any] | None = None,
         auto_mapping_dict: dict[str, Any] | None = None,
     ) -> None:
-        """Write ``adapter_config.json`` into a folder.
+        """Save the config to a folder.
+
+        The file is named ``adapter_config.json``.
 
         Args:
             save_directory: The folder. It is created if it does not exist.
@@ -461,7 +468,9 @@ class LoraConfig(PeftConfigMethods):
             partial.write_bytes(config_saved_without_weights(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
-        """Return the config as a JSON string, in the format of ``adapter_config.json``.
+        """Return the config as a JSON string.
+
+        The format is that of ``adapter_config.json``.
 
         Args:
             **overrides: Values that replace the config's own values. A value of None is ignored.
@@ -484,7 +493,7 @@ class LoraConfig(PeftConfigMethods):
     def from_pretrained(
         cls: type[_T], folder: str | os.PathLike[str], *, for_loading: bool = False
     ) -> _T:
-        """Read the config of a local adapter folder.
+        """Load the config of a local adapter folder.
 
         The result is the config that belongs to the folder's weights. If a save was interrupted
         after it replaced the weights file and before it replaced ``adapter_config.json``, the

@@ -77,7 +77,10 @@ def check_and_normalize_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(fields: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for the first value that is invalid or contradicts another value."""
+    """Raise `ConfigError` if a field has an invalid value.
+
+    A value that contradicts another value is invalid too.
+    """
     if fields["peft_type"] != "LORA":
         raise ConfigError(f"peft_type must be 'LORA', got {fields['peft_type']!r}")
     _check_choice("task_type", fields["task_type"], (None, *(task.value for task in TaskType)))
@@ -118,7 +121,9 @@ def _check_values(fields: Mapping[str, Any]) -> None:
 
 
 def _normalize_layer_replication(given: Any) -> Any:
-    """Check the value of ``layer_replication``, and return a copy of it as a list.
+    """Return a normalized copy of ``layer_replication``, or raise an error if it is invalid.
+
+    The copy is a list.
 
     Raises:
         ConfigError: If the value is invalid.
@@ -138,7 +143,7 @@ def _normalize_layer_replication(given: Any) -> Any:
 
 
 def _normalize_token_indices(given: Any) -> Any:
-    """Check the value of ``trainable_token_indices``, and return a copy of it.
+    """Return a normalized copy of ``trainable_token_indices``, or raise an error if it is invalid.
 
     Raises:
         ConfigError: If the value is invalid.

@@ -28,7 +28,9 @@ from fastlora.validation import CheckpointError, ConfigError
 
 
 def load_untrained_adapter(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterContents:
-    """Load an untrained adapter from a folder, as input for `convert_to_original_base`.
+    """Load an untrained adapter from a folder.
+
+    The result is input for `convert_to_original_base`.
 
     Args:
         config: The config of the trained adapter.

@@ -25,12 +25,12 @@ _QUANTIZATION_ATTRIBUTES = (
 
 
 def dtype_after_dequantization(model: nn.Module) -> torch.dtype:
-    """Return the dtype that a model's linear layers should have after dequantization.
+    """Return the dtype that a model's weights should have after dequantization.
 
-    The result is the dtype of the first floating-point parameter that has at least 16 bits per
-    value and is not a quantized weight, because activations have this dtype. If there is no such
-    parameter, the result is the compute dtype of the first quantized linear layer, or fp32 if it
-    has none.
+    This applies to the weights of quantized linear layers. The result is the dtype of the first
+    floating-point parameter that has at least 16 bits per value and is not a quantized weight,
+    because activations have this dtype. If there is no such parameter, the result is the compute
+    dtype of the first quantized linear layer, or fp32 if it has none.
     """
     linears = [module for module in model.modules() if is_quantized_linear(module)]
     quantized_weights = {id(module._parameters.get("weight")) for module in linears}
@@ -45,9 +45,9 @@ def dtype_after_dequantization(model: nn.Module) -> torch.dtype:
 
 
 def is_quantized_linear(module: object) -> bool:
-    """Return whether a module is itself a linear layer with a quantized weight.
+    """Return whether a module is a quantized linear layer.
 
-    The result is False for a module that wraps such a layer.
+    Such a layer has a quantized weight. The result is False for a module that wraps such a layer.
     """
     if not isinstance(module, nn.Module) or linear_features(module) is None:
         return False
@@ -58,11 +58,11 @@ def is_quantized_linear(module: object) -> bool:
 
 @contextlib.contextmanager
 def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[None]:
-    """Temporarily replace the quantized base layer of a LoRA layer with a plain linear layer.
+    """Temporarily dequantize a layer during a ``with`` block.
 
-    The base layer is restored when the ``with`` block ends. This allows a merge to be checked
-    before the base layer is dequantized permanently. A LoRA layer without a quantized base layer is
-    not changed.
+    The quantized base layer of a LoRA layer is replaced with a plain linear layer. The base layer
+    is restored when the ``with`` block ends. This allows a merge to be checked before the base
+    layer is dequantized permanently. A LoRA layer without a quantized base layer is not changed.
 
     Args:
         layer: The LoRA layer.
@@ -84,11 +84,11 @@ def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[Non
 
 
 def dequantize_base_layer(layer: nn.Module) -> bool:
-    """Replace the quantized base layer of a LoRA layer with a plain linear layer in fp32.
+    """Dequantize the base layer of a LoRA layer, and return whether it was quantized.
 
-    If adapters are merged and the quantized weight from before the merge is available, the adapters
-    are unmerged first and merged again into the plain layer. Otherwise, the merged weight is
-    dequantized.
+    The quantized base layer is replaced with a plain linear layer in fp32. If adapters are merged
+    and the quantized weight from before the merge is available, the adapters are unmerged first and
+    merged again into the plain layer. Otherwise, the merged weight is dequantized.
 
     Returns:
         True if the base layer was replaced. False if it is not a quantized linear layer, or if
@@ -140,10 +140,10 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _dequantized_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """Return a plain linear layer with a module's bias and dequantized weight.
+    """Return a plain `nn.Linear` with the dequantized weight of a module.
 
-    The weight and the bias are converted to ``dtype``. If ``dtype`` is None, the layer is created
-    on the meta device, without values.
+    It also has the module's bias. The weight and the bias are converted to ``dtype``. If ``dtype``
+    is None, the layer is created on the meta device, without values.
     """
     k, n = linear_features(module) or (0, 0)
     bias: Any = getattr(module, "bias", None)

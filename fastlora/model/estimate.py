@@ -28,7 +28,9 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of an adapter's size and the memory needed to train it, without activations.
+    """An estimate of an adapter's size and the memory needed to train it.
+
+    The memory for activations is not included.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -59,7 +61,10 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters, relative to the number of base parameters."""
+        """The share of trainable parameters.
+
+        It is relative to the number of base parameters.
+        """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -130,12 +135,15 @@ def estimate(
 
 
 def unique_base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that do not belong to any adapter, without duplicates."""
+    """Return the parameters of the base model, without duplicates.
+
+    These are the parameters that do not belong to any adapter.
+    """
     return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 
 def unpacked_numel(parameter: torch.Tensor) -> int:
-    """Return the number of values in a parameter before packing.
+    """Return the number of elements in a parameter, counting packed values individually.
 
     It differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, in which two values are
     packed into a byte.
@@ -189,9 +197,10 @@ def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
 
 
 def _quant_state_bytes(state: object) -> int:
-    """Return the total size in bytes of the tensors in a bitsandbytes ``QuantState``.
+    """Return the size of a quantization state in bytes.
 
-    The tensors of nested states are included.
+    This is the total size of the tensors in a bitsandbytes ``QuantState``. The tensors of nested
+    states are included.
     """
     found = 0
     for value in vars(state).values():

@@ -38,10 +38,10 @@ _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Prepare a language-model batch for EVA by selecting the tokens to use.
+    """Prepare a batch of inputs of a language model for EVA.
 
-    A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
-    label is not ``label_mask_value``.
+    The result selects the tokens to use. A token is used if it is not masked by the attention mask
+    and, with ``use_label_mask``, its label is not ``label_mask_value``.
 
     Args:
         model_input: The batch.
@@ -66,7 +66,9 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Prepare a layer's input for EVA by selecting the rows that belong to the tokens to use.
+    """Prepare the inputs of a language model's layer for EVA.
+
+    The rows that belong to the tokens to use are selected.
 
     Args:
         layer_input: The input of the layer, or the tuple of its inputs.
@@ -98,12 +100,13 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Compute the initial LoRA factor A of each layer with the EVA method.
+    """Compute the EVA initialization of each layer from the layer's inputs.
 
-    The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
-    The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
-    directions, and layers with the same inputs share their directions. The function iterates over
-    the dataloader, repeatedly if necessary, until the directions have converged.
+    The result contains the initial LoRA factor A of each layer. The initial values are the
+    principal directions of the layer's inputs, of shape ``[rank, K]``. The sum of all ranks is
+    redistributed among the layers. Each layer gets at most ``rho * r`` directions, and layers with
+    the same inputs share their directions. The function iterates over the dataloader, repeatedly if
+    necessary, until the directions have converged.
 
     Args:
         model: A model with or without an adapter.
@@ -164,7 +167,7 @@ def get_eva_state_dict(
 def _eva_layers(
     model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
-    """Return a dict of the linear layers to initialize, keyed by name.
+    """Return a dict of the layers to initialize with EVA, keyed by name.
 
     These are the linear layers that have the adapter. If the model has no adapters, these are the
     linear layers that the config targets.
@@ -238,11 +241,12 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Initialize an adapter that was added with ``init_lora_weights="eva"``.
+    """Initialize the weights of an adapter with EVA.
 
-    If the rank of a layer changes, the layer gets new parameters, so create the optimizer after
-    this call. A layer that is assigned a rank of 0 loses the adapter. The adapter's config is
-    updated: ``rank_pattern``, ``alpha_pattern``, and ``target_modules`` describe the new state.
+    The adapter must have been added with ``init_lora_weights="eva"``. If the rank of a layer
+    changes, the layer gets new parameters, so create the optimizer after this call. A layer that is
+    assigned a rank of 0 loses the adapter. The adapter's config is updated: ``rank_pattern``,
+    ``alpha_pattern``, and ``target_modules`` describe the new state.
 
     Args:
         model: The model with the adapter.
@@ -294,9 +298,10 @@ def initialize_lora_eva_weights(
 def _apply_eva_state_dict(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy the directions from an EVA state dict into an adapter, and update its config.
+    """Apply an EVA state dict to the layers of an adapter.
 
-    If the rank of a layer changes, the adapter's factors on this layer are replaced.
+    The directions are copied into the layers, and the adapter's config is updated. If the rank of a
+    layer changes, the adapter's factors on this layer are replaced.
     """
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {

@@ -55,7 +55,10 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """Raised if a hot-swap fails because the new weights do not match the loaded adapter."""
+    """Raised if an adapter cannot be hot-swapped.
+
+    The reason is that the new weights do not match the loaded adapter.
+    """
 
 
 def prepare_model_for_compiled_hotswap(
@@ -65,10 +68,11 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: str = "error",
 ) -> None:
-    """Pad all adapters of a model to the same rank, so that hot-swapping triggers no recompilation.
+    """Prepare a model so that hot-swapping adapters triggers no recompilation.
 
-    Call this function after the first adapter is loaded and before the model is compiled. It does
-    not change the model's outputs. It is not needed if all adapters have the same rank.
+    All adapters are padded to the same rank. Call this function after the first adapter is loaded
+    and before the model is compiled. It does not change the model's outputs. It is not needed if
+    all adapters have the same rank.
 
     Args:
         model: A model with adapters.
@@ -133,7 +137,7 @@ def prepare_model_for_compiled_hotswap(
         replace_factors(layer, adapter, factors, target_rank)
     configs = {} if tuner is None else tuner.peft_config
     for adapter, of_model in configs.items():
-        _update_config_ranks(of_model, adapter, layers)
+        _update_config_ranks_and_scalings(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
     for each in given.values():
         if each is not None and not any(each is of_model for of_model in configs.values()):
@@ -148,11 +152,12 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of a loaded adapter in place with those from a PEFT adapter folder.
+    """Replace the weights of a loaded adapter in place with those of a saved adapter.
 
-    On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
-    larger rank than the loaded adapter, new tensors are allocated and compiled models are
-    recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this.
+    The saved adapter is a PEFT adapter folder. On layers that the new adapter does not adapt, the
+    update becomes zero. If the new adapter has a larger rank than the loaded adapter, new tensors
+    are allocated and compiled models are recompiled. Calling `prepare_model_for_compiled_hotswap`
+    first avoids this.
 
     Args:
         model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
@@ -281,7 +286,7 @@ def _check_and_write_tensors(
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
-    _update_config_ranks(made, adapter_name, layers)
+    _update_config_ranks_and_scalings(made, adapter_name, layers)
     tuner.peft_config[adapter_name] = made
 
 
@@ -379,9 +384,10 @@ def _tensors_outside_layers(
 
 
 def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
-    """Return the original module's tensor, given the key of an adapter's copy of the tensor.
+    """Return the original tensor of a copied tensor with the given key.
 
-    The result is None if the tensor with the key ``key`` does not belong to a copy.
+    The copy belongs to an adapter, and the original to the module that was copied. The result is
+    None if the tensor with the key ``key`` does not belong to a copy.
     """
     name, found, rest = key.removeprefix(KEY_PREFIX).partition(".modules_to_save.")
     wrapper = base.get_submodule(name) if found else None
@@ -391,7 +397,7 @@ def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None
     return original
 
 
-def _update_config_ranks(
+def _update_config_ranks_and_scalings(
     config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
 ) -> None:
     """Update an adapter's config to match the ranks and scalings of the layers.
@@ -438,7 +444,10 @@ def _drop_unchanged_base_weights(
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:
-    """Insert the adapter's name into a key from an adapter file, as in PEFT's error messages."""
+    """Insert an adapter's name into a key.
+
+    The key is from an adapter file. The result is a key as in PEFT's error messages.
+    """
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 

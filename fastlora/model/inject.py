@@ -71,10 +71,10 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: AdapterPlan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Add an adapter to every module that its plan selects. The new adapter is inactive.
+    """Add an adapter to a model according to its plan.
 
-    Base parameters that were trainable before remain trainable. If an error is raised, the model is
-    unchanged.
+    The adapter is added to every module that the plan selects. It is inactive. Base parameters that
+    were trainable before remain trainable. If an error is raised, the model is unchanged.
 
     As in PEFT, there is one exception: the first adapter with trained tokens immediately becomes
     active and trainable on modules that share the input embedding's weight.
@@ -122,7 +122,9 @@ def add_adapter(
                 get_or_replace_module(name, ModulesToSaveWrapper, ModulesToSaveWrapper).add_adapter(
                     adapter_name
                 )
-            embedding = str(input_embedding_name(model)) if plan.tied_module_names else ""
+            embedding = (
+                str(input_embedding_name(model)) if plan.module_names_tied_to_embedding else ""
+            )
             source: Any = model.get_submodule(embedding)
             for name in plan.tied_heads:
                 head = get_or_replace_module(
@@ -174,7 +176,9 @@ def move_adapter_to_meta(model: nn.Module, adapter_name: str) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter from all modules, but keep the LoRA layers themselves in the model.
+    """Delete an adapter from a model.
+
+    It is removed from all modules, but the LoRA layers themselves stay in the model.
 
     Raises:
         AdapterStateError: If the adapter is merged.
@@ -333,7 +337,7 @@ def unload(
             names = adapter_names_in_module(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
-                shared.untie(name, module)
+                shared.untie_if_shared(name, module)
             module.merge(adapter_names=names, keep_base=False)
             if isinstance(module, LoraLayer):
                 module._unmerged = None

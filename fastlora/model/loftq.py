@@ -41,11 +41,11 @@ def replace_lora_weights_loftq(
     adapter_name: str = DEFAULT_ADAPTER,
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Replace an adapter's LoRA weights with LoftQ's initial weights for 4-bit base layers.
+    """Replace an adapter's LoRA weights with LoftQ's initial weights.
 
-    On each layer, the factors become the best low-rank approximation of ``W - Q``, where ``W`` is
-    the unquantized weight from a file and ``Q`` is the dequantized weight. The base layers are not
-    changed. Call this function before training.
+    These are meant for 4-bit base layers. On each layer, the factors become the best low-rank
+    approximation of ``W - Q``, where ``W`` is the unquantized weight from a file and ``Q`` is the
+    dequantized weight. The base layers are not changed. Call this function before training.
 
     Args:
         peft_model: A model with the adapter.
@@ -168,9 +168,10 @@ def _open_unquantized_weights(
 
 
 def _model_folder(model: nn.Module) -> str:
-    """Return the path of the local folder that contains a transformers model's files.
+    """Return the path of the folder from which a model was loaded.
 
-    If the model was loaded from the Hugging Face Hub, this is its folder in the local cache.
+    It is the local folder that contains the files of a transformers model. If the model was loaded
+    from the Hugging Face Hub, this is its folder in the local cache.
 
     Raises:
         ConfigError: If the model is not a transformers model, or if its files are not on disk.

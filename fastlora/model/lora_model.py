@@ -91,10 +91,11 @@ def get_peft_model(
 
 
 class LoraModel(PeftModelMethods, nn.Module):
-    """A model with named adapters.
+    """A model with LoRA adapters.
 
-    If PEFT is imported, every `LoraModel` is also an instance of ``peft.PeftModel``. For this
-    reason, the Trainer of transformers saves and resumes only the adapters.
+    Each adapter has a name. If PEFT is imported, every `LoraModel` is also an instance of
+    ``peft.PeftModel``. For this reason, the Trainer of transformers saves and resumes only the
+    adapters.
 
     Args:
         model: Any module. Its target modules are replaced with LoRA layers in place.
@@ -147,7 +148,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter. The adapter is frozen and inactive until `set_adapter` activates it.
+        """Add an adapter to the model.
+
+        The adapter is frozen and inactive until `set_adapter` activates it.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -194,7 +197,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
-        """Load an adapter from a PEFT adapter folder into a model.
+        """Load a saved adapter into a model, and return a `LoraModel`.
+
+        The adapter is read from a PEFT adapter folder.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -237,7 +242,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             )
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
             return model
-        file = _read_adapter_folder(model_id, subfolder, unused)
+        file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         chosen = file.config if config is None else config
         plan = make_adapter_plan(model, adapter_name, chosen, loading=True)
@@ -263,11 +268,11 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load an adapter from a PEFT adapter folder.
+        """Load a saved adapter.
 
-        If no adapter with the given name is loaded, a new inactive adapter is added. Otherwise, the
-        loaded adapter is overwritten in place, and a scaling that was set with `set_scale` remains
-        in effect.
+        It is read from a PEFT adapter folder. If no adapter with the given name is loaded, a new
+        inactive adapter is added. Otherwise, the loaded adapter is overwritten in place, and a
+        scaling that was set with `set_scale` remains in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
@@ -287,7 +292,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             AdapterStateError: If the adapter is already loaded and a `fastlora.adapters` block of
                 the model is open in any thread.
         """
-        file = _read_adapter_folder(model_id, subfolder, unused)
+        file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
         file = whole = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         plan = make_adapter_plan(model, adapter_name, file.config, loading=True)
@@ -391,7 +396,10 @@ class LoraModel(PeftModelMethods, nn.Module):
         gathering.wait_for_all_or_raise(failure)
 
     def get_base_model(self) -> nn.Module:
-        """Return the base model, which contains the LoRA layers."""
+        """Return the base model.
+
+        It contains the LoRA layers.
+        """
         return self.base_model.model
 
     def forward(
@@ -451,7 +459,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
-        """Return the status of each adapted module. See `fastlora.get_layer_status`."""
+        """Return the status of each adapter layer. See `fastlora.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
@@ -471,10 +479,10 @@ class LoraModel(PeftModelMethods, nn.Module):
             return getattr(self.base_model, name)
 
 
-def _read_adapter_folder(
+def _check_arguments_and_read_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterContents:
-    """Read an adapter folder, after checking that the unused arguments are known to PEFT.
+    """Check the unused arguments, and read an adapter folder.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.

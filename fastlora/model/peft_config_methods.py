@@ -20,7 +20,9 @@ _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """Base class that provides the methods of PEFT's config classes for `LoraConfig`.
+    """Provides the methods of PEFT's config classes.
+
+    This is a base class of `LoraConfig`.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
@@ -44,12 +46,18 @@ class PeftConfigMethods:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Always False, because LoRA is not a prompt-learning method. The Trainer reads this."""
+        """Whether the config is for a prompt-learning method.
+
+        The value is always False, because LoRA is not such a method. The Trainer reads it.
+        """
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Always False, because LoRA is not an adaption-prompt method."""
+        """Whether the config is for an adaption prompt.
+
+        The value is always False, because LoRA is not an adaption-prompt method.
+        """
         return False
 
     @classmethod
@@ -77,14 +85,17 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the keyword arguments for creating a config. They are not checked.
+        """Return the keyword arguments for creating a config.
 
-        PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
-        created.
+        They are not checked here. PEFT's method of the same name checks the fields. `LoraConfig`
+        checks them when a config is created.
         """
         return fields
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload ``adapter_config.json`` to the Hub. See `fastlora.model.hub.push_to_hub`."""
+        """Upload the config to the Hugging Face Hub.
+
+        The file is ``adapter_config.json``. See `fastlora.model.hub.push_to_hub`.
+        """
         save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraConfig
         return push_to_hub(save, repo_id, **options)

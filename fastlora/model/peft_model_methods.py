@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class PeftModelMethods:
-    """Base class that provides attributes and methods of ``peft.PeftModel`` for `LoraModel`.
+    """Provides methods and attributes of ``peft.PeftModel``.
 
-    They use only the tuner and the configs.
+    This is a base class of `LoraModel`. The methods use only the tuner and the configs.
 
     Attributes:
         peft_type: The adapter method, always LoRA.
@@ -40,12 +40,18 @@ class PeftModelMethods:
 
     @property
     def active_adapter(self) -> str:
-        """The name of the first active adapter, or an empty string if there is none."""
+        """The name of the active adapter.
+
+        If several adapters are active, it is the first. If there is none, it is an empty string.
+        """
         return next(iter(self.active_adapters), "")
 
     @property
     def active_peft_config(self) -> LoraConfig:
-        """The config of the first active adapter."""
+        """The config of the active adapter.
+
+        If several adapters are active, it is the config of the first.
+        """
         return self.peft_config[self.active_adapter]
 
     @property
@@ -81,6 +87,9 @@ class PeftModelMethods:
         write_model_card(Path(output_dir), config.get("_name_or_path"), tags, pipeline)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the files that `save_pretrained` writes. See `fastlora.model.hub.push_to_hub`."""
+        """Upload the adapters to the Hugging Face Hub.
+
+        The files are those that `save_pretrained` writes. See `fastlora.model.hub.push_to_hub`.
+        """
         save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraModel
         return push_to_hub(save, repo_id, **options)

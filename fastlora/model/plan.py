@@ -48,7 +48,9 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class TargetModule(NamedTuple):
-    """A module to which an adapter applies LoRA, and how LoRA is applied to it.
+    """A module to which an adapter applies LoRA.
+
+    The object also describes how LoRA is applied to the module.
 
     Attributes:
         base: The module without adapters.
@@ -70,7 +72,9 @@ class TargetModule(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """A plan for adding an adapter to a model: its checked config and the modules to adapt.
+    """A plan for adding an adapter to a model.
+
+    It contains the checked config and the modules to adapt.
 
     Attributes:
         config: The adapter's config.
@@ -97,7 +101,7 @@ class AdapterPlan:
     replication: LayerReplication | None = None
 
     @property
-    def tied_module_names(self) -> list[str]:
+    def module_names_tied_to_embedding(self) -> list[str]:
         """The names of the modules that are tied to the input embedding.
 
         They share the embedding's LoRA factors or the adapter's copy of its weight.
@@ -107,16 +111,22 @@ class AdapterPlan:
     @property
     def changed_module_names(self) -> list[str]:
         """The names of all modules that change when the adapter is added."""
-        return [*self.targets, *self.modules_to_save, *self.tied_module_names, *self.tokens]
+        return [
+            *self.targets,
+            *self.modules_to_save,
+            *self.module_names_tied_to_embedding,
+            *self.tokens,
+        ]
 
 
 def make_adapter_plan(
     model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
 ) -> AdapterPlan:
-    """Resolve a config against a model, and return the plan for adding the adapter.
+    """Make the plan for adding an adapter to a model.
 
-    The plan contains a copy of the config in which ``target_modules`` is resolved to names or a
-    regular expression. Neither the model nor ``peft_config`` is changed.
+    The config is resolved against the model. The plan contains a copy of the config in which
+    ``target_modules`` is resolved to names or a regular expression. Neither the model nor
+    ``peft_config`` is changed.
 
     Args:
         model: The base model, with or without adapters.
@@ -137,7 +147,7 @@ def make_adapter_plan(
         ties = find_adapted_with_embedding(model, config)
         plan = plan_target_modules(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
-        _warn_of_unusual_targets(plan)
+        _warn_of_unexpected_target_behavior(plan)
         config.target_modules = plan.target_modules
         config.fan_in_fan_out = _peft_fan_in_fan_out(plan)
     if plan.modules_to_save:
@@ -199,7 +209,7 @@ def plan_target_modules(
         ]
         targets = [name for name in targets if name not in heads]
         targets += [name for name in tied if name not in (*heads, *targets)]
-        _check_tied_factors(model, config, targets, heads)
+        _check_factors_tied_to_embedding(model, config, targets, heads)
     tokens = find_trainable_tokens(model, config)
     check_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
@@ -256,7 +266,7 @@ def _check_targets(
     return found
 
 
-def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
+def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
     """Emit warnings for targets that do not behave as the config suggests.
 
     One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
@@ -281,7 +291,7 @@ def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
                 warnings.warn(f"{name!r} is a {type(base).__name__}: {note}", stacklevel=4)
 
 
-def _check_tied_factors(
+def _check_factors_tied_to_embedding(
     model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
 ) -> None:
     """Check that tied modules can share the LoRA factors of the input embedding.

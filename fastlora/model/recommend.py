@@ -40,7 +40,9 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended hyperparameters for a base model: starting values, and ranges for a search.
+    """Recommended hyperparameters for training adapters of a base model.
+
+    They are starting values, and ranges for a search.
 
     Attributes:
         num_params: The number of parameters of the base model.
@@ -78,10 +80,11 @@ class Recommendation:
         return "bitsandbytes.optim.PagedAdamW32bit" if self.load_in else "torch.optim.AdamW"
 
     def quantization_config(self) -> Any:
-        """Return a ``quantization_config`` for the `from_pretrained` method of transformers.
+        """Return the recommended quantization config.
 
-        The config selects NF4 with nested scales and computation in bf16, as in QLoRA. The result
-        is None if ``load_in`` is None.
+        It is the ``quantization_config`` for the `from_pretrained` method of transformers. The
+        config selects NF4 with nested scales and computation in bf16, as in QLoRA. The result is
+        None if ``load_in`` is None.
         """
         if self.load_in is None:
             return None

@@ -58,7 +58,10 @@ class RankReduction:
 
     @property
     def largest_error(self) -> float:
-        """The largest relative error on any layer."""
+        """The largest error on any layer.
+
+        Errors are relative.
+        """
         return max(self.errors.values())
 
     def __str__(self) -> str:
@@ -77,7 +80,7 @@ def reduce_rank(
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
 ) -> RankReduction:
-    """Approximate an adapter with an adapter of a different rank, and add the result to the model.
+    """Add an adapter that approximates another adapter with a given rank.
 
     On each layer, the new update is the best approximation of the old update with the given rank,
     in the Frobenius norm. The factors of the new adapter include the scaling. Biases of ``lora_B``,
@@ -115,9 +118,10 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter to a LoRA adapter of a given rank, without changing the model.
+    """Convert an adapter to a LoRA adapter of a given rank.
 
-    A warning reports the approximation error, as described in `reduce_rank`.
+    The model is not changed. A warning reports the approximation error, as described in
+    `reduce_rank`.
 
     Args:
         model: A `LoraModel`. For a PEFT model with an adapter of any method, PEFT's function is
@@ -162,7 +166,9 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Convert an adapter as `convert_to_lora` does, and save it in PEFT's format.
+    """Save an adapter as a LoRA adapter of a given rank.
+
+    The adapter is converted as by `convert_to_lora`, and saved in PEFT's format.
 
     Args:
         path: The folder. It is created if it does not exist.
@@ -186,12 +192,12 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Add a copy of an adapter with reduced intruder dimensions, and activate the copy.
+    """Add a copy of an adapter with reduced intruder dimensions.
 
-    An intruder dimension is one of the leading singular vectors of the adapted weight that is not
-    similar to any singular vector of the base weight. Intruder dimensions are associated with
-    forgetting (https://arxiv.org/abs/2410.21228). Reducing them may lower the accuracy on the
-    adapter's own task.
+    The copy is activated. An intruder dimension is one of the leading singular vectors of the
+    adapted weight that is not similar to any singular vector of the base weight. Intruder
+    dimensions are associated with forgetting (https://arxiv.org/abs/2410.21228). Reducing them may
+    lower the accuracy on the adapter's own task.
 
     Args:
         peft_model: The model that has the adapter.
@@ -288,7 +294,9 @@ def _reduce_intruders(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute the reduced adapter and its errors on the layers, without changing the model.
+    """Compute an adapter of reduced rank, and its errors on the layers.
+
+    The model is not changed.
 
     Returns:
         A tuple of the computed adapter and a dict that maps layer names to relative errors.
@@ -316,7 +324,7 @@ def _compute_reduced_adapter(
                 "please choose a lower rank."
             )
         cut = found.singular_values_to_keep(rank)
-        errors[name] = found.truncation_error(cut)
+        errors[name] = found.relative_truncation_error(cut)
         full = cut if share else int(rank)
         lora_a, lora_b = found.vh[:cut], found.u[:, :cut] * found.s[:cut]
         bias = layer._factors(adapter_name)[2]

@@ -70,13 +70,19 @@ class LayerReplication:
         }
 
     def apply(self) -> None:
-        """Put the replicated list of layers into the model, and update the model's config."""
+        """Put the replicated list of layers into the model.
+
+        The model's config is updated too.
+        """
         setattr(self._holder, self._name, self._new)
         for name in self._before:
             setattr(self._config, name, self._settings[name])
 
     def undo(self) -> None:
-        """Restore the model's original list of layers and the original values in its config."""
+        """Restore the model's original list of layers.
+
+        The original values in the model's config are restored too.
+        """
         setattr(self._holder, self._name, self._old)
         for name, value in self._before.items():
             setattr(self._config, name, value)
@@ -96,10 +102,10 @@ def replication_applied(replication: LayerReplication | None) -> Iterator[None]:
 
 
 def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplication | None:
-    """Create the replication that an adapter's config requires.
+    """Create the layer replication of a model for the given ranges.
 
-    The result is None if the config requires no replication, or if the model's layers are already
-    replicated with the same ranges.
+    The ranges are those in an adapter's config. The result is None if the config requires no
+    replication, or if the model's layers are already replicated with the same ranges.
 
     Args:
         model: The base model.
@@ -179,7 +185,9 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
 
 
 def _copy_layer_sharing_parameters(layer: nn.Module, place: int) -> nn.Module:
-    """Return a copy of a layer that shares the parameters, buffers, and config of the original.
+    """Return a copy of a layer that shares the parameters of the original.
+
+    It also shares the buffers and the config.
 
     Args:
         layer: The layer to copy.

@@ -65,7 +65,7 @@ def find_stacked_experts(modules: BaseModules) -> list[ExpertOrRouterParameter]:
         ExpertOrRouterParameter(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
         for name, module, _ in modules
         if module._parameters
-        for leaf in _expert_counts(module)
+        for leaf in _num_experts_by_parameter(module)
     ]
 
 
@@ -77,7 +77,9 @@ def find_stacked_expert_routers(modules: BaseModules) -> list[ExpertOrRouterPara
     found = []
     for name, module, _ in modules:
         children = dict(module.named_children())
-        experts = {n for child in children.values() for n in _expert_counts(child).values()}
+        experts = {
+            n for child in children.values() for n in _num_experts_by_parameter(child).values()
+        }
         for child_name, child in children.items():
             weight = child._parameters.get("weight")
             if weight is not None and _is_custom_module(child) and not isinstance(child, nn.Linear):
@@ -143,12 +145,15 @@ def _names_of(model_type: object) -> frozenset[str]:
 
 
 def _is_custom_module(module: nn.Module) -> bool:
-    """Return whether a module is custom: neither a ``torch.nn`` module nor a LoRA layer."""
+    """Return whether a module is custom rather than a module of ``torch.nn``.
+
+    A LoRA layer is not custom either.
+    """
     return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
 
 
-def _expert_counts(module: nn.Module) -> dict[str, int]:
-    """Return a dict that maps the names of stacked expert parameters to the number of experts.
+def _num_experts_by_parameter(module: nn.Module) -> dict[str, int]:
+    """Return the number of experts in each stacked expert parameter, keyed by parameter name.
 
     Only direct parameters of the module are considered.
     """

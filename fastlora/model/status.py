@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
-from fastlora.layers.quantized import QuantizedBaseWeight, quantized_weight_of
+from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.rank_padding import factor_parameters
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.model.inject import modules_with_adapters
@@ -27,7 +27,9 @@ _T = TypeVar("_T")
 
 @dataclass
 class TunerLayerStatus:
-    """The status of a LoRA layer, or of a wrapper for ``modules_to_save`` or trained tokens.
+    """The status of an adapter layer.
+
+    An adapter layer is a LoRA layer, or a wrapper for ``modules_to_save`` or trained tokens.
 
     Args:
         name: The name of the module, relative to the tuner
@@ -92,7 +94,7 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return a list with the status of each module that contains adapters.
+    """Return the status of each adapter layer of a model.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens, in the order of
     ``named_modules()``.
@@ -193,7 +195,7 @@ def _parameters_by_adapter(module: Any) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def _quantized_weight(module: Any) -> QuantizedBaseWeight | None:
+def _quantized_weight(module: Any) -> BaseQuantizedWeight | None:
     if not isinstance(module, LoraLayer):
         return None
     try:
@@ -202,7 +204,7 @@ def _quantized_weight(module: Any) -> QuantizedBaseWeight | None:
         return None
 
 
-def _peft_module_type(module: Any, found: QuantizedBaseWeight | None) -> str:
+def _peft_module_type(module: Any, found: BaseQuantizedWeight | None) -> str:
     """Return the module type that PEFT would report for a LoRA layer or wrapper.
 
     For a LoRA layer, the name is derived from the PyTorch class of its base layer.

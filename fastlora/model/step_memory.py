@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def peak_step_memory(step: Callable[[], object]) -> int:
+def run_and_measure_peak_memory(step: Callable[[], object]) -> int:
     """Run a function, and return the peak memory, in bytes, of the tensors that it creates.
 
     Attention is counted as in a fused kernel, which does not store the matrix of scores.
@@ -69,10 +69,11 @@ class _StorageTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _emulate_fused_attention() -> Iterator[None]:
-    """Emulate the memory use of fused attention on the meta device during a ``with`` block.
+    """Emulate fused attention during a ``with`` block.
 
-    In the block, `scaled_dot_product_attention` is replaced with an operation that saves tensors of
-    the same size for the backward pass.
+    Only its memory use is emulated, for tensors on the meta device. In the block,
+    `scaled_dot_product_attention` is replaced with an operation that saves tensors of the same size
+    for the backward pass.
 
     There is no fused kernel for the meta device. The function is patched because a
     ``TorchFunctionMode`` would not be active when activation checkpointing calls attention again in

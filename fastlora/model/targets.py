@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 
@@ -36,8 +36,8 @@ from fastlora.model.stacked_experts import (
 )
 from fastlora.patterns import (
     count_matching_time,
-    layer_index_in_name,
-    matches_name_components,
+    layer_index_after_match,
+    matches_consecutive_components,
     matches_whole_name,
     patterns_matching_no_suffix,
 )
@@ -76,11 +76,11 @@ def find_targets(
     targets: set[str] | str | None = None,
     modules: BaseModules | None = None,
 ) -> list[str]:
-    """Return a list of the names of the target modules, in the order of ``named_modules()``.
+    """Return a list of the names of the target modules.
 
-    The result may include LoRA layers that already have other adapters, but no modules inside a
-    LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
-    (``modules_to_save``), and all modules inside it.
+    The names are in the order of ``named_modules()``. The result may include LoRA layers that
+    already have other adapters, but no modules inside a LoRA layer. ``"all-linear"`` leaves out
+    every module that adapters own copies of (``modules_to_save``), and all modules inside it.
 
     A warning is emitted in each of these cases: some entries match no module while others do; an
     entry matches experts with weights that are stacked in a parameter; or ``"all-linear"`` leaves
@@ -134,7 +134,7 @@ def find_targets(
                 "targets, or exclude this one with exclude_modules"
             )
     unmatched = [entry for entry in lost if entry not in of_experts]
-    unused = _unmatched_config_values(unmatched, found, bool(excluded), config)
+    unused = _format_unmatched_config_values(unmatched, found, bool(excluded), config)
     if unused:
         warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=2)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
@@ -345,14 +345,23 @@ def _is_all_linear(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
+class _FoundLinear(NamedTuple):
+    """A linear layer that was found in the base model.
+
+    Attributes:
+        name: The name of the layer.
+        is_wrapped: Whether the layer is, or is inside, a module that adapters own copies of or
+            train rows of.
+    """
+
+    name: str
+    is_wrapped: bool
+
+
 def _linears_without_head(
     model: nn.Module, config: LoraConfig, modules: BaseModules
-) -> list[tuple[str, bool]]:
-    """Return a list of tuples ``(name, inside)`` for all linear layers except the output head.
-
-    ``inside`` is True if the layer is, or is inside, a module that adapters own copies of or train
-    rows of.
-    """
+) -> list[_FoundLinear]:
+    """Return a list of all linear layers except the output head."""
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
 
@@ -363,7 +372,11 @@ def _linears_without_head(
         under = (module, module._modules.get("base_layer"))
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
 
-    return [(n, inside) for n, m, inside in modules if n and m is not head and is_linear(m)]
+    return [
+        _FoundLinear(n, wrapped)
+        for n, m, wrapped in modules
+        if n and m is not head and is_linear(m)
+    ]
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
@@ -378,10 +391,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _invalid_target_message(model: nn.Module, name: str) -> str:
-    """Return the part of an error message that explains why a module cannot be a target.
+    """Return an error message that explains why a module cannot be a target.
 
-    The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
-    of.
+    It is part of a longer message. The module called ``name`` is, or is inside, a module that
+    adapters own copies of or train rows of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
@@ -407,7 +420,9 @@ def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
     # Here, an entry matches whole path components and everything below them. In
     # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
     with count_matching_time("modules_to_save"):
-        return any(matches_name_components("modules_to_save", entry, name) for entry in saved)
+        return any(
+            matches_consecutive_components("modules_to_save", entry, name) for entry in saved
+        )
 
 
 def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
@@ -427,7 +442,9 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     # The first number in the name is the layer's index. Later numbers may be indices of experts.
     if patterns:
         with count_matching_time("layers_pattern"):
-            found = (layer_index_in_name("layers_pattern", pattern, name) for pattern in patterns)
+            found = (
+                layer_index_after_match("layers_pattern", pattern, name) for pattern in patterns
+            )
             index = next((i for i in found if i is not None), None)
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -503,10 +520,10 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
     return sorted(entry for entry in targets if entry not in known)
 
 
-def _unmatched_config_values(
+def _format_unmatched_config_values(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Return a list of the config values that match no module, formatted for a warning.
+    """Format the config values that match no module, for a warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.

@@ -107,8 +107,8 @@ class TensorFile:
         self._file.close()
 
     @property
-    def file_size(self) -> int:
-        """The size of the file in bytes, as the file system reports it."""
+    def size_on_disk(self) -> int:
+        """The size of the file on disk, in bytes."""
         return self._state[0]
 
     @cached_property
@@ -130,11 +130,13 @@ class TensorFile:
                 )
             entries.pop(_METADATA, None)
             found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
-            _check_coverage(found, self._start, self.file_size)
+            _check_coverage(found, self._start, self.size_on_disk)
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Read tensors into CPU memory.
+        """Read tensors from the file.
+
+        They are read into CPU memory.
 
         Args:
             names: The names of the tensors to read. With None, all tensors are read.
@@ -179,7 +181,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file.
+    """Write tensors to a safetensors file.
 
     Equal arguments produce files with equal bytes.
 
@@ -220,9 +222,10 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _parse_metadata(header: str) -> tuple[dict[str, str], int]:
-    """Return a tuple (metadata, end index) for the metadata at the beginning of a header.
+    """Parse the metadata in a header, and return it and the index of its end.
 
-    If the header does not begin with valid metadata, the result is an empty dict and 0.
+    The metadata is at the beginning of the header. If the header does not begin with valid
+    metadata, the result is an empty dict and 0.
     """
     if not header.startswith(_METADATA_START):
         return {}, 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from fastlora.model.base_modules import base_module_of, named_base_modules
-from fastlora.patterns import matches_name_components, matches_whole_name
+from fastlora.patterns import matches_consecutive_components, matches_whole_name
 
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
@@ -37,9 +37,10 @@ NO_TIED_MODULES = ModulesAdaptedWithEmbedding()
 
 
 def input_embedding_name(model: nn.Module) -> str | None:
-    """Return the name of the module that the model's ``get_input_embeddings`` method returns.
+    """Return the name of a model's input embedding, or None.
 
-    The result is None if the method does not exist or does not return a module of the model.
+    This is the module that the model's ``get_input_embeddings`` method returns. The result is None
+    if the method does not exist or does not return a module of the model.
     """
     get: Any = getattr(model, "get_input_embeddings", None)
     try:
@@ -53,16 +54,19 @@ def input_embedding_name(model: nn.Module) -> str | None:
 
 
 def config_ties_embeddings(model: nn.Module) -> bool:
-    """Return whether a model's config has ``tie_word_embeddings=True``."""
+    """Return whether a model's config ties the word embeddings.
+
+    The field is ``tie_word_embeddings``.
+    """
     return bool(_config_field(model, "tie_word_embeddings"))
 
 
 def names_tied_to_embedding(model: nn.Module) -> list[str]:
-    """Return a sorted list of the names of the modules that share the input embedding's weight.
+    """Return the names of the modules that share the input embedding's weight.
 
-    As in PEFT, only modules listed in ``_tied_weights_keys`` of the model or of its submodules are
-    considered, and the result is empty if the model's config has ``tie_word_embeddings=False``. In
-    addition, the parameters must be the same object.
+    The list is sorted. As in PEFT, only modules listed in ``_tied_weights_keys`` of the model or of
+    its submodules are considered, and the result is empty if the model's config has
+    ``tie_word_embeddings=False``. In addition, the parameters must be the same object.
     """
     embedding = input_embedding_name(model)
     if embedding is None or _config_field(model, "tie_word_embeddings") is False:
@@ -147,10 +151,15 @@ def find_adapted_with_embedding(
 
 
 def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
-    """Return a copy of a list of names, with the embedding added and the tied modules removed."""
+    """Replace the names of tied modules with the embedding's name.
+
+    The result is a copy of the list, with the embedding added and the tied modules removed.
+    """
     renamed = [*entries, embedding] if embedding not in entries else list(entries)
     for name in tied:
-        matching = (e for e in renamed if matches_name_components("modules_to_save", e, name))
+        matching = (
+            e for e in renamed if matches_consecutive_components("modules_to_save", e, name)
+        )
         gone = next(matching, None)
         renamed = [entry for entry in renamed if entry != gone]
     return renamed
@@ -161,7 +170,9 @@ def _warn(message: str) -> None:
 
 
 class SharedWeightUntier:
-    """Before a merge, unties weights that several modules of a model share.
+    """Unties weights that several modules of a model share.
+
+    This is done before a merge.
 
     Args:
         model: The base model with its adapters.
@@ -211,10 +222,11 @@ class SharedWeightUntier:
         bases = {part.base_layer for part in adapter.together}
         return {m for m in bases if m.weight is base.weight}
 
-    def untie(self, name: str, module: Any) -> None:
-        """Replace a layer's base weight with a copy if another module shares the weight.
+    def untie_if_shared(self, name: str, module: Any) -> None:
+        """Untie a module's weight if another module shares it.
 
-        Without the copy, merging an adapter into an output head would also change the embedding.
+        The base weight of the layer is replaced with a copy. Without the copy, merging an adapter
+        into an output head would also change the embedding.
 
         Args:
             name: The name of the layer.
@@ -233,7 +245,10 @@ class SharedWeightUntier:
         self._untied.append((name, other, own.numel() * own.element_size()))
 
     def warn_of_untied(self) -> None:
-        """Emit a warning about the untied weights and the additional memory that they need."""
+        """Emit a warning about the weights that were untied.
+
+        The warning says how much additional memory they need.
+        """
         if not self._untied:
             return
         name, other, _ = self._untied[0]
@@ -247,7 +262,10 @@ class SharedWeightUntier:
 
 
 def update_tie_word_embeddings(model: nn.Module) -> None:
-    """Set ``tie_word_embeddings`` to False if the model's embeddings are no longer tied."""
+    """Update ``tie_word_embeddings`` in a model's config to whether the weights are still tied.
+
+    It is set to False if the input and output embeddings are no longer tied.
+    """
     config: Any = getattr(model, "config", None)
     if not config_ties_embeddings(model) or isinstance(config, dict):
         return

@@ -37,9 +37,9 @@ from fastlora.validation import (
 
 
 class LoraTuner(nn.Module):
-    """Wraps a base model, and manages its adapters.
+    """Manages the LoRA adapters of a base model.
 
-    Attributes and methods have the same names as in PEFT.
+    The tuner wraps the base model. Attributes and methods have the same names as in PEFT.
 
     Args:
         model: Any module. Its target modules are replaced with LoRA layers in place.
@@ -98,7 +98,10 @@ class LoraTuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """An alias of `active_adapters`, for compatibility with PEFT."""
+        """The names of the active adapters.
+
+        This is an alias of `active_adapters`, for compatibility with PEFT.
+        """
         return list(self._active)
 
     def add_adapter(
@@ -128,7 +131,7 @@ class LoraTuner(nn.Module):
                     f"bias={config.bias!r}: adapter {name!r} already trains the base model's "
                     "biases, which all adapters share; expected bias='none'"
                 )
-        before = self.mixed_batch_modules if self.peft_config else []
+        before = self.modules_selecting_adapter_per_row if self.peft_config else []
         inject.add_adapter(
             self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
@@ -393,17 +396,21 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether adapters are disabled on every layer."""
+        """Whether adapters are disabled.
+
+        This is the case if they are disabled on every layer.
+        """
         return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Make adapters trainable or freeze them, whether or not they are active.
+        """Make adapters trainable, or freeze them.
 
-        Other adapters are not affected. If an adapter is active and trains biases of the base
-        model, these biases are made trainable or frozen together with the adapter. If it is
-        inactive, the biases stay frozen, because they take effect in every forward pass.
+        The adapters need not be active. Other adapters are not affected. If an adapter is active
+        and trains biases of the base model, these biases are made trainable or frozen together with
+        the adapter. If it is inactive, the biases stay frozen, because they take effect in every
+        forward pass.
 
         Args:
             adapter_names: The name of an adapter, or a list of names.
@@ -421,7 +428,7 @@ class LoraTuner(nn.Module):
         return list(found.values())
 
     def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return a list of the parameters that can be trained for the given adapters at present.
+        """Return a list of the parameters that can be trained for the given adapters.
 
         These are the adapters' own parameters and, for active adapters, the biases of the base
         model that their configs select.
@@ -448,9 +455,10 @@ class LoraTuner(nn.Module):
         return trained
 
     def _unfreeze(self, frozen: Collection[nn.Parameter]) -> None:
-        """Unfreeze the parameters in ``frozen``, a list that `_freeze_adapters` returned.
+        """Unfreeze parameters that were frozen.
 
-        Parameters that the adapters cannot train in the current state stay frozen.
+        ``frozen`` is a list that `_freeze_adapters` returned. Parameters that the adapters cannot
+        train in the current state stay frozen.
         """
         trainable = {id(parameter) for parameter in self._trainable_parameters(self.peft_config)}
         for parameter in frozen:
@@ -494,7 +502,9 @@ class LoraTuner(nn.Module):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Create the routing for a `fastlora.adapters` block.
+        """Create the routing of batch rows to adapters.
+
+        It is the routing of a `fastlora.adapters` block.
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
@@ -502,7 +512,7 @@ class LoraTuner(nn.Module):
         """
         return routing_from_parameters(
             self.group,
-            self.mixed_batch_modules,
+            self.modules_selecting_adapter_per_row,
             tuple(self.peft_config),
             ParameterSource,
             ids,
@@ -511,8 +521,11 @@ class LoraTuner(nn.Module):
         )
 
     @property
-    def mixed_batch_modules(self) -> list[Any]:
-        """The modules that select an adapter for each row of a mixed batch."""
+    def modules_selecting_adapter_per_row(self) -> list[Any]:
+        """The modules that select an adapter for each row of a batch.
+
+        They take part in mixed batches.
+        """
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.
         return self._find_routed() if found is None or self.group.row_checks is None else found

@@ -24,7 +24,10 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class CombinationOptions(NamedTuple):
-    """The options of `LoraTuner.add_weighted_adapter` that select how adapters are combined."""
+    """The options that select how adapters are combined.
+
+    They are options of `LoraTuner.add_weighted_adapter`.
+    """
 
     combination_type: str = "svd"
     svd_rank: int | None = None
@@ -87,7 +90,9 @@ def _check_combination(
     weights: Sequence[float],
     options: CombinationOptions,
 ) -> None:
-    """Check the arguments of `combine_adapters`.
+    """Check that adapters can be combined with the given weights and options.
+
+    The arguments are those of `combine_adapters`.
 
     Raises:
         ConfigError: If an argument is invalid.
@@ -151,10 +156,13 @@ def _combine_on_layer(
         holders: The summands with an adapter on this layer.
         options: The options that select how to combine the adapters.
     """
-    multiplied = options.combines_updates or options.combination_type == "cat"
+    require_product = options.combines_updates or options.combination_type == "cat"
     adapters = [summand.adapter for summand in holders]
     weights = [summand.weight for summand in holders]
-    pairs = [factor_matrices(name, layer, adapter, multiplied=multiplied) for adapter in adapters]
+    pairs = [
+        factor_matrices(name, layer, adapter, require_product=require_product)
+        for adapter in adapters
+    ]
     ranks = {adapter: layer.r[adapter] for adapter in adapters}
     scalings = [float(layer.scaling[adapter]) for adapter in adapters]
     scales = [w * s for w, s in zip(weights, scalings, strict=True)]

@@ -21,11 +21,12 @@ _Gradient = torch.Tensor | None
 
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Return a dropout seed, int64 ``[1]``, drawn from torch's default generator.
+    """Draw a dropout seed.
 
-    For kernels, the seed is on x's device, so that the host does not wait for it. For the PyTorch
-    implementation, it is on the CPU. Activation checkpointing restores the default generator, so a
-    recomputed forward pass draws the same seed.
+    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. For kernels, the seed
+    is on x's device, so that the host does not wait for it. For the PyTorch implementation, it is
+    on the CPU. Activation checkpointing restores the default generator, so a recomputed forward
+    pass draws the same seed.
 
     Raises:
         TypeError: Dropout does not support x's dtype. In this case, no seed is drawn.
@@ -36,9 +37,10 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
 
 
 class BackwardArguments(NamedTuple):
-    """The arguments of `Backend.gradients`.
+    """The arguments of a layer's backward pass.
 
-    The caller computes the gradient of the base weight.
+    They are the arguments of `Backend.gradients`. The caller computes the gradient of the base
+    weight.
 
     Attributes:
         dy: Gradient of y in x's dtype, with any strides.
@@ -78,11 +80,12 @@ MAX_LAYERS_PER_LAUNCH = 4
 
 
 class Backend(ABC):
-    """Base class of the implementations of linear layers with adapters.
+    """An implementation of linear layers with adapters.
 
-    Callers look up a backend by name in `BACKENDS`. It implements `grouped_forward` and
-    `grouped_gradients` if `supports_grouped_forward` can return True. It implements
-    `grouped_shrink` and `grouped_grad_a` if layers share s on it (`fastlora.layers.group_forward`).
+    This is the base class of all backends. Callers look up a backend by name in `BACKENDS`. It
+    implements `grouped_forward` and `grouped_gradients` if `supports_grouped_forward` can return
+    True. It implements `grouped_shrink` and `grouped_grad_a` if layers share s on it
+    (`fastlora.layers.group_forward`).
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and ds are
     ``[M, R]`` at sorted positions, and R is at least the largest rank. In the PyTorch backend they
@@ -115,7 +118,10 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Return a tuple with the gradients of a layer's inputs; see `Gradients` for the order."""
+        """Return the gradients of a layer's inputs.
+
+        They are in the order of `Gradients`.
+        """
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 
@@ -126,7 +132,10 @@ class Backend(ABC):
     # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
     def supports_grouped_forward(self, x: torch.Tensor) -> bool:
-        """Return whether one call can compute all layers that share the input x."""
+        """Return whether `grouped_forward` supports the input x.
+
+        It computes all layers that share x in one call.
+        """
         return False
 
     def grouped_shrink(
@@ -174,10 +183,11 @@ class Backend(ABC):
         dropout_p: tuple[float, ...],
         with_s: bool = False,
     ) -> list[torch.Tensor]:
-        """Return a list of outputs ``[M, N]``, one for each of 1 to 4 layers with the same input.
+        """Return a list of the outputs of layers that share the input x.
 
-        If ``with_s`` is True, the list also contains the s of the layers after the outputs: one
-        tensor with the s of all layers side by side, or one tensor for each layer.
+        There is one output ``[M, N]`` for each of 1 to 4 layers. If ``with_s`` is True, the list
+        also contains the s of the layers after the outputs: one tensor with the s of all layers
+        side by side, or one tensor for each layer.
         """
         raise NotImplementedError
 
@@ -213,5 +223,8 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
-    """Register a backend under the name by which callers look it up."""
+    """Register a backend under a name.
+
+    Callers look it up by this name.
+    """
     BACKENDS[name] = backend

@@ -46,7 +46,10 @@ _INTERPRETED = env.triton_interpreted()
 
 
 class _BatchInvariantState(threading.local):
-    """Thread-local state of batch-invariant mode."""
+    """The state of batch-invariant mode.
+
+    Each thread has its own.
+    """
 
     invariant = env.batch_invariant()
 
@@ -68,10 +71,11 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 @functools.cache
-def _gpu_status(index: int) -> tuple[bool, str]:
-    """Return a tuple (supported, description): whether the Triton kernels support a GPU.
+def _gpu_support_and_description(index: int) -> tuple[bool, str]:
+    """Return whether the Triton kernels support a GPU, and a description.
 
-    The description is the GPU's name and architecture, or the reason why it is not supported.
+    The result is a tuple (supported, description). The description is the GPU's name and
+    architecture, or the reason why it is not supported.
     """
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
@@ -84,7 +88,9 @@ def _gpu_status(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return a tuple (supported, reason): whether the Triton kernels can run on a device.
+    """Return whether the Triton kernels can run on a device, and the reason.
+
+    The result is a tuple (supported, reason).
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -93,14 +99,17 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
     if not _HAS_TRITON:
         return False, "triton is not installed"
     if device_type == "cuda":
-        return _gpu_status(index)
+        return _gpu_support_and_description(index)
     if _INTERPRETED:
         return True, "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
     return False, f"no Triton kernels for device type {device_type!r}"
 
 
 def auto_selects_kernels(device: torch.device) -> bool:
-    """Return whether ``impl="auto"`` selects Triton kernels on a device for supported dtypes."""
+    """Return whether ``impl="auto"`` selects Triton kernels on a device.
+
+    This holds for supported dtypes.
+    """
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
@@ -110,7 +119,10 @@ def is_being_compiled() -> bool:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Return whether a compiler is tracing operations on x, so that the values of x are unknown."""
+    """Return whether a compiler is tracing operations on x.
+
+    In this case, the values of x are unknown.
+    """
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
@@ -135,7 +147,16 @@ def operators_are_observed(
 
 
 def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that launches kernels, with x's device as the current device."""
+    """Call a function that launches kernels, with x's device as the current device.
+
+    A profiler shows the call as ``fastlora::`` and the function's name.
+    """
+    if torch.autograd._profiler_enabled():
+        with (
+            torch.profiler.record_function(f"fastlora::{function.__name__}"),
+            torch.cuda.device(x.device if x.is_cuda else -1),
+        ):
+            return function(*args)
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(x.device):
@@ -143,9 +164,9 @@ def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any)
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """Return the name of the implementation that runs on x, ``"triton"`` or ``"eager"``.
+    """Return the name of the implementation that runs on x.
 
-    `execution_mode_of` resolves all other cases itself.
+    The name is ``"triton"`` or ``"eager"``. `execution_mode_of` resolves all other cases itself.
 
     Args:
         impl: ``"triton"``, or ``"auto"`` on a device in `KERNEL_DEVICES`.
@@ -180,7 +201,7 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """How a forward pass is executed, including its implementation and autocast dtype.
+    """How a forward pass is executed.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
@@ -203,9 +224,9 @@ class ExecutionMode:
     tracing: bool = False
 
     def raise_if_batch_invariant(self, layer: _Layer, reason: str) -> None:
-        """Raise `ImplementationError` if batch-invariant mode is on.
+        """Raise an error if batch-invariant mode is on, for a layer that cannot run in it.
 
-        ``layer`` is a layer that cannot run in this mode, and ``reason`` says why.
+        ``reason`` says why the layer cannot run. The error is an `ImplementationError`.
         """
         if self.invariant:
             base = layer.get_base_layer()
@@ -218,7 +239,9 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error unless the Triton kernels can run a call in batch-invariant mode.
+        """Raise an error if a call cannot be computed in batch-invariant mode.
+
+        It can be computed if the Triton kernels can run it.
 
         Raises:
             ImplementationError: The kernels cannot run the call.
@@ -275,17 +298,20 @@ _USUAL = {impl: ExecutionMode(impl, impl, False, False, None) for impl in ("trit
 
 
 def is_batch_invariant() -> bool:
-    """Return whether batch-invariant mode is on in this thread."""
+    """Return whether batch-invariant mode is on.
+
+    Each thread has its own mode.
+    """
     return _batch_invariant_state.invariant
 
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Context manager that turns batch-invariant mode on or off for this thread.
+    """Context manager that turns batch-invariant mode on or off.
 
-    ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
-    pass that activation checkpointing repeats during the backward pass needs this setting. The mode
-    is slower, but the cost has not been measured.
+    Only this thread is affected. ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode
+    on for all threads. A forward pass that activation checkpointing repeats during the backward
+    pass needs this setting. The mode is slower, but the cost has not been measured.
 
     Args:
         enabled: Whether the mode is on within the ``with`` block.

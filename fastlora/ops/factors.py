@@ -23,7 +23,9 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The factors, scaling, and dropout of one adapter on one linear layer.
+    """The LoRA factors of one adapter on one linear layer.
+
+    The adapter's scaling, dropout, and magnitude are included.
 
     Attributes:
         lora_a: ``[R, K]``. Several adapters can be concatenated along the rank.
@@ -81,7 +83,9 @@ Slots = list[Factors | None]
 
 
 class AdapterOperands(NamedTuple):
-    """The adapters of one linear layer, in the form in which backends and operators receive them.
+    """The operands of one linear layer's adapters.
+
+    Backends and operators receive adapters in this form.
 
     Attributes:
         lora_a, lora_b, lora_bias: For each adapter a tensor ``[R, K]``, ``[N, R]``, and ``[N]`` or
@@ -103,9 +107,9 @@ class AdapterOperands(NamedTuple):
 
 
 class AddressTables(NamedTuple):
-    """Tables of the addresses of factors, indexed by layer (G) and adapter (S).
+    """Tables of the memory addresses of adapters' factors.
 
-    They also contain the ranks and scalings.
+    The tables are indexed by layer (G) and adapter (S). They also contain the ranks and scalings.
 
     Attributes:
         a_address, b_address, bias_address: int64 ``[G, S]``, with 0 for a factor that does not
@@ -132,7 +136,10 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors to pass to an operator as its ``tables`` argument."""
+        """Return the list of tensors to pass to an operator.
+
+        The list is its ``tables`` argument.
+        """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)

@@ -24,11 +24,14 @@ _MAX_PARTIAL_ROWS = 16384
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
-    """Return the largest rank among the factors, or 1 if there are no factors."""
+    """Return the largest rank among the factors.
+
+    The result is 1 if there are no factors.
+    """
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
-def padded_rank(largest_rank: int) -> int:
+def rank_to_multiple_of_16(largest_rank: int) -> int:
     """Return the largest rank rounded up to a multiple of 16.
 
     This is the number of columns of s and ds.
@@ -102,7 +105,10 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
 
 
 def _aligned_offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Return a tuple (offsets, total size), in elements, for blocks aligned to 16 bytes."""
+    """Return aligned offsets for blocks of the given sizes, and the total size.
+
+    The result is a tuple, in elements. Blocks are aligned to 16 bytes.
+    """
     each = 16 // itemsize
     offsets, end = [], 0
     for size in sizes:

@@ -16,18 +16,19 @@ def define_operator(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
 
 
 def register_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers an operator's implementation below autograd.
+    """Return a decorator that registers a function as an operator's implementation.
 
-    The implementation runs on every device.
+    The implementation is registered below autograd, and runs on every device.
     """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
     return found
 
 
 def register_composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers an operator's implementation above autograd.
+    """Return a decorator that registers a function as an operator's composite implementation.
 
-    The implementation runs while a graph is traced, and also if nothing is traced.
+    The implementation is registered above autograd. It runs while a graph is traced, and also if
+    nothing is traced.
     """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeImplicitAutograd")
     return found

@@ -20,7 +20,7 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
-from fastlora.ops.triton.rows_argument import rows_for_factor_lists, rows_for_gradients
+from fastlora.ops.triton.rows_argument import gradient_rows_and_run_length, rows_for_factor_lists
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -107,7 +107,10 @@ class OperatorBackend(Backend):
         return weight_for_kernels(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _rows_argument(self, rows: Rows | None) -> list[torch.Tensor]:
-        """Return the tensors for an operator's ``rows`` argument, with the pieces for kernels."""
+        """Return the tensors for an operator's ``rows`` argument.
+
+        For kernels, the pieces are included.
+        """
         if rows is None:
             return []
         return rows_for_factor_lists(rows) if self.impl == "triton" else rows.operator_arguments()
@@ -130,9 +133,9 @@ class OperatorBackend(Backend):
         weight: torch.Tensor | QuantizedData | None,
         operators: schema.Operators,
     ) -> Gradients:
-        """Return the result of `gradients`, computed with the given operators.
+        """Compute the gradients with the given operators.
 
-        The weight is in the form that the operators accept.
+        The result is that of `gradients`. The weight is in the form that the operators accept.
         """
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
@@ -165,7 +168,7 @@ class OperatorBackend(Backend):
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)
         if wants_s and rows is not None and torch.is_anomaly_enabled():
-            ds = _zero_unwritten_ds(ds, rows, lora_a)
+            ds = _zero_unwritten_elements(ds, rows, lora_a)
         return dx, d_bias, ds, found
 
     def _rows_argument_and_run(
@@ -174,7 +177,7 @@ class OperatorBackend(Backend):
         """Return a tuple (tensors for the ``rows`` argument of a launch, rows per run)."""
         if self.impl != "triton":
             return rows.operator_arguments(), 0
-        return rows_for_gradients(launch, rows, like.dtype, like.shape[1])
+        return gradient_rows_and_run_length(launch, rows, like.dtype, like.shape[1])
 
     def _grad_a(
         self,
@@ -253,8 +256,9 @@ class OperatorBackend(Backend):
         if _has_quantized_weight(operands, len(dropout_p)):
             dy = next(dy for dy in dys if dy is not None) if wants[0] else None
             read = _with_kernel_weights(operands, len(dropout_p), dy, "coded_lora_grad_x")
-        made: list[torch.Tensor | None] = schema.launch_module(True).grouped_gradients(
-            x, dropout_p, wants, *dys, *read, *s
+        function = schema.launch_module(True).grouped_gradients
+        made: list[torch.Tensor | None] = call_on_device_of(
+            s[0], function, x, dropout_p, wants, *dys, *read, *s
         )
         return made
 
@@ -359,7 +363,7 @@ def _with_cached_launches(function: _Function) -> _Function:
     return cached_launches(function)
 
 
-def _zero_unwritten_ds(
+def _zero_unwritten_elements(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return ds, with zeros in place of the elements that no kernel has written.

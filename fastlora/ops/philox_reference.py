@@ -21,7 +21,9 @@ _COLUMNS_PER_COUNTER = 8
 def philox_keep_mask(
     seed: int, rows: int, cols: int, p: float, projection: int = 0
 ) -> torch.Tensor:
-    """Return a bool mask ``[rows, cols]`` on the CPU that is True where dropout keeps an element.
+    """Return the dropout keep mask that Philox generates for a seed.
+
+    It is a bool mask ``[rows, cols]`` on the CPU that is True where dropout keeps an element.
 
     Args:
         seed: Any 64-bit integer, signed or unsigned.
@@ -45,7 +47,10 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the four Philox output words of each counter, as int64 tensors of 32-bit values."""
+    """Return the four Philox output words of each counter.
+
+    They are int64 tensors of 32-bit values.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

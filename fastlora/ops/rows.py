@@ -75,10 +75,13 @@ class Rows:
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors to pass to an operator as its ``rows`` argument."""
+        """Return the list of tensors to pass to an operator.
+
+        The list is its ``rows`` argument.
+        """
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
-    def pieces(self, block_m: int) -> torch.Tensor:
+    def piece_starts(self, block_m: int) -> torch.Tensor:
         """Return the positions at which the pieces of the sorted rows start.
 
         The result is int32 ``[pieces + 1]``. Unused entries are M.
@@ -255,7 +258,7 @@ def _rows_sort(
     segment_slot.scatter_(0, segment_of.long(), slot)
     every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
     slot_start = torch.searchsorted(slot, every_slot, out_int32=True)
-    pieces = _rows_pieces(segment_of, slots, block_m) if block_m else slot.new_empty(0)
+    pieces = _piece_starts(segment_of, slots, block_m) if block_m else slot.new_empty(0)
     order = order.to(torch.int32)
     return order, segment_of, segment_slot, slot_start, bad.any().view(1), pieces
 
@@ -279,10 +282,10 @@ def _empty_sort_results(
 
 
 @register_kernel("rows_pieces")
-def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
+def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
     """Return the positions at which the pieces of the sorted rows start.
 
-    See `Rows.pieces`.
+    See `Rows.piece_starts`.
     """
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
@@ -301,7 +304,7 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def pieces_length(m: int, slots: int, block_m: int) -> int:
-    """Return the length of the tensor that `Rows.pieces` returns.
+    """Return the length of the tensor that `Rows.piece_starts` returns.
 
     The arguments may be symbolic.
     """

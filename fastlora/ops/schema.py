@@ -21,7 +21,7 @@ Shapes, for M rows, S slots (adapters), and G modules (layers) that share x:
         see `fastlora.ops.triton.rows_argument`
     factors: lora_a, lora_b, and lora_bias of each slot in turn
     s and ds: ``[M, R]`` in x's dtype. With rows, they are at sorted positions, R is
-        `layout.padded_rank` the largest rank, and each row is written up to its adapter's rank
+        a result of `layout.rank_to_multiple_of_16`, and a row is written up to its adapter's rank
     scaling: fp32 ``[S]``; for one slot also ``[R]`` or without dimensions
     seeds: int64, one for each lora_a, on the device (on the CPU for PyTorch), or None without
         dropout
@@ -51,7 +51,7 @@ from fastlora.ops.layout import (
     grad_a_buffer_layout,
     grad_b_buffer_layout,
     max_rank,
-    padded_rank,
+    rank_to_multiple_of_16,
     shrink_partials_shape,
 )
 from fastlora.ops.library import define_operator, register_fake, register_kernel
@@ -140,7 +140,7 @@ def lora_shrink_fake(
     side. ``lora_a`` lists the slots of each module in turn. Active dropout requires one module.
     """
     if rows:
-        return x.new_empty(modules, x.shape[0], padded_rank(max_rank(lora_a, 0)))
+        return x.new_empty(modules, x.shape[0], rank_to_multiple_of_16(max_rank(lora_a, 0)))
     return x.new_empty(
         x.shape[0], sum(factor.shape[0] for factor in replace_missing_with_empty(lora_a, 0))
     )
@@ -163,7 +163,7 @@ def lora_linear_fake(
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
-    return [y, x.new_empty(x.shape[0], padded_rank(largest) if rows else largest)]
+    return [y, x.new_empty(x.shape[0], rank_to_multiple_of_16(largest) if rows else largest)]
 
 
 @define_operator_with_fake(
@@ -213,7 +213,9 @@ def lora_grad_b_fake(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple of empty tensors (ds, lora_b and lora_bias gradients, column sums of dy).
+    """Return empty tensors for the results of the operator ``lora_grad_b``.
+
+    They are a tuple (ds, lora_b and lora_bias gradients, column sums of dy).
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
     `layout.split_grad_b`. The buffer is empty unless ``with_factors`` is set. ``with_bias`` tells
@@ -242,7 +244,10 @@ def lora_grad_x_fake(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return an empty tensor for the gradient of x, or for the adapters' contribution to it."""
+    """Return an empty tensor for the gradient of x.
+
+    Without a weight, it is for the adapters' contribution to the gradient.
+    """
     return dy.new_empty(dy.shape[0], replace_missing_with_empty(lora_a, 0)[0].shape[1])
 
 

@@ -19,7 +19,9 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:
-    """Return one dropout seed per adapter, int64 ``[S]`` on the CPU.
+    """Return the dropout seeds of adapters, drawing those that are not given.
+
+    There is one seed per adapter, int64 ``[S]`` on the CPU.
 
     Args:
         names: Names of the batch's adapters.
@@ -56,7 +58,7 @@ def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
     return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
 
-def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
+def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
     """Return the dropout seeds of one layer, int64 ``[S]``, derived from the seeds of S adapters.
 
     See `layer_seeds`.

@@ -31,9 +31,10 @@ _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """The LoRA-FA optimizer: AdamW with the LoRA-FA gradient for lora_B.
+    """An optimizer that implements LoRA-FA.
 
-    All other parameters that have a gradient are updated by plain AdamW.
+    It is AdamW with the LoRA-FA gradient for lora_B. All other parameters that have a gradient are
+    updated by plain AdamW.
 
     Args:
         params: Parameter groups. Each group is a dict with ``params``, their ``names`` in the
@@ -78,7 +79,9 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, and pair each of its lora_B weights with the matching lora_A.
+        """Add a parameter group to the optimizer.
+
+        Each lora_B weight in the group is paired with the matching lora_A.
 
         Args:
             param_group: A dict as for `torch.optim.Optimizer`, with the additional keys ``names``
@@ -178,7 +181,9 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model, and freeze lora_A in the trained adapters.
+    """Create a LoRA-FA optimizer for a model's adapters.
+
+    It also freezes lora_A in the trained adapters.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
@@ -225,7 +230,7 @@ def create_lorafa_optimizer(
             {
                 "params": [named[name] for name in selected],
                 "names": selected,
-                "scaling_factors": [_adapter_scaling(model, name) for name in selected],
+                "scaling_factors": [_scaling_for_factor(model, name) for name in selected],
                 "scaling_factor": lora_alpha / (math.sqrt(r) if rslora else r),
                 "lr": lr,
                 "weight_decay": weight_decay,
@@ -246,14 +251,14 @@ def _paired_lora_a_name(name: str) -> str | None:
     return None
 
 
-def _adapter_scaling(model: nn.Module, name: str) -> float | None:
+def _scaling_for_factor(model: nn.Module, factor_name: str) -> float | None:
     """Return an adapter's scaling in a layer, given the name of a factor in that layer.
 
-    Returns None if ``name`` is not the name of a parameter of lora_A or lora_B.
+    Returns None if ``factor_name`` does not name a parameter of lora_A or lora_B.
     """
     for pair in _PAIRS:
         for place in pair:
-            layer, found, rest = name.rpartition(place)
+            layer, found, rest = factor_name.rpartition(place)
             if found:
                 scalings: Any = model.get_submodule(layer).scaling
                 return float(scalings[rest.split(".")[0]])

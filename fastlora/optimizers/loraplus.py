@@ -27,7 +27,9 @@ def create_loraplus_optimizer(
     loraplus_lr_ratio: float,
     **kwargs: Any,
 ) -> Optimizer:
-    """Create an optimizer with a higher learning rate for lora_B than for lora_A.
+    """Create a LoRA+ optimizer for a model.
+
+    It has a higher learning rate for lora_B than for lora_A.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
@@ -75,9 +77,9 @@ def loraplus_groups(
     loraplus_lr_embedding: float = 1e-6,
     without_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return a list of LoRA+ parameter groups, which can be passed to any optimizer.
+    """Return a list of LoRA+ parameter groups.
 
-    The groups are those of `create_loraplus_optimizer`.
+    They can be passed to any optimizer. The groups are those of `create_loraplus_optimizer`.
 
     Args:
         named_parameters: Tuples (name, parameter) for all parameters to train.

@@ -18,10 +18,11 @@ _SCALE = BLOCK_KINDS.index("magnitude")
 
 
 class PoolTables:
-    """A pool's address tables, with one row per module and one column per adapter on the device.
+    """The address tables of a pool.
 
-    The tensors are written in place, and only in columns that no forward pass reads. Their
-    addresses therefore do not change, and a captured CUDA graph sees the new contents.
+    They have one row per module and one column per adapter on the device. The tensors are written
+    in place, and only in columns that no forward pass reads. Their addresses therefore do not
+    change, and a captured CUDA graph sees the new contents.
 
     Args:
         modules: Number of rows, G.
@@ -97,7 +98,7 @@ class PoolTables:
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
 
-    def write_scale_addresses(self, column: int, addresses: torch.Tensor) -> None:
+    def write_dora_scale_addresses(self, column: int, addresses: torch.Tensor) -> None:
         """Write the addresses of an adapter's DoRA scales into its column.
 
         Args:
@@ -115,7 +116,7 @@ class PoolTables:
         A graph that was captured before a DoRA adapter was added to the pool does not use scales,
         so it treats the slots of DoRA adapters as empty.
         """
-        return lookup_or_invalid(self.column_of if self.uses_dora else self.plain_column_of, ids)
+        return lookup_or_negative(self.column_of if self.uses_dora else self.plain_column_of, ids)
 
     def clear_column(self, column: int) -> None:
         """Clear a column so that it can be reused. The writes run on the current stream."""
@@ -129,7 +130,7 @@ class PoolTables:
         out.copy_(pinned, non_blocking=True)
 
 
-def lookup_or_invalid(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def lookup_or_negative(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return ``table[ids]``, with a negative number for each id that is out of range.
 
     This number is -1 for the id -1, and -2 for any other id. The function does not synchronize with

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.pool.pool import pool_of
 from fastlora.weights_version import weights_versions
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Clear all cached values that were computed from a model's weights.
+    """Clear the caches of a model.
 
-    Call this function only after writes to weights that fastlora cannot detect:
+    These are all cached values that were computed from the model's weights. Call this function only
+    after writes to weights that fastlora cannot detect:
 
     * writes through ``.data`` or ``set_``, such as those of PEFT's `hotswap_adapter`;
     * writes by compiled code that does not use a `torch.optim.Optimizer`;
@@ -31,7 +32,7 @@ def clear_caches(model: nn.Module) -> None:
     """
     weights_versions.invalidate_all()
     for module in model.modules():
-        clear_weight_caches(module, release_captured=True)
+        clear_weight_dependent_caches(module, release_captured=True)
         clear_group_cache(module)
         group = getattr(module, "routing_group", None)
         if group is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
-from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.layer_kinds import LINEAR
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
@@ -101,10 +101,11 @@ class PoolLayers:
         ]
 
     def _install_batch_size_checks(self) -> None:
-        """Wrap ``forward`` and ``generate`` so that they first check the size of the batch.
+        """Make the model check the size of each batch.
 
-        The number of samples or tokens must equal the number of adapter ids. In `generate`, only
-        the batch that the caller passes is checked, because beam search adds rows to it later.
+        The methods ``forward`` and ``generate`` are wrapped. The number of samples or tokens must
+        equal the number of adapter ids. In `generate`, only the batch that the caller passes is
+        checked, because beam search adds rows to it later.
         """
         self._add_adapter_names_argument("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
@@ -145,7 +146,7 @@ class PoolLayers:
         module: Any = self._model.get_submodule(name)
         layer: Any = (
             FastLoraWrapper(module)
-            if fallback_reason_not_plain(module)
+            if fallback_reason_not_plain_linear(module)
             else FastLoraLinear.from_linear(module, adapter_name=None)
         )
         layer.routing_group, layer.routing_index = self.group, number
@@ -174,7 +175,9 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device of the base weights and the dtype of the first base weight.
+        """Return the device and dtype of the base weights.
+
+        The dtype is that of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.

@@ -18,7 +18,7 @@ from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers, adapter_not_found_error
-from fastlora.pool.transfers import Transfers
+from fastlora.pool.transfers import DeviceTransfers
 from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
 
 # Number of prefetch threads. With several, an adapter that is slow to read does not delay others.
@@ -26,10 +26,10 @@ _THREADS = 4
 
 
 class Lease:
-    """A guarantee that a set of adapters stays on the device, unchanged, until the lease ends.
+    """A guarantee that a set of adapters stays on the device until the lease ends.
 
-    Use the lease as a context manager. Exit it in the thread, and on the CUDA stream, that ran the
-    forward pass.
+    The adapters stay unchanged. Use the lease as a context manager. Exit it in the thread, and on
+    the CUDA stream, that ran the forward pass.
 
     Attributes:
         loaded_adapters: The adapters, in the order of the requested names.
@@ -61,7 +61,9 @@ class Lease:
 
 @dataclass(eq=False)
 class LeaseRequest:
-    """A request for a lease, made by one thread.
+    """A request for a lease on adapters.
+
+    It is made by one thread.
 
     Attributes:
         names: Names of the requested adapters, which may repeat.
@@ -106,7 +108,7 @@ class LeaseManager:
         self,
         reader: AdapterReader,
         tiers: StorageTiers,
-        transfers: Transfers,
+        transfers: DeviceTransfers,
         scales: DoraScaleUpdater,
     ) -> None:
         self._reader, self._tiers, self._transfers = reader, tiers, transfers
@@ -345,7 +347,7 @@ class LeaseManager:
                         events.append(event)
                     elif event is not None and event is loaded.written:
                         loaded.written = None  # permanently, because it is copied only once
-            self._transfers.wait_for_writes(events)
+            self._transfers.make_stream_wait_for_writes(events)
         except BaseException:
             lease.release()
             raise

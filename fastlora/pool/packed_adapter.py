@@ -31,7 +31,7 @@ _MAGNITUDE_BYTES = 4
 
 
 class TargetLinear(NamedTuple):
-    """The name and dimensions of a linear layer that the pool's adapters may adapt.
+    """A linear layer that the pool's adapters may adapt.
 
     Attributes:
         name: Name of the module in the base model.
@@ -44,7 +44,9 @@ class TargetLinear(NamedTuple):
     out_features: int
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of one of the module's tensors in PEFT's layout.
+        """Return the shape of an adapter's tensor for this layer.
+
+        The shape is that in PEFT's layout.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
@@ -132,7 +134,9 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter whose tensors are packed into one 1-D tensor, in CPU or GPU memory.
+    """An adapter whose tensors are packed into one tensor.
+
+    The packed tensor is 1-D, in CPU or GPU memory.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.
@@ -153,7 +157,9 @@ class PackedAdapter:
 
 
 class AdapterPacker:
-    """Packs all tensors of an adapter into one 1-D tensor, a `PackedAdapter`.
+    """Packs all tensors of an adapter into one tensor.
+
+    The result is a `PackedAdapter` with a 1-D tensor.
 
     Args:
         targets: The modules that adapters may adapt.
@@ -176,7 +182,9 @@ class AdapterPacker:
         scaling: Mapping[int, float],
         source: str,
     ) -> PackedAdapter:
-        """Pack an adapter's tensors into one 1-D tensor of the pool's dtype.
+        """Pack an adapter's tensors into a `PackedAdapter`.
+
+        They are packed into one 1-D tensor of the pool's dtype.
 
         Args:
             tensors: Maps each module index to a dict of tensors, keyed by `BLOCK_KINDS`, in PEFT's

@@ -39,7 +39,9 @@ _ATTRIBUTE = "_fastlora_pool"
 
 
 class AdapterPool:
-    """A pool of a model's adapters, which moves them between the device, CPU memory, and disk.
+    """A pool of a model's adapters, which are loaded onto the device on demand.
+
+    The pool moves adapters between the device, CPU memory, and disk.
 
     Every method may be called from any thread, even during forward passes. Before a forward pass,
     `fastlora.adapters` takes a lease on the adapters of the batch. The lease brings these adapters
@@ -155,12 +157,13 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Load an adapter onto the device, replacing any adapter with the same name.
+        """Load an adapter from a folder or a state dict under a name.
 
-        The new adapter takes over the slot of the replaced adapter. Leases on the replaced adapter
-        remain valid, so forward passes under them still use it. If leased and pinned adapters leave
-        no room on the device, the new adapter is stored in the CPU tier, and the next lease on it
-        brings it to the device.
+        It is loaded onto the device, and replaces any adapter with the same name. The new adapter
+        takes over the slot of the replaced adapter. Leases on the replaced adapter remain valid, so
+        forward passes under them still use it. If leased and pinned adapters leave no room on the
+        device, the new adapter is stored in the CPU tier, and the next lease on it brings it to the
+        device.
 
         Args:
             name: Name of the adapter.
@@ -299,7 +302,9 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Bring an adapter to the device and keep it there until `unpin` is called.
+        """Keep an adapter on the device until `unpin` is called.
+
+        If it is not on the device, it is brought there.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -386,10 +391,11 @@ class AdapterPool:
             return None if loaded is None else loaded.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Split a batch into smaller batches, each with adapters that fit on the device together.
+        """Split a batch into smaller batches, each with adapters that fit in the pool together.
 
-        Only the number of adapters is considered. A lease for one of the batches may still wait or
-        raise an error because of pins, leases of other threads, or ``device_bytes``.
+        The adapters of each of these batches fit on the device. Only the number of adapters is
+        considered. A lease for one of the batches may still wait or raise an error because of pins,
+        leases of other threads, or ``device_bytes``.
 
         Args:
             names: Name of the adapter of each sample, or None for the base model.
@@ -473,18 +479,21 @@ class AdapterPool:
         return self._lease_manager.acquire_all_resident()
 
     def recompute_scales(self) -> None:
-        """Recompute the outdated DoRA scales of all adapters on the device."""
+        """Recompute DoRA scales after the base weights have changed.
+
+        Only outdated scales of adapters on the device are recomputed.
+        """
         self._lease_manager.recompute_stale_scales()
 
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Remove all adapters from the pool and restore the original modules of the model.
+        """Close the pool, and restore the original modules of the model.
 
-        If ``wait`` is given, new leases and `fastlora.adapters` blocks raise `PoolClosedError` in
-        every thread from now on, and other threads have ``wait`` seconds to end their leases.
-        Prefetch threads finish the adapter that they are reading and then stop. Closing a closed
-        pool does nothing.
+        All adapters are removed from the pool. If ``wait`` is given, new leases and
+        `fastlora.adapters` blocks raise `PoolClosedError` in every thread from now on, and other
+        threads have ``wait`` seconds to end their leases. Prefetch threads finish the adapter that
+        they are reading and then stop. Closing a closed pool does nothing.
 
         Args:
             wait: Maximum time in seconds to wait for leases to end, or None to raise an error

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastlora.layers.base_layers import dense_weight
-from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, FileSizeLimits
+from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, ConfigAndHeaderSizeLimits
 from fastlora.model.adapter_folder import (
     OpenAdapterFolder,
     ParsedAdapterKey,
@@ -95,7 +95,9 @@ class AdapterReader:
         self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
-        """Check an adapter folder without reading its tensors, and return the adapter's config.
+        """Check an adapter folder, and return the adapter's config.
+
+        The tensors are not read.
 
         Raises:
             CheckpointError: The folder does not contain an adapter that this pool supports.
@@ -104,7 +106,9 @@ class AdapterReader:
             return opened.config
 
     def read_folder(self, folder: Path) -> PackedAdapter:
-        """Read an adapter folder, validate its contents, and return the packed adapter.
+        """Read an adapter folder, and return the packed adapter.
+
+        The contents are validated.
 
         Raises:
             CheckpointError: The adapter is damaged, has contents that a pool does not support, or
@@ -113,7 +117,7 @@ class AdapterReader:
         """
         with self._open_checked(folder) as opened:
             header = opened.header
-            locations = self._locate_tensors(
+            locations = self._locations_in_packed_adapter(
                 header.config, header.keys, header.tensor_infos, str(folder)
             )
             return self._pack(header.config, locations, opened.load().tensors, str(folder))
@@ -159,7 +163,7 @@ class AdapterReader:
         tensors = {key: value.detach() for key, value in tensors.items()}
         self._check_config(config, source)
         self._check_bytes(sum(tensor.nbytes for tensor in tensors.values()), source)
-        locations = self._locate_tensors(
+        locations = self._locations_in_packed_adapter(
             config, parse_and_check_tensors(config, tensors, source), tensors, source
         )
         return self._pack(config, locations, tensors, source)
@@ -197,7 +201,7 @@ class AdapterReader:
         if not config.rank_pattern:
             self._check_rank(f"{source}: r={config.r}", config.r)
 
-    def _locate_tensors(
+    def _locations_in_packed_adapter(
         self,
         config: LoraConfig,
         keys: Mapping[str, ParsedAdapterKey],
@@ -311,7 +315,7 @@ class AdapterReader:
             )
 
 
-def _config_and_header_limits(modules: list[str]) -> FileSizeLimits:
+def _config_and_header_limits(modules: list[str]) -> ConfigAndHeaderSizeLimits:
     """Return the size limits, in bytes, for an adapter's config file and tensor file header.
 
     The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
@@ -325,7 +329,7 @@ def _config_and_header_limits(modules: list[str]) -> FileSizeLimits:
     length, count = sum(map(len, modules)), len(modules)
     names = 3 * (length + count * _NAMED_BYTES)
     tensors = 4 * (length + count * _TENSOR_BYTES)
-    return FileSizeLimits(
+    return ConfigAndHeaderSizeLimits(
         config=min(_CONFIG_BYTES + names, MAX_CONFIG_BYTES),
         header=min(_METADATA_BYTES + 2 * names + tensors, MAX_HEADER_BYTES),
     )

@@ -13,10 +13,10 @@ from fastlora.pool.packed_adapter import PackedAdapter
 
 
 class DoraScales:
-    """DoRA scales of an adapter on the device: one value per output feature of each module.
+    """The DoRA scales of an adapter on the device.
 
-    Scales in fp32 are updated in place when a base weight changes, so their addresses do not
-    change.
+    There is one value per output feature of each module. Scales in fp32 are updated in place when a
+    base weight changes, so their addresses do not change.
 
     Attributes:
         by_module: Maps each module index to the module's scales g, ``[N]``, in fp32 (fp64 for an

@@ -10,7 +10,7 @@ import torch
 
 from fastlora.layers.adapter_factors import PoolSource
 from fastlora.ops.seeds import draw_seeds
-from fastlora.pool.address_tables import lookup_or_invalid
+from fastlora.pool.address_tables import lookup_or_negative
 from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.routing.ids import (
     OUT_OF_RANGE,
@@ -45,7 +45,7 @@ def lease_batch_routing(
         lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank
         columns = torch.tensor([loaded.column for loaded in lease.loaded_adapters])
-        columns = lookup_or_invalid(columns.to(torch.int64), places)
+        columns = lookup_or_negative(columns.to(torch.int64), places)
     elif is_capturing_cuda_graph(ids):
         return graph_capture_routing(pool, ids)
     else:
@@ -62,7 +62,7 @@ def lease_batch_routing(
             in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
             check_slots_on_cpu(ids, in_slots)
-        columns = lookup_or_invalid(table, ids)
+        columns = lookup_or_negative(table, ids)
     loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
     for loaded in lease.loaded_adapters:
         loaded_adapters[loaded.column] = loaded

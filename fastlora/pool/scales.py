@@ -20,7 +20,7 @@ from fastlora.layers.dora_norms import adapted_squared_norms, base_weight_stamp,
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.records import DoraScales, LoadedAdapter
-from fastlora.pool.transfers import Transfers
+from fastlora.pool.transfers import DeviceTransfers
 from fastlora.validation import AdapterStateError
 
 _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new scales
@@ -35,7 +35,9 @@ class DoraScaleUpdater:
         transfers: Orders writes to the device with forward passes.
     """
 
-    def __init__(self, layers: Sequence[Any], tables: PoolTables, transfers: Transfers) -> None:
+    def __init__(
+        self, layers: Sequence[Any], tables: PoolTables, transfers: DeviceTransfers
+    ) -> None:
         self._layers, self._tables, self._transfers = layers, tables, transfers
         self._lock = threading.Lock()
         self._stamps: list[Any] = []
@@ -43,9 +45,10 @@ class DoraScaleUpdater:
     def update_stale_scales(
         self, loaded_adapters: Iterable[LoadedAdapter], pool_lock: AbstractContextManager[Any]
     ) -> None:
-        """Compute the missing and outdated DoRA scales of loaded adapters.
+        """Update the stale DoRA scales of loaded adapters.
 
-        Scales are outdated if the base weights have changed since they were computed.
+        Missing scales are computed too. Scales are stale if the base weights have changed since
+        they were computed.
 
         Args:
             loaded_adapters: The leased adapters.
@@ -120,7 +123,7 @@ class DoraScaleUpdater:
             addresses = torch.zeros(len(stamps), dtype=torch.int64, device="cpu")
             for row, block in blocks.items():
                 addresses[row] = block.data_ptr()
-            self._tables.write_scale_addresses(loaded.column, addresses)
+            self._tables.write_dora_scale_addresses(loaded.column, addresses)
         # The stamps are assigned last, because a thread that finds them current does not take the
         # lock.
         scales.by_module, scales.blocks = by_module, blocks

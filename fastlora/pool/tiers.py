@@ -14,12 +14,12 @@ from weakref import WeakValueDictionary
 from fastlora.pool.address_tables import NO_COLUMN, PoolTables
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.records import LoadedAdapter, RegisteredAdapter
-from fastlora.pool.transfers import Transfers
+from fastlora.pool.transfers import DeviceTransfers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
 
 class StorageTiers:
-    """The adapters of a pool, and the storage tiers that contain them.
+    """The storage tiers of a pool, and the adapters that they contain.
 
     If the pool's device is a CPU, an image is in only one tier at a time, and moving it between
     tiers copies no data. If it is a GPU, the CPU tier is a cache that may contain copies of images
@@ -48,7 +48,7 @@ class StorageTiers:
     def __init__(
         self,
         tables: PoolTables,
-        transfers: Transfers,
+        transfers: DeviceTransfers,
         device_bytes: int | None,
         cpu_bytes: int | None,
     ) -> None:
@@ -85,7 +85,9 @@ class StorageTiers:
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters without reading them from disk.
+        """Register adapters.
+
+        They are not read from disk.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.
@@ -158,7 +160,7 @@ class StorageTiers:
             self._remove_from_device(name)
         else:
             if old is not None:
-                self._free_when_unleased(self.device.pop(name))
+                self._free_memory_when_unleased(self.device.pop(name))
             self.device[name] = loaded
         if loaded is None or not self._transfers.shares_memory:
             self._add_to_cpu_lru(name, image)
@@ -187,9 +189,10 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """All adapters on the device.
+        """All loaded adapters.
 
-        Adapters that were replaced or removed are included while they are leased.
+        These are the adapters on the device. Adapters that were replaced or removed are included
+        while they are leased.
         """
         return [*self.device.values(), *self.retired]
 
@@ -354,16 +357,19 @@ class StorageTiers:
                 self.host.move_to_end(name)
 
     def _remove_from_device(self, name: str) -> None:
-        """Remove an adapter from the device if it is there, and free its slot."""
+        """Remove an adapter from the device.
+
+        Its slot is freed. Nothing happens if the adapter is not on the device.
+        """
         loaded = self.device.pop(name, None)
         if loaded is not None:
             # Retire it first: captured graphs that still run look up its slot.
-            self._free_when_unleased(loaded)
+            self._free_memory_when_unleased(loaded)
             with self._transfers.ordered_writes():
                 self._tables.assign(loaded.slot, NO_COLUMN)
             self._free_slots.append(loaded.slot)
 
-    def _free_when_unleased(self, loaded: LoadedAdapter) -> None:
+    def _free_memory_when_unleased(self, loaded: LoadedAdapter) -> None:
         """Free a removed adapter's memory once the adapter is no longer leased.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.

@@ -19,8 +19,10 @@ from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.validation import AdapterStateError
 
 
-class Transfers:
-    """Transfers packed adapters to the device. This base class is for CPUs and copies nothing.
+class DeviceTransfers:
+    """Transfers packed adapters to the device.
+
+    This is the base class of such transfers. It is itself used for CPUs, and then copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -38,15 +40,21 @@ class Transfers:
         return image
 
     def record_write_event(self) -> Any:
-        """Record an event after all writes so far. Return None on a CPU, which needs no events."""
+        """Record an event after all writes so far, and return it.
+
+        On a CPU, which needs no events, return None.
+        """
         return None
 
     def is_event_done(self, event: Any) -> bool:
         """Return whether an event has completed."""
         return True
 
-    def wait_for_writes(self, events: Iterable[Any]) -> None:
-        """Make the calling thread's later work on the device wait for the given write events."""
+    def make_stream_wait_for_writes(self, events: Iterable[Any]) -> None:
+        """Make the current stream wait for the given write events.
+
+        On a CPU, do nothing.
+        """
 
     def record_read_event(self) -> tuple[Any, Any] | None:
         """Record an event after the reads so far, and return it with its stream.
@@ -56,10 +64,13 @@ class Transfers:
         return None
 
     def wait_for_reads(self, events: Iterable[Any]) -> None:
-        """Make later writes to adapters and tables wait for the given read events."""
+        """Make later writes wait for the given read events.
+
+        These are writes to adapters and tables.
+        """
 
 
-class AsyncCudaTransfers(Transfers):
+class AsyncCudaTransfers(DeviceTransfers):
     """Transfers packed adapters to a GPU asynchronously, on a separate CUDA stream.
 
     The adapters are copied from page-locked memory.
@@ -98,8 +109,8 @@ class AsyncCudaTransfers(Transfers):
         """
         return not torch.cuda.is_current_stream_capturing() and event.query()
 
-    def wait_for_writes(self, events: Iterable[torch.cuda.Event]) -> None:
-        """Make the current stream wait for the events.
+    def make_stream_wait_for_writes(self, events: Iterable[torch.cuda.Event]) -> None:
+        """Make the current stream wait for the given write events.
 
         Raises:
             AdapterStateError: A CUDA graph is being captured, so the stream cannot wait.
@@ -128,13 +139,13 @@ class AsyncCudaTransfers(Transfers):
         return event, stream.cuda_stream
 
     def wait_for_reads(self, events: Iterable[torch.cuda.Event]) -> None:
-        """Make the pool's stream wait for the events."""
+        """Make the pool's stream wait for the given read events."""
         for event in events:
             self._stream.wait_event(event)
 
 
-def make_transfers(device: torch.device) -> Transfers:
-    """Return the `Transfers` object for a pool on a CPU or CUDA device.
+def make_transfers(device: torch.device) -> DeviceTransfers:
+    """Return the `DeviceTransfers` object for a pool on a CPU or CUDA device.
 
     Raises:
         ValueError: The device is of another type.
@@ -143,4 +154,4 @@ def make_transfers(device: torch.device) -> Transfers:
         return AsyncCudaTransfers(device)
     if device.type != "cpu":
         raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
-    return Transfers()
+    return DeviceTransfers()

@@ -14,9 +14,9 @@ from fastlora.routing.routing import Routing, RoutingGroup
 
 
 class _ThreadRoutings(threading.local):
-    """The active routings of a thread, which are those of its open blocks.
+    """The active routings of a thread.
 
-    They include each model's innermost routing.
+    They are those of its open blocks. They include each model's innermost routing.
     """
 
     def __init__(self) -> None:
@@ -29,23 +29,35 @@ _thread = _ThreadRoutings()
 
 
 def active_routings() -> tuple[Routing, ...]:
-    """Return a tuple of the routings of this thread's open blocks, from outermost to innermost."""
+    """Return a tuple of this thread's active routings.
+
+    These are the routings of its open blocks, from outermost to innermost.
+    """
     return _thread.open
 
 
 def active_routing(layer: RoutedLayer) -> Routing | None:
-    """Return the routing of the innermost block that is open for a layer's model, or None."""
+    """Return the active routing of a layer, or None if there is none.
+
+    It is the routing of the innermost block that is open for the layer's model.
+    """
     by_group = _thread.by_group
     return by_group.get(layer.routing_group) if by_group else None
 
 
 def is_tracking_rows() -> bool:
-    """Return whether this thread tracks rows by intercepting every operator."""
+    """Return whether this thread is tracking rows.
+
+    Row tracking intercepts every operator.
+    """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether this thread is capturing operators on a tensor into a CUDA graph."""
+    """Return whether operators on a tensor are being captured into a CUDA graph.
+
+    Only captures by this thread count.
+    """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -66,7 +78,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.block_checker(routing.ids.numel())
+        None if checks is None else checks.block_checker_unless_all_checked(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:
@@ -105,7 +117,10 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def skip_batch_checks() -> Iterator[None]:
-    """Context manager that disables `check_batch_matches_ids` in this thread."""
+    """Context manager that skips batch checks.
+
+    It disables `check_batch_matches_ids` in this thread.
+    """
     before, _thread.unchecked = _thread.unchecked, True
     try:
         yield
@@ -114,7 +129,10 @@ def skip_batch_checks() -> Iterator[None]:
 
 
 def discard_unused_results(group: RoutingGroup) -> None:
-    """Discard the results computed for layers that a model's forward pass did not call."""
+    """Discard a group's results that no layer has used.
+
+    These were computed for layers that the model's forward pass did not call.
+    """
     if not is_being_compiled() and group.unfinished:
         group.discard_unused_results()
 
@@ -139,7 +157,7 @@ def check_batch_matches_ids(
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
     if not is_being_compiled() and routing.cache.row_checker is not None:
-        routing.cache.row_checker.record_inputs_in_order((*args, *kwargs.values()))
+        routing.cache.row_checker.record_model_inputs_in_order((*args, *kwargs.values()))
     x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
     if x is None or not x.dim():
         return

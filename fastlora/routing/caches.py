@@ -1,6 +1,6 @@
 """Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
-A `Routing` is immutable and refers to one `BlockCache`. A model's `RoutingGroup` refers to one
+A `Routing` is immutable and refers to one `PerBlockCache`. A model's `RoutingGroup` refers to one
 `AdapterSetCache`.
 `AdapterSetCache.clear` invalidates everything that is cached for the LoRA factors.
 """
@@ -29,7 +29,10 @@ _MOST_SETS = 2
 
 
 def cuda_stream_handle(device: torch.device) -> int:
-    """Return the handle of a device's current CUDA stream, or 0 for a device without streams."""
+    """Return the handle of a device's current CUDA stream.
+
+    The handle is 0 for a device without streams.
+    """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -139,10 +142,10 @@ class AdapterSetCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the cached adapter set for a key.
+        """Return the adapter set for a key, and create it if none is cached.
 
-        If none is cached and up to date, a new set is returned. A set is outdated if its factors
-        have changed. ``factors_can_change`` tells whether the factors can change.
+        The same happens if the cached set is outdated, which means that its factors have changed.
+        ``factors_can_change`` tells whether the factors can change.
         """
         with self._lock:
             known = self._sets.get(key)
@@ -188,7 +191,7 @@ class AdapterSetCache:
 
 
 @dataclass(eq=False)
-class BlockCache:
+class PerBlockCache:
     """The cache of one `fastlora.adapters` block.
 
     Each entry is computed at most once per block.

@@ -19,7 +19,10 @@ OUT_OF_RANGE = -2
 
 
 def check_adapter_name(name: object) -> None:
-    """Raise `ConfigError` unless the name is valid for an adapter of a model."""
+    """Raise `ConfigError` unless the name is a valid adapter name.
+
+    It is the name of an adapter of a model.
+    """
     if not isinstance(name, str) or not name or "." in name:
         raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
     if name == BASE:
@@ -33,9 +36,9 @@ def check_adapter_name(name: object) -> None:
 def names_and_slots(
     known: Sequence[str] | None, ids: Sequence[str | None]
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Return a tuple (names, slots): the names of a batch's adapters, and the slot of each id.
+    """Return the distinct adapter names in the ids, and the slot of each id.
 
-    The order of the names does not depend on the batch.
+    The result is a tuple (names, slots). The order of the names does not depend on the batch.
 
     Args:
         known: Names of the model's adapters, which determine the order. None for alphabetical
@@ -73,7 +76,9 @@ def names_and_slots(
 
 
 def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check that ids are -1 or name occupied slots, and return them as an int64 tensor on the CPU.
+    """Check that integer ids are valid for the slots, and return them on the CPU.
+
+    An id is valid if it is -1 or names an occupied slot. The result is int64.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
@@ -98,7 +103,7 @@ def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.
 
 
 def check_integer_ids(ids: torch.Tensor) -> None:
-    """Raise `TypeError` or `ValueError` unless ids are integers ``[B]``."""
+    """Raise `TypeError` or `ValueError` unless the ids are a 1-dimensional integer tensor."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1:
@@ -114,10 +119,10 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether each id's rows are whole entries along the leading dimensions of ``shape``.
+    """Return whether each id covers whole entries of the leading dimensions of a shape.
 
-    For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10
-    flattened rows would cover 2.5 entries of the first dimension.
+    The entries are the id's rows. For example, the result is False for 2 ids and the shape
+    ``[5, 2]``: the first 5 of the 10 flattened rows would cover 2.5 entries of the first dimension.
     """
     for size in shape:
         if size % ids == 0:
@@ -142,7 +147,10 @@ class _PendingIdCheck(NamedTuple):
 
 
 class DeferredIdChecks:
-    """Pending checks of batch ids on the GPU, collected without blocking the host."""
+    """Checks of ids that are deferred to avoid synchronizing with the device.
+
+    They are the pending checks of batch ids on the GPU, collected without blocking the host.
+    """
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,
     # waiting costs no time.
@@ -153,9 +161,10 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a flag that reports whether an id is out of range, and start copying it to the host.
+        """Add a check: a flag and the message of the error to raise if it is set.
 
-        The flag is bool ``[1]``, and true if an id is out of range.
+        The flag is bool ``[1]``, and true if an id is out of range. Its copy to the host is
+        started.
         """
         arrived = None
         if flag.is_cuda:
@@ -167,10 +176,10 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Raise `AdapterNotFoundError` if a completed check has found an id out of range.
+        """Raise an error if a completed check has failed.
 
-        Events cannot be queried while a CUDA graph is being captured. In this case, a later call
-        raises.
+        The error is an `AdapterNotFoundError`. A check fails if it finds an id out of range. Events
+        cannot be queried while a CUDA graph is being captured. In this case, a later call raises.
         """
         if not self._pending:
             return

@@ -16,7 +16,7 @@ from fastlora.routing.routing import Routing
 
 
 class Router(Protocol):
-    """Protocol of objects that assign adapters to the rows of a model's batches.
+    """Protocol of objects that route the rows of a model's batches to adapters.
 
     A router creates a `Routing` for each block.
     """
@@ -28,9 +28,10 @@ class Router(Protocol):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of one block.
+        """Return the `Routing` for the ids and seeds of a batch.
 
-        Resources that the block needs are entered on ``held``, which is closed when the block ends.
+        It is the routing of one block. Resources that the block needs are entered on ``held``,
+        which is closed when the block ends.
         """
 
 
@@ -38,11 +39,12 @@ _FINDERS: list[Callable[[Any], Router | None]] = []
 
 
 def register_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
-    """Register a function that returns a model's router, or None if it finds no router.
+    """Register a function that finds a model's router, and return the function.
 
-    Functions are tried in the order of their registration. The order matters for speed: patched
-    models are found by a walk over all modules, of which a model with many adapters has tens of
-    thousands, whereas fastlora's own models are found by an attribute.
+    The function returns the router, or None if it finds none. Functions are tried in the order of
+    their registration. The order matters for speed: patched models are found by a walk over all
+    modules, of which a model with many adapters has tens of thousands, whereas fastlora's own
+    models are found by an attribute.
     """
     _FINDERS.append(find)
     return find

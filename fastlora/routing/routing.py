@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.seeds import layer_seeds, seeds_of_layer
+from fastlora.ops.seeds import derive_seeds_of_layer, layer_seeds
 from fastlora.routing.caches import (
     AdapterSetCache,
-    BlockCache,
     PackedAdapterSet,
+    PerBlockCache,
     RoutedLayer,
     cuda_stream_handle,
 )
@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 
 
 class RoutingGroup(UncopiedCache):
-    """The group of all routed layers of one model, with the state that they share.
+    """A group of routed layers, with the state that they share.
 
-    A copied or unpickled model gets a new group, which has not seen a forward pass.
+    The group contains all routed layers of one model. A copied or unpickled model gets a new group,
+    which has not seen a forward pass.
 
     Attributes:
         packs: The cache of the model's adapter sets.
@@ -64,12 +65,18 @@ class RoutingGroup(UncopiedCache):
         self._lock = threading.Lock()
 
     def change_open_blocks(self, change: int) -> None:
-        """Add ``change`` (1 or -1) to the number of the model's open blocks in all threads."""
+        """Add ``change`` to the number of open blocks.
+
+        ``change`` is 1 or -1. The model's open blocks in all threads are counted.
+        """
         with self._lock:
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard this thread's unused results, computed for layers that were not called."""
+        """Discard results that were computed for layers but not used.
+
+        These are results of this thread, for layers that were not called.
+        """
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -78,7 +85,9 @@ class RoutingGroup(UncopiedCache):
                     results.discard_untaken()
 
     def check_no_open_blocks(self, operation: str) -> None:
-        """Raise `AdapterStateError` if a block of the model is open in any thread.
+        """Raise `AdapterStateError` if any block is open.
+
+        Blocks of the model in all threads count.
 
         Args:
             operation: Name of the method that would change the adapters or weights of the block's
@@ -122,10 +131,10 @@ class Routing:
     unused_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
-    cache: BlockCache = field(default_factory=BlockCache, repr=False)
+    cache: PerBlockCache = field(default_factory=PerBlockCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
-        """Return the rows, sorted by adapter, of a layer input with ``m`` rows.
+        """Return the ``m`` rows of a layer input, sorted by adapter.
 
         The results are cached by ``m`` and stream.
 
@@ -160,11 +169,16 @@ class Routing:
 
     @property
     def may_mix(self) -> bool:
-        """Whether different rows can use different adapters; False if there is only one id."""
+        """Whether the rows of the batch may use different adapters.
+
+        The value is False if there is only one id.
+        """
         return self.ids.numel() > 1
 
     def check_gets_all_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
-        """Raise an error if a layer gets only some rows of the batch, or if this might happen.
+        """Raise an error if a layer does not get all rows of the batch.
+
+        The error is also raised if the layer might get only some rows.
 
         Raises:
             UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
@@ -176,7 +190,9 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raise an error if the first dimension of ``x [..., K]`` cannot be the sample dimension.
+        """Raise an error if the sample dimension of ``x [..., K]`` does not fit the ids.
+
+        The first dimension must be able to be the sample dimension.
 
         Raises:
             ValueError: An id's rows would end within an entry of the leading dimensions.
@@ -205,9 +221,9 @@ class Routing:
         return row_checker.order.pause_row_tracking()
 
     def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of layer ``number`` on a device, int64 ``[S]``.
+        """Return the dropout seeds of layer ``number`` on a device.
 
-        The seeds of all layers are copied to the device together.
+        They are int64 ``[S]``. The seeds of all layers are copied to the device together.
         """
         key = (device, cuda_stream_handle(device))
         known = self.cache.seeds.get(key)
@@ -221,14 +237,14 @@ class Routing:
             known = self.cache.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
         if number not in known:  # The layer was added after the block began.
             with torch.inference_mode(False):
-                known[number] = seeds_of_layer(self.seeds, number).to(device)
+                known[number] = derive_seeds_of_layer(self.seeds, number).to(device)
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the `PackedAdapterSet` for a key, from the cache of the block or of the model.
+        """Return the cached `PackedAdapterSet` for a key.
 
-        Whether factors have changed is checked once per block, and again after a change of the
-        weights version.
+        It comes from the cache of the block or of the model. Whether factors have changed is
+        checked once per block, and again after a change of the weights version.
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:
@@ -238,13 +254,16 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of all adapters that have rows, in slot order."""
+        """Return a tuple of the identities of the adapters that the rows use.
+
+        They are in slot order, one for each adapter that has rows.
+        """
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check for out-of-range ids to a later block of the model.
+        """Defer the check of the ids, without waiting for the device.
 
-        The host does not wait for the device.
+        A later block of the model checks whether the ids are in range.
         """
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.cache.rows.values():
@@ -258,7 +277,7 @@ class Routing:
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return a unique number for each layer name.
+    """Return a unique number for each named layer.
 
     It is the CRC-32 of the name, or the next unused number. The number depends on the name, so that
     a layer's dropout does not depend on which other modules are adapted. ``taken`` are the numbers

@@ -62,7 +62,9 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """The checks that a model's layers get all rows of mixed batches, and the results so far.
+    """Checks that the layers of a model get all rows of mixed batches.
+
+    The object also keeps the results so far.
 
     Args:
         root: The model.
@@ -89,8 +91,10 @@ class RowChecks:
                 root, name, layer
             )
 
-    def block_checker(self, count: int) -> BlockRowChecker | None:
-        """Return the context manager that checks a block, or None if all layers are checked.
+    def block_checker_unless_all_checked(self, count: int) -> BlockRowChecker | None:
+        """Return the row checker of a block, or None if all layers are checked.
+
+        It is the context manager that checks the block.
 
         Args:
             count: Number of adapter ids of the block.
@@ -110,13 +114,16 @@ class RowChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayer) -> str | None:
-        """Return the reason why a layer does not support mixed batches, or None if it does."""
+        """Return the reason why a layer is unsupported, or None if it is supported.
+
+        An unsupported layer does not support mixed batches.
+        """
         return self._unsupported.get(layer.routing_index)
 
-    def record_block(
+    def record_tracked_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record the result of a block in which rows were tracked.
+        """Record which layers ran in a block in which rows were tracked.
 
         The layers that ran got all rows.
 
@@ -136,9 +143,9 @@ class RowChecks:
                 layer.may_see_partial_rows = False
 
     def always_raise_for(self, layer: RoutedLayer, reason: str) -> None:
-        """Make a layer raise an error in this and all later mixed batches.
+        """Make a layer always raise an error with the given reason.
 
-        It raises the error in compiled code too.
+        It raises the error in this and all later mixed batches, and in compiled code too.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -166,7 +173,9 @@ class RowChecks:
 
 
 class BlockRowChecker:
-    """Context manager that checks whether the layers of one block get all rows.
+    """Checks the rows of layers in one block.
+
+    This context manager checks whether the layers get all rows.
 
     Args:
         checks: The model's checks.
@@ -195,17 +204,18 @@ class BlockRowChecker:
         if self.order is not None:
             self.order.__exit__(kind, error, trace)
             if kind is None:
-                self._checks.record_block(self._mode, self._ran.values(), self._even)
+                self._checks.record_tracked_block(self._mode, self._ran.values(), self._even)
 
-    def record_inputs_in_order(self, inputs: Iterable[object]) -> None:
+    def record_model_inputs_in_order(self, inputs: Iterable[object]) -> None:
         """Record that the rows of a model's input tensors are in the order of the batch."""
         if self.order is not None:
             self.order.record_in_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking rows in this block.
+        """Stop tracking rows.
 
-        The record of the layers that ran is discarded.
+        Rows are not tracked in the rest of this block. The record of the layers that ran is
+        discarded.
         """
         self._ran.clear()
         if self.order is not None:
@@ -233,7 +243,9 @@ class BlockRowChecker:
 
 
 def raise_partial_batch(layer: RoutedLayer) -> None:
-    """Raise `UnsupportedLayerError` for a layer that gets, or might get, only some rows.
+    """Raise `UnsupportedLayerError` for a layer that gets only some rows of a batch.
+
+    The layer may also be one that might get only some rows.
 
     Raises:
         UnsupportedLayerError: Always.
@@ -258,7 +270,10 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 
 
 def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
-    """Return the class name of the outermost parent that uses the layout ``[T, B, K]``, or None."""
+    """Return the class name of a parent that puts the sequence dimension first, or None.
+
+    It is the outermost parent that uses the layout ``[T, B, K]``.
+    """
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -273,7 +288,9 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _LastPathStep(NamedTuple):
-    """Facts about the last component of a module's path, used to detect experts.
+    """Facts about the last component of a module's path.
+
+    They are used to detect experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -289,9 +306,9 @@ class _LastPathStep(NamedTuple):
 
 
 class _ExpertDetector:
-    """Detects layers that look like experts by finding modules with the same structure.
+    """Detects layers that look like experts.
 
-    The results are cached.
+    It finds modules with the same structure. The results are cached.
     """
 
     def __init__(self) -> None:
@@ -302,11 +319,11 @@ class _ExpertDetector:
         self._steps: dict[tuple[str, bool], _LastPathStep] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
-        """Return whether a layer looks like an expert or a part of an expert.
+        """Return whether a layer looks like an expert.
 
-        The result is True if the layer is in one of several modules of the same structure, and
-        either a name says that they are experts or a router is next to them. A router is a matrix
-        with one row per module and one column per input feature.
+        A part of an expert counts as one. The result is True if the layer is in one of several
+        modules of the same structure, and either a name says that they are experts or a router is
+        next to them. A router is a matrix with one row per module and one column per input feature.
         """
         width = getattr(layer, "in_features", 0)
         modules, names, at = [root], [""], ""
@@ -377,9 +394,9 @@ class _ExpertDetector:
         return known
 
     def _parameter_shapes(self, holder: nn.Module) -> set[tuple[int, ...]]:
-        """Return the set of parameter shapes of a module and its children.
+        """Return the set of the shapes of a module's parameters.
 
-        Adapters are excluded.
+        The parameters of its children are included. Adapters are excluded.
         """
         known = self._shapes.get(id(holder))
         if known is None:

@@ -17,7 +17,7 @@ from fastlora.routing import row_samples
 
 
 class RowOrigin(enum.Enum):
-    """The origin of a tensor's rows.
+    """The kinds of origin that a tensor's rows can have.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
@@ -42,7 +42,9 @@ class RowOrigin(enum.Enum):
 
 
 class RowFacts(NamedTuple):
-    """The origin of the rows in a storage and, if known, the sample that each row belongs to.
+    """The known facts about a tensor's rows, such as their origin.
+
+    They are the origin of the rows in a storage and, if known, the sample that each row belongs to.
 
     Attributes:
         kind: The kind of the rows.
@@ -63,7 +65,7 @@ class RowFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """The facts about a storage.
+    """The facts about the rows in a tensor's storage.
 
     A weak reference to the storage prevents its key from being reused.
     """
@@ -85,7 +87,9 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """The facts about the rows of every tensor in a block.
+    """A table of the facts about the rows of tensors.
+
+    It covers every tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -104,7 +108,10 @@ class RowFactsTable:
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin_key(self, tensor: torch.Tensor) -> int:
-        """Return the key of the index that a tensor was derived from, or the tensor's own key."""
+        """Return the key that identifies a tensor's origin.
+
+        It is the key of the index that the tensor was derived from, or the tensor's own key.
+        """
         origin = self.facts_of(tensor).origin
         return storage_key(tensor) if origin is None else origin
 
@@ -137,7 +144,7 @@ class RowFactsTable:
         if len(shape) < lead:
             return None
         if facts.kind in ORDERED:
-            moved = row_samples.is_permuted(tensor)
+            moved = row_samples.has_stride_larger_than_first(tensor)
             return None if moved else row_samples.samples_in_order(shape, self.count)
         if facts.kind in TABLES:
             return row_samples.no_samples(shape)
@@ -145,14 +152,19 @@ class RowFactsTable:
         return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the samples of a result that was computed row by row from ``source``, or None."""
+        """Return the samples of a result computed from ``source``, or None if unknown.
+
+        The result was computed row by row.
+        """
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
         known = self.facts_of(source).samples
         if known is None or storage_key(out) == storage_key(source):
             return known
         lead = max(out.dim() - 1, 1)
-        if source.shape[:lead] != out.shape[:lead] or not row_samples.covers_storage(out):
+        if source.shape[:lead] != out.shape[:lead] or not row_samples.covers_storage_contiguously(
+            out
+        ):
             return None
         found = self.samples(source, lead)
         return None if found is None else found.flatten()
@@ -202,7 +214,10 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield each tensor in ``value``, including those nested in tuples, lists, and dicts."""
+    """Yield each tensor in ``value``, including nested tensors.
+
+    Tuples, lists, and dicts are searched.
+    """
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -49,7 +49,10 @@ def apply_rule(
 def _default_rule(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowFacts | None:
-    """Apply the default rule, for operators that are not in `_RULES`."""
+    """Apply the default rule, for operators that have no rule of their own.
+
+    These are the operators that are not in `_RULES`.
+    """
     operands = list(tensors_in((args, kwargs)))
     # A view shares its storage and its facts, but parameters have no entry.
     if getattr(func, "is_view", False):
@@ -127,7 +130,7 @@ def _counts_up_through_all_rows(
     """Return whether ``index`` lists all indices of the first dimension of ``rows`` in order."""
     if known.facts_of(index).kind is not RowOrigin.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
-    return not row_samples.is_host_readable(index) or bool((index.flatten().diff() >= 0).all())
+    return not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())
 
 
 def _table_lookup_facts(known: RowFactsTable, kind: RowOrigin, indices: Indices) -> RowFacts:
@@ -203,7 +206,7 @@ def _samples_after_write(
 ) -> torch.Tensor | None:
     """Return the sample of each row of ``dest`` after the write, or None if unknown."""
     lead = row_samples.indexed_dimensions(indices)
-    if not row_samples.covers_storage(dest) or not isinstance(values, torch.Tensor):
+    if not row_samples.covers_storage_contiguously(dest) or not isinstance(values, torch.Tensor):
         return None
     before: torch.Tensor | None = row_samples.no_samples(dest.shape[:lead])
     if held is not None:
@@ -218,7 +221,10 @@ def _samples_after_write(
 
 
 def _rows_from_argument(which: int) -> Rule:
-    """Return the rule for operators, such as `mm`, that take their rows from argument ``which``."""
+    """Return the rule for operators that take their rows from argument ``which``.
+
+    `mm` is an example.
+    """
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         source = args[which]
@@ -258,7 +264,10 @@ def _index(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
 
 
 def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule for `copy_`, which fills a tensor or a part of one."""
+    """Apply the rule for `copy_`.
+
+    The operator fills a tensor or a part of one.
+    """
     dest, source = args[:2]
     kind = known.facts_of(dest).kind
     whole = dest.numel() == row_samples.storage_numel(dest)
@@ -282,7 +291,10 @@ def _index_select(known: RowFactsTable, args: Arguments, out: object) -> RowFact
 
 
 def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule for `gather`, which selects whole rows only along the first dimension."""
+    """Apply the rule for `gather`.
+
+    The operator selects whole rows only along the first dimension.
+    """
     source, dim, index = args[:3]
     facts = known.facts_of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
@@ -293,7 +305,10 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | No
 
 
 def _write_along(adds: bool) -> Rule:
-    """Return the rule for `index_add`, `index_copy`, and `scatter`."""
+    """Return the rule for operators that write along a dimension.
+
+    These are `index_add`, `index_copy`, and `scatter`.
+    """
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         dest, dim, index, values = args[:4]
@@ -306,9 +321,10 @@ def _write_along(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Return the row index that was expanded across the elements of each row, as `gather` requires.
+    """Return a row index without its expansion across the elements of each row.
 
-    An index that was not expanded is returned unchanged, as an index of elements.
+    `gather` requires an expanded index. An index that was not expanded is returned unchanged, as an
+    index of elements.
     """
     while index.dim() > 1 and (index.stride(-1) == 0 or index.shape[-1] == 1):
         index = index.select(-1, 0)
@@ -316,7 +332,10 @@ def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
 
 
 def _select_elements(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule for `take` and `masked_select`, which select elements, not rows."""
+    """Apply the rule for operators that select elements.
+
+    They are `take` and `masked_select`, which select elements, not rows.
+    """
     source, index = args[:2]
     facts = known.facts_of(source)
     return facts if facts.kind in TABLES else RowFacts(RowOrigin.CHOSEN, known.origin_key(index))
@@ -332,7 +351,10 @@ def _embedding(known: RowFactsTable, args: Arguments, out: object) -> RowFacts |
 
 
 def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule for `nonzero`, which returns the positions that a mask selects."""
+    """Apply the rule for `nonzero`.
+
+    The operator returns the positions that a mask selects.
+    """
     (mask,) = args
     if known.are_data_independent(mask):
         return CONSTANT

@@ -24,10 +24,11 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def samples_in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
-    """Return the sample of each row, given that the rows are in the order of the batch.
+    """Return the sample of each row, given that the rows are in order.
 
-    Row r of R belongs to sample ``r * count // R``, as a layer in a mixed batch assumes. Returns
-    None if R, the number of elements of ``shape``, is zero or is not a multiple of ``count``.
+    The rows are in the order of the batch. Row r of R belongs to sample ``r * count // R``, as a
+    layer in a mixed batch assumes. Returns None if R, the number of elements of ``shape``, is zero
+    or is not a multiple of ``count``.
     """
     rows = math.prod(shape)
     if not rows or rows % count:
@@ -53,8 +54,11 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
     return bool((fits | (samples == NO_SAMPLE) if blanks else fits).all())
 
 
-def is_permuted(tensor: torch.Tensor) -> bool:
-    """Return whether a later dimension has a larger stride than the first, as after a permute."""
+def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
+    """Return whether a later dimension has a larger stride than the first.
+
+    This is so after a permute, for instance.
+    """
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -89,24 +93,30 @@ def storage_numel(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
-def covers_storage(tensor: torch.Tensor) -> bool:
+def covers_storage_contiguously(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is contiguous and covers its whole storage."""
     return tensor.is_contiguous() and tensor.numel() == storage_numel(tensor)
 
 
 def indexed_dimensions(indices: Indices) -> int:
-    """Return how many dimensions ``indices`` cover; a k-dimensional mask covers k dimensions."""
+    """Return how many dimensions the indices cover.
+
+    A k-dimensional mask covers k dimensions.
+    """
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
 def read_indices(indices: Indices) -> list[torch.Tensor | None] | None:
-    """Return a list of the indices, copied to the CPU, or None if their values cannot be read."""
-    if not all(index is None or is_host_readable(index) for index in indices):
+    """Return a list of the indices as readable tensors, or None if they cannot be read.
+
+    They are copied to the CPU.
+    """
+    if not all(index is None or host_can_read_values(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]
 
 
-def is_host_readable(tensor: torch.Tensor) -> bool:
+def host_can_read_values(tensor: torch.Tensor) -> bool:
     """Return whether the host can read a tensor's values.
 
     The result is False during the capture of a CUDA graph, and for meta tensors and subclasses.

@@ -54,9 +54,9 @@ class RowTrackingMode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return True, so that `torch.compile` ignores the mode.
+        """Return whether `torch.compile` ignores the mode.
 
-        Code is then compiled as if the mode were off.
+        The result is always True. Code is then compiled as if the mode were off.
         """
         return True
 
@@ -69,22 +69,27 @@ class RowTrackingMode(TorchDispatchMode):
         super().__exit__(*error)
 
     def stop_recording(self) -> None:
-        """Stop recording permanently, even while the mode is still on.
+        """Stop recording.
 
-        `is_recording` then returns False.
+        The mode then records nothing more, even while it is still on, and `is_recording` returns
+        False.
         """
         self._thread = 0
 
     @property
     def is_recording(self) -> bool:
-        """Whether the mode is on in this thread and has not been disabled by `stop_recording`."""
+        """Whether the mode is recording.
+
+        It is recording if it is on in this thread and has not been disabled by `stop_recording`.
+        """
         return self._thread == threading.get_ident()
 
     @contextlib.contextmanager
     def pause_row_tracking(self) -> Iterator[None]:
-        """Context manager that pauses recording, for code that preserves the order of the rows.
+        """Context manager that pauses row tracking.
 
-        The mode leaves PyTorch's stack of modes, so layers that share an input can run together.
+        It is for code that preserves the order of the rows. The mode leaves PyTorch's stack of
+        modes, so layers that share an input can run together.
         """
         if torch._C._len_torch_dispatch_stack() and _get_current_dispatch_mode() is self:
             with _pop_mode_temporarily():
@@ -111,7 +116,7 @@ class RowTrackingMode(TorchDispatchMode):
         if x.dim() > 2 and x.shape[0] == self._known.count:
             return False
         rows = x.numel() // max(x.shape[-1], 1)
-        if not rows or not row_samples.is_host_readable(x):
+        if not rows or not row_samples.host_can_read_values(x):
             return False
         if rows % self._known.count:
             return True

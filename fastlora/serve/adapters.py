@@ -84,12 +84,17 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Names of the adapters without a known error, in sorted order."""
+        """Names of the adapters that requests can use.
+
+        These adapters have no known error. The names are in sorted order.
+        """
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def acquire_version(self, name: str) -> AdapterVersion:
-        """Return the current version of an adapter, and keep it loaded until it is released.
+        """Acquire the current version of an adapter, and return it.
+
+        The version stays loaded until it is released.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -105,7 +110,10 @@ class ServedAdapters:
             return version
 
     def release_version(self, version: AdapterVersion) -> None:
-        """Release a version that `acquire_version` returned."""
+        """Release a version of an adapter.
+
+        `acquire_version` returned it.
+        """
         with self._lock:
             version.users -= 1
             self._unload_if_unused(version)
@@ -144,8 +152,9 @@ class ServedAdapters:
             on_done()
 
     def sync_with_folder(self) -> None:
-        """Scan the folder: add new and changed adapters, and remove deleted adapters.
+        """Update the adapters to match the contents of the folder.
 
+        The folder is scanned: new and changed adapters are added, and deleted adapters are removed.
         If the folder of an adapter is damaged, the adapter keeps its name, but requests for it
         fail.
         """
@@ -183,7 +192,7 @@ class ServedAdapters:
             self._register_as_current(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
-        """Load an adapter from a folder under the server's folder, and serve it as ``name``.
+        """Load an adapter from a path, and serve it as ``name``.
 
         Args:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
@@ -248,18 +257,21 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether a scan must register a new version for files with this fingerprint."""
+        """Return whether an adapter needs a new version for files with this fingerprint.
+
+        If so, a scan must register the new version.
+        """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
         known = self._versions.get(name)
         return known is None or known.fingerprint != fingerprint
 
     def _register_as_current(self, version: AdapterVersion) -> None:
-        """Register a version in the pool, and make it the current version of its adapter.
+        """Register a version as the current version of its adapter.
 
-        If the adapter is damaged, the error is stored in the version. The files are read without
-        the lock, so requests do not wait. If a client loads or unloads the name meanwhile, the
-        version is unloaded again.
+        The version is also registered in the pool. If the adapter is damaged, the error is stored
+        in the version. The files are read without the lock, so requests do not wait. If a client
+        loads or unloads the name meanwhile, the version is unloaded again.
         """
         name = version.served_as
         try:
@@ -281,7 +293,10 @@ class ServedAdapters:
             self._unload_if_unused(version)
 
     def _unload_if_unused(self, version: AdapterVersion) -> None:
-        """Unload a version from the pool if it is not current and no request uses it."""
+        """Unload a version if it is no longer used.
+
+        A version is used if it is current, or if a request uses it. It is unloaded from the pool.
+        """
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
             self.pool.unload(version.name)
@@ -308,10 +323,10 @@ class ServedAdapters:
         return real
 
     def _client_error_message(self, error: BaseException) -> str:
-        """Return a client-facing error message that does not reveal the server's folder.
+        """Return an error message for clients.
 
-        If the adapter exceeds a limit of the server, the message names the option that sets the
-        limit.
+        The message does not reveal the server's folder. If the adapter exceeds a limit of the
+        server, the message names the option that sets the limit.
         """
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
@@ -321,7 +336,10 @@ class ServedAdapters:
 
 
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a fingerprint of an adapter's files, or None if there is no config file."""
+    """Return a fingerprint of the adapter files in a folder, or None if there is no adapter.
+
+    There is no adapter if there is no config file.
+    """
     found: list[object] = []
     for name in _FILES:
         try:

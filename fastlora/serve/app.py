@@ -49,7 +49,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Settings of the HTTP application.
+    """Settings of the server.
+
+    They are the settings of its HTTP application.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.
@@ -68,7 +70,10 @@ class ServerSettings:
 
 
 class Server:
-    """An HTTP server for an engine. Its application, `app`, closes the engine on shutdown."""
+    """An HTTP server for a model and its adapters.
+
+    It serves an engine. Its application, `app`, closes the engine on shutdown.
+    """
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Lengt
 
 
 class AwaitedEvent(enum.Enum):
-    """The event that a connection waits for."""
+    """A kind of event that a connection can wait for."""
 
     HEADERS = enum.auto()  # of the first request, or the rest of the headers of a later one
     BODY = enum.auto()
@@ -41,7 +41,9 @@ class AwaitedEvent(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on connections. A connection that misses a deadline is closed.
+    """Limits on connections, such as their number and their deadlines.
+
+    A connection that misses a deadline is closed.
 
     Attributes:
         max_connections: Maximum number of open connections.
@@ -89,11 +91,14 @@ class OpenConnections:
         }
 
     def create_protocol(self, **given: Any) -> DeadlineProtocol:
-        """Create the protocol object for a new connection. uvicorn calls this method."""
+        """Create the protocol object for a new connection.
+
+        uvicorn calls this method.
+        """
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Try to make room for a connection, and return whether there is room.
+        """Make room for a connection if necessary, and return whether there is room.
 
         If the limit is reached, a waiting connection is closed. Unfinished requests are closed
         before idle connections, because a client with an idle connection has been served. A quarter
@@ -118,7 +123,10 @@ class OpenConnections:
 
 
 class DeadlineProtocol(H11Protocol):
-    """uvicorn's protocol, plus a deadline that applies while a connection waits for its client."""
+    """An HTTP protocol that closes a connection when it misses a deadline.
+
+    It is uvicorn's protocol. The deadline applies while a connection waits for its client.
+    """
 
     def __init__(self, every: OpenConnections, **given: Any) -> None:
         super().__init__(**given)
@@ -164,12 +172,15 @@ class DeadlineProtocol(H11Protocol):
             super().shutdown()
 
     def abort(self) -> None:
-        """Close the connection without waiting for the client to read."""
+        """Abort the connection.
+
+        It is closed without waiting for the client to read.
+        """
         self._leave()
         self.transport.abort()
 
     def _update_deadline(self) -> None:
-        self._deadline.restart_for_event(self._waits_for())
+        self._deadline.restart_if_event_changed(self._waits_for())
 
     def _waits_for(self) -> AwaitedEvent | None:
         if self.transport.is_closing() or self.flow.write_paused:
@@ -180,13 +191,15 @@ class DeadlineProtocol(H11Protocol):
         return AwaitedEvent.BODY if self.conn.their_state is h11.SEND_BODY else None
 
     def _leave(self) -> None:
-        self._deadline.restart_for_event(None)
+        self._deadline.restart_if_event_changed(None)
         self._every.open -= self._counted
         self._counted = False
 
 
 class Deadline:
-    """A deadline for a connection. The connection is closed if it waits too long for the client.
+    """A deadline for a connection.
+
+    The connection is closed if it waits too long for the client.
 
     Attributes:
         waits: The event that the connection waits for; None while the client waits for the server.
@@ -197,7 +210,7 @@ class Deadline:
         self.waits: AwaitedEvent | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def restart_for_event(self, waits: AwaitedEvent | None) -> None:
+    def restart_if_event_changed(self, waits: AwaitedEvent | None) -> None:
         """Restart the deadline if the connection now waits for a different event."""
         if waits is self.waits:
             return
@@ -212,7 +225,9 @@ class Deadline:
 
 
 class SmallChunkLimiter:
-    """Closes a connection if the body of a request arrives in too many small chunks.
+    """Limits the number of small chunks in which the body of a request may arrive.
+
+    If there are too many, the connection is closed.
 
     Args:
         parsed: Function that returns the next event that h11 has parsed.
@@ -224,9 +239,9 @@ class SmallChunkLimiter:
         self._small = 0
 
     def next_event(self) -> Any:
-        """Return the next event from h11.
+        """Return the next event of the connection.
 
-        If the connection was closed, return `h11.NEED_DATA`.
+        h11 has parsed it. If the connection was closed, return `h11.NEED_DATA`.
         """
         event = self._parsed()
         if isinstance(event, h11.Request):
@@ -240,10 +255,11 @@ class SmallChunkLimiter:
 
 
 class LongBacklogServer(uvicorn.Server):
-    """uvicorn's server, with a longer kernel queue for pending connections.
+    """A server with a long backlog of pending connections.
 
-    The queue is longer than the number of connections that are accepted at a time. Connections
-    accepted just before the server shuts down are closed; uvicorn would wait for their deadlines.
+    It is uvicorn's server, with a kernel queue that is longer than the number of connections that
+    are accepted at a time. Connections accepted just before the server shuts down are closed;
+    uvicorn would wait for their deadlines.
     """
 
     def __init__(self, config: uvicorn.Config, connections: OpenConnections) -> None:
@@ -261,7 +277,9 @@ class LongBacklogServer(uvicorn.Server):
 
 
 def raise_descriptor_limit() -> int | None:
-    """Raise this process's limit on open files as far as the system allows.
+    """Raise the process's limit on file descriptors, and return the new limit.
+
+    The limit on open files is raised as far as the system allows.
 
     Returns:
         The new limit, or None if the number of open files is unlimited.
@@ -280,12 +298,13 @@ def raise_descriptor_limit() -> int | None:
 def limits_for_descriptors(
     descriptors: int | None, max_connections: int | None, **seconds: Any
 ) -> ConnectionLimits:
-    """Return connection limits that prevent a server from running out of file descriptors.
+    """Return connection limits that fit the number of available file descriptors.
 
-    asyncio accepts as many connections at a time as the backlog. The server closes those over the
-    maximum a few turns of the event loop later. With a backlog of a quarter of the maximum, the
-    server has these turns to read from a new client before newer connections replace it. Half of
-    the descriptors are reserved for connections that are accepted meanwhile.
+    The limits prevent a server from running out of file descriptors. asyncio accepts as many
+    connections at a time as the backlog. The server closes those over the maximum a few turns of
+    the event loop later. With a backlog of a quarter of the maximum, the server has these turns to
+    read from a new client before newer connections replace it. Half of the descriptors are reserved
+    for connections that are accepted meanwhile.
 
     Args:
         descriptors: Limit on open files, from `raise_descriptor_limit`.

@@ -21,7 +21,7 @@ from fastlora.serve.adapters import AdapterVersion, ServedAdapters
 from fastlora.serve.detokenizer import IncrementalDetokenizer
 from fastlora.serve.engine_request import (
     AnswerChunk,
-    ClosedError,
+    ClosedOrCanceledError,
     EngineRequest,
     EngineStats,
     QueueFullError,
@@ -36,7 +36,9 @@ _log = logging.getLogger("fastlora.serve")
 
 
 class Engine:
-    """Runs up to ``rows`` requests concurrently on one model.
+    """Runs generation requests for a model and its adapters.
+
+    Up to ``rows`` requests run concurrently on the one model.
 
     Args:
         model: The model of ``adapters.pool``.
@@ -69,7 +71,9 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[EngineRequest] = deque()
         self._tokenizer, ends = tokenizer, end_token_ids(model, tokenizer)
-        self._running = RunningBatch(ends, self._pool, cached, self.stats, self._release_and_report)
+        self._running = RunningBatch(
+            ends, self._pool, cached, self.stats, self._release_adapter_and_report_error
+        )
         self._closing = False
         self._thread = threading.Thread(
             target=self._thread_main, name="fastlora-engine", daemon=True
@@ -83,7 +87,7 @@ class Engine:
         sampling: SamplingParams,
         on_chunk: Callable[[AnswerChunk], None],
     ) -> EngineRequest:
-        """Create a request, add it to the queue, and return it.
+        """Add a request for a prompt to the queue, and return the request.
 
         Args:
             prompt: Tokens of the prompt.
@@ -96,12 +100,12 @@ class Engine:
             AdapterNotFoundError: The adapter does not exist.
             CheckpointError: The adapter is damaged.
             QueueFullError: Too many requests are waiting.
-            ClosedError: The engine is shutting down.
+            ClosedOrCanceledError: The engine is shutting down.
         """
         sampling = self._resolve_max_tokens(prompt, sampling)
         with self._changed:
             if self._closing:
-                raise ClosedError("the server is shutting down")
+                raise ClosedOrCanceledError("the server is shutting down")
             if len(self._waiting) >= self._max_waiting:
                 self.stats.requests_refused += 1
                 raise QueueFullError(
@@ -118,15 +122,18 @@ class Engine:
         return job
 
     def cancel(self, job: EngineRequest) -> None:
-        """Cancel a request. Its row in the batch is freed before the next token is generated."""
+        """Cancel a request.
+
+        Its row in the batch is freed before the next token is generated.
+        """
         job.canceled = True
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Wait for all requests to finish, then close the engine.
+        """Close the engine, waiting at most ``timeout`` seconds.
 
-        The engine accepts no more requests. Requests that have not finished after ``timeout``
-        seconds fail with `ClosedError`.
+        It waits for its requests to finish, and accepts no more requests. Requests that have not
+        finished after ``timeout`` seconds fail with `ClosedOrCanceledError`.
         """
         with self._changed:
             self._closing = True
@@ -156,7 +163,10 @@ class Engine:
 
     @property
     def closing(self) -> bool:
-        """Whether the engine has stopped accepting requests."""
+        """Whether the engine is closing.
+
+        It is closing or closed, and accepts no requests.
+        """
         return self._closing
 
     def _resolve_max_tokens(
@@ -184,7 +194,10 @@ class Engine:
             self._changed.notify_all()
 
     def _thread_main(self) -> None:
-        """Run the loop of the engine's thread, and close the batch when the loop ends."""
+        """Run the main loop of the engine's thread.
+
+        The batch is closed when the loop ends.
+        """
         try:
             self._run_loop()
         finally:
@@ -198,7 +211,7 @@ class Engine:
                         return
                     self._changed.wait()
             try:
-                self._end_canceled()
+                self._end_all_canceled_requests()
                 self._admit_waiting()
                 self._running.prefill_and_decode()
             except Exception as error:  # an internal error must not leave requests unanswered
@@ -212,7 +225,7 @@ class Engine:
             for job in self._waiting
         )
 
-    def _end_canceled(self) -> None:
+    def _end_all_canceled_requests(self) -> None:
         """End all requests that have been canceled."""
         self._running.remove_canceled()
         with self._changed:
@@ -220,7 +233,7 @@ class Engine:
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            self._release_and_report(job, None)
+            self._release_adapter_and_report_error(job, None)
 
     def _admit_waiting(self) -> None:
         """Move waiting requests into the batch in order of arrival.
@@ -247,7 +260,7 @@ class Engine:
                         _log.exception("loading adapter %r to the device failed", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_and_report(job, to_client_error(error))
+                    self._release_adapter_and_report_error(job, to_client_error(error))
                     continue
                 if job.lease is None:
                     blocked.append(job)
@@ -278,10 +291,13 @@ class Engine:
                 return None
             raise
 
-    def _release_and_report(self, job: EngineRequest, error: FastLoraError | None) -> None:
-        """Release a request's adapter, and report an error unless the request has already ended.
+    def _release_adapter_and_report_error(
+        self, job: EngineRequest, error: FastLoraError | None
+    ) -> None:
+        """Release a request's adapter, and report the error.
 
-        Without ``error``, the reported error says that the request was canceled.
+        No error is reported if the request has already ended. Without ``error``, the reported error
+        says that the request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)
@@ -290,7 +306,7 @@ class Engine:
         job.ended = True
         if error is None:
             self.stats.requests_cancelled += 1
-            error = ClosedError("the request was canceled")
+            error = ClosedOrCanceledError("the request was canceled")
         else:
             self.stats.requests_failed += 1
         job.emit(AnswerChunk(error=error))

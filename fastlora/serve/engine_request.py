@@ -18,12 +18,15 @@ class QueueFullError(FastLoraError):
     """Too many requests are waiting. The client should try again later."""
 
 
-class ClosedError(FastLoraError):
+class ClosedOrCanceledError(FastLoraError):
     """The engine is closed, or the request was canceled."""
 
 
 class RequestFailedError(FastLoraError):
-    """The server failed while it processed a request."""
+    """A request failed while it was processed.
+
+    The cause is a failure of the server.
+    """
 
 
 def to_client_error(error: Exception) -> FastLoraError:
@@ -94,7 +97,7 @@ class EngineRequest:
         return None if self.version is None else self.version.name
 
     def emit(self, chunk: AnswerChunk) -> None:
-        """Send a chunk to the client."""
+        """Send a chunk of the answer to the request's ``on_chunk`` function."""
         try:
             self.on_chunk(chunk)
         except Exception:  # the client is gone
@@ -107,9 +110,9 @@ def _counter(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine, each of which is exported as a metric.
+    """Statistics of an engine.
 
-    Times are wall-clock times in seconds.
+    Each field is a counter that is exported as a metric. Times are wall-clock times in seconds.
     """
 
     requests: int = _counter("Accepted requests.")

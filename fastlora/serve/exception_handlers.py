@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from fastlora.serve.engine_request import ClosedError, QueueFullError
+from fastlora.serve.engine_request import ClosedOrCanceledError, QueueFullError
 from fastlora.serve.keys import AdminKeyError
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -28,7 +28,7 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
-    (ClosedError, 503, "server_error", "shutting_down"),
+    (ClosedOrCanceledError, 503, "server_error", "shutting_down"),
     (PoolClosedError, 503, "server_error", "shutting_down"),
     (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),
     (PoolFullError, 422, "invalid_request_error", "adapter_too_large"),
@@ -50,7 +50,10 @@ class AsciiJSONResponse(Response):
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Add handlers that report an application's errors to clients in OpenAI's format."""
+    """Add handlers that report an application's errors to clients.
+
+    The errors are in OpenAI's format.
+    """
     app.add_exception_handler(FastLoraError, _on_fastlora_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -58,7 +61,10 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 
 def to_status_and_body(error: FastLoraError) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status and the body, in OpenAI's format, for an error."""
+    """Return the HTTP status and the body for an error.
+
+    The body is in OpenAI's format.
+    """
     for kind, status, name, code in _STATUS:
         if isinstance(error, kind):
             return status, openai_error_body(str(error), name, code)

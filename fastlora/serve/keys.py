@@ -17,7 +17,10 @@ class AdminKeyError(FastLoraError):
 
 
 class CallerRole(enum.Enum):
-    """The role of the caller that sent a request. The key in the request determines the role."""
+    """The role of the caller that sent a request.
+
+    The key in the request determines the role.
+    """
 
     STRANGER = "stranger"
     CLIENT = "client"
@@ -26,7 +29,9 @@ class CallerRole(enum.Enum):
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """The bearer tokens that a server accepts.
+    """The API keys that a server accepts.
+
+    They are bearer tokens.
 
     Attributes:
         client: Key for all requests except those that change adapters. With None, these requests
@@ -61,17 +66,23 @@ class ApiKeys:
 
 
 def resolve_key(
-    option: str, given: str | None, file: Path | None, variable: str, otherwise: str | None
+    option: str,
+    given: str | None,
+    file: Path | None,
+    variable_name: str,
+    variable_value: str | None,
 ) -> str | None:
-    """Return the key from an option, a key file, or an environment variable, checked in that order.
+    """Return the key from an option, a key file, or an environment variable.
+
+    They are checked in this order.
 
     Args:
         option: Name of the option, such as ``--api-key``. The option for the file is
             ``--api-key-file``.
         given: Value of the option.
         file: Path of the file. One newline at its end is not part of the key.
-        variable: Name of the environment variable, for messages.
-        otherwise: Value of the environment variable.
+        variable_name: Name of the environment variable, for messages.
+        variable_value: Value of the environment variable.
 
     Returns:
         The key, or None if none is given.
@@ -86,7 +97,7 @@ def resolve_key(
             raise ConfigError(f"both {option} and {option}-file are given; pass only one of them")
         source, key = f"{option}-file {file}", _read_key_file(option, file)
     elif given is None:
-        source, key = f"${variable}", otherwise
+        source, key = f"${variable_name}", variable_value
     if key is None:
         return None
     if not key:

@@ -21,9 +21,9 @@ class OneLineMessageFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as text, with the message on one line.
+        """Format a log record as text.
 
-        The lines of a traceback follow, indented.
+        The message is on one line. The lines of a traceback follow, indented.
         """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)
@@ -67,7 +67,10 @@ class OncePerMinuteFilter(logging.Filter):
 
 
 def log_warnings_to_stderr() -> None:
-    """Log the warnings and errors of the whole process to stderr."""
+    """Log warnings and errors to stderr.
+
+    The whole process is affected.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineMessageFormatter())
     handler.addFilter(OncePerMinuteFilter())

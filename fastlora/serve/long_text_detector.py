@@ -19,10 +19,10 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that are too long, using the maximum number of characters per token.
+    """Detects texts that are certain to be too long, without tokenizing them.
 
-    This maximum exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
-    tokenizers of the ``tokenizers`` library.
+    It uses the maximum number of characters per token. This maximum exists for byte-level BPE, and
+    for BPE with byte tokens for unknown characters, in tokenizers of the ``tokenizers`` library.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -92,7 +92,10 @@ def _character_bound_and_vanishing(
 
 
 def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a normalizer or pre-tokenizer, with nested sequences flattened."""
+    """Yield the steps of a part of a tokenizer, with nested sequences flattened.
+
+    The part is a normalizer or a pre-tokenizer.
+    """
     if part is not None and part["type"] == "Sequence":
         for own in part[inner]:
             yield from _flatten_steps(own, inner)

@@ -16,7 +16,10 @@ from fastlora.serve.engine import Engine
 
 
 class PrometheusMetrics(Collector):
-    """Metrics of an engine and its adapter pool, collected on every Prometheus scrape."""
+    """Collects the metrics of a server for Prometheus.
+
+    On every scrape, the metrics of the engine and its adapter pool are collected.
+    """
 
     media_type = CONTENT_TYPE_LATEST
 
@@ -32,7 +35,10 @@ class PrometheusMetrics(Collector):
         self._registry.register(self)
 
     def count_response(self, scope: MutableMapping[str, Any], status: int) -> None:
-        """Count a response. All paths without a route are counted together."""
+        """Count a response.
+
+        All paths without a route are counted together.
+        """
         route = scope.get("route")
         self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
 
@@ -41,7 +47,10 @@ class PrometheusMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of the engine and the pool."""
+        """Yield the current metrics for Prometheus.
+
+        They are those of the engine and the pool.
+        """
         done, pool = self._engine.stats, self._adapters.pool.stats()
         for name, what, value in (
             *((own.name, own.metadata["what"], getattr(done, own.name)) for own in fields(done)),

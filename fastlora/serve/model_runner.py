@@ -21,10 +21,10 @@ _STEP = 256  # minimum number of positions by which the cache grows
 
 
 class RowKVCache:
-    """A key-value cache with one row per request, for all layers of a model.
+    """A key-value cache with one row per request.
 
-    It has the interface of a transformers cache. Layers call `update` to write and read their keys
-    and values.
+    It covers all layers of a model and has the interface of a transformers cache. Layers call
+    `update` to write and read their keys and values.
 
     The buffers have shape ``[rows, heads, length, head_dim]``. They are initialized to zeros,
     because a masked position still takes part in a product with weight 0. Their length grows as
@@ -124,16 +124,18 @@ class RowKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of cached positions in the longest row.
+        """Return the sequence length of the cache.
 
-        The new tokens are not counted. Some models call this even though they are given
-        position_ids.
+        This is the number of cached positions in the longest row. The new tokens are not counted.
+        Some models call this even though they are given position_ids.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 
 
 class ModelRunner:
-    """Runs forward passes of a transformers causal language model with a `RowKVCache`.
+    """Runs forward passes of a language model with a key-value cache.
+
+    The model is a causal language model of transformers, and the cache is a `RowKVCache`.
 
     Args:
         model: The model, in evaluation mode.
@@ -167,7 +169,9 @@ class ModelRunner:
     def last_token_logits(
         self, first: int, starts: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Return the fp32 logits at the last token of each row, of shape ``[n, V]``.
+        """Return the logits at the last token of each row.
+
+        They are fp32, of shape ``[n, V]``.
 
         Args:
             first: The first of n adjacent rows.
@@ -206,9 +210,10 @@ class ModelRunner:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of positions in a request, or None if there is no limit.
+    """Return the maximum number of positions of a model, or None if there is no limit.
 
-    Raises `UnsupportedLayerError` if the model caches something other than keys and values.
+    It applies to each request. Raises `UnsupportedLayerError` if the model caches something other
+    than keys and values.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}

@@ -24,9 +24,9 @@ _T = TypeVar("_T")
 
 
 class AnswerStream:
-    """An answer that a coroutine receives from the engine in chunks.
+    """A stream of the chunks of an answer.
 
-    Raises the errors of `Engine.submit`.
+    A coroutine receives the chunks from the engine. Raises the errors of `Engine.submit`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class AnswerStream:
         return chunk
 
     def cancel(self) -> None:
-        """Cancel the request, since no client is waiting for its answer.
+        """Cancel the request.
 
         No client is waiting for its answer.
         """
@@ -57,7 +57,10 @@ class AnswerStream:
 
 
 class EventStreamResponse(StreamingResponse):
-    """A response of server-sent events. If the client disconnects, the request is canceled."""
+    """A response that sends an answer as server-sent events.
+
+    If the client disconnects, the request is canceled.
+    """
 
     def __init__(self, answer: AnswerStream, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -71,7 +74,10 @@ class EventStreamResponse(StreamingResponse):
 
 
 class AnswerFormat(abc.ABC):
-    """The JSON format of an answer."""
+    """The JSON format of an answer.
+
+    This is the base class of the formats.
+    """
 
     prefix, kind, chunk_kind = "", "", ""
 

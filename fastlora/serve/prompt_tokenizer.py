@@ -10,10 +10,10 @@ from fastlora.validation import ConfigError
 
 
 class PromptTokenizer:
-    """Tokenizes texts and conversations.
+    """Tokenizes the prompts of requests.
 
-    Threads share the tokenizer without a lock. This is safe because every call uses it with the
-    same options, which the first call sets.
+    The prompts are texts and conversations. Threads share the tokenizer without a lock. This is
+    safe because every call uses it with the same options, which the first call sets.
 
     Args:
         tokenizer: A transformers tokenizer. No other code may use it with other options.
@@ -28,9 +28,9 @@ class PromptTokenizer:
         self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def tokenize_text(self, text: str) -> list[int]:
-        """Return the token ids of a text that the model should continue.
+        """Return the token ids of a text.
 
-        A start token is added, but no end token.
+        The model should continue the text. A start token is added, but no end token.
         """
         ids = self._tokens(text, special=True)
         if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:
@@ -38,9 +38,10 @@ class PromptTokenizer:
         return ids
 
     def check_token_ids(self, tokens: Sequence[int]) -> list[int]:
-        """Check that a client's token ids are in the vocabulary, and return them as a list.
+        """Check that token ids are in the vocabulary, and return them as a list.
 
-        A prompt that is too long is not checked, because the engine rejects it.
+        The token ids come from a client. A prompt that is too long is not checked, because the
+        engine rejects it.
 
         Raises:
             ConfigError: A token id is not in the vocabulary.
@@ -55,7 +56,7 @@ class PromptTokenizer:
         return list(tokens)
 
     def tokenize_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Format a conversation with the model's chat template, and tokenize it.
+        """Apply the chat template to the messages of a conversation, and return the token ids.
 
         Raises:
             ConfigError: There is no chat template, or it rejects the conversation.

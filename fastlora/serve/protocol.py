@@ -47,9 +47,9 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_ignorable_fields(cls, data: Any) -> Any:
-        """Drop the fields that can be ignored, such as nulls and values that have no effect.
+        """Drop the fields that can be ignored, and return the others.
 
-        Of the unknown fields, only the first is kept.
+        These are nulls, values that have no effect, and all unknown fields but the first.
 
         pydantic then rejects the first unknown field. A null field counts as not given, whatever
         its name is.
@@ -71,7 +71,10 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """Options for a stream. `include_usage` adds a final chunk with the token counts."""
+    """The options of a request for a stream.
+
+    `include_usage` adds a final chunk with the token counts.
+    """
 
     ignored_defaults = {"include_obfuscation": False}
 
@@ -79,7 +82,10 @@ class StreamOptions(_Body):
 
 
 class GenerationBody(_Body):
-    """Fields that completion and chat completion requests share."""
+    """The request body fields that completions and chat completions share.
+
+    This is the base class of both kinds of request.
+    """
 
     ignored_defaults = _IGNORED_DEFAULTS
 
@@ -94,7 +100,11 @@ class GenerationBody(_Body):
     user: str | None = None
 
     def to_sampling_params(self, max_tokens: int | None) -> SamplingParams:
-        """Return the sampling settings; raise `ConfigError` if a stop string is invalid."""
+        """Return the sampling settings of the request.
+
+        Raises:
+            ConfigError: A stop string is invalid.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in stop[: MAX_STOPS + 1]:
             check_no_surrogates("stop", text)
@@ -108,12 +118,19 @@ class GenerationBody(_Body):
 
 
 class CompletionBody(GenerationBody):
-    """A request to continue a prompt, given as text or as tokens."""
+    """The body of a completion request.
+
+    The request is to continue a prompt, given as text or as tokens.
+    """
 
     prompt: str | _List[int] | _List[str] | _List[_List[int]]
 
     def single_prompt(self) -> str | list[int]:
-        """Return the prompt; raise `ConfigError` unless there is exactly one."""
+        """Return the single prompt of the request.
+
+        Raises:
+            ConfigError: There is not exactly one prompt.
+        """
         given = self.prompt
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
@@ -126,7 +143,10 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(_Body):
-    """A part of a message. This server supports text only."""
+    """A text part of a message.
+
+    This server supports text only.
+    """
 
     ignored_defaults = {"annotations": []}
 
@@ -135,7 +155,10 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """A message in a conversation. Clients may send earlier answers back as messages."""
+    """A message in a conversation.
+
+    Clients may send earlier answers back as messages.
+    """
 
     ignored_defaults = {"annotations": [], "tool_calls": []}
 
@@ -146,9 +169,9 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Set missing content of an assistant message to an empty string.
+        """Fill in missing content of an assistant message.
 
-        Other roles require content.
+        The content becomes an empty string. Other roles require content.
         """
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
@@ -163,7 +186,10 @@ class Message(_Body):
 
 
 class ChatBody(GenerationBody):
-    """A request to answer a conversation."""
+    """The body of a chat completion request.
+
+    The request is to answer a conversation.
+    """
 
     messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
@@ -189,7 +215,10 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(_Body):
-    """A request in vLLM's format to load an adapter from the server's adapter folder."""
+    """The body of a request to load an adapter.
+
+    It is in vLLM's format. The adapter is in the server's adapter folder.
+    """
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(max_length=4096)
@@ -197,22 +226,29 @@ class LoadAdapterBody(_Body):
 
 
 class UnloadAdapterBody(_Body):
-    """A request in vLLM's format to unload an adapter."""
+    """The body of a request to unload an adapter.
+
+    It is in vLLM's format.
+    """
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None
 
 
 def _json_equal(value: object, other: object) -> bool:
-    """Return whether two JSON values are equal, treating 0 and False as different.
+    """Return whether two JSON values are equal.
 
-    ``logprobs: 0`` requests log probabilities, but ``logprobs: false`` does not.
+    0 and False are different: ``logprobs: 0`` requests log probabilities, but ``logprobs: false``
+    does not.
     """
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def check_no_surrogates(name: str, text: str) -> None:
-    """Raise `ConfigError` if a text contains an unpaired surrogate, which UTF-8 cannot encode."""
+    """Raise `ConfigError` if a text contains a surrogate character.
+
+    An unpaired surrogate cannot be encoded in UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -33,7 +33,7 @@ PREFILL_TOKENS = 512
 
 
 class PersistentAdaptersBlock:
-    """A `fastlora.adapters` block that stays open from one forward pass to the next.
+    """A `fastlora.adapters` block that stays open between forward passes.
 
     It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
     when a forward pass fails, and after a forward pass in which the block tracked rows
@@ -92,9 +92,9 @@ class RunningBatch:
 
     @property
     def adapters_in_use(self) -> list[str]:
-        """Pool names of the adapters in use.
+        """Names of the adapters in use.
 
-        There is one entry per request that uses an adapter.
+        The names are those in the pool. There is one entry per request that uses an adapter.
         """
         return [job.pool_adapter_name for job in self.jobs if job.pool_adapter_name is not None]
 
@@ -109,7 +109,10 @@ class RunningBatch:
             self._fail(job, error)
 
     def close_adapters_block(self) -> None:
-        """Close the `fastlora.adapters` block that the last forward pass left open."""
+        """Close the open `fastlora.adapters` block.
+
+        The last forward pass left it open.
+        """
         self._block.close()
 
     def prefill_and_decode(self) -> None:
@@ -162,7 +165,10 @@ class RunningBatch:
             self._sample_and_emit(chosen, logits)
 
     def _sample_and_emit(self, chosen: Sequence[EngineRequest], logits: torch.Tensor) -> None:
-        """Choose the next token of each row, send new text, and remove finished requests."""
+        """Choose the next token of each row, and send the new text.
+
+        Finished requests are removed from the batch.
+        """
         settings = [job.sampling for job in chosen]
         tokens = sample_tokens(logits, settings, [job.generator for job in chosen])
         for job, token in zip(chosen, tokens, strict=True):
@@ -200,7 +206,10 @@ class RunningBatch:
             self._remove_and_compact(job, to_client_error(error))
 
     def _remove_and_compact(self, job: EngineRequest, error: FastLoraError | None = None) -> None:
-        """Remove a request from the batch, and move the last rows to close the gap."""
+        """Remove a request from the batch, and close the gap that it leaves.
+
+        The last rows move into the gap.
+        """
         self._block.close()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite

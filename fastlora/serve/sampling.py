@@ -47,11 +47,17 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always chosen."""
+        """Whether sampling is greedy.
+
+        If so, the most likely token is always chosen.
+        """
         return self.temperature < _GREEDY
 
     def make_generator(self) -> torch.Generator:
-        """Create the random generator of the request, which is always on the CPU."""
+        """Create the random generator of the request.
+
+        The generator is always on the CPU.
+        """
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return torch.Generator().manual_seed(seed)
 
@@ -59,9 +65,10 @@ class SamplingParams:
 def sample_tokens(
     logits: torch.Tensor, settings: Sequence[SamplingParams], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
-    """Sample the next token of each row. The result is None for a row with non-finite logits.
+    """Sample the next token of each row.
 
-    The choice for a row depends only on its own logits and generator, not on the rest of the batch.
+    The result is None for a row with non-finite logits. The choice for a row depends only on its
+    own logits and generator, not on the rest of the batch.
 
     Args:
         logits: Logits of shape ``[n, V]``, fp32.

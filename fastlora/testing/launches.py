@@ -44,9 +44,9 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """A dict that maps argument names to values.
+        """The arguments of the launch by name.
 
-        Tensors and strides are excluded.
+        This dict maps argument names to values. Tensors and strides are excluded.
         """
         given = zip(self.names, self.values, strict=True)
         return {
@@ -134,11 +134,17 @@ class StandInDriver:
         return self._number
 
     def get_current_stream(self, device: int) -> int:
-        """Return 0, the handle of the default stream."""
+        """Return the handle of the current stream.
+
+        It is always 0, the handle of the default stream.
+        """
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return a dict with the chip's shared memory size, multiprocessor count, and warp size."""
+        """Return the properties of the device.
+
+        They are the chip's shared memory size, multiprocessor count, and warp size.
+        """
         return self._properties
 
     def unload_module(self, module: Any) -> None:
@@ -149,14 +155,17 @@ class StandInDriver:
 
 
 class _RecordingDriver(StandInDriver):
-    """A driver that records each kernel launch without executing the kernel."""
+    """A driver that records kernel launches.
+
+    The kernels are not executed.
+    """
 
     def __init__(self, chip: Chip, launches: list[Launch]) -> None:
         super().__init__(chip)
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Load a compiled kernel, and return its handles and properties.
+        """Load a compiled kernel, and return what a Triton driver returns for it.
 
         The values are placeholders. The tuple consists of a module handle, a function handle (here,
         the binary), the numbers of registers and spills, and the maximum number of threads per
@@ -165,7 +174,10 @@ class _RecordingDriver(StandInDriver):
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return the launch function of a kernel, which records its arguments as a `Launch`."""
+        """Return a launcher for a kernel, which records the launch.
+
+        The launch function records its arguments as a `Launch`.
+        """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)

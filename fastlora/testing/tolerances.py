@@ -17,7 +17,9 @@ from torch import nn
 
 
 def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the largest absolute error with which a result still passes.
+    """Return the largest error that is allowed for a result.
+
+    A result with this absolute error still passes.
 
     Args:
         same_dtype: PyTorch's result in the dtype under test. It may have any shape.
@@ -73,12 +75,12 @@ def run_with_largest_error(runs: Iterable[torch.Tensor], truth: torch.Tensor) ->
 
 @contextlib.contextmanager
 def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
-    """Make a model's linear layers sum products in a random order during a ``with`` block.
+    """Make a model sum in a random order during a ``with`` block.
 
-    No order of summation is more accurate than another, but a deep model can amplify a difference
-    in the last bit. The largest error over several random orders therefore shows how inaccurate
-    PyTorch's own result can be. A single run does not show this. This context manager is not
-    thread-safe.
+    Its linear layers sum their products in this order. No order of summation is more accurate than
+    another, but a deep model can amplify a difference in the last bit. The largest error over
+    several random orders therefore shows how inaccurate PyTorch's own result can be. A single run
+    does not show this. This context manager is not thread-safe.
 
     Args:
         model: The model. The forward and backward passes of all its `torch.nn.Linear` modules are

@@ -20,10 +20,10 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return a dict that maps parameter names to the parameters saved with an adapter.
+    """Return a dict of an adapter's parameters by name.
 
-    These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
-    ``"lora_only"`` the base model's biases.
+    These are the parameters that are saved with the adapter: its factors, its copies of
+    ``modules_to_save``, and with ``bias="all"`` or ``"lora_only"`` the base model's biases.
 
     Raises:
         AdapterNotFoundError: The adapter does not exist.
@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Counts of an adapter's optimizer steps, skipped steps, non-finite losses, and forward passes.
+    """Training counts of one adapter.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -53,9 +53,10 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter: its parameters, optimizer, schedule, and counts.
+    """The training state of one adapter, such as its optimizer.
 
-    See `AdapterOptimizers` for the arguments and errors.
+    It consists of the parameters, the optimizer, the schedule, and the counts. See
+    `AdapterOptimizers` for the arguments and errors.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class AdapterTrainingState:
         self.seed = seed
         self.counts = AdapterCounts()
 
-    def check_trainable(self) -> None:
+    def check_has_trainable_parameters(self) -> None:
         """Raise `AdapterStateError` unless the adapter still has trainable parameters."""
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))
@@ -103,7 +104,10 @@ class AdapterTrainingState:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of all parameters whose ``grad`` is not None."""
+        """Return the gradients of all parameters that have one.
+
+        The ``grad`` of these parameters is not None.
+        """
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def unscale_gradients_and_get_norm(self) -> torch.Tensor:
@@ -133,7 +137,10 @@ class AdapterTrainingState:
         return finite
 
     def zero_grad(self) -> None:
-        """Set the gradients of all parameters to None."""
+        """Clear the gradients of all parameters.
+
+        Each gradient is set to None.
+        """
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -152,7 +159,10 @@ class AdapterTrainingState:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state matches optimizer, scheduler, and parameters."""
+        """Raise `CheckpointError` unless a state fits the adapter.
+
+        It must match the optimizer, the scheduler, and the parameters.
+        """
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
@@ -169,7 +179,10 @@ class AdapterTrainingState:
                 raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state that `check_state` has accepted."""
+        """Load a training state that `state_dict` returned.
+
+        `check_state` must have accepted it.
+        """
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -207,7 +220,10 @@ def _frozen(name: str) -> str:
 def _trainable_parameters_or_raise(
     model: LoraModel, name: str, needs_fp32: bool
 ) -> list[nn.Parameter]:
-    """Return an adapter's trainable parameters; raise an error if there are none."""
+    """Return an adapter's trainable parameters, or raise an error.
+
+    An error is raised if there are none, or if ``needs_fp32`` is set and one of them is fp16.
+    """
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:
         raise AdapterStateError(_frozen(name))

@@ -88,11 +88,12 @@ def load_base_model(
 def build_base_model_on_meta(
     settings: TrainSettings, *, as_stored: bool = False
 ) -> PreTrainedModel:
-    """Build the base model on the meta device, without reading or allocating weights.
+    """Build the base model on the meta device, without weights.
 
-    If `load_in` is set, the linear layers are replaced with quantized layers of bitsandbytes, but
-    their weights are not quantized yet. With ``as_stored=True``, this also applies to a model that
-    bitsandbytes had already quantized when it was saved.
+    No weights are read or allocated. If `load_in` is set, the linear layers are replaced with
+    quantized layers of bitsandbytes, but their weights are not quantized yet. With
+    ``as_stored=True``, this also applies to a model that bitsandbytes had already quantized when it
+    was saved.
     """
     transformers = _transformers()
     with convert_to_checkpoint_error(settings.model), torch.device("meta"):
@@ -124,11 +125,12 @@ def _transformers() -> Any:
 
 @torch.no_grad()
 def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
-    """Raise `TrainError` unless the model uses ``position_ids`` to separate packed documents.
+    """Raise `TrainError` unless the model separates packed samples.
 
-    Most models in transformers do so. In any other model, the tokens of a document would attend to
-    the documents before it in the row. The check runs two forward passes that differ only in the
-    first document of each row, and compares the logits of the second document.
+    It must use ``position_ids`` to separate the documents in a row. Most models in transformers do
+    so. In any other model, the tokens of a document would attend to the documents before it in the
+    row. The check runs two forward passes that differ only in the first document of each row, and
+    compares the logits of the second document.
     """
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device).repeat(2, 1)
@@ -147,9 +149,10 @@ def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
 
 
 def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCorpus]) -> None:
-    """Raise an error unless the base model can process all samples.
+    """Raise an error unless all samples fit the base model.
 
-    Both the length and the token ids of each sample are checked.
+    The model must be able to process them. Both the length and the token ids of each sample are
+    checked.
 
     Raises:
         ConfigError: A sample is longer than the model's maximum number of positions.

@@ -38,7 +38,9 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The contents of a checkpoint, except for the adapter weights.
+    """The training state that a checkpoint stores.
+
+    It is all of the checkpoint except for the adapter weights.
 
     Attributes:
         step: Number of completed steps.
@@ -53,12 +55,18 @@ class CheckpointState:
 
 
 def checkpoint_adapters_folder(checkpoint: Path) -> Path:
-    """Return the path of a checkpoint's adapter folder, which has one subfolder per adapter."""
+    """Return the path of a checkpoint's adapter folder.
+
+    The folder has one subfolder per adapter.
+    """
     return checkpoint / _ADAPTERS
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the paths of all checkpoints in ``root``, ordered from oldest to newest."""
+    """Return the paths of all checkpoints in ``root``.
+
+    They are ordered from oldest to newest.
+    """
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
@@ -66,7 +74,10 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Return the path of the checkpoint for a step, whether or not the checkpoint exists."""
+    """Return the path of the checkpoint for a step.
+
+    The checkpoint need not exist.
+    """
     return root / f"step-{step:08d}"
 
 
@@ -87,7 +98,7 @@ def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> It
     """
     target = checkpoint_path(root, state.step)
     with (
-        as_checkpoint_error(target, "; older checkpoints are unchanged"),
+        write_error_as_checkpoint_error(target, "; older checkpoints are unchanged"),
         atomic_new_folder(target) as partial,
     ):
         yield checkpoint_adapters_folder(partial)
@@ -96,7 +107,7 @@ def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> It
 
 
 @contextlib.contextmanager
-def as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
+def write_error_as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
     """Convert a write error in the block to a `CheckpointError` that names ``folder``."""
     try:
         yield
@@ -111,7 +122,7 @@ def as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
 
 
 def remove_old_checkpoints(root: Path, max_to_keep: int) -> None:
-    """Remove all but the newest checkpoints.
+    """Remove all but the newest ``max_to_keep`` checkpoints.
 
     The temporary files of killed runs are removed too.
     """
@@ -122,7 +133,9 @@ def remove_old_checkpoints(root: Path, max_to_keep: int) -> None:
 
 
 def read_checkpoint_state(path: Path) -> CheckpointState:
-    """Read the training state of a checkpoint, without the adapter weights.
+    """Read the training state of a checkpoint.
+
+    The adapter weights are not read.
 
     Raises:
         CheckpointError: The checkpoint is damaged or has another format version.
@@ -146,11 +159,11 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
 
 
 def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return fingerprints of the base parameters' values, as a dict keyed by parameter name.
+    """Return a dict of the fingerprints of the base weights by name.
 
-    The string contains the dtype, the shape, and a digest of 64 values spread over the parameter.
-    This is enough to detect a fine-tuned or differently initialized model without reading a large
-    model in full.
+    A fingerprint contains the dtype, the shape, and a digest of 64 values spread over the
+    parameter. This is enough to detect a fine-tuned or differently initialized model without
+    reading a large model in full.
     """
     found = {}
     for name, parameter in base_parameters(model):
@@ -205,7 +218,10 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors in a state to ``tensors``, and return the rest as JSON-compatible data."""
+    """Move the tensors in a value to ``tensors``, and return the value with placeholders.
+
+    The value is a state. The result is JSON-compatible.
+    """
     if isinstance(value, torch.Tensor):
         tensors[key] = value
         return {"tensor": key}
@@ -219,7 +235,10 @@ def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def _restore_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Put the tensors back into a state that `_extract_tensors` returned."""
+    """Put the tensors back into a value that `_extract_tensors` returned.
+
+    The value is a state.
+    """
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()

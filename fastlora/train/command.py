@@ -29,7 +29,7 @@ from fastlora.integrations.report import auto_implementation, fusion_report
 from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, format_bytes
 from fastlora.model.recommend import Recommendation, recommend
-from fastlora.model.step_memory import peak_step_memory
+from fastlora.model.step_memory import run_and_measure_peak_memory
 from fastlora.model.targets import ALL_LINEAR
 from fastlora.routing.block import adapters
 from fastlora.train import base_model, checkpoint, prepare
@@ -122,10 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, train the adapters, and return the exit code.
+    """Run the command with the arguments ``argv``, and return the exit code.
 
-    The exit code is 0, or 128 plus the number of the signal that interrupted the run. The errors of
-    `train` are raised.
+    The command trains the adapters. The exit code is 0, or 128 plus the number of the signal that
+    interrupted the run. The errors of `train` are raised.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora train",
@@ -190,7 +190,10 @@ def _write_unless_pipe_closed(stream: TextIO, text: str) -> None:
 def _settings_from_arguments(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> dict[str, Any]:
-    """Convert the parsed arguments to the dict ``flags`` that `read_settings` takes."""
+    """Convert the parsed arguments to a dict of settings.
+
+    It is the dict ``flags`` that `read_settings` takes.
+    """
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
     if "init" in given:
@@ -212,7 +215,10 @@ def _settings_from_arguments(
 
 
 def summarize_result(result: TrainResult) -> str:
-    """Return a summary of a finished run, with one line per adapter."""
+    """Return a summary of a finished run.
+
+    It has one line per adapter.
+    """
     lines = []
     if result.resumed_from:
         done = (
@@ -238,7 +244,9 @@ def summarize_result(result: TrainResult) -> str:
 
 
 def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Return a description of a run, without reading weights or writing files.
+    """Return a report of what a run would do, without training.
+
+    No weights are read and no files are written.
 
     Args:
         settings: The settings of the run.
@@ -318,11 +326,11 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Estimate a step's peak memory in bytes; return None if it is unknown.
+    """Estimate a step's memory in bytes; return None if it is unknown.
 
-    The estimate covers one forward and backward pass. It excludes weights and gradients, and is for
-    the base model before quantization. It also excludes dropout, which stores only seeds. The
-    result is None if the model does not run on the meta device.
+    This is the peak memory. The estimate covers one forward and backward pass. It excludes weights
+    and gradients, and is for the base model before quantization. It also excludes dropout, which
+    stores only seeds. The result is None if the model does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=base_model_dtype(settings))
     base = base_model.build_base_model_on_meta(plain)
@@ -345,7 +353,7 @@ def _estimate_step_memory(
         cross_entropy(shifted, ids[:, 1:].flatten()).backward()
 
     try:
-        return peak_step_memory(step)
+        return run_and_measure_peak_memory(step)
     except (RuntimeError, NotImplementedError):
         return None
 

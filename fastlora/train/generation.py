@@ -27,10 +27,11 @@ def generate_answers(
     max_new_tokens: int,
     pad_token_id: int,
 ) -> dict[str, list[str]]:
-    """Generate each adapter's answers to its own prompts, with greedy decoding.
+    """Generate each adapter's answers to its own prompts.
 
-    All prompts run in one mixed batch. Each prompt is formatted like its adapter's training data:
-    as a user turn in a chat, as an instruction in Alpaca's template, or as plain text.
+    Decoding is greedy. All prompts run in one mixed batch. Each prompt is formatted like its
+    adapter's training data: as a user turn in a chat, as an instruction in Alpaca's template, or as
+    plain text.
 
     Args:
         model: The model with its adapters.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastlora.model.atomic_files import acquire_flock
 from fastlora.train.processes import TrainError
-from fastlora.train.run_log import as_train_error
+from fastlora.train.run_log import os_error_as_train_error
 
 LOCK = ".run.lock"
 # File descriptors of the locks that this process holds.
@@ -58,7 +58,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         descriptor = _acquire_lock_if_supported(path)
         try:
             if descriptor is not None:
-                with as_train_error(path):
+                with os_error_as_train_error(path):
                     _write_holder(descriptor)
             yield
         finally:
@@ -75,7 +75,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def _acquire_lock_if_supported(path: Path) -> int | None:
     """Lock the lock file and return its descriptor, or None if locks are not supported."""
     while True:
-        with as_train_error(path):
+        with os_error_as_train_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

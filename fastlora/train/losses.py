@@ -190,9 +190,9 @@ def causal_lm_losses(
 
 
 def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
-    """For each adapter, count the tokens that contribute to the loss in `causal_lm_losses`.
+    """Count the tokens of each adapter that contribute to the loss.
 
-    This causes one host-device synchronization.
+    The loss is that of `causal_lm_losses`. This causes one host-device synchronization.
 
     Args:
         labels: Labels of shape ``[B, T]``, int64, not shifted.

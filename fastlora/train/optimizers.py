@@ -55,9 +55,9 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
 
 
 def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
-    """Check that the adapters can be trained together, and return their names without duplicates.
+    """Check that the adapters can be trained together, and return their names.
 
-    Raises the errors of `train_adapters`.
+    The names are without duplicates. Raises the errors of `train_adapters`.
     """
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
@@ -76,8 +76,9 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report on one optimizer step: the updated and skipped adapters, and their gradient norms.
+    """What one optimizer step did for each adapter.
 
+    The report lists the updated and skipped adapters, and their gradient norms.
     `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
     none of the fields.
 
@@ -226,12 +227,13 @@ class AdapterOptimizers:
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Run the backward pass for the finite losses, and accumulate their gradients.
+        """Run the backward pass for the losses of the adapters.
 
-        The gradients of the other adapters remain unchanged. A non-finite loss is counted and
-        skipped. Gradients that its adapter has accumulated from earlier batches of the same step
-        are preserved. The exception is FSDP2 without gradient synchronization: the accumulated
-        gradients are not accessible, and the step of the adapter is skipped.
+        The gradients of the finite losses are accumulated, and the gradients of the other adapters
+        remain unchanged. A non-finite loss is counted and skipped. Gradients that its adapter has
+        accumulated from earlier batches of the same step are preserved. The exception is FSDP2
+        without gradient synchronization: the accumulated gradients are not accessible, and the step
+        of the adapter is skipped.
 
         If processes share the batch, a loss is used only if it is finite in all of them. The
         gradients are then the same as for one process with the whole batch. Losses that are means
@@ -247,7 +249,7 @@ class AdapterOptimizers:
                 the batch and ``losses`` has no graph.
         """
         for name in losses.values:
-            self._adapter_state(name).check_trainable()
+            self._adapter_state(name).check_has_trainable_parameters()
         agreed = self._group.agree_on_finite_losses(losses)
         for name in agreed.left_out:
             self._adapters[name].counts.non_finite_losses += 1
@@ -376,9 +378,10 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Set each adapter's learning rate to its schedule's value for the next step.
+        """Set each adapter's learning rate as its schedule specifies.
 
-        A loaded state contains the learning rates of the schedule that it was saved with.
+        The learning rate is that for the next step. A loaded state contains the learning rates of
+        the schedule that it was saved with.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

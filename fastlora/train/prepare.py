@@ -196,9 +196,10 @@ def read_and_tokenize_data(
     *,
     progress: bool = False,
 ) -> dict[str, TokenizedCorpus]:
-    """Read and tokenize the ``"data"`` or ``"eval_data"`` files of each adapter.
+    """Read and tokenize the data files of each adapter.
 
-    Returns a dict that maps each adapter with files to its `TokenizedCorpus`.
+    The files are those in its ``"data"`` or ``"eval_data"``, as ``which`` says. Returns a dict that
+    maps each adapter with files to its `TokenizedCorpus`.
 
     Raises `DataError` if a file or a row is invalid.
     """
@@ -222,7 +223,10 @@ def read_and_tokenize_data(
 def describe_data(
     corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
 ) -> list[str]:
-    """Return a list of messages about the format and size of each adapter's data."""
+    """Return a list of messages that describe each adapter's data.
+
+    They give its format and size.
+    """
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
         for name, corpus in found.items():
@@ -256,7 +260,10 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> Any:
-    """Return a tqdm progress bar; raise `TrainError` if tqdm is not installed."""
+    """Return a progress bar.
+
+    It is a tqdm progress bar. Raises `TrainError` if tqdm is not installed.
+    """
     return import_or_raise("tqdm").tqdm(file=_StreamIgnoringWriteErrors(sys.stderr), **options)
 
 
@@ -327,9 +334,10 @@ def make_optimizers(
 
 
 def needs_loss_scaling(model: nn.Module) -> bool:
-    """Return whether the losses must be scaled because the model has fp16 parameters.
+    """Return whether training the model needs loss scaling.
 
-    With loss scaling, a step with a non-finite gradient is skipped and is not an error.
+    It does if the model has fp16 parameters. With loss scaling, a step with a non-finite gradient
+    is skipped and is not an error.
     """
     return any(p.dtype == torch.float16 for p in model.parameters())
 
@@ -356,9 +364,10 @@ def run_identity(
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the identity of a run: a dict of everything that determines its results.
+    """Return a dict that identifies a run.
 
-    The dict is JSON-compatible. ``weights`` is the result of `base_weight_fingerprints`.
+    It contains everything that determines the run's results, and is JSON-compatible. ``weights`` is
+    the result of `base_weight_fingerprints`.
     """
     adapters = {}
     for adapter in settings.adapters:

@@ -29,7 +29,10 @@ class TrainError(FastLoraError, RuntimeError):
 
 
 def import_or_raise(name: str, what: str = "training needs") -> Any:
-    """Import and return a library of the ``train`` extra; raise `TrainError` if it is missing."""
+    """Import and return a module, or raise an error if it is missing.
+
+    The module is a library of the ``train`` extra. The error is a `TrainError`.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -91,9 +94,10 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedLosses:
-        """Determine which losses are finite in all processes, and return the result.
+        """Agree with all processes on which losses are finite, and return the result.
 
-        The result also contains a weight for each loss of this process.
+        A loss must be finite in all processes. The result also contains a weight for each loss of
+        this process.
         """
         seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
@@ -127,15 +131,19 @@ class BatchProcessGroup:
 
 
 def torchrun_world_size() -> int:
-    """Return the number of processes that torchrun started, or 1 without torchrun."""
+    """Return the number of processes that torchrun started.
+
+    Without torchrun, the number is 1.
+    """
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class RunProcesses:
-    """The processes of a training run: a single process, or several that torchrun started.
+    """The processes of a training run.
 
-    Every process has the whole model, with the same adapters and optimizer states. Only the main
-    process (`main`) writes files and reports.
+    They are a single process, or several that torchrun started. Every process has the whole model,
+    with the same adapters and optimizer states. Only the main process (`main`) writes files and
+    reports.
 
     Args:
         cpu: Whether to run on the CPU even if there is an accelerator.
@@ -221,12 +229,18 @@ class RunProcesses:
         return cast(T, result)
 
     def start_trackers(self) -> None:
-        """Start a run in each tracker. This may create files."""
+        """Start the trackers of the run.
+
+        A run is started in each tracker. This may create files.
+        """
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 
     def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
-        """Send a dict of named numbers and strings to the trackers."""
+        """Log values to the trackers.
+
+        They are a dict of named numbers and strings.
+        """
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
@@ -247,7 +261,9 @@ class RunProcesses:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise an error unless accelerate supports all trackers and all of them are installed.
+    """Raise an error unless all trackers are supported and installed.
+
+    accelerate must support them.
 
     Raises:
         ConfigError: accelerate supports no tracker of that name.

@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -51,7 +51,9 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A loss, a gradient, or a weight became NaN or infinite, and the run cannot continue.
+    """A value in training became NaN or infinite.
+
+    The value is a loss, a gradient, or a weight. The run cannot continue.
 
     Attributes:
         step: The step, counted from 1.
@@ -100,9 +102,9 @@ def train(
     progress: bool = True,
     on_message: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Train the adapters of a run, save them, and return the result.
+    """Train the adapters of a run, and return the result.
 
-    Each adapter is saved in PEFT's format, in a folder with its name.
+    Each adapter is saved at the end, in PEFT's format, in a folder with its name.
 
     The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
     SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
@@ -148,9 +150,10 @@ def open_run(
     progress: bool = True,
     on_message: Callable[[str], object] | None = None,
 ) -> Iterator[Run]:
-    """Set up a run and yield it. See `train` for the arguments and errors.
+    """Set up a training run and yield it.
 
-    The ``with`` block holds the lock of the output folder and handles signals.
+    See `train` for the arguments and errors. The ``with`` block holds the lock of the output folder
+    and handles signals.
     """
     prepare.check_model_and_out_folders(settings)
     with contextlib.ExitStack() as stack:
@@ -169,8 +172,18 @@ def open_run(
         yield run
 
 
+class _MeanLossesAndFiles(NamedTuple):
+    """The mean training loss of each adapter, and the paths of the written files."""
+
+    means: dict[str, float]
+    files: tuple[Path, ...]
+
+
 class Run:
-    """A training run that is ready to start, or to resume from the checkpoint ``resumed``."""
+    """A training run.
+
+    It starts from the beginning, or resumes from the checkpoint ``resumed``.
+    """
 
     def __init__(
         self,
@@ -242,7 +255,9 @@ class Run:
         # Only the number of steps may change; the learning rates follow it.
         found = checkpoint.identity_differences({**state.identity, "steps": steps}, self.identity)
         if found:
-            raise CheckpointError(f"{path} is from a different run: {_join_first(found, 5, '; ')}")
+            raise CheckpointError(
+                f"{path} is from a different run: {_join_first_and_count_rest(found, 5, '; ')}"
+            )
         if steps < state.step:
             raise CheckpointError(
                 f"{path}: {state.step} steps are already done, but the run has only {steps}; set "
@@ -318,12 +333,11 @@ class Run:
         self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
-    def _write_loss_files_and_end_trackers(self) -> tuple[dict[str, float], tuple[Path, ...]]:
+    def _write_loss_files_and_end_trackers(self) -> _MeanLossesAndFiles:
         """Write the table and the plot of the losses, and close the trackers.
 
-        If steps are left, no file is written. Returns a tuple (mean loss of each adapter, paths of
-        the written files). Raises the first error from writing the log, the losses, or tracker
-        data.
+        If steps are left, no file is written. Raises the first error from writing the log, the
+        losses, or tracker data.
         """
         folder = self.settings.out
         means: dict[str, float] = {}
@@ -339,7 +353,7 @@ class Run:
         with self._record_write_error("trackers"):
             self.processes.end_trackers()
         self._raise_recorded_error()
-        return means, tuple(path for path in files if path is not None)
+        return _MeanLossesAndFiles(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
@@ -348,7 +362,7 @@ class Run:
         The run then ends after the current step.
         """
         try:
-            with run_log.as_train_error(what):
+            with run_log.os_error_as_train_error(what):
                 yield
         except TrainError as error:
             self._failure = self._failure or error
@@ -385,7 +399,10 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _stepped_adapter_folders(self) -> dict[str, Path]:
-        """Return a dict that maps each adapter that has taken a step to its output folder."""
+        """Return the output folders of the adapters that have taken a step.
+
+        They are a dict that maps each of these adapters to its folder.
+        """
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
@@ -400,11 +417,14 @@ class Run:
             return {}
         evaluated = self.evaluate() if self.held_out else {}
         if not self._run_should_stop():
-            self.log_answers()
+            self.generate_and_log_answers()
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether this run has steps left and has completed none of them."""
+        """Return whether this run has not completed any step yet.
+
+        The result is False if no steps are left.
+        """
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
@@ -470,7 +490,10 @@ class Run:
                 )
 
     def _trainable_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Return the trainable parameters of the named adapters as a list without duplicates."""
+        """Return the trainable parameters of the named adapters.
+
+        The list has no duplicates.
+        """
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
@@ -539,7 +562,11 @@ class Run:
             if found
             else "no checkpoint has been saved yet"
         )
-        samples = f". Its samples in that step: {_join_first(sources, 3, '; ')}" if sources else ""
+        samples = (
+            f". Its samples in that step: {_join_first_and_count_rest(sources, 3, '; ')}"
+            if sources
+            else ""
+        )
         return NonFiniteError(f"step {step}: {text}; training stopped; {last}{samples}", step, name)
 
     @torch.no_grad()
@@ -557,7 +584,7 @@ class Run:
         self._write_log_and_trackers({"step": self.step, "eval_loss": found})
         return found
 
-    def log_answers(self) -> None:
+    def generate_and_log_answers(self) -> None:
         """Generate each adapter's answers to its prompts, and log them.
 
         Only the main process does this. The other processes wait at the next step.
@@ -662,17 +689,20 @@ class Run:
             f"{name} {value:.3f}" + (f" ({skipped[name]} skipped)" if name in skipped else "")
             for name, value in self.losses.items()
         ]
-        return _join_first(shown, 6, ", ")
+        return _join_first_and_count_rest(shown, 6, ", ")
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
-    """Write one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
+    """Save one adapter to a folder.
+
+    It is written in PEFT's format; see `save_adapter_folder`.
+    """
     tensors = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), "auto")
-    with checkpoint.as_checkpoint_error(folder):
+    with checkpoint.write_error_as_checkpoint_error(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)
 
 
-def _join_first(items: Sequence[str], count: int, separator: str) -> str:
+def _join_first_and_count_rest(items: Sequence[str], count: int, separator: str) -> str:
     """Join the first ``count`` items, and append the number of remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

@@ -21,11 +21,12 @@ _SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
 class RunLog:
-    """Appends entries to the file ``log.jsonl`` in a run's folder, as one JSON object per line.
+    """The log of a run, to which entries are appended.
 
-    Opening the log removes all entries after ``step``, because an earlier run wrote them before it
-    was killed. With ``evaluates=True``, it also removes the evaluations and answers logged at
-    ``step``, because the run repeats them.
+    It is the file ``log.jsonl`` in the run's folder, with one JSON object per line. Opening the log
+    removes all entries after ``step``, because an earlier run wrote them before it was killed. With
+    ``evaluates=True``, it also removes the evaluations and answers logged at ``step``, because the
+    run repeats them.
 
     Args:
         folder: The output folder of the run.
@@ -42,7 +43,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, *, evaluates: bool = False) -> None:
         self.path = folder / LOG
-        with as_train_error(self.path):
+        with os_error_as_train_error(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             lines: list[str] = []
             if self.path.is_file():
@@ -63,8 +64,10 @@ class RunLog:
 
         The entry has the key ``"step"``. Non-finite numbers are written as null.
         """
-        with as_train_error(self.path):
-            self._file.write(json.dumps(_replace_non_finite(entry), allow_nan=False) + "\n")
+        with os_error_as_train_error(self.path):
+            self._file.write(
+                json.dumps(_replace_non_finite_with_none(entry), allow_nan=False) + "\n"
+            )
 
     def close(self) -> None:
         """Close the log file.
@@ -76,9 +79,9 @@ class RunLog:
 
 
 class LoggedLoss(NamedTuple):
-    """A training or evaluation loss read from the log.
+    """A loss read from the log of a run.
 
-    A number that was not finite or was not logged is None.
+    It is a training or evaluation loss. A number that was not finite or was not logged is None.
     """
 
     step: int
@@ -89,9 +92,12 @@ class LoggedLoss(NamedTuple):
 
 
 def read_logged_losses(folder: Path) -> list[LoggedLoss]:
-    """Read all training and evaluation losses from the log in ``folder``, in step order."""
+    """Read all losses from the log in ``folder``.
+
+    They are the training and evaluation losses, in step order.
+    """
     path = folder / LOG
-    with as_train_error(path):
+    with os_error_as_train_error(path):
         lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for entry in map(json.loads, lines):
@@ -103,7 +109,10 @@ def read_logged_losses(folder: Path) -> list[LoggedLoss]:
 
 
 def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Return a dict that maps each adapter to the mean of its finite training losses."""
+    """Return a dict that maps each adapter to its mean training loss.
+
+    The mean is that of the finite losses.
+    """
     found: dict[str, list[float]] = {}
     for entry in losses:
         if entry.kind == "training" and entry.loss is not None:
@@ -112,10 +121,13 @@ def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
 
 
 def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
-    """Write the losses to ``losses.csv`` in ``folder``, and return the path of the file."""
+    """Write the losses as a table to ``folder``, and return the path of the file.
+
+    The file is ``losses.csv``.
+    """
     path = folder / TABLE
     with (
-        as_train_error(path),
+        os_error_as_train_error(path),
         atomic_replace_file(path) as partial,
         partial.open("w", newline="") as file,
     ):
@@ -126,10 +138,11 @@ def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's losses to ``losses.png`` in ``folder``, and return the file's path.
+    """Plot each adapter's losses to a file in ``folder``, and return its path.
 
-    Returns None if matplotlib is not installed. With 10 or more steps, the losses are a thin line
-    and their moving average is a thick line. Evaluations are dots on a dashed line.
+    The file is ``losses.png``. Returns None if matplotlib is not installed. With 10 or more steps,
+    the losses are a thin line and their moving average is a thick line. Evaluations are dots on a
+    dashed line.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -161,7 +174,7 @@ def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
         axes.margins(x=0.02)
         axes.legend(fontsize="small", ncols=1 + len(names) // 12)
     path = folder / PICTURE
-    with as_train_error(path), atomic_replace_file(path) as partial:
+    with os_error_as_train_error(path), atomic_replace_file(path) as partial:
         canvas.print_png(str(partial))
     return path
 
@@ -187,7 +200,7 @@ def _moving_average(values: Sequence[float]) -> list[float]:
 
 
 @contextlib.contextmanager
-def as_train_error(what: Path | str) -> Iterator[None]:
+def os_error_as_train_error(what: Path | str) -> Iterator[None]:
     """Convert an `OSError` raised in the block to a `TrainError` that names ``what``."""
     try:
         yield
@@ -196,9 +209,9 @@ def as_train_error(what: Path | str) -> Iterator[None]:
 
 
 def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a log entry for trackers, as in ``{"loss/ship": 1.5}``.
+    """Flatten a log entry for trackers.
 
-    Lists are dropped.
+    The keys are joined, as in ``{"loss/ship": 1.5}``. Lists are dropped.
     """
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -209,12 +222,12 @@ def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[st
     return found
 
 
-def _replace_non_finite(value: Any) -> Any:
+def _replace_non_finite_with_none(value: Any) -> Any:
     """Return a copy of a log entry in which NaN and infinite numbers are replaced with None."""
     if isinstance(value, dict):
-        return {key: _replace_non_finite(part) for key, part in value.items()}
+        return {key: _replace_non_finite_with_none(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_replace_non_finite(part) for part in value]
+        return [_replace_non_finite_with_none(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -58,10 +58,11 @@ _LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Settings of one adapter: its data, its LoRA config, and its optimizer.
+    """Settings for training one adapter.
 
-    `fastlora.recommend` supplies the rank, alpha, dropout, targets, and learning rate that are not
-    given. If the rank is given and alpha is not, alpha is twice the rank.
+    They cover its data, its LoRA config, and its optimizer. `fastlora.recommend` supplies the rank,
+    alpha, dropout, targets, and learning rate that are not given. If the rank is given and alpha is
+    not, alpha is twice the rank.
 
     Attributes:
         name: Name of the adapter and of its folder in the output folder: letters, digits, ``_``,
@@ -133,12 +134,13 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of a training run. The help text of each flag describes the corresponding field.
+    """Settings of a training run.
 
-    `seed` determines the initial factors of new adapters, the order of the data, and dropout. The
-    factors are stored in fp32 or wider, whatever `dtype` is. With `completion_only_loss`, prompts
-    do not contribute to the loss. With `deterministic`, a run on a CUDA GPU uses bitwise
-    reproducible kernels where PyTorch has them and warns where it does not.
+    The help text of each flag describes the corresponding field. `seed` determines the initial
+    factors of new adapters, the order of the data, and dropout. The factors are stored in fp32 or
+    wider, whatever `dtype` is. With `completion_only_loss`, prompts do not contribute to the loss.
+    With `deterministic`, a run on a CUDA GPU uses bitwise reproducible kernels where PyTorch has
+    them and warns where it does not.
     """
 
     adapters: tuple[AdapterSettings, ...]
@@ -238,7 +240,9 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
 def settings_from_dict(
     given: Mapping[str, Any], flags: Mapping[str, Any], source: str
 ) -> TrainSettings:
-    """Create the settings of a run from a dict that has the structure of a config file.
+    """Create the settings of a run from a dict.
+
+    The dict has the structure of a config file.
 
     Args:
         given: Content of a config file.
@@ -322,7 +326,10 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _expand_field_aliases(table: Any, where: str) -> dict[str, Any]:
-    """Return a copy of ``table`` with full field names in place of short names such as ``lr``."""
+    """Return a copy of ``table`` with full field names in place of aliases.
+
+    An alias is a short name such as ``lr``.
+    """
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)

@@ -18,9 +18,10 @@ _SAME_SIGNAL_SECONDS = 2.0
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended a training run. The message says what was saved.
+    """A signal interrupted a training run.
 
-    This is a `KeyboardInterrupt`, which ``except Exception`` does not catch.
+    The signal is SIGINT or SIGTERM. The message says what was saved. This is a `KeyboardInterrupt`,
+    which ``except Exception`` does not catch.
 
     Attributes:
         signal: The signal.
@@ -36,11 +37,12 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopSignalHandler:
-    """Handles SIGINT and SIGTERM within a ``with`` block.
+    """Handles the signals that stop a run, within a ``with`` block.
 
-    Until `defer_first_signal` is called, a signal raises `RunInterrupted` immediately. After that,
-    the first signal only sets `received`. The next signal has the effect that it had before the
-    block: by default, SIGINT raises `KeyboardInterrupt` and SIGTERM ends the process.
+    These are SIGINT and SIGTERM. Until `defer_first_signal` is called, a signal raises
+    `RunInterrupted` immediately. After that, the first signal only sets `received`. The next signal
+    has the effect that it had before the block: by default, SIGINT raises `KeyboardInterrupt` and
+    SIGTERM ends the process.
 
     Only the main thread can handle signals, so the block does nothing in another thread. A handler
     that the program installed itself stays in place.
@@ -75,7 +77,10 @@ class StopSignalHandler:
         self._restore()
 
     def defer_first_signal(self) -> None:
-        """Defer the next signal: it only sets `received`, so that the current step can finish."""
+        """Defer the first signal, so that the current step can finish.
+
+        The next signal only sets `received`.
+        """
         self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

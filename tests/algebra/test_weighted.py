@@ -304,7 +304,7 @@ def test_a_share_of_an_update_has_the_smallest_rank_that_keeps_it() -> None:
     for share, rank in ((0.5, 1), (9 / 14, 1), (0.65, 2), (13 / 14, 2), (0.95, 3), (1.0, 3)):
         assert made.singular_values_to_keep(share) == rank, share
     assert [made.singular_values_to_keep(rank) for rank in (1, 2, 5)] == [1, 2, 3]
-    assert made.truncation_error(3) == 0 and made.truncation_error(0) == 1
-    assert made.truncation_error(1) == pytest.approx((5 / 14) ** 0.5)
+    assert made.relative_truncation_error(3) == 0 and made.relative_truncation_error(0) == 1
+    assert made.relative_truncation_error(1) == pytest.approx((5 / 14) ** 0.5)
     nothing = made._replace(s=torch.zeros(3))
-    assert nothing.singular_values_to_keep(0.5) == 1 and nothing.truncation_error(1) == 0
+    assert nothing.singular_values_to_keep(0.5) == 1 and nothing.relative_truncation_error(1) == 0

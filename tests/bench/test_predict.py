@@ -71,6 +71,20 @@ def test_many_adapters_go_by_pieces_and_parts_can_be_switched_off() -> None:
     assert [work.name for work in again] == by_pieces
 
 
+@pytest.mark.parametrize("part", predict.PARTS)
+def test_each_part_can_be_switched_off(part: str) -> None:
+    """The parts are patched by name, so a renamed function must not go unnoticed."""
+    case = {
+        "expand by pieces": Case("decode", 64, 64),
+        "update first": Case("prefill", 2048),
+    }.get(part, Case("decode", 64))
+    linears = DECODERS[QWEN if part == "split K" else LLAMA]
+    whole = predict.predicted(OURS, linears, case, 16, "sm_90")
+    changed = predict.predicted(f"{OURS} without {part}", linears, case, 16, "sm_90")
+    launches, fewer = ([(w.name, w.issued) for w, _ in found] for found in (whole, changed))
+    assert launches != fewer
+
+
 def test_a_training_step_has_no_product_beside_the_base_layers() -> None:
     works = ours(TINY, Case("training", 2048), 16, "sm_90", 132)
     products = [work for work in works if work.launch is None and work.flops]

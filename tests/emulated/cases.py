@@ -323,7 +323,7 @@ def sort(count: int, each: int, slots: int, block_m: int) -> Case:
         m = count * each
         with mock.patch.object(execution_mode, "KERNEL_DEVICES", ()):
             rows = sort_rows(ids, m, slots)
-            pieces = rows.pieces(block_m) if block_m else torch.empty(0, dtype=torch.int32)
+            pieces = rows.piece_starts(block_m) if block_m else torch.empty(0, dtype=torch.int32)
         expected = [*rows.operator_arguments(), rows.invalid, pieces]
         assert not block_m or len(pieces) == pieces_length(m, slots, block_m)
         found = sort_rows_into(

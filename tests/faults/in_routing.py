@@ -170,7 +170,7 @@ FAULTS = (
         "order of an index",
         "ce2f116",
         "fastlora/routing/row_rules.py",
-        "not row_samples.is_host_readable(index) or bool((index.flatten().diff() >= 0).all())",
+        "not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())",
         "True",
         (f"{_SELECTED}test_rows_out_of_order_are_refused[counted down]",),
     ),

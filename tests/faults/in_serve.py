@@ -101,11 +101,11 @@ FAULTS = (
         before="""\
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_and_report(job, to_client_error(error))
+                    self._release_adapter_and_report_error(job, to_client_error(error))
                     continue
 """,
         after="""\
-                    self._release_and_report(job, to_client_error(error))
+                    self._release_adapter_and_report_error(job, to_client_error(error))
                     continue
 """,
         tests=(f"{_ENGINE}::test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests",),

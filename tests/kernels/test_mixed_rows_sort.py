@@ -32,7 +32,7 @@ def check(lab: Lab, ids: torch.Tensor, m: int, slots: int, block_m: int) -> None
     assert made is not None
     rows: Rows = sort_rows(ids, m, slots, torch.device("cpu"))
     expected = [*rows.operator_arguments(), rows.invalid]
-    expected.append(rows.pieces(block_m) if block_m else empty[5])
+    expected.append(rows.piece_starts(block_m) if block_m else empty[5])
     for found, wanted in zip(made, expected, strict=True):
         assert torch.equal(found.cpu(), wanted), (found, wanted)
 
@@ -73,12 +73,12 @@ def test_rows_come_with_their_pieces(monkeypatch: pytest.MonkeyPatch, lab: Lab) 
     ids = torch.tensor([3, -1, 0, 3, 7, 0], device=lab.device)
     with torch.profiler.profile() as profile:
         rows = sort_rows(ids, 24, 4)
-        pieces = rows.pieces(16)
+        pieces = rows.piece_starts(16)
     launched = {event.key for event in profile.key_averages()}
     assert not launched & {"aten::sort", "aten::cumsum", "aten::searchsorted", "aten::scatter_"}
     monkeypatch.setattr(execution_mode, "KERNEL_DEVICES", ())
     plain = sort_rows(ids.cpu(), 24, 4)
-    assert torch.equal(pieces.cpu(), plain.pieces(16))
+    assert torch.equal(pieces.cpu(), plain.piece_starts(16))
     assert [t.tolist() for t in rows.operator_arguments()] == [
         t.tolist() for t in plain.operator_arguments()
     ]

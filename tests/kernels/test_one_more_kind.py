@@ -32,8 +32,8 @@ from fastlora.kernels.weights import (
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.merge_target import Fingerprint, bit_sums
 from fastlora.layers.quantized import (
+    BaseQuantizedWeight,
     KernelsCannotRead,
-    QuantizedBaseWeight,
     address_tensor,
     qualified_class_name,
     register_quantized_weight,
@@ -87,7 +87,7 @@ class TwoBits(nn.Module):
 
 
 @register_quantized_weight
-class TwoBitWeight(QuantizedBaseWeight):
+class TwoBitWeight(BaseQuantizedWeight):
     """Its weight."""
 
     modules = (qualified_class_name(TwoBits(nn.Linear(BLOCK, 1))),)

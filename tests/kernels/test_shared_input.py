@@ -171,9 +171,12 @@ def test_a_profiler_changes_no_launch(launches: Any, kind: str) -> None:
     call()
     expected = call()
     assert expected[0].endswith("shrink 3")
-    with profile(activities=[ProfilerActivity.CPU]):
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
         found = call()
     assert found == expected
+    group = "grouped_forward" if kind == "one adapter" else "mixed_grouped_forward"
+    expected_name = "fastlora::lora_shrink" if train else f"fastlora::{group}"
+    assert expected_name in {event.key for event in recorded.key_averages()}
 
 
 class GivenUp(Exception):

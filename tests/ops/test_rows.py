@@ -40,7 +40,7 @@ def check(groups: object, ids: list[int], slots: int, blocks: tuple[int, ...]) -
         starts = expected_pieces(segment_of, block_m)
         entries = -(-m // block_m) + min(m, slots + 2) + 1
         assert len(starts) < entries
-        assert groups.pieces(block_m).tolist() == starts + [m] * (entries - len(starts))
+        assert groups.piece_starts(block_m).tolist() == starts + [m] * (entries - len(starts))
 
 
 @pytest.mark.parametrize(("m", "slots"), [(1, 0), (1, 5), (16, 1), (17, 3), (40, 64), (130, 7)])
@@ -63,7 +63,7 @@ def test_an_id_covers_rows_in_sequence() -> None:
 def test_no_rows() -> None:
     groups = sort_rows(torch.tensor([], dtype=torch.int64), 0, 4)
     assert groups.order.shape == groups.segment_slot.shape == (0,)
-    assert groups.pieces(16).tolist() == [0]
+    assert groups.piece_starts(16).tolist() == [0]
     assert groups.invalid.tolist() == [False]
 
 
@@ -96,7 +96,7 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
 
 def test_sizes_do_not_depend_on_the_ids() -> None:
     shapes = {
-        tuple(tuple(t.shape) for t in (g.order, g.segment_of, g.segment_slot, g.pieces(16)))
+        tuple(tuple(t.shape) for t in (g.order, g.segment_of, g.segment_slot, g.piece_starts(16)))
         for low, high in ((-1, -1), (0, 0), (-1, 63), (-9, 90))
         for g in [sort_rows(torch.randint(low, high + 1, (48,)), 48, 64)]
     }
@@ -110,7 +110,7 @@ def test_no_value_is_read_on_the_host() -> None:
     real = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
     for found, expected in zip(groups.operator_arguments(), real.operator_arguments(), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
-    assert groups.pieces(16).shape == real.pieces(16).shape
+    assert groups.piece_starts(16).shape == real.piece_starts(16).shape
     assert groups.invalid.shape == real.invalid.shape
 
 
@@ -118,23 +118,23 @@ def test_compilers_know_all_sizes() -> None:
     real = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
     with FakeTensorMode():
         fake = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
-        pieces = fake.pieces(16)
+        pieces = fake.piece_starts(16)
     for found, expected in zip(fake.operator_arguments(), real.operator_arguments(), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
     assert fake.invalid.shape == real.invalid.shape and fake.invalid.dtype == torch.bool
-    assert pieces.shape == real.pieces(16).shape
+    assert pieces.shape == real.piece_starts(16).shape
 
 
 def test_pieces_are_made_when_they_are_asked_for_and_kept() -> None:
     ids = torch.tensor([1, 0, 1])
     rows = sort_rows(ids, 12, 2)
     assert not rows._pieces
-    first = rows.pieces(4)
-    assert rows.pieces(4) is first
-    assert not torch.equal(rows.pieces(2), first)
+    first = rows.piece_starts(4)
+    assert rows.piece_starts(4) is first
+    assert not torch.equal(rows.piece_starts(2), first)
     in_a_graph = sort_rows(ids, 12, 2, cache_pieces=False)
-    assert in_a_graph.pieces(4) is not in_a_graph.pieces(4)
-    assert torch.equal(in_a_graph.pieces(4), first)
+    assert in_a_graph.piece_starts(4) is not in_a_graph.piece_starts(4)
+    assert torch.equal(in_a_graph.piece_starts(4), first)
 
 
 def test_rows_are_told_apart_by_identity() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.ops.seeds import draw_seeds, layer_seeds, seeds_of_layer
+from fastlora.ops.seeds import derive_seeds_of_layer, draw_seeds, layer_seeds
 
 MASK = 2**64 - 1
 
@@ -24,7 +24,7 @@ def test_layers_seeds_are_splitmix64() -> None:
     given = torch.tensor(seeds)
     expected = [[splitmix(seed, layer) for seed in seeds] for layer in layers]
     assert layer_seeds(given, layers).tolist() == expected
-    assert [seeds_of_layer(given, layer).tolist() for layer in layers] == expected
+    assert [derive_seeds_of_layer(given, layer).tolist() for layer in layers] == expected
 
 
 def test_given_seeds_are_taken_and_others_drawn() -> None:

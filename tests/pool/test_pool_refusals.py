@@ -23,7 +23,7 @@ from fastlora.patterns import MATCHING_SECONDS
 from fastlora.pool import AdapterPool
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.transfers import Transfers
+from fastlora.pool.transfers import DeviceTransfers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -327,7 +327,7 @@ def test_a_file_is_read_as_it_was_checked(root: Path, monkeypatch: pytest.Monkey
     """E4, E6: the limits hold for the file that is read, whatever takes its place."""
     pool = make_pool(root, max_rank=2)
     large = make_folder(root / "large", 9, r=3)
-    real = AdapterReader._locate_tensors
+    real = AdapterReader._locations_in_packed_adapter
 
     def places(*args: Any) -> Any:
         found = real(*args)
@@ -335,7 +335,7 @@ def test_a_file_is_read_as_it_was_checked(root: Path, monkeypatch: pytest.Monkey
             (large / name).replace(root / "a0" / name)
         return found
 
-    monkeypatch.setattr(AdapterReader, "_locate_tensors", places)
+    monkeypatch.setattr(AdapterReader, "_locations_in_packed_adapter", places)
     pool.load("new", root / "a0")
     monkeypatch.undo()
     with pool.lease(["new"]) as lease:
@@ -488,7 +488,7 @@ def test_limits_are_checked() -> None:
     assert type(model.layers[0].q) is nn.Linear
 
 
-class Separate(Transfers):
+class Separate(DeviceTransfers):
     """A device with memory of its own, which can be full."""
 
     shares_memory = False

@@ -14,7 +14,7 @@ from torch import nn
 from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.routing import active, block
-from fastlora.routing.caches import BlockCache
+from fastlora.routing.caches import PerBlockCache
 from fastlora.routing.routing import RoutingGroup, number_layers
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -76,7 +76,7 @@ def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
         (routing,) = active.active_routings()
         for ids, invalid in (([0, 1], False), ([0, -2], True)):
             routing = dataclasses.replace(
-                routing, names=names, ids=torch.tensor(ids), cache=BlockCache()
+                routing, names=names, ids=torch.tensor(ids), cache=PerBlockCache()
             )
             routing.sorted_rows(4, torch.device("cpu"))
             routing.defer_id_check()

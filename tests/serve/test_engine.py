@@ -21,7 +21,7 @@ from fastlora.serve.detokenizer import IncrementalDetokenizer
 from fastlora.serve.engine import Engine
 from fastlora.serve.engine_request import (
     AnswerChunk,
-    ClosedError,
+    ClosedOrCanceledError,
     QueueFullError,
     RequestFailedError,
 )
@@ -228,7 +228,7 @@ def test_a_cancelled_request_frees_its_place(start: Callable[..., Engine], alone
     engine.cancel(long)
     cancelled.set()
     for own in (heard, waiting):
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedOrCanceledError):
             own.text()
     assert ask(engine, "x", "c").text() == alone.text("x", "c", 6)
     assert (engine.running, engine.waiting, engine.stats.requests_cancelled) == (0, 0, 2)
@@ -263,7 +263,7 @@ def test_close_waits_for_those_that_are_there(start: Callable[..., Engine], alon
     heard = [ask(engine, "x", name) for name in "abc"]
     engine.close()
     assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in "abc"]
-    with pytest.raises(ClosedError, match="shutting down"):
+    with pytest.raises(ClosedOrCanceledError, match="shutting down"):
         ask(engine, "x", "a")
     assert not engine.alive
     assert engine._adapters.pool.stats().leases == 0
@@ -274,7 +274,7 @@ def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
     heard = [ask(engine, "x", "a", SamplingParams(60, 0)) for _ in range(2)]
     engine.close(0.0)
     for own in heard:
-        with pytest.raises(ClosedError):
+        with pytest.raises(ClosedOrCanceledError):
             own.text()
     assert engine._adapters.pool.stats().leases == 0
 

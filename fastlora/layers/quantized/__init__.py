@@ -13,8 +13,8 @@ from fastlora.layers.quantized import (
 )
 from fastlora.layers.quantized.base_weight import (
     UNREFERENCED_OUTPUT_MODULES,
+    BaseQuantizedWeight,
     KernelsCannotRead,
-    QuantizedBaseWeight,
     address_tensor,
     peft_quantized_layers,
     qualified_class_name,
@@ -31,7 +31,7 @@ from fastlora.layers.quantized.repacking import (
 __all__ = [
     "UNREFERENCED_OUTPUT_MODULES",
     "KernelsCannotRead",
-    "QuantizedBaseWeight",
+    "BaseQuantizedWeight",
     "RepackedProduct",
     "address_tensor",
     "qualified_class_name",

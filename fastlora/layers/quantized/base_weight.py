@@ -1,6 +1,6 @@
 """The interface of a kind of quantized weight, and the registry of kinds.
 
-A kind is a subclass of `QuantizedBaseWeight` with the decorator `register_quantized_weight`. It
+A kind is a subclass of `BaseQuantizedWeight` with the decorator `register_quantized_weight`. It
 defines the modules that it supports, methods that return their weight as a dense matrix (as a whole
 or some rows at a time) or in the form that kernels read, and a method with which a merge writes the
 weight.
@@ -25,8 +25,8 @@ PIECES = 16
 # A weight with fewer than twice this number of elements is made as a whole for a norm, because each
 # piece costs a call.
 _WHOLE = 1 << 19
-_Kind = TypeVar("_Kind", bound="type[QuantizedBaseWeight]")
-_kinds: list[type[QuantizedBaseWeight]] = []
+_Kind = TypeVar("_Kind", bound="type[BaseQuantizedWeight]")
+_kinds: list[type[BaseQuantizedWeight]] = []
 # Module classes that return a new tensor and keep no reference to it.
 UNREFERENCED_OUTPUT_MODULES: set[str] = set()
 
@@ -39,11 +39,11 @@ class KernelsCannotRead(Exception):  # noqa: N818
     """
 
 
-class QuantizedBaseWeight(MergeTarget):
-    """Base class for the supported kinds of quantized weights.
+class BaseQuantizedWeight(MergeTarget):
+    """Base class of quantized base weights.
 
-    `dense` returns a new tensor. A kind that does not support merging raises in `check_writable`,
-    and defines nothing else for merging.
+    A subclass supports one kind of quantization. `dense` returns a new tensor. A kind that does not
+    support merging raises in `check_writable`, and defines nothing else for merging.
 
     Args:
         base: The module.
@@ -143,7 +143,10 @@ class QuantizedBaseWeight(MergeTarget):
         return f"{self.library_and_version()}: {error}; the base layer runs unchanged"
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return a tensor for kernels that compute in ``dtype``, or the fallback reason."""
+        """Return the weight as a tensor for kernels, or the fallback reason.
+
+        The kernels compute in ``dtype``.
+        """
         if qualified_class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, which runs unchanged"
         if self.codes().is_meta:
@@ -163,8 +166,11 @@ class QuantizedBaseWeight(MergeTarget):
         return QuantizedTensor(quantized_data, self.make_dequantizer(dtype), dtype, data_tensors)
 
     @property
-    def description(self) -> str:
-        """Name of the weight's quantization in the fusion report."""
+    def quantization_name(self) -> str:
+        """Name of the weight's quantization.
+
+        It is for the fusion report.
+        """
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
@@ -180,11 +186,17 @@ class QuantizedBaseWeight(MergeTarget):
         )
 
     def stored_tensors(self) -> list[torch.Tensor]:
-        """Return a list of the tensors that store the weight, with the codes first."""
+        """Return a list of the tensors that store the weight.
+
+        The codes come first.
+        """
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the tensor of quantization codes, which is on the weight's device."""
+        """Return the tensor of quantization codes.
+
+        It is on the weight's device.
+        """
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -207,7 +219,10 @@ class QuantizedBaseWeight(MergeTarget):
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
     def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` flat pieces."""
+        """Yield the dequantized weight in about ``count`` pieces.
+
+        A piece is flat and contains elements of the weight in fp32.
+        """
         yield self.dense().reshape(-1).float()
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
@@ -225,7 +240,10 @@ class QuantizedBaseWeight(MergeTarget):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a new fp32 matrix to merge into, filled piece by piece to save memory."""
+        """Return a dense matrix to merge into.
+
+        It is a new fp32 matrix with the dequantized weight, filled piece by piece to save memory.
+        """
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0
         for piece in self.dequantized_pieces():
@@ -257,10 +275,11 @@ class QuantizedBaseWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a result of `snapshot` as `MergeTarget.convert_snapshot` does.
+        """Convert a snapshot with ``fn``, and return it.
 
-        Here, the snapshot is returned unchanged, because ``fn`` may change dtypes.
-        `restore` moves the data to the weight's device.
+        As in `MergeTarget.convert_snapshot`, it is a result of `snapshot`. Here, the snapshot is
+        returned unchanged, because ``fn`` may change dtypes. `restore` moves the data to the
+        weight's device.
         """
         return snapshot
 
@@ -285,7 +304,10 @@ def register_quantized_weight(kind: _Kind) -> _Kind:
 
 
 def peft_quantized_layers() -> list[tuple[str, str]]:
-    """Return a list of (Python module, class) names of PEFT's layers for the registered kinds."""
+    """Return the names of PEFT's layer classes for the registered kinds of quantization.
+
+    Each entry of the list is a tuple (Python module, class).
+    """
     return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
 
 
@@ -295,8 +317,8 @@ def qualified_class_name(module: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def quantized_weight_of(module: object) -> QuantizedBaseWeight | None:
-    """Return a module's `QuantizedBaseWeight`, or None if no registered kind supports the module.
+def quantized_weight_of(module: object) -> BaseQuantizedWeight | None:
+    """Return a module's `BaseQuantizedWeight`, or None if no registered kind supports the module.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.
@@ -359,7 +381,9 @@ def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
 def check_decoded_values(
     decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str
 ) -> None:
-    """Check that kernels and the library decode codes to the same fp32 values.
+    """Check that decoded values agree with the library's.
+
+    Kernels and the library must decode codes to the same fp32 values.
 
     Raises:
         KernelsCannotRead: The values differ, because the library has changed its format.
@@ -375,7 +399,10 @@ def check_decoded_values(
 
 
 def not_quantized_yet_error(base: nn.Module) -> UnsupportedLayerError:
-    """Return the error for a bitsandbytes layer that has not quantized its weight yet."""
+    """Return the error for a layer that has not quantized its weight yet.
+
+    The layer is from bitsandbytes.
+    """
     return UnsupportedLayerError(
         f"the weight of this {type(base).__name__} is not quantized yet. bitsandbytes quantizes "
         "it when the model moves to its device; call model.to(device) first"

@@ -15,8 +15,8 @@ from torch import nn
 from fastlora.layers.merge_target import Fingerprint
 from fastlora.layers.quantized.base_weight import (
     PIECES,
+    BaseQuantizedWeight,
     KernelsCannotRead,
-    QuantizedBaseWeight,
     address_tensor,
     check_decoded_values,
     check_weight_tensor,
@@ -32,9 +32,10 @@ _NESTED_BLOCK = 256
 
 
 @register_quantized_weight
-class BitsAndBytes4Bit(QuantizedBaseWeight):
-    """Weight of a bitsandbytes `Linear4bit`, stored as blocks of 4-bit codes with one absmax each.
+class BitsAndBytes4Bit(BaseQuantizedWeight):
+    """Weight of a bitsandbytes 4-bit layer.
 
+    The layer is a `Linear4bit`. The weight is stored as blocks of 4-bit codes with one absmax each.
     In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
     absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
     """
@@ -162,12 +163,15 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         return QuantizedData(kind, codes, address_tensor(*parts), n, k, block), (codes, *parts)
 
     @property
-    def description(self) -> str:
+    def quantization_name(self) -> str:
         state = self.weight.quant_state
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the current codes to a dense matrix."""
+        """Return a function that dequantizes the weight to ``dtype``.
+
+        It dequantizes the current codes to a dense matrix.
+        """
         if self._is_repacked():
             return super().make_dequantizer(dtype)
         library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
@@ -175,9 +179,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias in ``dtype``.
+        """Return the bias to add to a matrix product in ``dtype``.
 
-        As in bitsandbytes, the module's own bias is converted to ``dtype`` too.
+        The bias is in ``dtype``. As in bitsandbytes, the module's own bias is converted to
+        ``dtype`` too.
         """
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
@@ -197,9 +202,9 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
     def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` pieces.
+        """Yield the dequantized weight in about ``count`` pieces.
 
-        A repacked weight is one piece.
+        A piece contains elements of the weight in fp32. A repacked weight is one piece.
         """
         if self._is_repacked():
             yield from super().dequantized_pieces()
@@ -212,10 +217,11 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
             yield self._dequantize_blocks(part, own, min(size, elements - index * size))
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
-        """Yield the dequantized matrix in chunks of rows, or whole if blocks span several rows.
+        """Yield the dequantized matrix in chunks of rows.
 
-        If they do, bitsandbytes 0.50 computes on a CPU with values that differ from the stored
-        ones, and a norm must match the values that it computes with.
+        If blocks span several rows, the whole matrix is one chunk. In this case, bitsandbytes 0.50
+        computes on a CPU with values that differ from the stored ones, and a norm must match the
+        values that it computes with.
         """
         if self.shape[1] % self._block:
             yield self.dense()
@@ -223,7 +229,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
             yield from super().dequantized_rows()
 
     def _absmax_per_block(self) -> torch.Tensor:
-        """Return the fp32 absmax of each block, dequantized if it is itself quantized."""
+        """Return the absmax of each block.
+
+        It is in fp32, and dequantized if it is itself quantized.
+        """
         state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
         if state.nested:
             absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
@@ -232,7 +241,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
     def _dequantize_blocks(
         self, codes: torch.Tensor, largest: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """Dequantize whole blocks to ``count`` fp32 elements with bitsandbytes."""
+        """Dequantize whole blocks to ``count`` elements.
+
+        bitsandbytes dequantizes them to fp32.
+        """
         state = self.weight.quant_state
         piece = type(state)(
             absmax=largest,
@@ -285,17 +297,20 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """Return a fingerprint of the weight, which repacking does not change.
+        """Return a fingerprint of the weight.
 
-        It counts how often each 4-bit code occurs.
+        Repacking does not change it. It counts how often each 4-bit code occurs.
         """
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
 
 
 @register_quantized_weight
-class BitsAndBytes8Bit(QuantizedBaseWeight):
-    """Weight of a bitsandbytes `Linear8bitLt`, stored as int8 codes with one absmax per row."""
+class BitsAndBytes8Bit(BaseQuantizedWeight):
+    """Weight of a bitsandbytes 8-bit layer.
+
+    The layer is a `Linear8bitLt`. The weight is stored as int8 codes with one absmax per row.
+    """
 
     backend = "bnb 8bit"
     peft_layer = ("peft.tuners.lora.bnb", "Linear8bitLt")
@@ -323,7 +338,10 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
         return [self.weight, self.scales]
 
     def read_for_kernels(self, dtype: torch.dtype) -> NoReturn:
-        """Always raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
+        """Always raise `KernelsCannotRead`.
+
+        Kernels cannot read the weight because bitsandbytes also rounds x to int8.
+        """
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
         raise KernelsCannotRead(
@@ -341,9 +359,10 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
             yield dequantize_rows(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:
-        """Replace the weight as `MergeTarget.write` does, after rounding ``dense`` to fp16.
+        """Quantize ``dense``, and replace the weight with it.
 
-        bitsandbytes accepts no other dtype here.
+        This is `MergeTarget.write`, except that ``dense`` is first rounded to fp16. bitsandbytes
+        accepts no other dtype here.
         """
         quantize_rows = _bitsandbytes().int8_vectorwise_quant
         made = [quantize_rows(dense[rows].to(torch.float16))[:2] for rows in self.row_slices()]
@@ -361,7 +380,10 @@ def _bitsandbytes() -> Any:
 
 
 def _clone_quant_state(state: object) -> Any:
-    """Return a copy of a quantization state and its nested states, with cloned tensors."""
+    """Return a copy of a quantization state, with cloned tensors.
+
+    Its nested states are copied too.
+    """
     made: Any = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, torch.Tensor):
@@ -373,10 +395,10 @@ def _clone_quant_state(state: object) -> Any:
 
 @torch.no_grad()
 def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
-    """Recover a layer's weight by calling the layer with unit vectors.
+    """Recover a layer's weight from outputs of the layer.
 
-    The function is for 4-bit weights that an evaluation on a CPU has repacked, which cannot be
-    dequantized.
+    The layer is called with unit vectors. The function is for 4-bit weights that an evaluation on a
+    CPU has repacked, which cannot be dequantized.
     """
     layer: Any = base
     columns = layer(torch.eye(layer.in_features, device=device))
@@ -386,7 +408,10 @@ def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
 def _decode_blocks(
     codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int
 ) -> torch.Tensor:
-    """Decode whole blocks of 4-bit codes to fp32 values, as kernels do."""
+    """Decode whole blocks of quantization codes.
+
+    The 4-bit codes are decoded to fp32 values, as in kernels.
+    """
     absmax, table, *nested = parts
     count = 2 * codes.numel() // block
     largest = absmax[:count]

@@ -7,13 +7,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastlora.layers.quantized.base_weight import QuantizedBaseWeight, register_quantized_weight
+from fastlora.layers.quantized.base_weight import BaseQuantizedWeight, register_quantized_weight
 from fastlora.validation import UnsupportedLayerError
 
 
 @register_quantized_weight
-class HqqWeight(QuantizedBaseWeight):
-    """Weight of an `HQQLinear`, stored as codes with a zero point and a scale for each group."""
+class HqqWeight(BaseQuantizedWeight):
+    """Weight of an HQQ layer.
+
+    The layer is an `HQQLinear`. The weight is stored as codes with a zero point and a scale for
+    each group.
+    """
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
@@ -27,7 +31,10 @@ class HqqWeight(QuantizedBaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight, which is also the dtype that HQQ computes in."""
+        """The dtype of the dequantized weight.
+
+        HQQ also computes in this dtype.
+        """
         found: torch.dtype = self.base.compute_dtype
         return found
 
@@ -40,7 +47,10 @@ class HqqWeight(QuantizedBaseWeight):
         return made
 
     def check_writable(self) -> NoReturn:
-        """Always raise `UnsupportedLayerError`, because merging would require HQQ's solver."""
+        """Always raise `UnsupportedLayerError`.
+
+        Merging would require HQQ's solver.
+        """
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
             "optimization; dequantize the base model first"

@@ -41,9 +41,10 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 
 
 def prevent_repacking(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking the weights of a model with trainable adapters.
+    """Prevent bitsandbytes from repacking the weights of a model.
 
-    This includes all 4-bit layers, because gradients also pass through those without adapters.
+    The function is for models with trainable adapters. It applies to all 4-bit layers, because
+    gradients also pass through those without adapters.
     """
     repacked = False
     for module in model.modules():
@@ -59,7 +60,10 @@ def prevent_repacking(model: nn.Module) -> None:
 
 
 def is_repacking_prevented(module: nn.Module) -> bool:
-    """Return whether `prevent_repacking` keeps a module's weight from being repacked."""
+    """Return whether repacking of a module's weight is prevented.
+
+    `prevent_repacking` prevents it.
+    """
     return _PREVENTED in module.__dict__
 
 
@@ -73,16 +77,19 @@ def warn_if_gradients_blocked(layer: object, base: nn.Module, x: torch.Tensor) -
 
 
 def is_repacked(base: nn.Module) -> bool:
-    """Return whether a module's codes have been repacked."""
+    """Return whether a module's weight has been repacked.
+
+    bitsandbytes repacks the weight's codes.
+    """
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 class RepackedProduct:
-    """Matrix product that bitsandbytes computes from repacked codes, for inference on a CPU.
+    """Matrix product with a repacked weight.
 
-    The module is not changed. The first product makes the copy, which takes 4 bits per weight and a
-    bf16 value per block.
+    bitsandbytes computes it from repacked codes, for inference on a CPU. The module is not changed.
+    The first product makes the copy, which takes 4 bits per weight and a bf16 value per block.
 
     Args:
         base: A `Linear4bit` that `prevent_repacking` prevents from being repacked.

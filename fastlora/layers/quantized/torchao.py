@@ -11,8 +11,8 @@ import torch
 
 from fastlora.layers.quantized.base_weight import (
     PIECES,
+    BaseQuantizedWeight,
     KernelsCannotRead,
-    QuantizedBaseWeight,
     address_tensor,
     check_decoded_values,
     check_weight_tensor,
@@ -30,8 +30,11 @@ _LOADERS = {
 
 
 @register_quantized_weight
-class TorchaoWeight(QuantizedBaseWeight):
-    """Weight quantized by torchao, such as int8 or float8 with one scale per row or per tensor."""
+class TorchaoWeight(BaseQuantizedWeight):
+    """Weight quantized by torchao.
+
+    Examples are int8 or float8 with one scale per row or per tensor.
+    """
 
     backend = "torchao"
     peft_layer = ("peft.tuners.lora.torchao", "TorchaoLoraLinear")
@@ -89,11 +92,14 @@ class TorchaoWeight(QuantizedBaseWeight):
         return quantized_data, (codes, scale)
 
     @property
-    def description(self) -> str:
+    def quantization_name(self) -> str:
         return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the weight to ``dtype``, rounding once."""
+        """Return a function that dequantizes the weight to ``dtype``.
+
+        The function rounds once.
+        """
         weight = self.weight
         return lambda: weight.dequantize(dtype)
 
@@ -104,9 +110,10 @@ class TorchaoWeight(QuantizedBaseWeight):
         return self.weight.dequantize()
 
     def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` pieces.
+        """Yield the dequantized weight in about ``count`` pieces.
 
-        A weight of an unsupported torchao class is one piece.
+        A piece contains elements of the weight in fp32. A weight of an unsupported torchao class is
+        one piece.
         """
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().dequantized_pieces()
@@ -115,7 +122,10 @@ class TorchaoWeight(QuantizedBaseWeight):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` if the torchao class does not support requantization."""
+        """Raise `UnsupportedLayerError` if the weight cannot be written.
+
+        This is so if the torchao class does not support requantization.
+        """
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
                 f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
@@ -194,7 +204,10 @@ def _quantize_float8(
 
 
 def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
-    """Return the torchao granularity of a weight's scales: per row, per tensor, or per group."""
+    """Return the torchao granularity of a weight's scales.
+
+    It is per row, per tensor, or per group.
+    """
     library = importlib.import_module("torchao.quantization")
     block = [int(size) for size in weight.block_size]
     if block == [1, dense.shape[1]]:

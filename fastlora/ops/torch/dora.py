@@ -73,11 +73,11 @@ def disable_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
 def squared_row_norms(
     weight: torch.Tensor | RowChunkedWeight, in_one_pass: bool = False
 ) -> torch.Tensor:
-    """Return the squared norm of each row of a weight, ``[N]`` in fp32 (fp64 for an fp64 weight).
+    """Return the squared norm of each row of a weight.
 
-    16-bit weights are converted a few rows at a time, so that no temporary is as large as the
-    weight. Set ``in_one_pass`` in a graph that is being compiled, because the compiler avoids the
-    temporary.
+    The result is ``[N]`` in fp32 (fp64 for an fp64 weight). 16-bit weights are converted a few rows
+    at a time, so that no temporary is as large as the weight. Set ``in_one_pass`` in a graph that
+    is being compiled, because the compiler avoids the temporary.
     """
     wide = _wide(weight.dtype)
     if isinstance(weight, RowChunkedWeight):
@@ -139,9 +139,9 @@ def squared_norms_with_update(
 
 
 def replace_zeros_with_infinity(sums: torch.Tensor) -> torch.Tensor:
-    """Replace squared norms of 0 with infinity.
+    """Replace zeros with infinity.
 
-    DoRA's scale then is 0 instead of NaN.
+    The zeros are squared norms, for which DoRA's scale then is 0 instead of NaN.
     """
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
@@ -160,9 +160,10 @@ def dora_scale(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.T
 def multiply_rounded_once(
     u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``u * scale`` in u's dtype, rounded once; the scale may have a wider dtype.
+    """Return ``u * scale``, rounded once to u's dtype.
 
-    The result is written to ``out`` if it is given. On a GPU, no wider copy of u is made.
+    The scale may have a wider dtype. The result is written to ``out`` if it is given. On a GPU, no
+    wider copy of u is made.
     """
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)
@@ -297,19 +298,19 @@ def gradients(
     own_base: bool,
     wants_x: bool,
     wants_weight: bool,
-    wants: Sequence[bool],
+    wants_factors: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Return a tuple (gradient of x, gradient of the weight, list of the factors' gradients).
+    """Return the gradients of x, of the weight, and of the factors.
 
-    The factors are lora_a, lora_b, and the magnitude, and ``wants`` tells whose gradients are
-    wanted. A gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and
-    is needed for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b
-    and of the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the
-    forward pass has computed the base layer's output too, and the gradients include those of the
-    base product.
+    The result is a tuple, whose last item is the list of the factors' gradients. The factors are
+    lora_a, lora_b, and the magnitude, and ``wants_factors`` tells whose gradients are wanted. A
+    gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed
+    for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b and of
+    the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the forward pass
+    has computed the base layer's output too, and the gradients include those of the base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
-    wants_a, wants_b, wants_magnitude = wants
+    wants_a, wants_b, wants_magnitude = wants_factors
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
     scale = dora_scale(magnitude, squares)
     if z is None or not wants_magnitude:

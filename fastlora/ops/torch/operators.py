@@ -73,9 +73,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters, and return a list that starts with the output y.
+    """Compute a linear layer with adapters.
 
-    Unless s is given, the list also contains the shrink output s.
+    Returns a list that starts with the output y. Unless s is given, the list also contains the
+    shrink output s.
     """
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.expand_operands(
@@ -126,7 +127,10 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple (ds, buffer with the gradients of lora_b and lora_bias, empty tensor)."""
+    """Return ds and the packed gradients of lora_b and lora_bias.
+
+    The result is a tuple (ds, buffer with the gradients, empty tensor).
+    """
     batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)
     # Only the dtype of a lora_bias is read.
@@ -170,7 +174,10 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of one buffer, which contains the lora_a gradients of G modules."""
+    """Return the lora_a gradients of G modules.
+
+    The list contains one buffer with all gradients.
+    """
     downs = replace_missing_with_empty(lora_a, 0)
     packed, layers = (
         downs[0].new_zeros(grad_a_buffer_layout(downs)[1]),
@@ -199,7 +206,10 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the update of each row's own adapter to y in place."""
+    """Add the adapters' updates to y in place.
+
+    Each row gets the update of its own adapter.
+    """
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
     batch, k, n = rows_from_tensors(rows), x.shape[1], y.shape[1]
     slots = tuple(slot for slot in batch.used_slots if ranks[slot])
@@ -219,18 +229,18 @@ def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     rows: _Tensors,
-    scale_address: torch.Tensor,
+    dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Apply the DoRA scales to the rows of y that belong to DoRA adapters, in place.
+    """Scale the rows of y by their adapters' DoRA scales, in place.
 
-    Rows of adapters with the address `PENDING` become NaN.
+    Only rows of DoRA adapters are changed. Rows of adapters with the address `PENDING` become NaN.
     """
     if not y.numel():
         return
     batch, shift = rows_from_tensors(rows), None if bias is None else bias.to(y.dtype)
     for slot, start, stop in batch.segments:
-        own, address = batch.order[start:stop].long(), int(scale_address[index, slot])
+        own, address = batch.order[start:stop].long(), int(dora_scale_address[index, slot])
         if address == PENDING:
             y[own] = float("nan")
         elif address:

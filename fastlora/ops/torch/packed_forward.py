@@ -155,9 +155,10 @@ def _make_per_sample_plan(
 def _make_blocked_plan(
     first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, coalesced: int
 ) -> BlockedPlan:
-    """Build a `BlockedPlan`, which assigns each row a place in its adapter's block.
+    """Make a `BlockedPlan`.
 
-    Rows without an adapter fill free places.
+    The plan assigns each row a place in its adapter's block. Rows without an adapter fill free
+    places.
     """
     m, blocks = first.numel(), layout.units // coalesced
     width = coalesced * layout.unit
@@ -216,7 +217,10 @@ def linear(
     pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
-    """Return the output ``[M, N]`` of a linear layer plus the update of each row's adapter."""
+    """Return the output ``[M, N]`` of a linear layer with packed adapters.
+
+    Each row gets the update of its own adapter.
+    """
     if isinstance(plan, BlockedPlan) and plan.exact:
         gathered, s = arrange_and_shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
@@ -229,7 +233,10 @@ def linear(
 def add_(
     y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: PackedLayerFactors, plan: Plan
 ) -> torch.Tensor:
-    """Add the update of each row's own adapter to ``y [M, N]`` in place, and return y."""
+    """Add the packed adapters' updates to ``y [M, N]`` in place, and return y.
+
+    Each row gets the update of its own adapter.
+    """
     _, s = arrange_and_shrink(x, pack, plan)
     if isinstance(plan, DensePlan):
         # [M, rank rows] x [rank rows, N]

@@ -30,7 +30,9 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductLimits:
-    """Size limits that decide whether and how products in an emulated dtype are computed in fp32.
+    """The size limits for computing products in fp32.
+
+    They decide whether and how products in an emulated dtype are computed in fp32.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -80,7 +82,10 @@ EMULATED = _emulated_dtypes()
 
 
 def computes_in_fp32(*operands: torch.Tensor) -> bool:
-    """Return whether this module computes a product of the given operands in fp32."""
+    """Return whether the product of the given operands is computed in fp32.
+
+    This applies to the products of this module.
+    """
     first = operands[0]
     return (
         first.dtype in EMULATED
@@ -158,7 +163,10 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether ``a`` has so few rows that PyTorch's own ``a @ b`` is as fast as in fp32."""
+    """Return whether PyTorch's own ``a @ b`` is as fast as in fp32.
+
+    This is the case if ``a`` has few rows.
+    """
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few

@@ -17,9 +17,10 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def column_sums(dy: torch.Tensor) -> torch.Tensor:
-    """Return the column sums of ``dy [M, N]``, in fp32 (fp64 for an fp64 dy).
+    """Return the column sums of ``dy [M, N]``.
 
-    In a 16-bit dtype, the scaled sums could overflow and would be rounded a second time.
+    They are in fp32 (fp64 for an fp64 dy). In a 16-bit dtype, the scaled sums could overflow and
+    would be rounded a second time.
     """
     return dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.factors import AdapterOperands, Base
-from fastlora.ops.layout import padded_rank
+from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference
 from fastlora.validation import check_dropout_dtype
@@ -48,8 +48,10 @@ def expand_operands(
     return AdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
-class _AdapterRows(NamedTuple):
-    """The positions of one adapter's rows, and of the adapter's part of s and ds.
+class _AdapterPositions(NamedTuple):
+    """The positions of one adapter's rows.
+
+    The position of the adapter's part of s and ds is included.
 
     Attributes:
         place: Index of the adapter in the operands.
@@ -68,15 +70,16 @@ class _AdapterRows(NamedTuple):
         return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
-def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
-    """Return a list of `_AdapterRows`, one per adapter in the batch, in slot order.
+def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_AdapterPositions]:
+    """Return a list of the positions of each adapter's rows.
 
-    Adapters without rows and adapters of rank 0 are omitted.
+    It contains one `_AdapterPositions` per adapter in the batch, in slot order. Adapters without
+    rows and adapters of rank 0 are omitted.
     """
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
-    found, end = list[_AdapterRows](), 0
+    found, end = list[_AdapterPositions](), 0
     for slot, start, stop in rows.segments:
         place = place_of.get(slot)
         if place is None:
@@ -84,7 +87,7 @@ def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
         rank = downs[place].shape[0] if downs else ups[place].shape[1]
         if rank:
             first, end = end, end + (stop - start) * rank
-            found.append(_AdapterRows(place, slice(start, stop), rank, slice(first, end)))
+            found.append(_AdapterPositions(place, slice(start, stop), rank, slice(first, end)))
     return found
 
 
@@ -130,10 +133,10 @@ def _add_adapter_updates(
 
     Rows are sorted.
     """
-    made, drops, shares = s is None, operands.seeds is not None, _adapter_rows(operands, rows)
+    made, drops, shares = s is None, operands.seeds is not None, _adapter_positions(operands, rows)
     if s is None:
         s = x.new_empty(shares[-1].own.stop if shares else 0)
-    by_rank: dict[int, list[_AdapterRows]] = {}
+    by_rank: dict[int, list[_AdapterPositions]] = {}
     for share in shares:
         # A dropout mask belongs to the rows of one adapter, so adapters with dropout run one by
         # one.
@@ -141,7 +144,7 @@ def _add_adapter_updates(
         by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
     for group in by_rank.values():
         if len(group) >= _BATCHED_SHARES:
-            _add_batched(y, x, operands, group, s)
+            _add_batched_same_rank(y, x, operands, group, s)
             continue
         for share in group:
             place, at = share.place, share.at
@@ -156,16 +159,16 @@ def _add_adapter_updates(
     return s
 
 
-def _add_batched(
+def _add_batched_same_rank(
     y: torch.Tensor,
     x: torch.Tensor,
     operands: AdapterOperands,
-    group: list[_AdapterRows],
+    group: list[_AdapterPositions],
     s: torch.Tensor,
 ) -> None:
-    """Add the updates of adapters of the same rank to y in place, with two batched products.
+    """Add the updates of adapters of the same rank to y in place, with batched products.
 
-    The products use stacked factors. The adapters' parts of s are written too.
+    The two products use stacked factors. The adapters' parts of s are written too.
 
     If an adapter has fewer rows than another one in the group, its first row fills the free places,
     and the results there are discarded. No adapter is multiplied with the rows of another one.
@@ -194,12 +197,11 @@ def _add_batched(
 def _padded_gather_indices(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple of indices that gather G spans of rows into a padded batch ``[G, C]``.
+    """Return the indices that gather G spans of rows into a padded batch ``[G, C]``.
 
-    C is the length of the longest span.
-
-    The tuple contains the row at each place, ``[G * C]``, where the first row of a span fills its
-    free places; the places that are not filled this way; and the rows at those places.
+    C is the length of the longest span. The indices are the row at each place, ``[G * C]``, where
+    the first row of a span fills its free places; the places that are not filled this way; and the
+    rows at these places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
@@ -211,8 +213,8 @@ def _padded_gather_indices(
         places += range(index * longest, index * longest + len(own))
         targets += own
     with torch.inference_mode(False):
-        found = [torch.tensor(values, device=device) for values in (rows, places, targets)]
-        return found[0], found[1], found[2]
+        tensors = [torch.tensor(values, device=device) for values in (rows, places, targets)]
+    return tensors[0], tensors[1], tensors[2]
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
@@ -220,10 +222,12 @@ def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> to
 
     The rows of x may be in any order. Those of s are sorted.
     """
-    columns = padded_rank(max(a.shape[0] for operands in layers for a in operands.lora_a))
+    columns = rank_to_multiple_of_16(
+        max(a.shape[0] for operands in layers for a in operands.lora_a)
+    )
     s, x = x.new_zeros(len(layers), x.shape[0], columns), rows.sorted(x)
     for own, operands in zip(s, layers, strict=True):
-        for share in _adapter_rows(operands, rows):
+        for share in _adapter_positions(operands, rows):
             mine = _apply_dropout(x[share.at], operands, share.place)
             share.part(own).copy_(reference.lora_shrink(mine, operands.lora_a[share.place]))
     return s
@@ -247,7 +251,7 @@ def grad_b(
     ds, count = torch.zeros_like(s), len(operands.lora_b)
     d_lora_b: list[torch.Tensor | None] = [None] * count
     d_lora_bias: list[torch.Tensor | None] = [None] * count
-    for share in _adapter_rows(operands, rows):
+    for share in _adapter_positions(operands, rows):
         place = share.place
         lora_b, lora_bias = operands.lora_b[place], operands.lora_bias[place]
         own, scaling = dy[share.at], operands.scaling[place]
@@ -275,7 +279,7 @@ def grad_x(
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[1])
     else:
         dx = products.mm(dy, reference.cast(weight, dy.dtype))
-    for share in _adapter_rows(operands, rows):
+    for share in _adapter_positions(operands, rows):
         place, at, own = share.place, share.at, share.part(ds)
         factor = operands.lora_a[place].to(ds.dtype)
         if operands.seeds is None or not operands.dropout_p[place]:
@@ -302,7 +306,7 @@ def grad_a(
     for inner, operands in zip(ds, layers, strict=True):
         first = len(found)
         found += [None] * len(operands.lora_a)
-        for share in _adapter_rows(operands, rows):
+        for share in _adapter_positions(operands, rows):
             place = share.place
             if wants[first + place]:
                 rows_of_it = _apply_dropout(x[share.at], operands, place)

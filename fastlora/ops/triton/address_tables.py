@@ -19,10 +19,10 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return tables of each slot's dropout seed, threshold, and scale.
+    """Return the dropout tables that kernels read, or None if there are no seeds.
 
-    The result is None if there are no seeds. ``seeds`` is int64 ``[S]`` on the device, or None if
-    there is no dropout. ``dropout_p`` lists the probability of each slot.
+    The tables contain the seed, threshold, and scale of each slot. ``seeds`` is int64 ``[S]`` on
+    the device, or None if there is no dropout. ``dropout_p`` lists the probability of each slot.
     """
     if seeds is None:
         return None
@@ -83,9 +83,10 @@ def lora_b_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> R
 
 
 def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
-    """Return the factors as contiguous tensors aligned to 16 bytes, as kernels require.
+    """Return the factors as tensors that are aligned as kernels require.
 
-    The caller must keep the result until the launch, which receives only the addresses.
+    The tensors are contiguous and aligned to 16 bytes. The caller must keep the result until the
+    launch, which receives only the addresses.
     """
     return [
         t
@@ -102,9 +103,10 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Sum each adapter's ranks over adjacent modules, and return the largest sum.
+    """Return the largest sum of an adapter's ranks over modules.
 
-    ``modules`` modules are adjacent. The rank on each module is rounded up to a multiple of 4.
+    Each sum is over ``modules`` adjacent modules. The rank on each module is rounded up to a
+    multiple of 4.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules * slots)

@@ -44,7 +44,7 @@ from fastlora.quantized_tensor import QuantizedData
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
-_GradB = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_DsGradBColumnSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # ------------------------------------------------------------------------------------ operators
 
@@ -58,8 +58,8 @@ def grad_b(
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
-) -> _GradB:
-    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
+) -> _DsGradBColumnSums:
+    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
 
     The column sums are computed only for one slot.
     """
@@ -111,7 +111,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of the lora_a gradients, or a list of one buffer that contains them all.
+    """Return the lora_a gradients.
 
     If one slot has all rows, the list contains one tensor per module. Otherwise it contains one
     buffer with the gradients of all modules and slots.
@@ -129,10 +129,10 @@ def grouped_gradients(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | QuantizedData | None,
 ) -> list[torch.Tensor | None]:
-    """Return a list of a shared-input group's gradients; see `Backend.grouped_gradients`.
+    """Return a list of the gradients of a shared-input group.
 
-    ``tensors`` are the dy of each module, the operands, and s. The modules' products accumulate one
-    after the other into a single dx.
+    See `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s. The
+    modules' products accumulate one after the other into a single dx.
     """
     count: int = len(dropout_p)
     each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
@@ -194,8 +194,8 @@ def _grad_b_one_adapter(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
     with_bias: bool,
-) -> _GradB:
-    """Return a tuple (ds, gradient of lora_b, column sums of dy) for one adapter.
+) -> _DsGradBColumnSums:
+    """Return ds, the gradient of lora_b, and the column sums of dy for one adapter.
 
     If partial sums of ds would cost more than another read of dy, a library product computes ds.
     """
@@ -344,7 +344,10 @@ def _grad_a_of_group(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return the lora_a gradients of up to `MAX_GROUP_SIZE` modules, in the given dtypes."""
+    """Return the lora_a gradients of a group of modules, in the given dtypes.
+
+    The group has up to `MAX_GROUP_SIZE` modules.
+    """
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), group_size=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
@@ -369,10 +372,11 @@ def _mixed_grad_b(
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
-) -> _GradB:
-    """Return the result of `grad_b` for a mixed batch.
+) -> _DsGradBColumnSums:
+    """Return ds and the gradients of lora_b and lora_bias for a mixed batch.
 
-    One launch reads dy and writes partial sums, and a second launch adds them.
+    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch
+    adds them.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)

@@ -47,12 +47,15 @@ def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     rows: Sequence[torch.Tensor],
-    scale_address: torch.Tensor,
+    dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Apply the DoRA scales to the rows of y that belong to DoRA adapters, in place."""
+    """Scale the rows of y by their adapters' DoRA scales, in place.
+
+    Only rows of DoRA adapters are changed.
+    """
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
-        *(y, whole_bias, rows, scale_address[index]),
+        *(y, whole_bias, rows, dora_scale_address[index]),
         config=config_of("mixed_dora_scale", y, *y.shape),
     )

@@ -46,9 +46,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters, and return a list that starts with the output y.
+    """Compute a linear layer with adapters.
 
-    Unless s is given, the list also contains the shrink output s.
+    Returns a list that starts with the output y. Unless s is given, the list also contains the
+    shrink output s.
     """
     if not rows:
         lora_a, lora_b, _ = factors
@@ -87,9 +88,10 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer for a mixed batch, and return a list that starts with the output y.
+    """Compute a linear layer for a mixed batch.
 
-    If s is not given and ``shrink_range`` is, the list also contains s for these modules.
+    Returns a list that starts with the output y. If s is not given and ``shrink_range`` is, the
+    list also contains s for these modules.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
@@ -119,11 +121,11 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return the outputs of 2 to 4 modules that share x and have adjacent table rows.
+    """Return the outputs of a shared-input group for a mixed batch.
 
-    The outputs are computed by two launches, a shrink and a linear. If many adapters may share a
-    row tile, they are computed by library products, a shrink, and an expand instead. Quantized
-    weights must all be of one kind.
+    The group has 2 to 4 modules with adjacent table rows. The outputs are computed by two launches,
+    a shrink and a linear. If many adapters may share a row tile, they are computed by library
+    products, a shrink, and an expand instead. Quantized weights must all be of one kind.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
@@ -137,10 +139,10 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Return a list of a shared-input group's outputs; see `Backend.grouped_forward`.
+    """Return a list of the outputs of a shared-input group.
 
-    Under dropout, or if a tensor's layout is not supported in a shared launch, each module has its
-    own launches.
+    See `Backend.grouped_forward`. Under dropout, or if a tensor's layout is not supported in a
+    shared launch, each module has its own launches.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -167,9 +169,10 @@ def linear_one_adapter(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with one adapter, and return a list that starts with the output y.
+    """Compute a linear layer with one adapter.
 
-    Unless s is given, the list also contains the shrink output s.
+    Returns a list that starts with the output y. Unless s is given, the list also contains the
+    shrink output s.
     """
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _grouped_linear(x, *own, seed, dropout_p, plan, with_s=s is None)
@@ -323,7 +326,10 @@ def _plan_and_base_products(
 
 
 def _linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the name of the fused launch for a dense or quantized weight."""
+    """Return the name of the linear launch for a dense or quantized weight.
+
+    This is the fused launch.
+    """
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
 
@@ -339,9 +345,9 @@ def _mixed_grouped_linear(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Compute all modules for a mixed batch in one launch, and return a list of the outputs.
+    """Compute a group of modules for a mixed batch, and return a list of the outputs.
 
-    ``plan`` and ``ys`` are from `_plan_and_base_products`.
+    One launch computes all modules. ``plan`` and ``ys`` are from `_plan_and_base_products`.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     """

@@ -15,20 +15,20 @@ def rows_for_address_tables(rows: Rows, batch_invariant: bool = False) -> list[t
     """Return the tensors for the ``rows`` argument of operators that read address tables."""
     from fastlora.kernels.configs import piece_rows
 
-    return [*rows.operator_arguments(), rows.pieces(piece_rows(rows.m, batch_invariant))]
+    return [*rows.operator_arguments(), rows.piece_starts(piece_rows(rows.m, batch_invariant))]
 
 
 def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that receive lists of factors.
 
-    For operators that work on runs, use `rows_for_gradients`.
+    For operators that work on runs, use `gradient_rows_and_run_length`.
     """
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
-    return [*rows.operator_arguments(), rows.pieces(TRAIN_PIECE_ROWS)]
+    return [*rows.operator_arguments(), rows.piece_starts(TRAIN_PIECE_ROWS)]
 
 
-def rows_for_gradients(
+def gradient_rows_and_run_length(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
     """Return a tuple (tensors for the ``rows`` argument of a gradient operator, rows per run).
@@ -45,4 +45,4 @@ def rows_for_gradients(
     config = configs.choose(chip, launch, dtype, input_precision=fp32_precision(dtype))
     programs = configs.cdiv(columns, config.block_n or config.block_k)
     run = configs.run_rows(chip, rows.m, programs, config.block_m)
-    return [*rows.operator_arguments(), rows.pieces(run)], run
+    return [*rows.operator_arguments(), rows.piece_starts(run)], run

@@ -14,7 +14,7 @@ from fastlora.kernels import lora_shrink, plane_sums
 from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.ops.factors import AddressTables, Factor, replace_missing_with_empty
-from fastlora.ops.layout import padded_rank, shrink_partials_shape
+from fastlora.ops.layout import rank_to_multiple_of_16, shrink_partials_shape
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
@@ -49,9 +49,10 @@ def shrink(
 def shrink_one_adapter(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
-    """Return s ``[M, R]`` for one adapter, with the columns of all modules side by side.
+    """Return the shrink output s ``[M, R]`` for one adapter.
 
-    If the shrink splits K, a second launch adds the partial sums.
+    The columns of all modules are side by side. If the shrink splits K, a second launch adds the
+    partial sums.
     """
     s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
@@ -66,13 +67,13 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (s ``[M, R]``, kernel output: s itself or the partial sums of s).
+    """Shrink x with one adapter, and return s ``[M, R]`` with its split-K partial sums.
 
     The modules are side by side in s.
 
-    The output is s itself, or split-K partial sums. In the latter case s is uninitialized, and the
-    next launch adds the partial sums and stores the result in s. Each partial sum has M rows. In
-    the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
+    The second item is s itself, or split-K partial sums. In the latter case s is uninitialized, and
+    the next launch adds the partial sums and stores the result in s. Each partial sum has M rows.
+    In the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
     because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
@@ -112,9 +113,9 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Compute the shrink output s ``[G, M, R]`` of a mixed batch.
+    """Return the shrink output s ``[G, M, R]`` of a mixed batch.
 
-    Returns a tuple of s and whether one launch computed it. Dropout requires one module.
+    The result is a tuple of s and whether one launch computed it. Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)
@@ -122,7 +123,7 @@ def mixed_shrink(
     columns = max_summed_rank(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]
-    s = x.new_empty(modules, m, padded_rank(down.largest))
+    s = x.new_empty(modules, m, rank_to_multiple_of_16(down.largest))
     partials = s.unsqueeze(0)
     if splits > 1:
         partials = x.new_empty(splits, *s.shape, dtype=torch.float32)

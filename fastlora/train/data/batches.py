@@ -28,16 +28,20 @@ def hash_seed(*parts: object, nbytes: int = 7) -> int:
 
 
 class SampleRef(NamedTuple):
-    """A sample in a batch, identified by an adapter name and an index into the adapter's data."""
+    """A reference to one sample: an adapter name and an index.
+
+    It identifies a sample in a batch by its index in the adapter's data.
+    """
 
     adapter: str
     sample: int
 
 
 class SampleOrder:
-    """The order of a run's samples, which determines the samples of each step.
+    """The order in which the steps of a run use its samples.
 
-    In every epoch, the data of all adapters is shuffled together.
+    The order determines the samples of each step. In every epoch, the data of all adapters is
+    shuffled together.
 
     Args:
         sizes: Dict that maps each adapter to its number of samples.
@@ -81,7 +85,10 @@ class SampleOrder:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _shuffled_indices(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` sample indices from the shuffled epochs, from position ``first`` on."""
+        """Return ``count`` shuffled sample indices, from position ``first`` on.
+
+        The position is in the sequence of all shuffled epochs.
+        """
         parts = []
         while count:
             epoch, at = divmod(first, self.total)
@@ -100,16 +107,19 @@ class SampleOrder:
 def sorted_micro_batches(
     rows: Sequence[SampleRef], corpora: Mapping[str, TokenizedCorpus], size: int
 ) -> list[list[SampleRef]]:
-    """Sort the samples of a step by length, and split them into lists of ``size`` samples.
+    """Sort the samples of a step by length, and split them into micro-batches.
 
-    Each list is the input of one forward pass. Sorting reduces the padding.
+    A micro-batch is a list of ``size`` samples. Each list is the input of one forward pass. Sorting
+    reduces the padding.
     """
     ordered = sorted(rows, key=lambda row: -corpora[row.adapter].num_tokens(row.sample))
     return [list(ordered[at : at + size]) for at in range(0, len(ordered), size)]
 
 
 class TrainBatch(NamedTuple):
-    """The inputs and labels of one forward pass of training.
+    """A batch of training samples, with the adapter of each.
+
+    It contains the inputs and labels of one forward pass.
 
     Attributes:
         adapters: The adapter of each of the B samples.

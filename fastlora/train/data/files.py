@@ -24,14 +24,15 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
-    """The training or evaluation data is invalid.
+    """The data of a run is invalid.
 
-    A data file is missing or empty, or contains an invalid row.
+    This applies to training and evaluation data. A data file is missing or empty, or contains an
+    invalid row.
     """
 
 
 class SampleSource(NamedTuple):
-    """The source of a sample.
+    """The source of a sample: its file and its place in the file.
 
     Attributes:
         path: The file, or the folder of a `datasets` dataset.
@@ -144,7 +145,10 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
 
 
 def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleSource, Any]]:
-    """Parse a CSV or TSV text with column names in the first line, and return its rows."""
+    """Parse delimiter-separated text, and return its rows with their sources.
+
+    It is a CSV or TSV text with column names in the first line.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[SampleSource, Any]] = []

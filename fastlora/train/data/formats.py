@@ -58,7 +58,9 @@ COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required,
 
 
 class TrainingSample(NamedTuple):
-    """A text or a chat to train on.
+    """A sample to train on.
+
+    It is a text or a chat.
 
     Attributes:
         source: Source of the sample.
@@ -76,7 +78,7 @@ class TrainingSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample consists of messages."""
+        """Whether the sample is a chat rather than a text."""
         return isinstance(self.text, list)
 
 
@@ -103,7 +105,7 @@ class DataOptions:
     packing: str | None = None
 
 
-class FileSamples(NamedTuple):
+class SamplesOfFiles(NamedTuple):
     """The samples of several files.
 
     Attributes:
@@ -119,7 +121,7 @@ class FileSamples(NamedTuple):
     notes: list[str]
 
 
-def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> FileSamples:
+def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesOfFiles:
     """Read the samples of several files.
 
     Args:
@@ -153,7 +155,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> F
             samples.append(_row_to_sample(name, values, options.chat))
         formats.append(name)
         notes.append(_describe_file_format(path, name, names, columns))
-    return FileSamples(samples, digest.hexdigest(), formats, notes)
+    return SamplesOfFiles(samples, digest.hexdigest(), formats, notes)
 
 
 def single_message_chat(role: str, text: str) -> Messages:
@@ -267,7 +269,10 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> Training
 
 
 class _RowValues:
-    """Reads and validates the values of a row, using the column names in `FORMATS`."""
+    """The values of a row, which are validated when they are read.
+
+    Columns are named as in `FORMATS`.
+    """
 
     def __init__(
         self, source: SampleSource, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
@@ -315,8 +320,11 @@ class _RowValues:
         return value
 
     def get_messages(self, column: str) -> Messages:
-        """Return the chat in a column as a list of messages with ``role`` and ``content``."""
-        value = self._get_value(column)
+        """Return the chat in a column as a list of messages.
+
+        Each message has ``role`` and ``content``.
+        """
+        value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:
             raise self._value_error(
                 column, f"expected a list of messages, got {quoted_excerpt(value)}"
@@ -328,14 +336,14 @@ class _RowValues:
     def get_chat_template_kwargs(self) -> dict[str, Any]:
         """Return a dict of the row's additional arguments for the chat template."""
         found: dict[str, Any] = {}
-        if "tools" in self._names and (tools := self._get_value("tools")) is not None:
+        if "tools" in self._names and (tools := self._get_parsed_value("tools")) is not None:
             if not isinstance(tools, list):
                 raise self._value_error(
                     "tools", f"expected a list of tools, got {quoted_excerpt(tools)}"
                 )
             found["tools"] = tools
         if "chat_template_kwargs" in self._names:
-            more = self._get_value("chat_template_kwargs")
+            more = self._get_parsed_value("chat_template_kwargs")
             if more is not None and not isinstance(more, dict):
                 raise self._value_error(
                     "chat_template_kwargs", f"expected an object, got {quoted_excerpt(more)}"
@@ -343,8 +351,11 @@ class _RowValues:
             found |= more or {}
         return found
 
-    def _get_value(self, column: str) -> Any:
-        """Return the value in a column. Text cells and ``tools`` are parsed as JSON."""
+    def _get_parsed_value(self, column: str) -> Any:
+        """Return the value in a column, parsed if necessary.
+
+        Text cells and ``tools`` are parsed as JSON.
+        """
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):
             return parse_json(self._cell_location(column), value) if value else None

@@ -38,7 +38,9 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """The tokenized samples of one adapter.
+    """Tokenized samples, with their loss masks.
+
+    Each adapter has its own corpus.
 
     Attributes:
         ids: Tokens of all samples, int32.
@@ -94,13 +96,17 @@ class TokenizedCorpus:
         return self._counted[index]
 
     def token_ids(self, index: int) -> torch.Tensor:
-        """Return the token ids of a sample as an int64 tensor."""
+        """Return the token ids of a sample as a tensor.
+
+        The dtype is int64.
+        """
         return self.ids[self._span(index)].long()
 
     def labels(self, index: int, ignore_index: int) -> torch.Tensor:
-        """Return the labels of a sample as an int64 tensor.
+        """Return the labels of a sample as a tensor.
 
-        Tokens that do not contribute to the loss have the label ``ignore_index``.
+        The dtype is int64. Tokens that do not contribute to the loss have the label
+        ``ignore_index``.
         """
         span = self._span(index)
         return torch.where(self.counts[span], self.ids[span].long(), ignore_index)
@@ -165,7 +171,7 @@ def tokenize_files(
     """
     options = options or DataOptions()
     samples, digest, formats, notes = read_samples(paths, options)
-    _check_samples_and_chat_template(samples, tokenizer, options)
+    _check_compatible_with_options(samples, tokenizer, options)
     splits = options.packing in ("bfd_split", "wrapped")  # these packings split long samples
     documents: list[_TokenizedDocument] = []
     cut = parted = 0
@@ -286,7 +292,7 @@ def _corpus_from_rows(
     )
 
 
-def _check_samples_and_chat_template(
+def _check_compatible_with_options(
     samples: Sequence[TrainingSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> None:
     """Raise `DataError` if the samples or the chat template are incompatible with the options."""

@@ -80,7 +80,7 @@ class Batch:
         for mine, other in zip(rows.operator_arguments(), fresh.operator_arguments(), strict=True):
             mine.copy_(other)
         for block_m, starts in rows._pieces.items():
-            starts.copy_(fresh.pieces(block_m))
+            starts.copy_(fresh.piece_starts(block_m))
 
     def rows_of(self, *slots: int) -> list[int]:
         """Rows that use one of some slots."""
@@ -276,7 +276,7 @@ class MixedProblem(Batch):
             "x": self.x,
             "weights": [self.weights[g]],
             "biases": [self.biases[g]],
-            "rows": [*self.groups.operator_arguments(), self.groups.pieces(config.block_m)],
+            "rows": [*self.groups.operator_arguments(), self.groups.piece_starts(config.block_m)],
             "up": self.up(*self.tables(g)),
             "config": config,
             "pdl": False,
