@@ -51,6 +51,7 @@ TESTS = {
     ),
     "fastlora/routing/caches.py": (
         "tests/routing/test_cached_adapter_sets.py",
+        "tests/routing/test_in_force.py",
         *_BLOCKS,
         "tests/ops/test_packed.py",
         _CONFORMANCE,

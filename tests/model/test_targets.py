@@ -287,11 +287,12 @@ def test_modules_to_save_that_do_not_exist() -> None:
 
 
 def test_mamba_modules_that_are_never_called() -> None:
-    model = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(2, 2)})})
+    mixers = {name: nn.ModuleDict({"out_proj": nn.Linear(2, 2)}) for name in ("first", "last")}
+    model = nn.ModuleDict(mixers)
     config = LoraConfig(target_modules=["out_proj"])
-    assert find_targets(model, config) == ["mixer.out_proj"]
+    assert find_targets(model, config) == ["first.out_proj", "last.out_proj"]
     model.config = transformers.MambaConfig()
-    with pytest.raises(UnsupportedLayerError, match="out_proj"):
+    with pytest.raises(UnsupportedLayerError, match="^first.out_proj is never called"):
         find_targets(model, config)
 
 
@@ -356,10 +357,23 @@ def test_all_linear_says_which_layers_it_leaves_out() -> None:
         assert said is None or said in messages[0]
 
 
+def test_all_linear_says_why_it_leaves_out_the_layer_that_it_names() -> None:
+    layers = {"attn": Attention(), "out": nn.Linear(4, 4), "head": nn.Linear(4, 4)}
+    first = LoraConfig(target_modules=["out"], modules_to_save=["attn", "head"])
+    base = get_peft_model(nn.ModuleDict(layers), first).base_model.model
+    expected = "leaves out 'attn.q_proj' and 2 more: it is inside 'attn', a module"
+    with pytest.warns(UserWarning, match=expected):
+        find_targets(base, LoraConfig(target_modules="all-linear"))
+
+
 def test_what_other_adapters_own_copies_of_is_no_target() -> None:
     first = LoraConfig(target_modules=["up"], modules_to_save=["my_head", "attn"])
     base = get_peft_model(Tower(), first).base_model.model
-    for name, where in (("my_head", "is"), ("layers.0.attn.q_proj", "is inside 'layers.0.attn',")):
+    for name, where in (
+        ("my_head", "is"),
+        ("layers.0.attn.q_proj", "is inside 'layers.0.attn',"),
+        ("blocks.0.attn.q_proj", "is inside 'blocks.0.attn',"),
+    ):
         with pytest.raises(UnsupportedLayerError, match=f"{name}' {where} a module that adapters"):
             find_targets(base, LoraConfig(target_modules=[name]))
     below = LoraConfig(target_modules=["up"], modules_to_save=["attn.q_proj"])

@@ -137,6 +137,23 @@ def test_pieces_are_made_when_they_are_asked_for_and_cached() -> None:
     assert torch.equal(in_a_graph.piece_starts(4), first)
 
 
+def test_pieces_are_made_with_rows_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch makes both if there are more ids than a kernel sorts."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastlora.kernels.configs import piece_rows
+    from fastlora.kernels.mixed_rows_sort import MAX_IDS
+
+    m = MAX_IDS + 1
+    ids, block_m = torch.arange(m) % 3, piece_rows(m)
+    plain = sort_rows(ids, m, 3)
+    monkeypatch.setattr("fastlora.ops.rows.auto_selects_kernels", lambda device: True)
+    rows = sort_rows(ids, m, 3)
+    assert rows._pieces is not None and list(rows._pieces) == [block_m]
+    assert rows.piece_starts(block_m) is rows._pieces[block_m]
+    assert torch.equal(rows.piece_starts(block_m), plain.piece_starts(block_m))
+    assert torch.equal(rows.order, plain.order)
+
+
 def test_rows_are_told_apart_by_identity() -> None:
     """Plans are kept by rows, whose tensors say nothing as a key."""
     ids = torch.tensor([1, 0, 1])

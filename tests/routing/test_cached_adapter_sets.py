@@ -7,7 +7,7 @@ import weakref
 import torch
 
 from fastlora.ops.torch.packed_choice import BatchKind
-from fastlora.routing.caches import AdapterSetCache, PackedAdapterSet
+from fastlora.routing.caches import AdapterSetCache, PackedAdapterSet, cuda_stream_handle
 from fastlora.weights_version import weights_versions
 
 
@@ -54,6 +54,11 @@ def test_a_clear_ends_what_open_blocks_keep() -> None:
     cache.clear()
     assert not known.has_current_weights_version
     assert cache.get(("a",), True) is not known
+
+
+def test_devices_without_streams_have_the_handle_zero() -> None:
+    for name in ("cpu", "meta", "xpu"):
+        assert cuda_stream_handle(torch.device(name)) == 0
 
 
 def test_what_a_graph_reads_stays_in_memory_until_it_is_unpinned() -> None:

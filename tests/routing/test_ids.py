@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -46,6 +48,16 @@ def test_slots_that_are_empty_raise() -> None:
     for wrong in (1, 3, -2):
         with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* 0 to 2 .*'a', 'b'"):
             check_slots_on_cpu(torch.tensor([0, wrong]), slots)
+
+
+def test_messages_have_twenty_names() -> None:
+    """A model may have any number of adapters."""
+    names = [f"n{index:02}" for index in range(25)]
+    shown = re.escape(f"adapters {names[:20]}") + "$"
+    with pytest.raises(AdapterNotFoundError, match=shown):
+        check_slots_on_cpu(torch.tensor([25]), names)
+    with pytest.raises(AdapterNotFoundError, match=shown.replace("adapters", "adapters are")):
+        names_and_slots(names, ["other"])
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,18 @@ def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
                 routing.group.unchecked.check()
 
 
+def test_ids_are_checked_where_the_host_reads_rows() -> None:
+    cpu = torch.device("cpu")
+    with adapters(_model(), ["a", "b"]):
+        (routing,) = active.active_routings()
+    for ids, invalid in (([0, 1], False), ([0, -2], True)):
+        routing = dataclasses.replace(routing, ids=torch.tensor(ids), cache=PerBlockCache())
+        routing.sorted_rows(4, cpu)
+        wrong = pytest.raises(AdapterNotFoundError, match="^an adapter id is out of range")
+        with wrong if invalid else nullcontext():
+            routing.sorted_rows(4, cpu, host=True)
+
+
 def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,6 +131,15 @@ def test_an_expert_raises_where_rows_are_not_followed(
     wrong = pytest.raises(UnsupportedLayerError, match="layer '0' looks like an expert")
     with wrong if raises else nullcontext():
         routing.check_gets_all_rows(layer, torch.ones(2, D), compiling)
+
+
+def test_rows_are_followed_until_every_layer_has_run() -> None:
+    model, x = _model(), torch.ones(2, D)
+    assert not active.is_tracking_rows()
+    for followed in (True, False):
+        with torch.no_grad(), adapters(model, ["a", "b"]):
+            assert active.is_tracking_rows() is followed
+            model(x)
 
 
 def test_no_block_begins_over_merged_weights() -> None:

@@ -36,6 +36,10 @@ KINDS: dict[str, tuple[Make, RowOrigin]] = {
     # Rows that an index picks.
     "exchanged": (lambda x, n: x[EXCHANGED], RowOrigin.CHOSEN),
     "exchanged twice": (lambda x, n: x[EXCHANGED][EXCHANGED], RowOrigin.EVEN),
+    "exchanged twice, plus a table": (
+        lambda x, n: x[EXCHANGED][EXCHANGED] + TABLE,
+        RowOrigin.EVEN,
+    ),
     "mixed, in another dtype, and back": (
         lambda x, n: x.view(8, D)[MIXED].double()[BACK],
         RowOrigin.EVEN,
@@ -57,6 +61,7 @@ KINDS: dict[str, tuple[Make, RowOrigin]] = {
         RowOrigin.CHOSEN,
     ),
     "within samples": (lambda x, n: x[:, n[0]], RowOrigin.ROWS),
+    "selected within samples": (lambda x, n: x.index_select(-2, n[0]), RowOrigin.ROWS),
     "gathered within samples": (lambda x, n: x[..., 0].gather(1, n), RowOrigin.ROWS),
     "gathered samples": (
         lambda x, n: x.gather(0, EXCHANGED.view(2, 1, 1).expand(2, 4, D)),
@@ -72,6 +77,7 @@ KINDS: dict[str, tuple[Make, RowOrigin]] = {
         RowOrigin.CHOSEN,
     ),
     "the largest of each sample": (lambda x, n: x[..., 0].topk(2)[0], RowOrigin.ROWS),
+    "the largest of a single number": (lambda x, n: x.sum().topk(1)[0], RowOrigin.ROWS),
     # Rows of a table, which the batch's numbers pick.
     "looked up": (lambda x, n: functional.embedding(n, TABLE), RowOrigin.ROWS),
     "looked up by exchanged numbers": (lambda x, n: TABLE[n[EXCHANGED]], RowOrigin.CHOSEN),
@@ -193,6 +199,18 @@ def test_rows_that_are_put_over_others(operator: str) -> None:
     assert _kind(make) is kind
 
 
+def test_the_inverse_of_another_index_does_not_restore_the_order() -> None:
+    def make(first: torch.Tensor, second: torch.Tensor) -> Make:
+        return lambda x, n: x.view(8, D)[first][second.argsort()]
+
+    for first, second, kind in (
+        (MIXED, MIXED, RowOrigin.ROWS),
+        (MIXED, BACK, RowOrigin.CHOSEN),
+        (BACK, MIXED, RowOrigin.CHOSEN),
+    ):
+        assert _kind(make(first, second)) is kind
+
+
 # By their operators, the argument that brings the rows: the others come from the batch as well.
 ROWS_FROM = {
     aten.mm: 0,
@@ -275,3 +293,14 @@ def test_marks_of_storages_that_are_gone_are_dropped() -> None:
     assert known.facts_of(kept).kind is RowOrigin.CHOSEN
     known.put(kept, ROWS)
     assert known.facts_of(kept).kind is RowOrigin.ROWS
+
+
+def test_marks_are_searched_again_when_twice_as_many_have_gathered() -> None:
+    """A search visits every mark, so one search per new mark would take quadratic time."""
+    known = RowFactsTable(2)
+    kept = [torch.empty(1) for _ in range(4097)]
+    for tensor in kept:
+        known.put(tensor, RowFacts(RowOrigin.CONSTANT))
+    for _ in range(50):
+        known.put(torch.empty(1), RowFacts(RowOrigin.CONSTANT))
+    assert len(known._by_storage) == 4097 + 50
