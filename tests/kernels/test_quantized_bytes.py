@@ -32,7 +32,10 @@ def test_as_many_programs_as_over_a_matrix(chip: Chip, launch: str) -> None:
     for n, k in SIZES:
         for m in (1, 16, 17, 64):
             own = programs(chip, f"coded_{launch}", m, n, k, 16)
-            assert own >= programs(chip, launch, m, n, k, 16), (m, n, k)
+            # Over a matrix, bandwidths choose the tile. Over codes, it must fill the chip: three
+            # quarters of the processors get a program.
+            enough = min(programs(chip, launch, m, n, k, 16), cdiv(3 * chip.num_sms, 4))
+            assert own >= enough, (m, n, k)
 
 
 if triton_interpreted():

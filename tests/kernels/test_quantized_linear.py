@@ -221,7 +221,7 @@ def test_the_batch_invariant_mode_has_one_kernel_over_codes(
         whole = at(problem, "invariant")
         problem.check(whole)
         few = of_tables(lab, "nf4", [row % 3 - 1 for row in range(5)], [[8, 4]], dtype)
-        for name in ("coded", "biases", "factors", "images", "scaling"):
+        for name in ("quantized", "biases", "factors", "images", "scaling"):
             setattr(few, name, getattr(problem, name))
         few.lora_a_address, few.lora_b_address = problem.lora_a_address, problem.lora_b_address
         few.lora_bias_address, few.x = problem.lora_bias_address, problem.x[:5].clone()
