@@ -132,6 +132,22 @@ def expand(
     return Form(loads, {"y": often(e * m * n)}, flops)
 
 
+def summed_expand(sizes: Sizes, config: KernelConfig, ranks: Sequence[int]) -> Form:
+    """Return the traffic of `launch_summed_lora_expand` for modules of these ranks.
+
+    y is written, each s is read once per tile of N, and each lora_b once per tile of M.
+    """
+    m, n, _, _, e, f = sizes
+    loads: Bytes = {}
+    flops = 0
+    for i, r in enumerate(ranks):
+        tiles_m, tiles_n, own = _tiles(sizes._replace(r=r), config, 0, n)
+        loads[f"s_{i}"] = often(e * m * r, tiles_n)
+        loads[f"lora_b_{i}"] = often(f * n * r, tiles_m)
+        flops += own
+    return Form(loads, {"y": often(e * m * n)}, flops)
+
+
 def dropout(sizes: Sizes, config: KernelConfig) -> Form:
     """Return the traffic of `launch_lora_dropout`: x and the result once, the seed per program."""
     m, _, k, _, e, _ = sizes

@@ -99,6 +99,9 @@ def _form(launch: Launch, r: int) -> Form:
         ranks = [given[f"R{mark}"] for mark in _MARKS[: given["NUM_MODULES"]]]
         drops = given["HAS_DROPOUT"]
         return byte_forms.grad_a(sizes._replace(r=max(ranks)), config, ranks, drops)
+    if given.get("NUM_TERMS", 1) > 1:
+        ranks = [given[f"R{mark}"] for mark in _MARKS[: given["NUM_TERMS"]]]
+        return byte_forms.summed_expand(sizes, config, ranks)
     forms = []
     for mark in _MARKS[: given["NUM_MODULES"]]:
         own = sizes._replace(n=given[f"N{mark}"], r=given[f"R{mark}"])

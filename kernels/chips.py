@@ -31,6 +31,26 @@ _IN_FLIGHT = {
     "gfx942": 14_000,
     "gfx950": 25_000,
 }
+# Bytes per second of memory, of the L2 cache, and of the L2 cache to one processor; the number of
+# processors of the card. This project has measured none of these figures. "gpu-benches" stands for
+# the measurements in github.com/te42kyfo/gpu-benches (gpu-l2-cache/*.txt). A processor reads 64
+# bytes per clock from the L2 cache (NVIDIA's white paper on the A100). No figure was found for
+# sm_86, sm_100, and sm_120. On gfx942 and gfx950, each die has its own L2 cache.
+_BANDWIDTHS = {
+    # A100 SXM 80 GB at 1.41 GHz. gpu-benches: 1.7 to 1.9 and 5.4 TB/s. NVIDIA: 2.0 and 7.2 TB/s.
+    "sm_80": (1.8e12, 5.4e12, 90e9, 108),
+    # L40 at 2.5 GHz. gpu-benches: 0.80 to 0.85 and 5.2 TB/s.
+    "sm_89": (0.8e12, 5.2e12, 160e9, 142),
+    # H100 SXM: the assumptions of bench/ceilings.py. gpu-benches: 2.0 and 6.9 TB/s on the PCIe card
+    # with 114 processors, 3.9 and 9.7 TB/s on an H200.
+    "sm_90": (3.0e12, 5.5e12, 108.8e9, 132),
+}
+# Assumed overhead in seconds: of a launch that waits for the one before it, of a programmatic
+# dependent, and of a sum of partial sums inside a kernel, in addition to its loads. The first two
+# are those of bench/ceilings.py. None has been measured.
+_LAUNCH_S = 2.0e-6
+_DEPENDENT_LAUNCH_S = 1.7e-6
+INNER_SUM_S = 1.0e-6
 _FAMILIES = {
     "interpreter": "gfx942",  # widest fp32 tiles: few operations for the interpreter
     "sm_80": "sm_80",
@@ -46,6 +66,14 @@ _FAMILIES = {
     "gfx950": "gfx950",
 }
 _PDL_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+
+
+class Bandwidths(NamedTuple):
+    """Assumed bytes per second of memory, of the L2 cache, and of the L2 cache to one processor."""
+
+    memory: float
+    l2: float
+    l2_to_one: float
 
 
 class Chip(NamedTuple):
@@ -75,6 +103,31 @@ class Chip(NamedTuple):
     def bytes_in_flight(self) -> int:
         """Bytes in flight that keep the memory busy."""
         return _IN_FLIGHT[self.family] * self.num_sms
+
+    @property
+    def bandwidths(self) -> Bandwidths | None:
+        """Bandwidths in proportion to the number of processors, or None if the L2's is unknown."""
+        if self.arch not in _BANDWIDTHS:
+            return None
+        memory, l2, l2_to_one, processors = _BANDWIDTHS[self.arch]
+        share = self.num_sms / processors
+        return Bandwidths(share * memory, share * l2, l2_to_one)
+
+    @property
+    def l2_bytes_per_s(self) -> float:
+        """Assumed bytes per second of the L2 cache.
+
+        A chip without a figure is assumed to have an H100's rate per processor.
+        """
+        if self.bandwidths is not None:
+            return self.bandwidths.l2
+        _, l2, _, processors = _BANDWIDTHS["sm_90"]
+        return l2 * self.num_sms / processors
+
+    @property
+    def sum_launch_s(self) -> float:
+        """Assumed overhead in seconds of a launch that adds the partial sums of the one before."""
+        return _DEPENDENT_LAUNCH_S if self.has_pdl else _LAUNCH_S
 
     @property
     def max_registers(self) -> int | None:

@@ -21,7 +21,7 @@ from fastlora.ops.triton.address_tables import (
     lora_a_rank_rows,
     max_summed_rank,
 )
-from fastlora.ops.triton.launch_configs import config_of
+from fastlora.ops.triton.launch_configs import chip_of, config_of
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -55,8 +55,17 @@ def shrink_one_adapter(
     """
     s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
-        plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
+        add_partial_sums(s, shrunk)
     return s
+
+
+def add_partial_sums(s: torch.Tensor, partials: torch.Tensor, after_shrink: bool = True) -> None:
+    """Write the sum of a shrink's partial sums into s, in one launch.
+
+    ``after_shrink`` means that the previous launch is the shrink.
+    """
+    config, pdl = config_of("plane_sums", s), after_shrink and chip_of(s).has_pdl
+    plane_sums.launch_plane_sums([s], [partials], config=config, pdl=pdl)
 
 
 def shrink_with_partials(
@@ -128,5 +137,5 @@ def mixed_shrink(
         partials = x.new_empty(splits, *s.shape, dtype=torch.float32)
     lora_shrink.launch_mixed_lora_shrink(partials, x, rows, down, config=config, dropout=dropout)
     if splits > 1:
-        plane_sums.launch_plane_sums([s], [partials], config=config_of("plane_sums", x))
+        add_partial_sums(s, partials)
     return s, splits == 1

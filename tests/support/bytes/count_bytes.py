@@ -145,7 +145,7 @@ def forms_of_one(step: Step, chip: Chip) -> Forms:
     grad_x = choose(chip, "lora_grad_x", HALF, m=m, k=k, r=r)
     grad_a = choose(chip, "lora_grad_a", HALF, m=m, k=k, r=r, group_size=1)
     expand = choose(chip, "lora_expand", HALF, m=m, n=n, r=r)
-    twice = reads_twice(grad_b, n, r, sizes.e)
+    twice = reads_twice(grad_b, m, n, r, sizes.e)
     forms = {
         "lora_expand": byte_forms.expand(sizes, expand),
         "lora_dropout": byte_forms.dropout(sizes, choose(chip, "lora_dropout", HALF, m=m, k=k)),
