@@ -298,11 +298,13 @@ def mixed_shrink(batch: Batch, config: KernelConfig, splits: int) -> Form:
     )
 
 
-def _rank_rows(batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int) -> Bytes:
+def _rank_rows(
+    batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int, s_width: int = 4
+) -> Bytes:
     """Return the loads of the LoRA term: s once per tile of N, lora_b once per entry of ranks."""
     width = batch.f * batch.n
     return {
-        "s": often(4 * splits * sum(batch.held), tiles_n),
+        "s": often(s_width * splits * sum(batch.held), tiles_n),
         "lora_b": (width * batch.own, width * sum(ranks)),
     }
 
@@ -326,13 +328,15 @@ def mixed_linear(batch: Batch, config: KernelConfig, splits: int, with_bias: boo
     return Form({**base, **loads}, {"y": often(e * m * n)}, flops)
 
 
-def mixed_expand(batch: Batch, config: KernelConfig, splits: int) -> Form:
+def mixed_expand(batch: Batch, config: KernelConfig, splits: int, s_width: int = 4) -> Form:
     """Return the traffic of `launch_mixed_lora_expand`.
 
-    y is read and written, s is read once per tile of N, and lora_b once per piece.
+    y is read and written, s is read once per tile of N, and lora_b once per piece. ``s_width`` is
+    the number of bytes per element of s.
     """
     ranks, tiles_n = batch.pieces(config.block_m), cdiv(batch.n, config.block_n)
-    y, loads = often(batch.e * len(batch.held) * batch.n), _rank_rows(batch, ranks, tiles_n, splits)
+    y = often(batch.e * len(batch.held) * batch.n)
+    loads = _rank_rows(batch, ranks, tiles_n, splits, s_width)
     columns = sum(whole(rank, config.block_r) for rank in ranks)
     return Form(
         {"y": y, **loads}, {"y": y}, 2 * columns * tiles_n * config.block_m * config.block_n

@@ -147,7 +147,12 @@ def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> li
             run()
             for parameter in inner.parameters():
                 parameter.grad = None
-        return [work_of(launch, case.batch, r) for launch in launches] + products
+        names = ["", *(launch.kernel for launch in launches)]
+        works = [
+            work_of(launch, case.batch, r, after_sum=before == "_plane_sums_kernel")
+            for before, launch in zip(names, launches, strict=False)
+        ]
+        return works + products
 
 
 @contextlib.contextmanager

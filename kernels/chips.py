@@ -31,19 +31,20 @@ _IN_FLIGHT = {
     "gfx942": 14_000,
     "gfx950": 25_000,
 }
-# Bytes per second of memory, of the L2 cache, and of the L2 cache to one processor; the number of
-# processors of the card. This project has measured none of these figures. "gpu-benches" stands for
-# the measurements in github.com/te42kyfo/gpu-benches (gpu-l2-cache/*.txt). A processor reads 64
-# bytes per clock from the L2 cache (NVIDIA's white paper on the A100). No figure was found for
-# sm_86, sm_100, and sm_120. On gfx942 and gfx950, each die has its own L2 cache.
+# Bytes per second of memory, of the L2 cache, and of the L2 cache to one program; the card's number
+# of processors. This project has measured none of these figures. "gpu-benches" stands for the
+# measurements in github.com/te42kyfo/gpu-benches (gpu-l2-cache/*.txt). One program is assumed to
+# read 90 % of the 64 bytes per clock that a processor reads (NVIDIA's white paper on the A100).
+# No figure was found for sm_86, sm_100, and sm_120. On gfx942 and gfx950, each die has its own L2
+# cache.
 _BANDWIDTHS = {
     # A100 SXM 80 GB at 1.41 GHz. gpu-benches: 1.7 to 1.9 and 5.4 TB/s. NVIDIA: 2.0 and 7.2 TB/s.
-    "sm_80": (1.8e12, 5.4e12, 90e9, 108),
+    "sm_80": (1.8e12, 5.4e12, 81e9, 108),
     # L40 at 2.5 GHz. gpu-benches: 0.80 to 0.85 and 5.2 TB/s.
-    "sm_89": (0.8e12, 5.2e12, 160e9, 142),
+    "sm_89": (0.8e12, 5.2e12, 144e9, 142),
     # H100 SXM: the assumptions of bench/ceilings.py. gpu-benches: 2.0 and 6.9 TB/s on the PCIe card
     # with 114 processors, 3.9 and 9.7 TB/s on an H200.
-    "sm_90": (3.0e12, 5.5e12, 108.8e9, 132),
+    "sm_90": (3.0e12, 5.5e12, 98e9, 132),
 }
 # Assumed overhead in seconds: of a launch that waits for the one before it, of a programmatic
 # dependent, and of a sum of partial sums inside a kernel, in addition to its loads. The first two
@@ -66,14 +67,6 @@ _FAMILIES = {
     "gfx950": "gfx950",
 }
 _PDL_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-
-
-class Bandwidths(NamedTuple):
-    """Assumed bytes per second of memory, of the L2 cache, and of the L2 cache to one processor."""
-
-    memory: float
-    l2: float
-    l2_to_one: float
 
 
 class Chip(NamedTuple):
@@ -105,13 +98,15 @@ class Chip(NamedTuple):
         return _IN_FLIGHT[self.family] * self.num_sms
 
     @property
-    def bandwidths(self) -> Bandwidths | None:
-        """Bandwidths in proportion to the number of processors, or None if the L2's is unknown."""
+    def bandwidths(self) -> tuple[float, float, float] | None:
+        """Assumed bytes per second of memory, of the L2 cache, and of the L2 cache to one program.
+
+        The first two are in proportion to the number of processors. None if they are unknown.
+        """
         if self.arch not in _BANDWIDTHS:
             return None
-        memory, l2, l2_to_one, processors = _BANDWIDTHS[self.arch]
-        share = self.num_sms / processors
-        return Bandwidths(share * memory, share * l2, l2_to_one)
+        memory, l2, program, processors = _BANDWIDTHS[self.arch]
+        return memory * self.num_sms / processors, l2 * self.num_sms / processors, program
 
     @property
     def l2_bytes_per_s(self) -> float:
@@ -120,7 +115,7 @@ class Chip(NamedTuple):
         A chip without a figure is assumed to have an H100's rate per processor.
         """
         if self.bandwidths is not None:
-            return self.bandwidths.l2
+            return self.bandwidths[1]
         _, l2, _, processors = _BANDWIDTHS["sm_90"]
         return l2 * self.num_sms / processors
 
@@ -200,6 +195,8 @@ class ConfigRow:
             several modules of a mixed batch counts the rank rows of all modules. A plan of a mixed
             batch counts the rank rows of all slots.
         plan: The fastest plan (`configs.plan_of`), in a row without a tile; "" in all others.
+        min_m: Smallest number of rows M that the measurement covers; None for any.
+        group_size: Number of modules in a `lora_grad_a` that it covers; None for any.
     """
 
     block_m: int = 0
@@ -214,16 +211,20 @@ class ConfigRow:
     k: int | None = None
     max_r: int | None = None
     plan: str = ""
+    min_m: int | None = None
+    group_size: int | None = None
 
     @property
     def is_measured(self) -> bool:
         """Whether the row is a measurement."""
         return self.plan != "" or (self.max_m, self.n, self.k, self.max_r) != (None,) * 4
 
-    def covers(self, m: int, n: int, k: int, r: int) -> bool:
-        """Return whether the row applies to M rows, a layer of N by K, and rank R."""
+    def covers(self, m: int, n: int, k: int, r: int, group_size: int = 1) -> bool:
+        """Return whether the row applies to M rows, a layer of N by K, rank R, and a group."""
         return (
             (self.max_m is None or m <= self.max_m)
+            and (self.min_m is None or m >= self.min_m)
+            and (self.group_size is None or group_size == self.group_size)
             and (self.n is None or n == self.n)
             and (self.k is None or k == self.k)
             and (self.max_r is None or r <= self.max_r)

@@ -24,7 +24,6 @@ from fastlora.kernels import mixed_lora_grad_reduce as reduce
 from fastlora.kernels.config_tables import (
     MAX_GROUP_SIZE,
     MAX_PARTIAL_BYTES,
-    KernelConfig,
     cdiv,
 )
 from fastlora.kernels.configs import mixed_grad_b_passes, reads_twice
@@ -292,7 +291,7 @@ def _grad_x_of_group(
     all_ds, downs = [ds[i] for i in some], [lora_a[i].t() for i in some]
     dx = empty(all_ds[0], all_ds[0].shape[0], downs[0].shape[0])
     n, r = sum(dys[i].shape[1] for i in some), max(down.shape[1] for down in downs)
-    config = _grad_x_add_config(dx, n, r, drops=False)
+    config = config_of("lora_grad_x_add", dx, dx.shape[0], n, dx.shape[1], r)
     lora_expand.launch_summed_lora_expand(dx, downs, all_ds, config=config)
     for i in some:
         product(torch.Tensor.addmm_, dx, dys[i], weights[i])
@@ -316,17 +315,6 @@ def _can_share_grad_x(
             for dy, weight, a in zip(dys, weights, lora_a, strict=True)
         )
     )
-
-
-def _grad_x_add_config(dx: torch.Tensor, n: int, r: int, drops: bool) -> KernelConfig:
-    """Return the config of a launch that computes the adapters' part of dx ``[M, K]``.
-
-    Without dropout, it is an expand to K columns. Under dropout, a tile has two accumulators.
-    """
-    m, k = dx.shape
-    if drops:
-        return config_of("lora_grad_x_add", dx, m, n, k, r)
-    return config_of("lora_expand", dx, m, n=k, k=n, r=r)
 
 
 @cached_launches
@@ -383,7 +371,10 @@ def _grad_x_of_adapter(
     """Return the adapter's contribution to the gradient of x, or add it to ``onto`` if given."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     dx = empty(dy, m, k) if onto is None else onto
-    config = _grad_x_add_config(dx, n, r, drops=seed is not None)
+    if seed is None:  # an expand to K columns
+        config = config_of("lora_expand", dy, m, n=k, k=n, r=r)
+    else:
+        config = config_of("lora_grad_x_add", dy, m, n, k, r)
     module, drop = Module(dx, lora_a.t(), None), {"seed": seed, "dropout_p": dropout_p}
     reads_y = onto is not None
     lora_expand.launch_lora_expand([module], ds, reads_y=reads_y, config=config, **drop)
