@@ -80,6 +80,7 @@ def choose(
     group_size: int = 1,
     input_precision: str = "ieee",
     batch_invariant: bool = False,
+    dropout: bool = False,
 ) -> KernelConfig:
     """Return the config of a launch. Sizes that do not matter for the kernel may be left out.
 
@@ -102,6 +103,7 @@ def choose(
         group_size: Number of modules in one `lora_grad_a`.
         input_precision: "ieee" or "tf32"; matters for fp32 only.
         batch_invariant: Whether the config must not depend on ``m``.
+        dropout: Whether the launch computes dropout masks; matters for a shrink only.
 
     Raises:
         ValueError: There is no table for the chip.
@@ -119,7 +121,7 @@ def choose(
         of_weight = _QUANTIZED_WIDTH if launch.startswith("coded_") else width
         row, splits = _of_decode(chip, tiles, sizes, of_weight)
     else:
-        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width)
+        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width, dropout)
     if row.splits or (batch_invariant and launch in OF_DECODE):
         splits = row.splits or 1
     if not batch_invariant:
@@ -326,6 +328,7 @@ def _on_grid(
     mnkr: tuple[int, int, int, int],
     group_size: int,
     width: int,
+    dropout: bool,
 ) -> tuple[ConfigRow, int]:
     """Return the best row for the problem, and the number of splits of its sums."""
     kernel = kernel_of(launch)
@@ -354,9 +357,11 @@ def _on_grid(
             cost = (tiles["r"], not _fills(chip, splits * programs, loads), partials)
         else:
             # The first candidate that fills the chip, or else the last one. Among those that read x
-            # equally often, a candidate that needs no partial sums comes first.
+            # equally often, a candidate that needs no partial sums comes first. Under dropout, more
+            # programs share the instructions of the masks.
             idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
-            reads, partials = (tiles["r"], splits > 1) if split and not idle else (0, 0)
+            prefers_whole = split and not idle and not dropout
+            reads, partials = (tiles["r"], splits > 1) if prefers_whole else (0, 0)
             cost = (idle, -index if idle else reads, partials)
         choices.append((cost, index, row, splits))
     _, _, row, splits = min(choices)

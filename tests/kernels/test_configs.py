@@ -171,6 +171,7 @@ def test_the_fewest_splits_that_fill_the_chip() -> None:
     assert splits("lora_shrink", m=4096, k=4096) == 4
     # Twice as many tiles of 64 rows need no partial sums.
     assert splits("lora_shrink", m=8192, k=4096) == 1
+    assert chosen("lora_shrink", m=8192, k=4096, r=16, dropout=True).splits == 2
     assert splits("lora_shrink", m=65536, k=4096) == 1
     # 256 columns are two steps of the K loop: nothing to split.
     assert splits("lora_shrink", m=1, k=256) == 1

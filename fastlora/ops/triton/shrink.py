@@ -85,7 +85,8 @@ def shrink_with_partials(
     because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
-    config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    modes = {"batch_invariant": batch_invariant, "dropout": seed is not None}
+    config = config_of("lora_shrink", x, m, k=k, r=r, **modes)
     s = shrunk = empty(x, m, r)
     if config.splits > 1:
         rows = -(-m // 16) * 16 if batch_invariant else m
