@@ -132,6 +132,22 @@ def expand(
     return Form(loads, {"y": often(e * m * n)}, flops)
 
 
+def summed_expand(sizes: Sizes, config: KernelConfig, ranks: Sequence[int]) -> Form:
+    """Return the traffic of `launch_summed_lora_expand` for modules of these ranks.
+
+    y is written, each s is read once per tile of N, and each lora_b once per tile of M.
+    """
+    m, n, _, _, e, f = sizes
+    loads: Bytes = {}
+    flops = 0
+    for i, r in enumerate(ranks):
+        tiles_m, tiles_n, own = _tiles(sizes._replace(r=r), config, 0, n)
+        loads[f"s_{i}"] = often(e * m * r, tiles_n)
+        loads[f"lora_b_{i}"] = often(f * n * r, tiles_m)
+        flops += own
+    return Form(loads, {"y": often(e * m * n)}, flops)
+
+
 def dropout(sizes: Sizes, config: KernelConfig) -> Form:
     """Return the traffic of `launch_lora_dropout`: x and the result once, the seed per program."""
     m, _, k, _, e, _ = sizes
@@ -282,11 +298,13 @@ def mixed_shrink(batch: Batch, config: KernelConfig, splits: int) -> Form:
     )
 
 
-def _rank_rows(batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int) -> Bytes:
+def _rank_rows(
+    batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int, s_width: int = 4
+) -> Bytes:
     """Return the loads of the LoRA term: s once per tile of N, lora_b once per entry of ranks."""
     width = batch.f * batch.n
     return {
-        "s": often(4 * splits * sum(batch.held), tiles_n),
+        "s": often(s_width * splits * sum(batch.held), tiles_n),
         "lora_b": (width * batch.own, width * sum(ranks)),
     }
 
@@ -310,13 +328,15 @@ def mixed_linear(batch: Batch, config: KernelConfig, splits: int, with_bias: boo
     return Form({**base, **loads}, {"y": often(e * m * n)}, flops)
 
 
-def mixed_expand(batch: Batch, config: KernelConfig, splits: int) -> Form:
+def mixed_expand(batch: Batch, config: KernelConfig, splits: int, s_width: int = 4) -> Form:
     """Return the traffic of `launch_mixed_lora_expand`.
 
-    y is read and written, s is read once per tile of N, and lora_b once per piece.
+    y is read and written, s is read once per tile of N, and lora_b once per piece. ``s_width`` is
+    the number of bytes per element of s.
     """
     ranks, tiles_n = batch.pieces(config.block_m), cdiv(batch.n, config.block_n)
-    y, loads = often(batch.e * len(batch.held) * batch.n), _rank_rows(batch, ranks, tiles_n, splits)
+    y = often(batch.e * len(batch.held) * batch.n)
+    loads = _rank_rows(batch, ranks, tiles_n, splits, s_width)
     columns = sum(whole(rank, config.block_r) for rank in ranks)
     return Form(
         {"y": y, **loads}, {"y": y}, 2 * columns * tiles_n * config.block_m * config.block_n

@@ -134,7 +134,12 @@ def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> li
     """Return the work of one step of fastlora: its own kernels, and PyTorch's operators."""
     with stubbed_launches(chip, processors) as launches, skipped_products() as made:
         run_last_of(3, linears, case, r, launches.clear, made.clear)
-        return [work_of(launch, case.batch, r) for launch in launches] + made
+        names = ["", *(launch.kernel for launch in launches)]
+        works = [
+            work_of(launch, case.batch, r, after_sum=before == "_plane_sums_kernel")
+            for before, launch in zip(names, launches, strict=False)
+        ]
+        return works + made
 
 
 def run_last_of(

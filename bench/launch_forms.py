@@ -40,7 +40,7 @@ class Work(NamedTuple):
     chunks: int = 1
 
 
-def work_of(launch: Launch, batch_of: BatchOf, r: int) -> Work:
+def work_of(launch: Launch, batch_of: BatchOf, r: int, after_sum: bool = False) -> Work:
     """Return the work of one of fastlora's launches, from the closed form of its kernel.
 
     Args:
@@ -48,9 +48,13 @@ def work_of(launch: Launch, batch_of: BatchOf, r: int) -> Work:
         batch_of: Function that returns the mixed batch of a linear layer for N outputs, K columns,
             and a rank.
         r: Rank of each adapter.
+        after_sum: Whether the launch before it added partial sums. An expand then reads s in bf16.
     """
     name = _stem(launch)
-    form = _mixed_form(launch, batch_of, r) if name.startswith("mixed_") else _form(launch, r)
+    if name.startswith("mixed_"):
+        form = _mixed_form(launch, batch_of, r, WIDTH if after_sum else 4)
+    else:
+        form = _form(launch, r)
     loads, stores = (sum(d for d, _ in side.values()) for side in (form.loads, form.stores))
     chunks = 1
     if name == "mixed_lora_linear":
@@ -99,6 +103,9 @@ def _form(launch: Launch, r: int) -> Form:
         ranks = [given[f"R{mark}"] for mark in _MARKS[: given["NUM_MODULES"]]]
         drops = given["HAS_DROPOUT"]
         return byte_forms.grad_a(sizes._replace(r=max(ranks)), config, ranks, drops)
+    if given.get("NUM_TERMS", 1) > 1:
+        ranks = [given[f"R{mark}"] for mark in _MARKS[: given["NUM_TERMS"]]]
+        return byte_forms.summed_expand(sizes, config, ranks)
     forms = []
     for mark in _MARKS[: given["NUM_MODULES"]]:
         own = sizes._replace(n=given[f"N{mark}"], r=given[f"R{mark}"])
@@ -112,7 +119,7 @@ def _form(launch: Launch, r: int) -> Form:
     return together(forms)
 
 
-def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
+def _mixed_form(launch: Launch, batch_of: BatchOf, r: int, s_width: int) -> Form:
     """Return the traffic and FLOPs of a launch in the forward pass of a mixed batch."""
     given, config = launch.arguments, _config(launch)
     n, k = given.get("N", 0), given.get("K", 0)
@@ -121,8 +128,9 @@ def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
     sizes = [given[f"N{mark}"] for mark in _MARKS[: given["NUM_MODULES"]]]
     if _stem(launch) == "mixed_lora_expand":
         partials = given["NUM_PARTIALS"]
+        batches = [batch_of(own, k, r) for own in sizes]
         return together(
-            [byte_forms.mixed_expand(batch_of(own, k, r), config, partials) for own in sizes]
+            [byte_forms.mixed_expand(own, config, partials, s_width) for own in batches]
         )
     partials, biased = given["num_partials"], given["HAS_BIAS"]
     return together(

@@ -46,6 +46,12 @@ _BANDWIDTHS = {
     # with 114 processors, 3.9 and 9.7 TB/s on an H200.
     "sm_90": (3.0e12, 5.5e12, 98e9, 132),
 }
+# Assumed overhead in seconds: of a launch that waits for the one before it, of a programmatic
+# dependent, and of a sum of partial sums inside a kernel, in addition to its loads. The first two
+# are those of bench/ceilings.py. None has been measured.
+_LAUNCH_S = 2.0e-6
+_DEPENDENT_LAUNCH_S = 1.7e-6
+INNER_SUM_S = 1.0e-6
 _FAMILIES = {
     "interpreter": "gfx942",  # widest fp32 tiles: few operations for the interpreter
     "sm_80": "sm_80",
@@ -101,6 +107,22 @@ class Chip(NamedTuple):
             return None
         memory, l2, program, processors = _BANDWIDTHS[self.arch]
         return memory * self.num_sms / processors, l2 * self.num_sms / processors, program
+
+    @property
+    def l2_bytes_per_s(self) -> float:
+        """Assumed bytes per second of the L2 cache.
+
+        A chip without a figure is assumed to have an H100's rate per processor.
+        """
+        if self.bandwidths is not None:
+            return self.bandwidths[1]
+        _, l2, _, processors = _BANDWIDTHS["sm_90"]
+        return l2 * self.num_sms / processors
+
+    @property
+    def sum_launch_s(self) -> float:
+        """Assumed overhead in seconds of a launch that adds the partial sums of the one before."""
+        return _DEPENDENT_LAUNCH_S if self.has_pdl else _LAUNCH_S
 
     @property
     def max_registers(self) -> int | None:

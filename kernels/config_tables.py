@@ -22,6 +22,8 @@ from fastlora.kernels.chips import Chip, ConfigRow, Table
 MAX_SPLITS = 8
 # Each partial sum of a linear is written and read back, 8 bytes per element of y.
 MAX_WEIGHT_SPLITS = 4
+# Maximum bytes of the fp32 partial sums that one launch writes.
+MAX_PARTIAL_BYTES = 256 * 2**20
 # Maximum number of modules in one `lora_grad_a`, and of their rank rows in a tile.
 MAX_GROUP_SIZE = 4
 MAX_RANK_ROWS = 192

@@ -21,15 +21,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastlora.kernels import config_files, measurements
-from fastlora.kernels.chips import Chip, ConfigRow
+from fastlora.kernels.chips import INNER_SUM_S, Chip, ConfigRow
 from fastlora.kernels.config_tables import (
     BY_BANDWIDTH,
     CHUNKED,
     GRIDS,
+    MAX_PARTIAL_BYTES,
     MAX_RANK_ROWS,
     MAX_SPLITS,
     MAX_WEIGHT_SPLITS,
@@ -86,6 +88,7 @@ def choose(
     group_size: int = 1,
     input_precision: str = "ieee",
     batch_invariant: bool = False,
+    dropout: bool = False,
 ) -> KernelConfig:
     """Return the config of a launch. Sizes that do not matter for the kernel may be left out.
 
@@ -110,6 +113,7 @@ def choose(
         group_size: Number of modules in one `lora_grad_a`.
         input_precision: "ieee" or "tf32"; matters for fp32 only.
         batch_invariant: Whether the config must not depend on ``m``.
+        dropout: Whether the launch computes dropout masks; matters for a shrink only.
 
     Raises:
         ValueError: There is no table for the chip.
@@ -129,8 +133,10 @@ def choose(
         of_weight = _QUANTIZED_WIDTH if launch.startswith("coded_") else width
         row, splits = _of_decode(chip, bandwidths, tiles, sizes, of_weight, most)
     else:
-        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width)
+        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width, dropout)
     splits = row.splits or splits
+    if not batch_invariant:
+        splits = _splits_that_fit(kernel_of(launch), splits, sizes, group_size)
     block_r = block_r_of(kernel_of(launch), row, r, group_size)
     return config_of_row(chip, launch, kind, row, block_r, splits, group_size, batch_invariant)
 
@@ -183,14 +189,83 @@ def plan_of(
     return "fused" if few else "split"
 
 
-def reads_twice(config: KernelConfig, n: int, r: int, width: int) -> bool:
+def reads_twice(config: KernelConfig, m: int, n: int, r: int, width: int) -> bool:
     """Return whether d_lora_b and ds are computed in two passes over dy ``[M, N]``.
 
     One pass writes and reads a partial sum of ds for each tile of N, 8 bytes per element. For large
-    ranks, this is more than a second read of dy, with ``width`` bytes per element.
+    ranks, this is more than a second read of dy, with ``width`` bytes per element. For many rows
+    and columns, it is more memory than a launch may use.
     """
     partials = cdiv(n, config.block_n)
-    return r >= _TWICE_FROM_RANK and partials > 1 and 8 * partials * r >= width * n
+    if partials == 1:
+        return False
+    of_b = config.splits * n * (r + 1) if config.splits > 1 else 0
+    too_large = 4 * (partials * m * r + of_b) > MAX_PARTIAL_BYTES
+    return too_large or (r >= _TWICE_FROM_RANK and 8 * partials * r >= width * n)
+
+
+class GradBPass(NamedTuple):
+    """A launch of `mixed_lora_grad_b`.
+
+    Attributes:
+        first, stop: The columns of dy that it reads.
+        with_ds: Whether it writes partial sums of ds.
+        with_factors: Whether it writes partial sums of the factors' gradients.
+    """
+
+    first: int
+    stop: int
+    with_ds: bool
+    with_factors: bool
+
+
+def mixed_grad_b_passes(
+    config: KernelConfig, m: int, n: int, r: int, runs: int, with_factors: bool
+) -> list[GradBPass]:
+    """Return the launches that read dy ``[M, N]`` of a mixed batch.
+
+    One launch reads all columns if its partial sums fit `MAX_PARTIAL_BYTES`. Otherwise, launches
+    for ds come first. They read adjacent columns, and each adds to the partial sums of the one
+    before. Launches for the gradients of the factors follow.
+
+    Args:
+        config: Config of `mixed_lora_grad_b`.
+        m: Number of rows.
+        n: Number of columns.
+        r: Largest rank.
+        runs: Number of partial sums of each factor's gradient.
+        with_factors: Whether the gradients of the factors are computed.
+    """
+    block = config.block_n
+    of_ds, of_factors = 4 * m * r, 4 * runs * block * (r + 1) * with_factors
+    if cdiv(n, block) * (of_ds + of_factors) <= MAX_PARTIAL_BYTES:
+        return [GradBPass(0, n, True, with_factors)]
+    passes = []
+    for size, with_ds in ((of_ds, True), (of_factors, False)):
+        step = max(MAX_PARTIAL_BYTES // max(size, 1), 1) * block
+        if with_ds or with_factors:
+            starts = range(0, n, step)
+            passes += [GradBPass(a, min(a + step, n), with_ds, not with_ds) for a in starts]
+    return passes
+
+
+def sums_s_once(chip: Chip, m: int, r: int, splits: int, column_tiles: int) -> bool:
+    """Return whether a launch of its own adds the partial sums of s before an expand reads s.
+
+    Otherwise, each column tile of the expand reads the partial sums and adds them. That is faster
+    if these loads take less time than the launch.
+
+    Args:
+        chip: The chip of the launches.
+        m: Number of rows.
+        r: Rank of a module, or the largest rank in a mixed batch.
+        splits: Number of partial sums.
+        column_tiles: Number of column tiles of the expand, in all modules.
+    """
+    if splits == 1 or m <= FUSED_MAX_ROWS:
+        return False
+    loads = column_tiles * splits * 4 * m * r
+    return INNER_SUM_S + loads / chip.l2_bytes_per_s > chip.sum_launch_s
 
 
 def piece_rows(m: int, batch_invariant: bool = False) -> int:
@@ -224,6 +299,22 @@ def run_rows(chip: Chip, m: int, columns: int, block_m: int) -> int:
     return cdiv(steps, runs) * block_m
 
 
+def _splits_that_fit(
+    kernel: str, splits: int, mnkr: tuple[int, int, int, int], group_size: int
+) -> int:
+    """Return the number of splits, halved until their partial sums fit `MAX_PARTIAL_BYTES`."""
+    m, n, k, r = mnkr
+    elements = {
+        "lora_shrink": m * r,
+        "lora_linear": m * n,
+        "lora_grad_b": n * (r + 1),
+        "lora_grad_a": group_size * r * k,
+    }.get(kernel, 0)
+    while splits > 1 and 4 * splits * elements > MAX_PARTIAL_BYTES:
+        splits //= 2
+    return splits
+
+
 def _measured(
     rows: Sequence[ConfigRow], m: int, n: int, k: int, r: int, group_size: int = 1
 ) -> list[ConfigRow]:
@@ -250,6 +341,7 @@ def _on_grid(
     mnkr: tuple[int, int, int, int],
     group_size: int,
     width: int,
+    dropout: bool,
 ) -> tuple[ConfigRow, int]:
     """Return the best row for the problem, and the number of splits of its sums."""
     kernel = kernel_of(launch)
@@ -259,6 +351,8 @@ def _on_grid(
     m, n, k, r = mnkr
     sizes = {"m": m, "n": k if "grad_x" in launch else n, "k": k, "r": r}
     choices = []
+    if kernel == "lora_expand":
+        rows = [row for row in rows if _suits_rank(row, r)] or rows
     for index, row in enumerate(rows):
         block_r = block_r_of(kernel, row, r, group_size)
         blocks = {"m": row.block_m, "n": row.block_n, "k": row.block_k, "r": block_r}
@@ -275,12 +369,24 @@ def _on_grid(
             partials = shared + (splits * sizes[first] if splits > 1 else 0)
             cost = (tiles["r"], not _fills(chip, splits * programs, loads), partials)
         else:
-            # The first candidate that fills the chip, or else the last one.
+            # The first candidate that fills the chip, or else the last one. Among those that read x
+            # equally often, a candidate that needs no partial sums comes first. Under dropout, more
+            # programs share the instructions of the masks.
             idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
-            cost = (0, idle, -index if idle else 0)
+            prefers_whole = split and not idle and not dropout
+            reads, partials = (tiles["r"], splits > 1) if prefers_whole else (0, 0)
+            cost = (idle, -index if idle else reads, partials)
         choices.append((cost, index, row, splits))
     _, _, row, splits = min(choices)
     return row, splits
+
+
+def _suits_rank(row: ConfigRow, r: int) -> bool:
+    """Return whether a tile of an expand is for rank ``r``.
+
+    A tile without chunks is for ranks that fill more than half of a BLOCK_R.
+    """
+    return has_chunks(row) or row.blocks_r[0] < 2 * r <= 2 * row.blocks_r[-1]
 
 
 def _of_decode(
@@ -403,6 +509,11 @@ def _in_flight(kernel: str, row: ConfigRow) -> int:
         "lora_linear": row.block_n * row.block_k,
     }.get(kernel, 0)
     return max(row.num_stages - 1, 1) * tile
+
+
+def has_chunks(row: ConfigRow) -> bool:
+    """Return whether a tile has a BLOCK_R for the chunks of large ranks."""
+    return row.blocks_r[0] <= _MAX_CHUNK_R
 
 
 def block_r_of(kernel: str, row: ConfigRow, r: int, group_size: int = 1) -> int:

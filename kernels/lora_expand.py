@@ -7,7 +7,10 @@ split-K shrink, ``[splits, M, R]``. For the gradient of x, ``dx = mask * (ds @ l
 the added term is masked like x in the forward pass.
 
 Up to four modules of a shared-input group are one grid over the tiles of all. Their columns of s
-are side by side, in the order of `lora_shrink`.
+are side by side, in the order of `lora_shrink`. `launch_summed_lora_expand` instead adds the terms
+of up to four modules, each with an s of its own, and writes one y. It computes the part of dx that
+comes from the adapters of a shared-input group: ``dx = sum of ds_i @ lora_a_i``, added in fp32 in
+the order of the modules, and rounded once.
 
 Bytes moved, for e bytes per element and N and R summed over modules: ``e (M N + M R + N R)``, and
 an additional ``e M N`` if y is read. With partial sums, ``4 splits M R`` replaces ``e M R``, and is
@@ -22,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.arguments import dropout_of, strides
+from fastlora.kernels.arguments import dropout_of, numbered, strides
 from fastlora.kernels.config_tables import KernelConfig, cdiv
 from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.modules import (
@@ -45,6 +48,9 @@ from fastlora.kernels.rank_rows import (
 def _lora_expand_kernel(
     # tensors
     s_ptr,
+    s_1_ptr,
+    s_2_ptr,
+    s_3_ptr,
     s_out_ptr,
     seed_ptr,
     y_ptr,
@@ -94,6 +100,7 @@ def _lora_expand_kernel(
     NUM_PARTIALS: tl.constexpr,
     ONE_RANK_CHUNK: tl.constexpr,
     NUM_MODULES: tl.constexpr,
+    NUM_TERMS: tl.constexpr,
     ALIGNED: tl.constexpr,
     READS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -146,23 +153,32 @@ def _lora_expand_kernel(
         bias_ptr += first_n * stride_bias
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)
 
-    lora_b_ptr += first_n * stride_bn
-    s_ptr += first_m * stride_sm + first_r * stride_sr
-    factor = lora_b_ptr, scaling_ptr, R, stride_bn, stride_br, stride_scaling
-    shrunk = s_ptr, R, stride_sp, stride_sm, stride_sr
+    all_s, all_lora_b = (s_ptr, s_1_ptr, s_2_ptr, s_3_ptr), lora_b_ptr
+    if NUM_TERMS > 1:
+        all_lora_b = lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr
+    ranks = R, R_1, R_2, R_3
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-        b, scale = load_rank_columns(factor, start, mask_n, BLOCK_N, BLOCK_R)
-        s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, NUM_PARTIALS)
-        if STORE_S:  # noqa: SIM102 - this one is decided at compile time
-            if pid_n == 0:
-                offs_r = start + tl.arange(0, BLOCK_R)
-                s_out_ptrs = s_out_ptr + (first_m + offs_m)[:, None] * stride_om
-                s_out_ptrs += (first_r + offs_r)[None, :] * stride_or
-                tl.store(s_out_ptrs, s, mask=mask_m[:, None] & (offs_r < R)[None, :])
-        scaled = scale_rank_columns(b, scale, dtype)
-        # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
+    for term in tl.static_range(NUM_TERMS):
+        if NUM_TERMS > 1:
+            lora_b_ptr = all_lora_b[term]
+            R = ranks[term]
+            stride_sm = R  # each s of a sum is contiguous
+        own_s = all_s[term] + first_m * stride_sm + first_r * stride_sr
+        own_b = lora_b_ptr + first_n * stride_bn
+        factor = own_b, scaling_ptr, R, stride_bn, stride_br, stride_scaling
+        shrunk = own_s, R, stride_sp, stride_sm, stride_sr
+        for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
+            b, scale = load_rank_columns(factor, start, mask_n, BLOCK_N, BLOCK_R)
+            s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, NUM_PARTIALS)
+            if STORE_S:  # noqa: SIM102 - this one is decided at compile time
+                if pid_n == 0:
+                    offs_r = start + tl.arange(0, BLOCK_R)
+                    s_out_ptrs = s_out_ptr + (first_m + offs_m)[:, None] * stride_om
+                    s_out_ptrs += (first_r + offs_r)[None, :] * stride_or
+                    tl.store(s_out_ptrs, s, mask=mask_m[:, None] & (offs_r < R)[None, :])
+            scaled = scale_rank_columns(b, scale, dtype)
+            # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
+            acc = tl.dot(s, scaled, acc, input_precision=INPUT_PRECISION)
     if HAS_DROPOUT:
         keep = philox_keep_mask(
             tl.load(seed_ptr), pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, 0, BLOCK_M, BLOCK_N
@@ -208,11 +224,49 @@ def launch_lora_expand(
         _lora_expand_kernel,
         (tiles,),
         **named_modules(modules, weight=False),
-        **shrunk_arguments(s, s_out),
+        **{**shrunk_arguments(s, s_out), **numbered("s{}_ptr", [s])},
         **dropout_of(seed, dropout_p),
         M=m,
         **strides("y", "mn", modules[0].y),
         **config.arguments("mnr"),
         ONE_RANK_CHUNK=max(r for _, r in sizes) <= config.block_r,
+        NUM_TERMS=1,
         READS_Y=reads_y,
+    )
+
+
+@cached_launches
+def launch_summed_lora_expand(
+    y: torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    s: Sequence[torch.Tensor],
+    *,
+    config: KernelConfig,
+) -> None:
+    """Write ``sum of s_i @ lora_b_i.T`` over modules that share an output.
+
+    Args:
+        y: ``[M, N]``, any strides. Its dtype is the dtype of the dots.
+        lora_b: For each of 1 to `MAX_GROUP_SIZE` modules ``[N, R]``, in any floating dtype. The
+            strides of all are the same; for dx, they are transposed lora_a ``[R, N]``.
+        s: For each module ``[M, R]``, any floating dtype, contiguous.
+        config: From `configs.choose`, for the largest rank.
+    """
+    (m, n), ranks = y.shape, [own.shape[1] for own in lora_b]
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    if not tiles:
+        return
+    terms = [Module(y, own, None) for own in lora_b]
+    launch(
+        _lora_expand_kernel,
+        (tiles,),
+        **{**named_modules(terms, weight=False), "NUM_MODULES": 1, "ALIGNED": False},
+        **{**shrunk_arguments(s[0], None), **numbered("s{}_ptr", s)},
+        **dropout_of(None, 0.0),
+        M=m,
+        **strides("y", "mn", y),
+        **config.arguments("mnr"),
+        ONE_RANK_CHUNK=max(ranks) <= config.block_r,
+        NUM_TERMS=len(terms),
+        READS_Y=False,
     )

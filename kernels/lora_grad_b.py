@@ -60,13 +60,21 @@ from fastlora.kernels.row_sums import (
 
 
 @triton.jit
-def _store_ds(ds_ptrs, dy, b, scale, mask_m, mask_r, INPUT_PRECISION: tl.constexpr):
-    """Write a tile's contribution to ds, ``scale * dy @ b``, or ``dy @ b`` without a scale."""
+def _store_ds(
+    ds_ptrs, dy, b, scale, mask_m, mask_r, ADDS: tl.constexpr, INPUT_PRECISION: tl.constexpr
+):
+    """Write a tile's contribution to ds, ``scale * dy @ b``, or ``dy @ b`` without a scale.
+
+    With ``ADDS``, the contribution is added to what is there.
+    """
     # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
     share = tl.dot(dy, b, input_precision=INPUT_PRECISION)
     if scale is not None:
         share *= scale[None, :]
     mask = mask_m[:, None] & mask_r[None, :]
+    if ADDS:
+        # ds: [BLOCK_M, BLOCK_R]
+        share += tl.load(ds_ptrs, mask=mask, other=0.0)
     tl.store(ds_ptrs, share.to(ds_ptrs.dtype.element_ty), mask=mask)
 
 
@@ -159,7 +167,7 @@ def _lora_grad_b_kernel(
         dy = tl.load(dy_ptr + offs_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         if HAS_DS and RANK_ROWS_FIRST:
             # First: it needs registers for dy, which are free again for the next product.
-            _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, INPUT_PRECISION)
+            _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, False, INPUT_PRECISION)
         if HAS_BIAS and BY_PRODUCT:
             column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N, BY_PRODUCT)
         start = zeros if EACH_STEP else acc
@@ -179,7 +187,7 @@ def _lora_grad_b_kernel(
         if HAS_DS and not RANK_ROWS_FIRST:
             # Last: waiting for this product also completes the earlier ones. If a product stayed in
             # flight across the loop's back edge, ptxas would serialize its instructions.
-            _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, INPUT_PRECISION)
+            _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, False, INPUT_PRECISION)
         if HAS_DS:
             ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
         dy_ptr += tl.cast(stride_dym, tl.int64) * BLOCK_M
@@ -228,6 +236,8 @@ def _mixed_lora_grad_b_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    ADDS_DS: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FACTOR_DTYPE: tl.constexpr,
@@ -250,16 +260,17 @@ def _mixed_lora_grad_b_kernel(
         mask_n = offs_n < N - pid_n * BLOCK_N
         mask_r = offs_r < rank
         filled = offs_r < round_up(rank, S_COLUMNS)
-        # b: [BLOCK_N, BLOCK_R], for all rows
-        lora_b = factor_pointer(tl.load(lora_b_address_ptr + slot), FACTOR_DTYPE)
-        b = tl.load(
-            lora_b + (first_n + offs_n)[:, None] * rank + offs_r[None, :],
-            mask=mask_n[:, None] & mask_r[None, :],
-            other=0.0,
-        ).to(dtype)
+        if HAS_DS:
+            # b: [BLOCK_N, BLOCK_R], for all rows
+            lora_b = factor_pointer(tl.load(lora_b_address_ptr + slot), FACTOR_DTYPE)
+            b = tl.load(
+                lora_b + (first_n + offs_n)[:, None] * rank + offs_r[None, :],
+                mask=mask_n[:, None] & mask_r[None, :],
+                other=0.0,
+            ).to(dtype)
+            ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp
 
         dy_ptr += first_n * stride_dyn
-        ds_ptr += tl.cast(pid_n, tl.int64) * stride_dsp
         acc = zero_sum(BLOCK_N, BLOCK_R, RANK_ROWS_FIRST)
         column_sums = zero_row_sums(BLOCK_N, BY_PRODUCT=False)
         for start in tl.range(first_m, stop_m, BLOCK_M):
@@ -272,8 +283,9 @@ def _mixed_lora_grad_b_kernel(
                 mask=mask_m[:, None] & mask_n[None, :],
                 other=0.0,
             )
-            ds_ptrs = ds_ptr + (at * stride_dsm)[:, None] + offs_r[None, :]
-            _store_ds(ds_ptrs, dy, b, None, mask_m, filled, INPUT_PRECISION)
+            if HAS_DS:
+                ds_ptrs = ds_ptr + (at * stride_dsm)[:, None] + offs_r[None, :]
+                _store_ds(ds_ptrs, dy, b, None, mask_m, filled, ADDS_DS, INPUT_PRECISION)
             if HAS_FACTORS:
                 acc = add_rows(
                     acc,
@@ -361,7 +373,7 @@ def launch_lora_grad_b(
 
 @cached_launches
 def launch_mixed_lora_grad_b(
-    ds: torch.Tensor,
+    ds: torch.Tensor | None,
     d_lora_b: torch.Tensor | None,
     d_bias: torch.Tensor | None,
     dy: torch.Tensor,
@@ -371,13 +383,15 @@ def launch_mixed_lora_grad_b(
     *,
     run: int,
     config: KernelConfig,
+    adds_ds: bool = False,
 ) -> None:
     """Write partial sums of ``dy @ lora_b`` and of ``dy.T @ s`` for each row's own adapter.
 
     Args:
         ds: fp32 ``[ceil(N / config.block_n), M, R]`` at sorted positions, contiguous. R is a
             multiple of 4 and at least the largest rank. A row is written up to its adapter's rank,
-            rounded up to a multiple of 4. Rows without an adapter are not written.
+            rounded up to a multiple of 4. Rows without an adapter are not written. None if ds is
+            computed elsewhere.
         d_lora_b: fp32 ``[ceil(M / run) + S, N, R]``, contiguous, or None.
         d_bias: fp32 ``[ceil(M / run) + S, N]``, contiguous, for the column sums of dy, or None.
         dy: ``[M, N]``, any strides, including 0. Its dtype is the dtype of the dots.
@@ -386,6 +400,7 @@ def launch_mixed_lora_grad_b(
         up: The lora_b of all adapters, with ``by_column``. Scalings and lora_bias are not read.
         run: Number of positions in a run.
         config: From `configs.choose`.
+        adds_ds: Whether to add to ds, which holds the partial sums of other columns.
     """
     m, n = dy.shape
     if m == 0 or n == 0:
@@ -411,6 +426,8 @@ def launch_mixed_lora_grad_b(
         **strides("dy", "mn", dy),
         **strides("s", "m_", s),
         **config.arguments("mnr"),
+        HAS_DS=ds is not None,
+        ADDS_DS=adds_ds,
         HAS_FACTORS=d_lora_b is not None,
         HAS_BIAS=d_bias is not None,
         FACTOR_DTYPE=triton_dtype(up.dtype),

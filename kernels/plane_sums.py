@@ -1,8 +1,12 @@
 """``out = partials.sum(0)`` for up to four outputs in one launch, in a fixed order.
 
-partials ``[P, ...]`` are fp32 partial sums, and out is ``[...]``; all are contiguous. This is the
-second stage of a reduction with a first stage that writes one partial sum for each part of the
-rows, or of the columns. There are no atomics, so results are bitwise reproducible.
+partials ``[P, ...]`` are fp32 partial sums, and out is ``[...]``. Each partial sum and each out is
+contiguous. This is the second stage of a reduction with a first stage that writes one partial sum
+for each part of the rows, or of the columns. There are no atomics, so results are bitwise
+reproducible.
+
+If the kernel is launched as a programmatic dependent of the first stage (``pdl``, sm_90 and later),
+its programs start while the first stage is still running, and wait before they read anything.
 
 Bytes moved, for e bytes per element of out: ``(4 P + e)`` per element.
 """
@@ -23,8 +27,11 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _sum_block(out_ptr, partials_ptr, block, size, num_partials, BLOCK: tl.constexpr):
-    """Write one block of an output with ``size`` elements."""
+def _sum_block(out_ptr, partials_ptr, block, size, stride, num_partials, BLOCK: tl.constexpr):
+    """Write one block of an output with ``size`` elements.
+
+    Its partial sums are ``stride`` elements apart.
+    """
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     mask = offs < size - first
@@ -34,7 +41,7 @@ def _sum_block(out_ptr, partials_ptr, block, size, num_partials, BLOCK: tl.const
     for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
         # partial: [BLOCK]
         total += tl.load(
-            partials_ptr + tl.cast(partial, tl.int64) * size + offs, mask=mask, other=0.0
+            partials_ptr + tl.cast(partial, tl.int64) * stride + offs, mask=mask, other=0.0
         )
     tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -62,32 +69,48 @@ def _plane_sums_kernel(
     num_partials_1,
     num_partials_2,
     num_partials_3,
+    # strides
+    stride_p,
+    stride_1_p,
+    stride_2_p,
+    stride_3_p,
     # meta
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     outs = out_ptr, out_1_ptr, out_2_ptr, out_3_ptr
     stacks = partials_ptr, partials_1_ptr, partials_2_ptr, partials_3_ptr
     sizes = size, size_1, size_2, size_3
     counts = num_partials, num_partials_1, num_partials_2, num_partials_3
+    strides = stride_p, stride_1_p, stride_2_p, stride_3_p
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         blocks = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < blocks):
-            _sum_block(outs[i], stacks[i], block, sizes[i], counts[i], BLOCK)
+            _sum_block(outs[i], stacks[i], block, sizes[i], strides[i], counts[i], BLOCK)
         block -= blocks
 
 
 @cached_launches
 def launch_plane_sums(
-    outs: Sequence[torch.Tensor], partials: Sequence[torch.Tensor], *, config: KernelConfig
+    outs: Sequence[torch.Tensor],
+    partials: Sequence[torch.Tensor],
+    *,
+    config: KernelConfig,
+    pdl: bool = False,
 ) -> None:
     """Write the sum of each stack of partial sums.
 
     Args:
         outs: 1 to `MAX_GROUP_SIZE` tensors, contiguous, any floating dtype.
-        partials: For each output an fp32 tensor ``[P, *out.shape]``, contiguous.
+        partials: For each output an fp32 tensor ``[P, *out.shape]``, contiguous in all dimensions
+            but the first.
         config: From `configs.choose`.
+        pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
+            shrink that writes the partial sums.
     """
     sizes = [out.numel() for out in outs]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
@@ -100,7 +123,10 @@ def launch_plane_sums(
         **numbered("partials{}_ptr", partials),
         **numbered("size{}", sizes, 0),
         **numbered("num_partials{}", [stack.shape[0] for stack in partials], 0),
+        **numbered("stride{}_p", [stack.stride(0) for stack in partials], 0),
         COUNT=len(outs),
         BLOCK=_BLOCK,
+        PDL=pdl,
         **config.arguments(""),
+        **({"launch_pdl": True} if pdl else {}),
     )

@@ -47,10 +47,15 @@ def shrink_partials_shape(
     The number of splits depends neither on the chip nor on the adapters of the rows, so that a fake
     implementation can compute it. Sizes may be symbolic.
     """
+    from fastlora.kernels.config_tables import MAX_PARTIAL_BYTES
+
+    columns = -(-largest // 16) * 16
     splits = torch.sym_min(k // _SPLIT_COLUMNS, _MAX_SPLITS)
     if not batch_invariant:
-        splits = torch.sym_min(splits, -(-_MAX_PARTIAL_ROWS // torch.sym_max(m, 1)))
-    return torch.sym_max(splits, 1), modules, m, -(-largest // 16) * 16
+        rows = torch.sym_max(m, 1)
+        splits = torch.sym_min(splits, -(-_MAX_PARTIAL_ROWS // rows))
+        splits = torch.sym_min(splits, MAX_PARTIAL_BYTES // (4 * modules * rows * columns))
+    return torch.sym_max(splits, 1), modules, m, columns
 
 
 def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastlora.functional import lora_linear
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.configs import choose
-from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_expand import launch_lora_expand, launch_summed_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
@@ -107,6 +107,25 @@ def together(kernel: str, m: int, k: int, dtype: torch.dtype = BF16) -> Case:
         ys = [module.y for module in modules]
         layers.check(ys, product=kernel == "linear")
         return {f"y {number}": y for number, y in enumerate(ys)}
+
+    return run
+
+
+def terms(m: int, k: int, ranks: Sequence[int], dtype: torch.dtype = BF16) -> Case:
+    """The part of dx that comes from the adapters of layers that share x."""
+
+    def run(lab: Lab) -> Results:
+        ds = [lab.rand(m, r, dtype=dtype) for r in ranks]
+        lora_a = [lab.rand(r, k, dtype=dtype) for r in ranks]
+        dx = lab.poisoned(m, k, dtype=dtype)
+        config = choose(chip_of(lab.device), "lora_grad_x_add", dtype, m=m, k=k, r=max(ranks))
+        launch_summed_lora_expand(dx, [a.t() for a in lora_a], ds, config=config)
+        near, exact = (
+            torch.cat(ds, 1).to(kind) @ torch.cat(lora_a).to(kind)
+            for kind in (dtype, torch.float64)
+        )
+        assert_within_budget(dx, near, exact, "dx")
+        return {"dx": dx}
 
     return run
 
@@ -364,6 +383,8 @@ FURTHER = {
     "linear, three in one grid": together("linear", 37, 72),
     "grad_x": one("grad_x", (40, 200, 256, 16), p=0.3),
     "grad_x, fp16, off the tiles": one("grad_x", (33, 75, 100, 5), FP16, p=0.3),
+    "grad_x_add of three layers": terms(70, 130, (16, 8, 24)),
+    "grad_x_add of two layers, in chunks": terms(130, 65, (64, 40)),
     "grad_x_add": one("grad_x_add", (40, 200, 65, 8), p=0.3),
     "expand, fp16, off the tiles": one("expand", (33, 75, 1, 24), FP16, fp32_factors=True),
     "expand, three in one grid": together("expand", 37, 72),

@@ -25,6 +25,30 @@ FAULTS = (
         ),
     ),
     Fault(
+        "Every term of an expand that adds the terms of siblings reads the first one's s.",
+        "wrong module",
+        "66d6585e",
+        "kernels/lora_expand.py",
+        "own_s = all_s[term] + first_m",
+        "own_s = all_s[0] + first_m",
+        (
+            "tests/kernels/test_siblings.py::"
+            "test_one_expand_adds_the_terms_of_siblings[float32-ranks0-64]",
+        ),
+    ),
+    Fault(
+        "A launch for some columns of dy overwrites the ds of the columns before.",
+        "lost partial sum",
+        "66d6585e",
+        "fastlora/ops/triton/backward.py",
+        "adds_ds=with_ds and number > 0,",
+        "adds_ds=False,",
+        (
+            "tests/kernels/test_partial_bytes.py::"
+            "test_a_mixed_gradient_in_several_launches[float32-True]",
+        ),
+    ),
+    Fault(
         "All row tiles of a shrink drop the elements of the first one.",
         "wrong mask",
         "912c58d",

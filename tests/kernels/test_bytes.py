@@ -20,7 +20,7 @@ from fastlora.bench.byte_forms import ELSEWHERE, SCALING, Batch, Form, Sizes
 from fastlora.kernels.chips import chip_of
 from fastlora.kernels.config_tables import KernelConfig, cdiv
 from fastlora.kernels.configs import choose
-from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_expand import launch_lora_expand, launch_summed_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
@@ -28,6 +28,7 @@ from fastlora.kernels.plane_sums import launch_plane_sums
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount, check
 from tests.support.bytes.count_bytes import (
     FULL_STEPS,
+    GROUPS,
     H100,
     OPS,
     STEPS,
@@ -39,8 +40,10 @@ from tests.support.bytes.count_bytes import (
     floor,
     forms,
     forms_of_forward,
+    forms_of_prefill,
     is_bounded,
     on,
+    rows_of_prefills,
     rows_of_table,
 )
 from tests.support.kernels.lab import Lab
@@ -244,7 +247,44 @@ def test_the_table_holds_what_is_counted() -> None:
     """`docs/kernel_bytes.csv` is what `tests.support.bytes.count_bytes` writes."""
     with TABLE.open() as file:
         written = [row for row in csv.DictReader(file) if " of nf4" not in row["kernel"]]
-    assert written == [row for step in STEPS for row in rows_of_table(step, counted_in(step))]
+    counted = [row for step in STEPS for row in rows_of_table(step, counted_in(step))]
+    assert written == [*counted, *rows_of_prefills()]
+
+
+@pytest.mark.parametrize(("r", "most"), [(16, 1.25), (64, 1.75), (128, 2.95)])
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_expand_of_prefill_issues_little_more_than_its_floor(
+    group: str, r: int, most: float
+) -> None:
+    """y and lora_b once, and s once in 16 bits; at rank 128, wider tiles spill.
+
+    The scaling is one number, and counts neither here nor there. Ratios have two decimals.
+    """
+    ns, k = GROUPS[group]
+    for m in (128, 512, 2048, 8192):
+        form = forms_of_prefill(m, r, 1, ns, k)["lora_expand"]
+        issued = form.issued - sum(v[1] for name, v in form.loads.items() if "scaling" in name)
+        ratio = round(issued / (2 * (m * sum(ns) + m * r * len(ns) + r * sum(ns))), 2)
+        if m > 128:
+            assert 1 < ratio <= most, m
+        elif r == 16:
+            assert 1 < ratio <= 1.35
+
+
+def test_the_terms_of_one_expand(lab: Lab) -> None:
+    """Each s once per tile of N, each lora_b once per tile of M, and one y."""
+    m, n, ranks = 70, 130, (16, 8, 24)
+    y = torch.empty(m, n, dtype=HALF)
+    s = [lab.rand(m, r, dtype=HALF) for r in ranks]
+    lora_a = [lab.rand(r, n) for r in ranks]
+    counter = ByteCounter(y=[y])
+    for i, (own, a) in enumerate(zip(s, lora_a, strict=True)):
+        counter.register(f"s_{i}", own)
+        counter.register(f"lora_b_{i}", a)
+    with counter:
+        launch_summed_lora_expand(y, [a.t() for a in lora_a], s, config=CONFIG)
+    expected = byte_forms.summed_expand(Sizes(m, n, 0, 0), CONFIG, ranks)
+    check(counter.total, expected)
 
 
 @pytest.mark.drawn(1 / 6)

@@ -139,7 +139,8 @@ def test_one_tile_covers_a_small_batch(m: int, block_m: int) -> None:
 def test_large_batches_take_large_tiles() -> None:
     config = chosen("lora_linear", m=8192, n=4096, k=4096, r=16)
     assert (config.block_m, config.block_n) == (128, 256)
-    assert chosen("lora_shrink", m=8192, k=4096, r=16).block_m == 128
+    assert chosen("lora_shrink", m=2048, k=4096, r=16).block_m == 128
+    assert chosen("lora_shrink", m=16384, k=4096, r=16).block_m == 128
 
 
 # Weights of a decoder layer, siblings side by side: N and K of q|k|v, o, gate|up and down.
@@ -252,7 +253,7 @@ def test_a_gain_below_one_percent_is_no_reason_for_another_tile(
 def test_large_ranks_read_dy_twice() -> None:
     def twice(r: int, n: int = 14336) -> bool:
         config = chosen("lora_grad_b", m=8192, n=n, r=r)
-        return configs.reads_twice(config, n, r, 2)
+        return configs.reads_twice(config, 8192, n, r, 2)
 
     assert [twice(r) for r in (16, 32, 64, 128)] == [False, False, True, True]
     assert not twice(64, 64)
@@ -264,7 +265,10 @@ def test_the_fewest_splits_that_fill_the_chip() -> None:
 
     assert splits("lora_shrink", m=1, k=4096) == MAX_SPLITS
     assert splits("lora_shrink", m=2048, k=4096) == 8
-    assert splits("lora_shrink", m=8192, k=4096) == 2
+    assert splits("lora_shrink", m=4096, k=4096) == 4
+    # Twice as many tiles of 64 rows need no partial sums.
+    assert splits("lora_shrink", m=8192, k=4096) == 1
+    assert chosen("lora_shrink", m=8192, k=4096, r=16, dropout=True).splits == 2
     assert splits("lora_shrink", m=65536, k=4096) == 1
     # 256 columns are two steps of the K loop: nothing to split.
     assert splits("lora_shrink", m=1, k=256) == 1
@@ -274,6 +278,52 @@ def test_the_fewest_splits_that_fill_the_chip() -> None:
     # 64 rows are two steps.
     assert splits("lora_grad_a", m=64, k=2048) == 1
     assert splits("lora_grad_b", m=64, n=4096) == 1
+
+
+def test_a_shrink_with_more_rank_rows_than_a_narrow_tile_has_keeps_the_wide_one() -> None:
+    """With tiles of 64 rows, x would be read twice."""
+    config = chosen("lora_shrink", m=8192, k=4096, r=128)
+    assert (config.block_m, config.block_r, config.splits) == (128, 128, 2)
+
+
+def test_an_expand_has_wide_tiles_where_one_product_has_the_whole_rank() -> None:
+    """Smaller ranks would leave half of the product empty, and chunks of larger ones spill."""
+
+    def block_n(r: int, m: int = 2048) -> int:
+        return chosen("lora_expand", m=m, n=4096, r=r).block_n
+
+    assert [block_n(r) for r in (16, 32, 33, 64, 65, 128)] == [128, 128, 256, 256, 128, 128]
+    # 16 programs would leave most of the chip idle.
+    assert block_n(64, m=128) == 64
+
+
+def expand_tiles(m: int, n: int, r: int) -> int:
+    """Column tiles of an expand on an H100."""
+    return cdiv(n, chosen("lora_expand", m=m, n=n, r=r).block_n)
+
+
+def test_s_is_summed_once_where_its_partial_sums_cost_more_than_a_launch() -> None:
+    """0.7 us of H100's L2 at 5.5 TB/s are 3.85 MB, and 1 us of A100's at 5.4 TB/s are 5.4 MB."""
+    for chip, even in ((H100, 3.85e6), (Chip("sm_80", 108), 5.4e6)):
+        for tiles, splits, r in ((8, 8, 16), (32, 8, 16), (3, 2, 64), (1, 4, 200)):
+            below = int(even / (tiles * splits * 4 * r))
+            assert below > 64
+            found = [configs.sums_s_once(chip, m, r, splits, tiles) for m in (below, below + 1)]
+            assert found == [False, True], (chip, tiles, splits, r)
+    # Never at decode, and never of one partial sum.
+    assert not configs.sums_s_once(H100, 64, 512, 8, 1000)
+    assert configs.sums_s_once(H100, 65, 512, 8, 1000)
+    assert not configs.sums_s_once(H100, 8192, 512, 1, 1000)
+
+
+@pytest.mark.parametrize("r", [16, 64, 128])
+@pytest.mark.parametrize("m", [128, 512, 2048, 4096])
+def test_prefill_of_a_layer_sums_s_once(m: int, r: int) -> None:
+    """Every group of a Llama-8B layer that splits K."""
+    for n, k in LAYERS["Llama-3.1-8B"]:
+        splits = chosen("lora_shrink", m=m, k=k, r=r).splits
+        assert splits > 1
+        assert configs.sums_s_once(H100, m, r, splits, expand_tiles(m, n, r))
 
 
 def test_long_ranks_go_in_short_chunks() -> None:

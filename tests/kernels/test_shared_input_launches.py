@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig
-from fastlora.kernels.lora_expand import launch_lora_expand
+from fastlora.kernels.lora_expand import launch_lora_expand, launch_summed_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
@@ -80,6 +80,26 @@ def test_expand_writes_what_a_product_accumulates_on(
     launch_lora_expand(modules, planes, reads_y=False, s_out=s_out, config=config)
     layers.check([module.y for module in modules], product=False)
     assert torch.equal(s_out, layers.s)
+
+
+@pytest.mark.parametrize(("ranks", "k"), [((16, 16), 64), ((8, 3, 40), 72), ((1, 2, 4, 9), 65)])
+def test_one_expand_adds_the_terms_of_siblings(
+    lab: Lab, dtype: torch.dtype, ranks: tuple[int, ...], k: int
+) -> None:
+    """The part of dx that comes from their adapters, rounded once, and bit for bit each time."""
+    m = 37
+    ds = [lab.rand(m, r, dtype=dtype) for r in ranks]
+    lora_a = [lab.rand(r, k, dtype=dtype) for r in ranks]
+    made = [lab.poisoned(m, k, dtype=dtype) for _ in range(2)]
+    for dx in made:
+        downs = [a.t() for a in lora_a]
+        launch_summed_lora_expand(dx, downs, ds, config=KernelConfig(**CONFIG))
+    assert torch.equal(*made)
+    products = zip(ds, lora_a, strict=True)
+    plain = torch.stack([s @ a for s, a in products]).sum(0)
+    truth = sum((s.double() @ a.double() for s, a in zip(ds, lora_a, strict=True)), 0)
+    assert isinstance(truth, torch.Tensor)
+    assert_within_budget(made[0], plain, truth, "dx")
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -36,13 +36,15 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     return seen
 
 
-def run(rows: int, trains: bool, products: Counter[str]) -> Counter[str]:
-    """Launches and products of one call, once siblings are known."""
+def run(rows: int, trains: bool, products: Counter[str], processors: int = 16) -> Counter[str]:
+    """Launches and products of one call, once siblings are known.
+
+    16 processors are as many as these tiles fill: on more, a linear would split K.
+    """
     config = fastlora.LoraConfig(r=16, target_modules=list(LINEARS))
     model = fastlora.get_peft_model(Layer(WIDE), config).to(torch.bfloat16).train(trains)
     x = torch.randn(rows, WIDTH, dtype=torch.bfloat16, requires_grad=trains)
-    # As many processors as these tiles fill: on more a linear would split K, a launch for its sum.
-    with stubbed_launches(processors=16) as launches, torch.set_grad_enabled(trains):
+    with stubbed_launches(processors=processors) as launches, torch.set_grad_enabled(trains):
         for _ in range(3):
             before = len(launches)
             products.clear()
@@ -60,10 +62,14 @@ def test_decode(rows: int, products: Counter[str]) -> None:
     assert found == {"_lora_shrink_kernel": 4, "_lora_linear_kernel": 4}
 
 
-def test_prefill(products: Counter[str]) -> None:
-    """Beside the products one shrink and one expand for each x."""
-    found = run(2048, False, products)
-    assert found == {"_lora_shrink_kernel": 4, "_lora_expand_kernel": 4, "addmm_": 7}
+@pytest.mark.parametrize("processors", [16, 132])
+def test_prefill(products: Counter[str], processors: int) -> None:
+    """Beside the products one shrink and one expand for each x, and on many processors one sum."""
+    found = run(2048, False, products, processors)
+    expected = {"_lora_shrink_kernel": 4, "_lora_expand_kernel": 4, "addmm_": 7}
+    if processors == 132:  # more than there are tiles, so shrinks split K
+        expected["_plane_sums_kernel"] = 4
+    assert found == expected
 
 
 @pytest.mark.parametrize(("adapters", "kernel"), [(4, "linear"), (64, "expand")])
@@ -88,6 +94,6 @@ def test_decode_of_a_mixed_batch(adapters: int, kernel: str) -> None:
 
 def test_a_training_step(products: Counter[str]) -> None:
     found = run(2048, True, products)
-    assert found["_lora_expand_kernel"] == 4 + 7, "an update for each x, and for each dx"
+    assert found["_lora_expand_kernel"] == 4 + 4, "an update for each x, and for its gradient"
     assert found["addmm_"] == 14
     assert found.total() <= 52

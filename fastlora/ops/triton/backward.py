@@ -8,7 +8,7 @@ Arguments are as in the operators of `fastlora.ops.schema`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,12 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
-from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig
-from fastlora.kernels.configs import reads_twice
+from fastlora.kernels.config_tables import (
+    MAX_GROUP_SIZE,
+    MAX_PARTIAL_BYTES,
+    cdiv,
+)
+from fastlora.kernels.configs import mixed_grad_b_passes, reads_twice
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables
 from fastlora.kernels.modules import Module, Weight
@@ -45,6 +49,8 @@ from fastlora.quantized_tensor import QuantizedData
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
 _DsGradBColumnSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# A result, and the partial sums that have yet to be added into it.
+_Partials = tuple[torch.Tensor, torch.Tensor]
 
 # ------------------------------------------------------------------------------------ operators
 
@@ -131,8 +137,7 @@ def grouped_gradients(
 ) -> list[torch.Tensor | None]:
     """Return a list of the gradients of a shared-input group.
 
-    See `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s. The
-    modules' products accumulate one after the other into a single dx.
+    See `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s.
     """
     count: int = len(dropout_p)
     each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
@@ -143,24 +148,28 @@ def grouped_gradients(
     )
     if len(s) < count:
         s = s[0].split([b.shape[1] for b in lora_b], dim=1)
-    dx: torch.Tensor | None = None
     found: list[torch.Tensor | None] = [None] * (3 * count)  # of biases, of lora_a, of lora_b
     ds: dict[int, torch.Tensor] = {}
-    for i in reversed(range(count)):  # the order in which autograd would add the dx of the modules
-        dy, a, b, scaling = dys[i], lora_a[i], lora_b[i], scalings[i]
+    partials: list[_Partials] = []
+    for i in reversed(range(count)):  # the order in which autograd would run the modules
+        dy, b, scaling = dys[i], lora_b[i], scalings[i]
         if dy is None:
             continue
         if wants_b[i]:
-            ds[i], found[2 * count + i], sums = _grad_b_one_adapter(
+            (ds[i], found[2 * count + i], sums), own = _grad_b_and_partials(
                 dy, s[i], b, scaling, wants_bias[i]
             )
+            if _bytes_of([*partials, *own]) > MAX_PARTIAL_BYTES:
+                _add_partials(partials)
+                partials = []
+            partials += own
         else:
             ds[i] = product(reference.lora_ds, dy, b, scaling)
             sums = product(reference.column_sums, dy) if wants_bias[i] else dy
         if wants_bias[i]:
             found[i] = sums
-        if wants_x:
-            dx = _grad_x_one_adapter(dy, weights[i], ds[i], a, seeds[i], dropout_p[i], "auto", dx)
+    _add_partials(partials)
+    dx = _grad_x_of_group(dys, weights, ds, lora_a, seeds, dropout_p) if wants_x else None
     some = [i for i in range(count) if i in ds and wants_a[i]]
     if some and x is not None:
         drawn = [seeds[i] for i in some]
@@ -188,6 +197,7 @@ def _concat_seeds(*seeds: torch.Tensor | None) -> torch.Tensor:
 # ------------------------------------------------------------------------------- one adapter
 
 
+@cached_launches
 def _grad_b_one_adapter(
     dy: torch.Tensor,
     s: torch.Tensor,
@@ -195,60 +205,116 @@ def _grad_b_one_adapter(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _DsGradBColumnSums:
-    """Return ds, the gradient of lora_b, and the column sums of dy for one adapter.
-
-    If partial sums of ds would cost more than another read of dy, a library product computes ds.
-    """
-    (m, n), r = dy.shape, lora_b.shape[1]
-    if not dy.numel():
-        sums = dy.new_zeros(n if with_bias else 0, dtype=torch.float32)
-        return dy.new_zeros(m, r), dy.new_zeros(n, r, dtype=lora_b.dtype), sums
-    config = config_of("lora_grad_b", dy, m, n, r=r)
-    twice = reads_twice(config, n, r, dy.itemsize)
-    made = _grad_b_and_column_sums(dy, s, lora_b, scaling, with_bias, not twice, config)
-    d_lora_b, d_bias, *own = made
-    return own[0] if own else product(reference.lora_ds, dy, lora_b, scaling), d_lora_b, d_bias
+    """Return ds, the gradient of lora_b, and the column sums of dy for one adapter."""
+    found, partials = _grad_b_and_partials(dy, s, lora_b, scaling, with_bias)
+    _add_partials(partials)
+    return found
 
 
-@cached_launches
-def _grad_b_and_column_sums(
+def _grad_b_and_partials(
     dy: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
     with_bias: bool,
-    with_ds: bool,
-    config: KernelConfig,
-) -> list[torch.Tensor]:
-    """Return a list with the gradient of lora_b, the column sums of dy, and optionally ds.
+) -> tuple[_DsGradBColumnSums, list[_Partials]]:
+    """Return the result of `_grad_b_one_adapter`, and the partial sums that it still lacks.
 
-    One launch reads dy. If several programs contribute to a sum, a second launch adds their partial
-    sums.
+    One launch reads dy. If several programs contribute to a sum, they write partial sums. If those
+    of ds would cost more than another read of dy, a library product computes ds instead.
     """
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
-    columns, splits = -(-n // config.block_n), config.splits
+    if not dy.numel():
+        sums = dy.new_zeros(n if with_bias else 0, dtype=fp32)
+        return (dy.new_zeros(m, r), dy.new_zeros(n, r, dtype=lora_b.dtype), sums), []
+    config = config_of("lora_grad_b", dy, m, n, r=r)
+    columns, splits = cdiv(n, config.block_n), config.splits
+    with_ds = not reads_twice(config, m, n, r, dy.itemsize)
     d_lora_b, d_bias = empty(dy, n, r, dtype=lora_b.dtype), empty(dy, n * with_bias, dtype=fp32)
-    result = [d_lora_b, d_bias, *([empty(dy, m, r)] if with_ds else [])]
-    written = list(result)
+    written_b, written_bias = d_lora_b, d_bias
     if splits > 1:
-        written[0] = empty(dy, splits, n, r, dtype=fp32)
-        written[1] = empty(dy, splits, n, dtype=fp32) if with_bias else d_bias
+        written_b = empty(dy, splits, n, r, dtype=fp32)
+        written_bias = empty(dy, splits, n, dtype=fp32) if with_bias else d_bias
+    ds = written_ds = empty(dy, m, r) if with_ds else None
     if with_ds and columns > 1:
-        written[2] = empty(dy, columns, m, r, dtype=fp32)
+        written_ds = empty(dy, columns, m, r, dtype=fp32)
     lora_grad_b.launch_lora_grad_b(
-        *(written[2] if with_ds else None, written[0], written[1] if with_bias else None),
+        *(written_ds, written_b, written_bias if with_bias else None),
         *(dy, s, lora_b, scaling),
         config=config,
     )
-    split = [
-        (out, partials)
-        for out, partials in zip(result, written, strict=True)
-        if out is not partials
+    pairs = ((d_lora_b, written_b), (d_bias, written_bias), (ds, written_ds))
+    if ds is None:
+        ds = product(reference.lora_ds, dy, lora_b, scaling)
+    partials = [
+        (out, written)
+        for out, written in pairs
+        if out is not None and written is not None and out is not written
     ]
-    if split:
-        outs, stacks = zip(*split, strict=True)
-        plane_sums.launch_plane_sums(outs, stacks, config=config_of("plane_sums", dy))
-    return result
+    return (ds, d_lora_b, d_bias), partials
+
+
+def _bytes_of(partials: Sequence[_Partials]) -> int:
+    """Return the number of bytes of partial sums."""
+    return sum(stack.numel() * stack.itemsize for _, stack in partials)
+
+
+def _add_partials(partials: Sequence[_Partials]) -> None:
+    """Add partial sums into their results, up to `MAX_GROUP_SIZE` results in one launch."""
+    for start in range(0, len(partials), MAX_GROUP_SIZE):
+        outs, stacks = zip(*partials[start : start + MAX_GROUP_SIZE], strict=True)
+        config = config_of("plane_sums", outs[0])
+        plane_sums.launch_plane_sums(outs, stacks, config=config)
+
+
+def _grad_x_of_group(
+    dys: Sequence[Any],
+    weights: Sequence[Any],
+    ds: Mapping[int, torch.Tensor],
+    lora_a: _Tensors,
+    seeds: Sequence[torch.Tensor | None],
+    dropout_p: Sequence[float],
+) -> torch.Tensor | None:
+    """Return the gradient of x of a shared-input group, or None if no module has a ds.
+
+    Without dropout, one launch adds the parts of all adapters, and library products accumulate onto
+    it. Under dropout, every module has its own launch, because it has its own mask.
+    """
+    some = [*ds]  # in the order in which autograd would add the dx of the modules
+    chosen: Any = [[own[i] for i in some] for own in (dys, weights, lora_a, seeds)]
+    if not _can_share_grad_x(*chosen):
+        dx: torch.Tensor | None = None
+        for i in some:
+            given = dys[i], weights[i], ds[i], lora_a[i], seeds[i], dropout_p[i]
+            dx = _grad_x_one_adapter(*given, "auto", dx)
+        return dx
+    all_ds, downs = [ds[i] for i in some], [lora_a[i].t() for i in some]
+    dx = empty(all_ds[0], all_ds[0].shape[0], downs[0].shape[0])
+    n, r = sum(dys[i].shape[1] for i in some), max(down.shape[1] for down in downs)
+    config = config_of("lora_grad_x_add", dx, dx.shape[0], n, dx.shape[1], r)
+    lora_expand.launch_summed_lora_expand(dx, downs, all_ds, config=config)
+    for i in some:
+        product(torch.Tensor.addmm_, dx, dys[i], weights[i])
+    return dx
+
+
+def _can_share_grad_x(
+    dys: Sequence[torch.Tensor],
+    weights: Sequence[Weight | None],
+    lora_a: _Tensors,
+    seeds: Sequence[torch.Tensor | None],
+) -> bool:
+    """Return whether one launch can compute the adapters' part of the dx of several modules."""
+    return (
+        len(dys) > 1
+        and all(seed is None for seed in seeds)
+        and all(dy.numel() and a.is_contiguous() for dy, a in zip(dys, lora_a, strict=True))
+        and all(
+            isinstance(weight, torch.Tensor)
+            and choose_plan("auto", dy, weight, a.shape[0], "lora_grad_x") != "fused"
+            for dy, weight, a in zip(dys, weights, lora_a, strict=True)
+        )
+    )
 
 
 @cached_launches
@@ -304,9 +370,11 @@ def _grad_x_of_adapter(
 ) -> torch.Tensor:
     """Return the adapter's contribution to the gradient of x, or add it to ``onto`` if given."""
     (m, n), (r, k) = dy.shape, lora_a.shape
-    dx, config = onto, config_of("lora_grad_x_add", dy, m, n, k, r)
-    if dx is None:
-        dx = empty(dy, m, k)
+    dx = empty(dy, m, k) if onto is None else onto
+    if seed is None:  # an expand to K columns
+        config = config_of("lora_expand", dy, m, n=k, k=n, r=r)
+    else:
+        config = config_of("lora_grad_x_add", dy, m, n, k, r)
     module, drop = Module(dx, lora_a.t(), None), {"seed": seed, "dropout_p": dropout_p}
     reads_y = onto is not None
     lora_expand.launch_lora_expand([module], ds, reads_y=reads_y, config=config, **drop)
@@ -375,8 +443,8 @@ def _mixed_grad_b(
 ) -> _DsGradBColumnSums:
     """Return ds and the gradients of lora_b and lora_bias for a mixed batch.
 
-    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch
-    adds them.
+    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch adds them. If the partial sums
+    take too much memory, several launches read parts of the columns of dy.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)
@@ -384,33 +452,45 @@ def _mixed_grad_b(
     ds, biased = torch.empty_like(s), with_factors and any(with_bias)
     config = config_of("mixed_lora_grad_b", dy, r=largest)
     count = -(-m // run) + len(lora_b)
-    ds_partials = dy.new_empty(-(-n // config.block_n), *s.shape, dtype=fp32)
-    b_partials = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
-    bias_partials = dy.new_empty(count, n, dtype=fp32) if biased else None
+    passes = mixed_grad_b_passes(config, m, n, largest, count, with_factors)
+    of_ds = [number for number, own in enumerate(passes) if own.with_ds]
+    ds_partials = dy.new_empty(cdiv(passes[0].stop, config.block_n), *s.shape, dtype=fp32)
     blocks = align_factors(lora_b)
-    up = lora_b_rank_rows(blocks, (), scaling)
-    lora_grad_b.launch_mixed_lora_grad_b(
-        *(ds_partials, b_partials, bias_partials, dy, s, rows, up),
-        run=run,
-        config=config,
-    )
-    reduce.launch_mixed_lora_grad_reduce(
-        packed if with_factors else None,
-        None if b_partials is None else b_partials.transpose(1, 2).unsqueeze(1),
-        *(rows, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
-        number_tensor_without_sync(tuple(offsets), torch.int64, device).unsqueeze(0),
-        m=m,
-        columns=n,
-        run=run,
-        by_column=True,
-        config=config_of("mixed_lora_grad_reduce", dy),
-        bias_partials=bias_partials,
-        bias_offset=number_tensor_without_sync(tuple(bias_offsets), torch.int64, device).unsqueeze(
-            0
-        ),
-        ds=ds,
-        ds_partials=ds_partials,
-    )
+    for number, (first, stop, with_ds, with_own_factors) in enumerate(passes):
+        columns, b_partials, bias_partials = stop - first, None, None
+        if with_own_factors:
+            b_partials = dy.new_empty(count, columns, largest, dtype=fp32)
+            bias_partials = dy.new_empty(count, columns, dtype=fp32) if biased else None
+        up = lora_b_rank_rows([block[first:stop] for block in blocks], (), scaling)
+        lora_grad_b.launch_mixed_lora_grad_b(
+            *(ds_partials if with_ds else None, b_partials, bias_partials),
+            *(dy[:, first:stop], s, rows, up),
+            run=run,
+            config=config,
+            adds_ds=with_ds and number > 0,
+        )
+        ends_ds = number == of_ds[-1]
+        if not (with_own_factors or ends_ds):
+            continue
+        starts = [at + first * b.shape[1] for at, b in zip(offsets, lora_b, strict=True)]
+        bias_starts = [at if at < 0 else at + first for at in bias_offsets]
+        reduce.launch_mixed_lora_grad_reduce(
+            packed if with_own_factors else None,
+            None if b_partials is None else b_partials.transpose(1, 2).unsqueeze(1),
+            *(rows, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
+            number_tensor_without_sync(tuple(starts), torch.int64, device).unsqueeze(0),
+            m=m,
+            columns=columns,
+            run=run,
+            by_column=True,
+            config=config_of("mixed_lora_grad_reduce", dy),
+            bias_partials=bias_partials,
+            bias_offset=number_tensor_without_sync(
+                tuple(bias_starts), torch.int64, device
+            ).unsqueeze(0),
+            ds=ds if ends_ds else None,
+            ds_partials=ds_partials if ends_ds else None,
+        )
     return ds, packed, dy.new_empty(0, dtype=fp32)
 
 

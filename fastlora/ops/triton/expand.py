@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.kernels import lora_expand, mixed_lora_expand
-from fastlora.kernels.config_tables import KernelConfig
-from fastlora.kernels.launch import cached_launches
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.configs import sums_s_once
+from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, replace_missing_with_empty, tables_from_tensors
@@ -18,7 +19,7 @@ from fastlora.ops.triton.address_tables import (
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
-from fastlora.ops.triton.shrink import mixed_shrink_partials
+from fastlora.ops.triton.shrink import add_partial_sums, mixed_shrink_partials
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -88,11 +89,20 @@ def expand_mixed_(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Add the update of each row's adapter to the output y of every module, in one launch.
+    """Add the update of each row's adapter to the output y of every module.
+
+    One launch computes the updates. Before it, another one may add the partial sums of s
+    (`configs.sums_s_once`).
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     ``pdl`` means that the previous launch is the shrink that computes s.
     """
+    (splits, *_, m, r), y = s.shape, ys[0]
+    tiles = sum(cdiv(own.shape[1], config.block_n) for own in ys)
+    if sums_s_once(chip_of(y), m, r, splits, tiles):
+        partials, s = s, empty(y, 1, *s.shape[1:])
+        add_partial_sums(s[0], partials, after_shrink=pdl)
+        pdl = False
     mixed_lora_expand.launch_mixed_lora_expand(
         *(ys, s, rows, up),
         config=config,

@@ -23,10 +23,11 @@ def config_of(
     *,
     group_size: int = 1,
     batch_invariant: bool = False,
+    dropout: bool = False,
 ) -> configs.KernelConfig:
     """Return the config of a kernel launch on x's device, for matrix products in x's dtype.
 
-    The sizes, ``group_size``, and ``batch_invariant`` are as in `fastlora.kernels.configs.choose`.
+    All other arguments are as in `fastlora.kernels.configs.choose`.
     """
     return configs.choose(
         *(chips.chip_of(x.device), launch, x.dtype),
@@ -37,4 +38,5 @@ def config_of(
         group_size=group_size,
         input_precision=fp32_precision(x.dtype),
         batch_invariant=batch_invariant,
+        dropout=dropout,
     )

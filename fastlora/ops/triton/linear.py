@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.kernels import lora_expand, lora_linear, mixed_lora_linear, plane_sums
-from fastlora.kernels.config_tables import KernelConfig
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.configs import sums_s_once
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module, Weight, are_of_a_kind
@@ -27,7 +28,12 @@ from fastlora.ops.triton.address_tables import (
 )
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
-from fastlora.ops.triton.shrink import mixed_shrink, mixed_shrink_partials, shrink_with_partials
+from fastlora.ops.triton.shrink import (
+    add_partial_sums,
+    mixed_shrink,
+    mixed_shrink_partials,
+    shrink_with_partials,
+)
 from fastlora.quantized_tensor import QuantizedData
 
 _Tensors = Sequence[torch.Tensor]
@@ -196,9 +202,10 @@ def _grouped_linear(
     """Return a list of the outputs of modules that share a launch, followed by s if requested.
 
     The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
-    library products accumulate into y. If the shrink splits K, the second launch reads its partial
-    sums and adds them. If the linear splits K, a third launch adds the partial sums of y. For
-    quantized weights, for which ``launch`` is given, there is no library product.
+    library products accumulate into y. If the shrink splits K, the linear or the expand adds its
+    partial sums, or a launch before the expand does so (`configs.sums_s_once`). If the linear
+    splits K, a third launch adds the partial sums of y. For quantized weights, for which ``launch``
+    is given, there is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
@@ -212,9 +219,14 @@ def _grouped_linear(
     own = shrunk = s
     if own is None or shrunk is None:
         own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
+    config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
+    if shrunk is not own and not fused:
+        tiles = sum(cdiv(size, config.block_n) for size in sizes)
+        if sums_s_once(chip_of(x), m, r, shrunk.shape[0], tiles):
+            add_partial_sums(own, shrunk)
+            shrunk = own
     s_out = own if with_s and shrunk is not own else None
     ys = [empty(x, m, size) for size in sizes]
-    config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
     written, splits = ys, config.splits
     if splits > 1:
         written = [empty(x, splits, m, size, dtype=torch.float32) for size in sizes]

@@ -21,7 +21,7 @@ from fastlora.ops.triton.address_tables import (
     lora_a_rank_rows,
     max_summed_rank,
 )
-from fastlora.ops.triton.launch_configs import config_of
+from fastlora.ops.triton.launch_configs import chip_of, config_of
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -56,8 +56,17 @@ def shrink_one_adapter(
     """
     s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
-        plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
+        add_partial_sums(s, shrunk)
     return s
+
+
+def add_partial_sums(s: torch.Tensor, partials: torch.Tensor, after_shrink: bool = True) -> None:
+    """Write the sum of a shrink's partial sums into s, in one launch.
+
+    ``after_shrink`` means that the previous launch is the shrink.
+    """
+    config, pdl = config_of("plane_sums", s), after_shrink and chip_of(s).has_pdl
+    plane_sums.launch_plane_sums([s], [partials], config=config, pdl=pdl)
 
 
 def shrink_with_partials(
@@ -77,7 +86,8 @@ def shrink_with_partials(
     because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
-    config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    modes = {"batch_invariant": batch_invariant, "dropout": seed is not None}
+    config = config_of("lora_shrink", x, m, k=k, r=r, **modes)
     s = shrunk = empty(x, m, r)
     if config.splits > 1:
         rows = -(-m // 16) * 16 if batch_invariant else m
@@ -129,5 +139,5 @@ def mixed_shrink(
         partials = x.new_empty(splits, *s.shape, dtype=torch.float32)
     lora_shrink.launch_mixed_lora_shrink(partials, x, rows, down, config=config, dropout=dropout)
     if splits > 1:
-        plane_sums.launch_plane_sums([s], [partials], config=config_of("plane_sums", x))
+        add_partial_sums(s, partials)
     return s, splits == 1

@@ -19,6 +19,7 @@ from fastlora.kernels.chips import Chip
 from fastlora.kernels.config_tables import MAX_SPLITS, kernel_of
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
+from fastlora.ops.layout import shrink_partials_shape
 from fastlora.quantized_tensor import QuantizedData
 from tests.support.aot.shipped import Shipped, all_invariant_shipped, all_shipped
 from tests.support.chips import GPUS as CHIPS
@@ -103,7 +104,9 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     which are without dropout; of decode and prefill it is heavy for three modules in one grid, in
     16 bits; a linear of one adapter has siblings up to 64 rows. "split" is heavy for a linear whose
     programs share out K. "without_ds" is heavy for a gradient of lora_b where another pass makes
-    ds, on sm_90 where it takes wgmma.
+    ds, on sm_90 where it takes wgmma; of a mixed batch, "adds_ds" is heavy for a part of the
+    columns. "terms" is heavy for an expand that adds the terms of three modules. "dependent" is a
+    sum of one s, launched as a programmatic dependent of the shrink.
     """
     result = []
     for chip in chips:
@@ -120,8 +123,18 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                     result.append(Case(chip.arch, shipped, "training"))
                     if shipped.kernel in SHARED_BY_GROUPS and shipped.dtype == torch.bfloat16:
                         result.append(Case(chip.arch, shipped, "siblings"))
+                    alone = (
+                        shipped.kernel == "mixed_lora_grad_b" and shipped.dtype == torch.bfloat16
+                    )
+                    if alone and chip.arch in ("sm_80", "sm_90"):
+                        parts = ("without_ds", "adds_ds")
+                        result += [Case(chip.arch, shipped, variant) for variant in parts]
                 continue
             result.append(Case(chip.arch, shipped, "heavy"))
+            if shipped.kernel == "plane_sums" and chip.has_pdl:
+                result.append(Case(chip.arch, shipped, "dependent"))
+            if shipped.kernel == "lora_grad_x_add" and shipped.dtype == torch.bfloat16:
+                result.append(Case(chip.arch, shipped, "terms"))
             if chip.arch == "sm_90" and shipped.kernel == "lora_grad_b" and config.block_m >= 64:
                 result.append(Case(chip.arch, shipped, "without_ds"))
             if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
@@ -187,7 +200,8 @@ def quantized_operand(variant: str, n: int, k: int) -> QuantizedData:
 def record(case: Case) -> Launch:
     """Returns the launch that the case's launcher makes."""
     stem = kernel_of(case.shipped.kernel)
-    launcher = getattr(module_of(stem), f"launch_{stem}")
+    name = f"launch_summed_{stem}" if case.variant == "terms" else f"launch_{stem}"
+    launcher = getattr(module_of(stem), name)
     given = operands(case)
     taken = inspect.signature(launcher).parameters.keys() & given.keys()
     with recording(stem) as made:
@@ -282,10 +296,16 @@ def operands(case: Case) -> dict[str, Any]:
             },
         }
         given = {"bias": None, "reads_y": True} | common | own[stem]
+        if case.variant == "terms":
+            given |= {"lora_b": [factor(r, k).t()] * 3, "s": [empty(m, r)] * 3}
+            return given
+        if case.variant == "dependent":
+            return given | {"outs": [empty(256, 16)], "partials": [fp32(8, 256, 16)], "pdl": True}
         names = ("y", "lora_b", "scaling", "bias", "weight")
         return given | {"modules": [Module(*(given[name] for name in names))] * count}
     address = longs(_SLOTS)
-    planes = 1 if light else 4
+    # As many as a decode or prefill of these rows has.
+    planes = 1 if light else shrink_partials_shape(m, k, modules, 64)[0]
     # order, segment_of, segment_slot, slot_start and pieces
     rows = [ints(m), ints(m), ints(min(m, _SLOTS + 2)), ints(_SLOTS + 1), ints(_SLOTS)]
     common |= {
@@ -327,12 +347,13 @@ def operands(case: Case) -> dict[str, Any]:
         },
         "mixed_lora_shrink": shrink,
         "mixed_lora_train_shrink": {**shrink, "dropout": dropout},
-        "mixed_lora_expand": {"s": fp32(4, m, r)},
+        "mixed_lora_expand": {"s": fp32(planes, m, r)},
         "mixed_lora_train_expand": {"s": empty(1, m, r)},
         "mixed_lora_grad_b": {
-            "ds": fp32(32, m, 64),
-            "d_lora_b": fp32(_PLANES, n, 64),
-            "d_bias": fp32(_PLANES, n),
+            "ds": None if case.variant == "without_ds" else fp32(32, m, 64),
+            "d_lora_b": None if case.variant == "adds_ds" else fp32(_PLANES, n, 64),
+            "d_bias": None if case.variant == "adds_ds" else fp32(_PLANES, n),
+            "adds_ds": case.variant == "adds_ds",
             "s": empty(m, 64),
         },
         "mixed_lora_grad_a": {

@@ -139,12 +139,16 @@ def resources_of(case: Case, launch: Launch, kernel: Compiled, digest: str) -> R
 
 
 def early_loads_of_s(launch: Launch, kernel: Any, arch: str) -> int:
-    """Returns what `dependent_launch.early_loads` says of s; 0 where nothing is launched early."""
+    """Returns what `dependent_launch.early_loads` says of s, or of the partial sums of s.
+
+    The result is 0 where nothing is launched early.
+    """
     if not launch.arguments.get("launch_pdl"):
         return 0
     signature = specialize(launch, arch).signature
     names = [name for name, kind in signature.items() if kind != "constexpr"]
-    return early_loads(kernel, names.index("s_ptr"))
+    read = "s_ptr" if "s_ptr" in names else "partials_ptr"
+    return early_loads(kernel, names.index(read))
 
 
 def serialized_products(launch: Launch, kernel: Compiled, arch: str) -> int:

@@ -20,7 +20,13 @@ from fastlora.kernels.config_tables import (
     kernel_of,
     table_of,
 )
-from fastlora.kernels.configs import INVARIANT_ROWS, block_r_of, bucket_of, piece_rows
+from fastlora.kernels.configs import (
+    INVARIANT_ROWS,
+    block_r_of,
+    bucket_of,
+    has_chunks,
+    piece_rows,
+)
 
 
 class Shipped(NamedTuple):
@@ -72,7 +78,7 @@ def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
 def _hardest_ranks(kernel: str, row: ConfigRow) -> Iterator[tuple[int, int]]:
     """Yields each BLOCK_R with a rank that takes it: one past all blocks for the chunk's."""
     for block_r in row.blocks_r or (0,):
-        beyond = 4 * row.blocks_r[-1] if kernel in CHUNKED else 0
+        beyond = 4 * row.blocks_r[-1] if kernel in CHUNKED and has_chunks(row) else 0
         if kernel in ANY_RANK:
             yield block_r, 64
         else:

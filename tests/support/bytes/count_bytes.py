@@ -3,7 +3,8 @@
 Of one adapter, those of a fused training step of one linear, and beside them the in-place expand,
 dropout, and the sum of a split shrink that stands alone. Of a mixed batch, those of a forward, as
 plan "fused" and as plan "split", with DoRA's scales, and of a backward. And decode over NF4
-(`count_quantized.py`).
+(`count_quantized.py`). The expands of prefill at full size, one adapter and mixed, are in closed
+form (`rows_of_prefills`).
 
 ``TRITON_INTERPRET=1 python -m tests.support.bytes.count_bytes --write`` writes
 `docs/kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come from
@@ -24,11 +25,12 @@ import torch
 import triton.language as tl
 
 from fastlora.bench import byte_forms
-from fastlora.bench.byte_forms import Batch, Form, Sizes
+from fastlora.bench.byte_forms import ELSEWHERE, Batch, Form, Sizes
+from fastlora.bench.launch_forms import together
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.config_tables import cdiv
-from fastlora.kernels.configs import choose, reads_twice, run_rows
+from fastlora.kernels.configs import choose, reads_twice, run_rows, sums_s_once
 from fastlora.ops.factors import tables_from_tensors
 from fastlora.ops.layout import shrink_partials_shape
 from fastlora.ops.triton.shrink import mixed_shrink_partials
@@ -145,7 +147,7 @@ def forms_of_one(step: Step, chip: Chip) -> Forms:
     grad_x = choose(chip, "lora_grad_x", HALF, m=m, k=k, r=r)
     grad_a = choose(chip, "lora_grad_a", HALF, m=m, k=k, r=r, group_size=1)
     expand = choose(chip, "lora_expand", HALF, m=m, n=n, r=r)
-    twice = reads_twice(grad_b, n, r, sizes.e)
+    twice = reads_twice(grad_b, m, n, r, sizes.e)
     forms = {
         "lora_expand": byte_forms.expand(sizes, expand),
         "lora_dropout": byte_forms.dropout(sizes, choose(chip, "lora_dropout", HALF, m=m, k=k)),
@@ -197,7 +199,7 @@ def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
             problem.check(found)
         OPS.lora_scale_(made[1], problem.biases[0], rows, address, 0, "triton")
     counter.register("y", *made)
-    return stems(counter)
+    return stems(counter, plane_sums="plane_sums of mixed_lora_shrink")
 
 
 def forms_of_forward(batch: Batch, chip: Chip, dtype: torch.dtype = HALF) -> Forms:
@@ -209,12 +211,22 @@ def forms_of_forward(batch: Batch, chip: Chip, dtype: torch.dtype = HALF) -> For
         choose(chip, f"mixed_{stem}", dtype, m=m, n=n, r=r)
         for stem in ("lora_linear", "lora_expand", "dora_scale")
     )
-    return {
+    forms = {
         "mixed_lora_shrink": byte_forms.mixed_shrink(batch, shrink, splits),
         "mixed_lora_linear": byte_forms.mixed_linear(batch, linear, splits, with_bias=True),
         "mixed_lora_expand": byte_forms.mixed_expand(batch, expand, splits),
         "mixed_dora_scale": byte_forms.mixed_scale(batch, scale),
     }
+    columns = cdiv(r, 16) * 16
+    if sums_s_once(chip, m, columns, splits, cdiv(n, expand.block_n)):
+        # The counter knows the partial sums as s. What the operator makes of them lies elsewhere.
+        form = byte_forms.mixed_expand(batch, expand, 1, batch.e)
+        form.loads[ELSEWHERE] = form.loads.pop("s")
+        forms["mixed_lora_expand"] = form
+        summed = byte_forms.plane_sums([(m * columns, splits, batch.e)])
+        loads, stores = {"s": summed.loads["partials"]}, {ELSEWHERE: summed.stores["outs"]}
+        forms["plane_sums of mixed_lora_shrink"] = Form(loads, stores)
+    return forms
 
 
 def count_backward(step: Step) -> Counts:
@@ -335,6 +347,65 @@ def floor(step: Step, chip: Chip = QUARTER) -> int:
     return gemm + factors + shares + 2 * 4 * r * planes
 
 
+# Rows, ranks, and adapters of the prefills in the table; 1 is one adapter for all rows.
+PREFILLS = tuple(
+    (m, r, adapters)
+    for adapters in (1, 4, 64)
+    for m in (128, 512, 2048, 8192)
+    for r in (16, 64, 128)
+)
+# Outputs and K of the layers of Llama-3.1-8B that share an input.
+GROUPS = {
+    "q|k|v": ((4096, 1024, 1024), 4096),
+    "o": ((4096,), 4096),
+    "gate|up": ((14336, 14336), 4096),
+    "down": ((4096,), 14336),
+}
+SEQUENCES = 64
+
+
+def forms_of_prefill(m: int, r: int, adapters: int, ns: Sequence[int], k: int) -> Forms:
+    """Returns the expand of a prefill on an H100, all in 16 bits, and the sum of s before it.
+
+    In a mixed batch, adapters take turns among 64 sequences.
+    """
+    n, count = sum(ns), len(ns)
+    if adapters > 1:
+        ids = sorted(row // (m // SEQUENCES) % adapters for row in range(m))
+        config = choose(H100, "mixed_lora_expand", HALF, m=m, n=n, k=k, r=r)
+        splits = shrink_partials_shape(m, k, count, r)[0]
+    else:
+        config = choose(H100, "lora_expand", HALF, m=m, n=n, k=k, r=r)
+        splits = choose(H100, "lora_shrink", HALF, m=m, k=k, r=count * r).splits
+    once = sums_s_once(H100, m, r, splits, sum(cdiv(own, config.block_n) for own in ns))
+    partials = 1 if once else splits
+    expands = []
+    for own in ns:
+        if adapters > 1:
+            batch = Batch(ids, [r] * adapters, own, k, 2, 2)
+            expands.append(byte_forms.mixed_expand(batch, config, partials, 2 if once else 4))
+        else:
+            sizes = Sizes(m, own, k, r, 2, 2)
+            expands.append(byte_forms.expand(sizes, config, 1, partials, reads_y=False))
+    name = "mixed_lora_expand" if adapters > 1 else "lora_expand"
+    forms = {name: together(expands)}
+    if once:
+        forms["plane_sums"] = byte_forms.plane_sums([(m * r * count, splits, 2)])
+    return forms
+
+
+def rows_of_prefills() -> list[dict[str, str]]:
+    """Returns the rows of the table that closed forms give: a layer of full size on an H100."""
+    rows = []
+    for m, r, adapters in PREFILLS:
+        for group, (ns, k) in GROUPS.items():
+            for kernel, form in forms_of_prefill(m, r, adapters, ns, k).items():
+                values = [m, k, sum(ns), r, adapters, f"{kernel} of {group}"]
+                values += [form.distinct, form.issued, f"{form.issued / form.distinct:.2f}"]
+                rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+    return rows
+
+
 def rows_of_table(step: Step, counted: Counts) -> list[dict[str, str]]:
     """Returns one row for each kernel: how often a touched byte is asked for."""
     rows = []
@@ -353,6 +424,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = [row for step in STEPS for row in rows_of_table(step, count(step))]
     for step in count_quantized.STEPS:
         rows += rows_of_table(step, count_quantized.count_decode(step))
+    rows += rows_of_prefills()
     with TABLE.open("w", newline="") if "--write" in arguments else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
