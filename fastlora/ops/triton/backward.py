@@ -443,8 +443,9 @@ def _mixed_grad_b(
 ) -> _DsGradBColumnSums:
     """Return ds and the gradients of lora_b and lora_bias for a mixed batch.
 
-    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch adds them. If the partial sums
-    take too much memory, several launches read parts of the columns of dy.
+    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch
+    adds them. If the partial sums take too much memory, several launches read parts of the columns
+    of dy.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)
