@@ -1,0 +1,201 @@
+"""Adapters on a stack of E weights in PyTorch, with separate products for the rows of each key.
+
+Keys and shapes are as in `fastlora.ops.stacks`. Rows are sorted by key. Only keys that have rows
+cost time, and nothing of the size of the stack is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fastlora.ops.rows import Rows
+from fastlora.ops.stacks import StackedOperands
+from fastlora.ops.torch import products, reference
+
+# `torch.nn.functional.grouped_mm` requires that every stride is a multiple of this many bytes.
+_ALIGNMENT = 16
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _KeyRows(NamedTuple):
+    """The rows of one key: its matrix, its adapter's slot, and the range of sorted positions."""
+
+    matrix: int
+    slot: int
+    at: slice
+    key: int
+
+
+def _rows_of_keys(operands: StackedOperands, rows: Rows) -> Iterator[_KeyRows]:
+    """Yield the rows of each key that has rows and an adapter of rank 1 or more."""
+    slots = len(operands.lora_a)
+    for key, start, stop in rows.segments:
+        matrix, slot = divmod(key, slots)
+        if operands.lora_a[slot].shape[1]:
+            yield _KeyRows(matrix, slot, slice(start, stop), key)
+
+
+def _dropped(x: torch.Tensor, operands: StackedOperands, its: _KeyRows) -> torch.Tensor:
+    """Return the rows of a key with dropout applied. Every call uses the same mask."""
+    p = operands.dropout_p[its.slot]
+    if operands.seeds is None or not p:
+        return x[its.at]
+    return reference.lora_dropout(x[its.at], operands.seeds[its.key : its.key + 1].cpu(), p)
+
+
+def add_updates_(
+    y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows
+) -> torch.Tensor:
+    """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
+
+    s is ``[P, R]`` for the largest rank R. Columns beyond a row's rank are not written.
+    """
+    s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a))
+    for its in _rows_of_keys(operands, rows):
+        lora_a = operands.lora_a[its.slot][its.matrix]
+        lora_b = operands.lora_b[its.slot][its.matrix].t()
+        own = s[its.at, : lora_a.shape[0]]
+        own.copy_(reference.lora_shrink(_dropped(x, operands, its), lora_a))
+        reference.lora_expand_(y[its.at], own, lora_b, operands.scaling[its.slot])
+    return s
+
+
+def gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    s: torch.Tensor,
+    operands: StackedOperands,
+    rows: Rows,
+    wants_x: bool,
+    wants: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Return a tuple (dx of the LoRA update ``[P, K]``, the gradients of the factors).
+
+    Args:
+        dy: ``[P, N]``.
+        x: ``[P, K]``, or None if no gradient of a lora_a is wanted.
+        s: The result of `add_updates_`.
+        operands: The adapters.
+        rows: The sorted rows.
+        wants_x: Whether dx is wanted.
+        wants: Whether the gradients of lora_a and lora_b of each adapter in turn are wanted.
+    """
+    pairs = zip(operands.lora_a, operands.lora_b, strict=True)
+    factors = [factor for pair in pairs for factor in pair]
+    found = [
+        torch.zeros_like(factor, memory_format=torch.contiguous_format) if wanted else None
+        for factor, wanted in zip(factors, wants, strict=True)
+    ]
+    dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[2]) if wants_x else None
+    for its in _rows_of_keys(operands, rows):
+        scaling = operands.scaling[its.slot]
+        lora_a = operands.lora_a[its.slot][its.matrix]
+        d_lora_a, d_lora_b = found[2 * its.slot : 2 * its.slot + 2]
+        own_dy, own_s = dy[its.at], s[its.at, : lora_a.shape[0]]
+        if d_lora_b is not None:
+            scaled = reference.cast(own_s * scaling, dy.dtype)
+            d_lora_b[its.matrix] = products.mm(scaled.t(), own_dy)
+        if dx is None and d_lora_a is None:
+            continue
+        lora_b = operands.lora_b[its.slot][its.matrix].t()
+        ds = reference.lora_ds(own_dy, lora_b, scaling)
+        if d_lora_a is not None and x is not None:
+            d_lora_a[its.matrix] = products.mm(ds.t(), _dropped(x, operands, its))
+        if dx is not None:
+            dx[its.at] = _grad_of_dropped(
+                products.mm(ds, reference.cast(lora_a, dy.dtype)), operands, its
+            )
+    return dx, found
+
+
+def _grad_of_dropped(grad: torch.Tensor, operands: StackedOperands, its: _KeyRows) -> torch.Tensor:
+    """Return the gradient of a key's rows of x, given the gradient of these rows after dropout."""
+    p = operands.dropout_p[its.slot]
+    if operands.seeds is None or not p:
+        return grad
+    seed = operands.seeds[its.key : its.key + 1].cpu()
+    return reference.apply_mask_(grad, reference.lora_keep_mask(grad, seed, p)).mul_(1 / (1 - p))
+
+
+# ------------------------------------------------------------------------------- the base product
+
+
+def grouped_linear(
+    x: torch.Tensor, stack: torch.Tensor, rows: Rows, slots: int = 1
+) -> torch.Tensor:
+    """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
+
+    Rows of x that belong to no matrix, which come first, have results of zero.
+
+    Args:
+        x: ``[P, K]``, sorted by key, in the dtype of the stack.
+        stack: ``[E, N, K]``, any strides.
+        rows: The sorted rows.
+        slots: Number of adapters S, with which keys were made.
+    """
+    starts = rows.slot_start[::slots]
+    if _supports_grouped_mm(x, stack) and not rows.has_rows_without_slot:
+        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
+        return made
+    return _GroupedLinear.apply(x, stack, starts)
+
+
+def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
+    """Return whether `torch.nn.functional.grouped_mm` supports the operands.
+
+    It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
+    """
+    if (
+        x.dtype not in _GROUPED_DTYPES
+        or not hasattr(F, "grouped_mm")
+        or x.dtype in products.EMULATED
+    ):
+        return False
+    sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
+    widths = x.itemsize, x.itemsize, 1, 1
+    return all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The product of `grouped_linear`, with a separate matrix product for each matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        stack: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> torch.Tensor:
+        spans = _spans(starts)
+        ctx.spans = spans  # type: ignore[attr-defined]
+        ctx.save_for_backward(x if stack.requires_grad else None, stack)
+        y = x.new_zeros(x.shape[0], stack.shape[1])
+        for matrix, at in spans:
+            y[at] = products.linear(x[at], stack[matrix])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, stack = ctx.saved_tensors
+        needs_x, needs_stack = ctx.needs_input_grad[:2]
+        dx = dy.new_zeros(dy.shape[0], stack.shape[2]) if needs_x else None
+        d_stack = torch.zeros_like(stack) if needs_stack else None
+        for matrix, at in ctx.spans:
+            if dx is not None:
+                dx[at] = products.mm(dy[at], stack[matrix])
+            if d_stack is not None:
+                d_stack[matrix] = products.mm(dy[at].t(), x[at])
+        return dx, d_stack, None
+
+
+def _spans(starts: torch.Tensor) -> list[tuple[int, slice]]:
+    """Return a list of (matrix, range of rows) for each matrix that has rows."""
+    ends = starts.tolist()
+    pairs = enumerate(zip(ends, ends[1:], strict=False))
+    return [(matrix, slice(*pair)) for matrix, pair in pairs if pair[0] < pair[1]]
