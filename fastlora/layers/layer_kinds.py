@@ -23,8 +23,26 @@ PEFT_LAYER_ALTERNATIVE = (
 )
 
 
+class ParameterSettings(NamedTuple):
+    """The rank and alpha of an adapter on one parameter of a module.
+
+    Attributes:
+        name: The name of the parameter, relative to the module.
+        r: The rank on this parameter.
+        lora_alpha: The alpha on this parameter.
+    """
+
+    name: str
+    r: int
+    lora_alpha: float
+
+
 class LayerAdapterSettings(NamedTuple):
-    """Settings of an adapter on one module, as passed to `LoraLayer.add_adapter`."""
+    """Settings of an adapter on one module, as passed to `LoraLayer.add_adapter`.
+
+    ``parameters`` lists the parameters that ``target_parameters`` selects, in the order of
+    ``named_parameters()``. If it is empty, the adapter is on the module as a whole.
+    """
 
     r: int = 8
     lora_alpha: float = 8
@@ -35,6 +53,7 @@ class LayerAdapterSettings(NamedTuple):
     init_lora_weights: bool | str = True
     init_config: object | None = None
     from_file: bool = False
+    parameters: tuple[ParameterSettings, ...] = ()
 
 
 class LayerKind(NamedTuple):
