@@ -69,6 +69,8 @@ class LayerKind(NamedTuple):
             message that says which settings it supports.
         uses_dropout: Whether lora_dropout has an effect.
         peft_note: A note on adapters that PEFT has trained on this kind, or an empty string.
+        adapts_parameters: Whether the kind is for single parameters of a module. Adapters on these
+            modules list the parameters in ``LayerAdapterSettings.parameters``.
     """
 
     name: str
@@ -78,6 +80,7 @@ class LayerKind(NamedTuple):
     check: Callable[[nn.Module, LayerAdapterSettings], None]
     uses_dropout: bool = True
     peft_note: str = ""
+    adapts_parameters: bool = False
 
 
 LINEAR = "linear layers"
@@ -103,10 +106,12 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
     for base_class, layer_class in (custom or {}).items():
         if isinstance(module, base_class):
             return _kind_of_custom_layer(layer_class)
-    for kind in _KINDS:
-        if kind.matches(module):
-            return kind
-    return None
+    return next((k for k in _KINDS if not k.adapts_parameters and k.matches(module)), None)
+
+
+def parameter_kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the `LayerKind` of a module with adapted parameters, or None if there is no kind."""
+    return next((k for k in _KINDS if k.adapts_parameters and k.matches(module)), None)
 
 
 def layer_kind_names() -> list[str]:
