@@ -23,7 +23,6 @@ from torch import nn
 from fastlora.layers import parts
 from fastlora.layers.adapter_factors import fallback_reason_adapter_called
 from fastlora.layers.adapter_init import AdapterInitializer
-from fastlora.layers.attention import copy_with_parameters
 from fastlora.layers.call import MixedCall
 from fastlora.layers.dora_norms import may_cache_tensors
 from fastlora.layers.fallback_reasons import FusionStatus
@@ -32,12 +31,12 @@ from fastlora.layers.layer_kinds import (
     LayerKind,
     TensorShapes,
     linear_adapter_shapes,
-    register_parameter_kind,
+    register_layer_kind,
 )
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.mixed_dispatch import check_not_merged
-from fastlora.layers.unfused import BaseUnfusedLoraLayer
+from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.ops.factors import Factors
@@ -122,7 +121,7 @@ class AdaptedParameter(LoraLayer):
         This layer never runs fused.
         """
         kind = type(self.get_base_layer()).__name__
-        return FusionStatus(False, f"it is a parameter of a {kind}, and the layer of that module adds its update")
+        return FusionStatus(False, f"the layer of its {kind} adds its update")
 
     def rank_blocks(self, part: str) -> int:
         return self.num_matrices if part == "lora_A" else 1
@@ -273,34 +272,36 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
 
         The order is that of ``named_parameters()``.
         """
-        holder: Any = self._modules["parameters_with_adapters"]
-        order = self.base_layer._parameters
-        return {name: holder[name] for name in order if name in holder}
+        layers: Any = self._modules["parameters_with_adapters"]
+        return {name: layers[name] for name in self.base_layer._parameters if name in layers}
 
     def adapted_parameters(self) -> list[AdaptedParameter]:
         """Return a list of the layers with the adapters of each parameter."""
         return list(self.inner_layers().values())  # type: ignore[arg-type]
 
     def layers_to_adapt(
-        self, settings: LayerAdapterSettings
+        self, settings: Mapping[str, Any]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        kind = type(self.base_layer).__name__
-        if not settings.parameters:
+        """Return the layers of the parameters to which a new adapter is added, and how.
+
+        See `LoraLayer.layers_to_adapt`.
+        """
+        common = {name: value for name, value in settings.items() if name != "parameters"}
+        if not settings["parameters"]:
             raise UnsupportedLayerError(
-                f"other adapters adapt parameters of this {kind} (target_parameters); expected the "
-                "same kind of target for all adapters"
+                f"other adapters adapt parameters of this {type(self.base_layer).__name__} "
+                "(target_parameters); expected the same kind of target for all adapters"
             )
-        layers: list[tuple[LoraLayer, dict[str, Any]]] = []
-        for name, r, lora_alpha in settings.parameters:
-            if name not in self.parameters_with_adapters:
+        holder: Any = self.parameters_with_adapters
+        for name, *_ in settings["parameters"]:
+            if name not in holder:
                 made = AdaptedParameter(self.base_layer, name)
-                made._active_adapters = list(self._active_adapters)
-                made._disabled = self._disabled
-                self.parameters_with_adapters[name] = made.train(self.training)
-            arguments = settings._replace(r=r, lora_alpha=lora_alpha)._asdict()
-            del arguments["parameters"]
-            layers.append((self.parameters_with_adapters[name], arguments))
-        return layers
+                made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
+                holder[name] = made
+        return [
+            (holder[name], {**common, "r": r, "lora_alpha": lora_alpha})
+            for name, r, lora_alpha in settings["parameters"]
+        ]
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         layers = {n: layer for n, layer in self.inner_layers().items() if adapter_name in layer.r}
@@ -314,8 +315,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, parts.Factor]:
         raise UnsupportedLayerError(
-            f"the adapters of this {type(self.base_layer).__name__} are on its parameters; expected "
-            "target_parameters"
+            f"the adapters of this {type(self.base_layer).__name__} are on its parameters; "
+            "expected target_parameters"
         )
 
     def _check_has_adapter(self, adapter_name: str) -> None:
@@ -365,15 +366,20 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         **kwargs: Any,
     ) -> Any:
         """Run the module with the adapters in ``applied``, which maps parameters to adapters."""
-        holder, base = self.parameters_with_adapters, self.base_layer
-        made: Any = {name: holder[name].adapted(names) for name, names in applied.items()}
+        base, layers = self.base_layer, self._modules["parameters_with_adapters"]
+        made: Any = {name: layers[name].adapted(names) for name, names in applied.items()}
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, made, (x, *args), kwargs)
         return copy_with_parameters(base, made)(x, *args, **kwargs)
 
     def _run_mixed(
-        self, routing: Routing, conditions: ExecutionMode, x: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        routing: Routing,
+        conditions: ExecutionMode,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Run the module once for the rows of each adapter, and combine the outputs.
 
@@ -413,8 +419,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if not outputs:
             return self.base_layer(x)
         combined = [
-            torch.cat(each)[rows.inverse_order].flatten(0, 1)
-            for each in zip(*outputs, strict=True)
+            torch.cat(each)[rows.inverse_order].flatten(0, 1) for each in zip(*outputs, strict=True)
         ]
         combined[0] = attach_unused_adapters(self, routing, conditions, x, combined[0])
         return combined[0] if isinstance(made, torch.Tensor) else tuple(combined)
@@ -500,7 +505,7 @@ def check_parameter_settings(module: nn.Module, settings: LayerAdapterSettings) 
             )
 
 
-register_parameter_kind(
+register_layer_kind(
     LayerKind(
         "modules with adapted parameters",
         lambda module: True,
@@ -508,5 +513,6 @@ register_parameter_kind(
         parameter_adapter_shapes,
         check_parameter_settings,
         uses_dropout=False,
+        adapts_parameters=True,
     )
 )

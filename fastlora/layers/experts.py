@@ -28,7 +28,7 @@ from fastlora.layers.adapted_parameters import (
 )
 from fastlora.layers.adapter_factors import scalings_as_tensor
 from fastlora.layers.fallback_reasons import FusionStatus
-from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_parameter_kind
+from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.ops.backend import draw_seed
 from fastlora.ops.execution_mode import ExecutionMode
@@ -133,7 +133,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         # Rows without an expert come first. Their weights are zero.
         absent = None
         if base._is_expert_parallel:
-            absent = (torch.arange(len(order), device=order.device) < call.rows.slot_start[0])[:, None]
+            absent = (torch.arange(len(order), device=order.device) < call.rows.slot_start[0])[
+                :, None
+            ]
         up, down = _products(base)
         y = self._product(up, hidden_states[order // k], call)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
@@ -157,7 +159,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             conditions: The conditions of the call.
         """
         base = self.base_layer
-        count, (tokens, each) = base.num_experts, matrices.shape
+        count, tokens = base.num_experts, len(matrices)
         keys, token_rows, slots = matrices.reshape(-1), None, 1
         bad = (keys < 0) | (keys >= count)
         if routing is not None:
@@ -230,8 +232,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     ) -> list[StackedOperands]:
         names, count = routing.names, layer.num_matrices
         used: Any = () if call.token_rows is None else call.token_rows.used_slots
-        found = {slot: routing.source.factors(layer, slot) for slot in used}
-        found = {slot: factors for slot, factors in found.items() if factors is not None}
+        of_used = ((slot, routing.source.factors(layer, slot)) for slot in used)
+        found = {slot: factors for slot, factors in of_used if factors is not None}
         if not found:
             return []
         pairs = {
@@ -248,14 +250,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             device = x.device if call.conditions.impl == "triton" else torch.device("cpu")
             seeds = routing.layer_dropout_seeds(layer.routing_index, device)
             seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
-        return [
-            StackedOperands(
-                *([pair[side] for pair in chosen] for side in range(2)),
-                scalings_as_tensor(scalings, x),
-                tuple(p),
-                seeds,
-            )
-        ]
+        lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
+        scaling = scalings_as_tensor(scalings, x)
+        return [StackedOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
     def _rank_rows(
         self, layer: AdaptedParameter, name: str, factors: Any
@@ -349,17 +346,23 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
         )
 
 
-register_parameter_kind(
+register_layer_kind(
     LayerKind(
-        "stacked experts", _is_marked, FastLoraExperts, parameter_adapter_shapes, _check
+        "stacked experts",
+        _is_marked,
+        FastLoraExperts,
+        parameter_adapter_shapes,
+        _check,
+        adapts_parameters=True,
     )
 )
-register_parameter_kind(
+register_layer_kind(
     LayerKind(
         "stacked experts of all tokens",
         lambda module: type(module).__name__ == "Llama4TextExperts",
         FastLoraExpertsOfAllTokens,
         parameter_adapter_shapes,
         _check,
+        adapts_parameters=True,
     )
 )

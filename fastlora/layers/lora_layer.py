@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,6 @@ from fastlora.layers.base_layers import (
     replace_weight,
 )
 from fastlora.layers.fallback_reasons import FusionStatus
-from fastlora.layers.layer_kinds import LayerAdapterSettings
 from fastlora.layers.merging import Mergeable
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_dtensor
@@ -132,12 +131,15 @@ class LoraLayer(Mergeable):
         return {}
 
     def layers_to_adapt(
-        self, settings: LayerAdapterSettings
+        self, settings: Mapping[str, Any]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers to which a new adapter of a module is added, and how.
 
         By default, these are this layer and its inner layers. The adapter has the same settings on
         all of them.
+
+        Args:
+            settings: The fields of a `LayerAdapterSettings`.
 
         Returns:
             A list of tuples (layer, keyword arguments of its `add_adapter`).
@@ -145,14 +147,13 @@ class LoraLayer(Mergeable):
         Raises:
             UnsupportedLayerError: The settings are for adapters on parameters.
         """
-        if settings.parameters:
+        arguments = {name: value for name, value in settings.items() if name != "parameters"}
+        if settings["parameters"]:
             raise UnsupportedLayerError(
-                f"target_parameters selects {settings.parameters[0].name!r} of a "
+                f"target_parameters selects {settings['parameters'][0].name!r} of a "
                 f"{type(self.get_base_layer()).__name__} that another adapter adapts as a whole "
                 "module; expected the same kind of target for all adapters"
             )
-        arguments = settings._asdict()
-        del arguments["parameters"]
         return [(layer, arguments) for layer in (self, *self.inner_layers().values())]
 
     def has_adapter(self, adapter_name: str) -> bool:

@@ -7,7 +7,6 @@ in tensors of one shape, as a compiled graph requires.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn

@@ -7,6 +7,7 @@ adapter runs on its own samples.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -255,3 +256,16 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         scaling = self._scaling_on_device_of(name, lora_a) if compiling else self.scaling[name]
         squares = adapted_squared_norms(self, lora_a, lora_b, scaling, compiling)
         return dora_scale(self._local_magnitude(name), squares)
+
+
+def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a shallow copy of a module with some parameters replaced by tensors.
+
+    The original is not changed, so other threads do not see the replacement.
+    """
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__["_parameters"] = {**module._parameters, **tensors}
+    for name in tensors:  # FSDP stores gathered weights here.
+        made.__dict__.pop(name, None)
+    return made

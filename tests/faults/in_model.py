@@ -99,10 +99,10 @@ FAULTS = (
         kind="a merge lost",
         source="0dfda71",
         path="fastlora/model/inject.py",
-        before="        base = module.release()\n        model.set_submodule(name, base.to(dtype)",
+        before="            base = module.release()\n            model.set_submodule(",
         after=(
-            "        module.unmerge() if not merge else None\n"
-            "        base = module.release()\n        model.set_submodule(name, base.to(dtype)"
+            "            module.unmerge() if not merge else None\n"
+            "            base = module.release()\n            model.set_submodule("
         ),
         tests=(f"{_DROPIN}::test_unloading_keeps_what_is_merged",),
     ),

@@ -7,7 +7,7 @@ cost time, and nothing of the size of the stack is allocated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,13 +166,13 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         x: torch.Tensor,
         stack: torch.Tensor,
         starts: torch.Tensor,
     ) -> torch.Tensor:
         spans = _spans(starts)
-        ctx.spans = spans  # type: ignore[attr-defined]
+        ctx.spans = spans
         ctx.save_for_backward(x if stack.requires_grad else None, stack)
         y = x.new_zeros(x.shape[0], stack.shape[1])
         for matrix, at in spans:
