@@ -145,8 +145,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         if conditions.compiling:
             weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
-        out = _copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
-        stand_in = _copy_with_parameters(base, {"in_proj_weight": weight})
+        out = copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
+        stand_in = copy_with_parameters(base, {"in_proj_weight": weight})
         stand_in._modules = {**base._modules, "out_proj": out}
         return stand_in(query, *args, **kwargs)
 
@@ -165,7 +165,7 @@ def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) 
         return made.to(weight.dtype)
 
 
-def _copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a shallow copy of a module with some parameters replaced by tensors.
 
     The original is not changed, so other threads do not see the replacement.

@@ -61,9 +61,9 @@ def file_key_to_state_key(
     tuner = lora_model.base_model
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
-    for name, module in modules_with_adapters(model):
+    for name, module in modules_with_adapters(model, inner_layers=False):
         at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
-        if isinstance(module, ModuleWrapper) or adapter_name in module.r:
+        if isinstance(module, ModuleWrapper) or module.has_adapter(adapter_name):
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
     for name in base_biases_trained_by(model, adapter_name, bias):
@@ -410,7 +410,8 @@ def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: to
         made = nn.Parameter(made, requires_grad=old.requires_grad)
     setattr(owner, leaf, made)
     if isinstance(layer, LoraLayer):
-        layer._move_scalings_to_factors(layer.scaling)
+        for each in (layer, *layer.inner_layers().values()):
+            each._move_scalings_to_factors(each.scaling)
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from fastlora.layers import LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
-    count_rank_blocks,
     factor_parameters,
     pad_factors_to_rank,
     replace_factors,
@@ -120,7 +119,7 @@ def prepare_model_for_compiled_hotswap(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original "
                     f"rank is larger ({r}): adapter {adapter!r} on {name!r}"
                 )
-            groups = count_rank_blocks(layer, "lora_A")
+            groups = int(getattr(layer.get_base_layer(), "groups", 1))
             if target_rank % groups:
                 raise ConfigError(
                     f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank "
@@ -329,7 +328,7 @@ def _write_layer_tensors(
                 tensor.zero_()
             else:
                 copy_zero_padded(
-                    tensor, source, count_rank_blocks(layer, part) if name == "weight" else 1
+                    tensor, source, layer.rank_blocks(part) if name == "weight" else 1
                 )
     if not new and "lora_magnitude_vector" in held:
         # If the update is zero and the magnitude equals the norms of the weight's rows, DoRA does

@@ -41,7 +41,7 @@ FAULTS = (
         kind="a check of groups left out",
         source="0a14a4e",
         path="fastlora/model/hotswap.py",
-        before='            groups = count_rank_blocks(layer, "lora_A")\n',
+        before='            groups = int(getattr(layer.get_base_layer(), "groups", 1))\n',
         after="            groups = 1\n",
         tests=(f"{_HOTSWAP}::test_a_rank_that_groups_do_not_divide_is_refused",),
     ),

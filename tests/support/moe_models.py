@@ -8,6 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from fastlora import LoraConfig
+from fastlora.layers.layer_kinds import (
+    LayerAdapterSettings,
+    ParameterSettings,
+    parameter_kind_of,
+)
+from fastlora.model.plan import AdapterPlan, TargetModule, make_adapter_plan
+
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 # Fields of each model's config besides those that all models have.
