@@ -31,7 +31,7 @@ from fastlora.model.adapter_files import (
 )
 from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
-from fastlora.model.targets import saved_modules_and_heads
+from fastlora.model.target_names import saved_modules_and_heads
 from fastlora.model.tensor_file import TensorInfo, write_tensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 

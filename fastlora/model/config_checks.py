@@ -106,6 +106,12 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         raise ConfigError(f"modules_to_save must be a list of names or None, got {saved!r}")
     _check_names("modules_to_save", saved or [])
     _check_regexes("modules_to_save", saved or [])
+    parameters = fields["target_parameters"]
+    if parameters is not None and not isinstance(parameters, list):
+        raise ConfigError(
+            f"target_parameters must be a list of parameter names or None, got {parameters!r}"
+        )
+    _check_names("target_parameters", parameters or [], "parameter names")
     _check_layers(fields["layers_to_transform"], fields["layers_pattern"], fields["target_modules"])
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(name, fields[name])
@@ -216,12 +222,12 @@ def _check_number(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
 
 
-def _check_names(name: str, values: Any) -> None:
+def _check_names(name: str, values: Any, expected: str = "module names") -> None:
     if not isinstance(values, (list, tuple, set, frozenset)):
-        raise ConfigError(f"{name} must be a list of module names or a string, got {values!r}")
+        raise ConfigError(f"{name} must be a list of {expected} or a string, got {values!r}")
     for value in values:
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{name} must contain module names, got the entry {value!r}")
+            raise ConfigError(f"{name} must contain {expected}, got the entry {value!r}")
 
 
 def _check_regexes(name: str, values: Iterable[Any]) -> None:

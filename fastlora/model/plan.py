@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,21 +17,20 @@ from fastlora.layers.layer_kinds import (
     PEFT_LAYER_ALTERNATIVE,
     LayerAdapterSettings,
     LayerKind,
+    ParameterSettings,
     TensorShapes,
     layer_kind_names,
     layer_kind_of,
+    parameter_kind_of,
 )
 from fastlora.layers.modules_to_save import raise_if_container
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import LayerReplication, create_replication, replication_applied
-from fastlora.model.targets import (
-    find_modules_to_save,
-    find_targets,
-    resolve_target_modules,
-    saved_modules_and_heads,
-)
+from fastlora.model.target_names import matches_targets, saved_modules_and_heads
+from fastlora.model.target_parameters import SelectedParameters
+from fastlora.model.targets import find_modules_to_save, resolve_target_modules, select_targets
 from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
     ModulesAdaptedWithEmbedding,
@@ -44,7 +43,13 @@ from fastlora.model.trainable_tokens import (
     find_trainable_tokens,
 )
 from fastlora.routing.ids import check_adapter_name
-from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError, error_prefix
+from fastlora.validation import (
+    PEFT_MODEL_ALTERNATIVE,
+    AdapterStateError,
+    ConfigError,
+    UnsupportedLayerError,
+    error_prefix,
+)
 
 
 class TargetModule(NamedTuple):
@@ -116,18 +121,26 @@ class AdapterPlan:
 
 
 def make_adapter_plan(
-    model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
+    model: nn.Module,
+    adapter_name: str,
+    peft_config: Any,
+    *,
+    loading: bool = False,
+    layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
     """Resolve a config against a model, and return the plan for adding the adapter.
 
     The plan contains a copy of the config in which ``target_modules`` is resolved to names or a
-    regular expression. Neither the model nor ``peft_config`` is changed.
+    regular expression, and ``target_parameters`` includes the experts that ``target_modules``
+    names. Neither the model nor ``peft_config`` is changed.
 
     Args:
         model: The base model, with or without adapters.
         adapter_name: The name of the adapter.
         peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
         loading: Whether the adapter's weights come from a file.
+        layers_in_file: The names of the layers with LoRA factors in the file. See
+            `select_targets`.
 
     Raises:
         TargetNotFoundError: If the config does not match any module of the model.
@@ -140,7 +153,7 @@ def make_adapter_plan(
     replication = create_replication(model, config.layer_replication)
     with replication_applied(replication):
         ties = find_adapted_with_embedding(model, config)
-        plan = plan_target_modules(model, config, from_file=loading, ties=ties)
+        plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unexpected_target_behavior(plan)
         config.target_modules = plan.target_modules
@@ -172,16 +185,19 @@ def plan_target_modules(
     config: LoraConfig,
     from_file: bool = False,
     ties: ModulesAdaptedWithEmbedding = NO_TIED_MODULES,
+    layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
     """Find the target modules of a config, check them, and return them as a plan.
 
-    The model is not changed.
+    The model is not changed. In the config, the selected parameters are stored (see
+    `SelectedParameters.store_in`).
 
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
         from_file: Whether the adapter's weights come from a file.
         ties: The modules that share the input embedding's adapter.
+        layers_in_file: See `make_adapter_plan`.
 
     Raises:
         TargetNotFoundError: If no module matches the config.
@@ -191,7 +207,10 @@ def plan_target_modules(
     """
     modules = named_base_modules(model)
     meant = resolve_target_modules(model, config, modules)
-    targets = find_targets(model, config, meant, modules)
+    targets, parameters = select_targets(model, config, meant, modules, layers_in_file)
+    parameters.store_in(config)
+    if layers_in_file is not None:
+        meant = _with_names_only_in_file(meant, targets, config)
     saved = find_modules_to_save(model, config)
     copies, heads = list(ties.names), list[str]()
     saved = [name for name in saved if name not in copies]
@@ -210,6 +229,7 @@ def plan_target_modules(
     if config.init.changes_base:
         _check_weights_not_shared(model, config, targets)
     found = _check_targets(model, config, targets, from_file)
+    found |= _check_targets_of_parameters(model, config, parameters, from_file)
     plan = AdapterPlan(config, found, saved, meant, from_file, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
@@ -259,6 +279,56 @@ def _check_targets(
                 stacklevel=5,
             )
     return found
+
+
+def _check_targets_of_parameters(
+    model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
+) -> dict[str, TargetModule]:
+    """Check the modules with selected parameters, and return them as `_check_targets` does.
+
+    A linear layer with a selected weight is adapted as a whole.
+
+    Raises:
+        UnsupportedLayerError: See `plan_target_modules`.
+    """
+    found = {}
+    common = _settings_without_patterns(config, from_file)
+    for name, leaves in selected.by_module().items():
+        base = base_module_of(model.get_submodule(name))
+        names = [f"{name}.{leaf}" for leaf in leaves]
+        ranks = [(config.rank_for(full), config.alpha_for(full)) for full in names]
+        kind: LayerKind | None
+        with error_prefix(
+            f"target parameter {', '.join(map(repr, names))} of a {type(base).__name__}"
+        ):
+            if config.fan_in_fan_out and not from_file:
+                raise UnsupportedLayerError("expected fan_in_fan_out=False, got True")
+            if isinstance(base, nn.Linear):
+                kind = _kind_for(base, {})
+                settings = common._replace(r=ranks[0][0], lora_alpha=ranks[0][1])
+            else:
+                kind = parameter_kind_of(base)
+                parameters = zip(leaves, ranks, strict=True)
+                settings = common._replace(
+                    parameters=tuple(ParameterSettings(leaf, *rank) for leaf, rank in parameters)
+                )
+            if kind is None:
+                raise UnsupportedLayerError(
+                    f"fastlora does not adapt parameters of this module; {PEFT_MODEL_ALTERNATIVE}"
+                )
+            kind.check(base, settings)
+        found[name] = TargetModule(base, kind, settings)
+    return found
+
+
+def _with_names_only_in_file(
+    meant: set[str] | str, targets: Collection[str], config: LoraConfig
+) -> set[str] | str:
+    """Add the targets that only the file names to the value of ``target_modules``."""
+    added = {name for name in targets if not matches_targets(name, meant, config)}
+    if not added:
+        return meant
+    return set(targets) if isinstance(meant, str) else meant | added
 
 
 def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:

@@ -258,7 +258,6 @@ UNSET_NOW = {
     "use_qalora": True,
     "qalora_group_size": 32,
     "monteclora_config": {"a": 1},
-    "target_parameters": ["experts.up"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1},

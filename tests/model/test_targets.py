@@ -16,11 +16,11 @@ from fastlora import get_peft_model
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
+from fastlora.model.target_names import minimal_suffixes
 from fastlora.model.targets import (
     check_all_targets_match,
     find_modules_to_save,
     find_targets,
-    minimal_suffixes,
     resolve_target_modules,
 )
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
