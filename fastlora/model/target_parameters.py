@@ -8,7 +8,6 @@ The rules follow PEFT 0.21.2, ``tuners/tuners_utils.py``.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from torch import nn
 
 from fastlora.model.config import LoraConfig
 from fastlora.model.stacked_experts import (
-    ROUTER,
     BaseParameter,
     check_not_half,
     former_names_of_parameter,
@@ -30,7 +28,6 @@ from fastlora.model.target_names import (
     in_layers,
     is_excluded,
     matches_names,
-    minimal_suffixes,
     saved_modules_and_heads,
     suggest_names,
 )
@@ -141,35 +138,38 @@ def select_parameters(
                 fused[each.leaf] = len(olds)
     if layers_in_file is None:
         _check_entries_match(entries - set(former.values()), parameters)
+    own = config.target_parameters or []
+    added = {
+        new
+        for new in former.values()
+        if new not in own and any(matches_names(name, {new}) for name in by_former_name)
+    }
+    stored = entries_that_select(
+        [each.name for each in selected], [*own, *sorted(added)], parameters
+    )
     return SelectedParameters(
         selected,
         frozenset(by_former_name),
         frozenset(excluded),
-        _entries_of(config, selected, by_former_name, parameters, former.values()),
+        stored or config.target_parameters,
         fused,
     )
 
 
-def _entries_of(
-    config: LoraConfig,
-    selected: Sequence[BaseParameter],
-    by_former_name: Collection[str],
-    parameters: Iterable[BaseParameter],
-    converted: Iterable[str],
-) -> list[str] | None:
+def entries_that_select(
+    names: Collection[str], entries: list[str], parameters: Iterable[BaseParameter]
+) -> list[str]:
     """Return a value of ``target_parameters`` that selects exactly the given parameters in PEFT.
 
-    These are the config's entries and the names that former names stand for, or the full names of
-    the parameters if the entries also match others.
+    Args:
+        names: The names of the parameters.
+        entries: The value to return if it selects these parameters. Otherwise, the full names of
+            the parameters are returned.
+        parameters: All parameters of the base model.
     """
-    own = config.target_parameters or []
-    added = sorted(
-        {new for new in converted if any(matches_names(name, {new}) for name in by_former_name)}
-    )
-    entries = [*own, *(entry for entry in added if entry not in own)]
-    meant = {each.name for each in selected}
-    matched = {each.name for each in parameters if matches_names(each.name, set(entries))}
-    return (entries or config.target_parameters) if matched == meant else sorted(meant)
+    known = set(entries)
+    matched = {each.name for each in parameters if matches_names(each.name, known)}
+    return entries if matched == set(names) else sorted(names)
 
 
 def _check_entries_match(entries: Collection[str], parameters: Sequence[BaseParameter]) -> None:
@@ -204,39 +204,3 @@ def _check_parameter(each: BaseParameter) -> None:
         raise UnsupportedLayerError(
             f"target parameter {each.name!r} has shape {shape}; expected 2 or 3 dimensions"
         )
-
-
-def config_for_peft(
-    former: Mapping[str, str],
-    config: LoraConfig,
-    linears: Collection[str],
-    names: Iterable[str],
-) -> tuple[LoraConfig, list[str]]:
-    """Return a config that selects the same parameters in PEFT, and the linears that PEFT drops.
-
-    PEFT converts former names whenever it reads a config. It then adapts all experts, and no linear
-    layer with such a name. The returned config has no former names. fastlora recognizes the linear
-    layers by their tensors.
-
-    Args:
-        former: The result of `former_names_of` for the base model.
-        config: The adapter's config. It is not changed.
-        linears: The names of the modules that the adapter adapts as a whole.
-        names: The names of all modules of the base model.
-    """
-    if not former or not config.target_modules:
-        return config, []
-    has_former_name = {name for name in linears if name.rpartition(".")[2] in former}
-    if isinstance(config.target_modules, str):
-        kept = set(linears) - has_former_name
-        targets = minimal_suffixes(kept, (name for name in names if name not in kept))
-    else:
-        targets = {e for e in config.target_modules if e.rpartition(".")[2] not in former}
-    routers = sorted(n for n in has_former_name if n.rpartition(".")[2] == ROUTER)
-    written = copy.copy(config)
-    written.target_modules = targets
-    written.target_parameters = [
-        *(config.target_parameters or ()),
-        *(f"{name}.weight" for name in routers),
-    ]
-    return written, sorted(has_former_name.difference(routers))
