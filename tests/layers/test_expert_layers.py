@@ -129,3 +129,129 @@ def test_the_same_seed_gives_pefts_initial_values(init: Any) -> None:
     assert list(found) and found.keys() == expected.keys()
     for key, factor in found.items():
         assert torch.equal(factor, expected[key]), key
+
+
+# ------------------------------------------------------------------------------- mixed batches
+
+RANKS = {"a": 4, "b": 1, "c": 16, "d": 3}
+ROWS = ["a", None, "b", "c", "d", "a", None, "c"]
+EACH = 6  # tokens of a sample
+
+
+def mixed_block(kind: str, dropout: float = 0.0, dtype: torch.dtype = DOUBLE) -> Any:
+    """A block with four adapters. The last one adapts one of the two stacks."""
+    base = ExpertBlock(kind, dtype, "eager")
+    stacks, model = stacks_of(base), None
+    for seed, (name, r) in enumerate(RANKS.items()):
+        torch.manual_seed(seed)
+        targets = stacks[:1] if name == "d" else stacks
+        config = LoraConfig(
+            **{"r": r, "lora_alpha": 2 * r, "lora_dropout": dropout},
+            **{"target_modules": [], "target_parameters": targets},
+        )
+        if model is None:
+            model = fastlora.get_peft_model(base, config, name)
+        else:
+            model.add_adapter(name, config)
+        copy_random_factors([model], name, seed)
+    assert model is not None
+    model.set_adapter(list(RANKS))
+    return model.train()
+
+
+def run_rows(model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch.Tensor) -> Any:
+    """The output of a mixed batch with fixed dropout seeds, and every gradient by adapter."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    with fastlora.adapters(model, rows, seeds={name: 11 for name in RANKS}):
+        y = model(x.unflatten(0, (len(rows), EACH)), *routed).flatten(0, 1)
+    y.square().sum().backward()
+    factors = {name: file_gradients(model, name) for name in RANKS}
+    return y.detach(), x.grad, factors
+
+
+def tokens_of(samples: list[int]) -> torch.Tensor:
+    """The positions of the tokens of samples."""
+    return torch.cat([torch.arange(EACH) + EACH * sample for sample in samples])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_mixed_batch_is_each_adapter_alone(kind: str, dropout: float) -> None:
+    model = mixed_block(kind, dropout)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    y, dx, gradients = run_rows(model, ROWS, *inputs)
+    for name in (None, *RANKS):
+        samples = [number for number, row in enumerate(ROWS) if row == name]
+        own = tokens_of(samples)
+        alone = run_rows(model, [name] * len(samples), *(t[own] for t in inputs))
+        torch.testing.assert_close(y[own], alone[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dx[own], alone[1], rtol=1e-12, atol=1e-12)
+        if name is None:
+            with model.disable_adapter():
+                torch.testing.assert_close(y[own], model(*(t[own] for t in inputs)).detach())
+            continue
+        for key, gradient in gradients[name].items():
+            assert gradient is not None and gradient.abs().max() > 0, key
+            torch.testing.assert_close(gradient, alone[2][name][key], rtol=1e-11, atol=1e-11)
+        others = [g for other in RANKS if other != name for g in alone[2][other].values()]
+        assert all(gradient is None for gradient in others)  # They have no rows.
+        if not dropout:
+            model.set_adapter(name)
+            expected = model(*(t[own] for t in inputs)).detach()
+            torch.testing.assert_close(y[own], expected, rtol=1e-12, atol=1e-12)
+            model.set_adapter(list(RANKS))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_interleaving_samples_of_different_adapters_changes_nothing(dropout: float) -> None:
+    """With dropout, the samples of one adapter keep their order."""
+    model = mixed_block("qwen3_moe", dropout)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    order = [4, 6, 0, 2, 3, 1, 5, 7] if dropout else [7, 5, 1, 0, 6, 2, 4, 3]
+    moved = tokens_of(order)
+    y, dx, gradients = run_rows(model, ROWS, *inputs)
+    found = run_rows(model, [ROWS[sample] for sample in order], *(t[moved] for t in inputs))
+    torch.testing.assert_close(found[0], y[moved], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], dx[moved], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[2], gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_acts_on_adapters_alone_and_only_in_training() -> None:
+    model = mixed_block("qwen3_moe", 0.5)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    trained = run_rows(model, ROWS, *inputs)[0]
+    model.eval()
+    evaluated = run_rows(model, ROWS, *inputs)[0]
+    changed = (trained - evaluated).abs().amax(1).unflatten(0, (-1, EACH)).amax(1) > 1e-6
+    assert changed.tolist() == [row is not None for row in ROWS]
+    model.train().set_adapter("a")
+    torch.manual_seed(0)
+    first = model(*inputs)
+    torch.manual_seed(0)
+    assert torch.equal(first, model(*inputs)) and not torch.equal(first, model(*inputs))
+
+
+def test_nan_in_an_adapter_stays_in_its_rows() -> None:
+    model = mixed_block("gpt_oss")
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    expected = run_rows(model, ROWS, *inputs)
+    for factor in file_parameters(model, "c").values():
+        factor.data.fill_(float("nan"))
+    y, dx, gradients = run_rows(model, ROWS, *inputs)
+    others = tokens_of([number for number, row in enumerate(ROWS) if row != "c"])
+    assert torch.equal(y[others], expected[0][others])
+    assert torch.equal(dx[others], expected[1][others])
+    assert y[tokens_of([3])].isnan().all()
+    for name in ("a", "b", "d"):
+        torch.testing.assert_close(gradients[name], expected[2][name], rtol=0, atol=0)
+
+
+def test_unused_adapters_get_zeros_for_other_processes() -> None:
+    model = mixed_block("qwen3_moe")
+    inputs = [t.detach() for t in routed_tokens(2 * EACH, DOUBLE)]
+    with fastlora.adapters(model, ["a", None], unused_gradients=True):
+        model(inputs[0].unflatten(0, (2, EACH)), *inputs[1:]).sum().backward()
+    for name in RANKS:
+        for key, gradient in file_gradients(model, name).items():
+            assert gradient is not None and bool(gradient.any()) == (name == "a"), (name, key)

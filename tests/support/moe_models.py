@@ -71,8 +71,9 @@ class ExpertBlock(nn.Module):
         self.experts: Any = next(m for m in reversed(found) if "down_proj" in m._parameters)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Maps ``[T, H]`` to ``[T, H]``."""
-        return self.experts(x, index, weights)
+        """Maps ``[..., H]`` to ``[..., H]``."""
+        y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]), index, weights)
+        return y.view(x.shape)
 
 
 def routed_tokens(tokens: int, dtype: torch.dtype, seed: int = 2) -> tuple[torch.Tensor, ...]:
