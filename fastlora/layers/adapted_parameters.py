@@ -89,7 +89,6 @@ class AdaptedParameter(LoraLayer):
 
     Attributes:
         parameter_name: The name of the parameter.
-        num_matrices: The number of matrices in the stack, E.
         lora_A: Maps an adapter name to a linear module with weight ``[E * R, K]``.
         lora_B: Maps an adapter name to a linear module with weight ``[N, R * E]``.
     """
@@ -458,6 +457,8 @@ def attach_unused_adapters(
 
 def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
     """Return a dict that maps the names of an adapter's parameters to prefixes in adapter files.
+
+    The prefixes are relative to the module of the parameters.
 
     Args:
         names: The parameters in the order of ``named_parameters()``.

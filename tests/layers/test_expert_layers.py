@@ -163,7 +163,7 @@ def run_rows(model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch
     """The output of a mixed batch with fixed dropout seeds, and every gradient by adapter."""
     model.zero_grad()
     x = x.detach().requires_grad_()
-    with fastlora.adapters(model, rows, seeds={name: 11 for name in RANKS}):
+    with fastlora.adapters(model, rows, seeds=dict.fromkeys(RANKS, 11)):
         y = model(x.unflatten(0, (len(rows), EACH)), *routed).flatten(0, 1)
     y.square().sum().backward()
     factors = {name: file_gradients(model, name) for name in RANKS}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastlora
-from fastlora import LoraConfig, LoraModel
+from fastlora import LoraModel
 from tests.support.moe_models import (
     MODELS,
     copy_random_factors,
@@ -120,3 +120,116 @@ def test_merged_weights_are_pefts() -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------ several adapters
+
+
+def two_adapters(kind: str = "qwen3_moe", **second: Any) -> Any:
+    """A model with the adapters default and second."""
+    model = adapted(kind)
+    config = {"target_modules": ["o_proj"], "target_parameters": stacks_of(moe_model(kind))}
+    config |= second
+    model.add_adapter("second", fastlora.LoraConfig(**{"r": 2, "lora_alpha": 3, **config}))
+    copy_random_factors([model])
+    copy_random_factors([model], "second", seed=10)
+    return model.eval()
+
+
+def merged_logits(model: Any, *names: str) -> torch.Tensor:
+    """The logits with adapters merged by PEFT's formula, in float64."""
+    model.merge_adapter(list(names))
+    found = logits(model).detach()
+    model.unmerge_adapter()
+    return found
+
+
+def test_several_active_adapters_and_none() -> None:
+    model = two_adapters()
+    expected = merged_logits(model, "default", "second")
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(logits(model), expected)
+    logits(model).sum().backward()
+    for name in ("default", "second"):
+        assert all(g is not None and g.any() for g in file_gradients(model, name).values())
+    with model.disable_adapter():
+        off = logits(model)
+    torch.testing.assert_close(off, logits(moe_model("qwen3_moe", DOUBLE, "eager")))
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), merged_logits(model, "second"))
+
+
+def test_adapters_on_different_parameters(tmp_path: Path) -> None:
+    """File names depend on the parameters of one adapter alone."""
+    one = stacks_of(moe_model("qwen3_moe"))[:1]
+    model = two_adapters(target_parameters=one, target_modules=[])
+    model.set_adapter("second")
+    expected = logits(model).detach()
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "second" / "adapter_model.safetensors").keys()
+    assert keys and not [key for key in keys if "base_layer" in key]
+    theirs = peft.PeftModel.from_pretrained(
+        moe_model("qwen3_moe", DOUBLE, "eager"), tmp_path / "second"
+    )
+    torch.testing.assert_close(logits(theirs), expected)
+    model.delete_adapter("default")
+    torch.testing.assert_close(logits(model), expected)
+    assert set(model.peft_config) == {"second"}
+    model.delete_adapter("second")
+    torch.testing.assert_close(logits(model), logits(moe_model("qwen3_moe", DOUBLE, "eager")))
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_weighted_sums(kind: str) -> None:
+    """Of equal adapters on all matrices, so that each kind is exact."""
+    model = two_adapters(r=3)
+    factors = [file_parameters(model, name) for name in ("default", "second")]
+    if kind == "linear":  # exact if one factor is shared
+        for key, factor in factors[1].items():
+            factor.data.copy_(factors[0][key])
+    options = {"svd_rank": 6} if kind == "svd" else {}
+    weights = [0.5, 0.25] if kind == "linear" else [0.5, -2.0]
+    model.add_weighted_adapter(["default", "second"], weights, "sum", kind, **options)
+    assert model.peft_config["sum"].target_parameters
+    expected = {}
+    for name, layer in fastlora.model.inject.lora_layers(model.base_model.model).items():
+        if layer.r:
+            deltas = [layer.get_delta_weight(adapter) for adapter in ("default", "second")]
+            expected[name] = sum(w * delta for w, delta in zip(weights, deltas, strict=True))
+            if kind == "linear":
+                scales = [0.5 * layer.scaling["default"], 0.25 * layer.scaling["second"]]
+                product = deltas[0] / layer.scaling["default"]
+                expected[name] = product * sum(scale**0.5 for scale in scales) ** 2
+            torch.testing.assert_close(layer.get_delta_weight("sum"), expected[name])
+    assert len(expected) == 6  # two layers, each with one linear and two stacks
+
+
+def test_reducing_the_rank() -> None:
+    model = adapted("gpt_oss")
+    copy_random_factors([model])
+    report = fastlora.reduce_rank(model, 3, "default", "same")
+    assert max(report.errors.values()) < 1e-12 and set(report.ranks.values()) == {3}
+    before = logits(model).detach()
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model), before)
+    report = fastlora.reduce_rank(model, 1, "default", "less")
+    layer = fastlora.model.inject.lora_layers(model.base_model.model)
+    for name, error in report.errors.items():
+        full, less = (layer[name].get_delta_weight(a) for a in ("default", "less"))
+        assert abs(float((full - less).norm() / full.norm()) - error) < 1e-9
+        assert layer[name].r["less"] == 1
+
+
+def test_hot_swap(tmp_path: Path) -> None:
+    """Of an adapter of larger rank on one of the stacks."""
+    one = stacks_of(moe_model("qwen3_moe"))[:1]
+    other = adapted("qwen3_moe", r=5, target_parameters=one)
+    copy_random_factors([other], seed=21)
+    other.save_pretrained(tmp_path)
+    model = adapted("qwen3_moe")
+    copy_random_factors([model])
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(logits(model), logits(other))
+    model.save_pretrained(tmp_path / "again")
+    again = LoraModel.from_pretrained(moe_model("qwen3_moe", DOUBLE, "eager"), tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(other))
