@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora import LoraModel
+from fastlora.validation import UnsupportedLayerError
 from tests.support.moe_models import (
     MODELS,
     copy_random_factors,
@@ -233,3 +234,85 @@ def test_hot_swap(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
     again = LoraModel.from_pretrained(moe_model("qwen3_moe", DOUBLE, "eager"), tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(other))
+
+
+# ------------------------------------------------------------ routers, and other modules
+
+
+ROUTERS = {"qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_routers_are_pefts(kind: str) -> None:
+    """The outputs are discrete choices besides weights, and small updates do not change them."""
+    targets = {"target_parameters": [ROUTERS[kind]], "target_modules": []}
+    models = [adapted(kind, **targets), adapted(kind, peft, **targets)]
+    copy_random_factors(models)
+    for model in models:
+        logits(model).square().sum().backward()
+    torch.testing.assert_close(*map(logits, models))
+    ours, theirs = map(file_gradients, models)
+    assert ours.keys() == theirs.keys() and len(ours) == 4
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[key])
+    assert "each adapted parameter replaced" in str(fastlora.fusion_report(models[0]))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_mixed_batches_of_whole_models(kind: str) -> None:
+    """With experts and a router, against each adapter alone; samples in any order."""
+    model = adapted(kind)
+    extra = [ROUTERS[kind]] if kind in ROUTERS else []
+    parameters = {"target_parameters": [*stacks_of(moe_model(kind)), *extra]}
+    config = {"target_modules": ["o_proj"], "r": 2, "lora_alpha": 3, **parameters}
+    model.add_adapter("second", fastlora.LoraConfig(**config))
+    copy_random_factors([model])
+    copy_random_factors([model], "second", seed=10)
+    model.base_model.set_adapter(["default", "second"])
+    rows, ids = ["second", None, "default", "second"], batch()[[0, 1, 2, 0]]
+    with fastlora.adapters(model, rows):
+        found = logits(model, ids)
+    found.square().sum().backward()
+    gradients = {name: file_gradients(model, name) for name in ("default", "second")}
+    for name in ("default", "second"):
+        model.zero_grad()
+        model.set_adapter(name)
+        own = [number for number, row in enumerate(rows) if row == name]
+        alone = logits(model, ids[own])
+        torch.testing.assert_close(found[own], alone)
+        alone.square().sum().backward()
+        for key, gradient in file_gradients(model, name).items():
+            torch.testing.assert_close(gradients[name][key], gradient)
+    with model.disable_adapter():
+        torch.testing.assert_close(found[1:2], logits(model, ids[1:2]))
+
+
+def test_a_module_with_other_outputs_is_refused_in_mixed_batches() -> None:
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.table).sum(0)
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pooled = Pooled()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pooled(x)
+
+    model = fastlora.get_peft_model(
+        Outer(), fastlora.LoraConfig(target_modules=[], target_parameters=["pooled.table"])
+    )
+    copy_random_factors([model])
+    x = torch.randn(3, 4)
+    assert model(x).shape == (4,)
+    error = r"module 'pooled' \(Pooled, target_parameters 'table'\).* does not support mixed"
+    with (
+        pytest.raises(UnsupportedLayerError, match=error),
+        fastlora.adapters(model, ["default", None, "default"]),
+    ):
+        model(x)
