@@ -121,7 +121,8 @@ class LoraConfig(PeftConfigMethods):
             embedding's adapter.
         target_parameters: The parameters of two or three dimensions to adapt in addition to
             ``target_modules``: a list of names, which match in the same way as those of modules.
-            Stacked weights of experts are such parameters. See ``docs/experts.md``.
+            Weights of experts that are stacked in one parameter are examples. For some model
+            types, names in ``target_modules`` also select them. See ``docs/differences.md``.
         lora_bias: Whether B has a bias. The bias is multiplied by the scaling like the rest of the
             LoRA branch. Not supported together with DoRA.
         runtime_config: Settings that apply only to the current run and are never saved.

@@ -41,6 +41,7 @@ from fastlora.model.stacked_experts import (
 from fastlora.model.target_names import matches_names, minimal_suffixes
 from fastlora.model.target_parameters import entries_that_select
 from fastlora.model.targets import model_type_of
+from fastlora.patterns import patterns_matching_no_suffix
 from fastlora.validation import CheckpointError
 
 _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
@@ -93,8 +94,11 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         CheckpointError: If the factors of an expert or of a part of a fused parameter are missing,
             or if the experts of a layer have different ranks.
     """
-    modules, former = named_base_modules(model), former_names_of(model_type_of(model))
-    parameters = base_parameters_of(modules) if former else []
+    former = former_names_of(model_type_of(model))
+    if not former:
+        return file
+    modules = named_base_modules(model)
+    parameters = base_parameters_of(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -140,8 +144,15 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         name: factors.scaling * (math.sqrt(factors.rank) if config.use_rslora else factors.rank)
         for name, factors in joined.items()
     }
-    config.rank_pattern = _with_patterns(config.rank_pattern, ranks, config.rank_for)
-    config.alpha_pattern = _with_patterns(config.alpha_pattern, alphas, config.alpha_for)
+    kept = [layer for layer in file.layers if f"{KEY_PREFIX}{layer}.lora_A.weight" in keys]
+    for field, values, value_for in (
+        ("rank_pattern", ranks, config.rank_for),
+        ("alpha_pattern", alphas, config.alpha_for),
+    ):
+        patterns = _with_patterns(getattr(config, field), values, value_for)
+        for unused in patterns_matching_no_suffix(field, patterns, [*kept, *joined]):
+            del patterns[unused]
+        setattr(config, field, patterns)
     return replace(file, config=config, keys=keys, tensors=tensors)
 
 
@@ -176,10 +187,9 @@ def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         entries = config.target_modules or ()
         written.target_modules = {e for e in entries if e.rpartition(".")[2] not in former}
     routers = [name for name in linears if name.rpartition(".")[2] == ROUTER]
-    written.target_parameters = [
-        *(config.target_parameters or ()),
-        *(f"{name}.weight" for name in routers),
-    ]
+    if routers:
+        weights = (f"{name}.weight" for name in routers)
+        written.target_parameters = [*(config.target_parameters or ()), *weights]
     dropped = [name for name in linears if name not in (*others, *routers)]
     if dropped:
         warnings.warn(
