@@ -271,8 +271,8 @@ FAULTS = (
         kind="a scaling that is converted wrongly",
         source="5b0e840",
         path="fastlora/model/expert_files.py",
-        before="math.sqrt(factors.rank) if config.use_rslora else factors.rank)",
-        after="factors.rank)",
+        before="math.sqrt(rank) if config.use_rslora else rank)",
+        after="rank)",
         tests=(f"{_EXPERT_FILES}::test_files_of_transformers_4",),
     ),
     Fault(
@@ -280,8 +280,8 @@ FAULTS = (
         kind="a scaling that is converted wrongly",
         source="5b0e840",
         path="fastlora/model/expert_files.py",
-        before="    return factors.lora_b if ratio == 1.0 else factors.lora_b * ratio",
-        after="    return factors.lora_b",
+        before="[lora_b if scale == 1.0 else lora_b * scale for",
+        after="[lora_b for",
         tests=(f"{_EXPERT_FILES}::test_files_of_transformers_4",),
     ),
     Fault(
