@@ -19,7 +19,7 @@ from tests.support.conformance_operators import import_everything, registered
 
 ROOT = Path(__file__).parent.parent
 FLOORS = 9  # as in `ORDER`
-FLOORS_IN_A_FOLDER = 13  # of layers/: experts run with adapters on parameters
+FLOORS_IN_A_FOLDER = 15  # of model/: parameters are selected below plans; 13 of layers/
 OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 7  # two of them for stacks of weights
 # The routing in force, the batch-invariant mode, and the recording of launches.

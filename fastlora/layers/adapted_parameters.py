@@ -89,7 +89,6 @@ class AdaptedParameter(LoraLayer):
 
     Attributes:
         parameter_name: The name of the parameter.
-        num_matrices: The number of matrices in the stack, E.
         lora_A: Maps an adapter name to a linear module with weight ``[E * R, K]``.
         lora_B: Maps an adapter name to a linear module with weight ``[N, R * E]``.
     """
@@ -400,35 +399,40 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 "adapters of the model (not of a pool), and a module with one input that has one "
                 "row for each sample or token, outside torch.compile; run one adapter at a time"
             )
+        if not len(x):
+            return self.base_layer(x)
         rows = routing.sorted_rows(len(x), x.device, host=True)
+        spans = [Segment(-1, 0, int(rows.slot_start[0])), *rows.segments]
+        with torch.no_grad():
+            whole = self.base_layer(x)
+        shapes = [(t.shape[0] / len(x), *t.shape[1:]) for t in _as_tuple(whole)]
         outputs: list[tuple[torch.Tensor, ...]] = []
-        made: Any = None
-        for slot, start, stop in (Segment(-1, 0, int(rows.slot_start[0])), *rows.segments):
-            if start == stop:
-                continue
+        for slot, start, stop in (span for span in spans if span.start < span.stop):
             name = routing.names[slot] if slot >= 0 else ""
             applied = {n: [name] for n, layer in self.inner_layers().items() if name in layer.r}
-            made = self._run(applied, conditions, x[rows.order[start:stop].long()])
-            tensors = (made,) if isinstance(made, torch.Tensor) else tuple(made)
-            if any(not isinstance(t, torch.Tensor) or len(t) % (stop - start) for t in tensors):
+            made = _as_tuple(self._run(applied, conditions, x[rows.order[start:stop].long()]))
+            if [(t.shape[0] / (stop - start), *t.shape[1:]) for t in made] != shapes:
                 raise UnsupportedLayerError(
                     f"{self._description()} returns an output without rows for each row of its "
                     "input, so it does not support mixed batches; run one adapter at a time"
                 )
-            outputs.append(tuple(t.unflatten(0, (stop - start, -1)) for t in tensors))
-        if not outputs:
-            return self.base_layer(x)
+            outputs.append(tuple(t.unflatten(0, (stop - start, -1)) for t in made))
         combined = [
             torch.cat(each)[rows.inverse_order].flatten(0, 1) for each in zip(*outputs, strict=True)
         ]
         combined[0] = attach_unused_adapters(self, routing, conditions, x, combined[0])
-        return combined[0] if isinstance(made, torch.Tensor) else tuple(combined)
+        return combined[0] if isinstance(whole, torch.Tensor) else tuple(combined)
 
     def _description(self) -> str:
         checks = None if self.routing_group is None else self.routing_group.row_checks
         name = "" if checks is None else f" {checks.name_of(self)!r}"
         adapted = ", ".join(map(repr, self.inner_layers()))
         return f"module{name} ({type(self.base_layer).__name__}, target_parameters {adapted})"
+
+
+def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """Return a module's outputs as a tuple of tensors."""
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
 def check_rows(
@@ -458,6 +462,8 @@ def attach_unused_adapters(
 
 def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
     """Return a dict that maps the names of an adapter's parameters to prefixes in adapter files.
+
+    The prefixes are relative to the module of the parameters.
 
     Args:
         names: The parameters in the order of ``named_parameters()``.

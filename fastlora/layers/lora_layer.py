@@ -58,9 +58,11 @@ class LoraLayer(Mergeable):
         impl: Implementation, as in `fastlora.functional.lora_linear`.
         replaces_module: Whether the layer replaces a module of the model. A layer for a parameter
             of a module does not.
+        num_matrices: Number of matrices that the weight consists of, 1 unless it is a stack.
     """
 
     replaces_module: ClassVar[bool] = True
+    num_matrices = 1
     in_features: int
     out_features: int
     adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")

@@ -220,6 +220,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: m for name, m in modules_with_adapters(model) if isinstance(m, LoraLayer)}
 
 
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return a dict of the LoRA layers that have an adapter, keyed by name.
+
+    The names are those of the modules and parameters that the adapter adapts, as in
+    `AdapterPlan.adapted_names`. Other inner layers are not included.
+    """
+    found: dict[str, LoraLayer] = {}
+    for name, module in modules_with_adapters(model, inner_layers=False):
+        if isinstance(module, LoraLayer):
+            inner = module.inner_layers().items()
+            own = {f"{name}.{n}": layer for n, layer in inner if not layer.replaces_module}
+            found |= {
+                n: layer for n, layer in {name: module, **own}.items() if adapter_name in layer.r
+            }
+    return found
+
+
 def freeze_base(model: nn.Module) -> None:
     """Freeze all parameters of the base model. Adapters are not affected."""
     for _, parameter in base_parameters(model):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
+from fastlora.layers.adapted_parameters import AdaptedParameter
 from fastlora.layers.base_layers import linear_features, stores_weight_transposed
 from fastlora.layers.layer_kinds import (
     PEFT_LAYER_ALTERNATIVE,
@@ -21,6 +22,7 @@ from fastlora.layers.layer_kinds import (
     TensorShapes,
     layer_kind_names,
     layer_kind_of,
+    linear_adapter_shapes,
     parameter_kind_of,
 )
 from fastlora.layers.modules_to_save import raise_if_container
@@ -108,6 +110,17 @@ class AdapterPlan:
         They share the embedding's LoRA factors or the adapter's copy of its weight.
         """
         return [*self.tied_copies, *self.tied_heads]
+
+    @property
+    def adapted_names(self) -> set[str]:
+        """The names of all modules and parameters that the adapter adapts with LoRA.
+
+        A module is left out if the adapter adapts its parameters.
+        """
+        names = set()
+        for name, target in self.targets.items():
+            names |= {f"{name}.{each.name}" for each in target.settings.parameters} or {name}
+        return names
 
     @property
     def changed_module_names(self) -> list[str]:
@@ -463,13 +476,17 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
     A key suffix is the part of a key in an adapter file that follows the module's name.
 
     Args:
-        module: The module, with or without adapters.
-        name: The name of the module, which selects the rank.
+        module: The module, with or without adapters, or the layer of an adapted parameter.
+        name: The name of the module or parameter, which selects the rank.
         config: The adapter's config.
     """
+    settings = adapter_settings_for(name, config)
+    if isinstance(module, AdaptedParameter):
+        rows = settings._replace(r=settings.r * module.num_matrices)
+        return linear_adapter_shapes(module.in_features, module.out_features, rows)
     base = base_module_of(module)
     kind = layer_kind_of(base, config.custom_modules)
-    return {} if kind is None else kind.shapes(base, adapter_settings_for(name, config))
+    return {} if kind is None else kind.shapes(base, settings)
 
 
 def to_lora_config(config: Any) -> LoraConfig:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastlora.model.adapter_state import file_key_to_state_key
+
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 # Fields of each model's config besides those that all models have.
@@ -57,3 +59,52 @@ def stacks_of(model: nn.Module) -> list[str]:
     """The names of a model's stacks of weights, without layers: ``experts.gate_up_proj``."""
     found = [name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name]
     return sorted({".".join(name.split(".")[-2:]) for name in found})
+
+
+class ExpertBlock(nn.Module):
+    """The experts of a model's last layer, which is called with the choices of a router."""
+
+    def __init__(self, kind: str, dtype: torch.dtype, implementation: str = "") -> None:
+        super().__init__()
+        model = moe_model(kind, dtype, implementation)
+        found = [m for name, m in model.named_modules() if name.endswith("experts")]
+        self.experts: Any = next(m for m in reversed(found) if "down_proj" in m._parameters)
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., H]`` to ``[..., H]``."""
+        y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]), index, weights)
+        return y.view(x.shape)
+
+
+def routed_tokens(tokens: int, dtype: torch.dtype, seed: int = 2) -> tuple[torch.Tensor, ...]:
+    """Inputs of an `ExpertBlock`: two of four experts for each token, none for expert 2."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 16, generator=generator).to(torch.bfloat16).to(dtype)
+    scores = torch.rand(tokens, 4, generator=generator)
+    scores[:, 2] = -1.0
+    weights, index = scores.topk(2)
+    return x.requires_grad_(), index, weights.to(torch.bfloat16).to(dtype).requires_grad_()
+
+
+def file_gradients(model: Any, adapter: str = "default") -> dict[str, torch.Tensor | None]:
+    """The gradients of an adapter's factors, by their keys in files; of fastlora's or PEFT's."""
+    return {key: factor.grad for key, factor in file_parameters(model, adapter).items()}
+
+
+def file_parameters(model: Any, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The factors of an adapter, by their keys in files; of fastlora's model or PEFT's."""
+    parameters = dict(model.named_parameters())
+    if hasattr(model, "base_model") and type(model).__module__.startswith("fastlora"):
+        keys = file_key_to_state_key(model, adapter)
+        return {disk: parameters[key] for disk, key in keys.items()}
+    return {n.replace(f".{adapter}", ""): p for n, p in parameters.items() if f".{adapter}." in n}
+
+
+def copy_random_factors(models: list[Any], adapter: str = "default", seed: int = 9) -> None:
+    """Gives every lora_B of an adapter the same random values in all models."""
+    for model in models:
+        generator = torch.Generator().manual_seed(seed)
+        for key, factor in sorted(file_parameters(model, adapter).items()):
+            if "lora_B" in key:
+                values = torch.randn(factor.shape, generator=generator) * 0.3
+                factor.data = values.to(torch.bfloat16).to(factor.dtype)

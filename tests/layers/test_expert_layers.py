@@ -1,0 +1,257 @@
+"""Adapters on stacks of experts' weights: against PEFT, in mixed batches, merged, and compiled."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlora
+from fastlora import LoraConfig
+from fastlora.testing import assert_within_budget, run_with_largest_error
+from tests.support.moe_models import (
+    ExpertBlock,
+    copy_random_factors,
+    file_gradients,
+    file_parameters,
+    routed_tokens,
+    stacks_of,
+)
+from tests.support.peft_twins import peft
+
+# Transposed or not, with and without a gate, a bias, and a gate of their own.
+KINDS = ["qwen3_moe", "gpt_oss", "nemotron_h"]
+DOUBLE = torch.float64
+
+
+def block(
+    kind: str,
+    dtype: torch.dtype = DOUBLE,
+    library: Any = fastlora,
+    implementation: str = "eager",
+    wide: bool = True,
+    **config: Any,
+) -> Any:
+    """A block of experts with an adapter, the same in both libraries."""
+    base = ExpertBlock(kind, dtype, implementation)
+    torch.manual_seed(1)
+    config = {"target_parameters": stacks_of(base), "target_modules": [], **config}
+    settings = library.LoraConfig(**{"r": 4, "lora_alpha": 8, **config})
+    model = library.get_peft_model(base, settings, autocast_adapter_dtype=wide)
+    copy_random_factors([model])
+    return model
+
+
+def looped(model: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The output in plain PyTorch: expert by expert, with LoRA beside each product."""
+    layer = model.base_model.model.experts
+    base, parts = layer.base_layer, []
+
+    def product(name: str, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        weight, inner = getattr(base, name)[expert], layer.inner_layers()[name]
+        bias = getattr(base, f"{name}_bias")[expert] if base.has_bias else None
+        down, up = inner.lora_A["default"].weight, inner.lora_B["default"].weight
+        down = down.view(base.num_experts, -1, down.shape[1])[expert].to(rows.dtype)
+        up = up.view(up.shape[0], -1, base.num_experts)[:, :, expert].to(rows.dtype)
+        y = F.linear(rows, weight.t() if base.is_transposed else weight, bias)
+        return y + F.linear(F.linear(rows, down), up) * inner.scaling["default"]
+
+    for expert in range(base.num_experts):
+        token, place = torch.where(index == expert)
+        y = product("gate_up_proj" if base.has_gate else "up_proj", x[token], expert)
+        y = product("down_proj", base._apply_gate(y) if base.has_gate else base.act_fn(y), expert)
+        parts.append(torch.zeros_like(x).index_add(0, token, y * weights[token, place, None]))
+    return sum(parts[1:], parts[0])
+
+
+def step(model: Any, tokens: int = 24, run: Any = None) -> dict[str, torch.Tensor]:
+    """The output and every gradient of a step."""
+    model.zero_grad()
+    dtype = next(p for n, p in model.named_parameters() if "experts" in n and "lora" not in n).dtype
+    x, index, weights = routed_tokens(tokens, dtype)
+    y = model(x, index, weights) if run is None else run(model, x, index, weights)
+    generator = torch.Generator().manual_seed(4)
+    (y * torch.randn(y.shape, generator=generator).to(y.dtype)).sum().backward()
+    found = {"y": y.detach(), "x": x.grad, "weights": weights.grad, **file_gradients(model)}
+    assert all(value is not None for value in found.values())
+    return found  # type: ignore[return-value]
+
+
+def as_truth(model: Any) -> Any:
+    """The same model in float64."""
+    return copy.deepcopy(model).double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [True, False])
+def test_values_and_every_gradient_are_within_the_budget(
+    kind: str, implementation: str, dtype: torch.dtype, wide: bool
+) -> None:
+    if dtype == torch.float32 and not wide:
+        pytest.skip("the factors are fp32 in both cases")
+    ours = block(kind, dtype, implementation=implementation, wide=wide)
+    theirs = block(kind, dtype, peft, wide=wide)
+    for key, factor in file_parameters(ours).items():
+        assert torch.equal(factor, file_parameters(theirs)[key]), key
+        assert factor.dtype == (torch.float32 if wide else dtype)
+    truth, runs, found = step(as_truth(theirs)), [step(theirs)], step(ours)
+    if dtype.itemsize == 2:  # PEFT rounds the sum of weight and update, and not the update alone.
+        runs.append(step(ours, run=looped))
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        same = run_with_largest_error([run[name] for run in runs], truth[name])
+        assert value.dtype == same.dtype
+        assert_within_budget(value, same, truth[name], name)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_the_same_seed_gives_pefts_initial_values(init: Any) -> None:
+    ours, theirs = (
+        library.get_peft_model(base, config)
+        for library in (fastlora, peft)
+        for base in [ExpertBlock("gpt_oss", torch.float32)]
+        for config in [
+            library.LoraConfig(
+                r=3,
+                target_modules=[],
+                target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+                init_lora_weights=init,
+            )
+        ]
+        if torch.manual_seed(5)
+    )
+    found, expected = file_parameters(ours), file_parameters(theirs)
+    assert list(found) and found.keys() == expected.keys()
+    for key, factor in found.items():
+        assert torch.equal(factor, expected[key]), key
+
+
+# ------------------------------------------------------------------------------- mixed batches
+
+RANKS = {"a": 4, "b": 1, "c": 16, "d": 3}
+ROWS = ["a", None, "b", "c", "d", "a", None, "c"]
+EACH = 6  # tokens of a sample
+
+
+def mixed_block(kind: str, dropout: float = 0.0, dtype: torch.dtype = DOUBLE) -> Any:
+    """A block with four adapters. The last one adapts one of the two stacks."""
+    base = ExpertBlock(kind, dtype, "eager")
+    stacks, model = stacks_of(base), None
+    for seed, (name, r) in enumerate(RANKS.items()):
+        torch.manual_seed(seed)
+        targets = stacks[:1] if name == "d" else stacks
+        config = LoraConfig(
+            **{"r": r, "lora_alpha": 2 * r, "lora_dropout": dropout},
+            **{"target_modules": [], "target_parameters": targets},
+        )
+        if model is None:
+            model = fastlora.get_peft_model(base, config, name)
+        else:
+            model.add_adapter(name, config)
+        copy_random_factors([model], name, seed)
+    assert model is not None
+    model.set_adapter(list(RANKS))
+    return model.train()
+
+
+def run_rows(model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch.Tensor) -> Any:
+    """The output of a mixed batch with fixed dropout seeds, and every gradient by adapter."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    with fastlora.adapters(model, rows, seeds=dict.fromkeys(RANKS, 11)):
+        y = model(x.unflatten(0, (len(rows), EACH)), *routed).flatten(0, 1)
+    y.square().sum().backward()
+    factors = {name: file_gradients(model, name) for name in RANKS}
+    return y.detach(), x.grad, factors
+
+
+def tokens_of(samples: list[int]) -> torch.Tensor:
+    """The positions of the tokens of samples."""
+    return torch.cat([torch.arange(EACH) + EACH * sample for sample in samples])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_mixed_batch_is_each_adapter_alone(kind: str, dropout: float) -> None:
+    model = mixed_block(kind, dropout)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    y, dx, gradients = run_rows(model, ROWS, *inputs)
+    for name in (None, *RANKS):
+        samples = [number for number, row in enumerate(ROWS) if row == name]
+        own = tokens_of(samples)
+        alone = run_rows(model, [name] * len(samples), *(t[own] for t in inputs))
+        torch.testing.assert_close(y[own], alone[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dx[own], alone[1], rtol=1e-12, atol=1e-12)
+        if name is None:
+            with model.disable_adapter():
+                torch.testing.assert_close(y[own], model(*(t[own] for t in inputs)).detach())
+            continue
+        for key, gradient in gradients[name].items():
+            assert gradient is not None and gradient.abs().max() > 0, key
+            torch.testing.assert_close(gradient, alone[2][name][key], rtol=1e-11, atol=1e-11)
+        others = [g for other in RANKS if other != name for g in alone[2][other].values()]
+        assert all(gradient is None for gradient in others)  # They have no rows.
+        if not dropout:
+            model.set_adapter(name)
+            expected = model(*(t[own] for t in inputs)).detach()
+            torch.testing.assert_close(y[own], expected, rtol=1e-12, atol=1e-12)
+            model.set_adapter(list(RANKS))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_interleaving_samples_of_different_adapters_changes_nothing(dropout: float) -> None:
+    """With dropout, the samples of one adapter keep their order."""
+    model = mixed_block("qwen3_moe", dropout)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    order = [4, 6, 0, 2, 3, 1, 5, 7] if dropout else [7, 5, 1, 0, 6, 2, 4, 3]
+    moved = tokens_of(order)
+    y, dx, gradients = run_rows(model, ROWS, *inputs)
+    found = run_rows(model, [ROWS[sample] for sample in order], *(t[moved] for t in inputs))
+    torch.testing.assert_close(found[0], y[moved], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], dx[moved], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[2], gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_acts_on_adapters_alone_and_only_in_training() -> None:
+    model = mixed_block("qwen3_moe", 0.5)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    trained = run_rows(model, ROWS, *inputs)[0]
+    model.eval()
+    evaluated = run_rows(model, ROWS, *inputs)[0]
+    changed = (trained - evaluated).abs().amax(1).unflatten(0, (-1, EACH)).amax(1) > 1e-6
+    assert changed.tolist() == [row is not None for row in ROWS]
+    model.train().set_adapter("a")
+    torch.manual_seed(0)
+    first = model(*inputs)
+    torch.manual_seed(0)
+    assert torch.equal(first, model(*inputs)) and not torch.equal(first, model(*inputs))
+
+
+def test_nan_in_an_adapter_stays_in_its_rows() -> None:
+    model = mixed_block("gpt_oss")
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    expected = run_rows(model, ROWS, *inputs)
+    for factor in file_parameters(model, "c").values():
+        factor.data.fill_(float("nan"))
+    y, dx, gradients = run_rows(model, ROWS, *inputs)
+    others = tokens_of([number for number, row in enumerate(ROWS) if row != "c"])
+    assert torch.equal(y[others], expected[0][others])
+    assert torch.equal(dx[others], expected[1][others])
+    assert y[tokens_of([3])].isnan().all()
+    for name in ("a", "b", "d"):
+        torch.testing.assert_close(gradients[name], expected[2][name], rtol=0, atol=0)
+
+
+def test_unused_adapters_get_zeros_for_other_processes() -> None:
+    model = mixed_block("qwen3_moe")
+    inputs = [t.detach() for t in routed_tokens(2 * EACH, DOUBLE)]
+    with fastlora.adapters(model, ["a", None], unused_gradients=True):
+        model(inputs[0].unflatten(0, (2, EACH)), *inputs[1:]).sum().backward()
+    for name in RANKS:
+        for key, gradient in file_gradients(model, name).items():
+            assert gradient is not None and bool(gradient.any()) == (name == "a"), (name, key)
