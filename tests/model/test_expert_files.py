@@ -18,6 +18,7 @@ from fastlora.model.stacked_experts import FORMER_NAMES
 from fastlora.validation import CheckpointError
 from tests.support.moe_models import moe_model
 from tests.support.peft_twins import peft
+from tests.support.tiny import unchanged
 
 IDS = torch.arange(12).view(2, 6)
 PREFIX = "base_model.model."
@@ -222,3 +223,27 @@ def test_a_file_that_lacks_experts(names: list[str], lost: str, words: str, tmp_
     save_file({k: t for k, t in tensors.items() if lost not in k}, tmp_path / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match=words):
         LoraModel.from_pretrained(moe_model("qwen3_moe"), tmp_path)
+
+
+def test_other_orders_of_lora_b(tmp_path: Path) -> None:
+    """A file of Unsloth with the expert as the slowest index is refused by its marker (E2)."""
+    model = adapted("olmoe", target_parameters=["experts.down_proj"])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / CONFIG_NAME
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"lora_B_layout": "rank_major"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = LoraModel.from_pretrained(moe_model("olmoe"), tmp_path)
+    assert torch.equal(logits_of(again), logits_of(model))
+    path.write_text(json.dumps(data | {"lora_B_layout": "grouped_by_expert"}))
+    base = moe_model("olmoe")
+    with (
+        unchanged(base),
+        pytest.raises(CheckpointError, match=r"'grouped_by_expert'.*\['experts.down_proj'\]"),
+    ):
+        LoraModel.from_pretrained(base, tmp_path)
+    # The message says how to convert such a file.
+    lora_b = torch.arange(24).view(2, 12)
+    grouped = lora_b.unflatten(1, (3, 4)).transpose(1, 2).flatten(1)  # E 4, r 3
+    assert torch.equal(grouped.unflatten(1, (4, 3)).transpose(1, 2).flatten(1), lora_b)
