@@ -49,6 +49,10 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 # that other fields enable.
 _IDLE_AFTER_INIT = ("megatron_core", "qalora_group_size")
 
+# The key by which Unsloth records the order of the columns of lora_B on stacked parameters, and the
+# value for PEFT's order, in which the expert is the fastest index.
+_LAYOUT_OF_UNSLOTH, _LAYOUT_OF_PEFT = "lora_B_layout", "rank_major"
+
 # "new": the adapter is about to be initialized. "load": its weights come from a file.
 # "live": it is already in a model, and its initialization has already changed the base weights if
 # it changes them at all.
@@ -121,7 +125,8 @@ class LoraConfig(PeftConfigMethods):
             embedding's adapter.
         target_parameters: The parameters of two or three dimensions to adapt in addition to
             ``target_modules``: a list of names, which match in the same way as those of modules.
-            Stacked weights of experts are such parameters. See ``docs/experts.md``.
+            Weights of experts that are stacked in one parameter are examples. For some model
+            types, names in ``target_modules`` also select them. See ``docs/differences.md``.
         lora_bias: Whether B has a bias. The bias is multiplied by the scaling like the rest of the
             LoRA branch. Not supported together with DoRA.
         runtime_config: Settings that apply only to the current run and are never saved.
@@ -441,7 +446,15 @@ class LoraConfig(PeftConfigMethods):
                 value = f.default
             setattr(config, name, value)
         config._finish(stage)
-        unknown = sorted(set(data) - set(fields))
+        layout = data.get(_LAYOUT_OF_UNSLOTH, _LAYOUT_OF_PEFT)
+        if config.target_parameters and layout != _LAYOUT_OF_PEFT:
+            raise ConfigError(
+                f"{_LAYOUT_OF_UNSLOTH}={layout!r}: lora_B of the parameters "
+                f"{config.target_parameters} is stored in another order than PEFT's, expected "
+                f"{_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E experts and rank r, replace "
+                "each of them with lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
+            )
+        unknown = sorted(set(data) - set(fields) - {_LAYOUT_OF_UNSLOTH})
         if unknown:
             warnings.warn(
                 f"ignoring the config keys {unknown}: LoraConfig has no such fields; "

@@ -12,9 +12,9 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,40 +41,10 @@ from fastlora.model.stacked_experts import (
 from fastlora.model.target_names import matches_names, minimal_suffixes
 from fastlora.model.target_parameters import entries_that_select
 from fastlora.model.targets import model_type_of
+from fastlora.patterns import patterns_matching_no_suffix
 from fastlora.validation import CheckpointError
 
 _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
-_Number = TypeVar("_Number", int, float)
-
-
-class ExpertFactors(NamedTuple):
-    """The factors of one linear layer of one expert.
-
-    Attributes:
-        lora_a: The factor A, of shape ``[r, K]``.
-        lora_b: The factor B, of shape ``[N, r]``.
-        scaling: The scaling of the adapter on this layer.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: float
-
-
-class StackFactors(NamedTuple):
-    """The factors of a stacked parameter of E experts.
-
-    Attributes:
-        rank: The rank R of each expert.
-        lora_a: The factor A, of shape ``[E * R, K]``, with the expert as the slowest index.
-        lora_b: The factor B, of shape ``[N, R * E]``, with the expert as the fastest index.
-        scaling: The scaling of the adapter on this parameter.
-    """
-
-    rank: int
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scaling: float
 
 
 def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
@@ -93,8 +63,11 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         CheckpointError: If the factors of an expert or of a part of a fused parameter are missing,
             or if the experts of a layer have different ranks.
     """
-    modules, former = named_base_modules(model), former_names_of(model_type_of(model))
-    parameters = base_parameters_of(modules) if former else []
+    former = former_names_of(model_type_of(model))
+    if not former:
+        return file
+    modules = named_base_modules(model)
+    parameters = base_parameters_of(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -112,36 +85,41 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
             found.setdefault(new, {}).setdefault(match[3], {})[int(match[2])] = layer
     if not found:
         return file
-    tensors, joined = dict(file.tensors), {}
-    for name, stack in stacks.items():
-        if name in found:
-            layers = _layers_of_stack(file, stack, former, found[name])
-            joined[name] = join_expert_factors(
-                [[_taken_from(tensors, layer, file.config) for layer in of] for of in layers]
-            )
-    keys = {key: parts for key, parts in file.keys.items() if key in tensors}
-    for name, factors in joined.items():
+    config, tensors = copy.deepcopy(file.config), dict(file.tensors)
+    factors, ranks, alphas = dict[str, torch.Tensor](), dict[str, int](), dict[str, float]()
+    for name in (name for name in stacks if name in found):
+        layers = _layers_of_stack(file, stacks[name], former, found[name])
+        scaling = config.scaling_for(layers[0][0])
+        parts = [
+            [
+                tuple(tensors.pop(f"{KEY_PREFIX}{layer}.lora_{end}.weight") for end in "AB")
+                for layer in part
+            ]
+            for part in layers
+        ]
+        scales = [[config.scaling_for(layer) / scaling for layer in part] for part in layers]
+        lora_a, lora_b = join_expert_factors(parts, scales)
         module = stacks[name].module_name
-        nested = [other for other in joined if stacks[other].module_name == module]
+        nested = [n for n in stacks if n in found and stacks[n].module_name == module]
         # PEFT nests one layer for each parameter. The last one has the name of the module.
         layer = module + ".base_layer" * (len(nested) - 1 - nested.index(name))
-        for kind, tensor in (("lora_A", factors.lora_a), ("lora_B", factors.lora_b)):
-            key = f"{KEY_PREFIX}{layer}.{kind}.weight"
-            keys[key], tensors[key] = ParsedAdapterKey(layer, kind), tensor
-    config = copy.deepcopy(file.config)
-    own, added = config.target_parameters or [], sorted({stacks[name].leaf for name in joined})
+        factors |= {f"{layer}.lora_A": lora_a, f"{layer}.lora_B": lora_b}
+        ranks[name] = rank = lora_a.shape[0] // len(parts[0])
+        alphas[name] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    keys = {key: parsed for key, parsed in file.keys.items() if key in tensors}
+    remaining = [*(parsed.module for parsed in keys.values()), *ranks]
+    for name, tensor in factors.items():
+        layer, _, kind = name.rpartition(".")
+        keys[f"{KEY_PREFIX}{name}.weight"] = ParsedAdapterKey(layer, kind)
+        tensors[f"{KEY_PREFIX}{name}.weight"] = tensor
+    own, added = config.target_parameters or [], sorted({stacks[name].leaf for name in ranks})
     config.target_parameters = entries_that_select(
-        {*joined, *(each.name for each in parameters if matches_names(each.name, own))},
+        {*ranks, *(each.name for each in parameters if matches_names(each.name, own))},
         [*own, *(entry for entry in added if entry not in own)],
         parameters,
     )
-    ranks = {name: factors.rank for name, factors in joined.items()}
-    alphas = {
-        name: factors.scaling * (math.sqrt(factors.rank) if config.use_rslora else factors.rank)
-        for name, factors in joined.items()
-    }
-    config.rank_pattern = _with_patterns(config.rank_pattern, ranks, config.rank_for)
-    config.alpha_pattern = _with_patterns(config.alpha_pattern, alphas, config.alpha_for)
+    config.rank_pattern = _with_patterns("rank_pattern", config, ranks, remaining)
+    config.alpha_pattern = _with_patterns("alpha_pattern", config, alphas, remaining)
     return replace(file, config=config, keys=keys, tensors=tensors)
 
 
@@ -163,11 +141,7 @@ def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     if not stacked_experts_among(base_parameters_of(modules)):
         return config
     names = [name for name, _, _ in modules]
-    linears = [
-        name
-        for name, module, _ in modules
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    ]
+    linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]
     others = [name for name in linears if name.rpartition(".")[2] not in former]
     written = copy.copy(config)
     if isinstance(config.target_modules, str):
@@ -176,10 +150,9 @@ def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         entries = config.target_modules or ()
         written.target_modules = {e for e in entries if e.rpartition(".")[2] not in former}
     routers = [name for name in linears if name.rpartition(".")[2] == ROUTER]
-    written.target_parameters = [
-        *(config.target_parameters or ()),
-        *(f"{name}.weight" for name in routers),
-    ]
+    if routers:
+        weights = (f"{name}.weight" for name in routers)
+        written.target_parameters = [*(config.target_parameters or ()), *weights]
     dropped = [name for name in linears if name not in (*others, *routers)]
     if dropped:
         warnings.warn(
@@ -191,34 +164,28 @@ def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     return written
 
 
-def join_expert_factors(parts: Sequence[Sequence[ExpertFactors]]) -> StackFactors:
-    """Join the factors of the experts' linear layers to the factors of a stacked parameter.
+def join_expert_factors(
+    parts: Sequence[Sequence[Sequence[torch.Tensor]]], scales: Sequence[Sequence[float]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the factors of the linear layers of E experts to the factors of a stacked parameter.
 
-    The rank of the result is the sum of the ranks of the layers that the parameter fuses.
+    The rank R of the result is the sum of the ranks of the layers that the parameter fuses.
 
     Args:
-        parts: For each of these layers, the factors of all experts.
+        parts: For each of these layers and each expert, the factors A ``[r, K]`` and B ``[N, r]``.
+        scales: For each of these layers and each expert, a number to multiply the update by.
+
+    Returns:
+        The factor A ``[E * R, K]``, with the expert as the slowest index, and the factor B
+        ``[N, R * E]``, with the expert as the fastest index.
     """
-    scaling = parts[0][0].scaling
-    stacked_a = torch.cat([torch.stack([each.lora_a for each in part]) for part in parts], dim=1)
-    stacked_b = torch.stack(
-        [
-            torch.block_diag(*(_scaled_b(each, scaling) for each in of_expert))
-            for of_expert in zip(*parts, strict=True)
-        ]
-    )
-    return StackFactors(
-        stacked_a.shape[1],
-        stacked_a.flatten(0, 1),
-        stacked_b.permute(1, 2, 0).flatten(1),  # [E, N, R] -> [N, R * E]
-        scaling,
-    )
-
-
-def _scaled_b(factors: ExpertFactors, scaling: float) -> torch.Tensor:
-    """Return the factor B for another scaling."""
-    ratio = factors.scaling / scaling if factors.scaling != scaling else 1.0
-    return factors.lora_b if ratio == 1.0 else factors.lora_b * ratio
+    stacked_a = torch.cat([torch.stack([lora_a for lora_a, _ in part]) for part in parts], dim=1)
+    scaled_b = [
+        [lora_b if scale == 1.0 else lora_b * scale for (_, lora_b), scale in zip(*of, strict=True)]
+        for of in zip(parts, scales, strict=True)
+    ]
+    stacked_b = torch.stack([torch.block_diag(*of) for of in zip(*scaled_b, strict=True)])
+    return stacked_a.flatten(0, 1), stacked_b.permute(1, 2, 0).flatten(1)
 
 
 def _with_current_blocks(
@@ -231,10 +198,10 @@ def _with_current_blocks(
         blocks: The current names of the blocks.
         modules: The names of all modules of the base model.
     """
-    renamed = {}
+    renamed, names = {}, file.layers
     for block in blocks:
         layer = f"{block.rpartition('.')[0]}."
-        for name in file.layers:
+        for name in names:
             old = layer + name.removeprefix(layer).partition(".")[0]
             if name.startswith(layer) and old not in modules:
                 renamed[f"^{re.escape(old)}(?=\\.)"] = block
@@ -279,28 +246,33 @@ def _layers_of_stack(
     return layers
 
 
-def _taken_from(tensors: dict[str, torch.Tensor], layer: str, config: LoraConfig) -> ExpertFactors:
-    """Remove the factors of a layer from the tensors of a file, and return them."""
-    lora_a, lora_b = (tensors.pop(f"{KEY_PREFIX}{layer}.lora_{end}.weight") for end in "AB")
-    return ExpertFactors(lora_a, lora_b, config.scaling_for(layer))
-
-
 def _with_patterns(
-    patterns: dict[str, _Number], values: Mapping[str, _Number], value_for: Callable[[str], _Number]
-) -> dict[str, _Number]:
-    """Add patterns for the parameters to which the patterns of a config give other values.
+    field: str, config: LoraConfig, values: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the patterns of a config with others before them for stacked parameters.
 
     Args:
-        patterns: The patterns of the config.
-        values: The values by parameter name.
-        value_for: Returns the config's value for a name.
+        field: The name of the field of the config.
+        config: The adapter's config.
+        values: The value of each parameter.
+        names: The names of the layers and parameters of the adapter. Patterns that match none of
+            them are left out.
     """
-    wrong = {name: value for name, value in values.items() if value_for(name) != value}
-    by_leaf: dict[str, set[_Number]] = {}
+    value_for = config.rank_for if field == "rank_pattern" else config.alpha_for
+    by_end: dict[str, set[float]] = {}
     for name, value in values.items():
-        by_leaf.setdefault(name.rpartition(".")[2], set()).add(value)
-    added: dict[str, _Number] = {}
-    for name, value in wrong.items():
-        leaf = name.rpartition(".")[2]
-        added[rf".*\.{leaf}" if len(by_leaf[leaf]) == 1 else name] = value
-    return {**added, **patterns}
+        by_end.setdefault(_end_of(name), set()).add(value)
+    added = {
+        _end_of(name) if len(by_end[_end_of(name)]) == 1 else name: value
+        for name, value in values.items()
+        if value_for(name) != value
+    }
+    patterns = added | {k: v for k, v in getattr(config, field).items() if k not in added}
+    for unused in patterns_matching_no_suffix(field, patterns, names):
+        del patterns[unused]
+    return patterns
+
+
+def _end_of(parameter_name: str) -> str:
+    """Return the last two components of a name, such as ``experts.gate_up_proj``."""
+    return ".".join(parameter_name.split(".")[-2:])

@@ -30,7 +30,7 @@ from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import LayerReplication, create_replication, replication_applied
-from fastlora.model.target_names import matches_targets, saved_modules_and_heads
+from fastlora.model.target_names import saved_modules_and_heads
 from fastlora.model.target_parameters import SelectedParameters
 from fastlora.model.targets import find_modules_to_save, resolve_target_modules, select_targets
 from fastlora.model.tied_weights import (
@@ -220,10 +220,12 @@ def plan_target_modules(
     """
     modules = named_base_modules(model)
     meant = resolve_target_modules(model, config, modules)
-    targets, parameters = select_targets(model, config, meant, modules, layers_in_file)
-    parameters.store_in(config)
-    if layers_in_file is not None:
-        meant = _with_names_only_in_file(meant, targets, config)
+    selected = select_targets(model, config, meant, modules, layers_in_file)
+    targets = selected.modules
+    selected.parameters.store_in(config)
+    if selected.only_in_file:
+        named = targets if isinstance(meant, str) else {*meant, *selected.only_in_file}
+        meant = set(named)
     saved = find_modules_to_save(model, config)
     copies, heads = list(ties.names), list[str]()
     saved = [name for name in saved if name not in copies]
@@ -242,7 +244,8 @@ def plan_target_modules(
     if config.init.changes_base:
         _check_weights_not_shared(model, config, targets)
     found = _check_targets(model, config, targets, from_file)
-    found |= _check_targets_of_parameters(model, config, parameters, from_file)
+    if selected.parameters.names:
+        found |= _check_targets_of_parameters(model, config, selected.parameters, from_file)
     plan = AdapterPlan(config, found, saved, meant, from_file, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
@@ -332,16 +335,6 @@ def _check_targets_of_parameters(
             kind.check(base, settings)
         found[name] = TargetModule(base, kind, settings)
     return found
-
-
-def _with_names_only_in_file(
-    meant: set[str] | str, targets: Collection[str], config: LoraConfig
-) -> set[str] | str:
-    """Add the targets that only the file names to the value of ``target_modules``."""
-    added = {name for name in targets if not matches_targets(name, meant, config)}
-    if not added:
-        return meant
-    return set(targets) if isinstance(meant, str) else meant | added
 
 
 def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:

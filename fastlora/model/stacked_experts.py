@@ -12,14 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 from fastlora.model.base_modules import BaseModules, base_module_of, is_lora_layer
-from fastlora.model.config import LoraConfig
 from fastlora.model.target_names import in_layers, is_all_linear, matches_targets
 from fastlora.validation import ConfigError
+
+if TYPE_CHECKING:
+    from fastlora.model.config import LoraConfig
 
 # Name of a linear layer in transformers 4 -> the parameter in transformers 5, by model type. The
 # model types are those that transformers 5.24 lists for PEFT.

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastlora.model.config import LoraConfig
 from fastlora.patterns import (
     count_matching_time,
     layer_index_after_match,
@@ -17,6 +16,9 @@ from fastlora.patterns import (
     matches_whole_name,
 )
 from fastlora.validation import near_names
+
+if TYPE_CHECKING:
+    from fastlora.model.config import LoraConfig
 
 ALL_LINEAR = "all-linear"
 

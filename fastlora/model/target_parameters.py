@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastlora.model.config import LoraConfig
 from fastlora.model.stacked_experts import (
     BaseParameter,
     check_not_half,
@@ -32,6 +32,9 @@ from fastlora.model.target_names import (
     suggest_names,
 )
 from fastlora.validation import TargetNotFoundError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.model.config import LoraConfig
 
 
 @dataclass(frozen=True)

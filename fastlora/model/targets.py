@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn as nn
@@ -73,10 +73,12 @@ class SelectedTargets(NamedTuple):
     Attributes:
         modules: The names of the target modules, in the order of ``named_modules()``.
         parameters: The selected parameters. Their modules are not in ``modules``.
+        only_in_file: The names of the target modules that only the adapter's file names.
     """
 
     modules: list[str]
     parameters: SelectedParameters
+    only_in_file: Collection[str] = ()
 
 
 def find_targets(
@@ -128,7 +130,9 @@ def select_targets(
     """
     modules = named_base_modules(model) if modules is None else modules
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
-    former, base = former_names_of(model_type_of(model)), base_parameters_of(modules)
+    former, is_new = former_names_of(model_type_of(model)), layers_in_file is None
+    # Only warnings for new adapters need the parameters if the config cannot select any.
+    base = base_parameters_of(modules) if former or config.target_parameters or is_new else []
     selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
         return SelectedTargets([], selected)
@@ -145,17 +149,19 @@ def select_targets(
         for name in names
         if name not in excluded and matches_targets(name, targets, config) and name not in converted
     ]
-    if layers_in_file is not None:
-        found = _with_linears_in_file(former, modules, found, layers_in_file)
-    _check_selected_once(found, selected)
+    only_in_file = _linears_only_in_file(former, modules, found, layers_in_file or ())
+    if only_in_file:
+        found = [name for name in names if name in {*found, *only_in_file}]
+    by_module = selected.by_module()
+    _check_selected_once(found, by_module)
     left = [
         each
-        for each in stacked_experts_among(base)
-        if each.module_name not in selected.by_module()
+        for each in (stacked_experts_among(base) if is_new else ())
+        if each.module_name not in by_module
         and each.name not in selected.excluded
         and not any(is_excluded(name, config, saved) for name in (each.name, each.module_name))
     ]
-    left = unreached_experts(left, found, config) if layers_in_file is None else []
+    left = unreached_experts(left, found, config) if left else []
     if not found and not selected.parameters:
         message = _no_target_message(names, excluded, targets, config)
         raise TargetNotFoundError(f"{message}{_hint_of_experts(left)}")
@@ -167,7 +173,7 @@ def select_targets(
                 "targets, or exclude this one with exclude_modules"
             )
     # The warning of experts that are left out is about projections too.
-    told = {*former_names, *(FEED_FORWARD_NAMES if left else ())}
+    told = {*former_names, *(FEED_FORWARD_NAMES if left or not is_new else ())}
     lost = _unmatched_entries(names, targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     unused = _format_unmatched_config_values(
@@ -183,38 +189,34 @@ def select_targets(
         )
     if is_all_linear(config.target_modules):
         _warn_of_all_linear(model, modules, config, excluded, selected)
-    return SelectedTargets(found, selected)
+    return SelectedTargets(found, selected, only_in_file)
 
 
-def _with_linears_in_file(
+def _linears_only_in_file(
     former: Collection[str],
     modules: BaseModules,
     found: Collection[str],
     layers_in_file: Collection[str],
 ) -> list[str]:
-    """Add the linear layers in a file that PEFT's names of experts do not select.
+    """Return the names of the linear layers in a file that the config does not select.
 
-    PEFT converts these names to experts, and removes them from ``target_modules``.
+    These layers have names that PEFT converts to experts, and removes from ``target_modules``.
     """
-    found = set(found)
+    wanted = {name for name in layers_in_file if name.rpartition(".")[2] in former}
+    wanted.difference_update(found)
     return [
         name
-        for name, module, _ in modules
-        if name in found
-        or (
-            name in layers_in_file
-            and name.rpartition(".")[2] in former
-            and isinstance(base_module_of(module), nn.Linear)
-        )
+        for name, module, _ in (modules if wanted else ())
+        if name in wanted and isinstance(base_module_of(module), nn.Linear)
     ]
 
 
-def _check_selected_once(found: Collection[str], selected: SelectedParameters) -> None:
+def _check_selected_once(found: Collection[str], by_module: Mapping[str, list[str]]) -> None:
     """Raise `ConfigError` if a target module also has a selected parameter."""
-    twice = sorted(selected.by_module().keys() & set(found))
+    twice = sorted(by_module.keys() & set(found))
     if twice:
         raise ConfigError(
-            f"target_parameters selects {selected.by_module()[twice[0]]} of {twice[0]!r}, which "
+            f"target_parameters selects {by_module[twice[0]]} of {twice[0]!r}, which "
             "target_modules selects as a whole; expected one of the two (target_modules=[] selects "
             "no module)"
         )

@@ -30,6 +30,7 @@ SET = {
     "inference_mode": True,
     "r": 3,
     "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["experts.up_proj"],
     "exclude_modules": ["x"],
     "lora_alpha": 17,
     "lora_dropout": 0.25,
