@@ -41,7 +41,7 @@ from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Segment
-from fastlora.ops.stacks import stack_views
+from fastlora.ops.stacks import stack_views, transposed_rank_rows
 from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
@@ -166,9 +166,7 @@ class AdaptedParameter(LoraLayer):
         The rank rows ``[E, R, N]`` are a copy, which is cached while gradients are disabled.
         ``name`` identifies the adapter in the cache.
         """
-        lora_a, lora_b = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
-        if lora_b.is_contiguous():
-            return lora_a, lora_b
+        lora_a, _ = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
         if (
             torch.is_grad_enabled()
@@ -176,16 +174,17 @@ class AdaptedParameter(LoraLayer):
             or torch.compiler.is_compiling()
             or not may_cache_tensors(watched.device)
         ):
-            return lora_a, lora_b.contiguous()
+            return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", RankRowsCache()).entries
         context = (id(watched), weights_versions.for_trained_weights())
         known = cache.get(name)
         if known is None or not known[0].matches((watched,), context):
             stamp = stamp_tensors((watched,), context)
-            if stamp is None:
-                return lora_a, lora_b.contiguous()
             with torch.inference_mode(False):  # A later backward pass may need the result.
-                known = cache[name] = stamp, lora_b.contiguous()
+                rank_rows = transposed_rank_rows(watched.detach(), self.num_matrices)
+            if stamp is None:
+                return lora_a, rank_rows
+            known = cache[name] = stamp, rank_rows
         return lora_a, known[1]
 
     # -------------------------------------------------------------------------------- merging
