@@ -112,10 +112,12 @@ def select_parameters(
     saved = saved_modules_and_heads(config)
     selected, excluded, by_former_name = list[BaseParameter](), set[str](), set[str]()
     fused: dict[str, int] = {}
+    linears = {each.module_name for each in parameters if isinstance(each.module, nn.Linear)}
+    listed = {e.rpartition(".")[2] for e in config.target_modules or () if e not in linears}
     for each in parameters:
         olds = former_names_of_parameter(former, each)
         explicit = matches_names(each.name, entries)
-        asked = set() if explicit else requested_former_names(olds, each, config)
+        asked = set() if explicit else requested_former_names(olds, each, config, listed)
         if not explicit and not asked:
             continue
         if layers_in_file is not None and asked and each.module_name not in layers_in_file:

@@ -81,6 +81,11 @@ EXACT: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "deepseek_v3",
+        {"target_modules": ["model.layers.0.mlp.gate_proj"]},
+        ["model.layers.0.mlp.gate_proj"],
+    ),
+    (
+        "deepseek_v3",
         {"target_modules": ["down_proj"], "layers_to_transform": [0]},
         ["model.layers.0.mlp.down_proj"],
     ),
