@@ -20,7 +20,7 @@ from tests.support.conformance_operators import import_everything, registered
 ROOT = Path(__file__).parent.parent
 FLOORS = 9  # as in `ORDER`
 FLOORS_IN_A_FOLDER = 15  # of model/: parameters are selected below plans; 13 of layers/
-OPERATORS = 17
+OPERATORS = 21  # four for stacks of weights, with rows that a graph cannot read
 AUTOGRAD_FUNCTIONS = 7  # two of them for stacks of weights
 # The routing in force, the batch-invariant mode, and the recording of launches.
 THREAD_LOCALS = 3
@@ -30,13 +30,13 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Lines of code by folder, without docstrings, comments, and blanks. A folder may have 3 % more.
 CODE_LINES = {
     "algebra": 113,
-    "autograd": 731,
+    "autograd": 804,
     "commands": 1693,
     "init": 879,
     "integrations": 842,
-    "layers": 6722,
-    "model": 6420,
-    "ops": 3422,
+    "layers": 6751,
+    "model": 6512,
+    "ops": 3438,
     "optimizers": 247,
     "pool": 1644,
     "routing": 1544,

@@ -23,7 +23,7 @@ from torch import nn
 from fastlora.layers import parts
 from fastlora.layers.adapter_factors import fallback_reason_adapter_called
 from fastlora.layers.adapter_init import AdapterInitializer
-from fastlora.layers.call import MixedCall
+from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import may_cache_tensors
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import (
@@ -146,13 +146,15 @@ class AdaptedParameter(LoraLayer):
         start.initialize_weights(lora_a, lora_b, rank=r)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
-    def plain_factors(self, name: str) -> Factors:
+    def plain_factors(self, name: str, call: UniformCall | None = None) -> Factors:
         """Return an adapter's factors, in the shapes of adapter files.
+
+        If ``call`` is given, the scaling is a tensor on the device of its x.
 
         Raises:
             UnsupportedLayerError: The adapter's modules would have to be called.
         """
-        found = self._local_factors(name)
+        found = self._local_factors(name, call)
         if found is None:
             reason = fallback_reason_adapter_called(self, [name])
             raise UnsupportedLayerError(f"parameter {self.parameter_name!r}: {reason}")
@@ -185,10 +187,6 @@ class AdaptedParameter(LoraLayer):
             with torch.inference_mode(False):  # A later backward pass may need the result.
                 known = cache[name] = stamp, lora_b.contiguous()
         return lora_a, known[1]
-
-    def _remove_adapter(self, adapter_name: str) -> None:
-        self.__dict__.pop("_rank_rows", None)
-        super()._remove_adapter(adapter_name)
 
     # -------------------------------------------------------------------------------- merging
 

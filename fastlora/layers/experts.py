@@ -27,12 +27,14 @@ from fastlora.layers.adapted_parameters import (
     stack_shape,
 )
 from fastlora.layers.adapter_factors import scalings_as_tensor
+from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.ops.backend import draw_seed
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.stacks import StackedOperands, seeds_of_keys
 from fastlora.ops.torch.stacks import grouped_linear
 from fastlora.routing.active import active_routing
@@ -53,7 +55,7 @@ class _SortedRows(NamedTuple):
         rows: The sorted rows, with ``expert * S + slot`` as slots.
         matrix: The expert of each sorted row, int64 ``[P]``; 0 for rows without an expert.
         routing: The routing of a mixed batch, or None if the same adapters apply to all rows.
-        token_rows: The tokens of a mixed batch, sorted by slot.
+        token_rows: The tokens of a mixed batch, sorted by slot; None in a graph that is compiled.
         conditions: The conditions of the call.
     """
 
@@ -115,6 +117,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         if routing is None:
             return self._forward(None, conditions, x, top_k_index, top_k_weights)
         check_rows(self, routing, x, conditions)
+        if conditions.compiling:
+            routing = routing.whole or routing
+            return self._forward(routing, conditions, x, top_k_index, top_k_weights)
         with routing.pause_row_tracking():
             y = self._forward(routing, conditions, x, top_k_index, top_k_weights)
         return attach_unused_adapters(self, routing, conditions, x, y)
@@ -145,7 +150,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         if absent is not None:
             y = y.masked_fill(absent, 0.0)
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        y = y[call.rows.inverse_order].view(*top_k_index.shape, -1).sum(1)
+        y = y[_inverse(order)].view(*top_k_index.shape, y.shape[-1]).sum(1)
         return y.to(hidden_states.dtype)
 
     def _sort(
@@ -164,7 +169,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         bad = (keys < 0) | (keys >= count)
         if routing is not None:
             slots = len(routing.names) + 1  # The last slot is for rows without an adapter.
-            token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
+            if not conditions.compiling:
+                token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
             ids = routing.ids.to(matrices.device)
             slot = torch.where(ids < 0, slots - 1, ids)
             keys = keys * slots + slot.repeat_interleave(len(keys) // len(slot))
@@ -200,12 +206,15 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         """Return ``x @ stack[expert].T + bias[expert]`` with adapters, for ``stack [E, N, K]``."""
         # As in transformers, products are computed in the dtype of the weights under autocast.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(stack.dtype)
+            x, impl = x.to(stack.dtype), call.conditions.backend
+            bias = None if bias is None else bias[call.matrix]
+            adapters = [] if layer is None else self._operands(layer, x, call)
+            if call.conditions.compiling:
+                return _product_in_graph(x, stack, bias, adapters, call)
             y = grouped_linear(x, stack, call.rows, call.slots)
-            if bias is not None:
-                y = y + bias[call.matrix]
-            for operands in () if layer is None else self._operands(layer, x, call):
-                y = add_stacked_updates_(y, x, operands, call.rows, call.conditions.backend)
+            y = y if bias is None else y + bias
+            for operands in adapters:
+                y = add_stacked_updates_(y, x, operands, call.rows, impl)
             return y
 
     def _operands(
@@ -219,7 +228,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _uniform_operands(
         self, layer: AdaptedParameter, name: str, x: torch.Tensor, call: _SortedRows
     ) -> StackedOperands:
-        factors = layer.plain_factors(name)
+        factors = layer.plain_factors(name, UniformCall(layer, x, x, call.conditions, [name]))
         seeds = None
         if factors.dropout_p:
             seeds = seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
@@ -230,9 +239,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _mixed_operands(
         self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows, routing: Routing
     ) -> list[StackedOperands]:
-        names, count = routing.names, layer.num_matrices
-        used: Any = () if call.token_rows is None else call.token_rows.used_slots
-        of_used = ((slot, routing.source.factors(layer, slot)) for slot in used)
+        names, count, compiling = routing.names, layer.num_matrices, call.conditions.compiling
+        used: Any = range(len(names)) if call.token_rows is None else call.token_rows.used_slots
+        own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
+        of_used = ((slot, routing.source.factors(layer, slot, own)) for slot in used)
         found = {slot: factors for slot, factors in of_used if factors is not None}
         if not found:
             return []
@@ -248,7 +258,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         if any(p):
             check_dropout_dtype(x.dtype)
             device = x.device if call.conditions.impl == "triton" else torch.device("cpu")
-            seeds = routing.layer_dropout_seeds(layer.routing_index, device)
+            if compiling:
+                seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index).to(device)
+            else:
+                seeds = routing.layer_dropout_seeds(layer.routing_index, device)
             seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
@@ -262,6 +275,29 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         The shapes are ``[E, R, K]`` and ``[E, R, N]``.
         """
         return layer.rank_rows(name, factors)
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a permutation, int64."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _product_in_graph(
+    x: torch.Tensor,
+    stack: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: list[StackedOperands],
+    call: _SortedRows,
+) -> torch.Tensor:
+    """Return the result of `FastLoraExperts._adapted_product` in a graph that is being compiled."""
+    rows, impl = call.rows.operator_arguments(), call.conditions.backend
+    none = StackedOperands([], [], x.new_empty(0), ())
+    linear: Any = torch.ops.fastlora.stacked_linear
+    first, *others = adapters or [none]
+    y: torch.Tensor = linear(x, stack, bias, call.slots, *first, rows, impl)
+    for operands in others:
+        y = linear(x, None, y, call.slots, *operands, rows, impl)
+    return y
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):
@@ -300,9 +336,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         place = order % count * tokens + order // count
         gate, up = self._product("gate_up_proj", x[place], call).chunk(2, dim=-1)
         y = self._product("down_proj", up * base.act_fn(gate), call)
-        inverse = torch.empty_like(place)
-        inverse[place] = torch.arange(len(place), device=x.device)
-        return y[inverse]
+        return y[_inverse(place)]
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
         stack = self.base_layer._parameters[name].transpose(1, 2)

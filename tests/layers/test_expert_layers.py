@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig
+from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget, run_with_largest_error
 from tests.support.moe_models import (
     ExpertBlock,
@@ -159,12 +163,16 @@ def mixed_block(kind: str, dropout: float = 0.0, dtype: torch.dtype = DOUBLE) ->
     return model.train()
 
 
-def run_rows(model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch.Tensor) -> Any:
+def run_rows(
+    model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch.Tensor, run: Any = None
+) -> Any:
     """The output of a mixed batch with fixed dropout seeds, and every gradient by adapter."""
     model.zero_grad()
     x = x.detach().requires_grad_()
     with fastlora.adapters(model, rows, seeds=dict.fromkeys(RANKS, 11)):
-        y = model(x.unflatten(0, (len(rows), EACH)), *routed).flatten(0, 1)
+        y = (model if run is None else run)(x.unflatten(0, (len(rows), EACH)), *routed).flatten(
+            0, 1
+        )
     y.square().sum().backward()
     factors = {name: file_gradients(model, name) for name in RANKS}
     return y.detach(), x.grad, factors
@@ -255,3 +263,148 @@ def test_unused_adapters_get_zeros_for_other_processes() -> None:
     for name in RANKS:
         for key, gradient in file_gradients(model, name).items():
             assert gradient is not None and bool(gradient.any()) == (name == "a"), (name, key)
+
+
+# ----------------------------------------------------- compiled, checkpointed, and under autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph(dtype: torch.dtype) -> None:
+    """With a trainable scaling of PEFT's, another value does not recompile."""
+    torch._dynamo.reset()
+    model = block("gpt_oss", dtype, implementation="grouped_mm")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for scale in (1.0, 2.0):
+        for layer in model.base_model.model.experts.adapted_parameters():
+            layer.set_scale("default", scale)
+        expected = step(model)
+        with torch._dynamo.config.patch(error_on_recompile=scale > 1):
+            found = step(model, run=lambda _, *inputs: compiled(*inputs))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_one_graph_for_every_mix(dropout: float) -> None:
+    torch._dynamo.reset()
+    model = mixed_block("qwen3_moe", dropout)
+    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for rows in (ROWS, ["c", "a", None, "d", "b", "b", None, "c"]):
+        expected = run_rows(model, rows, *inputs)
+        with torch._dynamo.config.patch(error_on_recompile=rows is not ROWS):
+            found = run_rows(model, rows, *inputs, run=compiled)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_operators() -> None:
+    """Fake results have the shapes, strides, and dtypes of real ones."""
+    x, stack = torch.randn(6, 8), torch.randn(3, 12, 8)
+    rows = sort_rows(torch.tensor([0, 4, 1, 3, 3, 0]), 6, 6)
+    factors = [[torch.randn(3, r, n) for r in (2, 3)] for n in (8, 12)]
+    seeds = torch.arange(6)
+    given = (*factors, torch.ones(2), [0.5, 0.0], seeds, rows.operator_arguments(), "eager")
+    y = torch.randn(6, 12)
+    operators, checks = torch.ops.fastlora, ("test_schema", "test_faketensor")
+    starts = rows.slot_start[::2].contiguous()
+    opcheck(operators.grouped_products.default, (x, stack, starts), test_utils=checks)
+    opcheck(operators.stacked_updates.default, (y, x, *given), test_utils=checks)
+    s = torch.randn(6, 3)
+    wants = (True, [True, True, False, True])
+    opcheck(operators.stacked_gradients.default, (y, x, s, *given, *wants), test_utils=checks)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints(reentrant: bool) -> None:
+    """The repeated forward draws the same dropout masks."""
+    model = block("gpt_oss", lora_dropout=0.3).train()
+
+    def checkpointed(_: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, *inputs, use_reentrant=reentrant)
+
+    torch.manual_seed(3)
+    expected = step(model)
+    torch.manual_seed(3)
+    torch.testing.assert_close(step(model, run=checkpointed), expected, rtol=0, atol=0)
+
+
+def test_autocast_computes_in_the_dtype_of_the_weights() -> None:
+    model, theirs = (block("qwen3_moe", torch.float32, lib) for lib in (fastlora, peft))
+    theirs.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"
+
+    def under_autocast(own: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            made: torch.Tensor = own(*inputs)
+        return made
+
+    found, expected = (step(own, run=under_autocast) for own in (model, theirs))
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype == torch.float32
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+# --------------------------------------------------------------------------- inputs, and caches
+
+
+def test_no_tokens_and_choices_out_of_range() -> None:
+    model = block("gpt_oss")
+    x, index, weights = routed_tokens(4, DOUBLE)
+    y = model(x[:0], index[:0], weights[:0])
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert not any(g is not None and g.any() for g in file_gradients(model).values())
+    index[1, 1] = 7
+    with pytest.raises(ValueError, match="top_k_index contains 7, expected .* 4 experts"):
+        model(x, index, weights)
+    index[1, 1] = -1
+    with pytest.raises(ValueError, match="top_k_index contains -1"):
+        model(x, index, weights)
+
+
+def test_sentinels_of_expert_parallelism_add_nothing() -> None:
+    model = block("gpt_oss")
+    x, index, weights = routed_tokens(4, DOUBLE)
+    weights = weights.detach().clone()
+    weights[1, 1] = 0.0
+    expected = model(x, index, weights).detach()
+    model.base_model.model.experts.base_layer._is_expert_parallel = True
+    index[1, 1] = 4
+    weights.requires_grad_()
+    y = model(x, index, weights)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert weights.grad is not None and weights.grad[1, 1] == 0 and weights.grad[0, 0] != 0
+
+
+def test_the_copy_of_lora_b_follows_every_write() -> None:
+    """It is kept in evaluation. A write through ``.data`` changes no version."""
+    model = block("qwen3_moe", torch.float32)
+    layer = model.base_model.model.experts.adapted_parameters()[0]
+    inputs = routed_tokens(8, torch.float32)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            made: torch.Tensor = model(*inputs)
+        return made
+
+    def kept() -> torch.Tensor:
+        found: torch.Tensor = layer.rank_rows("default", layer.plain_factors("default"))[1]
+        return found
+
+    model.eval()
+    first, weight = run(), layer.lora_B["default"].weight
+    with torch.no_grad():
+        assert kept() is kept()
+        weight.mul_(2.0)
+        assert not torch.equal(run(), first)
+        weight.mul_(0.5)
+        assert torch.equal(run(), first)
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert not torch.equal(run(), first)
+    weight.data.add_(1.0)
+    fastlora.clear_caches(model)
+    torch.testing.assert_close(run(), first)
+    before = weakref.ref(kept())
+    model.delete_adapter("default")
+    assert before() is None

@@ -6,16 +6,19 @@ cost time, and nothing of the size of the stack is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.library import define_operator, register_fake, register_kernel
 from fastlora.ops.rows import Rows
 from fastlora.ops.stacks import StackedOperands
 from fastlora.ops.torch import products, reference
+from fastlora.validation import UnsupportedLayerError
 
 # `torch.nn.functional.grouped_mm` requires that every stride is a multiple of this many bytes.
 _ALIGNMENT = 16
@@ -139,13 +142,27 @@ def grouped_linear(
         slots: Number of adapters S, with which keys were made.
     """
     starts = rows.slot_start[::slots]
-    if _supports_grouped_mm(x, stack) and not rows.has_rows_without_slot:
+    if not is_traced(x) and _supports_grouped_mm(x, stack, starts):
         made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
         return made
     return _GroupedLinear.apply(x, stack, starts)
 
 
-def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
+def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Return the result of `grouped_linear`, which autograd does not record.
+
+    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and P.
+    """
+    if _supports_grouped_mm(x, stack, starts):
+        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
+        return made
+    y = x.new_zeros(x.shape[0], stack.shape[1])
+    for matrix, at in _spans(starts):
+        y[at] = products.linear(x[at], stack[matrix])
+    return y
+
+
+def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` supports the operands.
 
     It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
@@ -154,44 +171,56 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
         x.dtype not in _GROUPED_DTYPES
         or not hasattr(F, "grouped_mm")
         or x.dtype in products.EMULATED
+        or not x.is_contiguous()
     ):
         return False
     sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
     widths = x.itemsize, x.itemsize, 1, 1
-    return all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
+    aligned = all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
+    return aligned and not bool(starts[0])  # It skips no rows at the beginning.
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The product of `grouped_linear`, with a separate matrix product for each matrix."""
+    """The product of `grouped_linear`, also for operands that `grouped_mm` does not support."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        stack: torch.Tensor,
-        starts: torch.Tensor,
+        ctx: Any, x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor
     ) -> torch.Tensor:
-        spans = _spans(starts)
-        ctx.spans = spans
-        ctx.save_for_backward(x if stack.requires_grad else None, stack)
-        y = x.new_zeros(x.shape[0], stack.shape[1])
-        for matrix, at in spans:
-            y[at] = products.linear(x[at], stack[matrix])
-        return y
+        ctx.save_for_backward(x if stack.requires_grad else None, stack, starts)
+        return _products_for(x)(x, stack, starts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, stack = ctx.saved_tensors
-        needs_x, needs_stack = ctx.needs_input_grad[:2]
-        dx = dy.new_zeros(dy.shape[0], stack.shape[2]) if needs_x else None
-        d_stack = torch.zeros_like(stack) if needs_stack else None
-        for matrix, at in ctx.spans:
-            if dx is not None:
-                dx[at] = products.mm(dy[at], stack[matrix])
-            if d_stack is not None:
+        x, stack, starts = ctx.saved_tensors
+        dx = d_stack = None
+        if ctx.needs_input_grad[0]:
+            dx = _products_for(dy)(dy, stack.transpose(1, 2), starts)
+        if ctx.needs_input_grad[1]:
+            if is_traced(dy):
+                raise UnsupportedLayerError(
+                    "torch.compile does not support gradients of a stack of weights; freeze it"
+                )
+            d_stack = torch.zeros_like(stack)
+            for matrix, at in _spans(starts):
                 d_stack[matrix] = products.mm(dy[at].t(), x[at])
         return dx, d_stack, None
+
+
+def _products_for(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return `grouped_products`, or its operator if a compiler traces operations on x."""
+    registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
+    return registered if is_traced(x) else grouped_products
+
+
+define_operator("grouped_products(Tensor x, Tensor stack, Tensor starts) -> Tensor")
+register_kernel("grouped_products")(grouped_products)
+
+
+@register_fake("grouped_products")
+def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], stack.shape[1])
 
 
 def _spans(starts: torch.Tensor) -> list[tuple[int, slice]]:
