@@ -144,7 +144,7 @@ def requested_former_names(
         names: The result of `former_names_of_parameter`.
         parameter: The parameter.
         config: The adapter's config.
-        listed: The last components of the entries of a list, except for full names of linear layers.
+        listed: The last components of the entries of a list, without full names of linear layers.
     """
     targets = config.target_modules
     if not names or not targets:

@@ -113,7 +113,8 @@ def select_parameters(
     selected, excluded, by_former_name = list[BaseParameter](), set[str](), set[str]()
     fused: dict[str, int] = {}
     linears = {each.module_name for each in parameters if isinstance(each.module, nn.Linear)}
-    listed = {e.rpartition(".")[2] for e in config.target_modules or () if e not in linears}
+    targets = config.target_modules if not isinstance(config.target_modules, str) else ()
+    listed = {entry.rpartition(".")[2] for entry in targets or () if entry not in linears}
     for each in parameters:
         olds = former_names_of_parameter(former, each)
         explicit = matches_names(each.name, entries)

@@ -217,8 +217,8 @@ FAULTS = (
         kind="targets matched wrongly",
         source="c6d8222",
         path="fastlora/model/target_parameters.py",
-        before='{e.rpartition(".")[2] for e in config.target_modules or () if e not in linears}',
-        after="set(config.target_modules or ())",
+        before='{entry.rpartition(".")[2] for entry in targets or () if entry not in linears}',
+        after="set(targets or ())",
         tests=("tests/model/test_experts.py::test_the_adapted_set_contains_that_of_peft",),
     ),
     Fault(
