@@ -196,8 +196,8 @@ def _check_parameter(each: BaseParameter) -> None:
     shape, dtype = tuple(each.parameter.shape), each.parameter.dtype
     if not each.module_name:
         raise UnsupportedLayerError(
-            f"target parameter {each.name!r} belongs to the model itself; wrap the model in "
-            "another module first"
+            "Targeting an nn.Parameter on the top-level module is not supported (parameter "
+            f"{each.name!r}); wrap the model in another module first"
         )
     if isinstance(each.module, nn.Linear):
         return  # the linear layer is adapted as a whole, also if its weight is quantized
