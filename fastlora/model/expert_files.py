@@ -150,9 +150,10 @@ def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         entries = config.target_modules or ()
         written.target_modules = {e for e in entries if e.rpartition(".")[2] not in former}
     routers = [name for name in linears if name.rpartition(".")[2] == ROUTER]
-    if routers:
-        weights = (f"{name}.weight" for name in routers)
-        written.target_parameters = [*(config.target_parameters or ()), *weights]
+    own = config.target_parameters or []
+    weights = [f"{n}.weight" for n in routers if not matches_names(f"{n}.weight", own)]
+    if weights:
+        written.target_parameters = [*own, *weights]
     dropped = [name for name in linears if name not in (*others, *routers)]
     if dropped:
         warnings.warn(

@@ -127,19 +127,24 @@ def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParamete
 
 
 def requested_former_names(
-    names: Collection[str], parameter: BaseParameter, config: LoraConfig
+    names: Collection[str],
+    parameter: BaseParameter,
+    config: LoraConfig,
+    listed: Collection[str],
 ) -> set[str]:
     """Return the former names of a parameter that ``target_modules`` selects.
 
     As in PEFT, ``"all-linear"`` selects all former names, and an entry of a list selects all
-    parameters that its last component stands for. A regular expression selects a parameter if it
-    matches the parameter's former name, without the index of an expert or with each index. For a
-    router, it must match the name of the module.
+    parameters that its last component stands for. The full name of a linear layer selects only this
+    layer. A regular expression selects a parameter if it matches the parameter's former name,
+    without the index of an expert or with each index. For a router, it must match the name of the
+    module.
 
     Args:
         names: The result of `former_names_of_parameter`.
         parameter: The parameter.
         config: The adapter's config.
+        listed: The last components of the entries of a list, without full names of linear layers.
     """
     targets = config.target_modules
     if not names or not targets:
@@ -147,7 +152,7 @@ def requested_former_names(
     if is_all_linear(targets):
         return set(names)
     if not isinstance(targets, str):
-        return set(names).intersection(entry.rpartition(".")[2] for entry in targets)
+        return {old for old in names if old in listed}
     matched = set()
     for old in names:
         experts = range(0 if old == ROUTER else parameter.parameter.shape[0])

@@ -112,10 +112,13 @@ def select_parameters(
     saved = saved_modules_and_heads(config)
     selected, excluded, by_former_name = list[BaseParameter](), set[str](), set[str]()
     fused: dict[str, int] = {}
+    linears = {each.module_name for each in parameters if isinstance(each.module, nn.Linear)}
+    targets = config.target_modules if not isinstance(config.target_modules, str) else ()
+    listed = {entry.rpartition(".")[2] for entry in targets or () if entry not in linears}
     for each in parameters:
         olds = former_names_of_parameter(former, each)
         explicit = matches_names(each.name, entries)
-        asked = set() if explicit else requested_former_names(olds, each, config)
+        asked = set() if explicit else requested_former_names(olds, each, config, listed)
         if not explicit and not asked:
             continue
         if layers_in_file is not None and asked and each.module_name not in layers_in_file:
@@ -193,8 +196,8 @@ def _check_parameter(each: BaseParameter) -> None:
     shape, dtype = tuple(each.parameter.shape), each.parameter.dtype
     if not each.module_name:
         raise UnsupportedLayerError(
-            f"target parameter {each.name!r} belongs to the model itself; wrap the model in "
-            "another module first"
+            "Targeting an nn.Parameter on the top-level module is not supported (parameter "
+            f"{each.name!r}); wrap the model in another module first"
         )
     if isinstance(each.module, nn.Linear):
         return  # the linear layer is adapted as a whole, also if its weight is quantized

@@ -149,10 +149,11 @@ def select_targets(
         for name in names
         if name not in excluded and matches_targets(name, targets, config) and name not in converted
     ]
-    only_in_file = _linears_only_in_file(former, modules, found, layers_in_file or ())
+    by_module = selected.by_module()
+    named_in_config = {*found, *by_module}
+    only_in_file = _linears_only_in_file(former, modules, named_in_config, layers_in_file or ())
     if only_in_file:
         found = [name for name in names if name in {*found, *only_in_file}]
-    by_module = selected.by_module()
     _check_selected_once(found, by_module)
     left = [
         each
@@ -195,7 +196,7 @@ def select_targets(
 def _linears_only_in_file(
     former: Collection[str],
     modules: BaseModules,
-    found: Collection[str],
+    named_in_config: Collection[str],
     layers_in_file: Collection[str],
 ) -> list[str]:
     """Return the names of the linear layers in a file that the config does not select.
@@ -203,7 +204,7 @@ def _linears_only_in_file(
     These layers have names that PEFT converts to experts, and removes from ``target_modules``.
     """
     wanted = {name for name in layers_in_file if name.rpartition(".")[2] in former}
-    wanted.difference_update(found)
+    wanted.difference_update(named_in_config)
     return [
         name
         for name, module, _ in (modules if wanted else ())

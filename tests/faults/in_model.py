@@ -216,9 +216,9 @@ FAULTS = (
         sentence="Names of experts are read as a whole, where PEFT reads their last part.",
         kind="targets matched wrongly",
         source="c6d8222",
-        path="fastlora/model/stacked_experts.py",
-        before='intersection(entry.rpartition(".")[2] for entry in targets)',
-        after="intersection(targets)",
+        path="fastlora/model/target_parameters.py",
+        before='{entry.rpartition(".")[2] for entry in targets or () if entry not in linears}',
+        after="set(targets or ())",
         tests=("tests/model/test_experts.py::test_the_adapted_set_contains_that_of_peft",),
     ),
     Fault(

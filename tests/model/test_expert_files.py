@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.model.stacked_experts import FORMER_NAMES
+from fastlora.model.targets import select_targets
 from fastlora.validation import CheckpointError
-from tests.support.moe_models import moe_model
+from tests.support.moe_models import MODELS, moe_model
 from tests.support.peft_twins import peft
 from tests.support.tiny import unchanged
 
@@ -114,7 +115,10 @@ def test_linears_that_peft_drops(
     assert names == {f"model.layers.*.{outer}.{end}" for outer in dropped for end in PROJECTIONS}
     again = LoraModel.from_pretrained(moe_model("deepseek_v3"), tmp_path)
     assert torch.equal(logits_of(again), expected)
-    assert again.base_model.targeted_module_names == model.base_model.targeted_module_names
+    configs = (model.peft_config["default"], again.peft_config["default"])
+    found, found_again = (select_targets(moe_model("deepseek_v3"), each) for each in configs)
+    assert found_again.modules == found.modules
+    assert found_again.parameters.names == found.parameters.names
     with pytest.warns(UserWarning, match=r"PEFT 0.21.2 ignores the factors"):
         again.save_pretrained(tmp_path / "again")
     twin = peft.PeftModel.from_pretrained(moe_model("deepseek_v3"), tmp_path)
@@ -124,6 +128,29 @@ def test_linears_that_peft_drops(
             if any(f".{linear}.lora_B." in name for linear in linears):
                 factor.zero_()
     torch.testing.assert_close(logits_of(model), logits_of(twin), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [["gate"], r".*\.(o_proj|gate)"])
+def test_a_router_that_is_a_linear_layer(
+    targets: str | list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is a target module, and PEFT loads it as the parameter that it converts `gate` to (E2)."""
+    fields = {"num_dense_layers": 1, "num_experts": 4, "head_dim": 8, "moe_intermediate_size": 8}
+    monkeypatch.setitem(MODELS, "afmoe", fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = adapted("afmoe", target_modules=targets)
+        model.save_pretrained(tmp_path)
+        again = LoraModel.from_pretrained(moe_model("afmoe"), tmp_path)
+        again.save_pretrained(tmp_path / "again")
+    router = "model.layers.1.mlp.router.gate"
+    assert router in model.base_model.targeted_module_names
+    data = json.loads((tmp_path / CONFIG_NAME).read_text())
+    assert data["target_parameters"] == [f"{router}.weight"]
+    assert data == json.loads((tmp_path / "again" / CONFIG_NAME).read_text())
+    assert torch.equal(logits_of(again), logits_of(model))
+    twin = peft.PeftModel.from_pretrained(moe_model("afmoe"), tmp_path)
+    torch.testing.assert_close(logits_of(twin), logits_of(model), rtol=0, atol=1e-6)
 
 
 def write_per_expert_file(

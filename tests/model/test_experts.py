@@ -81,6 +81,11 @@ EXACT: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "deepseek_v3",
+        {"target_modules": ["model.layers.0.mlp.gate_proj"]},
+        ["model.layers.0.mlp.gate_proj"],
+    ),
+    (
+        "deepseek_v3",
         {"target_modules": ["down_proj"], "layers_to_transform": [0]},
         ["model.layers.0.mlp.down_proj"],
     ),
@@ -325,7 +330,7 @@ def test_a_quantized_parameter_is_refused() -> None:
 def test_a_parameter_of_the_model_itself_is_refused() -> None:
     model = nn.Module()
     model.up = nn.Parameter(torch.zeros(4, 8))
-    with pytest.raises(UnsupportedLayerError, match="'up' belongs to the model itself"):
+    with pytest.raises(UnsupportedLayerError, match=r"top-level module .*\(parameter 'up'\)"):
         get_peft_model(model, LoraConfig(target_parameters=["up"]))
 
 
