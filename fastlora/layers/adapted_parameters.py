@@ -122,7 +122,7 @@ class AdaptedParameter(LoraLayer):
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
-    def rank_blocks(self, part: str) -> int:
+    def _rank_blocks(self, part: str) -> int:
         return self.num_matrices if part == "lora_A" else 1
 
     def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -275,12 +275,12 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         """Return a list of the layers with the adapters of each parameter."""
         return list(self.inner_layers().values())  # type: ignore[arg-type]
 
-    def layers_to_adapt(
+    def _layers_to_adapt(
         self, settings: Mapping[str, Any]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers of the parameters to which a new adapter is added, and how.
 
-        See `LoraLayer.layers_to_adapt`.
+        See `LoraLayer._layers_to_adapt`.
         """
         common = {name: value for name, value in settings.items() if name != "parameters"}
         if not settings["parameters"]:
@@ -316,7 +316,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         )
 
     def _check_has_adapter(self, adapter_name: str) -> None:
-        if not self.has_adapter(adapter_name):
+        if not self._has_adapter(adapter_name):
             known = sorted({n for layer in self.inner_layers().values() for n in layer.r})
             raise AdapterNotFoundError(
                 f"no adapter {adapter_name!r} on the parameters of this layer, which have {known}"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.init import InitMethod
-from fastlora.layers import ModuleWrapper, TrainableTokensWrapper
+from fastlora.layers import LoraLayer, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.quantized import prevent_repacking
 from fastlora.model import inject
@@ -49,7 +49,8 @@ class LoraTuner(nn.Module):
         peft_config: A dict that maps adapter names to configs.
         targeted_module_names: The names of the modules that adapters adapt with LoRA, in the order
             in which they were added.
-        targeted_parameter_names: Always empty, since LoRA on single parameters is not supported.
+        targeted_parameter_names: The names of the parameters that adapters adapt with LoRA
+            (``target_parameters``), in the order in which they were added.
 
     Raises:
         AdapterStateError: If the model already contains LoRA layers.
@@ -139,12 +140,18 @@ class LoraTuner(nn.Module):
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
-        names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
-        self.targeted_module_names = list(names)
+        whole = [name for name in plan.adapted_names if name in plan.targets]
+        parts = [name for name in plan.adapted_names if name not in plan.targets]
+        self.targeted_module_names = list(dict.fromkeys((*self.targeted_module_names, *whole)))
+        self.targeted_parameter_names = list(
+            dict.fromkeys((*self.targeted_parameter_names, *parts))
+        )
         # A new layer must belong to the model's routing group before its first forward pass,
         # because a `fastlora.adapters` block may already be open.
         model = self.model
         modules: list[Any] = [model.get_submodule(name) for name in plan.changed_module_names]
+        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        modules += [inner for layer in layers for inner in layer.inner_layers().values()]
         for module in modules:
             if not module._active_adapters:
                 module._active_adapters = list(self._active)
@@ -280,6 +287,7 @@ class LoraTuner(nn.Module):
         self._changed_base.pop(adapter_name, None)
         left = {n for n, m in inject.modules_with_adapters(self.model) if getattr(m, "r", None)}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
+        self.targeted_parameter_names = [n for n in self.targeted_parameter_names if n in left]
         if adapter_name in self._active:
             self._active.remove(adapter_name)
             if not self._active and self.peft_config:
