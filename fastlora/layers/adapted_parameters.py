@@ -38,7 +38,7 @@ from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.mixed_dispatch import check_not_merged
 from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
 from fastlora.layers.unused_adapters import attach_unused_parameters
-from fastlora.ops.execution_mode import ExecutionMode
+from fastlora.ops.execution_mode import ExecutionMode, is_being_compiled
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Segment
 from fastlora.ops.stacks import stack_views, transposed_rank_rows
@@ -171,7 +171,7 @@ class AdaptedParameter(LoraLayer):
         if (
             torch.is_grad_enabled()
             or uses_fsdp2()  # A newly gathered tensor may reuse the last one's memory.
-            or torch.compiler.is_compiling()
+            or is_being_compiled()
             or not may_cache_tensors(watched.device)
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)

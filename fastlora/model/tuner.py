@@ -140,8 +140,9 @@ class LoraTuner(nn.Module):
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
-        whole = [name for name in plan.adapted_names if name in plan.targets]
-        parts = [name for name in plan.adapted_names if name not in plan.targets]
+        adapted = plan.adapted_names
+        whole = [name for name in adapted if name in plan.targets]
+        parts = [name for name in adapted if name not in plan.targets]
         self.targeted_module_names = list(dict.fromkeys((*self.targeted_module_names, *whole)))
         self.targeted_parameter_names = list(
             dict.fromkeys((*self.targeted_parameter_names, *parts))
