@@ -344,9 +344,19 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self._check_not_sharded()
         if routing is None:
             return self._run(applied, conditions, x, *args, **kwargs)
-        check_rows(self, routing, x, conditions)
+        for layer in (self, *self.adapted_parameters()):
+            routing.check_gets_all_rows(layer, x, conditions.compiling)
+            check_not_merged(layer)
+        if conditions.compiling:
+            return self._run_mixed(routing.whole or routing, conditions, x, *args, **kwargs)
         with routing.pause_row_tracking():
-            return self._run_mixed(routing, conditions, x, *args, **kwargs)
+            made = self._run_mixed(routing, conditions, x, *args, **kwargs)
+        y, *others = _as_tuple(made)
+        if routing.unused_gradients and torch.is_grad_enabled():
+            for layer in self.adapted_parameters():
+                call = MixedCall(layer, x, x, conditions, routing)
+                y = attach_unused_parameters(call, y, may_sync=True)
+        return y if isinstance(made, torch.Tensor) else (y, *others)
 
     def _applied_by_parameter(self) -> dict[str, list[str]]:
         """Return a dict that maps parameter names to the adapters that apply to all rows."""
@@ -377,7 +387,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module once for the rows of each adapter, and combine the outputs.
+        """Run the module for a mixed batch: once for the rows of each adapter.
 
         Each entry of the first dimension of x has one adapter. An output has the same number of
         entries for each of them.
@@ -417,7 +427,6 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         combined = [
             torch.cat(each)[rows.inverse_order].flatten(0, 1) for each in zip(*outputs, strict=True)
         ]
-        combined[0] = attach_unused_adapters(self, routing, conditions, x, combined[0])
         return combined[0] if isinstance(whole, torch.Tensor) else tuple(combined)
 
     def _description(self) -> str:
@@ -430,31 +439,6 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
 def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     """Return a module's outputs as a tuple of tensors."""
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
-
-
-def check_rows(
-    layer: FastLoraAdaptedParameters, routing: Routing, x: torch.Tensor, conditions: ExecutionMode
-) -> None:
-    """Check that a layer can run in a mixed batch, and that x contains all rows of the batch."""
-    for inner in (layer, *layer.adapted_parameters()):
-        routing.check_gets_all_rows(inner, x, conditions.compiling)
-        check_not_merged(inner)
-
-
-def attach_unused_adapters(
-    layer: FastLoraAdaptedParameters,
-    routing: Routing,
-    conditions: ExecutionMode,
-    x: torch.Tensor,
-    y: torch.Tensor,
-) -> torch.Tensor:
-    """Give adapters without rows gradients of zeros if other processes wait for them."""
-    if routing.unused_gradients and torch.is_grad_enabled():
-        for inner in layer.adapted_parameters():
-            y = attach_unused_parameters(
-                MixedCall(inner, x, x, conditions, routing), y, may_sync=True
-            )
-    return y
 
 
 def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
@@ -483,18 +467,6 @@ def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) 
 def check_parameter_settings(module: nn.Module, settings: LayerAdapterSettings) -> None:
     """Raise `UnsupportedLayerError` if a module's parameters do not support the settings."""
     for name, *_ in settings.parameters:
-        parameter = module._parameters[name]
-        if parameter is None or parameter.dim() not in (2, 3):
-            shape = None if parameter is None else list(parameter.shape)
-            raise UnsupportedLayerError(
-                f"its parameter {name!r} has shape {shape}; target_parameters supports parameters "
-                "of two or three dimensions, as in PEFT"
-            )
-        if not parameter.is_floating_point() or parameter.itemsize < 2:
-            raise UnsupportedLayerError(
-                f"its parameter {name!r} is quantized ({parameter.dtype}); expected float64, "
-                "float32, float16, or bfloat16. Dequantize the base model first"
-            )
         for field, value in (("use_dora", settings.use_dora), ("lora_bias", settings.lora_bias)):
             if value:
                 raise UnsupportedLayerError(

@@ -20,9 +20,7 @@ from fastlora.autograd.stacks import add_stacked_updates_
 from fastlora.layers.adapted_parameters import (
     AdaptedParameter,
     FastLoraAdaptedParameters,
-    attach_unused_adapters,
     check_parameter_settings,
-    check_rows,
     parameter_adapter_shapes,
     stack_shape,
 )
@@ -37,7 +35,6 @@ from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.stacks import StackedOperands, seeds_of_keys
 from fastlora.ops.torch.stacks import grouped_linear
-from fastlora.routing.active import active_routing
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
 
@@ -103,26 +100,13 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             f"experts_implementation={replaced!r} while an adapter is active",
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the output ``[T, H]`` of the experts with their adapters."""
-        routing = None if self._disabled else active_routing(self)
-        base, x = self.base_layer, hidden_states
-        if routing is None and not self._applied_by_parameter():
-            made: torch.Tensor = base(hidden_states, top_k_index, top_k_weights)
-            return made
-        conditions = self._check_conditions(x)
-        self._check_not_sharded()
-        if routing is None:
-            return self._forward(None, conditions, x, top_k_index, top_k_weights)
-        check_rows(self, routing, x, conditions)
-        if conditions.compiling:
-            routing = routing.whole or routing
-            return self._forward(routing, conditions, x, top_k_index, top_k_weights)
-        with routing.pause_row_tracking():
-            y = self._forward(routing, conditions, x, top_k_index, top_k_weights)
-        return attach_unused_adapters(self, routing, conditions, x, y)
+    def _run(self, applied: object, conditions: ExecutionMode, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(None, conditions, *args, **kwargs)
+
+    def _run_mixed(
+        self, routing: Routing, conditions: ExecutionMode, *args: Any, **kwargs: Any
+    ) -> Any:
+        return self._forward(routing, conditions, *args, **kwargs)
 
     def _forward(
         self,
@@ -132,22 +116,20 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
+        """Return the output ``[T, H]`` of the experts with the adapters of a batch."""
         base, k = self.base_layer, top_k_index.shape[-1]
         call = self._sort(top_k_index, routing, conditions)
         order = call.rows.order.long()
         # Rows without an expert come first. Their weights are zero.
-        absent = None
-        if base._is_expert_parallel:
-            absent = (torch.arange(len(order), device=order.device) < call.rows.slot_start[0])[
-                :, None
-            ]
+        first = call.rows.slot_start[0]
+        absent = torch.arange(len(order), device=order.device).unsqueeze(-1) < first
         up, down = _products(base)
         y = self._product(up, hidden_states[order // k], call)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
         y = self._product(down, y, call)
         if base.has_post_expert_norm:
             y = base.post_expert_norm(y)
-        if absent is not None:
+        if base._is_expert_parallel:
             y = y.masked_fill(absent, 0.0)
         y = y[_inverse(order)].view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
@@ -175,7 +157,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
             ids = routing.ids.to(matrices.device)
             slot = torch.where(ids < 0, slots - 1, ids)
-            keys = keys * slots + slot.repeat_interleave(len(keys) // len(slot))
+            keys = keys * slots + slot.repeat_interleave(len(keys) // max(len(slot), 1))
         # Sentinels of expert parallelism have no key. Other values out of range are errors.
         no_key = -1 if getattr(base, "_is_expert_parallel", False) else count * slots
         keys = keys.masked_fill(bad, no_key)
@@ -310,24 +292,10 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
     first.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return the output ``[E * T, H]`` of the experts with their adapters."""
-        routing = None if self._disabled else active_routing(self)
-        if routing is None and not self._applied_by_parameter():
-            made: torch.Tensor = self.base_layer(hidden_states)
-            return made
-        conditions = self._check_conditions(hidden_states)
-        self._check_not_sharded()
-        if routing is None:
-            return self._forward_all(None, conditions, hidden_states)
-        check_rows(self, routing, hidden_states, conditions)
-        with routing.pause_row_tracking():
-            y = self._forward_all(routing, conditions, hidden_states)
-        return attach_unused_adapters(self, routing, conditions, hidden_states, y)
-
-    def _forward_all(
+    def _forward(  # type: ignore[override]  # these experts get no choices of a router
         self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
     ) -> torch.Tensor:
+        """Return the output ``[E * T, H]`` of the experts with the adapters of a batch."""
         base = self.base_layer
         count = base.num_experts
         tokens = len(x) // count

@@ -21,6 +21,7 @@ from tests.support.moe_models import (
     stacks_of,
 )
 from tests.support.peft_twins import peft
+from tests.support.tiny import unchanged
 
 DOUBLE = torch.float64
 
@@ -339,3 +340,61 @@ def test_a_module_with_other_outputs_is_refused_in_mixed_batches() -> None:
         fastlora.adapters(model, ["default", None, "default"]),
     ):
         model(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=False"),
+        ({"target_parameters": ["experts.gate_up_proj_bias"]}, "'gate_up_proj_bias' is not one of"),
+        ({"target_parameters": ["router.bias"]}, "expected 2 or 3 dimensions"),
+    ],
+)
+def test_what_stacks_do_not_support_is_refused(change: dict[str, Any], error: str) -> None:
+    """By the name of the parameter, with nothing changed."""
+    base = moe_model("gpt_oss")
+    config = {"target_modules": [], "target_parameters": stacks_of(base), **change}
+    with unchanged(base), pytest.raises(UnsupportedLayerError, match=error) as raised:
+        fastlora.get_peft_model(base, fastlora.LoraConfig(**config))
+    assert "layers.0.mlp" in str(raised.value)
+
+
+def test_quantized_stacks_and_other_implementations_are_refused() -> None:
+    base, config = moe_model("qwen3_moe"), {"target_parameters": ["experts.down_proj"]}
+    settings = fastlora.LoraConfig(target_modules=[], **config)
+    base.config._experts_implementation_internal = "deepgemm"
+    with pytest.raises(UnsupportedLayerError, match="down_proj.*deepgemm.*grouped_mm"):
+        fastlora.get_peft_model(base, settings)
+    experts = base.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), False)
+    with pytest.raises(UnsupportedLayerError, match=r"experts.down_proj' has dtype .*float8"):
+        fastlora.get_peft_model(base, settings)
+
+
+def test_an_adapter_on_parameters_and_one_on_the_module_exclude_each_other() -> None:
+    class Table(torch.nn.Embedding):
+        pass
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = Table(4, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.table(ids)
+            return found
+
+    module = {"target_modules": ["table"]}
+    parameter = {"target_modules": [], "target_parameters": ["table.weight"]}
+    for first, second in ((module, parameter), (parameter, module)):
+        model = fastlora.get_peft_model(Outer(), fastlora.LoraConfig(**first))
+        ids = torch.arange(4)
+        copy_random_factors([model])
+        before = model(ids)
+        with pytest.raises(UnsupportedLayerError, match="expected the same kind of target"):
+            model.add_adapter("second", fastlora.LoraConfig(**second))
+        assert torch.equal(model(ids), before) and list(model.peft_config) == ["default"]
