@@ -286,7 +286,8 @@ class LoraTuner(nn.Module):
         inject.delete_adapter(self.model, adapter_name)
         for bias in biases:
             bias.requires_grad_(False)
-        del self.peft_config[adapter_name], self._parameters_by_adapter[adapter_name]
+        del self.peft_config[adapter_name]
+        del self._parameters_by_adapter[adapter_name]
         self._changed_base.pop(adapter_name, None)
         left = {n for n, m in inject.modules_with_adapters(self.model) if getattr(m, "r", None)}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
