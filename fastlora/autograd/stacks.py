@@ -151,7 +151,7 @@ def _stacked_gradients(
     *operands, tensors, impl, wants_x, wants = given
     rows, adapters = rows_from_tensors(tensors), StackedOperands(*operands)
     dx, found = BACKENDS[impl].stacked_gradients(dy, x, s, adapters, rows, wants_x, wants)
-    return [gradient for gradient in (dx, *found) if gradient is not None]
+    return [gradient.contiguous() for gradient in (dx, *found) if gradient is not None]
 
 
 @register_fake("stacked_gradients")

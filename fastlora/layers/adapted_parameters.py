@@ -41,7 +41,7 @@ from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Segment
-from fastlora.ops.stacks import stack_views
+from fastlora.ops.stacks import stack_views, transposed_rank_rows
 from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
@@ -122,7 +122,7 @@ class AdaptedParameter(LoraLayer):
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
-    def rank_blocks(self, part: str) -> int:
+    def _rank_blocks(self, part: str) -> int:
         return self.num_matrices if part == "lora_A" else 1
 
     def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -166,9 +166,7 @@ class AdaptedParameter(LoraLayer):
         The rank rows ``[E, R, N]`` are a copy, which is cached while gradients are disabled.
         ``name`` identifies the adapter in the cache.
         """
-        lora_a, lora_b = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
-        if lora_b.is_contiguous():
-            return lora_a, lora_b
+        lora_a, _ = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
         if (
             torch.is_grad_enabled()
@@ -176,16 +174,17 @@ class AdaptedParameter(LoraLayer):
             or torch.compiler.is_compiling()
             or not may_cache_tensors(watched.device)
         ):
-            return lora_a, lora_b.contiguous()
+            return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", RankRowsCache()).entries
         context = (id(watched), weights_versions.for_trained_weights())
         known = cache.get(name)
         if known is None or not known[0].matches((watched,), context):
             stamp = stamp_tensors((watched,), context)
-            if stamp is None:
-                return lora_a, lora_b.contiguous()
             with torch.inference_mode(False):  # A later backward pass may need the result.
-                known = cache[name] = stamp, lora_b.contiguous()
+                rank_rows = transposed_rank_rows(watched.detach(), self.num_matrices)
+            if stamp is None:
+                return lora_a, rank_rows
+            known = cache[name] = stamp, rank_rows
         return lora_a, known[1]
 
     # -------------------------------------------------------------------------------- merging
@@ -276,12 +275,12 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         """Return a list of the layers with the adapters of each parameter."""
         return list(self.inner_layers().values())  # type: ignore[arg-type]
 
-    def layers_to_adapt(
+    def _layers_to_adapt(
         self, settings: Mapping[str, Any]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers of the parameters to which a new adapter is added, and how.
 
-        See `LoraLayer.layers_to_adapt`.
+        See `LoraLayer._layers_to_adapt`.
         """
         common = {name: value for name, value in settings.items() if name != "parameters"}
         if not settings["parameters"]:
@@ -317,7 +316,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         )
 
     def _check_has_adapter(self, adapter_name: str) -> None:
-        if not self.has_adapter(adapter_name):
+        if not self._has_adapter(adapter_name):
             known = sorted({n for layer in self.inner_layers().values() for n in layer.r})
             raise AdapterNotFoundError(
                 f"no adapter {adapter_name!r} on the parameters of this layer, which have {known}"

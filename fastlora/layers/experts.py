@@ -149,9 +149,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             y = base.post_expert_norm(y)
         if absent is not None:
             y = y.masked_fill(absent, 0.0)
-        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        y = y[_inverse(order)].view(*top_k_index.shape, y.shape[-1]).sum(1)
-        return y.to(hidden_states.dtype)
+        y = y[_inverse(order)].view(*top_k_index.shape, y.shape[-1])
+        dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            y = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), y.to(dtype))
+        return y.squeeze(1).to(hidden_states.dtype)
 
     def _sort(
         self, matrices: torch.Tensor, routing: Routing | None, conditions: ExecutionMode

@@ -132,7 +132,7 @@ class LoraLayer(Mergeable):
         """Return a dict that maps relative names to nested LoRA layers."""
         return {}
 
-    def layers_to_adapt(
+    def _layers_to_adapt(
         self, settings: Mapping[str, Any]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers to which a new adapter of a module is added, and how.
@@ -158,11 +158,11 @@ class LoraLayer(Mergeable):
             )
         return [(layer, arguments) for layer in (self, *self.inner_layers().values())]
 
-    def has_adapter(self, adapter_name: str) -> bool:
+    def _has_adapter(self, adapter_name: str) -> bool:
         """Return whether this layer or one of its inner layers has an adapter."""
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
-    def rank_blocks(self, part: str) -> int:
+    def _rank_blocks(self, part: str) -> int:
         """Return the number of blocks into which the rank dimension of a factor is divided.
 
         It is the number of groups for lora_A of a convolution, and 1 otherwise.

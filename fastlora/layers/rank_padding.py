@@ -33,7 +33,7 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
         old = factor_parameters(held[part])
         factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
         for name, tensor in factor_parameters(factor).items():
-            copy_zero_padded(tensor, old[name], layer.rank_blocks(part))
+            copy_zero_padded(tensor, old[name], layer._rank_blocks(part))
             tensor.requires_grad_(old[name].requires_grad)
     return made
 

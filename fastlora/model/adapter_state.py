@@ -68,7 +68,7 @@ def file_key_to_state_key(
     keys: dict[str, str] = {}
     for name, module in modules_with_adapters(model, inner_layers=False):
         at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
-        if isinstance(module, ModuleWrapper) or module.has_adapter(adapter_name):
+        if isinstance(module, ModuleWrapper) or module._has_adapter(adapter_name):
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
     for name in base_biases_trained_by(model, adapter_name, bias):
@@ -171,8 +171,8 @@ def check_overwritable_from_file(
         for name, layer in adapted_layers(model, adapter_name).items()
         if not isinstance(layer, TiedLoraHead)
     }
-    if layers.keys() != plan.adapted_names:
-        differing = sorted(layers.keys() ^ plan.adapted_names)
+    if layers.keys() != set(plan.adapted_names):
+        differing = sorted(layers.keys() ^ set(plan.adapted_names))
         raise CheckpointError(
             f"{path} does not adapt the same modules as the loaded adapter {adapter_name!r} "
             f"(one of the two adapts {differing[0]}, the other does not); load it under another "

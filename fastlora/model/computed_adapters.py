@@ -175,7 +175,7 @@ def build_computed_adapter(
     parameters = {name for name in factors if not layers[name].replaces_module}
     inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
     outer = set(factors) - inner
-    if plan.adapted_names != outer | parameters:
+    if set(plan.adapted_names) != outer | parameters:
         # The configs select layers in different ways. Only a list of names describes all layers.
         config.target_modules = outer
         config.target_parameters = sorted(parameters) or None

@@ -394,7 +394,9 @@ def _write_layer_tensors(
             if source is None:
                 tensor.zero_()
             else:
-                copy_zero_padded(tensor, source, layer.rank_blocks(part) if name == "weight" else 1)
+                copy_zero_padded(
+                    tensor, source, layer._rank_blocks(part) if name == "weight" else 1
+                )
     if not new and "lora_magnitude_vector" in held:
         # If the update is zero and the magnitude equals the norms of the weight's rows, DoRA does
         # not change the layer's output.

@@ -112,7 +112,7 @@ def add_adapter(
             for name, target in plan.targets.items():
                 layer = get_or_replace_module(name, LoraLayer, target.kind.wrap)
                 with error_prefix(f"target module {name!r}"):
-                    layers = layer.layers_to_adapt(target.settings._asdict())
+                    layers = layer._layers_to_adapt(target.settings._asdict())
                 for each, arguments in layers:
                     if init.changes_base or init.data:
                         undo.append(each._make_base_undo(init, offload=True))
@@ -133,7 +133,7 @@ def add_adapter(
                     name, TiedLoraHead, lambda module: TiedLoraHead(module, source)
                 )
                 settings = adapter_settings_for(embedding, plan.config)
-                for each, arguments in head.layers_to_adapt(settings._asdict()):
+                for each, arguments in head._layers_to_adapt(settings._asdict()):
                     each.add_adapter(adapter_name, **arguments)
             for name in plan.tied_copies:
                 wrapper = get_or_replace_module(name, ModulesToSaveWrapper, ModulesToSaveWrapper)

@@ -115,15 +115,16 @@ class AdapterPlan:
         return [*self.tied_copies, *self.tied_heads]
 
     @property
-    def adapted_names(self) -> set[str]:
+    def adapted_names(self) -> list[str]:
         """The names of all modules and parameters that the adapter adapts with LoRA.
 
         A module is left out if the adapter adapts its parameters.
         """
-        names = set()
-        for name, target in self.targets.items():
-            names |= {f"{name}.{each.name}" for each in target.settings.parameters} or {name}
-        return names
+        return [
+            own
+            for name, target in self.targets.items()
+            for own in [f"{name}.{each.name}" for each in target.settings.parameters] or [name]
+        ]
 
     @property
     def changed_module_names(self) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.init import InitMethod
-from fastlora.layers import ModuleWrapper, TrainableTokensWrapper
+from fastlora.layers import LoraLayer, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.quantized import prevent_repacking
 from fastlora.model import inject
@@ -155,6 +155,8 @@ class LoraTuner(nn.Module):
         # because a `fastlora.adapters` block may already be open.
         model = self.model
         modules: list[Any] = [model.get_submodule(name) for name in plan.changed_module_names]
+        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        modules += [inner for layer in layers for inner in layer.inner_layers().values()]
         for module in modules:
             if not module._active_adapters:
                 module._active_adapters = list(self._active)
@@ -287,7 +289,7 @@ class LoraTuner(nn.Module):
         for bias in biases:
             bias.requires_grad_(False)
         del self.peft_config[adapter_name]
-        del self._parameters_by_adapter[adapter_name]
+        self._parameters_by_adapter.pop(adapter_name, None)
         self._changed_base.pop(adapter_name, None)
         left = {n for n, m in inject.modules_with_adapters(self.model) if getattr(m, "r", None)}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]

@@ -71,6 +71,16 @@ def stack_views(
     return a, lora_b.view(lora_b.shape[0], -1, num_matrices).permute(2, 1, 0)
 
 
+def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
+    """Return a copy of the rank rows of lora_b ``[N, R * E]``, ``[E, R, N]``.
+
+    Each row is contiguous. PyTorch copies the transpose of a matrix several times faster than other
+    permutations, so the rows of one rank are adjacent in memory.
+    """
+    rows = lora_b.t().contiguous()
+    return rows.view(-1, num_matrices, lora_b.shape[0]).transpose(0, 1)
+
+
 def seeds_of_keys(seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
     """Return the dropout seed of each key, int64 ``[E * S]``, given those of S adapters."""
     return layer_seeds(seeds, range(num_matrices)).reshape(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import fastlora
 from fastlora import LoraConfig
 from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget, run_with_largest_error
+from fastlora.validation import UnsupportedLayerError
 from tests.support.moe_models import (
     ExpertBlock,
     copy_random_factors,
@@ -408,3 +410,48 @@ def test_the_copy_of_lora_b_follows_every_write() -> None:
     before = weakref.ref(kept())
     model.delete_adapter("default")
     assert before() is None
+
+
+# ------------------------------------------------------------------------------ patched layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_layers_of_peft(kind: str) -> None:
+    theirs, patched = block(kind, library=peft), block(kind, library=peft)
+    report = fastlora.patch(patched)
+    assert "FastLoraExperts computes it with its module" in str(report)
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    layer = patched.base_model.model.experts
+    with mock.patch.object(
+        peft.tuners.lora.layer.ParamWrapper, "forward", side_effect=AssertionError
+    ):
+        found = step(patched)
+    torch.testing.assert_close(found, step(theirs), rtol=1e-11, atol=1e-11)
+    assert layer.state_dict().keys() == theirs.base_model.model.experts.state_dict().keys()
+    for model in (theirs, patched):
+        targets = stacks_of(ExpertBlock(kind, DOUBLE))
+        torch.manual_seed(2)
+        model.add_adapter(
+            "second", peft.LoraConfig(r=2, target_modules=[], target_parameters=targets)
+        )
+        copy_random_factors([model], "second", seed=12)
+        model.base_model.set_adapter(["default", "second"])
+        for module in model.modules():
+            if isinstance(module, wrapper):
+                module.scaling["second"] = 1.5
+    inputs = [t.detach() for t in routed_tokens(12, DOUBLE)]
+    torch.testing.assert_close(patched(*inputs), theirs(*inputs))
+    with patched.disable_adapter():
+        torch.testing.assert_close(patched(*inputs), ExpertBlock(kind, DOUBLE, "eager")(*inputs))
+    with (
+        pytest.raises(UnsupportedLayerError, match="ParamWrapper"),
+        fastlora.adapters(patched, ["default"] * 12),
+    ):
+        patched(*inputs)
+    patched.merge_adapter()
+    torch.testing.assert_close(patched(*inputs), theirs(*inputs))
+    patched.unmerge_adapter()
+    torch.testing.assert_close(copy.deepcopy(patched)(*inputs), theirs(*inputs))
+    fastlora.unpatch(patched)
+    assert type(layer) is wrapper
+    torch.testing.assert_close(patched(*inputs), theirs(*inputs))

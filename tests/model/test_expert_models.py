@@ -180,6 +180,29 @@ def test_adapters_on_different_parameters(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(moe_model("qwen3_moe", DOUBLE, "eager")))
 
 
+def test_a_later_adapter_on_more_parameters() -> None:
+    """Its stack is new on a layer that has run in mixed batches before."""
+    one = stacks_of(moe_model("qwen3_moe"))[:1]
+    model = adapted("qwen3_moe", target_parameters=one, target_modules=[])
+    copy_random_factors([model])
+    with fastlora.adapters(model, ["default", None, "default"]):
+        logits(model)
+    config = {"target_modules": [], "target_parameters": stacks_of(moe_model("qwen3_moe"))}
+    model.add_adapter("second", fastlora.LoraConfig(r=2, lora_dropout=0.5, **config))
+    copy_random_factors([model], "second", seed=10)
+    assert len(model.base_model.targeted_parameter_names) == 4
+    assert model.base_model.targeted_module_names == []
+    with fastlora.adapters(model, ["second", None, "second"]):
+        found = logits(model)
+    model.set_adapter("second")
+    torch.testing.assert_close(found[[0, 2]], logits(model)[[0, 2]])
+    layers = fastlora.model.inject.lora_layers(model.base_model.model).values()
+    numbers = [layer.routing_index for layer in layers]
+    assert len(set(numbers)) == len(numbers) == 6
+    model.delete_adapter("second")
+    assert len(model.base_model.targeted_parameter_names) == 2
+
+
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
 def test_weighted_sums(kind: str) -> None:
     """Of equal adapters on all matrices, so that each kind is exact."""
