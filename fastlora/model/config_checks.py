@@ -32,6 +32,10 @@ class PeftType(str, enum.Enum):
     LORA = "LORA"
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """Raised if a configuration value has a type for which PEFT raises `TypeError`."""
+
+
 # The PEFT version that the fields, the defaults, and the file format follow.
 PEFT_VERSION = "0.21.2"
 BIAS_MODES = ("none", "all", "lora_only")
@@ -108,8 +112,9 @@ def _check_values(fields: Mapping[str, Any]) -> None:
     _check_regexes("modules_to_save", saved or [])
     parameters = fields["target_parameters"]
     if parameters is not None and not isinstance(parameters, list):
-        raise ConfigError(
-            f"target_parameters must be a list of parameter names or None, got {parameters!r}"
+        raise ConfigTypeError(
+            "`target_parameters` must be a list of strings or None. Got the value "
+            f"target_parameters={parameters!r}"
         )
     _check_names("target_parameters", parameters or [], "parameter names")
     _check_layers(fields["layers_to_transform"], fields["layers_pattern"], fields["target_modules"])

@@ -85,6 +85,8 @@ class AdapterPlan:
         modules_to_save: The names of the modules that the adapter owns a copy of.
         target_modules: The resolved value of the config's ``target_modules``.
         from_file: Whether the adapter's weights come from a file.
+        parameters: The full names of the parameters to adapt with LoRA. Their modules are in
+            ``targets``.
         tokens: A dict that maps the names of the modules in which the adapter trains rows to the
             rows.
         tied_copies: The names of the modules that share the adapter's copy of the input embedding.
@@ -98,6 +100,7 @@ class AdapterPlan:
     modules_to_save: list[str]
     target_modules: set[str] | str
     from_file: bool = False
+    parameters: list[str] = field(default_factory=list)
     tokens: dict[str, TrainableTokens] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
@@ -247,7 +250,8 @@ def plan_target_modules(
     found = _check_targets(model, config, targets, from_file)
     if selected.parameters.names:
         found |= _check_targets_of_parameters(model, config, selected.parameters, from_file)
-    plan = AdapterPlan(config, found, saved, meant, from_file, tokens, copies, heads)
+    parameters = selected.parameters.names
+    plan = AdapterPlan(config, found, saved, meant, from_file, parameters, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):

@@ -143,7 +143,7 @@ def select_parameters(
             if len(olds) > 1:
                 fused[each.leaf] = len(olds)
     if layers_in_file is None:
-        _check_entries_match(entries - set(former.values()), parameters)
+        _check_entries_match(entries - set(former.values()), parameters, config)
     own = config.target_parameters or []
     added = {
         new
@@ -178,7 +178,9 @@ def entries_that_select(
     return entries if matched == set(names) else sorted(names)
 
 
-def _check_entries_match(entries: Collection[str], parameters: Sequence[BaseParameter]) -> None:
+def _check_entries_match(
+    entries: Collection[str], parameters: Sequence[BaseParameter], config: LoraConfig
+) -> None:
     """Raise `TargetNotFoundError` if an entry of ``target_parameters`` matches no parameter."""
     if entries:
         names = [each.name for each in parameters]
@@ -187,8 +189,18 @@ def _check_entries_match(entries: Collection[str], parameters: Sequence[BasePara
         if lost:
             raise TargetNotFoundError(
                 f"target_parameters entries {format_value(lost)} match no parameter"
-                f"{suggest_names(lost, names, 'parameters')}"
+                f"{suggest_names(lost, names, 'parameters')}{_no_targets_at_all(config)}"
             )
+
+
+def _no_targets_at_all(config: LoraConfig) -> str:
+    """Return PEFT's words for a config in which ``target_modules`` is not set either."""
+    if config.target_modules:
+        return ""
+    return (
+        ". No `target_modules` passed but also no `target_parameters` found. Please check the "
+        "values for these arguments."
+    )
 
 
 def _check_parameter(each: BaseParameter) -> None:

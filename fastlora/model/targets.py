@@ -180,7 +180,13 @@ def select_targets(
     unused = _format_unmatched_config_values(
         unmatched, [*found, *selected.names], bool(excluded or selected.excluded), config
     )
-    if unused:
+    if selected.parameters and not found and unmatched:  # in PEFT's words
+        warnings.warn(
+            f"target_modules={config.target_modules} were set but no module was matched.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    elif unused:
         warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=3)
     if left:
         warnings.warn(
@@ -217,9 +223,9 @@ def _check_selected_once(found: Collection[str], by_module: Mapping[str, list[st
     twice = sorted(by_module.keys() & set(found))
     if twice:
         raise ConfigError(
-            f"target_parameters selects {by_module[twice[0]]} of {twice[0]!r}, which "
-            "target_modules selects as a whole; expected one of the two (target_modules=[] selects "
-            "no module)"
+            f"Trying to wrap an `nn.Parameter` of layer {twice[0]!r} of type Linear, which is not "
+            "a valid target. target_modules selects this layer as a whole, and target_parameters "
+            f"selects {by_module[twice[0]]}; expected one of the two"
         )
 
 

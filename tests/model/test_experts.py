@@ -283,7 +283,7 @@ def test_half_of_a_fused_pair_is_refused(kind: str, fields: dict[str, Any], word
             "olmoe",
             {"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]},
             ConfigError,
-            r"selects \['weight'\] of 'model.layers.0.self_attn.q_proj', which target_modules",
+            r"layer 'model.layers.0.self_attn.q_proj' of type Linear, which is not .*\['weight'\]",
         ),
         (
             "olmoe",
@@ -315,7 +315,7 @@ def test_bad_targets(kind: str, fields: dict[str, Any], error: type[Exception], 
 
 @pytest.mark.parametrize("value", ["experts.down_proj", [3], [""], {"a": 1}])
 def test_bad_values(value: Any) -> None:
-    with pytest.raises(ConfigError, match="target_parameters must"):
+    with pytest.raises(ConfigError, match="target_parameters`? must"):
         LoraConfig(target_parameters=value)
 
 
@@ -381,6 +381,14 @@ def test_adapters_with_different_parameters() -> None:
         model.set_adapter(name)
         torch.testing.assert_close(model(input_ids=ids).logits, logits[name], rtol=0, atol=1e-6)
     assert (logits["a"] - logits["b"]).abs().max() > 1e-3
+    tuner, stacks = model.base_model, [f"model.layers.{n}.mlp.experts" for n in (0, 1)]
+    linears = [f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)]
+    assert tuner.targeted_module_names == linears
+    named = [f"{at}.{leaf}" for at in stacks for leaf in ("gate_up_proj", "down_proj")]
+    assert tuner.targeted_parameter_names == named
+    model.delete_adapter("a")
+    assert tuner.targeted_module_names == []
+    assert tuner.targeted_parameter_names == [f"{stacks[0]}.down_proj"]
 
 
 def test_the_names_are_pefts() -> None:
@@ -415,3 +423,13 @@ def test_experts_of_a_model_without_a_config() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(model, LoraConfig(target_modules=["lin"], target_parameters=["up.weight"]))
+
+
+def test_layers_of_parameters_are_pefts() -> None:
+    """Code that looks for PEFT's layers of parameters finds fastlora's (E1)."""
+    model = get_peft_model(moe_model("olmoe"), LoraConfig(target_parameters=["experts.down_proj"]))
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    found = [module for module in model.modules() if isinstance(module, wrapper)]
+    assert [layer.parameter_name for layer in found] == ["down_proj"] * 2  # type: ignore[attr-defined]
+    linears = get_peft_model(moe_model("olmoe"), LoraConfig(target_modules=["q_proj"]))
+    assert not any(isinstance(module, wrapper) for module in linears.modules())
