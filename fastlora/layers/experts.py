@@ -80,6 +80,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         base_layer: The module with the stacks.
     """
 
+    runs_kernels = True
+    fallback_reason = "its products depend on the number of rows"
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         # K of the first product, and N of the second.

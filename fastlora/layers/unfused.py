@@ -41,6 +41,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
 
     base_layer: Any
     is_linear = False
+    runs_kernels = False  # Whether Triton kernels compute a part of the layer.
     fallback_reason = "it is computed with PyTorch operations"
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
@@ -84,8 +85,8 @@ class BaseUnfusedLoraLayer(LoraLayer):
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
         """
-        conditions = execution_mode_of(x, "eager")
-        if self.impl == "triton":
+        conditions = execution_mode_of(x, self.impl if self.runs_kernels else "eager")
+        if self.impl == "triton" and not self.runs_kernels:
             kind = type(self.base_layer).__name__
             raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.fallback_reason}")
         conditions.raise_if_batch_invariant(self, self.fallback_reason)
