@@ -96,10 +96,10 @@ def select_parameters(
         former: The result of `former_names_of` for the base model.
         config: The adapter's config.
         parameters: The parameters of the base model.
-        layers_in_file: The names of the layers with LoRA factors in the adapter's file. With None,
-            the adapter is new. If an adapter is loaded, a parameter that ``exclude_modules``,
-            ``layers_to_transform``, or a former name is about is selected if the file has factors
-            for its module.
+        layers_in_file: The names of the layers with LoRA factors in the adapter's file, or None if
+            the adapter is new. A file decides about the parameters that a former name selects, and
+            about those that ``exclude_modules`` or ``layers_to_transform`` leave out: they are
+            selected if the file has factors for their modules.
 
     Raises:
         TargetNotFoundError: If an entry of ``target_parameters`` matches no parameter.

@@ -177,17 +177,8 @@ def select_targets(
     told = {*former_names, *(FEED_FORWARD_NAMES if left or not is_new else ())}
     lost = _unmatched_entries(names, targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
-    unused = _format_unmatched_config_values(
-        unmatched, [*found, *selected.names], bool(excluded or selected.excluded), config
-    )
-    if selected.parameters and not found and unmatched:  # in PEFT's words
-        warnings.warn(
-            f"target_modules={config.target_modules} were set but no module was matched.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    elif unused:
-        warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=3)
+    excludes = bool(excluded or selected.excluded)
+    _warn_of_unmatched_values(unmatched, found, selected, excludes, config)
     if left:
         warnings.warn(
             f"target_modules={format_value(config.target_modules)} leaves out experts"
@@ -227,6 +218,34 @@ def _check_selected_once(found: Collection[str], by_module: Mapping[str, list[st
             "a valid target. target_modules selects this layer as a whole, and target_parameters "
             f"selects {by_module[twice[0]]}; expected one of the two"
         )
+
+
+def _warn_of_unmatched_values(
+    unmatched: list[str],
+    found: list[str],
+    selected: SelectedParameters,
+    excludes: bool,
+    config: LoraConfig,
+) -> None:
+    """Emit a warning if values of a config match no module.
+
+    Args:
+        unmatched: The entries of ``target_modules`` that match no module and no experts.
+        found: The names of the target modules.
+        selected: The selected parameters.
+        excludes: Whether at least one module or parameter is excluded.
+        config: The adapter's config.
+    """
+    names = [*found, *selected.names]
+    unused = _format_unmatched_config_values(unmatched, names, excludes, config)
+    if selected.parameters and not found and unmatched:  # in PEFT's words
+        warnings.warn(
+            f"target_modules={config.target_modules} were set but no module was matched.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    elif unused:
+        warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=4)
 
 
 def _hint_of_experts(left: Sequence[BaseParameter]) -> str:
