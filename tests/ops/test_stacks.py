@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastlora.autograd.stacks import add_stacked_updates_
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.stacks import StackedOperands, seeds_of_keys, stack_views
+from fastlora.ops.stacks import (
+    StackedOperands,
+    seeds_of_keys,
+    stack_views,
+    transposed_rank_rows,
+)
 from fastlora.ops.torch import reference
 from fastlora.ops.torch.stacks import grouped_linear
 
@@ -69,12 +78,13 @@ class Case:
         return torch.cat(out)
 
     def parameters(self) -> list[torch.Tensor]:
-        return [self.x, *(t for pair in self.files for t in pair if t.numel())]
+        return [self.x, self.stack, *(t for pair in self.files for t in pair if t.numel())]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_values_and_every_gradient(p: float) -> None:
     case = Case(torch.float64, p)
+    case.stack.requires_grad_()
     y = grouped_linear(case.x, case.stack, case.rows, SLOTS)
     y = add_stacked_updates_(y, case.x, case.operands(), case.rows, "eager")
     expected = case.truth()
@@ -99,3 +109,42 @@ def test_the_librarys_grouped_product_and_its_replacement_agree(dtype: torch.dty
     torch.testing.assert_close(
         y.double(), expected, rtol=2e-2, atol=1e-5 if dtype.itemsize == 4 else 5e-2
     )
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that an operator returns, besides views of the given tensors."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            owned = isinstance(tensor, torch.Tensor) and tensor.untyped_storage()
+            if owned and owned.data_ptr() not in self.known:
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nothing_as_large_as_the_stack_is_made(adapters: int, dtype: torch.dtype) -> None:
+    """In the forward, and in the backward for a frozen stack."""
+    count, n, k, r, rows = 64, 32, 64, 4, 100
+    stack = torch.randn(count, n, k, dtype=dtype)
+    keys = torch.randint(0, count * adapters, (rows,))
+    sorted_rows = sort_rows(keys, rows, count * adapters)
+    x = torch.randn(rows, k, dtype=dtype).requires_grad_()
+    files = [(leaf(count * r, k, dtype=dtype), leaf(n, r * count, dtype=dtype))] * adapters
+    pairs = [(stack_views(a, b, count)[0], transposed_rank_rows(b, count)) for a, b in files]
+    lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
+    scaling = torch.ones(adapters, dtype=torch.float64 if dtype.itemsize == 8 else None)
+    operands = StackedOperands(lora_a, lora_b, scaling, (0.0,) * adapters)
+    with _LargestTensor(stack) as largest:
+        y = grouped_linear(x, stack, sorted_rows, adapters)
+        y = add_stacked_updates_(y, x, operands, sorted_rows, "eager")
+        y.sum().backward()
+    assert rows * k <= largest.numel <= max(rows * k, count * r * k) < stack.numel() / 2
+    assert all(factor.grad is not None and factor.grad.any() for factor in files[0])

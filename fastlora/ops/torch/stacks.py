@@ -200,11 +200,8 @@ def grouped_linear(
         rows: The sorted rows.
         slots: Number of adapters S, with which keys were made.
     """
-    starts = rows.slot_start[::slots]
-    if not is_traced(x) and _supports_grouped_mm(x, stack, starts):
-        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
-        return made
-    return _GroupedLinear.apply(x, stack, starts)
+    made: torch.Tensor = _GroupedLinear.apply(x, stack, rows.slot_start[::slots])
+    return made
 
 
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -241,7 +238,10 @@ def _supports_dtype(x: torch.Tensor) -> bool:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The product of `grouped_linear`, also for operands that `grouped_mm` does not support."""
+    """The product of `grouped_linear`, also for operands that `grouped_mm` does not support.
+
+    The backward pass of `torch.nn.functional.grouped_mm` does not support expanded gradients.
+    """
 
     @staticmethod
     def forward(
@@ -254,7 +254,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, stack, starts = ctx.saved_tensors
-        dx = d_stack = None
+        dx, d_stack, dy = None, None, dy.contiguous()
         if ctx.needs_input_grad[0]:
             dx = _products_for(dy)(dy, stack.transpose(1, 2), starts)
         if ctx.needs_input_grad[1]:
