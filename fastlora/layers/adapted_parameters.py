@@ -237,8 +237,7 @@ class AdaptedParameter(LoraLayer):
         with torch.autocast(parameter.device.type, enabled=False):
             made = self.as_stack(parameter.to(wide))
             for name in names:
-                factors = self.plain_factors(name)
-                lora_a, lora_b = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
+                lora_a, lora_b = stack_views(*self._factors(name)[:2], self.num_matrices)
                 scaling = self.__dict__["_scaling"].tensors[name].to(parameter.device)
                 made = torch.baddbmm(
                     made, lora_b.transpose(1, 2).to(wide) * scaling, lora_a.to(wide)

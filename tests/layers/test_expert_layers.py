@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 import weakref
 from typing import Any
 from unittest import mock
@@ -10,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +26,7 @@ from tests.support.moe_models import (
     copy_random_factors,
     file_gradients,
     file_parameters,
+    moe_model,
     routed_tokens,
     stacks_of,
 )
@@ -455,3 +459,87 @@ def test_patched_layers_of_peft(kind: str) -> None:
     fastlora.unpatch(patched)
     assert type(layer) is wrapper
     torch.testing.assert_close(patched(*inputs), theirs(*inputs))
+
+
+# -------------------------------------------------------- experts of all tokens, routers, copies
+
+
+class AllTokens(nn.Module):
+    """Llama 4's experts, which get every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = moe_model("llama4_text", DOUBLE).model.layers[1].feed_forward.experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[..., H]`` to ``[..., H]``, by the sum of all experts."""
+        y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]).repeat(4, 1))
+        return y.view(4, *x.shape).sum(0)
+
+
+def all_tokens() -> Any:
+    """With two adapters that train."""
+    base, model = AllTokens(), None
+    targets = stacks_of(base)
+    for r, name in ((3, "default"), (2, "second")):
+        config = LoraConfig(r=r, target_modules=[], target_parameters=targets)
+        if model is None:
+            model = fastlora.get_peft_model(base, config, name)
+        else:
+            model.add_adapter(name, config)
+        copy_random_factors([model], name, seed=r)
+    assert model is not None
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+@pytest.mark.parametrize("rows", [None, ["second", None, "default"]])
+def test_experts_of_all_tokens_in_one_graph(rows: list[str | None] | None) -> None:
+    torch._dynamo.reset()
+    model, x, found = all_tokens(), torch.randn(3, 5, 16, dtype=DOUBLE), []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        with contextlib.nullcontext() if rows is None else fastlora.adapters(model, rows):
+            y = run(x)
+        y.square().sum().backward()
+        gradients = [file_gradients(model, name) for name in ("default", "second")]
+        found.append((y.detach(), *gradients))
+    torch.testing.assert_close(*found)
+    for sample, name in enumerate(rows or ()):
+        with model.disable_adapter() if name is None else contextlib.nullcontext():
+            model.base_model.set_adapter(name or "default")
+            torch.testing.assert_close(found[0][0][sample], model(x)[sample].detach())
+
+
+def test_a_router_in_one_graph() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = moe_model("qwen3_moe").model.layers[0].mlp.gate
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.gate(x)[0]
+            return logits
+
+    torch._dynamo.reset()
+    config = LoraConfig(r=3, target_modules=[], target_parameters=["gate.weight"])
+    model, x = fastlora.get_peft_model(Routed(), config), torch.randn(6, 16)
+    before = model(x)
+    copy_random_factors([model])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(model(x), before)
+
+
+def test_copies_have_stacks_of_their_own() -> None:
+    model, x = all_tokens(), torch.randn(3, 5, 16, dtype=DOUBLE)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            other.base_model.model.experts.base_layer.down_proj.mul_(2.0)
+        assert not torch.equal(other(x), expected) and torch.equal(model(x), expected)
+        other.merge_adapter()
+        assert torch.equal(model(x), expected)
+    model.to(torch.float32)
+    torch.testing.assert_close(model(x.float()).double(), expected, rtol=1e-4, atol=1e-4)
