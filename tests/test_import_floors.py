@@ -19,24 +19,24 @@ from tests.support.conformance_operators import import_everything, registered
 
 ROOT = Path(__file__).parent.parent
 FLOORS = 9  # as in `ORDER`
-FLOORS_IN_A_FOLDER = 12  # of layers/
-OPERATORS = 17
-AUTOGRAD_FUNCTIONS = 5
+FLOORS_IN_A_FOLDER = 15  # of model/: parameters are selected below plans; 13 of layers/
+OPERATORS = 21  # four for stacks of weights, with rows that a graph cannot read
+AUTOGRAD_FUNCTIONS = 7  # two of them for stacks of weights
 # The routing in force, the batch-invariant mode, and the recording of launches.
 THREAD_LOCALS = 3
 # Classes of the forward path that only hold values. A record that two steps can share is one.
-RECORDS = 47
+RECORDS = 51
 FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Lines of code by folder, without docstrings, comments, and blanks. A folder may have 3 % more.
 CODE_LINES = {
     "algebra": 113,
-    "autograd": 681,
+    "autograd": 804,
     "commands": 1693,
     "init": 879,
-    "integrations": 842,
-    "layers": 6044,
-    "model": 5843,
-    "ops": 3294,
+    "integrations": 900,
+    "layers": 6700,
+    "model": 6545,
+    "ops": 3587,
     "optimizers": 247,
     "pool": 1644,
     "routing": 1544,
