@@ -14,7 +14,7 @@ it ``base_layer.lora_A``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -275,27 +275,28 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return list(self.inner_layers().values())  # type: ignore[arg-type]
 
     def _layers_to_adapt(
-        self, settings: Mapping[str, Any]
+        self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers of the parameters to which a new adapter is added, and how.
 
         See `LoraLayer._layers_to_adapt`.
         """
         common = {name: value for name, value in settings.items() if name != "parameters"}
-        if not settings["parameters"]:
+        parameters: Any = settings["parameters"]
+        if not parameters:
             raise UnsupportedLayerError(
                 f"other adapters adapt parameters of this {type(self.base_layer).__name__} "
                 "(target_parameters); expected the same kind of target for all adapters"
             )
         holder: Any = self.parameters_with_adapters
-        for name, *_ in settings["parameters"]:
+        for name, *_ in parameters:
             if name not in holder:
                 made = AdaptedParameter(self.base_layer, name)
                 made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
                 holder[name] = made
         return [
             (holder[name], {**common, "r": r, "lora_alpha": lora_alpha})
-            for name, r, lora_alpha in settings["parameters"]
+            for name, r, lora_alpha in parameters
         ]
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -435,7 +436,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return f"module{name} ({type(self.base_layer).__name__}, target_parameters {adapted})"
 
 
-def _as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+def _as_tuple(outputs: torch.Tensor | Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Return a module's outputs as a tuple of tensors."""
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 

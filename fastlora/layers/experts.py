@@ -31,6 +31,7 @@ from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, registe
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.ops.backend import draw_seed
 from fastlora.ops.execution_mode import ExecutionMode
+from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.stacks import StackedOperands, seeds_of_keys
@@ -255,7 +256,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return [StackedOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
     def _rank_rows(
-        self, layer: AdaptedParameter, name: str, factors: Any
+        self, layer: AdaptedParameter, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors that x and the result of the first product meet.
 
@@ -317,7 +318,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         return self._adapted_product(layer, stack, None, x, call)
 
     def _rank_rows(
-        self, layer: AdaptedParameter, name: str, factors: Any
+        self, layer: AdaptedParameter, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lora_a, lora_b = layer.rank_rows(name, factors)
         return lora_b, lora_a

@@ -133,7 +133,7 @@ class LoraLayer(Mergeable):
         return {}
 
     def _layers_to_adapt(
-        self, settings: Mapping[str, Any]
+        self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers to which a new adapter of a module is added, and how.
 
@@ -150,9 +150,10 @@ class LoraLayer(Mergeable):
             UnsupportedLayerError: The settings are for adapters on parameters.
         """
         arguments = {name: value for name, value in settings.items() if name != "parameters"}
-        if settings["parameters"]:
+        parameters: Any = settings["parameters"]
+        if parameters:
             raise UnsupportedLayerError(
-                f"target_parameters selects {settings['parameters'][0].name!r} of a "
+                f"target_parameters selects {parameters[0].name!r} of a "
                 f"{type(self.get_base_layer()).__name__} that another adapter adapts as a whole "
                 "module; expected the same kind of target for all adapters"
             )

@@ -252,7 +252,9 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(
+        ctx: Any, dy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, stack, starts = ctx.saved_tensors
         dx, d_stack, dy = None, None, dy.contiguous()
         if ctx.needs_input_grad[0]:
