@@ -242,7 +242,8 @@ class AdaptedParameter(LoraLayer):
                 made = torch.baddbmm(
                     made, lora_b.transpose(1, 2).to(wide) * scaling, lora_a.to(wide)
                 )
-            made = made.transpose(1, 2) if is_transposed(self.get_base_layer()) else made
+            if parameter.dim() == 3 and is_transposed(self.get_base_layer()):
+                made = made.transpose(1, 2)
             return made.reshape(parameter.shape).to(parameter.dtype)
 
 

@@ -135,7 +135,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             y = base.post_expert_norm(y)
         if base._is_expert_parallel:
             y = y.masked_fill(absent, 0.0)
-        y = y[_inverse(order)].view(*top_k_index.shape, y.shape[-1])
+        y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
         with torch.autocast(y.device.type, enabled=False):
             y = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), y.to(dtype))
@@ -310,7 +310,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         place = order % count * tokens + order // count
         gate, up = self._product("gate_up_proj", x[place], call).chunk(2, dim=-1)
         y = self._product("down_proj", up * base.act_fn(gate), call)
-        return y[_inverse(place)]
+        return y.index_select(0, _inverse(place))
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
         stack = self.base_layer._parameters[name].transpose(1, 2)
