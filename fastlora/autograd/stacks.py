@@ -14,6 +14,7 @@ import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.autograd.lora_linear import once_differentiable_without_autocast, records_gradients
 from fastlora.ops.backend import BACKENDS
 from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.library import (
     define_operator,
     register_composite,
@@ -139,9 +140,11 @@ def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[tor
 
 @register_fake("stacked_updates")
 def _(
-    y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], *_: Any
+    y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], *given: Any
 ) -> tuple[torch.Tensor, ...]:
-    return torch.empty_like(y), x.new_empty(x.shape[0], max(a.shape[1] for a in lora_a))
+    largest = max(a.shape[1] for a in lora_a)
+    columns = rank_to_multiple_of_16(largest) if given[-1] == "triton" else largest
+    return torch.empty_like(y), x.new_empty(x.shape[0], columns)
 
 
 @register_kernel("stacked_gradients")

@@ -132,14 +132,16 @@ def _is_one_grouped_product(x: torch.Tensor, operands: StackedOperands, rows: Ro
     This requires one adapter without dropout. For 8,192 rows on 128 matrices ``[384, 512]`` and
     rank 16 in fp32, a training step takes 11 % less time than with a product for each key.
     """
-    lora_a, *others = operands.lora_a
+    (lora_a, *others), lora_b = operands.lora_a, operands.lora_b[0]
     _, rank, k = lora_a.shape
-    sizes = rank, k, operands.lora_b[0].shape[2]
+    sizes = rank, k, lora_b.shape[2]
     return (
         not others
         and operands.seeds is None
         and x.is_cpu
         and _supports_dtype(x)
+        and lora_a.is_contiguous()
+        and lora_b.is_contiguous()
         and all(size and size * x.itemsize % _ALIGNMENT == 0 for size in sizes)
         and not rows.has_rows_without_slot
     )
@@ -223,7 +225,8 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor, starts: torch.Ten
 
     It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
     """
-    if not _supports_dtype(x) or not x.is_contiguous():
+    is_dense = stack.is_contiguous() or stack.transpose(1, 2).is_contiguous()
+    if not _supports_dtype(x) or not x.is_contiguous() or not is_dense:
         return False
     sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
     widths = x.itemsize, x.itemsize, 1, 1

@@ -29,7 +29,7 @@ from fastlora.kernels.config_tables import (
 from fastlora.kernels.configs import mixed_grad_b_passes, reads_twice
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables
-from fastlora.kernels.modules import Module, Weight
+from fastlora.kernels.modules import Module, Weight, has_usual_strides
 from fastlora.ops.factors import number_tensor_without_sync, replace_missing_with_empty
 from fastlora.ops.layout import grad_a_buffer_layout, grad_b_buffer_layout
 from fastlora.ops.plans import choose_plan
@@ -309,7 +309,7 @@ def _can_share_grad_x(
     return (
         len(dys) > 1
         and all(seed is None for seed in seeds)
-        and all(dy.numel() and a.is_contiguous() for dy, a in zip(dys, lora_a, strict=True))
+        and all(dy.numel() and has_usual_strides(a) for dy, a in zip(dys, lora_a, strict=True))
         and all(
             isinstance(weight, torch.Tensor)
             and choose_plan("auto", dy, weight, a.shape[0], "lora_grad_x") != "fused"
