@@ -14,7 +14,7 @@ it ``base_layer.lora_A``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -292,6 +292,12 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         holder: Any = self.parameters_with_adapters
         for name, *_ in parameters:
             if name not in holder:
+                if hasattr(nn.ModuleDict, name):
+                    raise UnsupportedLayerError(
+                        f"parameter {name!r} of a {type(self.base_layer).__name__} has the name of "
+                        "an attribute of nn.ModuleDict, under which its adapters cannot be stored; "
+                        "rename the parameter"
+                    )
                 made = AdaptedParameter(self.base_layer, name)
                 made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
                 holder[name] = made
@@ -322,6 +328,18 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             raise AdapterNotFoundError(
                 f"no adapter {adapter_name!r} on the parameters of this layer, which have {known}"
             )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # The parameters are converted before the layers that compare them with their merged state.
+        merged = [layer for layer in self.adapted_parameters() if layer._unmerged is not None]
+        for layer in merged:
+            if not layer._is_unmodified_since_merge():
+                layer._unmerged = None  # unmerge() will subtract the updates.
+            layer._when_merged = []
+        super()._apply(fn, recurse)
+        for layer in merged:
+            layer._when_merged = [] if layer._unmerged is None else layer._base_fingerprints()
+        return self
 
     # -------------------------------------------------------------------------------- forward
 

@@ -11,6 +11,7 @@ Shapes: ``hidden_states [T, H]``, ``top_k_index`` and ``top_k_weights [T, k]``, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from fastlora.layers.adapted_parameters import (
     parameter_adapter_shapes,
     stack_shape,
 )
-from fastlora.layers.adapter_factors import scalings_as_tensor
+from fastlora.layers.adapter_factors import has_module_hooks, scalings_as_tensor
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
@@ -104,12 +105,25 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             f"experts_implementation={replaced!r} while an adapter is active",
         )
 
-    def _run(self, applied: object, conditions: ExecutionMode, *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self,
+        applied: Mapping[str, list[str]],
+        conditions: ExecutionMode,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if has_module_hooks(self.base_layer):  # Only a call of the module runs its hooks.
+            return super()._run(applied, conditions, *args, **kwargs)
         return self._forward(None, conditions, *args, **kwargs)
 
     def _run_mixed(
         self, routing: Routing, conditions: ExecutionMode, *args: Any, **kwargs: Any
     ) -> Any:
+        if has_module_hooks(self.base_layer):
+            raise UnsupportedLayerError(
+                f"{self._description()} has forward hooks or a replaced forward, so it does not "
+                "support mixed batches; run one adapter at a time"
+            )
         return self._forward(routing, conditions, *args, **kwargs)
 
     def _forward(

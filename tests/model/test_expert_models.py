@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora import LoraModel
-from fastlora.validation import UnsupportedLayerError
+from fastlora.optimizers import create_lorafa_optimizer
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 from tests.support.moe_models import (
     MODELS,
     copy_random_factors,
@@ -398,3 +399,61 @@ def test_an_adapter_on_parameters_and_one_on_the_module_exclude_each_other() -> 
         with pytest.raises(UnsupportedLayerError, match="expected the same kind of target"):
             model.add_adapter("second", fastlora.LoraConfig(**second))
         assert torch.equal(model(ids), before) and list(model.peft_config) == ["default"]
+
+
+def test_a_shared_stack_is_untied_before_a_merge() -> None:
+    model = adapted("qwen3_moe", target_modules=None, target_parameters=["experts.down_proj"])
+    copy_random_factors([model])
+    layers = model.base_model.model.model.layers
+    first, second = (layer.mlp.experts.base_layer for layer in layers)
+    second.down_proj = first.down_proj
+    expected = logits(model)
+    with pytest.raises(AdapterStateError, match="shares its weight"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="shared its weight"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+
+
+@pytest.mark.parametrize("target", ["experts.down_proj", "mlp.gate.weight", "q_proj.weight"])
+def test_a_merged_model_that_is_converted_unmerges_exactly(target: str) -> None:
+    model = adapted("qwen3_moe", target_modules=None, target_parameters=[target])
+    copy_random_factors([model])
+    before = {
+        name: p.detach().float() for name, p in model.named_parameters() if "lora" not in name
+    }
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_hooks_of_experts_run_with_adapters() -> None:
+    model = adapted("qwen3_moe")
+    copy_random_factors([model])
+    expected, calls = logits(model), []
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    experts.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits(model), expected)
+    assert calls
+    model.add_adapter("other", fastlora.LoraConfig(target_parameters=["experts.down_proj"]))
+    with (
+        pytest.raises(UnsupportedLayerError, match="has forward hooks"),
+        fastlora.adapters(model, ["default", "other", None]),
+    ):
+        logits(model)
+
+
+def test_lora_fa_and_unusable_names_raise() -> None:
+    with pytest.raises(ConfigError, match="LoRA-FA does not support adapters on param"):
+        create_lorafa_optimizer(adapted("qwen3_moe"), r=3, lora_alpha=8, lr=0.1)
+
+    class Keys(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = torch.nn.Parameter(torch.randn(2, 4, 4))
+
+    model = torch.nn.Sequential(Keys())
+    with pytest.raises(UnsupportedLayerError, match="has the name of an attribute"):
+        fastlora.get_peft_model(model, fastlora.LoraConfig(target_parameters=["keys"]))
