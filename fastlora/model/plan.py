@@ -112,9 +112,9 @@ class AdapterPlan:
 
     @property
     def module_names_tied_to_embedding(self) -> list[str]:
-        """The names of the modules that are tied to the input embedding.
+        """The names of the modules that share the input embedding's adapter.
 
-        They share the embedding's LoRA factors or the adapter's copy of its weight.
+        They share its LoRA factors or the adapter's copy of its weight.
         """
         return [*self.tied_copies, *self.tied_heads]
 
