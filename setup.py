@@ -23,6 +23,7 @@ setup(
         "fastlora.routing",
         "fastlora.testing",
         "fastlora.integrations",
+        "fastlora.integrations.vllm",
         "fastlora.kernels",
         "fastlora.layers",
         "fastlora.layers.quantized",
@@ -32,6 +33,7 @@ setup(
         "fastlora.train.data",
         "fastlora.utils",
     ],
+    py_modules=["fastlora_vllm"],
     package_dir={
         "fastlora": "fastlora",
         "fastlora.bench": "bench",

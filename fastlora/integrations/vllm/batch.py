@@ -1,0 +1,99 @@
+"""`BatchRows`, the slot of each row of vLLM's current batch.
+
+vLLM describes a batch by the adapter ID of each token and of each sampled row. The slots are
+computed from these IDs on the host and copied to the device once per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastlora.ops.rows import NO_SLOT, Rows, sort_rows
+from fastlora.ops.torch.packed import PackedLayout
+from fastlora.ops.torch.packed_forward import Plan
+
+
+class SortedRows(NamedTuple):
+    """The rows of one batch, sorted by slot, with the plans that depend only on them.
+
+    Attributes:
+        rows: The rows.
+        plans: Plans of the matrix products, by layout and element size.
+    """
+
+    rows: Rows
+    plans: dict[tuple[PackedLayout, int], Plan | None]
+
+
+class BatchRows:
+    """The slot of each row of the current batch.
+
+    Args:
+        slots: int64 ``[max rows]``, the slot of each row, or -1 for a row without an adapter. Its
+            address never changes.
+        count: Number of slots.
+
+    Attributes:
+        slots: As above.
+        used_slots: The slots that have rows in the current batch, as a list on the host.
+    """
+
+    def __init__(self, slots: torch.Tensor, count: int) -> None:
+        self.slots = slots
+        self.count = count
+        self.used_slots: list[int] = []
+        self._sorted: dict[int, SortedRows] = {}
+
+    def start(self, slots: np.ndarray) -> None:
+        """Start a new batch with the given slots, which the caller has copied to the device."""
+        self.used_slots = np.unique(slots[slots >= 0]).tolist()
+        self._sorted.clear()
+
+    def first(self, m: int) -> SortedRows:
+        """Return the first m rows in sorted order. The result is cached for the batch."""
+        found = self._sorted.get(m)
+        if found is None:
+            # The ids are copied: the buffer is overwritten by the next batch.
+            slots = self.slots[:m].clone()
+            rows = sort_rows(slots, m, self.count)
+            # Packed factors have all slots, not only those with rows.
+            vars(rows)["segment_index"] = slots.masked_fill(slots < 0, self.count)
+            found = self._sorted[m] = SortedRows(rows, {})
+        return found
+
+    def operator_arguments(self, m: int) -> list[torch.Tensor]:
+        """Return the first m rows as the ``rows`` argument of an operator, in traced code.
+
+        The sort is part of the graph. Compilers merge the sorts of all layers.
+        """
+        rows = sort_rows(self.slots[:m], m, self.count, cache_pieces=False)
+        return rows.operator_arguments()
+
+
+def slots_of_adapters(
+    adapter_ids: Sequence[int], adapter_of_slot: Sequence[int | None]
+) -> np.ndarray:
+    """Return the slot of each row, int64 ``[rows]``, or -1 for rows without an adapter.
+
+    Args:
+        adapter_ids: Adapter ID of each row. Zero stands for no adapter.
+        adapter_of_slot: Adapter ID in each slot, or None for an empty slot.
+
+    Raises:
+        KeyError: An adapter is not in any slot.
+    """
+    ids = np.fromiter(adapter_ids, dtype=np.int64, count=len(adapter_ids))
+    found = np.full(ids.shape, NO_SLOT, dtype=np.int64)
+    with_adapter = ids > 0
+    for slot, adapter in enumerate(adapter_of_slot):
+        if adapter is not None:
+            found[ids == adapter] = slot
+    missing = with_adapter & (found == NO_SLOT)
+    if missing.any():
+        raise KeyError(f"adapter {int(ids[missing][0])} is not in any slot")
+    found[~with_adapter] = NO_SLOT
+    return found

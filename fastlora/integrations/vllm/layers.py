@@ -1,0 +1,234 @@
+"""The methods that replace those of vLLM's LoRA layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
+
+_Factor = torch.Tensor | None
+# The attribute of a lora_b that holds the scaling that vLLM would multiply it by.
+_SCALING = "fastlora_scaling"
+
+
+def replacement(owner: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that replaces a method of a LoRA layer class."""
+    if name == "create_lora_weights":
+        return _creating_slots(original)
+    if name == "reset_lora":
+        return _reset_embedding if owner == "VocabParallelEmbeddingWithLoRA" else _reset_lora
+    setters: dict[str, Callable[..., Any]] = {
+        "MergedColumnParallelLinearWithLoRA": _set_slices,
+        "MergedColumnParallelLinearVariableSliceWithLoRA": _set_split_slices,
+        "VocabParallelEmbeddingWithLoRA": _set_embedding,
+    }
+    return setters.get(owner, _set_one_slice)
+
+
+def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _use_slots(self)
+
+    return create_lora_weights
+
+
+def _use_slots(layer: Any) -> None:
+    """Replace the stacks that vLLM has allocated by views of a `LayerSlots`."""
+    stacks_b = _as_list(layer.lora_b_stacked)
+    if hasattr(stacks_b[0], "fastlora_slots"):
+        return
+    # An embedding looks rows up in its lora_a, [slots, vocabulary, rank].
+    stack_a = _as_list(layer.lora_a_stacked)[0]
+    rank, features = stack_a.shape[2:] if stack_a.dim() == 4 else (0, None)
+    slots = LayerSlots(
+        stacks_b[0].shape[0],
+        rank,
+        features,
+        stacks_b[0].shape[3],
+        [each.shape[2] for each in stacks_b],
+        stacks_b[0].dtype,
+        stacks_b[0].device,
+    )
+    stacked_a, stacked_b = slots.stacked()
+    single = isinstance(layer.lora_b_stacked, torch.Tensor)
+    layer.lora_b_stacked = stacked_b[0] if single else stacked_b
+    if stacked_a:
+        layer.lora_a_stacked = stacked_a[0] if single else stacked_a
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def _slots(layer: Any) -> LayerSlots:
+    return slots_of_stack(_as_list(layer.lora_b_stacked)[0])
+
+
+def _reset_lora(self: Any, index: int) -> None:
+    _slots(self).clear(index)
+
+
+def _reset_embedding(self: Any, index: int) -> None:
+    _clear_embedding(self, index)
+
+
+def _set_one_slice(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    scaling = _scaling(lora_b)
+    if getattr(self, "tp_size", 1) > 1 and hasattr(self, "n_slices"):
+        lora_a, lora_b = self.slice_lora_a(lora_a), self.slice_lora_b(lora_b)
+    _slots(self).write(index, [lora_a], [lora_b], [scaling])
+
+
+def _set_embedding(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    _clear_embedding(self, index)
+    own = self.lora_a_stacked[index, : lora_a.shape[1], : lora_a.shape[0]]
+    own.copy_(lora_a.t(), non_blocking=True)
+    _slots(self).write(index, [lora_a], [lora_b], [_scaling(lora_b)])
+
+
+def _clear_embedding(layer: Any, index: int) -> None:
+    slots = _slots(layer)
+    if not slots.is_empty(index):
+        layer.lora_a_stacked[index] = 0
+    slots.clear(index)
+
+
+def _set_slices(
+    self: Any, index: int, lora_a: Sequence[_Factor], lora_b: Sequence[_Factor]
+) -> None:
+    scalings: Sequence[float | None] = [None if b is None else _scaling(b) for b in lora_b]
+    if len(lora_b) != self.n_slices:
+        # A factor that covers several slices is split. Its scaling is that of all its slices.
+        scalings, _ = self.expand_packed_lora(scalings, lora_b)
+        lora_a, lora_b = self.expand_packed_lora(lora_a, lora_b)
+    if self.tp_size > 1:
+        lora_a, lora_b = self.slice_lora_a(lora_a), self.slice_lora_b(lora_b)
+    _slots(self).write(index, lora_a, lora_b, [1.0 if s is None else s for s in scalings])
+
+
+def _set_split_slices(
+    self: Any,
+    index: int,
+    lora_a: torch.Tensor | Sequence[_Factor],
+    lora_b: torch.Tensor | Sequence[_Factor],
+) -> None:
+    """Set an adapter that may have one lora_a and one lora_b for all slices."""
+    if isinstance(lora_b, torch.Tensor):
+        scaling, parts = _scaling(lora_b), lora_b.split(list(self.base_layer.output_sizes))
+        lora_b = [_with_scaling(part, scaling) for part in parts]
+    if isinstance(lora_a, torch.Tensor):
+        lora_a = [lora_a] * self.n_slices
+    _set_slices(self, index, lora_a, lora_b)
+
+
+# ------------------------------------------------------------------------------------- the scaling
+
+
+def keep_scaling_apart(self: Any) -> Any:
+    """Replace ``LoRALayerWeights.optimize``, which multiplies lora_b by the scaling.
+
+    In 16-bit dtypes, this product would be rounded.
+    """
+    if self.scaling != 1:
+        _with_scaling(self.lora_b, _scaling(self.lora_b) * self.scaling)
+        self.scaling = 1
+    return self
+
+
+def _with_scaling(lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
+    setattr(lora_b, _SCALING, scaling)
+    return lora_b
+
+
+def _scaling(lora_b: torch.Tensor) -> float:
+    return float(getattr(lora_b, _SCALING, 1.0))
+
+
+# ----------------------------------------------------------------------- checks of a loaded adapter
+
+
+def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``WorkerLoRAManager._load_adapter`` with checks of the loaded adapter."""
+
+    def _load_adapter(self: Any, lora_request: Any) -> Any:
+        lora = load(self, lora_request)
+        check_adapter(lora, self._adapter_manager, lora_request.lora_name)
+        return lora
+
+    return _load_adapter
+
+
+def check_adapter(lora: Any, manager: Any, name: str) -> None:
+    """Check the factors of an adapter before it is loaded into a slot.
+
+    Raises:
+        ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
+    """
+    shapes = _expected_shapes(manager)
+    for module, weights in lora.loras.items():
+        if ".experts" in module:
+            continue
+        down, up = weights.lora_a, weights.lora_b
+        where = f"adapter {name!r}, module {module!r}"
+        if down is None or up is None:
+            raise ValueError(f"{where}: lora_{'A' if down is None else 'B'} is missing")
+        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+            raise ValueError(
+                f"{where}: lora_A has shape {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
+                "expected [rank, in_features] and [out_features, rank]"
+            )
+        if down.shape[0] > manager.lora_config.max_lora_rank:
+            raise ValueError(
+                f"{where}: rank {down.shape[0]} is greater than max_lora_rank, "
+                f"{manager.lora_config.max_lora_rank}"
+            )
+        found, expected = (down.shape[1], up.shape[0]), shapes.get(module)
+        if expected is not None and (found[0] != expected[0] or found[1] not in expected[1:]):
+            raise ValueError(
+                f"{where}: adapts a layer with {found[0]} inputs and {found[1]} outputs, but the "
+                f"layer has {expected[0]} inputs and {expected[1]} outputs"
+            )
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise ValueError(f"{where}: a factor is not finite")
+
+
+def _expected_shapes(manager: Any) -> dict[str, tuple[int, ...]]:
+    """Return (in_features, out_features...) of each module that an adapter's file can name.
+
+    Several values of out_features are allowed for an output layer with a padded vocabulary.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, layer in manager.modules.items():
+        base = layer.base_layer
+        if hasattr(layer, "hidden_size") and hasattr(base, "vocab_size"):
+            found[name] = layer.hidden_size, base.vocab_size, base.org_vocab_size
+        elif hasattr(base, "org_vocab_size"):
+            found[name] = base.org_vocab_size, base.embedding_dim
+        elif hasattr(layer, "n_slices") and hasattr(base, "input_size"):
+            members = manager.packed_modules.get(name)
+            if members is None:
+                found[name] = base.input_size, _output_size(base)
+                continue
+            sizes = _output_sizes(base)
+            if len(sizes) == len(members):
+                pairs = zip(members, sizes, strict=True)
+                found |= {member: (base.input_size, size) for member, size in pairs}
+    return found
+
+
+def _output_sizes(base: Any) -> list[int]:
+    """Return the output sizes of a layer's slices, before they are split over processes."""
+    if hasattr(base, "total_num_kv_heads"):
+        # Processes may have copies of key and value heads, which output_sizes counts.
+        heads, kv_heads = base.total_num_heads, base.total_num_kv_heads
+        sizes = (heads * base.head_size, kv_heads * base.head_size, kv_heads * base.v_head_size)
+        return list(sizes)
+    return list(getattr(base, "output_sizes", [base.output_size]))
+
+
+def _output_size(base: Any) -> int:
+    return sum(_output_sizes(base))

@@ -1,0 +1,273 @@
+"""Registration of fastlora as vLLM's LoRA backend.
+
+`register` first compares vLLM with the functions in `RELIED_ON`. It then replaces either all parts
+or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# `make test-vllm-all` has passed with these versions.
+KNOWN_VERSIONS = ("0.31.0", "0.32.0")
+WRAPPER = "fastlora.integrations.vllm.wrapper.FastLoraPunicaWrapper"
+PARTS = "linear layers, logits, embeddings, and classification heads"
+
+_LAYERS = "vllm.lora.layers"
+_LAYER_METHODS = {
+    "create_lora_weights": ("self", "max_loras", "lora_config", "model_config"),
+    "reset_lora": ("self", "index"),
+    "set_lora": ("self", "index", "lora_a", "lora_b"),
+}
+# The classes that define these methods themselves. Others inherit them. The classes of MoE layers
+# are left alone.
+_LAYER_CLASSES = {
+    f"{_LAYERS}.base_linear:BaseLinearLayerWithLoRA": tuple(_LAYER_METHODS),
+    f"{_LAYERS}.classifier:ClassificationHeadWithLoRA": ("create_lora_weights",),
+    f"{_LAYERS}.column_parallel_linear:MergedColumnParallelLinearWithLoRA": (
+        "create_lora_weights",
+        "set_lora",
+    ),
+    f"{_LAYERS}.column_parallel_linear:MergedQKVParallelLinearWithLoRA": ("create_lora_weights",),
+    f"{_LAYERS}.column_parallel_linear:MergedColumnParallelLinearVariableSliceWithLoRA": (
+        "set_lora",
+    ),
+    f"{_LAYERS}.logits_processor:LogitsProcessorWithLoRA": tuple(_LAYER_METHODS),
+    f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA": tuple(_LAYER_METHODS),
+}
+_MOE_CLASSES = ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA")
+_WRAPPER_METHODS = {
+    "update_metadata": "self mapping lora_index_to_id max_loras vocab_size **kwargs",
+    "add_shrink": "self y x lora_a_stacked scale **kwargs",
+    "add_expand": "self y x lora_b_stacked output_slices offset_start add_inputs **kwargs",
+    "add_lora_embedding": "self y x lora_b_stacked add_inputs **kwargs",
+    "add_lora_linear": (
+        "self y x lora_a_stacked lora_b_stacked scale output_slices buffer **kwargs"
+    ),
+    "add_lora_logits": "self y x lora_a_stacked lora_b_stacked scale buffer **kwargs",
+    "apply_lora_full_linear": "self y x weight_stacked bias_stacked module_enabled",
+}
+_ABSTRACT = "vllm.lora.punica_wrapper.punica_base:PunicaWrapperABC"
+
+
+class ReliedOn(NamedTuple):
+    """A function of vLLM that fastlora replaces, implements, or calls.
+
+    Attributes:
+        owner: ``module:class`` or ``module:`` for a function of the module.
+        name: Its name.
+        parameters: The names of its parameters, with asterisks before variadic ones.
+    """
+
+    owner: str
+    name: str
+    parameters: tuple[str, ...]
+
+
+RELIED_ON = (
+    *(
+        ReliedOn(owner, name, _LAYER_METHODS[name])
+        for owner, names in _LAYER_CLASSES.items()
+        for name in names
+    ),
+    *(
+        ReliedOn(_ABSTRACT, name, tuple(parameters.split()))
+        for name, parameters in _WRAPPER_METHODS.items()
+    ),
+    *(
+        ReliedOn(owner, name, tuple(parameters.split()))
+        for owner, name, parameters in (
+            (
+                "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase",
+                "__init__",
+                "self max_num_batched_tokens max_batches device **kwargs",
+            ),
+            (
+                f"{_LAYERS}.column_parallel_linear:MergedColumnParallelLinearWithLoRA",
+                "expand_packed_lora",
+                "self lora_a lora_b",
+            ),
+            (f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_a", "self lora_a"),
+            (f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_b", "self lora_b"),
+            ("vllm.lora.lora_weights:LoRALayerWeights", "optimize", "self"),
+            ("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter", "self lora_request"),
+            (
+                "vllm.lora.punica_wrapper.utils:",
+                "convert_mapping",
+                "mapping lora_index_to_id max_loras vocab_size device",
+            ),
+        )
+    ),
+)
+
+
+class NotRegistered(NamedTuple):
+    """The result of `register` if vLLM is left alone.
+
+    Attributes:
+        reason: Why.
+        is_problem: Whether the user should be warned.
+    """
+
+    reason: str
+    is_problem: bool
+
+
+def register() -> NotRegistered | None:
+    """Make fastlora the LoRA backend of vLLM in this process.
+
+    The function may be called several times. If vLLM cannot be taken over, nothing is changed, and
+    a warning is logged. No exception is raised, because vLLM does not catch it.
+
+    Returns:
+        None if vLLM uses fastlora, otherwise the reason why it does not.
+    """
+    try:
+        return _register()
+    except Exception as error:  # noqa: BLE001  vLLM runs without the plugin.
+        reason = f"registration failed: {type(error).__name__}: {error}"
+        _logger().warning("fastlora is not used for LoRA: %s", reason)
+        return NotRegistered(reason, True)
+
+
+def is_enabled(device: str) -> bool:
+    """Return whether ``FASTLORA_VLLM`` enables the plugin on a device type.
+
+    On a CPU, it is enabled unless the variable is 0. On CUDA, it is enabled only by 1, because it
+    has not been measured there.
+    """
+    value = os.environ.get("FASTLORA_VLLM", "")
+    return value == "1" or (value != "0" and device == "cpu")
+
+
+def public_version(version: str) -> str:
+    """Return a version without its local part: ``0.32.0`` for ``0.32.0+cpu``."""
+    return version.partition("+")[0]
+
+
+def _logger() -> Any:
+    return importlib.import_module("vllm.logger").init_logger("vllm.fastlora")
+
+
+def _register() -> NotRegistered | None:
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if platform.get_punica_wrapper() == WRAPPER:
+        return None
+    refusal = _refusal(platform)
+    if refusal is not None:
+        log = _logger().warning if refusal.is_problem else _logger().info
+        log("fastlora is not used for LoRA: %s", refusal.reason)
+        return refusal
+    replacements = _replacements()
+    for owner, name, function in replacements:
+        setattr(owner, name, function)
+    type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+    path = "PyTorch" if platform.is_cpu() else "Triton"
+    _logger().info(
+        "fastlora computes LoRA of %s with %s. MoE layers are left to vLLM.", PARTS, path
+    )
+    return None
+
+
+def _refusal(platform: Any) -> NotRegistered | None:
+    """Return why vLLM must be left alone, or None."""
+    if not (platform.is_cpu() or platform.is_cuda()):
+        return NotRegistered(f"platform {platform.device_type} is not supported", False)
+    if not is_enabled(platform.device_type):
+        reason = "it has not been measured on a GPU; FASTLORA_VLLM=1 enables it"
+        return NotRegistered(reason, False)
+    version = public_version(importlib.import_module("vllm").__version__)
+    if version not in KNOWN_VERSIONS:
+        reason = f"vLLM {version} is unknown; known versions are {', '.join(KNOWN_VERSIONS)}"
+        return NotRegistered(reason, True)
+    found = differences()
+    if found:
+        known = ", ".join(KNOWN_VERSIONS)
+        reason = f"vLLM {version} is changed ({'; '.join(found)}); known versions are {known}"
+        return NotRegistered(reason, True)
+    return None
+
+
+def differences() -> list[str]:
+    """Return how the imported vLLM differs from what fastlora relies on, one line each."""
+    found = []
+    for owner, name, parameters in RELIED_ON:
+        holder = _holder(owner)
+        where = f"{owner.replace(':', '.').rstrip('.')}.{name}"
+        function = None if holder is None else vars(holder).get(name)
+        if function is None:
+            found.append(f"{where} is missing")
+            continue
+        own = parameter_names(inspect.signature(function))
+        if own != parameters:
+            found.append(f"{where} has parameters {', '.join(own)}")
+    abstract = _holder(_ABSTRACT)
+    unknown = set(getattr(abstract, "__abstractmethods__", ())) - set(_WRAPPER_METHODS)
+    found += [f"{_ABSTRACT.replace(':', '.')}.{name} is new" for name in sorted(unknown)]
+    known = {(owner, name) for owner, names in _LAYER_CLASSES.items() for name in names}
+    for cls in _lora_classes():
+        for name in _LAYER_METHODS:
+            owner = f"{cls.__module__}:{cls.__qualname__}"
+            if name in vars(cls) and (owner, name) not in known:
+                found.append(f"{owner.replace(':', '.')}.{name} is new")
+    return found
+
+
+def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
+    """Return the names of the parameters, with asterisks before variadic ones."""
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+    return tuple(f"{stars.get(p.kind.name, '')}{p.name}" for p in signature.parameters.values())
+
+
+def _holder(owner: str) -> Any:
+    """Return the class or module ``module:class``, or None if it is missing."""
+    module, _, name = owner.partition(":")
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+    return getattr(imported, name, None) if name else imported
+
+
+def _lora_classes() -> list[type]:
+    """Return the LoRA layer classes of vLLM and their bases, without those of MoE layers."""
+    layers = importlib.import_module(_LAYERS)
+    leaves = importlib.import_module("vllm.lora.utils")._all_lora_classes
+    base = layers.BaseLayerWithLoRA
+    moe = tuple(getattr(layers, name) for name in _MOE_CLASSES)
+    found = dict[type, None]()
+    for leaf in (*leaves, layers.ClassificationHeadWithLoRA):
+        if not issubclass(leaf, moe):
+            mro = (cls for cls in leaf.__mro__ if issubclass(cls, base) and cls is not base)
+            found |= dict.fromkeys(mro)
+    return list(found)
+
+
+def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return the parts to replace, as (owner, name, new function)."""
+    # Imported here: the module needs vLLM. An error leaves vLLM alone.
+    from fastlora.integrations.vllm import layers, wrapper
+
+    if wrapper.FastLoraPunicaWrapper.__abstractmethods__:
+        raise TypeError("the wrapper is abstract")
+    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    for owner, names in _LAYER_CLASSES.items():
+        cls = _holder(owner)
+        for name in names:
+            new = layers.replacement(owner.partition(":")[2], name, vars(cls)[name])
+            found.append((cls, name, functools.update_wrapper(new, vars(cls)[name])))
+    weights = _holder("vllm.lora.lora_weights:LoRALayerWeights")
+    if not importlib.import_module("vllm.utils.torch_utils").PIN_MEMORY:
+        # A pinned copy of lora_b would lose its scaling.
+        found.append((weights, "optimize", layers.keep_scaling_apart))
+    manager = _holder("vllm.lora.worker_manager:WorkerLoRAManager")
+    load = vars(manager)["_load_adapter"]
+    found.append(
+        (manager, "_load_adapter", functools.update_wrapper(layers.checked_load(load), load))
+    )
+    return found

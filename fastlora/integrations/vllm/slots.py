@@ -1,0 +1,286 @@
+"""`LayerSlots`, the adapters of one LoRA layer of vLLM, by slot.
+
+The factors of all slots lie at fixed addresses, in blocks that start at multiples of 16 bytes.
+lora_b is stored as rank rows, ``[rank, N]``. vLLM's stacked tensors are views of these blocks.
+Each slot has a rank, which is the adapter's own, and a scaling in fp32, which is not part of
+lora_b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastlora.integrations.vllm.batch import BatchRows, SortedRows
+from fastlora.ops.factors import AdapterOperands, Base, Factors, Slots
+from fastlora.ops.torch import packed_forward, segments
+from fastlora.ops.torch.packed import PackedLayerFactors, pack_layer_factors
+from fastlora.ops.torch.packed_choice import BatchKind, batch_kind
+
+_ALIGNMENT = 16  # bytes
+_MOST_SLICES = 4
+
+
+class SlotProducts:
+    """The products of adapters on up to four slices: ``y += scaling * (x @ lora_a.T) @ lora_b``.
+
+    All slices have the same input x. Their outputs are adjacent columns of y.
+
+    Args:
+        lora_a: For each slice, ``[slots, R, K]``.
+        lora_b: For each slice, ``[slots, R, N]``.
+
+    Attributes:
+        width: The number of columns of y.
+        tables: The ``tables`` argument of operators: addresses, ranks, and scalings, as described
+            in `fastlora.ops.factors.AddressTables`. The tables lie at fixed addresses.
+    """
+
+    def __init__(self, lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]) -> None:
+        self.lora_a, self.lora_b = list(lora_a), list(lora_b)
+        self.widths = [each.shape[2] for each in lora_b]
+        self.width = sum(self.widths)
+        slots, device = lora_b[0].shape[0], lora_b[0].device
+        self.max_rank, self.dtype = lora_b[0].shape[1], lora_b[0].dtype
+        self._factors: list[Slots] = [[None] * slots for _ in lora_b]
+        with torch.inference_mode(False):
+            addresses = [
+                torch.tensor([[own.data_ptr() for own in each] for each in factors], device=device)
+                for factors in (lora_a, lora_b)
+            ]
+            rank = torch.zeros(len(lora_b), slots, dtype=torch.int32, device=device)
+            scaling = torch.ones(len(lora_b), slots, dtype=torch.float32, device=device)
+        self.tables = [*addresses, rank, scaling]
+        self._packs: dict[tuple[int, torch.dtype, BatchKind], PackedLayerFactors | None] = {}
+        self._operands: dict[int, AdapterOperands] = {}
+        self._versions = self._current_versions()
+
+    def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
+        """Set a slot's ranks and scalings for each slice, after its factors have been written."""
+        for index, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
+            factors = None
+            if rank:
+                lora_a, lora_b = self.lora_a[index][slot], self.lora_b[index][slot]
+                factors = Factors(lora_a[:rank], lora_b[:rank].t(), scaling)
+            self._factors[index][slot] = factors
+        for table, values in zip(self.tables[2:], (ranks, scalings), strict=True):
+            table[:, slot] = torch.tensor(values, dtype=table.dtype)
+        self._forget_packs()
+
+    def is_empty(self, slot: int) -> bool:
+        """Return whether a slot has rank 0 in all slices."""
+        return all(factors[slot] is None for factors in self._factors)
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Add each row's update to y in place.
+
+        In traced code and on a GPU, an operator reads the tables.
+
+        Args:
+            y: ``[M, width]``. It may consist of columns of a larger tensor.
+            x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
+            batch: The slots of the rows.
+        """
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            self._add_from_tables(y, x.to(y.dtype), batch)
+            return
+        if not batch.used_slots or not x.shape[0]:
+            return
+        if self._versions != self._current_versions():
+            # vLLM's stacked tensors are views, and other code has written them.
+            self._forget_packs()
+        sorted_rows, x = batch.first(x.shape[0]), x.to(y.dtype)
+        for index, part in enumerate(y.split(self.widths, 1)):
+            self._add_slice(part, x, index, sorted_rows)
+
+    def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        rows = batch.operator_arguments(x.shape[0])
+        impl = "eager" if x.device.type == "cpu" else "triton"
+        for index, part in enumerate(y.split(self.widths, 1)):
+            torch.ops.fastlora.lora_add_at_(
+                part, x, rows, self.tables, index, self.max_rank, self.dtype, impl
+            )
+
+    def _add_slice(
+        self, y: torch.Tensor, x: torch.Tensor, index: int, sorted_rows: SortedRows
+    ) -> None:
+        (rows, plans), factors = sorted_rows, self._factors[index]
+        if all(slot < 0 or factors[slot] is None for slot in rows.used_slots):
+            return
+        pack = self._pack(index, y.dtype, batch_kind(rows.m, rows.each))
+        if pack is not None:
+            plan = packed_forward.cached_plan(rows, pack.layout, y.dtype, plans)
+            if plan is not None:
+                packed_forward.add_(y, x, rows, pack, plan)
+                return
+        made, _ = segments.forward(x, Base(y=y, inplace=True), self._slot_operands(index), rows)
+        if made is not y:
+            y.copy_(made)
+
+    def _pack(self, index: int, dtype: torch.dtype, kind: BatchKind) -> PackedLayerFactors | None:
+        key = index, dtype, kind
+        if key not in self._packs:
+            self._packs[key] = pack_layer_factors(self._factors[index], dtype, kind)
+        return self._packs[key]
+
+    def _slot_operands(self, index: int) -> AdapterOperands:
+        """Return the operands of all slots with an adapter on a slice."""
+        found = self._operands.get(index)
+        if found is None:
+            slots = [slot for slot, own in enumerate(self._factors[index]) if own is not None]
+            own = [each for each in self._factors[index] if each is not None]
+            found = self._operands[index] = AdapterOperands(
+                [each.lora_a for each in own],
+                [each.lora_b for each in own],
+                [None] * len(own),
+                torch.tensor([each.scaling for each in own]),
+                (0.0,) * len(own),
+                slots=tuple(slots),
+            )
+        return found
+
+    def _forget_packs(self) -> None:
+        self._packs.clear()
+        self._operands.clear()
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [each._version for each in (*self.lora_a, *self.lora_b)]
+
+
+class LayerSlots:
+    """The adapters of one layer, by slot.
+
+    Args:
+        slots: Number of slots.
+        rank: Largest rank of lora_a. It differs from that of lora_b if the ranks of lora_a are
+            sharded.
+        features: K, or None if vLLM keeps lora_a and computes its products, as in an embedding.
+        max_rank: Largest rank of lora_b.
+        outputs: N of each slice.
+        dtype: Dtype of the factors.
+        device: Device of the factors.
+
+    Attributes:
+        linear: The whole update, for groups of up to four slices. Empty if vLLM keeps lora_a, or if
+            the ranks of lora_a are sharded.
+        shrink: The product with lora_a alone, for each slice. Empty if vLLM keeps lora_a.
+        expand: The product with lora_b alone, which includes the scaling, for each slice.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        rank: int,
+        features: int | None,
+        max_rank: int,
+        outputs: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.lora_b = [_zero_blocks(slots, 1, max_rank, n, dtype, device)[:, 0] for n in outputs]
+        self.lora_a: torch.Tensor | None = None
+        self.linear: list[SlotProducts] = []
+        self.shrink: list[SlotProducts] = []
+        same = _identity(slots, max_rank, dtype, device)
+        self.expand = [SlotProducts([same], [own]) for own in self.lora_b]
+        if features is not None:
+            self.lora_a = _zero_blocks(slots, len(outputs), rank, features, dtype, device)
+            down, same = self.lora_a.unbind(1), _identity(slots, rank, dtype, device)
+            self.shrink = [SlotProducts([own], [same]) for own in down]
+            for start in range(0, len(down), _MOST_SLICES) if rank == max_rank else ():
+                group = slice(start, start + _MOST_SLICES)
+                self.linear.append(SlotProducts(down[group], self.lora_b[group]))
+
+    def stacked(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Return vLLM's stacks: lora_a ``[slots, 1, R, K]`` and lora_b ``[slots, 1, N, R]``.
+
+        Both are tuples with one view per slice. The first one is empty if vLLM keeps lora_a.
+        """
+        with torch.inference_mode(False):
+            down = () if self.lora_a is None else self.lora_a.unsqueeze(2).unbind(1)
+            up = tuple(own.transpose(1, 2).unsqueeze(1) for own in self.lora_b)
+        for each in (*down, *up):
+            each.fastlora_slots = self  # type: ignore[attr-defined]
+        return tuple(down), up
+
+    def write(
+        self,
+        slot: int,
+        lora_a: Sequence[torch.Tensor | None],
+        lora_b: Sequence[torch.Tensor | None],
+        scalings: Sequence[float],
+    ) -> None:
+        """Write an adapter into a slot.
+
+        Args:
+            slot: The slot.
+            lora_a: For each slice, ``[rank, K]``, or None if the adapter lacks the slice.
+            lora_b: For each slice, ``[N, rank]`` or None.
+            scalings: For each slice, the scaling.
+        """
+        self.clear(slot)
+        ranks_a, ranks_b = [0] * len(self.lora_b), [0] * len(self.lora_b)
+        for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
+            if down is None or up is None:
+                continue
+            ranks_a[index], ranks_b[index] = down.shape[0], up.shape[1]
+            if self.lora_a is not None:
+                self.lora_a[slot, index, : down.shape[0]].copy_(down, non_blocking=True)
+            own = self.lora_b[index][slot, : up.shape[1], : up.shape[0]]
+            own.copy_(up.t(), non_blocking=True)
+        self._set_ranks(slot, ranks_a, ranks_b, scalings)
+
+    def is_empty(self, slot: int) -> bool:
+        """Return whether a slot has rank 0 in all slices."""
+        return all(each.is_empty(slot) for each in self.expand)
+
+    def clear(self, slot: int) -> None:
+        """Set a slot's ranks to 0."""
+        if self.is_empty(slot):
+            return
+        zeros, ones = [0] * len(self.lora_b), [1.0] * len(self.lora_b)
+        self._set_ranks(slot, zeros, zeros, ones)
+
+    def _set_ranks(
+        self, slot: int, ranks_a: Sequence[int], ranks_b: Sequence[int], scalings: Sequence[float]
+    ) -> None:
+        ones = [1.0] * len(ranks_a)
+        for products, ranks, factors in (
+            (self.linear, ranks_b, scalings),
+            (self.shrink, ranks_a, ones),
+            (self.expand, ranks_b, scalings),
+        ):
+            start = 0
+            for each in products:
+                group = slice(start, start + len(each.widths))
+                each.set_slot(slot, ranks[group], factors[group])
+                start = group.stop
+
+
+def slots_of_stack(stack: torch.Tensor) -> LayerSlots:
+    """Return the `LayerSlots` that one of vLLM's stacked tensors is a view of."""
+    found: LayerSlots = stack.fastlora_slots  # type: ignore[attr-defined]
+    return found
+
+
+def _zero_blocks(
+    slots: int, slices: int, rank: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return zeros ``[slots, slices, rank, columns]``.
+
+    Each block ``[rank, columns]`` is contiguous and starts at a multiple of 16 bytes.
+    """
+    unit = _ALIGNMENT // dtype.itemsize
+    size = -(-rank * columns // unit) * unit
+    # A tensor that is created in inference mode has no version. The version shows whether other
+    # code has written the tensor.
+    with torch.inference_mode(False):
+        flat = torch.zeros(slots, slices, size, dtype=dtype, device=device)
+        return flat[:, :, : rank * columns].unflatten(2, (rank, columns))
+
+
+def _identity(slots: int, rank: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(rank, dtype=dtype, device=device).expand(slots, rank, rank)

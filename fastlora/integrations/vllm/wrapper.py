@@ -1,0 +1,180 @@
+"""`FastLoraPunicaWrapper`, which computes vLLM's LoRA updates with fastlora.
+
+vLLM's layers pass their stacked factors to the methods. The stacks are views of a `LayerSlots`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from fastlora.integrations.vllm.batch import BatchRows, slots_of_adapters
+from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
+from fastlora.ops.rows import NO_SLOT
+
+# vLLM's sampler and its layers have separate rows.
+_TOKENS, _SAMPLED = 0, 1
+
+
+class FastLoraPunicaWrapper(PunicaWrapperBase):
+    """vLLM's interface to LoRA, computed by fastlora.
+
+    All methods add to y in place. Rows without an adapter are not changed.
+    """
+
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        count, shape = kwargs["lora_config"].max_loras, (2, max_num_batched_tokens)
+        with torch.inference_mode(False):
+            self._slots = torch.full(shape, NO_SLOT, dtype=torch.int64, device=device)
+            pinned = self._slots.device.type == "cuda"
+            self._host_slots = torch.full(shape, NO_SLOT, dtype=torch.int64, pin_memory=pinned)
+        # vLLM's properties read these tensors.
+        self._token_lora_indices, self._sampler_indices = self._slots.unbind(0)
+        self._tokens = BatchRows(self._token_lora_indices, count)
+        self._sampled = BatchRows(self._sampler_indices, count)
+
+    def update_metadata(
+        self,
+        mapping: Any,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """Start a batch: write the slot of each token and of each sampled row."""
+        self.is_prefill = mapping.is_prefill
+        tokens = slots_of_adapters(mapping.index_mapping, lora_index_to_id)
+        sampled = slots_of_adapters(mapping.prompt_mapping, lora_index_to_id)
+        host = self._host_slots.numpy()
+        host.fill(NO_SLOT)
+        host[_TOKENS, : len(tokens)] = tokens
+        host[_SAMPLED, : len(sampled)] = sampled
+        self._slots.copy_(self._host_slots, non_blocking=True)
+        # An embedding looks up rows without an adapter in slot 0. The result is not used.
+        torch.mul(self._token_lora_indices.clamp(min=0), vocab_size, out=self._embeddings_indices)
+        self.indices_len[:] = [len(tokens), len(sampled), len(sampled), len(tokens)]
+        self._tokens.start(tokens)
+        self._sampled.start(sampled)
+        self.no_lora = not self._tokens.used_slots
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the update of a linear layer. The slices of y are adjacent columns."""
+        _add_linear(y, x, slots_of_stack(lora_b_stacked[0]), scale, self._tokens)
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the update of the output layer to the first columns of the logits."""
+        _add_linear(y, x, slots_of_stack(lora_b_stacked), scale, self._sampled)
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Add the update of an embedding, where x ``[M, R]`` is the lookup in lora_a."""
+        slots_of_stack(lora_b_stacked).expand[0].add_(y, x, self._tokens)
+
+    def add_shrink(
+        self,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``x @ lora_a.T`` to ``y[i]`` for each slice i, if ranks are sharded."""
+        _check_scale(scale)
+        for own, products in zip(y, slots_of_stack(lora_a_stacked[0]).shrink, strict=True):
+            products.add_(own, _as_matrix(x), self._tokens)
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``scaling * x[i] @ lora_b.T`` to slice i of y, if ranks are sharded."""
+        y, start = _as_matrix(y), offset_start
+        for own, products in zip(x, slots_of_stack(lora_b_stacked[0]).expand, strict=True):
+            products.add_(y[:, start : start + products.width], own, self._tokens)
+            start += products.width
+
+    def apply_lora_full_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        weight_stacked: torch.Tensor,
+        bias_stacked: torch.Tensor,
+        module_enabled: torch.Tensor,
+    ) -> None:
+        """Replace the rows of adapters that have a classification head of their own.
+
+        Args:
+            y: ``[M, labels]``.
+            x: ``[M, K]``.
+            weight_stacked: ``[slots, 1, labels, K]``.
+            bias_stacked: ``[slots, labels]``.
+            module_enabled: bool ``[slots]``, whether the adapter has a head of its own.
+        """
+        slots = self._sampler_indices[: x.shape[0]]
+        for slot in self._sampled.used_slots:
+            full = F.linear(x, weight_stacked[slot, 0]).float() + bias_stacked[slot].float()
+            own = (slots == slot) & module_enabled[slot]
+            torch.where(own.unsqueeze(1), full.to(y.dtype), y, out=y)
+
+
+def _add_linear(
+    y: torch.Tensor, x: torch.Tensor, slots: LayerSlots, scale: float, batch: BatchRows
+) -> None:
+    """Add the updates of all slices to adjacent columns of y, from the first column on."""
+    _check_scale(scale)
+    y, x, start = _as_matrix(y), _as_matrix(x), 0
+    for products in slots.linear:
+        products.add_(y[:, start : start + products.width], x, batch)
+        start += products.width
+
+
+def _check_scale(scale: float) -> None:
+    if scale != 1.0:
+        raise ValueError(f"scale is {scale}, expected 1.0, because each slot has its own scaling")
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])

@@ -1,0 +1,46 @@
+"""What the tests in vLLM share: registration, and one process group of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Without vLLM, `pytest tests` finds no tests here. `make test-vllm` fails if it finds none.
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+
+# The engine and its worker run in this process, and threads are those of the process.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Expected failures to load an adapter would otherwise end the engine with a stack trace.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def registered() -> None:
+    """fastlora is registered in this process."""
+    from fastlora.integrations.vllm.register import register
+
+    assert register() is None
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """vLLM's process group of one process, and a default config, for layers without an engine."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.parallel_state import (
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+        cleanup_dist_env_and_memory()
