@@ -39,8 +39,8 @@ def one_process() -> Iterator[None]:
         initialize_model_parallel,
     )
 
-    with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         initialize_model_parallel(1, 1)
         yield
         cleanup_dist_env_and_memory()

@@ -106,6 +106,7 @@ def linear_case(name: str, dtype: torch.dtype = torch.float32, **lora: Any) -> C
     base = make(dtype)
     for parameter in base.parameters():
         parameter.data.normal_()
+    base.quant_method.process_weights_after_loading(base)
     layer = getattr(lora_layers, name)(base)
     layer.create_lora_weights(SLOTS, config(lora_dtype=dtype, **lora))
     case = Case(layer, sizes)
@@ -143,9 +144,7 @@ def slots_of(ids: Sequence[int]) -> list[int]:
     return [ADAPTERS.index(each) if each else -1 for each in ids]
 
 
-def updates(
-    x: torch.Tensor, case: Case, slots: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
+def updates(x: torch.Tensor, case: Case, slots: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """The update of each row ``[M, N]``, in a loop over rows, in a dtype."""
     out = torch.zeros(x.shape[0], sum(case.sizes), dtype=dtype)
     for row, slot in enumerate(slots):
@@ -173,6 +172,7 @@ def logits_case(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A logits processor with LoRA, and the output layer."""
     head = ParallelLMHead(VOCABULARY, K, params_dtype=dtype)
     head.weight.data.normal_()
+    head.quant_method.process_weights_after_loading(head)
     layer = lora_layers.LogitsProcessorWithLoRA(
         LogitsProcessor(VOCABULARY), K, dtype, torch.device("cpu"), None
     )
