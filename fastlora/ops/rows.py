@@ -162,6 +162,12 @@ class Rows:
         member = member.to(self.order.device)
         return member if self.is_sorted else member.index_select(0, self.inverse_order)
 
+    @functools.cached_property
+    def slot_index(self) -> torch.Tensor:
+        """The slot of each row, int64 ``[M]``. It is `slots` for rows without an adapter."""
+        of_segment = torch.tensor([*self.used_slots, self.slots], device=self.order.device)
+        return of_segment[self.segment_index]
+
     def in_sorted_order(self) -> Rows:
         """Return the `Rows` of a tensor whose rows have been put in sorted order."""
         m, device = self.m, self.order.device

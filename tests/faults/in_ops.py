@@ -6,6 +6,7 @@ from tests.faults.fault import Fault
 
 _PACKED = "tests/ops/test_packed.py::"
 _CONFORMS = "tests/conformance/test_conformance.py::test_conformance"
+_SLOTS = "tests/ops/test_packed_slots.py::"
 _NODE = "tests/kernels/test_shared_input_node.py::"
 
 FAULTS = (
@@ -87,19 +88,46 @@ FAULTS = (
         "In a dense product each row meets a rank row of the next adapter.",
         "mask off by one",
         "e8ceaab",
-        "fastlora/ops/torch/packed_forward.py",
-        "(at >= (first + rank)[:, None])\n        return Dense",
-        "(at > (first + rank)[:, None])\n        return Dense",
+        "fastlora/ops/torch/packed_plans.py",
+        "outside = (at < first[:, None]) | (at >= (first + rank)[:, None])",
+        "outside = (at < first[:, None]) | (at > (first + rank)[:, None])",
         (f"{_PACKED}test_plans[two]",),
     ),
     Fault(
         "Samples of an adapter that shares a unit meet the rank rows at its beginning.",
         "wrong place",
         "bb0c692",
-        "fastlora/ops/torch/packed_forward.py",
-        "at, start = torch.arange(unit), first % unit",
-        "at, start = torch.arange(unit), first * 0",
+        "fastlora/ops/torch/packed_plans.py",
+        "masks = _mask_outside(layout.unit, first % layout.unit, rank, device)",
+        "masks = _mask_outside(layout.unit, first * 0, rank, device)",
         (f"{_PACKED}test_samples_of_many_tokens",),
+    ),
+    Fault(
+        "A slice that the new adapter of a slot does not adapt keeps the previous adapter.",
+        "wrong adapter",
+        "issue 32",
+        "fastlora/ops/torch/packed_slots.py",
+        "            a[rank:] = 0.0\n            b[rank:] = 0.0\n",
+        "",
+        (f"{_SLOTS}test_slots_change_one_by_one[decode of large ranks]",),
+    ),
+    Fault(
+        "Blocks over some of the units begin at the first unit of the layer.",
+        "wrong adapter",
+        "issue 32",
+        "fastlora/ops/torch/packed_forward.py",
+        "own = lora_b[plan.start : plan.start + plan.blocks * plan.coalesced]",
+        "own = lora_b[: plan.blocks * plan.coalesced]",
+        (f"{_SLOTS}test_slots_change_one_by_one[many slots]",),
+    ),
+    Fault(
+        "A slot with NaN is in one product with the other slots.",
+        "NaN across rows",
+        "issue 32",
+        "fastlora/ops/torch/packed_slots.py",
+        "layout, storage.lora_a, lora_b, None, self._widths, all(self._is_finite)",
+        "layout, storage.lora_a, lora_b, None, self._widths, True",
+        (f"{_SLOTS}test_nan_stays_in_the_rows_of_its_adapter",),
     ),
     Fault(
         "Batches of a set that are laid out alike have a copy of its factors each.",
