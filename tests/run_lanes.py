@@ -79,7 +79,10 @@ LANES = (
     Lane(
         "main",
         ("tests",),
-        ignore=("tests/kernels", "tests/aot", "tests/emulated", "tests/emulator", *PROGRAMS),
+        ignore=(
+            *("tests/kernels", "tests/aot", "tests/emulated", "tests/emulator", "tests/engine"),
+            *PROGRAMS,
+        ),
     ),
     Lane("interpreter", ("tests/kernels",), env={"TRITON_INTERPRET": "1"}),
     Lane("commands", PROGRAMS),

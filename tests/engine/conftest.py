@@ -21,6 +21,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests with engines in several processes run only in `make test-vllm-all`."""
+    config.addinivalue_line("markers", "processes: an engine in processes of its own")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def registered() -> None:
     """fastlora is registered in this process."""

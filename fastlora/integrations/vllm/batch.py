@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from fastlora.ops.rows import NO_SLOT, Rows, sort_rows
-from fastlora.ops.torch.packed import PackedLayout
-from fastlora.ops.torch.packed_forward import Plan
+from fastlora.ops.torch.packed_plans import PlanCache
 
 
 class SortedRows(NamedTuple):
@@ -22,11 +21,11 @@ class SortedRows(NamedTuple):
 
     Attributes:
         rows: The rows.
-        plans: Plans of the matrix products, by layout and element size.
+        plans: The plans of the matrix products.
     """
 
     rows: Rows
-    plans: dict[tuple[PackedLayout, int], Plan | None]
+    plans: PlanCache
 
 
 class BatchRows:
@@ -58,10 +57,7 @@ class BatchRows:
         found = self._sorted.get(m)
         if found is None:
             # The ids are copied: the buffer is overwritten by the next batch.
-            slots = self.slots[:m].clone()
-            rows = sort_rows(slots, m, self.count)
-            # Packed factors have all slots, not only those with rows.
-            vars(rows)["segment_index"] = slots.masked_fill(slots < 0, self.count)
+            rows = sort_rows(self.slots[:m].clone(), m, self.count)
             found = self._sorted[m] = SortedRows(rows, {})
         return found
 

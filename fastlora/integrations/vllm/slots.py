@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.integrations.vllm.batch import BatchRows, SortedRows
-from fastlora.ops.factors import AdapterOperands, Base, Factors, Slots
-from fastlora.ops.torch import packed_forward, segments
-from fastlora.ops.torch.packed import PackedLayerFactors, pack_layer_factors
-from fastlora.ops.torch.packed_choice import BatchKind, batch_kind
+from fastlora.integrations.vllm.batch import BatchRows
+from fastlora.ops.factors import Factors
+from fastlora.ops.torch import packed_forward
+from fastlora.ops.torch.packed_plans import cached_plan
+from fastlora.ops.torch.packed_slots import PackedSlots
 
 _ALIGNMENT = 16  # bytes
 _MOST_SLICES = 4
@@ -43,7 +43,7 @@ class SlotProducts:
         self.width = sum(self.widths)
         slots, device = lora_b[0].shape[0], lora_b[0].device
         self.max_rank, self.dtype = lora_b[0].shape[1], lora_b[0].dtype
-        self._factors: list[Slots] = [[None] * slots for _ in lora_b]
+        self._factors: list[list[Factors | None]] = [[None] * len(lora_b) for _ in range(slots)]
         with torch.inference_mode(False):
             addresses = [
                 torch.tensor([[own.data_ptr() for own in each] for each in factors], device=device)
@@ -52,25 +52,26 @@ class SlotProducts:
             rank = torch.zeros(len(lora_b), slots, dtype=torch.int32, device=device)
             scaling = torch.ones(len(lora_b), slots, dtype=torch.float32, device=device)
         self.tables = [*addresses, rank, scaling]
-        self._packs: dict[tuple[int, torch.dtype, BatchKind], PackedLayerFactors | None] = {}
-        self._operands: dict[int, AdapterOperands] = {}
+        self._packs: dict[torch.dtype, PackedSlots] = {}
         self._versions = self._current_versions()
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
+        own: list[Factors | None] = [None] * len(ranks)
         for index, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
-            factors = None
             if rank:
                 lora_a, lora_b = self.lora_a[index][slot], self.lora_b[index][slot]
-                factors = Factors(lora_a[:rank], lora_b[:rank].t(), scaling)
-            self._factors[index][slot] = factors
+                own[index] = Factors(lora_a[:rank], lora_b[:rank].t(), scaling)
+        self._factors[slot] = own
         for table, values in zip(self.tables[2:], (ranks, scalings), strict=True):
             table[:, slot] = torch.tensor(values, dtype=table.dtype)
-        self._forget_packs()
+        for pack in self._packs.values():
+            pack.set_slot(slot, own)
+        self._versions = self._current_versions()
 
     def is_empty(self, slot: int) -> bool:
         """Return whether a slot has rank 0 in all slices."""
-        return all(factors[slot] is None for factors in self._factors)
+        return all(factors is None for factors in self._factors[slot])
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Add each row's update to y in place.
@@ -87,12 +88,17 @@ class SlotProducts:
             return
         if not batch.used_slots or not x.shape[0]:
             return
-        if self._versions != self._current_versions():
-            # vLLM's stacked tensors are views, and other code has written them.
-            self._forget_packs()
-        sorted_rows, x = batch.first(x.shape[0]), x.to(y.dtype)
-        for index, part in enumerate(y.split(self.widths, 1)):
-            self._add_slice(part, x, index, sorted_rows)
+        factors = self._packed_slots(y.dtype).factors
+        if factors is None:
+            return
+        rows, plans = batch.first(x.shape[0])
+        plan = cached_plan(rows, rows.slot_index, factors, plans)
+        packed_forward.add_(y, x.to(y.dtype), rows.slot_index, factors, plan)
+
+    @property
+    def num_packs(self) -> int:
+        """Number of times that the factors of all slots were packed."""
+        return sum(pack.num_packs for pack in self._packs.values())
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         rows = batch.operator_arguments(x.shape[0])
@@ -102,51 +108,30 @@ class SlotProducts:
                 part, x, rows, self.tables, index, self.max_rank, self.dtype, impl
             )
 
-    def _add_slice(
-        self, y: torch.Tensor, x: torch.Tensor, index: int, sorted_rows: SortedRows
-    ) -> None:
-        (rows, plans), factors = sorted_rows, self._factors[index]
-        if all(slot < 0 or factors[slot] is None for slot in rows.used_slots):
-            return
-        pack = self._pack(index, y.dtype, batch_kind(rows.m, rows.each))
-        if pack is not None:
-            plan = packed_forward.cached_plan(rows, pack.layout, y.dtype, plans)
-            if plan is not None:
-                packed_forward.add_(y, x, rows, pack, plan)
-                return
-        made, _ = segments.forward(x, Base(y=y, inplace=True), self._slot_operands(index), rows)
-        if made is not y:
-            y.copy_(made)
+    def _packed_slots(self, dtype: torch.dtype) -> PackedSlots:
+        """Return the packed factors in a dtype. They are packed if this is the first call."""
+        pack = self._packs.get(dtype)
+        if pack is None:
+            with torch.inference_mode(False):
+                pack = PackedSlots(len(self._factors), self.lora_a[0].shape[2], self.widths, dtype)
+                self._packs[dtype] = pack
+                self._pack_all(pack)
+        elif self._versions != self._current_versions():
+            # vLLM's stacks are views of the factors, and other code has written them.
+            for each in self._packs.values():
+                self._pack_all(each)
+            self._versions = self._current_versions()
+        return pack
 
-    def _pack(self, index: int, dtype: torch.dtype, kind: BatchKind) -> PackedLayerFactors | None:
-        key = index, dtype, kind
-        if key not in self._packs:
-            self._packs[key] = pack_layer_factors(self._factors[index], dtype, kind)
-        return self._packs[key]
-
-    def _slot_operands(self, index: int) -> AdapterOperands:
-        """Return the operands of all slots with an adapter on a slice."""
-        found = self._operands.get(index)
-        if found is None:
-            slots = [slot for slot, own in enumerate(self._factors[index]) if own is not None]
-            own = [each for each in self._factors[index] if each is not None]
-            found = self._operands[index] = AdapterOperands(
-                [each.lora_a for each in own],
-                [each.lora_b for each in own],
-                [None] * len(own),
-                torch.tensor([each.scaling for each in own]),
-                (0.0,) * len(own),
-                slots=tuple(slots),
-            )
-        return found
-
-    def _forget_packs(self) -> None:
-        self._packs.clear()
-        self._operands.clear()
-        self._versions = self._current_versions()
+    def _pack_all(self, pack: PackedSlots) -> None:
+        # The first slot has the largest rank, so the pack is allocated only once.
+        ranks = self.tables[2].max(0).values
+        for slot in ranks.argsort(descending=True).tolist():
+            pack.set_slot(slot, self._factors[slot])
 
     def _current_versions(self) -> list[int]:
-        return [each._version for each in (*self.lora_a, *self.lora_b)]
+        # The lora_a of all slices are views of one tensor.
+        return [self.lora_a[0]._version, *(each._version for each in self.lora_b)]
 
 
 class LayerSlots:
@@ -220,7 +205,7 @@ class LayerSlots:
             lora_b: For each slice, ``[N, rank]`` or None.
             scalings: For each slice, the scaling.
         """
-        self.clear(slot)
+        self._erase(slot)
         ranks_a, ranks_b = [0] * len(self.lora_b), [0] * len(self.lora_b)
         for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
             if down is None or up is None:
@@ -238,10 +223,19 @@ class LayerSlots:
 
     def clear(self, slot: int) -> None:
         """Set a slot's ranks to 0."""
+        if not self.is_empty(slot):
+            self._erase(slot)
+            zeros = [0] * len(self.lora_b)
+            self._set_ranks(slot, zeros, zeros, [1.0] * len(self.lora_b))
+
+    def _erase(self, slot: int) -> None:
+        """Write zeros where an adapter has written, so that vLLM's stacks show what is loaded."""
         if self.is_empty(slot):
             return
-        zeros, ones = [0] * len(self.lora_b), [1.0] * len(self.lora_b)
-        self._set_ranks(slot, zeros, zeros, ones)
+        if self.lora_a is not None:
+            self.lora_a[slot].zero_()
+        for lora_b in self.lora_b:
+            lora_b[slot].zero_()
 
     def _set_ranks(
         self, slot: int, ranks_a: Sequence[int], ranks_b: Sequence[int], scalings: Sequence[float]
