@@ -120,6 +120,23 @@ class Rows:
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
 
     @functools.cached_property
+    def segment_rows(self) -> tuple[slice | torch.Tensor, ...]:
+        """The rows of each segment in their original order.
+
+        They are a slice if the rows are adjacent, and otherwise an int64 tensor of rows.
+        """
+        if not self.segments:
+            return ()
+        order = self.order.long()
+        firsts = order[[segment.start for segment in self.segments]].tolist()
+        lasts = order[[segment.stop - 1 for segment in self.segments]].tolist()
+        found = list[slice | torch.Tensor]()
+        for (_, start, stop), first, last in zip(self.segments, firsts, lasts, strict=True):
+            adjacent = last - first == stop - start - 1
+            found.append(slice(first, last + 1) if adjacent else order[start:stop])
+        return tuple(found)
+
+    @functools.cached_property
     def used_slots(self) -> tuple[int, ...]:
         """A tuple of the slots that have rows, in ascending order."""
         return tuple(segment.slot for segment in self.segments)

@@ -173,7 +173,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     kind = batch_kind(m, rows.each)
     if pack.is_finite and dense_is_fastest(layout.unit, layout.units, dtype):
         return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
-    separate = _make_separate_plan(adapter, layout)
+    separate = _make_separate_plan(rows, adapter, layout)
     used = len(separate.adapters)
     gathers = separate.gather.numel() > 0
     if not pack.is_finite or not used or (not gathers and m >= _MANY_ROWS_EACH * used):
@@ -232,23 +232,22 @@ def _used_units(plan: SeparatePlan, layout: PackedLayout, coalesces: bool) -> tu
     return start, stop
 
 
-def _make_separate_plan(adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
+def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
     """Make a `SeparatePlan` with the rows to gather on the CPU."""
-    order = torch.argsort(adapter, stable=True)
-    counts = torch.bincount(adapter, minlength=len(layout.ranks) + 1).tolist()
-    found, gathered = list[SeparateAdapter](), list[torch.Tensor]()
-    start = place = 0
-    for first, rank, count in zip(layout.firsts, layout.ranks, counts, strict=False):
-        if rank and count:
-            own = order[start : start + count]
-            begin = int(own[0])
-            is_gathered = int(own[-1]) - begin + 1 != count
-            if is_gathered:
-                gathered.append(own)
-                begin, place = place, place + count
-            found.append(SeparateAdapter(first, rank, slice(begin, begin + count), is_gathered))
-        start += count
-    return SeparatePlan(tuple(found), torch.cat(gathered) if gathered else order[:0])
+    found, gathered, place = list[SeparateAdapter](), list[torch.Tensor](), 0
+    for own in rows.segment_rows:
+        index = int(adapter[own.start if isinstance(own, slice) else own[0]])
+        first, rank = layout.firsts[index], layout.ranks[index]
+        if not rank:
+            continue
+        if isinstance(own, slice):
+            found.append(SeparateAdapter(first, rank, own, False))
+        else:
+            gathered.append(own.cpu())
+            place += len(own)
+            found.append(SeparateAdapter(first, rank, slice(place - len(own), place), True))
+    gather = torch.cat(gathered) if gathered else adapter.new_empty(0)
+    return SeparatePlan(tuple(found), gather)
 
 
 def _make_per_sample_plan(
