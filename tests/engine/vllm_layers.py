@@ -36,7 +36,9 @@ class Case:
     Attributes:
         layer: The layer.
         sizes: N of each slice.
-        factors: For each slot and slice (lora_a ``[r, K]``, lora_b ``[N, r]``, scaling), or None.
+        factors: For each slot and slice (lora_a ``[r, k]``, lora_b ``[N, r]``, scaling), or None.
+        k: The number of inputs.
+        strength: The standard deviation of factors and weights.
     """
 
     layer: Any
@@ -44,6 +46,8 @@ class Case:
     factors: dict[int, list[tuple[torch.Tensor, torch.Tensor, float] | None]] = field(
         default_factory=dict
     )
+    k: int = K
+    strength: float = 1.0
 
 
 def config(**kwargs: Any) -> LoRAConfig:
@@ -102,14 +106,21 @@ LINEAR: dict[str, tuple[Callable[[torch.dtype], Any], tuple[int, ...]]] = {
 
 def linear_case(name: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Case:
     """A linear LoRA layer with an adapter in each slot but one."""
-    make, sizes = LINEAR[name.replace("Sharded", "").replace("WithShardedLoRA", "WithLoRA")]
-    base = make(dtype)
+    make, sizes = LINEAR[name.replace("Sharded", "")]
+    return loaded_case(name, make(dtype), sizes, **lora)
+
+
+def loaded_case(
+    name: str, base: Any, sizes: tuple[int, ...], strength: float = 1.0, **lora: Any
+) -> Case:
+    """A linear LoRA layer over a base layer, with an adapter in each slot but one."""
     for parameter in base.parameters():
-        parameter.data.normal_()
+        parameter.data.normal_(std=strength)
+    dtype, k = base.params_dtype, base.weight.shape[1]
     base.quant_method.process_weights_after_loading(base)
     layer = getattr(lora_layers, name)(base)
     layer.create_lora_weights(SLOTS, config(lora_dtype=dtype, **lora))
-    case = Case(layer, sizes)
+    case = Case(layer, sizes, k=k, strength=strength)
     for slot, rank in enumerate((8, 3, 0, 16, 1)):
         if rank:
             missing = 1 if slot == 1 and len(sizes) > 1 else None
@@ -128,7 +139,8 @@ def set_adapter(case: Case, slot: int, rank: int, missing: int | None = None) ->
     dtype = case.layer.lora_b_stacked[0].dtype
     own: list[tuple[torch.Tensor, torch.Tensor, float] | None] = []
     for index, size in enumerate(case.sizes):
-        lora_a, lora_b = torch.randn(rank, K, dtype=dtype), torch.randn(size, rank, dtype=dtype)
+        lora_a = case.strength * torch.randn(rank, case.k, dtype=dtype)
+        lora_b = case.strength * torch.randn(size, rank, dtype=dtype)
         own.append(None if index == missing else (lora_a, lora_b, 0.3 + slot + 0.1 * index))
     case.factors[slot] = own
     down = [None if each is None else each[0].clone() for each in own]

@@ -52,6 +52,16 @@ class BatchRows:
         self.used_slots = np.unique(slots[slots >= 0]).tolist()
         self._sorted.clear()
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing has to be computed, because no row has an adapter.
+
+        Traced code and captured graphs serve every batch, so it is False for them and on a GPU.
+        """
+        return not (
+            self.used_slots or torch.compiler.is_compiling() or self.slots.device.type != "cpu"
+        )
+
     def first(self, m: int) -> SortedRows:
         """Return the first m rows in sorted order. The result is cached for the batch."""
         found = self._sorted.get(m)

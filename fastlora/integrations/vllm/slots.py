@@ -83,10 +83,10 @@ class SlotProducts:
             x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
             batch: The slots of the rows.
         """
+        if batch.is_unused:
+            return
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             self._add_from_tables(y, x.to(y.dtype), batch)
-            return
-        if not batch.used_slots or not x.shape[0]:
             return
         factors = self._packed_slots(y.dtype).factors
         if factors is None:

@@ -164,6 +164,8 @@ def _add_linear(
     y: torch.Tensor, x: torch.Tensor, slots: LayerSlots, scale: float, batch: BatchRows
 ) -> None:
     """Add the updates of all slices to adjacent columns of y, from the first column on."""
+    if batch.is_unused:
+        return
     _check_scale(scale)
     y, x, start = _as_matrix(y), _as_matrix(x), 0
     for products in slots.linear:
