@@ -58,9 +58,9 @@ class BatchRows:
 
         Traced code and captured graphs serve every batch, so it is False for them and on a GPU.
         """
-        return not (
-            self.used_slots or torch.compiler.is_compiling() or self.slots.device.type != "cpu"
-        )
+        if torch.compiler.is_compiling() or self.slots.device.type != "cpu":
+            return False
+        return not self.used_slots
 
     def first(self, m: int) -> SortedRows:
         """Return the first m rows in sorted order. The result is cached for the batch."""
