@@ -19,7 +19,7 @@ import httpx
 import pytest
 import torch
 
-from tests.engine.adapters import LINEARS, answer_logits, first_near_tie, make_adapters
+from tests.engine.adapters import answer_logits, first_near_tie, make_adapters
 from tests.engine.run_engine import MARK
 
 pytestmark = pytest.mark.processes
@@ -271,8 +271,8 @@ def test_clients_while_adapters_change(small: Model, server: Server) -> None:
             seen.append((name, ids, response.json()["choices"][0]["token_ids"], own))
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(32)]
-    for each in clients:
-        each.start()
+    for thread in clients:
+        thread.start()
     for change in range(8):
         time.sleep(1.0)
         folder = ("other-r8", "r8")[change % 2]
@@ -284,8 +284,8 @@ def test_clients_while_adapters_change(small: Model, server: Server) -> None:
         assert server.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
         assert server.load("pattern", small.adapters / "pattern").status_code == 200
     done.set()
-    for each in clients:
-        each.join()
+    for thread in clients:
+        thread.join()
     assert not failed, failed[:3]
     assert len(seen) > 64 and {name for name, *_ in seen} == set(names)
     for name, ids, answer, possible in seen:
