@@ -428,7 +428,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if not len(x):
             return self.base_layer(x)
         rows = routing.sorted_rows(len(x), x.device, host=True)
-        spans = [Segment(-1, 0, int(rows.slot_start[0])), *rows.segments]
+        spans = [*rows.segments, Segment(-1, int(rows.slot_start[-1]), len(x))]
         with torch.no_grad():
             whole = self.base_layer(x)
         shapes = [(t.shape[0] / len(x), *t.shape[1:]) for t in _as_tuple(whole)]

@@ -138,9 +138,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         base, k = self.base_layer, top_k_index.shape[-1]
         call = self._sort(top_k_index, routing, conditions)
         order = call.rows.order.long()
-        # Rows without an expert come first. Their weights are zero.
-        first = call.rows.slot_start[0]
-        absent = torch.arange(len(order), device=order.device).unsqueeze(-1) < first
+        # Rows without an expert come last. Their weights are zero.
+        end = call.rows.slot_start[-1]
+        absent = torch.arange(len(order), device=order.device).unsqueeze(-1) >= end
         up, down = _products(base)
         y = self._product(up, hidden_states[order // k], call)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)

@@ -32,23 +32,25 @@ def arrange_and_shrink(
     with its rows gathered into blocks. The s of a slice is ``[M, rank rows]``,
     ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
-    slices, width = len(pack.lora_b), pack.layout.unit
     if isinstance(plan, DensePlan):
-        if plan.unit is None:
-            lora_a, width = pack.lora_a, pack.layout.rank_rows
-        else:
-            lora_a = pack.lora_a[plan.unit]
         # [M, K] x [K, slices * rank rows]
-        s = products.mm(x, lora_a)
+        s = products.mm(x, pack.lora_a if plan.unit is None else pack.lora_a[plan.unit])
     elif isinstance(plan, PerSamplePlan):
         # [B, T, K] x [B, K, slices * unit]
         s = products.bmm(x.view(-1, plan.tokens, x.shape[1]), _lora_a_of_units(pack, plan.units))
     else:
         x = x.index_select(0, plan.gather)
+        own_a = pack.lora_a[plan.start : plan.start + plan.blocks * plan.coalesced]
+        if plan.coalesced > 1:
+            rank_rows = own_a.transpose(1, 2).view(plan.blocks, -1, x.shape[1])
+            own_a = rank_rows.transpose(1, 2)
         # [blocks, C, K] x [blocks, K, coalesced * slices * unit]
-        s = products.bmm(x.view(plan.blocks, plan.longest, -1), _block_a(pack, plan))
+        s = products.bmm(x.view(plan.blocks, plan.longest, -1), own_a)
+    slices = len(pack.lora_b)
     if slices == 1:
         return x, [s if plan.other is None else s.masked_fill_(plan.other, 0.0)]
+    is_packed_densely = pack.lora_a.dim() == 2
+    width = pack.layout.rank_rows if is_packed_densely else pack.layout.unit
     # [..., coalesced, slices, rank rows of a unit]
     by_slice = s.view(*s.shape[:-1], -1, slices, width)
     if plan.other is not None:
@@ -166,14 +168,6 @@ def _lora_a_of_units(pack: PackedLayerFactors, units: torch.Tensor) -> torch.Ten
     if pack.lora_a.is_contiguous():
         return pack.lora_a.index_select(0, units)
     return pack.lora_a.transpose(1, 2).index_select(0, units).transpose(1, 2)
-
-
-def _block_a(pack: PackedLayerFactors, plan: BlockedPlan) -> torch.Tensor:
-    """Return the rank rows of lora_a of each block, ``[blocks, K, rank rows of all slices]``."""
-    lora_a = pack.lora_a[plan.start : plan.start + plan.blocks * plan.coalesced]
-    if plan.coalesced == 1:
-        return lora_a
-    return lora_a.transpose(1, 2).view(plan.blocks, -1, lora_a.shape[1]).transpose(1, 2)
 
 
 def _block_b(lora_b: torch.Tensor, plan: BlockedPlan) -> torch.Tensor:

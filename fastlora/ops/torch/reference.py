@@ -51,25 +51,24 @@ def lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
     """Add ``(scaling * s) @ lora_b.T`` to ``y [M, N]`` in place and return y."""
-    return products.addmm_(y, *_expand_factors(s, lora_b, scaling, y.dtype))
+    if y.dtype == torch.float16:
+        # scaling * s can overflow in fp16 even if the product does not.
+        scaled_b = (lora_b.float() * scaling).to(y.dtype)
+        return products.addmm_(y, s.to(y.dtype), scaled_b.t())
+    # A scaling without dimensions does not change the dtype of s. A scaling of shape [R] is fp32.
+    return products.addmm_(y, cast(s * scaling, y.dtype), cast(lora_b, y.dtype).t())
 
 
 def lora_expand(
     s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the update ``(scaling * s) @ lora_b.T`` in ``dtype``, shape ``[M, N]``."""
-    return products.mm(*_expand_factors(s, lora_b, scaling, dtype))
+    """Return the update ``(scaling * s) @ lora_b.T`` in ``dtype``, shape ``[M, N]``.
 
-
-def _expand_factors(
-    s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scaled operands of an expand, ``[M, R]`` and ``[R, N]``."""
+    The operands are rounded as in `lora_expand_`.
+    """
     if dtype == torch.float16:
-        # scaling * s can overflow in fp16 even if the product does not.
-        return s.to(dtype), (lora_b.float() * scaling).to(dtype).t()
-    # A scaling without dimensions does not change the dtype of s. A scaling of shape [R] is fp32.
-    return cast(s * scaling, dtype), cast(lora_b, dtype).t()
+        return products.mm(s.to(dtype), (lora_b.float() * scaling).to(dtype).t())
+    return products.mm(cast(s * scaling, dtype), cast(lora_b, dtype).t())
 
 
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

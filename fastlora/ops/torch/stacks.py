@@ -194,7 +194,7 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
 
-    Rows of x that belong to no matrix, which come first, have results of zero.
+    Rows of x that belong to no matrix, which come last, have results of zero.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -209,7 +209,8 @@ def grouped_linear(
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Return the result of `grouped_linear`, which autograd does not record.
 
-    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and P.
+    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and the number
+    of rows that belong to a matrix.
     """
     if _supports_grouped_mm(x, stack, starts):
         made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
@@ -231,7 +232,8 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor, starts: torch.Ten
     sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
     widths = x.itemsize, x.itemsize, 1, 1
     aligned = all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
-    return aligned and not bool(starts[0])  # It skips no rows at the beginning.
+    # It does not write results of rows at the end that belong to no matrix.
+    return aligned and int(starts[-1]) == x.shape[0]
 
 
 def _supports_dtype(x: torch.Tensor) -> bool:
