@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from vllm.model_executor.layers.linear import RowParallelLinear
 
+from fastlora.integrations.vllm.batch import BatchRows
 from tests.engine import vllm_layers
 from tests.engine.vllm_layers import MIX, Case, K
 
@@ -58,11 +59,17 @@ def _case(name: str, sizes: tuple[int, ...] = (), k: int = K) -> Case:
     return vllm_layers.loaded_case(name, base, sizes, strength=0.2)
 
 
-def test_one_graph_serves_two_mixes_and_a_reloaded_adapter(fresh_compiler: Any) -> None:
+@pytest.mark.parametrize("sorted_ahead", [False, True])
+def test_one_graph_serves_two_mixes_and_a_reloaded_adapter(
+    fresh_compiler: Any, sorted_ahead: bool
+) -> None:
+    """The graph sorts the rows, or reads buffers for the largest batch, as captured graphs do."""
     block, wrapper = LlamaBlock(), vllm_layers.wrapper()
+    if sorted_ahead:
+        wrapper._tokens = BatchRows(wrapper._token_lora_indices, vllm_layers.SLOTS, True)
     for layer in block.layers.values():
         layer.set_mapping(wrapper)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("aot_eager" if sorted_ahead else "inductor")
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     x, results = torch.randn(len(MIX), K), []
 

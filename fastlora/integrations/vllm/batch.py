@@ -14,6 +14,10 @@ import torch
 
 from fastlora.ops.rows import NO_SLOT, Rows, sort_rows
 from fastlora.ops.torch.packed_plans import PlanCache
+from fastlora.ops.triton.rows_argument import rows_for_address_tables
+
+# The row tiles of the kernels that work on pieces.
+_PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRows(NamedTuple):
@@ -35,22 +39,34 @@ class BatchRows:
         slots: int64 ``[max rows]``, the slot of each row, or -1 for a row without an adapter. Its
             address never changes.
         count: Number of slots.
+        for_captured_graphs: Whether each batch is sorted as a whole into tensors at fixed
+            addresses, which graphs of every size read.
 
     Attributes:
         slots: As above.
         used_slots: The slots that have rows in the current batch, as a list on the host.
     """
 
-    def __init__(self, slots: torch.Tensor, count: int) -> None:
+    def __init__(self, slots: torch.Tensor, count: int, for_captured_graphs: bool) -> None:
         self.slots = slots
         self.count = count
         self.used_slots: list[int] = []
         self._sorted: dict[int, SortedRows] = {}
+        self._whole: Rows | None = self._sort_all() if for_captured_graphs else None
 
     def start(self, slots: np.ndarray) -> None:
         """Start a new batch with the given slots, which the caller has copied to the device."""
         self.used_slots = np.unique(slots[slots >= 0]).tolist()
         self._sorted.clear()
+        if self._whole is not None:
+            pairs = zip(_tensors(self._whole), _tensors(self._sort_all()), strict=True)
+            for kept, new in pairs:
+                kept.copy_(new)
+
+    def _sort_all(self) -> Rows:
+        """Sort all rows of the buffer. Rows after those of the batch have no adapter."""
+        with torch.inference_mode(False):
+            return sort_rows(self.slots, self.slots.shape[0], self.count)
 
     @property
     def is_unused(self) -> bool:
@@ -72,12 +88,23 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the first m rows as the ``rows`` argument of an operator, in traced code.
+        """Return the first m rows as the ``rows`` argument of an operator, for traced code.
 
-        The sort is part of the graph. Compilers merge the sorts of all layers.
+        If the rows are not sorted ahead, the sort is part of the graph. Compilers merge the sorts
+        of all layers.
         """
-        rows = sort_rows(self.slots[:m], m, self.count, cache_pieces=False)
-        return rows.operator_arguments()
+        if self._whole is None:
+            rows = sort_rows(self.slots[:m], m, self.count, cache_pieces=False)
+        else:
+            rows = self._whole.first_rows(m)
+        if self.slots.device.type == "cpu":
+            return rows.operator_arguments()
+        return rows_for_address_tables(rows)
+
+
+def _tensors(rows: Rows) -> list[torch.Tensor]:
+    """Return the tensors that operators read, with the pieces for each size of a tile."""
+    return [*rows.operator_arguments(), *(rows.piece_starts(size) for size in _PIECE_ROWS)]
 
 
 def slots_of_adapters(

@@ -36,12 +36,12 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         count, shape = kwargs["lora_config"].max_loras, (2, max_num_batched_tokens)
         with torch.inference_mode(False):
             self._slots = torch.full(shape, NO_SLOT, dtype=torch.int64, device=device)
-            pinned = self._slots.device.type == "cuda"
-            self._host_slots = torch.full(shape, NO_SLOT, dtype=torch.int64, pin_memory=pinned)
+            on_gpu = self._slots.device.type == "cuda"
+            self._host_slots = torch.full(shape, NO_SLOT, dtype=torch.int64, pin_memory=on_gpu)
         # vLLM's properties read these tensors.
         self._token_lora_indices, self._sampler_indices = self._slots.unbind(0)
-        self._tokens = BatchRows(self._token_lora_indices, count)
-        self._sampled = BatchRows(self._sampler_indices, count)
+        self._tokens = BatchRows(self._token_lora_indices, count, on_gpu)
+        self._sampled = BatchRows(self._sampler_indices, count, on_gpu)
 
     def update_metadata(
         self,
