@@ -23,10 +23,14 @@ Reached = dict[tuple[str, str], tuple[Any, tuple[Any, ...], dict[str, Any], bool
 
 
 def import_everything() -> None:
-    """Imports every module of the package, but not the folders of the checkout beside it."""
+    """Imports every module of the package, but not the folders of the checkout beside it.
+
+    One module derives a class from vLLM, which has an environment of its own.
+    """
     folder = str(Path(fastlora.__file__).parent)
+    left_out = {"fastlora.__main__", "fastlora.integrations.vllm.wrapper"}
     for found in pkgutil.walk_packages([folder], "fastlora."):
-        if not found.name.endswith("__main__"):
+        if found.name not in left_out:
             importlib.import_module(found.name)
 
 

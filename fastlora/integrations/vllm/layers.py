@@ -73,7 +73,10 @@ def _reset_lora(self: Any, index: int) -> None:
 
 
 def _reset_embedding(self: Any, index: int) -> None:
-    _clear_embedding(self, index)
+    slots = _slots(self)
+    if not slots.is_empty(index):
+        self.lora_a_stacked[index] = 0
+    slots.clear(index)
 
 
 def _set_one_slice(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
@@ -84,17 +87,10 @@ def _set_one_slice(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Te
 
 
 def _set_embedding(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
-    _clear_embedding(self, index)
+    _reset_embedding(self, index)
     own = self.lora_a_stacked[index, : lora_a.shape[1], : lora_a.shape[0]]
     own.copy_(lora_a.t(), non_blocking=True)
     _slots(self).write(index, [lora_a], [lora_b], [_scaling(lora_b)])
-
-
-def _clear_embedding(layer: Any, index: int) -> None:
-    slots = _slots(layer)
-    if not slots.is_empty(index):
-        layer.lora_a_stacked[index] = 0
-    slots.clear(index)
 
 
 def _set_slices(
@@ -211,7 +207,7 @@ def _expected_shapes(manager: Any) -> dict[str, tuple[int, ...]]:
         elif hasattr(layer, "n_slices") and hasattr(base, "input_size"):
             members = manager.packed_modules.get(name)
             if members is None:
-                found[name] = base.input_size, _output_size(base)
+                found[name] = base.input_size, sum(_output_sizes(base))
                 continue
             sizes = _output_sizes(base)
             if len(sizes) == len(members):
@@ -225,10 +221,5 @@ def _output_sizes(base: Any) -> list[int]:
     if hasattr(base, "total_num_kv_heads"):
         # Processes may have copies of key and value heads, which output_sizes counts.
         heads, kv_heads = base.total_num_heads, base.total_num_kv_heads
-        sizes = (heads * base.head_size, kv_heads * base.head_size, kv_heads * base.v_head_size)
-        return list(sizes)
+        return [heads * base.head_size, kv_heads * base.head_size, kv_heads * base.v_head_size]
     return list(getattr(base, "output_sizes", [base.output_size]))
-
-
-def _output_size(base: Any) -> int:
-    return sum(_output_sizes(base))

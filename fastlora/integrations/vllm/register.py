@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -21,26 +21,24 @@ WRAPPER = "fastlora.integrations.vllm.wrapper.FastLoraPunicaWrapper"
 PARTS = "linear layers, logits, embeddings, and classification heads"
 
 _LAYERS = "vllm.lora.layers"
+_COLUMN = f"{_LAYERS}.column_parallel_linear"
+_PUNICA = "vllm.lora.punica_wrapper"
+_CREATE, _RESET, _SET = "create_lora_weights", "reset_lora", "set_lora"
 _LAYER_METHODS = {
-    "create_lora_weights": ("self", "max_loras", "lora_config", "model_config"),
-    "reset_lora": ("self", "index"),
-    "set_lora": ("self", "index", "lora_a", "lora_b"),
+    _CREATE: "self max_loras lora_config model_config",
+    _RESET: "self index",
+    _SET: "self index lora_a lora_b",
 }
 # The classes that define these methods themselves. Others inherit them. The classes of MoE layers
 # are left alone.
 _LAYER_CLASSES = {
-    f"{_LAYERS}.base_linear:BaseLinearLayerWithLoRA": tuple(_LAYER_METHODS),
-    f"{_LAYERS}.classifier:ClassificationHeadWithLoRA": ("create_lora_weights",),
-    f"{_LAYERS}.column_parallel_linear:MergedColumnParallelLinearWithLoRA": (
-        "create_lora_weights",
-        "set_lora",
-    ),
-    f"{_LAYERS}.column_parallel_linear:MergedQKVParallelLinearWithLoRA": ("create_lora_weights",),
-    f"{_LAYERS}.column_parallel_linear:MergedColumnParallelLinearVariableSliceWithLoRA": (
-        "set_lora",
-    ),
-    f"{_LAYERS}.logits_processor:LogitsProcessorWithLoRA": tuple(_LAYER_METHODS),
-    f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA": tuple(_LAYER_METHODS),
+    f"{_LAYERS}.base_linear:BaseLinearLayerWithLoRA": (_CREATE, _RESET, _SET),
+    f"{_LAYERS}.classifier:ClassificationHeadWithLoRA": (_CREATE,),
+    f"{_LAYERS}.logits_processor:LogitsProcessorWithLoRA": (_CREATE, _RESET, _SET),
+    f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA": (_CREATE, _RESET, _SET),
+    f"{_COLUMN}:MergedColumnParallelLinearWithLoRA": (_CREATE, _SET),
+    f"{_COLUMN}:MergedQKVParallelLinearWithLoRA": (_CREATE,),
+    f"{_COLUMN}:MergedColumnParallelLinearVariableSliceWithLoRA": (_SET,),
 }
 _MOE_CLASSES = ("FusedMoEWithLoRA", "FusedMoE3DWithLoRA")
 _WRAPPER_METHODS = {
@@ -48,20 +46,21 @@ _WRAPPER_METHODS = {
     "add_shrink": "self y x lora_a_stacked scale **kwargs",
     "add_expand": "self y x lora_b_stacked output_slices offset_start add_inputs **kwargs",
     "add_lora_embedding": "self y x lora_b_stacked add_inputs **kwargs",
-    "add_lora_linear": (
-        "self y x lora_a_stacked lora_b_stacked scale output_slices buffer **kwargs"
-    ),
+    "add_lora_linear": "self y x lora_a_stacked lora_b_stacked scale output_slices buffer **kwargs",
     "add_lora_logits": "self y x lora_a_stacked lora_b_stacked scale buffer **kwargs",
     "apply_lora_full_linear": "self y x weight_stacked bias_stacked module_enabled",
 }
-_ABSTRACT = "vllm.lora.punica_wrapper.punica_base:PunicaWrapperABC"
+_ABSTRACT = f"{_PUNICA}.punica_base:PunicaWrapperABC"
+_WEIGHTS = "vllm.lora.lora_weights:LoRALayerWeights"
+_MANAGER = "vllm.lora.worker_manager:WorkerLoRAManager"
+_INIT = "self max_num_batched_tokens max_batches device **kwargs"
 
 
 class ReliedOn(NamedTuple):
     """A function of vLLM that fastlora replaces, implements, or calls.
 
     Attributes:
-        owner: ``module:class`` or ``module:`` for a function of the module.
+        owner: ``module:class``.
         name: Its name.
         parameters: The names of its parameters, with asterisks before variadic ones.
     """
@@ -71,40 +70,24 @@ class ReliedOn(NamedTuple):
     parameters: tuple[str, ...]
 
 
-RELIED_ON = (
-    *(
-        ReliedOn(owner, name, _LAYER_METHODS[name])
-        for owner, names in _LAYER_CLASSES.items()
-        for name in names
-    ),
-    *(
-        ReliedOn(_ABSTRACT, name, tuple(parameters.split()))
-        for name, parameters in _WRAPPER_METHODS.items()
-    ),
-    *(
-        ReliedOn(owner, name, tuple(parameters.split()))
-        for owner, name, parameters in (
-            (
-                "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase",
-                "__init__",
-                "self max_num_batched_tokens max_batches device **kwargs",
-            ),
-            (
-                f"{_LAYERS}.column_parallel_linear:MergedColumnParallelLinearWithLoRA",
-                "expand_packed_lora",
-                "self lora_a lora_b",
-            ),
-            (f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_a", "self lora_a"),
-            (f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_b", "self lora_b"),
-            ("vllm.lora.lora_weights:LoRALayerWeights", "optimize", "self"),
-            ("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter", "self lora_request"),
-            (
-                "vllm.lora.punica_wrapper.utils:",
-                "convert_mapping",
-                "mapping lora_index_to_id max_loras vocab_size device",
-            ),
-        )
-    ),
+def _relied_on() -> Iterator[tuple[str, str, str]]:
+    for owner, names in _LAYER_CLASSES.items():
+        yield from ((owner, name, _LAYER_METHODS[name]) for name in names)
+    yield from ((_ABSTRACT, name, parameters) for name, parameters in _WRAPPER_METHODS.items())
+    yield f"{_PUNICA}.punica_base:PunicaWrapperBase", "__init__", _INIT
+    yield (
+        f"{_COLUMN}:MergedColumnParallelLinearWithLoRA",
+        "expand_packed_lora",
+        "self lora_a lora_b",
+    )
+    yield f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_a", "self lora_a"
+    yield f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_b", "self lora_b"
+    yield _WEIGHTS, "optimize", "self"
+    yield _MANAGER, "_load_adapter", "self lora_request"
+
+
+RELIED_ON = tuple(
+    ReliedOn(owner, name, tuple(parameters.split())) for owner, name, parameters in _relied_on()
 )
 
 
@@ -186,14 +169,11 @@ def _register() -> NotRegistered | None:
         log = _logger().warning if refusal.is_problem else _logger().info
         log("fastlora is not used for LoRA: %s", refusal.reason)
         return refusal
-    replacements = _replacements()
-    for owner, name, function in replacements:
+    for owner, name, function in _replacements():
         setattr(owner, name, function)
     type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
-    path = "PyTorch" if platform.is_cpu() else "Triton"
-    _logger().info(
-        "fastlora computes LoRA of %s with %s. MoE layers are left to vLLM.", PARTS, path
-    )
+    line = "fastlora computes LoRA of %s with %s. MoE layers are left to vLLM."
+    _logger().info(line, PARTS, "PyTorch" if platform.is_cpu() else "Triton")
     return None
 
 
@@ -202,18 +182,13 @@ def _refusal(platform: Any) -> NotRegistered | None:
     if not (platform.is_cpu() or platform.is_cuda()):
         return NotRegistered(f"platform {platform.device_type} is not supported", False)
     if not env.vllm_plugin_enabled(platform.device_type):
-        reason = "it has not been measured on a GPU; FASTLORA_VLLM=1 enables it"
-        return NotRegistered(reason, False)
+        return NotRegistered("not measured on a GPU yet; FASTLORA_VLLM=1 enables it", False)
     version = public_version(importlib.import_module("vllm").__version__)
-    if version not in KNOWN_VERSIONS:
-        reason = f"vLLM {version} is unknown; known versions are {', '.join(KNOWN_VERSIONS)}"
-        return NotRegistered(reason, True)
-    found = differences()
-    if found:
-        known = ", ".join(KNOWN_VERSIONS)
-        reason = f"vLLM {version} is changed ({'; '.join(found)}); known versions are {known}"
-        return NotRegistered(reason, True)
-    return None
+    found = differences() if version in KNOWN_VERSIONS else ["this version is unknown"]
+    if not found:
+        return None
+    known = ", ".join(KNOWN_VERSIONS)
+    return NotRegistered(f"vLLM {version}: {'; '.join(found)}; known versions are {known}", True)
 
 
 def differences() -> list[str]:
@@ -221,23 +196,22 @@ def differences() -> list[str]:
     found = []
     for owner, name, parameters in RELIED_ON:
         holder = _holder(owner)
-        where = f"{owner.replace(':', '.').rstrip('.')}.{name}"
         function = None if holder is None else vars(holder).get(name)
         if function is None:
-            found.append(f"{where} is missing")
+            found.append(f"{owner}.{name} is missing")
             continue
         own = parameter_names(inspect.signature(function))
         if own != parameters:
-            found.append(f"{where} has parameters {', '.join(own)}")
+            found.append(f"{owner}.{name} has parameters {', '.join(own)}")
     abstract = _holder(_ABSTRACT)
     unknown = set(getattr(abstract, "__abstractmethods__", ())) - set(_WRAPPER_METHODS)
-    found += [f"{_ABSTRACT.replace(':', '.')}.{name} is new" for name in sorted(unknown)]
+    found += [f"{_ABSTRACT}.{name} is new" for name in sorted(unknown)]
     known = {(owner, name) for owner, names in _LAYER_CLASSES.items() for name in names}
     for cls in _lora_classes():
         for name in _LAYER_METHODS:
             owner = f"{cls.__module__}:{cls.__qualname__}"
             if name in vars(cls) and (owner, name) not in known:
-                found.append(f"{owner.replace(':', '.')}.{name} is new")
+                found.append(f"{owner}.{name} is new")
     return found
 
 
@@ -248,13 +222,12 @@ def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
 
 
 def _holder(owner: str) -> Any:
-    """Return the class or module ``module:class``, or None if it is missing."""
+    """Return the class ``module:class``, or None if it is missing."""
     module, _, name = owner.partition(":")
     try:
-        imported = importlib.import_module(module)
+        return getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError:
         return None
-    return getattr(imported, name, None) if name else imported
 
 
 def _lora_classes() -> list[type]:
@@ -284,11 +257,10 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         for name in names:
             new = layers.replacement(owner.partition(":")[2], name, vars(cls)[name])
             found.append((cls, name, functools.update_wrapper(new, vars(cls)[name])))
-    weights = _holder("vllm.lora.lora_weights:LoRALayerWeights")
     if not importlib.import_module("vllm.utils.torch_utils").PIN_MEMORY:
         # A pinned copy of lora_b would lose its scaling.
-        found.append((weights, "optimize", layers.keep_scaling_apart))
-    manager = _holder("vllm.lora.worker_manager:WorkerLoRAManager")
+        found.append((_holder(_WEIGHTS), "optimize", layers.keep_scaling_apart))
+    manager = _holder(_MANAGER)
     load = vars(manager)["_load_adapter"]
     found.append(
         (manager, "_load_adapter", functools.update_wrapper(layers.checked_load(load), load))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
@@ -36,12 +37,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         count, shape = kwargs["lora_config"].max_loras, (2, max_num_batched_tokens)
         with torch.inference_mode(False):
             self._slots = torch.full(shape, NO_SLOT, dtype=torch.int64, device=device)
-            on_gpu = self._slots.device.type == "cuda"
-            self._host_slots = torch.full(shape, NO_SLOT, dtype=torch.int64, pin_memory=on_gpu)
         # vLLM's properties read these tensors.
         self._token_lora_indices, self._sampler_indices = self._slots.unbind(0)
-        self._tokens = BatchRows(self._token_lora_indices, count, on_gpu)
-        self._sampled = BatchRows(self._sampler_indices, count, on_gpu)
+        self._on_gpu = self._slots.device.type != "cpu"
+        self._tokens = BatchRows(self._token_lora_indices, count, self._on_gpu)
+        self._sampled = BatchRows(self._sampler_indices, count, self._on_gpu)
 
     def update_metadata(
         self,
@@ -55,11 +55,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         self.is_prefill = mapping.is_prefill
         tokens = slots_of_adapters(mapping.index_mapping, lora_index_to_id)
         sampled = slots_of_adapters(mapping.prompt_mapping, lora_index_to_id)
-        host = self._host_slots.numpy()
-        host.fill(NO_SLOT)
+        host = np.full(self._slots.shape, NO_SLOT)
         host[_TOKENS, : len(tokens)] = tokens
         host[_SAMPLED, : len(sampled)] = sampled
-        self._slots.copy_(self._host_slots, non_blocking=True)
+        staged = torch.from_numpy(host)
+        self._slots.copy_(staged.pin_memory() if self._on_gpu else staged, non_blocking=True)
         # An embedding looks up rows without an adapter in slot 0. The result is not used.
         torch.mul(self._token_lora_indices.clamp(min=0), vocab_size, out=self._embeddings_indices)
         self.indices_len[:] = [len(tokens), len(sampled), len(sampled), len(tokens)]
