@@ -7,7 +7,49 @@ from tests.faults.fault import Fault
 _CLI = "tests/commands/test_cli.py"
 _PATCH = "tests/integrations/test_patch.py"
 
+_VLLM_SLOTS = "tests/integrations/test_vllm_slots.py"
+_VLLM_REGISTER = "tests/integrations/test_vllm_register.py"
+
 FAULTS = (
+    Fault(
+        sentence="An adapter in a slot of vLLM answers with packed factors of the adapter before.",
+        kind="a pack not rewritten",
+        source="issue 32",
+        path="fastlora/integrations/vllm/slots.py",
+        before="""\
+        for pack in self._packs.values():
+            pack.set_slot(slot, own)
+""",
+        after="",
+        tests=(f"{_VLLM_SLOTS}::test_a_slot_and_a_batch_change",),
+    ),
+    Fault(
+        sentence="Factors that other code writes through vLLM's stacks are not packed again.",
+        kind="a version not compared",
+        source="issue 32",
+        path="fastlora/integrations/vllm/slots.py",
+        before="        elif self._versions != self._current_versions():\n",
+        after="        elif False:\n",
+        tests=(f"{_VLLM_SLOTS}::test_factors_that_other_code_writes_through_a_view",),
+    ),
+    Fault(
+        sentence="A batch of vLLM is sorted by the slots of the batch before.",
+        kind="sorted rows kept too long",
+        source="issue 32",
+        path="fastlora/integrations/vllm/batch.py",
+        before="        self._sorted.clear()\n",
+        after="",
+        tests=(f"{_VLLM_SLOTS}::test_a_slot_and_a_batch_change",),
+    ),
+    Fault(
+        sentence="vLLM is taken over although a class that fastlora does not know sets adapters.",
+        kind="a definition not compared",
+        source="issue 32",
+        path="fastlora/integrations/vllm/register.py",
+        before="            if name in vars(cls) and (owner, name) not in known:\n",
+        after="            if False:\n",
+        tests=(f"{_VLLM_REGISTER}::test_a_new_class_with_a_method_of_its_own_leaves_vllm_alone",),
+    ),
     Fault(
         sentence="The doctor shows a server's key.",
         kind="a secret shown",

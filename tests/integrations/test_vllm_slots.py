@@ -1,0 +1,109 @@
+"""The slots of vLLM's layers without vLLM: a slot that changes, and rows of another batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from fastlora.integrations.vllm.batch import BatchRows
+from fastlora.integrations.vllm.slots import LayerSlots
+from fastlora.testing import assert_within_budget
+
+SLOTS, RANK, K, WIDTHS = 4, 16, 24, (12, 8)
+Adapter = list[tuple[torch.Tensor, torch.Tensor, float]]
+ROWS = (3, -1, 0, 0, 1, -1, 3, 1, 0)
+
+
+def _load(slots: LayerSlots, slot: int, rank: int) -> Adapter:
+    own = [(torch.randn(rank, K), torch.randn(n, rank), 0.5 + i) for i, n in enumerate(WIDTHS)]
+    downs, ups, scalings = zip(*own, strict=True)
+    slots.write(slot, downs, ups, scalings)
+    return own
+
+
+def _batch(rows: Sequence[int], captured: bool = False) -> BatchRows:
+    buffer = torch.full((32,), -1, dtype=torch.int64)
+    batch = BatchRows(buffer, SLOTS, captured)
+    _start(batch, rows)
+    return batch
+
+
+def _start(batch: BatchRows, rows: Sequence[int]) -> None:
+    batch.slots.fill_(-1)
+    batch.slots[: len(rows)] = torch.tensor(rows)
+    batch.start(np.array(rows))
+
+
+def _check(
+    slots: LayerSlots, adapters: dict[int, Adapter], batch: BatchRows, rows: Sequence[int]
+) -> None:
+    x, y = torch.randn(len(rows), K), torch.randn(len(rows), sum(WIDTHS))
+    truth, same = y.double(), y.clone()
+    for row, slot in enumerate(rows):
+        start = 0
+        for lora_a, lora_b, scaling in adapters.get(slot, []):
+            part = slice(start, start + lora_b.shape[0])
+            s = x[row].double() @ lora_a.double().T
+            truth[row, part] += scaling * (s @ lora_b.double().T)
+            same[row, part] += scaling * (x[row] @ lora_a.T @ lora_b.T)
+            start = part.stop
+    own, tables = y.clone(), y.clone()
+    (products,) = slots.linear
+    with torch.no_grad():
+        products.add_(own, x, batch)
+        products._add_from_tables(tables, x, batch)
+    for result in (own, tables):
+        assert_within_budget(result, same, truth)
+        for row, slot in enumerate(rows):
+            if slot not in adapters:
+                assert torch.equal(result[row], y[row])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_slot_and_a_batch_change(captured: bool) -> None:
+    """By the packed factors and by the tables, with the largest rank kept and changed."""
+    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    adapters = {slot: _load(slots, slot, rank) for slot, rank in ((0, 8), (1, 3), (3, 8))}
+    batch = _batch(ROWS, captured)
+    _check(slots, adapters, batch, ROWS)
+    adapters[0] = _load(slots, 0, 5)
+    _check(slots, adapters, batch, ROWS)
+    adapters[1] = _load(slots, 1, 16)
+    _check(slots, adapters, batch, ROWS)
+    slots.clear(3)
+    del adapters[3]
+    _check(slots, adapters, batch, ROWS)
+    for rows in (ROWS[::-1], (1,), (-1, -1), (0,) * 20):
+        _start(batch, rows)
+        _check(slots, adapters, batch, rows)
+
+
+def test_only_the_slot_that_changes_is_packed() -> None:
+    """Unless the largest rank changes."""
+    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    adapters = {slot: _load(slots, slot, rank) for slot, rank in ((0, 8), (1, 3), (3, 8))}
+    batch, (products,) = _batch(ROWS), slots.linear
+    _check(slots, adapters, batch, ROWS)
+    assert products.num_packs == 1
+    adapters[1] = _load(slots, 1, 7)
+    _check(slots, adapters, batch, ROWS)
+    assert products.num_packs == 1
+    adapters[1] = _load(slots, 1, 9)
+    _check(slots, adapters, batch, ROWS)
+    assert products.num_packs == 2
+
+
+def test_factors_that_other_code_writes_through_a_view() -> None:
+    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    adapters = {0: _load(slots, 0, 8)}
+    batch = _batch(ROWS)
+    _check(slots, adapters, batch, ROWS)
+    (stack_a, _), (_, stack_b) = slots.stacked()
+    stack_a[0, 0, 2] += 1.0
+    adapters[0][0][0][2] += 1.0
+    stack_b[0, 0, 3] -= 1.0
+    adapters[0][1][1][3] -= 1.0
+    _check(slots, adapters, batch, ROWS)
