@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -397,36 +398,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--out", type=Path, help="folder of the CSV")
     args = parser.parse_args(argv)
-    model, failed, rows = smollm2.model_dir(), list[str](), list[dict[str, Any]]()
-    with tempfile.TemporaryDirectory() as folder:
-        adapters = Path(folder)
+    model, failed = smollm2.model_dir(), list[str]()
+    with ExitStack() as stack:
+        adapters = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_adapters(adapters, model)
+        write = None if args.out is None else stack.enter_context(csv_rows(args.out / NAME))
         for name in args.groups:
             group, times = GROUPS[name], dict[tuple[int, str], list[float]]()
             for index, case, number, steps, packs in run_group(group, model, adapters, args.rounds):
-                settings = group.engines[index]
-                times.setdefault((index, case.name), []).append(statistics.median(steps))
-                rows.append(
-                    {
-                        "group": name,
-                        "backend": settings.backend,
-                        "slots": settings.slots,
-                        "max_rank": settings.max_rank,
-                        "case": case.name,
-                        "batch": case.batch,
-                        "round": number,
-                        "steps": len(steps),
-                        "median_ms": f"{statistics.median(steps):.2f}",
-                        "packs": packs,
-                    }
-                )
-                print(*list(rows[-1].values()), flush=True)
+                settings, median = group.engines[index], statistics.median(steps)
+                times.setdefault((index, case.name), []).append(median)
+                row = {"group": name, **settings._asdict(), "case": case.name, "batch": case.batch}
+                row |= {"round": number, "steps": len(steps), "median_ms": f"{median:.2f}"}
+                row["packs"] = packs
+                print(*row.values(), flush=True)
+                if write is not None:
+                    write(row)
             medians = {key: statistics.median(each) for key, each in times.items()}
             failed += check_limits(group, medians)
-    if args.out is not None:
-        with csv_rows(args.out / NAME) as write:
-            for row in rows:
-                write(row)
     for line in failed:
         print("exceeded:", line)
     return int(bool(failed))

@@ -2,6 +2,7 @@
 
 python bench/plot.py results.csv [picture.png]
 python bench/plot.py mixed_cpu.csv [picture.png]     decode over the base model against adapters
+python bench/plot.py engine_cpu.csv [picture.png]    time in vLLM with its own LoRA and fastlora's
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 SHOWN = ("peft", "peft_fp32", "addmm", "fused", "split")
@@ -77,10 +79,39 @@ def mixed_picture(rows: Sequence[Mapping[str, str]], target: Path) -> bool:
     return True
 
 
+def engine_picture(rows: Sequence[Mapping[str, str]], target: Path) -> bool:
+    """Draw the ratios in a CSV of ``bench/engine.py``: vLLM's own LoRA over fastlora's."""
+    groups = [name for name in ("rank-64", "rank-8") if any(row["group"] == name for row in rows)]
+    if not groups:
+        return False
+    figure, axes = new_figure(1, len(groups), (5.2 * len(groups), 3.4))
+    for axis, group in zip(axes.flat, groups, strict=True):
+        times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            if row["group"] == group:
+                times[row["case"]][row["backend"]].append(float(row["median_ms"]))
+        cases = [case for case, found in times.items() if {"stock", "fastlora"} <= found.keys()]
+        ratios = [median(times[case]["stock"]) / median(times[case]["fastlora"]) for case in cases]
+        bars = axis.barh(cases, ratios)
+        axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(0.5, 2 * max(ratios))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.invert_yaxis()
+        axis.set_title(f"max_lora_rank {group.partition('-')[2]}", fontsize=9)
+        axis.set_xlabel("time with vLLM's LoRA / time with fastlora's")
+    figure.savefig(target, dpi=110)
+    return True
+
+
 def picture(source: Path, target: Path, shown: Sequence[str]) -> bool:
     """Draw the rows of some contenders; return whether any of them was timed."""
     with source.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["ratio_to_base"]]
+        rows = list(csv.DictReader(file))
+    if rows and "backend" in rows[0]:
+        return engine_picture(rows, target)
+    rows = [row for row in rows if row["ratio_to_base"]]
     if not rows:
         return False
     if "side" in rows[0]:
