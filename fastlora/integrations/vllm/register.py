@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fastlora import env
 
-# `make test-vllm-all` has passed with these versions.
+# The sources of these versions agree with `RELIED_ON` (tests/engine/compare_sources.py).
 KNOWN_VERSIONS = ("0.31.0", "0.32.0")
 WRAPPER = "fastlora.integrations.vllm.wrapper.FastLoraPunicaWrapper"
 PARTS = "linear layers, logits, embeddings, and classification heads"
