@@ -233,8 +233,8 @@ FAULTS = (
         kind="a pattern that is overwritten",
         source="5b0e840",
         path="fastlora/model/target_parameters.py",
-        before="            config.rank_pattern.setdefault(pattern, config.r * parts)\n",
-        after="            config.rank_pattern = {pattern: config.r * parts, **config.rank_pattern}\n",
+        before="config.rank_pattern.setdefault(pattern, config.r * parts)\n",
+        after="config.rank_pattern = {pattern: config.r * parts} | config.rank_pattern\n",
         tests=("tests/model/test_experts.py::test_the_adapted_set_contains_that_of_peft",),
     ),
     Fault(
