@@ -659,4 +659,13 @@ FAULTS = (
         "items()}\n        names: dict",
         ("tests/model/test_expert_models.py::test_adapters_on_different_parameters",),
     ),
+    Fault(
+        sentence="To PEFT, a module with adapted parameters is a layer without any adapter.",
+        kind="a layer in PEFT's classes",
+        source="target_parameters in PEFT's suite",
+        path="fastlora/integrations/peft_registration.py",
+        before="False if issubclass(subclass, FastLoraAdaptedParameters) else NotImplemented",
+        after="NotImplemented",
+        tests=("tests/model/test_expert_models.py::test_pefts_lora_layers_are_those_with_factors",),
+    ),
 )

@@ -230,6 +230,18 @@ def test_weighted_sums(kind: str) -> None:
     assert len(expected) == 6  # two layers, each with one linear and two stacks
 
 
+def test_pefts_lora_layers_are_those_with_factors() -> None:
+    """A loop over them finds the adapter of every parameter, as in PEFT."""
+    found = []
+    for library in (fastlora, peft):
+        model = adapted("qwen3_moe", library)
+        copy_random_factors([model])
+        layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        assert [layer.r for layer in layers] == [{"default": 3}] * 6
+        found.append([float(layer.get_delta_weight("default").detach().norm()) for layer in layers])
+    torch.testing.assert_close(*(torch.tensor(sorted(norms)) for norms in found))
+
+
 def test_reducing_the_rank() -> None:
     model = adapted("gpt_oss")
     copy_random_factors([model])
