@@ -11,7 +11,7 @@ Shapes: ``hidden_states [T, H]``, ``top_k_index`` and ``top_k_weights [T, k]``, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,20 +54,21 @@ class _SortedRows(NamedTuple):
         rows: The sorted rows, with ``expert * S + slot`` as slots.
         matrix: The expert of each sorted row, int64 ``[P]``; 0 for rows without an expert.
         routing: The routing of a mixed batch, or None if the same adapters apply to all rows.
-        token_rows: The tokens of a mixed batch, sorted by slot; None in a graph that is compiled.
+        adapters: The slots of the routing that keys distinguish. In a graph that is compiled, they
+            are all slots, and otherwise those with rows.
         conditions: The conditions of the call.
     """
 
     rows: Rows
     matrix: torch.Tensor
     routing: Routing | None
-    token_rows: Rows | None
+    adapters: Sequence[int]
     conditions: ExecutionMode
 
     @property
     def slots(self) -> int:
         """The number of slots S, which is 1 if the same adapters apply to all rows."""
-        return 1 if self.routing is None else len(self.routing.names) + 1
+        return 1 if self.routing is None else len(self.adapters) + 1
 
 
 def _products(module: nn.Module) -> tuple[str, str]:
@@ -167,14 +168,17 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         """
         base = self.base_layer
         count, tokens = base.num_experts, len(matrices)
-        keys, token_rows, slots = matrices.reshape(-1), None, 1
+        keys, slots = matrices.reshape(-1), 1
+        adapters: Sequence[int] = ()
         bad = (keys < 0) | (keys >= count)
         if routing is not None:
-            slots = len(routing.names) + 1  # The last slot is for rows without an adapter.
-            if not conditions.compiling:
+            if conditions.compiling:
+                adapters, ids = range(len(routing.names)), routing.ids.to(matrices.device)
+                slot = torch.where(ids < 0, len(adapters), ids)
+            else:
                 token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
-            ids = routing.ids.to(matrices.device)
-            slot = torch.where(ids < 0, slots - 1, ids)
+                adapters, slot = token_rows.used_slots, token_rows.segment_index
+            slots = len(adapters) + 1  # The last slot is for rows without an adapter.
             keys = keys * slots + slot.repeat_interleave(len(keys) // max(len(slot), 1))
         # Sentinels of expert parallelism have no key. Other values out of range are errors.
         no_key = -1 if getattr(base, "_is_expert_parallel", False) else count * slots
@@ -186,7 +190,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 f"top_k_index contains {first}, expected the index of one of the {count} experts"
             )
         matrix = keys[rows.order.long()].clamp(min=0) // slots
-        return _SortedRows(rows, matrix, routing, token_rows, conditions)
+        return _SortedRows(rows, matrix, routing, adapters, conditions)
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
         """Return the product of sorted rows with a stack, including the bias and the adapters."""
@@ -241,21 +245,22 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _mixed_operands(
         self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows, routing: Routing
     ) -> list[StackedOperands]:
-        names, count, compiling = routing.names, layer.num_matrices, call.conditions.compiling
-        used: Any = range(len(names)) if call.token_rows is None else call.token_rows.used_slots
+        count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
-        of_used = ((slot, routing.source.factors(layer, slot, own)) for slot in used)
-        found = {slot: factors for slot, factors in of_used if factors is not None}
-        if not found:
+        found = [routing.source.factors(layer, slot, own) for slot in call.adapters]
+        pairs = [
+            None if factors is None else self._rank_rows(layer, routing.names[slot], factors)
+            for slot, factors in zip(call.adapters, found, strict=True)
+        ]
+        known = [pair for pair in pairs if pair is not None]
+        if not known:
             return []
-        pairs = {
-            slot: self._rank_rows(layer, names[slot], factors) for slot, factors in found.items()
-        }
-        a, b = next(iter(pairs.values()))
+        a, b = known[0]
         empty = a.new_empty(count, 0, a.shape[2]), b.new_empty(count, 0, b.shape[2])
-        chosen = [pairs.get(slot, empty) for slot in range(len(names) + 1)]
-        p = [found[slot].dropout_p if slot in found else 0.0 for slot in range(len(chosen))]
-        scalings = [found[slot].scaling if slot in found else 0.0 for slot in range(len(chosen))]
+        # The last slot is for rows without an adapter.
+        chosen = [pair or empty for pair in (*pairs, None)]
+        p = [0.0 if factors is None else factors.dropout_p for factors in (*found, None)]
+        scalings = [0.0 if factors is None else factors.scaling for factors in (*found, None)]
         seeds = None
         if any(p):
             check_dropout_dtype(x.dtype)
@@ -264,6 +269,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index).to(device)
             else:
                 seeds = routing.layer_dropout_seeds(layer.routing_index, device)
+            if len(call.adapters) < len(routing.names):
+                seeds = seeds[list(call.adapters)]
             seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
