@@ -35,7 +35,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def moe_model(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "") -> Any:
+def moe_model(
+    kind: str, dtype: torch.dtype = torch.float32, implementation: str = "", **changes: Any
+) -> Any:
     """A random model of two layers with four experts; the same one at every call."""
     torch.manual_seed(0)
     common = {
@@ -43,7 +45,7 @@ def moe_model(kind: str, dtype: torch.dtype = torch.float32, implementation: str
         **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
         **{"num_experts_per_tok": 2, "max_position_embeddings": 32, "pad_token_id": 0},
     }
-    config = transformers.AutoConfig.for_model(kind, **{**common, **MODELS[kind]})
+    config = transformers.AutoConfig.for_model(kind, **{**common, **MODELS[kind], **changes})
     if implementation:
         config._experts_implementation = implementation
     model = transformers.AutoModelForCausalLM.from_config(config)
