@@ -137,11 +137,18 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     ) -> torch.Tensor:
         """Return the output ``[T, H]`` of the experts with the adapters of a batch."""
         base, k = self.base_layer, top_k_index.shape[-1]
-        call = self._sort(top_k_index, routing, conditions)
+        bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
+        if not base._is_expert_parallel:
+            if conditions.compiling or conditions.impl != "eager":
+                # The host does not wait for the indices.
+                top_k_weights = top_k_weights.masked_fill(bad, float("nan"))
+            elif bad.any():
+                raise ValueError(
+                    f"top_k_index contains {int(top_k_index[bad][0])}, expected the index of one "
+                    f"of the {base.num_experts} experts"
+                )
+        call = self._sort(top_k_index.masked_fill(bad, -1), routing, conditions)
         order = call.rows.order.long()
-        # Rows without an expert come first. Their weights are zero.
-        first = call.rows.slot_start[0]
-        absent = torch.arange(len(order), device=order.device).unsqueeze(-1) < first
         up, down = _products(base)
         y = self._product(up, hidden_states[order // k], call)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
@@ -149,6 +156,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         if base.has_post_expert_norm:
             y = base.post_expert_norm(y)
         if base._is_expert_parallel:
+            absent = bad.reshape(-1)[order].unsqueeze(-1)
             y = y.masked_fill(absent, 0.0)
         y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
@@ -162,15 +170,13 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         """Sort the rows of a call by key.
 
         Args:
-            matrices: The expert of each row, ``[T, k]``: k rows for each token.
+            matrices: The expert of each row, ``[T, k]``: k rows for each token; -1 for none.
             routing: The routing of a mixed batch, or None.
             conditions: The conditions of the call.
         """
-        base = self.base_layer
-        count, tokens = base.num_experts, len(matrices)
+        count, tokens = self.base_layer.num_experts, len(matrices)
         keys, slots = matrices.reshape(-1), 1
         adapters: Sequence[int] = ()
-        bad = (keys < 0) | (keys >= count)
         if routing is not None:
             if conditions.compiling:
                 adapters, ids = range(len(routing.names)), routing.ids.to(matrices.device)
@@ -179,16 +185,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
                 adapters, slot = token_rows.used_slots, token_rows.segment_index
             slots = len(adapters) + 1  # The last slot is for rows without an adapter.
-            keys = keys * slots + slot.repeat_interleave(len(keys) // max(len(slot), 1))
-        # Sentinels of expert parallelism have no key. Other values out of range are errors.
-        no_key = -1 if getattr(base, "_is_expert_parallel", False) else count * slots
-        keys = keys.masked_fill(bad, no_key)
+            slot = slot.repeat_interleave(len(keys) // max(len(slot), 1))
+            keys = torch.where(keys < 0, keys, keys * slots + slot)
         rows = sort_rows(keys, len(keys), count * slots, cache_pieces=not conditions.compiling)
-        if not conditions.compiling and bool(rows.invalid):
-            first = int(matrices.reshape(-1)[bad][0])
-            raise ValueError(
-                f"top_k_index contains {first}, expected the index of one of the {count} experts"
-            )
         matrix = keys[rows.order.long()].clamp(min=0) // slots
         return _SortedRows(rows, matrix, routing, adapters, conditions)
 
