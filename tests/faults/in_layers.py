@@ -637,8 +637,9 @@ FAULTS = (
         "wrong slot",
         "issue 31",
         "fastlora/layers/experts.py",
-        "slot = torch.where(ids < 0, slots - 1, ids)",
-        "slot = torch.where(ids < 0, slots - 2, ids)",
+        "adapters, slot = token_rows.used_slots, token_rows.segment_index",
+        "adapters = token_rows.used_slots\n"
+        "                slot = token_rows.segment_index.clamp(max=len(adapters) - 1)",
         (f"{_EXPERTS}::test_a_mixed_batch_is_each_adapter_alone",),
     ),
     Fault(

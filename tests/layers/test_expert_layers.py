@@ -287,6 +287,10 @@ def test_one_graph(dtype: torch.dtype) -> None:
         with torch._dynamo.config.patch(error_on_recompile=scale > 1):
             found = step(model, run=lambda _, *inputs: compiled(*inputs))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    x, index, weights = routed_tokens(24, dtype)
+    index[3, 1] = 4  # An index out of range makes the output of its token NaN.
+    y = compiled(x, index, weights)
+    assert y[3].isnan().all() and not y[[2, 4]].isnan().any()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

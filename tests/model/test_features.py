@@ -161,6 +161,7 @@ FEATURES: dict[str, Feature] = {
             ("rows", {"trainable_token_indices": [1, 5, 9]}, ()),
         )
     },
+    # Also in a pool, with the file of either library.
     **{
         f"{name} of {kind}": Feature(
             lambda kind=kind: moe_model(kind, implementation="eager"),
@@ -260,8 +261,25 @@ def test_as_peft(name: str, tmp_path: Path) -> None:
     assert_files_cross(models, lambda: feature.base().double(), run, expected, tmp_path, readers)
     if len(models) == 2:
         check_same_keys(*(load_adapter_folder(tmp_path / f"saved{i}").tensors for i in (0, 1)))
+    if "target_parameters" in feature.config:
+        for number in range(len(models)):
+            check_pool(feature, tmp_path / f"saved{number}", expected)
     with torch.no_grad():
         check_merging(feature, ours, expected)
+
+
+def check_pool(feature: Feature, folder: Path, expected: torch.Tensor) -> None:
+    """In a pool, its row of a batch is what it gives alone."""
+    base, fields = feature.base().double(), ("target_modules", "target_parameters")
+    plain = run(base)
+    with (
+        fastlora.AdapterPool(base, **{f: feature.config[f] for f in fields}) as pool,
+        torch.no_grad(),
+    ):
+        pool.load("a", folder)
+        found = run(base, adapter_names=["a", None])
+    assert_near(found[0], expected[0], "its row in a pool")
+    assert_near(found[1], plain[1], "a base row in a pool")
 
 
 def check_twin(feature: Feature, ours: Any, theirs: Any, expected: torch.Tensor) -> None:
