@@ -231,11 +231,11 @@ def test_one_graph(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_one_graph_for_every_mix(dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "dtype"), [(0.0, torch.bfloat16), (0.2, torch.float32)])
+def test_one_graph_for_every_mix(dropout: float, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    model = mixed_block("qwen3_moe", dropout)
-    inputs = batch_inputs()
+    model = mixed_block("qwen3_moe", dropout, dtype)
+    inputs = batch_inputs(dtype)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for rows in (ROWS, ["c", "a", None, "d", "b", "b", None, "c"]):
         expected = run_rows(model, rows, *inputs)
@@ -275,6 +275,38 @@ def test_activation_checkpoints(reentrant: bool) -> None:
     torch.testing.assert_close(step(model, run=checkpointed), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_of_mixed_batches(reentrant: bool) -> None:
+    """Every adapter has its own masks and gradients, also in a backward after the block."""
+    model, inputs = mixed_block("qwen3_moe", 0.3), batch_inputs()
+
+    def checkpointed(*given: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, *given, use_reentrant=reentrant)
+
+    expected = run_rows(model, ROWS, *inputs)
+    torch.testing.assert_close(run_rows(model, ROWS, *inputs, run=checkpointed), expected)
+
+
+def test_autocast_of_mixed_batches() -> None:
+    """As one adapter at a time, within the rounding of the outputs."""
+    model, inputs = mixed_block("gpt_oss", dtype=torch.float32), batch_inputs(torch.float32)
+
+    def under_autocast(*given: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            made: torch.Tensor = model(*given)
+        return made
+
+    y, dx, gradients = run_rows(model, ROWS, *inputs, run=under_autocast)
+    for name in (None, *RANKS):
+        samples = [number for number, row in enumerate(ROWS) if row == name]
+        own = tokens_of(samples)
+        given = [name] * len(samples), *(t[own] for t in inputs)
+        alone = run_rows(model, *given, run=under_autocast)  # type: ignore[arg-type]
+        torch.testing.assert_close((y[own], dx[own]), alone[:2])
+        if name is not None:
+            torch.testing.assert_close(gradients[name], alone[2][name], rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_computes_in_the_dtype_of_the_weights() -> None:
     model, theirs = (block("qwen3_moe", torch.float32, lib) for lib in (fastlora, peft))
     theirs.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"
@@ -306,6 +338,27 @@ def test_no_tokens_and_choices_out_of_range() -> None:
     index[1, 1] = -1
     with pytest.raises(ValueError, match="top_k_index contains -1"):
         model(x, index, weights)
+
+
+def test_mixed_batches_without_tokens_and_with_choices_out_of_range() -> None:
+    """The error names the value, and later batches are right."""
+    model, (x, index, weights) = mixed_block("gpt_oss"), batch_inputs()
+    expected = run_rows(model, ROWS, x, index, weights)[0]
+    y, dx, gradients = run_rows(model, ["a", None], x[:0], index[:0], weights[:0], each=0)
+    assert y.shape == dx.shape == (0, 16)
+    assert not any(g is not None and g.any() for own in gradients.values() for g in own.values())
+    for bad in (4, -1):
+        chosen = index.clone()
+        chosen[1, 1] = bad
+        with pytest.raises(ValueError, match=f"top_k_index contains {bad}, expected .* 4 experts"):
+            run_rows(model, ROWS, x, chosen, weights)
+    assert torch.equal(run_rows(model, ROWS, x, index, weights)[0], expected)
+
+
+def test_the_report_names_the_implementation_that_is_replaced() -> None:
+    report = str(fastlora.fusion_report(block("qwen3_moe", implementation="grouped_mm")))
+    words = "grouped products with LoRA replace experts_implementation='grouped_mm'"
+    assert words in " ".join(report.split())
 
 
 def test_sentinels_of_expert_parallelism_add_nothing() -> None:
@@ -424,6 +477,33 @@ class AllTokens(nn.Module):
         """Maps ``[..., H]`` to ``[..., H]``, by the sum of all experts."""
         y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]).repeat(4, 1))
         return y.view(4, *x.shape).sum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_all_tokens_are_within_the_budget(dtype: torch.dtype) -> None:
+    """Values and every gradient, with the factors in fp32."""
+    models = []
+    for library in (fastlora, peft):
+        base = AllTokens().to(dtype)
+        config = library.LoraConfig(r=4, target_modules=[], target_parameters=stacks_of(base))
+        torch.manual_seed(1)
+        models.append(library.get_peft_model(base, config))
+    copy_random_factors(models)
+
+    def run(model: Any) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        dtype = model.base_model.model.experts.get_base_layer().down_proj.dtype
+        x = torch.randn(24, 16, generator=generator).bfloat16().to(dtype).requires_grad_()
+        y = model(x)
+        (y * torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype)).sum().backward()
+        return {"y": y.detach(), "x": x.grad, **file_gradients(model)}  # type: ignore[dict-item]
+
+    truth = run(as_truth(models[1]))
+    found, same = map(run, models)
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        assert value.dtype == same[name].dtype
+        assert_within_budget(value, same[name], truth[name], name)
 
 
 def all_tokens() -> Any:

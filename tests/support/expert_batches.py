@@ -44,13 +44,18 @@ def mixed_block(kind: str, dropout: float = 0.0, dtype: torch.dtype = torch.floa
 
 
 def run_rows(
-    model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch.Tensor, run: Any = None
+    model: Any,
+    rows: list[str | None],
+    x: torch.Tensor,
+    *routed: torch.Tensor,
+    run: Any = None,
+    each: int = EACH,
 ) -> Any:
     """The output of a mixed batch with fixed dropout seeds, and every gradient by adapter."""
     model.zero_grad()
     x = x.detach().requires_grad_()
     with fastlora.adapters(model, rows, seeds=dict.fromkeys(RANKS, 11)):
-        y = (model if run is None else run)(x.unflatten(0, (len(rows), EACH)), *routed).flatten(
+        y = (model if run is None else run)(x.unflatten(0, (len(rows), each)), *routed).flatten(
             0, 1
         )
     y.square().sum().backward()
