@@ -73,7 +73,7 @@ def test_ten_losses_and_every_gradient_are_pefts(kind: str) -> None:
         assert (gradient - expected).norm() <= 1e-5 * expected.norm(), key
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_files_are_pefts_both_ways(kind: str, tmp_path: Path) -> None:
     ours, theirs = adapted(kind), adapted(kind, peft)
     copy_random_factors([ours, theirs])
