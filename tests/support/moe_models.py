@@ -81,12 +81,15 @@ class ExpertBlock(nn.Module):
         return y.view(x.shape)
 
 
-def routed_tokens(tokens: int, dtype: torch.dtype, seed: int = 2) -> tuple[torch.Tensor, ...]:
-    """Inputs of an `ExpertBlock`: two of four experts for each token, none for expert 2."""
+def routed_tokens(
+    tokens: int, dtype: torch.dtype, seed: int = 2, idle: int | None = 2
+) -> tuple[torch.Tensor, ...]:
+    """Inputs of an `ExpertBlock`: two of four experts for each token, none for the idle expert."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 16, generator=generator).to(torch.bfloat16).to(dtype)
     scores = torch.rand(tokens, 4, generator=generator)
-    scores[:, 2] = -1.0
+    if idle is not None:
+        scores[:, idle] = -1.0
     weights, index = scores.topk(2)
     return x.requires_grad_(), index, weights.to(torch.bfloat16).to(dtype).requires_grad_()
 
