@@ -13,7 +13,7 @@ import torch
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.autograd.lora_linear import once_differentiable_without_autocast, records_gradients
 from fastlora.ops.backend import BACKENDS
-from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.library import (
     define_operator,
@@ -39,7 +39,7 @@ def add_stacked_updates_(
         impl: Name of the backend.
     """
     factors = list(chain.from_iterable(zip(operands.lora_a, operands.lora_b, strict=True)))
-    if records_gradients(x, y, *factors) or is_traced(x):
+    if records_gradients(x, y, *factors) or has_unknown_values(x):
         made: torch.Tensor = StackedLora.apply(y, x, *operands[2:], rows, impl, *factors)
         return made
     BACKENDS[impl].add_stacked_updates_(y, x, operands, rows)
@@ -67,7 +67,7 @@ class StackedLora(torch.autograd.Function):
         operands = StackedOperands(
             list(factors[::2]), list(factors[1::2]), scaling, dropout_p, seeds
         )
-        if is_traced(x):
+        if has_unknown_values(x):
             arguments = (*operands, rows.operator_arguments(), impl)
             y, s = torch.ops.fastlora.stacked_updates(y, x, *arguments)
         else:
@@ -84,7 +84,7 @@ class StackedLora(torch.autograd.Function):
         x, s, scaling, seeds, *factors = ctx.saved_tensors
         operands = StackedOperands(factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds)
         (needs_y, needs_x), wants = ctx.needs_input_grad[:2], ctx.needs_input_grad[7:]
-        if is_traced(dy):
+        if has_unknown_values(dy):
             arguments = (*operands, ctx.rows.operator_arguments(), ctx.impl, needs_x, wants)
             made = iter(torch.ops.fastlora.stacked_gradients(dy, x, s, *arguments))
             dx, *found = (next(made) if wanted else None for wanted in (needs_x, *wants))

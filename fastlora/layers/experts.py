@@ -12,6 +12,7 @@ Shapes: ``hidden_states [T, H]``, ``top_k_index`` and ``top_k_weights [T, k]``, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.ops.backend import draw_seed
-from fastlora.ops.execution_mode import ExecutionMode
+from fastlora.ops.execution_mode import ExecutionMode, disable_autocast_on
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
@@ -139,7 +140,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         base, k = self.base_layer, top_k_index.shape[-1]
         bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
         if not base._is_expert_parallel:
-            if conditions.compiling or conditions.impl != "eager":
+            if conditions.compiling or conditions.impl != "eager" or bad.is_meta:
                 # The host does not wait for the indices.
                 top_k_weights = top_k_weights.masked_fill(bad, float("nan"))
             elif bad.any():
@@ -160,7 +161,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             y = y.masked_fill(absent, 0.0)
         y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
-        with torch.autocast(y.device.type, enabled=False):
+        with disable_autocast_on(y.device):
             y = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), y.to(dtype))
         return y.squeeze(1).to(hidden_states.dtype)
 
@@ -174,6 +175,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             routing: The routing of a mixed batch, or None.
             conditions: The conditions of the call.
         """
+        if matrices.is_meta:  # Values are unknown, as in a graph that is being compiled.
+            conditions = replace(conditions, compiling=True)
         count, tokens = self.base_layer.num_experts, len(matrices)
         keys, slots = matrices.reshape(-1), 1
         adapters: Sequence[int] = ()
@@ -210,7 +213,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     ) -> torch.Tensor:
         """Return ``x @ stack[expert].T + bias[expert]`` with adapters, for ``stack [E, N, K]``."""
         # As in transformers, products are computed in the dtype of the weights under autocast.
-        with torch.autocast(x.device.type, enabled=False):
+        with disable_autocast_on(x.device):
             x, impl = x.to(stack.dtype), call.conditions.backend
             bias = None if bias is None else bias[call.matrix]
             adapters = [] if layer is None else self._operands(layer, x, call)

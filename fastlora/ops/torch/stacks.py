@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.library import define_operator, register_fake, register_kernel
 from fastlora.ops.rows import Rows
 from fastlora.ops.stacks import StackedOperands
@@ -265,7 +265,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _products_for(dy)(dy, stack.transpose(1, 2), starts)
         if ctx.needs_input_grad[1]:
-            if is_traced(dy):
+            if has_unknown_values(dy):
                 raise UnsupportedLayerError(
                     "torch.compile does not support gradients of a stack of weights; freeze it"
                 )
@@ -278,7 +278,7 @@ class _GroupedLinear(torch.autograd.Function):
 def _products_for(x: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Return `grouped_products`, or its operator if a compiler traces operations on x."""
     registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
-    return registered if is_traced(x) else grouped_products
+    return registered if has_unknown_values(x) else grouped_products
 
 
 define_operator("grouped_products(Tensor x, Tensor stack, Tensor starts) -> Tensor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,4 +130,5 @@ def test_dry_run(base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"r 8, alpha 16, dropout 0.1; {c:,} parameters on 10 modules" in text
     assert f"r 2, alpha 4, dropout 0.1; {a:,} parameters on 4 modules" in text
     assert f"r 4, alpha 8, dropout 0.1; {b:,} parameters on 4 modules" in text
+    assert re.search(r"AdamW\), activations [\d.]+ KiB \(2 samples of ", text)
     assert "replace experts_implementation='grouped_mm'" in text
