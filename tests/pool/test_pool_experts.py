@@ -222,6 +222,26 @@ def test_pools_of_other_dtypes(saved: Adapters, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_dora_on_linears_beside_experts(saved: Adapters, tmp_path: Path) -> None:
+    """Its scales follow the base weights; on a stack it is refused."""
+    config = LoraConfig(r=2, target_modules=["o_proj"], use_dora=True, init_lora_weights=False)
+    fastlora.get_peft_model(base_model(), config).save_pretrained(tmp_path)
+    model, ids = base_model(), tokens(3)
+    with AdapterPool(model) as pool:
+        pool.load("dora", tmp_path)
+        pool.load("a0", saved.root / "a0")
+        for factor in (1.0, 1.5):
+            twin = base_model()
+            for each in (model, twin):
+                weight = each.get_submodule("model.layers.1.self_attn.o_proj").weight
+                weight.data.copy_(twin.model.layers[1].self_attn.o_proj.weight * factor)
+            fastlora.clear_caches(model)
+            alone = fastlora.LoraModel.from_pretrained(twin, tmp_path)
+            found = logits(model, ids, adapter_names=["dora", "a0", None])
+            torch.testing.assert_close(found[:1], logits(alone, ids[:1]), rtol=0, atol=1e-7)
+        assert "Experts" in str(fastlora.fusion_report(model))
+
+
 def test_gradients_flow_through_experts_of_a_pool(saved: Adapters, pool: AdapterPool) -> None:
     """To what comes before them; the factors of a pool have none."""
     embedded = pool._model.get_input_embeddings()(tokens(3)).detach().requires_grad_()
