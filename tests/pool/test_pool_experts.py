@@ -18,6 +18,7 @@ import fastlora
 from fastlora import AdapterPool, LoraConfig
 from fastlora.layers.experts import FastLoraExperts
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from fastlora.pool.reader import _config_and_header_limits
 from fastlora.pool.router import graph_capture_routing
 from fastlora.routing.active import activate_routing
 from fastlora.validation import CheckpointError, UnsupportedLayerError
@@ -351,6 +352,23 @@ def test_limits_of_a_pool_count_the_rank_of_one_matrix(saved: Adapters) -> None:
         pool.load("a1", saved.root / "a1")  # rank 2, 8 rows of lora_A
         with pytest.raises(CheckpointError, match="r=3 exceeds the pool's max_rank=2"):
             pool.load("a2", saved.root / "a2")
+
+
+def test_a_header_with_factors_of_single_experts_fits() -> None:
+    """A file of transformers 4 for 48 layers of 128 experts, as large as a Qwen3-30B-A3B has."""
+    layers, experts = range(48), range(128)
+    stacks = [f"model.layers.{n}.mlp.{stack}" for n in layers for stack in BOTH]
+    place = {"dtype": "BF16", "shape": [128, 2048], "data_offsets": [10**10, 10**10]}
+    header = {
+        f"base_model.model.model.layers.{n}.mlp.experts.{expert}.{end}.lora_{side}.weight": place
+        for n in layers
+        for expert in experts
+        for end in ("gate_proj", "up_proj", "down_proj")
+        for side in "AB"
+    }
+    limits = _config_and_header_limits(dict.fromkeys(stacks, len(experts)))
+    size = len(json.dumps(header))
+    assert size <= limits.header <= 2 * size
 
 
 def test_parameters_that_a_pool_does_not_adapt(saved: Adapters) -> None:
