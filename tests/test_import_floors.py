@@ -30,7 +30,7 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Lines of code by folder, without docstrings, comments, and blanks. A folder may have 3 % more.
 CODE_LINES = {
     "algebra": 113,
-    "autograd": 804,
+    "autograd": 831,
     "commands": 1693,
     "init": 879,
     "integrations": 903,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.autograd.stacks import add_stacked_updates_
+from fastlora.autograd.stacks import stacked_lora_linear
 from fastlora.layers.adapted_parameters import (
     AdaptedParameter,
     FastLoraAdaptedParameters,
@@ -37,7 +37,6 @@ from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.stacks import StackedOperands, seeds_of_keys
-from fastlora.ops.torch.stacks import grouped_linear
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
 
@@ -151,7 +150,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         call = self._sort(top_k_index.masked_fill(bad, -1), routing, conditions)
         order = call.rows.order.long()
         up, down = _products(base)
-        y = self._product(up, hidden_states[order // k], call)
+        y = self._product(up, _rows_at(hidden_states, order // k), call)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
         y = self._product(down, y, call)
         if base.has_post_expert_norm:
@@ -214,15 +213,14 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         """Return ``x @ stack[expert].T + bias[expert]`` with adapters, for ``stack [E, N, K]``."""
         # As in transformers, products are computed in the dtype of the weights under autocast.
         with disable_autocast_on(x.device):
-            x, impl = x.to(stack.dtype), call.conditions.backend
+            x = x.to(stack.dtype)
             bias = None if bias is None else bias[call.matrix]
             adapters = [] if layer is None else self._operands(layer, x, call)
-            if call.conditions.compiling:
-                return _product_in_graph(x, stack, bias, adapters, call)
-            y = grouped_linear(x, stack, call.rows, call.slots)
-            y = y if bias is None else y + bias
-            for operands in adapters:
-                y = add_stacked_updates_(y, x, operands, call.rows, impl)
+            none = StackedOperands([], [], x.new_empty(0), ())
+            first, *others = adapters or [none]
+            y = _stacked_linear(x, stack, bias, first, call)
+            for operands in others:
+                y = _stacked_linear(x, None, y, operands, call)
             return y
 
     def _operands(
@@ -288,27 +286,42 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return layer.rank_rows(name, factors)
 
 
+def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return ``x[index]``, in which rows may occur several times.
+
+    On a CPU, `index_select` with its gradient takes half as long as indexing (4.8 and 8.1 ms for
+    8,192 rows of 512 fp32 numbers). On a GPU, its gradient is not deterministic.
+    """
+    return x.index_select(0, index) if x.is_cpu else x[index]
+
+
 def _inverse(order: torch.Tensor) -> torch.Tensor:
     """Return the inverse of a permutation, int64."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-def _product_in_graph(
+def _stacked_linear(
     x: torch.Tensor,
-    stack: torch.Tensor,
-    bias: torch.Tensor | None,
-    adapters: list[StackedOperands],
+    stack: torch.Tensor | None,
+    y: torch.Tensor | None,
+    operands: StackedOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
-    """Return the result of `FastLoraExperts._adapted_product` in a graph that is being compiled."""
-    rows, impl = call.rows.operator_arguments(), call.conditions.backend
-    none = StackedOperands([], [], x.new_empty(0), ())
-    linear: Any = torch.ops.fastlora.stacked_linear
-    first, *others = adapters or [none]
-    y: torch.Tensor = linear(x, stack, bias, call.slots, *first, rows, impl)
-    for operands in others:
-        y = linear(x, None, y, call.slots, *operands, rows, impl)
-    return y
+    """Return the sum of y, the product of sorted rows with a stack, and the updates of adapters.
+
+    y or the stack may be None. Without a stack, the updates may be added to y in place.
+    """
+    rows, impl = call.rows, call.conditions.backend
+    if call.conditions.compiling:
+        linear: Any = torch.ops.fastlora.stacked_linear
+        made: torch.Tensor = linear(
+            x, stack, y, call.slots, *operands, rows.operator_arguments(), impl
+        )
+        return made
+    if stack is None:
+        return stacked_lora_linear(x, None, y, call.slots, operands, rows, impl)
+    product = stacked_lora_linear(x, stack, None, call.slots, operands, rows, impl)
+    return product if y is None else product + y
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):

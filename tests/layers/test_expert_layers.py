@@ -262,7 +262,9 @@ def test_operators() -> None:
     opcheck(operators.stacked_updates.default, (y, x, *given), test_utils=checks)
     s = torch.randn(6, 3)
     wants = (True, [True, True, False, True])
-    opcheck(operators.stacked_gradients.default, (y, x, s, *given, *wants), test_utils=checks)
+    for dx in (None, torch.randn(6, 8)):
+        arguments = (y, x, s, *given, *wants, dx)
+        opcheck(operators.stacked_gradients.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
