@@ -475,7 +475,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if not len(x):
             return self.base_layer(x)
         rows = routing.sorted_rows(len(x), x.device, host=True)
-        spans = [Segment(-1, 0, int(rows.slot_start[0])), *rows.segments]
+        spans = [*rows.segments, Segment(-1, int(rows.slot_start[-1]), len(x))]
         if len(rows.segments) == 1 and not rows.has_rows_without_slot:
             own = self._factors_in_slot(routing, rows.segments[0].slot)
             return self._run_with_factors(own, conditions, x)

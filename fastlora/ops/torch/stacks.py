@@ -207,7 +207,7 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
 
-    Rows of x that belong to no matrix, which come first, have results that depend on the
+    Rows of x that belong to no matrix, which come last, have results that depend on the
     implementation. Autograd must not receive a gradient for them.
 
     Args:
@@ -223,12 +223,15 @@ def grouped_linear(
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Return the result of `grouped_linear`, which autograd does not record.
 
-    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and P.
+    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and the number
+    of rows that belong to a matrix.
     """
     if _supports_grouped_mm(x, stack):
-        # Rows without a matrix are multiplied by the first one, so that the host need not know how
+        # Rows without a matrix are multiplied by the last one, so that the host need not know how
         # many there are.
-        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
+        ends = starts[1:].clone()
+        ends[-1:] = x.shape[0]
+        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=ends)
         return made
     y = x.new_zeros(x.shape[0], stack.shape[1])
     for matrix, at in _spans(starts):
