@@ -173,16 +173,19 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     kind = batch_kind(m, rows.each)
     if pack.is_finite and dense_is_fastest(layout.unit, layout.units, dtype):
         return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
-    separate = _make_separate_plan(rows, adapter, layout)
-    used = len(separate.adapters)
-    gathers = separate.gather.numel() > 0
-    if not pack.is_finite or not used or (not gathers and m >= _MANY_ROWS_EACH * used):
-        return separate._replace(gather=separate.gather.to(device))
+    counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
+    used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
+    if not pack.is_finite or not used:
+        return _make_separate_plan(rows, adapter, layout)
+    if m >= _MANY_ROWS_EACH * len(used):
+        separate = _make_separate_plan(rows, adapter, layout)
+        if not separate.gather.numel():
+            return separate
     coalesces = coalescing_is_faster(dtype, kind)
-    start, stop = _used_units(separate, layout, coalesces)
-    unused = (stop - start) * layout.unit - sum(own.rank for own in separate.adapters)
-    if unused > _UNUSED_RANK_ROWS_EACH * used:
-        return separate._replace(gather=separate.gather.to(device))
+    start, stop = _used_units(used, layout, coalesces)
+    unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
+    if unused > _UNUSED_RANK_ROWS_EACH * len(used):
+        return _make_separate_plan(rows, adapter, layout)
     if stop - start == 1 and kind is BatchKind.FEW:
         own = _mask_outside(layout.unit, first - start * layout.unit, rank, device)
         return DensePlan(own, start)
@@ -199,7 +202,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
             first[:: rows.each], rank[:: rows.each], layout, rows.each, device
         )
     if plan.gather.numel() > _MOST_PLACES[kind] * m:
-        return separate._replace(gather=separate.gather.to(device))
+        return _make_separate_plan(rows, adapter, layout)
     gather, place = plan.gather.to(device), plan.place.to(device)
     masks = None if plan.other is None else plan.other.to(device)
     return plan._replace(gather=gather, place=place, other=masks)
@@ -217,13 +220,13 @@ def _mask_outside(
     return outside.to(device) if outside.any() else None
 
 
-def _used_units(plan: SeparatePlan, layout: PackedLayout, coalesces: bool) -> tuple[int, int]:
-    """Return the range of units that contains the adapters with rows.
+def _used_units(used: list[int], layout: PackedLayout, coalesces: bool) -> tuple[int, int]:
+    """Return the range of units that contains the adapters in ``used``.
 
     If units may be coalesced, a large range is extended to full blocks where there is room.
     """
-    used = [own.first // layout.unit for own in plan.adapters]
-    start, stop = min(used), max(used) + 1
+    units = [layout.firsts[index] // layout.unit for index in used]
+    start, stop = min(units), max(units) + 1
     if coalesces and stop - start >= ROUNDED_UNITS:
         count = stop - start
         count = min(count + -count % max(WIDEST_BLOCK // layout.unit, 1), layout.units)
@@ -233,7 +236,7 @@ def _used_units(plan: SeparatePlan, layout: PackedLayout, coalesces: bool) -> tu
 
 
 def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
-    """Make a `SeparatePlan` with the rows to gather on the CPU."""
+    """Make a `SeparatePlan`."""
     found, gathered, place = list[SeparateAdapter](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])
@@ -243,10 +246,10 @@ def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout)
         if isinstance(own, slice):
             found.append(SeparateAdapter(first, rank, own, False))
         else:
-            gathered.append(own.cpu())
+            gathered.append(own)
             place += len(own)
             found.append(SeparateAdapter(first, rank, slice(place - len(own), place), True))
-    gather = torch.cat(gathered) if gathered else adapter.new_empty(0)
+    gather = torch.cat(gathered) if gathered else rows.order.new_empty(0, dtype=torch.int64)
     return SeparatePlan(tuple(found), gather)
 
 
