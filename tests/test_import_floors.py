@@ -36,7 +36,7 @@ CODE_LINES = {
     "integrations": 903,
     "layers": 6704,
     "model": 6566,
-    "ops": 3800,  # packed factors of slots that change one by one, and of several slices
+    "ops": 3940,  # packed factors of slots that change one by one, of several slices, and stacks
     "optimizers": 247,
     "pool": 1740,  # parameters, and stacks of them, as targets
     "routing": 1544,
