@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -237,6 +238,28 @@ assert not [name for name in sys.modules if name.partition(".")[0] in ("fastlora
 """
     environment = os.environ | {"FASTLORA_VLLM": "0", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_a_fastlora_that_cannot_be_imported_leaves_vllm_alone(tmp_path: Path, error: str) -> None:
+    """vLLM starts, and one warning has the error and its stack trace."""
+    (tmp_path / "fastlora").mkdir()
+    (tmp_path / "fastlora" / "__init__.py").write_text(f"raise {error}('broken on purpose')\n")
+    shutil.copy(ROOT / "fastlora_vllm.py", tmp_path)
+    code = """
+import logging
+logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+import fastlora_vllm
+fastlora_vllm.register()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "FASTLORA_VLLM"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stderr.count("WARNING vllm: fastlora is not used for LoRA") == 1
+    assert f"{error}: broken on purpose" in done.stderr
 
 
 def test_slots_of_adapters() -> None:
