@@ -49,7 +49,7 @@ test-vllm-all: $(VLLM_VENV)/.installed ## all tests in vLLM, and with the oldest
 	@$(MAKE) --no-print-directory test-vllm VLLM_VENV=$(VLLM_VENV)-oldest VLLM_VERSION=0.31.0
 
 bench-vllm: $(VLLM_VENV)/.installed ## decode and prefill in vLLM with its own LoRA and with fastlora's (outside CI)
-	@$(VLLM_BIN)/python bench/engine.py $(ARGS)
+	@$(VLLM_BIN)/python bench/engine.py --out bench/results $(ARGS)
 
 $(VLLM_VENV): $(VLLM_VENV)/.installed
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -368,7 +368,9 @@ def run_group(
                         yield index, case, number, times, packs
     finally:
         for connection, process in started:
-            connection.send(None)
+            # The pipe is closed if the engine has ended with an error.
+            with suppress(OSError):
+                connection.send(None)
             process.join(60)
             if process.is_alive():
                 process.kill()

@@ -59,8 +59,14 @@ def vllm_plugin_enabled(device: str) -> bool:
     ``FASTLORA_VLLM`` disables it with 0 and enables it with 1. If the variable is not set, it is
     enabled on a CPU only, because it has not been measured on a GPU.
     """
-    value = os.environ.get("FASTLORA_VLLM", "")
-    return value == "1" or (value != "0" and device == "cpu")
+    if vllm_plugin_disabled():
+        return False
+    return device == "cpu" or os.environ.get("FASTLORA_VLLM") == "1"
+
+
+def vllm_plugin_disabled() -> bool:
+    """Return whether ``FASTLORA_VLLM`` is 0, which makes vLLM use its own LoRA backend."""
+    return os.environ.get("FASTLORA_VLLM") == "0"
 
 
 def variables_in_use() -> dict[str, str]:

@@ -88,9 +88,9 @@ def _vllm_facts() -> dict[str, Any] | None:
     """Return what fastlora would do in vLLM, or None if vLLM is not installed."""
     import torch
 
-    from fastlora.integrations.vllm.register import registration_outlook
+    from fastlora.integrations.vllm.register import installed_status
 
-    found = registration_outlook("cuda" if torch.cuda.is_available() else "cpu")
+    found = installed_status("cuda" if torch.cuda.is_available() else "cpu")
     return None if found is None else found._asdict()
 
 

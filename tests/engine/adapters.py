@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The margin between the two best logits below which fp32 rounding may choose another token.
@@ -43,6 +46,41 @@ def make_adapters(base: Any, root: Path, configs: dict[str, dict[str, Any]]) -> 
         model.set_adapter(name)
         model.save_pretrained(str(root), selected_adapters=[name], save_embedding_layers=False)
     return model.eval()
+
+
+def copy_damaged(source: Path, root: Path, damage: str) -> Path:
+    """Copy an adapter's folder with one kind of damage, which is also the name of the copy."""
+    folder = root / damage
+    shutil.copytree(source, folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if damage == "damaged":
+        data = weights.read_bytes()
+        weights.write_bytes(data[: len(data) // 2])
+        return folder
+    tensors = load_file(weights)
+    up = next(name for name in tensors if "layers.3.self_attn.v_proj.lora_B" in name)
+    down = up.replace("lora_B", "lora_A")
+    if damage == "nan":
+        tensors[up][3, 2] = float("nan")
+    elif damage == "infinity":
+        tensors[down][3, 2] = float("inf")
+    elif damage == "outputs":
+        tensors[up] = tensors[up][:-1].contiguous()
+    elif damage == "inputs":
+        tensors[down] = tensors[down][:, :-1].contiguous()
+    elif damage == "half":
+        del tensors[up]
+    elif damage == "ranks":
+        tensors[up] = tensors[up][:, :-1].contiguous()
+    elif damage == "rank":
+        tensors[down], tensors[up] = tensors[down].repeat(9, 1), tensors[up].repeat(1, 9)
+    elif damage == "config-rank":
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps(settings | {"r": 128}))
+    else:
+        raise ValueError(f"unknown damage {damage!r}")
+    save_file(tensors, weights)
+    return folder
 
 
 def answer_logits(

@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# Expected failures to load an adapter would otherwise end the engine with a stack trace.
+# At INFO, vLLM logs the config of each engine.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 

@@ -10,13 +10,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 from fastlora.integrations.vllm.wrapper import FastLoraPunicaWrapper
-from tests.engine.adapters import CONFIGS, answer_logits, first_near_tie, make_adapters
+from tests.engine.adapters import (
+    CONFIGS,
+    NEAR_TIE,
+    answer_logits,
+    copy_damaged,
+    first_near_tie,
+    make_adapters,
+)
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was", "To make a cup of tea,")
 TOKENS = 12
@@ -102,6 +108,26 @@ def test_answers_are_those_of_peft(served: Served) -> None:
     assert len(texts) > 0.9 * len(cases)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("head-r12",), ("head-r12", "all-r8"), ("head-r12", None, "embedding-r8", "head-r12")],
+)
+def test_prompt_logprobs_are_those_of_peft(served: Served, names: tuple[str | None, ...]) -> None:
+    """With an adapter on the output layer, and with others in the batch."""
+    numbers = [index % len(PROMPTS) for index in range(len(names))]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    inputs = [{"prompt_token_ids": served.prompts[number]} for number in numbers]
+    requests = [served.request(name) for name in names]
+    made = served.llm.generate(inputs, params, lora_request=requests, use_tqdm=False)
+    for name, number, answer in zip(names, numbers, made, strict=True):
+        ids = served.prompts[number]
+        logprobs = answer_logits(served.model, name, ids[:1], ids[1:]).log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0]
+        rows = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
+        found = torch.tensor([row[token].logprob for token, row in rows])
+        torch.testing.assert_close(found, expected, atol=NEAR_TIE, rtol=0.0)
+
+
 def test_base_rows_are_those_of_a_batch_without_adapters(served: Served) -> None:
     """Bit for bit: with equal lengths, both batches have the same shapes in every step."""
     numbers = [0] * 16
@@ -118,47 +144,14 @@ def test_base_rows_are_those_of_a_batch_without_adapters(served: Served) -> None
                 }
 
 
-def _changed(served: Served, tmp_path: Path, change: str) -> Path:
-    """A copy of an adapter that must not be loaded."""
-    folder = tmp_path / change
-    shutil.copytree(served.root / "all-r8", folder)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if change == "damaged":
-        data = weights.read_bytes()
-        weights.write_bytes(data[: len(data) // 2])
-        return folder
-    tensors = load_file(weights)
-    up = next(name for name in tensors if "layers.7.self_attn.v_proj.lora_B" in name)
-    down = up.replace("lora_B", "lora_A")
-    if change == "nan":
-        tensors[up][3, 2] = float("nan")
-    elif change == "infinity":
-        tensors[down][3, 2] = float("inf")
-    elif change == "outputs":
-        tensors[up] = tensors[up][:-1].contiguous()
-    elif change == "inputs":
-        tensors[down] = tensors[down][:, :-1].contiguous()
-    elif change == "half":
-        del tensors[up]
-    elif change == "ranks":
-        tensors[up] = tensors[up][:, :-1].contiguous()
-    elif change == "rank":
-        tensors[down], tensors[up] = tensors[down].repeat(9, 1), tensors[up].repeat(1, 9)
-    elif change == "config-rank":
-        settings = json.loads(config.read_text())
-        config.write_text(json.dumps(settings | {"r": 128}))
-    save_file(tensors, weights)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("damaged", ""),
         ("nan", "is not finite"),
         ("infinity", "is not finite"),
-        ("outputs", "outputs"),
-        ("inputs", "inputs"),
+        ("outputs", "with 576 inputs and 191 outputs, but the layer has 576 inputs and 192"),
+        ("inputs", "with 575 inputs and 192 outputs, but the layer has 576 inputs and 192"),
         ("half", "lora_B is missing"),
         ("ranks", "expected"),
         ("rank", "max_lora_rank"),
@@ -169,7 +162,7 @@ def test_a_bad_adapter_is_refused_and_nothing_changes(
     served: Served, tmp_path: Path, change: str, message: str
 ) -> None:
     """Also in place of a loaded adapter, which stays."""
-    folder = _changed(served, tmp_path, change)
+    folder = copy_damaged(served.root / "all-r8", tmp_path, change)
     before = [list(each.token_ids) for each in served.answers(["all-r8", None], [0, 0])]
     loaded = served.llm.llm_engine.list_loras()
     for number, kwargs in ((99, {}), (IDS["all-r8"], {"load_inplace": True})):
@@ -184,6 +177,7 @@ def test_a_bad_adapter_is_refused_and_nothing_changes(
 def test_running_requests_keep_their_adapters(served: Served, tmp_path: Path) -> None:
     """While others are replaced in place and evicted, and with another rank."""
     engine = served.llm.llm_engine
+    engine.add_lora(served.request("all-r64"))
     expected = [list(each.token_ids) for each in served.answers(["all-r16-rslora", None], [1, 1])]
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
     for number, name in enumerate(("all-r16-rslora", None)):
@@ -199,7 +193,7 @@ def test_running_requests_keep_their_adapters(served: Served, tmp_path: Path) ->
         if step == 3:
             engine.add_lora(other)
         if step == 6:
-            engine.remove_lora(IDS["all-r64"])
+            assert engine.remove_lora(IDS["all-r64"])
     assert [found["running-0"], found["running-1"]] == expected
     # The adapter in place of the first one answers as its files do.
     made = served.llm.generate(

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import torch
 
-from tests.engine.adapters import answer_logits, first_near_tie, make_adapters
+from tests.engine.adapters import answer_logits, copy_damaged, first_near_tie, make_adapters
 from tests.engine.run_engine import MARK
 
 pytestmark = pytest.mark.processes
@@ -203,6 +203,7 @@ class Server:
         arguments += ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"]
         arguments += ["--max-cpu-loras", "8", "--enforce-eager", "--max-model-len", "128"]
         arguments += ["--port", str(port), "--host", "127.0.0.1", "--max-num-seqs", "32"]
+        arguments += ["--shutdown-timeout", "60"]
         program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         self.log = (model.adapters / f"server-{port}.log").open("w+")
         self.process = subprocess.Popen(
@@ -237,6 +238,12 @@ class Server:
         body = {"model": name, "prompt": ids, "max_tokens": tokens, "temperature": 0.0}
         return self.http.post("/v1/completions", json=body | {"return_token_ids": True})
 
+    def running(self) -> str:
+        """The metric of running requests, or nothing if no request is running."""
+        lines = self.http.get("/metrics").text.splitlines()
+        running = [each for each in lines if each.startswith("vllm:num_requests_running{")]
+        return "".join(each for each in running if float(each.rsplit(" ", 1)[1]) > 0)
+
     def kill(self) -> None:
         """Kill all of its processes."""
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -252,8 +259,14 @@ def server(small: Model) -> Iterator[Server]:
         made.kill()
 
 
-def test_clients_while_adapters_change(small: Model, server: Server) -> None:
-    """Every greedy answer is that of an adapter that had the name during the request."""
+def test_clients_while_adapters_change(small: Model, server: Server, tmp_path: Path) -> None:
+    """Every greedy answer is that of an adapter that had the name during the request.
+
+    Bad adapters are refused meanwhile.
+    """
+    bad = [
+        copy_damaged(small.adapters / "r8", tmp_path, each) for each in ("nan", "rank", "inputs")
+    ]
     for name in ("r8", "r16", "r3", "pattern"):
         assert server.load(name, small.adapters / name).status_code == 200
     # A bad adapter is refused, and the server goes on.
@@ -289,6 +302,9 @@ def test_clients_while_adapters_change(small: Model, server: Server) -> None:
         body = {"lora_name": "pattern"}
         assert server.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
         assert server.load("pattern", small.adapters / "pattern").status_code == 200
+        for folder_of_bad in bad:
+            assert server.load(folder_of_bad.name, folder_of_bad).status_code >= 400
+            assert server.load("r8", folder_of_bad, inplace=True).status_code >= 400
     done.set()
     for thread in clients:
         thread.join()
@@ -307,13 +323,33 @@ def test_clients_while_adapters_change(small: Model, server: Server) -> None:
             raise AssertionError(f"{name}, one of {possible}: {errors}")
 
 
-def test_sigterm_ends_the_server_and_a_killed_one_serves_again(small: Model) -> None:
-    first = Server(small)
-    first.kill()
-    again = Server(small)
-    assert again.load("r8", small.adapters / "r8").status_code == 200
-    ids = small.requests(["r8"])[0]["ids"]
-    answer = again.answer("r8", ids).json()["choices"][0]["token_ids"]
+@pytest.fixture
+def server_after_a_killed_one(small: Model) -> Iterator[Server]:
+    """A server that starts after another one was killed. It is killed at the end."""
+    Server(small).kill()
+    made = Server(small)
+    yield made
+    if made.process.poll() is None:
+        made.kill()
+
+
+def test_sigterm_drains_and_a_killed_server_serves_again(
+    small: Model, server_after_a_killed_one: Server
+) -> None:
+    """A request that runs during SIGTERM gets its whole answer, and the exit code is 0."""
+    server = server_after_a_killed_one
+    assert server.load("r8", small.adapters / "r8").status_code == 200
+    ids, tokens, found = small.requests(["r8"])[0]["ids"], 96, list[httpx.Response]()
+    client = threading.Thread(target=lambda: found.append(server.answer("r8", ids, tokens)))
+    client.start()
+    deadline = time.monotonic() + 60
+    while not server.running():
+        assert client.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)
+    client.join(120)
+    assert server.process.wait(120) == 0
+    (response,) = found
+    answer = response.json()["choices"][0]["token_ids"]
+    assert len(answer) == tokens or response.json()["choices"][0]["finish_reason"] == "stop"
     assert first_near_tie(answer_logits(small.peft, "r8", ids, answer), answer) > 0
-    again.process.send_signal(signal.SIGTERM)
-    again.process.wait(120)

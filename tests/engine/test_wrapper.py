@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -185,6 +186,47 @@ def test_logits(dtype: torch.dtype) -> None:
     assert torch.equal(y[:, VOCABULARY:], padding)
 
 
+def test_prompt_logits_use_the_adapter_of_their_request() -> None:
+    """Also if the prompt has as many rows as there are sampled rows, with other adapters."""
+    layer, head = vllm_layers.logits_case()
+    case = vllm_layers.Case(layer, (VOCABULARY,))
+    vllm_layers.set_adapter(case, 0, 4)
+    vllm_layers.set_adapter(case, 3, 16)
+    own = vllm_layers.wrapper()
+    vllm_layers.start_batch(own, MIX, (9, 7))
+    for adapter, m in ((9, 2), (7, 2), (9, 6), (0, 3)):
+        x, slots = torch.randn(m, K), vllm_layers.slots_of((adapter,) * m)
+        plain = torch.nn.functional.linear(x, head.weight[:VOCABULARY])
+        y = plain.clone()
+        with own.logits_of_one_request(adapter, ADAPTERS):
+            own.add_lora_logits(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0)
+        truth = plain.double() + vllm_layers.updates(x, case, slots, torch.float64)
+        same = plain + vllm_layers.updates(x, case, slots, torch.float32)
+        assert_within_budget(y, same, truth)
+    y = torch.zeros(6, VOCABULARY)
+    with pytest.raises(ValueError, match="got 6 rows, expected the 2 sampled rows"):
+        own.add_lora_logits(y, torch.randn(6, K), layer.lora_a_stacked, layer.lora_b_stacked, 1.0)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_factors_that_cover_several_slices(parts: int) -> None:
+    """One lora_b for all seven slices, or one for the first three and one for the others."""
+    case = vllm_layers.linear_case("MergedColumnParallelLinearVariableSliceWithLoRA")
+    groups = [case.sizes] if parts == 1 else [case.sizes[:3], case.sizes[3:]]
+    downs, ups, own = [], [], list[Any]()
+    for index, sizes in enumerate(groups):
+        lora_a, lora_b, scaling = torch.randn(5, K), torch.randn(sum(sizes), 5), 0.5 + index
+        own += [(lora_a, part, scaling) for part in lora_b.split(list(sizes))]
+        downs.append(lora_a.clone())
+        ups.append(vllm_layers.scaled(lora_b.clone(), scaling))
+    case.factors[0] = own
+    if parts == 1:
+        case.layer.set_lora(0, downs[0], ups[0])
+    else:
+        case.layer.set_lora(0, downs, ups)
+    _check(case, MIX, torch.float32)
+
+
 def test_sharded_ranks_in_two_shards() -> None:
     """add_shrink on each shard, the ranks put together, and add_expand give the whole update."""
     from fastlora.integrations.vllm.slots import LayerSlots
@@ -274,13 +316,19 @@ def test_none_of_vllms_operators_runs(monkeypatch: Any) -> None:
     """Neither vLLM's PyTorch operators nor its Triton ones are called."""
     import vllm.lora.ops.torch_ops.lora_ops as torch_ops
     import vllm.lora.punica_wrapper.punica_cpu as punica_cpu
+    from vllm.triton_utils import HAS_TRITON
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("vLLM's operator was called")
 
-    for module in (torch_ops, punica_cpu):
-        for name in [each for each in vars(module) if each.startswith(("bgmv", "sgmv"))]:
-            monkeypatch.setattr(module, name, fail)
+    modules = [torch_ops, punica_cpu]
+    if HAS_TRITON:
+        modules.append(importlib.import_module("vllm.lora.ops.triton_ops"))
+    own = ("bgmv", "sgmv", "lora_shrink", "lora_expand")
+    for module in modules:
+        for name in [each for each in vars(module) if each.startswith(own)]:
+            if callable(getattr(module, name)):
+                monkeypatch.setattr(module, name, fail)
     _check(vllm_layers.linear_case("MergedQKVParallelLinearWithLoRA"), MIX, torch.float32)
     test_embedding()
     test_logits(torch.float32)

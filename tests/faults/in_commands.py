@@ -14,7 +14,7 @@ FAULTS = (
     Fault(
         sentence="An adapter in a slot of vLLM answers with packed factors of the adapter before.",
         kind="a pack not rewritten",
-        source="issue 32",
+        source="c06158b",
         path="fastlora/integrations/vllm/slots.py",
         before="""\
         for pack in self._packs.values():
@@ -26,16 +26,25 @@ FAULTS = (
     Fault(
         sentence="Factors that other code writes through vLLM's stacks are not packed again.",
         kind="a version not compared",
-        source="issue 32",
+        source="c06158b",
         path="fastlora/integrations/vllm/slots.py",
-        before="        elif self._versions != self._current_versions():\n",
-        after="        elif False:\n",
+        before="        if self._versions != self._current_versions():\n",
+        after="        if False:\n",
         tests=(f"{_VLLM_SLOTS}::test_factors_that_other_code_writes_through_a_view",),
+    ),
+    Fault(
+        sentence="What other code has written in vLLM's stacks is lost when another slot changes.",
+        kind="a version compared too late",
+        source="4a78b89",
+        path="fastlora/integrations/vllm/slots.py",
+        before="        self._drop_outdated_packs()\n        self._erase(slot)\n",
+        after="        self._erase(slot)\n",
+        tests=(f"{_VLLM_SLOTS}::test_a_slot_changes_after_other_code_has_written_another",),
     ),
     Fault(
         sentence="A batch of vLLM is sorted by the slots of the batch before.",
         kind="sorted rows kept too long",
-        source="issue 32",
+        source="c06158b",
         path="fastlora/integrations/vllm/batch.py",
         before="        self._sorted.clear()\n",
         after="",
@@ -44,7 +53,7 @@ FAULTS = (
     Fault(
         sentence="vLLM is taken over although a class that fastlora does not know sets adapters.",
         kind="a definition not compared",
-        source="issue 32",
+        source="c06158b",
         path="fastlora/integrations/vllm/register.py",
         before="            if name in vars(cls) and (owner, name) not in known:\n",
         after="            if False:\n",

@@ -144,6 +144,7 @@ def test_register_replaces_every_part_once(vllm: StandIn) -> None:
     others = {
         ("vllm.lora.lora_weights:LoRALayerWeights", "optimize"),
         ("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter"),
+        ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", "_get_prompt_logprobs_dict"),
     }
     assert replaced == methods | others
     (level, line) = vllm.log[-1]
@@ -216,6 +217,27 @@ def test_where_the_plugin_is_enabled(
     if value is not None:
         monkeypatch.setenv("FASTLORA_VLLM", value)
     assert env.vllm_plugin_enabled(device) is enabled
+
+
+def test_a_disabled_plugin_says_so(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_VLLM", "0")
+    before = vllm.parts()
+    refused = registration.register()
+    assert refused is not None and not refused.is_problem and vllm.parts() == before
+    assert vllm.log == [("info", "fastlora is not used for LoRA: FASTLORA_VLLM=0 disables it")]
+
+
+def test_on_cuda_vllm_multiplies_the_scaling(
+    vllm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaling that is kept beside lora_b would not survive the copy to the device."""
+    vllm.platform.device_type = "cuda"
+    vllm.platform.is_cpu, vllm.platform.is_cuda = (lambda _: False), (lambda _: True)
+    monkeypatch.setenv("FASTLORA_VLLM", "1")
+    weights = vllm.holder("vllm.lora.lora_weights:LoRALayerWeights")
+    before = weights.optimize
+    assert registration.register() is None
+    assert weights.optimize is before
 
 
 def test_cuda_is_left_alone_without_a_warning(vllm: StandIn) -> None:

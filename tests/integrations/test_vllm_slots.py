@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,4 +107,55 @@ def test_factors_that_other_code_writes_through_a_view() -> None:
     adapters[0][0][0][2] += 1.0
     stack_b[0, 0, 3] -= 1.0
     adapters[0][1][1][3] -= 1.0
+    _check(slots, adapters, batch, ROWS)
+
+
+@pytest.mark.parametrize("change", ["load", "clear"])
+def test_a_slot_changes_after_other_code_has_written_another(change: str) -> None:
+    """What was written is used, although no forward has run between the two changes."""
+    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    adapters = {0: _load(slots, 0, 8), 1: _load(slots, 1, 4)}
+    batch = _batch(ROWS)
+    _check(slots, adapters, batch, ROWS)
+    (stack_a, _), (_, stack_b) = slots.stacked()
+    stack_a[0, 0, 2] += 1.0
+    adapters[0][0][0][2] += 1.0
+    stack_b[0, 0, 3] -= 1.0
+    adapters[0][1][1][3] -= 1.0
+    if change == "load":
+        adapters[1] = _load(slots, 1, 5)
+    else:
+        slots.clear(1)
+        del adapters[1]
+    _check(slots, adapters, batch, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("shape_a", "shape_b"),
+    [
+        ((4, 1), (8, 4)),
+        ((4, K - 1), (8, 4)),
+        ((1, K), (8, 4)),
+        ((4, K), (8, 3)),
+        ((4, K), (1, 4)),
+        ((4, K), (9, 4)),
+        ((RANK + 1, K), (8, RANK + 1)),
+        ((K,), (8, 4)),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_and_nothing_changes(
+    shape_a: tuple[int, ...], shape_b: tuple[int, ...]
+) -> None:
+    """The error is in the second slice, and the first slice of the slot is not changed either."""
+    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    adapters = {0: _load(slots, 0, 4), 1: _load(slots, 1, 3)}
+    batch = _batch(ROWS)
+    _check(slots, adapters, batch, ROWS)
+    downs, ups = (
+        [torch.randn(4, K), torch.randn(shape_a)],
+        [torch.randn(12, 4), torch.randn(shape_b)],
+    )
+    expected = rf"slice 1: .*{re.escape(str(shape_a))}.*expected \[rank, {K}\] and \[8, rank\]"
+    with pytest.raises(ValueError, match=expected):
+        slots.write(0, downs, ups, [1.0, 1.0])
     _check(slots, adapters, batch, ROWS)

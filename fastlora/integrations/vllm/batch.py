@@ -121,12 +121,10 @@ def slots_of_adapters(
     """
     ids = np.fromiter(adapter_ids, dtype=np.int64, count=len(adapter_ids))
     found = np.full(ids.shape, NO_SLOT, dtype=np.int64)
-    with_adapter = ids > 0
     for slot, adapter in enumerate(adapter_of_slot):
         if adapter is not None:
             found[ids == adapter] = slot
-    missing = with_adapter & (found == NO_SLOT)
+    missing = (ids > 0) & (found == NO_SLOT)
     if missing.any():
         raise KeyError(f"adapter {int(ids[missing][0])} is not in any slot")
-    found[~with_adapter] = NO_SLOT
     return found

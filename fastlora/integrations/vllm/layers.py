@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
 
@@ -24,6 +27,7 @@ def replacement(owner: str, name: str, original: Callable[..., Any]) -> Callable
         "MergedColumnParallelLinearWithLoRA": _set_slices,
         "MergedColumnParallelLinearVariableSliceWithLoRA": _set_split_slices,
         "VocabParallelEmbeddingWithLoRA": _set_embedding,
+        "LogitsProcessorWithLoRA": _set_logits,
     }
     return setters.get(owner, _set_one_slice)
 
@@ -81,16 +85,55 @@ def _reset_embedding(self: Any, index: int) -> None:
 
 def _set_one_slice(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
     scaling = _scaling(lora_b)
-    if getattr(self, "tp_size", 1) > 1 and hasattr(self, "n_slices"):
-        lora_a, lora_b = self.slice_lora_a(lora_a), self.slice_lora_b(lora_b)
+    if self.tp_size > 1:
+        own_a, own_b = self.slice_lora_a(lora_a), self.slice_lora_b(lora_b)
+        ((lora_a,), (lora_b,)) = _shards(self, [lora_a], [lora_b], [own_a], [own_b])
+    _slots(self).write(index, [lora_a], [lora_b], [scaling])
+
+
+def _shards(
+    layer: Any,
+    lora_a: Sequence[_Factor],
+    lora_b: Sequence[_Factor],
+    own_a: Sequence[_Factor],
+    own_b: Sequence[_Factor],
+) -> tuple[list[Any], list[Any]]:
+    """Return this process's shard of each slice's factors.
+
+    vLLM slices all factors, but the factors of its warm-up adapters have a shard's shape already.
+
+    Args:
+        layer: The layer.
+        lora_a: For each slice, what vLLM passes.
+        lora_b: As lora_a.
+        own_a: For each slice, lora_a as vLLM slices it.
+        own_b: For each slice, lora_b as vLLM slices it.
+    """
+    found_a, found_b = list[Any](own_a), list[Any](own_b)
+    for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
+        features = layer.lora_a_stacked[index].shape[3]
+        width = layer.lora_b_stacked[index].shape[2]
+        for found, whole, axis, size in ((found_a, down, 1, features), (found_b, up, 0, width)):
+            if whole is not None and found[index].shape[axis] != size == whole.shape[axis]:
+                found[index] = whole
+    return found_a, found_b
+
+
+def _set_logits(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    scaling, padding = _scaling(lora_b), self.base_layer.vocab_size - lora_b.shape[0]
+    if lora_b.shape[0] == self.org_vocab_size and padding > 0:
+        # Added tokens of the layer's vocabulary have no update.
+        lora_b = F.pad(lora_b, (0, 0, 0, padding))
     _slots(self).write(index, [lora_a], [lora_b], [scaling])
 
 
 def _set_embedding(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
-    _reset_embedding(self, index)
-    own = self.lora_a_stacked[index, : lora_a.shape[1], : lora_a.shape[0]]
-    own.copy_(lora_a.t(), non_blocking=True)
+    vocabulary = self.lora_a_stacked.shape[1]
+    if lora_a.dim() != 2 or lora_a.shape[1] != vocabulary:
+        raise ValueError(f"lora_A has shape {tuple(lora_a.shape)}, expected [rank, {vocabulary}]")
     _slots(self).write(index, [lora_a], [lora_b], [_scaling(lora_b)])
+    self.lora_a_stacked[index] = 0
+    self.lora_a_stacked[index, :, : lora_a.shape[0]].copy_(lora_a.t(), non_blocking=True)
 
 
 def _set_slices(
@@ -102,7 +145,8 @@ def _set_slices(
         scalings, _ = self.expand_packed_lora(scalings, lora_b)
         lora_a, lora_b = self.expand_packed_lora(lora_a, lora_b)
     if self.tp_size > 1:
-        lora_a, lora_b = self.slice_lora_a(lora_a), self.slice_lora_b(lora_b)
+        own_a, own_b = self.slice_lora_a(lora_a), self.slice_lora_b(lora_b)
+        lora_a, lora_b = _shards(self, lora_a, lora_b, own_a, own_b)
     _slots(self).write(index, lora_a, lora_b, [1.0 if s is None else s for s in scalings])
 
 
@@ -114,8 +158,11 @@ def _set_split_slices(
 ) -> None:
     """Set an adapter that may have one lora_a and one lora_b for all slices."""
     if isinstance(lora_b, torch.Tensor):
-        scaling, parts = _scaling(lora_b), lora_b.split(list(self.base_layer.output_sizes))
-        lora_b = [_with_scaling(part, scaling) for part in parts]
+        sizes = self.base_layer.output_sizes
+        parts = [lora_b[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)]
+        scaling = _scaling(lora_b)
+        # vLLM's warm-up adapters have the rows of the first slice only.
+        lora_b = [_with_scaling(part, scaling) if part.shape[0] else None for part in parts]
     if isinstance(lora_a, torch.Tensor):
         lora_a = [lora_a] * self.n_slices
     _set_slices(self, index, lora_a, lora_b)
@@ -142,6 +189,41 @@ def _with_scaling(lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
 
 def _scaling(lora_b: torch.Tensor) -> float:
     return float(getattr(lora_b, _SCALING, 1.0))
+
+
+# ------------------------------------------------------------------------------ prompts' logits
+
+
+def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``GPUModelRunner._get_prompt_logprobs_dict`` with each request's own adapter.
+
+    vLLM computes the logits of one request's prompt at a time, but its LoRA backends only know the
+    adapters of the sampled rows.
+    """
+
+    def _get_prompt_logprobs_dict(self: Any, hidden_states: Any, num_scheduled_tokens: Any) -> Any:
+        manager = getattr(self, "lora_manager", None)
+        if not manager or not self.num_prompt_logprobs:
+            return get(self, hidden_states, num_scheduled_tokens)
+        adapters, unfinished = manager._adapter_manager, self.num_prompt_logprobs
+        found: dict[str, Any] = {}
+        wrappers = set(adapters.punica_wrapper_mapping.values())
+        try:
+            for request in [name for name in unfinished if name in num_scheduled_tokens]:
+                self.num_prompt_logprobs = {request: unfinished[request]}
+                lora = self.requests[request].lora_request
+                with ExitStack() as stack:
+                    for each in wrappers:
+                        own = (lora.lora_int_id if lora else 0, adapters.lora_index_to_id)
+                        stack.enter_context(each.logits_of_one_request(*own))
+                    found |= get(self, hidden_states, num_scheduled_tokens)
+                if not self.num_prompt_logprobs:
+                    del unfinished[request]
+        finally:
+            self.num_prompt_logprobs = unfinished
+        return found
+
+    return _get_prompt_logprobs_dict
 
 
 # ----------------------------------------------------------------------- checks of a loaded adapter
@@ -182,20 +264,27 @@ def check_adapter(lora: Any, manager: Any, name: str) -> None:
                 f"{where}: rank {down.shape[0]} is greater than max_lora_rank, "
                 f"{manager.lora_config.max_lora_rank}"
             )
-        found, expected = (down.shape[1], up.shape[0]), shapes.get(module)
+        found, expected = (down.shape[1], up.shape[0]), _expected_shape(shapes, module)
         if expected is not None and (found[0] != expected[0] or found[1] not in expected[1:]):
+            outputs = " or ".join(map(str, expected[1:]))
             raise ValueError(
                 f"{where}: adapts a layer with {found[0]} inputs and {found[1]} outputs, but the "
-                f"layer has {expected[0]} inputs and {expected[1]} outputs"
+                f"layer has {expected[0]} inputs and {outputs} outputs"
             )
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise ValueError(f"{where}: a factor is not finite")
 
 
+def _expected_shape(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
+    # The names in a pooling model's adapters may lack the prefix.
+    return shapes.get(module, shapes.get(f"model.{module}"))
+
+
 def _expected_shapes(manager: Any) -> dict[str, tuple[int, ...]]:
     """Return (in_features, out_features...) of each module that an adapter's file can name.
 
-    Several values of out_features are allowed for an output layer with a padded vocabulary.
+    Several values of out_features are allowed for an output layer with a padded vocabulary, and for
+    a part of a layer with more slices than parts.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name, layer in manager.modules.items():
@@ -205,14 +294,16 @@ def _expected_shapes(manager: Any) -> dict[str, tuple[int, ...]]:
         elif hasattr(base, "org_vocab_size"):
             found[name] = base.org_vocab_size, base.embedding_dim
         elif hasattr(layer, "n_slices") and hasattr(base, "input_size"):
-            members = manager.packed_modules.get(name)
-            if members is None:
-                found[name] = base.input_size, sum(_output_sizes(base))
-                continue
-            sizes = _output_sizes(base)
+            members, sizes = manager.packed_modules.get(name, ()), _output_sizes(base)
+            # An adapter may name the fused layer itself.
+            found[name] = base.input_size, sum(sizes)
             if len(sizes) == len(members):
                 pairs = zip(members, sizes, strict=True)
                 found |= {member: (base.input_size, size) for member, size in pairs}
+            else:
+                starts = range(len(sizes))
+                adjacent = {sum(sizes[i : j + 1]) for i in starts for j in starts[i:]}
+                found |= {member: (base.input_size, *sorted(adjacent)) for member in members}
     return found
 
 

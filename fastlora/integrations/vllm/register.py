@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from fastlora import env
 
-# The sources of these versions agree with `RELIED_ON` (tests/engine/compare_sources.py).
+# The sources of these versions agree with `RELIED_ON` (tests/engine/compare_sources.py). All tests
+# in vLLM ran with the newest version. The tests in one process also ran with the oldest version.
 KNOWN_VERSIONS = ("0.31.0", "0.32.0")
 WRAPPER = "fastlora.integrations.vllm.wrapper.FastLoraPunicaWrapper"
 PARTS = "linear layers, logits, embeddings, and classification heads"
@@ -53,6 +54,8 @@ _WRAPPER_METHODS = {
 _ABSTRACT = f"{_PUNICA}.punica_base:PunicaWrapperABC"
 _WEIGHTS = "vllm.lora.lora_weights:LoRALayerWeights"
 _MANAGER = "vllm.lora.worker_manager:WorkerLoRAManager"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_PROMPTS = "_get_prompt_logprobs_dict"
 _INIT = "self max_num_batched_tokens max_batches device **kwargs"
 
 
@@ -84,6 +87,7 @@ def _relied_on() -> Iterator[tuple[str, str, str]]:
     yield f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_b", "self lora_b"
     yield _WEIGHTS, "optimize", "self"
     yield _MANAGER, "_load_adapter", "self lora_request"
+    yield _RUNNER, _PROMPTS, "self hidden_states num_scheduled_tokens"
 
 
 RELIED_ON = tuple(
@@ -125,7 +129,7 @@ def public_version(version: str) -> str:
     return version.partition("+")[0]
 
 
-class Outlook(NamedTuple):
+class RegistrationStatus(NamedTuple):
     """What `register` would do, judged by the installed version alone.
 
     Attributes:
@@ -141,7 +145,7 @@ class Outlook(NamedTuple):
     parts: str
 
 
-def registration_outlook(device: str) -> Outlook | None:
+def installed_status(device: str) -> RegistrationStatus | None:
     """Return what `register` would do on a type of device, or None if vLLM is not installed.
 
     vLLM is not imported.
@@ -152,7 +156,7 @@ def registration_outlook(device: str) -> Outlook | None:
         except metadata.PackageNotFoundError:
             continue
         known, enabled = version in KNOWN_VERSIONS, env.vllm_plugin_enabled(device)
-        return Outlook(version, known, enabled, PARTS if known and enabled else "none")
+        return RegistrationStatus(version, known, enabled, PARTS if known and enabled else "none")
     return None
 
 
@@ -172,7 +176,7 @@ def _register() -> NotRegistered | None:
     for owner, name, function in _replacements():
         setattr(owner, name, function)
     type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
-    line = "fastlora computes LoRA of %s with %s. MoE layers are left to vLLM."
+    line = "fastlora computes LoRA of %s with %s. Models with LoRA on MoE layers are not supported."
     _logger().info(line, PARTS, "PyTorch" if platform.is_cpu() else "Triton")
     return None
 
@@ -181,6 +185,8 @@ def _refusal(platform: Any) -> NotRegistered | None:
     """Return why vLLM must be left alone, or None."""
     if not (platform.is_cpu() or platform.is_cuda()):
         return NotRegistered(f"platform {platform.device_type} is not supported", False)
+    if env.vllm_plugin_disabled():
+        return NotRegistered("FASTLORA_VLLM=0 disables it", False)
     if not env.vllm_plugin_enabled(platform.device_type):
         return NotRegistered("not measured on a GPU yet; FASTLORA_VLLM=1 enables it", False)
     version = public_version(importlib.import_module("vllm").__version__)
@@ -257,12 +263,15 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         for name in names:
             new = layers.replacement(owner.partition(":")[2], name, vars(cls)[name])
             found.append((cls, name, functools.update_wrapper(new, vars(cls)[name])))
-    if not importlib.import_module("vllm.utils.torch_utils").PIN_MEMORY:
-        # A pinned copy of lora_b would lose its scaling.
+    pinned = importlib.import_module("vllm.utils.torch_utils").PIN_MEMORY
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu() and not pinned:
+        # A copy of lora_b in pinned memory or on another device would lose its scaling.
         found.append((_holder(_WEIGHTS), "optimize", layers.keep_scaling_apart))
-    manager = _holder(_MANAGER)
-    load = vars(manager)["_load_adapter"]
-    found.append(
-        (manager, "_load_adapter", functools.update_wrapper(layers.checked_load(load), load))
-    )
+    for owner, name, wrap in (
+        (_MANAGER, "_load_adapter", layers.checked_load),
+        (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
+    ):
+        cls = _holder(owner)
+        original = vars(cls)[name]
+        found.append((cls, name, functools.update_wrapper(wrap(original), original)))
     return found

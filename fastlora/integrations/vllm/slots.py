@@ -97,7 +97,7 @@ class SlotProducts:
 
     @property
     def num_packs(self) -> int:
-        """Number of times that the factors of all slots were packed."""
+        """Number of times that the current packs were allocated and all slots were copied."""
         return sum(pack.num_packs for pack in self._packs.values())
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
@@ -109,19 +109,21 @@ class SlotProducts:
             )
 
     def _packed_slots(self, dtype: torch.dtype) -> PackedSlots:
-        """Return the packed factors in a dtype. They are packed if this is the first call."""
+        """Return the packed factors in a dtype. All slots are packed if there is no valid pack."""
+        self.drop_outdated_packs()
         pack = self._packs.get(dtype)
         if pack is None:
             with torch.inference_mode(False):
                 pack = PackedSlots(len(self._factors), self.lora_a[0].shape[2], self.widths, dtype)
                 self._packs[dtype] = pack
                 self._pack_all(pack)
-        elif self._versions != self._current_versions():
-            # vLLM's stacks are views of the factors, and other code has written them.
-            for each in self._packs.values():
-                self._pack_all(each)
-            self._versions = self._current_versions()
         return pack
+
+    def drop_outdated_packs(self) -> None:
+        """Drop all packs if other code has written the factors. vLLM's stacks are views of them."""
+        if self._versions != self._current_versions():
+            self._packs.clear()
+            self._versions = self._current_versions()
 
     def _pack_all(self, pack: PackedSlots) -> None:
         # The first slot has the largest rank, so the pack is allocated only once.
@@ -204,7 +206,14 @@ class LayerSlots:
             lora_a: For each slice, ``[rank, K]``, or None if the adapter lacks the slice.
             lora_b: For each slice, ``[N, rank]`` or None.
             scalings: For each slice, the scaling.
+
+        Raises:
+            ValueError: A factor has the wrong shape, or too high a rank. The slot is not changed.
         """
+        for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
+            if down is not None and up is not None:
+                self._check_shapes(index, down, up)
+        self._drop_outdated_packs()
         self._erase(slot)
         ranks_a, ranks_b = [0] * len(self.lora_b), [0] * len(self.lora_b)
         for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
@@ -224,9 +233,33 @@ class LayerSlots:
     def clear(self, slot: int) -> None:
         """Set a slot's ranks to 0."""
         if not self.is_empty(slot):
+            self._drop_outdated_packs()
             self._erase(slot)
             zeros = [0] * len(self.lora_b)
             self._set_ranks(slot, zeros, zeros, [1.0] * len(self.lora_b))
+
+    def _check_shapes(self, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        """Raise ValueError if the factors of a slice do not fit."""
+        width, max_rank = self.lora_b[index].shape[2], self.lora_b[index].shape[1]
+        features, max_rank_a = None, max_rank
+        if self.lora_a is not None:
+            max_rank_a, features = self.lora_a.shape[2:]
+        fits = lora_a.dim() == lora_b.dim() == 2 and lora_b.shape[0] == width
+        fits = fits and features in (None, lora_a.shape[1])
+        fits = fits and lora_a.shape[0] <= max_rank_a and lora_b.shape[1] <= max_rank
+        # If the ranks of lora_a are sharded, a process has only some of them.
+        if fits and max_rank_a == max_rank:
+            fits = lora_a.shape[0] == lora_b.shape[1]
+        if not fits:
+            raise ValueError(
+                f"slice {index}: lora_A has shape {tuple(lora_a.shape)} and lora_B "
+                f"{tuple(lora_b.shape)}, expected [rank, {features or 'in_features'}] and "
+                f"[{width}, rank] with a rank of at most {max_rank}"
+            )
+
+    def _drop_outdated_packs(self) -> None:
+        for each in (*self.linear, *self.shrink, *self.expand):
+            each.drop_outdated_packs()
 
     def _erase(self, slot: int) -> None:
         """Write zeros where an adapter has written, so that vLLM's stacks show what is loaded."""

@@ -5,6 +5,8 @@ vLLM's layers pass their stacked factors to the methods. The stacks are views of
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         self._on_gpu = self._slots.device.type != "cpu"
         self._tokens = BatchRows(self._token_lora_indices, count, self._on_gpu)
         self._sampled = BatchRows(self._sampler_indices, count, self._on_gpu)
+        self._one_request: BatchRows | None = None
 
     def update_metadata(
         self,
@@ -93,8 +96,40 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the update of the output layer to the first columns of the logits."""
-        _add_linear(y, x, slots_of_stack(lora_b_stacked), scale, self._sampled)
+        """Add the update of the output layer to the first columns of the logits.
+
+        Raises:
+            ValueError: The rows are neither the sampled rows nor those of one request.
+        """
+        rows = self._sampled if self._one_request is None else self._one_request
+        if rows is self._sampled:
+            self._check_sampled_rows(x.shape[0])
+        _add_linear(y, x, slots_of_stack(lora_b_stacked), scale, rows)
+
+    @contextmanager
+    def logits_of_one_request(
+        self, adapter: int, adapter_of_slot: Sequence[int | None]
+    ) -> Iterator[None]:
+        """Return a context in which all rows of logits belong to one request, as in a prompt.
+
+        Args:
+            adapter: ID of the request's adapter. Zero stands for no adapter.
+            adapter_of_slot: Adapter ID in each slot, or None for an empty slot.
+        """
+        slots = slots_of_adapters((adapter,), adapter_of_slot)
+        rows = torch.full_like(self._token_lora_indices, int(slots[0]))
+        self._one_request = BatchRows(rows, self._sampled.count, False)
+        self._one_request.start(slots)
+        try:
+            yield
+        finally:
+            self._one_request = None
+
+    def _check_sampled_rows(self, m: int) -> None:
+        sampled = self.indices_len[1]
+        if torch.compiler.is_compiling() or not self._sampled.used_slots or m == sampled:
+            return
+        raise ValueError(f"got {m} rows, expected the {sampled} sampled rows of the batch")
 
     def add_lora_embedding(
         self,
@@ -152,12 +187,19 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
             weight_stacked: ``[slots, 1, labels, K]``.
             bias_stacked: ``[slots, labels]``.
             module_enabled: bool ``[slots]``, whether the adapter has a head of its own.
+
+        Raises:
+            ValueError: The rows are not the sampled rows.
         """
+        self._check_sampled_rows(x.shape[0])
         slots = self._sampler_indices[: x.shape[0]]
-        for slot in self._sampled.used_slots:
+        # Traced code and captured graphs serve every batch, so they compute every slot.
+        is_eager = not (self._on_gpu or torch.compiler.is_compiling())
+        used = self._sampled.used_slots if is_eager else range(weight_stacked.shape[0])
+        for slot in used:
             full = F.linear(x, weight_stacked[slot, 0]).float() + bias_stacked[slot].float()
             own = (slots == slot) & module_enabled[slot]
-            torch.where(own.unsqueeze(1), full.to(y.dtype), y, out=y)
+            y.copy_(torch.where(own.unsqueeze(1), full.to(y.dtype), y))
 
 
 def _add_linear(
