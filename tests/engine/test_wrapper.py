@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -310,6 +311,43 @@ def test_classification_head() -> None:
 def test_a_batch_names_an_adapter_that_is_in_no_slot() -> None:
     with pytest.raises(KeyError, match="adapter 5 is not in any slot"):
         vllm_layers.start_batch(vllm_layers.wrapper(), (7, 5))
+
+
+def test_wrappers_of_a_multimodal_model_have_batches_of_their_own() -> None:
+    """A model has up to three wrappers. A batch of one does not change the rows of another."""
+    names = (
+        "ColumnParallelLinearWithLoRA",
+        "RowParallelLinearWithLoRA",
+        "QKVParallelLinearWithLoRA",
+    )
+    mixes = (MIX, (7, 0, 9), (4,) * 5)
+    cases, wrappers = [vllm_layers.linear_case(name) for name in names], []
+    for case, ids in zip(cases, mixes, strict=True):
+        wrappers.append(vllm_layers.wrapper())
+        case.layer.set_mapping(wrappers[-1])
+        vllm_layers.start_batch(wrappers[-1], ids)
+    for case, ids, own in zip(cases, mixes, wrappers, strict=True):
+        x, slots = torch.randn(len(ids), K), vllm_layers.slots_of(ids)
+        y = case.layer(x.clone())[0]
+        vllm_layers.start_batch(own, (0,) * len(ids))
+        base = case.layer(x.clone())[0]
+        truth = base.double() + vllm_layers.updates(x, case, slots, torch.float64)
+        assert_within_budget(y, base + vllm_layers.updates(x, case, slots, torch.float32), truth)
+
+
+@pytest.mark.parametrize("name", ["add_lora_fused_moe", "add_lora_w13", "add_lora_w2"])
+def test_lora_on_moe_layers_gets_vllms_own_error(name: str) -> None:
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+    own = getattr(vllm_layers.wrapper(), name)
+    assert own.__func__ is getattr(PunicaWrapperBase, name)
+    required = [
+        each
+        for each in inspect.signature(own).parameters.values()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    with pytest.raises(NotImplementedError):
+        own(*[None for _ in required])
 
 
 def test_none_of_vllms_operators_runs(monkeypatch: Any) -> None:

@@ -21,6 +21,7 @@ from fastlora import env
 from fastlora.integrations.vllm import register as registration
 from fastlora.integrations.vllm.batch import slots_of_adapters
 from fastlora.integrations.vllm.register import KNOWN_VERSIONS, RELIED_ON, ReliedOn
+from tests.engine import compare_sources
 
 ROOT = Path(__file__).parents[2]
 STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
@@ -282,6 +283,56 @@ fastlora_vllm.register()
     )
     assert done.stderr.count("WARNING vllm: fastlora is not used for LoRA") == 1
     assert f"{error}: broken on purpose" in done.stderr
+
+
+def _write_sources(root: Path, change: str = "") -> Path:
+    """Write sources of a vLLM that agrees with the table, apart from one change."""
+    classes: dict[str, dict[str, list[str]]] = {}
+    for owner, name, parameters in RELIED_ON:
+        module, _, cls = owner.partition(":")
+        mark = "@abstractmethod\n    " if owner == registration._ABSTRACT else ""
+        own = ", ".join(parameters)
+        if (change, name) == ("parameter", "slice_lora_a"):
+            own += ", new"
+        text = f"    {mark}def {name}({own}): ..."
+        if (change, name) != ("missing", "slice_lora_b"):
+            classes.setdefault(module, {}).setdefault(cls, []).append(text)
+    if change == "abstract":
+        module, _, cls = registration._ABSTRACT.partition(":")
+        classes[module][cls].append("    @abstractmethod\n    def add_lora_other(self): ...")
+    if change == "class":
+        text = "    def set_lora(self): ..."
+        classes[next(iter(classes))]["StepWithLoRA"] = [text]
+    for module, own_classes in classes.items():
+        file = root / f"{module.replace('.', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(f"class {k}:\n" + "\n".join(v) for k, v in own_classes.items()))
+    modules = [each for each in classes if each.startswith("vllm.lora.layers.")]
+    lines = [f"from {module} import something" for module in modules]
+    (root / "vllm/lora/layers/__init__.py").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("as_wheel", [False, True])
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("", None),
+        ("missing", "slice_lora_b is missing"),
+        ("parameter", "slice_lora_a has parameters self, lora_a, new"),
+        ("abstract", "add_lora_other is new"),
+        ("class", "StepWithLoRA.set_lora is new"),
+    ],
+)
+def test_sources_of_a_version_are_compared(
+    tmp_path: Path, change: str, difference: str | None, as_wheel: bool
+) -> None:
+    path = _write_sources(tmp_path / "sources", change)
+    if as_wheel:
+        path = Path(shutil.make_archive(str(tmp_path / "wheel"), "zip", path))
+    found = list(compare_sources.differences(compare_sources.source_reader(path)))
+    assert len(found) == (difference is not None)
+    assert all(each.endswith(str(difference)) for each in found), found
 
 
 def test_slots_of_adapters() -> None:
