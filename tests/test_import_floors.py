@@ -25,7 +25,7 @@ AUTOGRAD_FUNCTIONS = 5
 # The routing in force, the batch-invariant mode, and the recording of launches.
 THREAD_LOCALS = 3
 # Classes of the forward path that only hold values. A record that two steps can share is one.
-RECORDS = 45
+RECORDS = 47
 FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Lines of code by folder, without docstrings, comments, and blanks. A folder may have 3 % more.
 CODE_LINES = {
@@ -35,14 +35,14 @@ CODE_LINES = {
     "init": 879,
     "integrations": 842,
     "layers": 6044,
-    "model": 5843,
+    "model": 6080,
     "ops": 3189,
     "optimizers": 247,
     "pool": 1644,
     "routing": 1544,
     "serve": 1957,
     "train": 3609,
-    "kernels": 3847,
+    "kernels": 4070,
 }
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (

@@ -33,6 +33,13 @@ class Router(Protocol):
         Resources that the block needs are entered on ``held``, which is closed when the block ends.
         """
 
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings that launch every kernel that mixed batches launch, for `warm_up`.
+
+        Each has one id. ``adapters`` is the largest number of adapters in a batch, or None for all
+        adapters. ``ranks`` lists the ranks of adapters, or is None for all of them.
+        """
+
 
 _FINDERS: list[Callable[[Any], Router | None]] = []
 
