@@ -31,7 +31,7 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 CODE_LINES = {
     "algebra": 113,
     "autograd": 681,
-    "commands": 1693,
+    "commands": 1715,
     "init": 879,
     "integrations": 842,
     "layers": 6044,
@@ -40,7 +40,7 @@ CODE_LINES = {
     "optimizers": 247,
     "pool": 1644,
     "routing": 1544,
-    "serve": 1957,
+    "serve": 1990,
     "train": 3609,
     "kernels": 4070,
 }
