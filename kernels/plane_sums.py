@@ -19,21 +19,33 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.arguments import numbered
-from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.arguments import numbered, padded
+from fastlora.kernels.config_tables import KernelConfig, cdiv, compiled_modules
 from fastlora.kernels.launch import cached_launches, launch
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _sum_block(out_ptr, partials_ptr, block, size, stride, num_partials, BLOCK: tl.constexpr):
+def _sum_block(
+    out_ptr,
+    partials_ptr,
+    block,
+    size,
+    stride,
+    num_partials,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Write one block of an output with ``size`` elements.
 
     Its partial sums are ``stride`` elements apart.
     """
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+        stride = tl.multiple_of(stride, 16)
     mask = offs < size - first
     partials_ptr += first
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -46,9 +58,13 @@ def _sum_block(out_ptr, partials_ptr, block, size, stride, num_partials, BLOCK: 
     tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# The numbers of partial sums depend on the batch: do not specialize on 1 or multiples of 16.
+# All numbers depend on the batch: do not specialize on 1 or multiples of 16.
 @triton.jit(
-    do_not_specialize=["num_partials", "num_partials_1", "num_partials_2", "num_partials_3"]
+    do_not_specialize=[
+        *("size", "size_1", "size_2", "size_3"),
+        *("stride", "stride_1", "stride_2", "stride_3"),
+        *("num_partials", "num_partials_1", "num_partials_2", "num_partials_3"),
+    ]
 )
 def _plane_sums_kernel(
     # tensors
@@ -70,13 +86,14 @@ def _plane_sums_kernel(
     num_partials_2,
     num_partials_3,
     # strides
-    stride_p,
-    stride_1_p,
-    stride_2_p,
-    stride_3_p,
+    stride,
+    stride_1,
+    stride_2,
+    stride_3,
     # meta
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -84,13 +101,15 @@ def _plane_sums_kernel(
     outs = out_ptr, out_1_ptr, out_2_ptr, out_3_ptr
     stacks = partials_ptr, partials_1_ptr, partials_2_ptr, partials_3_ptr
     sizes = size, size_1, size_2, size_3
+    strides = stride, stride_1, stride_2, stride_3
     counts = num_partials, num_partials_1, num_partials_2, num_partials_3
-    strides = stride_p, stride_1_p, stride_2_p, stride_3_p
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         blocks = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < blocks):
-            _sum_block(outs[i], stacks[i], block, sizes[i], strides[i], counts[i], BLOCK)
+            _sum_block(
+                *(outs[i], stacks[i], block, sizes[i], strides[i], counts[i], BLOCK, ALIGNED)
+            )
         block -= blocks
 
 
@@ -112,21 +131,23 @@ def launch_plane_sums(
         pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
             shrink that writes the partial sums.
     """
-    sizes = [out.numel() for out in outs]
+    sizes, compiled = [out.numel() for out in outs], compiled_modules(len(outs), alone=False)
+    widths = [*(out.shape[-1] for out in outs), *(stack.stride(0) for stack in partials)]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
     if programs == 0:
         return
     launch(
         _plane_sums_kernel,
         (programs,),
-        **numbered("out{}_ptr", outs),
-        **numbered("partials{}_ptr", partials),
+        **numbered("out{}_ptr", padded(outs, compiled)),
+        **numbered("partials{}_ptr", padded(partials, compiled)),
         **numbered("size{}", sizes, 0),
         **numbered("num_partials{}", [stack.shape[0] for stack in partials], 0),
-        **numbered("stride{}_p", [stack.stride(0) for stack in partials], 0),
-        COUNT=len(outs),
+        **numbered("stride{}", [stack.stride(0) for stack in partials], 0),
+        COUNT=compiled,
         BLOCK=_BLOCK,
         PDL=pdl,
+        ALIGNED=all(width % 16 == 0 for width in widths),
         **config.arguments(""),
         **({"launch_pdl": True} if pdl else {}),
     )

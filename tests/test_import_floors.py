@@ -31,18 +31,18 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 CODE_LINES = {
     "algebra": 113,
     "autograd": 681,
-    "commands": 1693,
+    "commands": 1715,
     "init": 879,
     "integrations": 842,
     "layers": 6044,
-    "model": 5843,
+    "model": 6080,
     "ops": 3189,
     "optimizers": 247,
     "pool": 1644,
     "routing": 1544,
-    "serve": 1957,
+    "serve": 1990,
     "train": 3609,
-    "kernels": 4000,
+    "kernels": 4070,
 }
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
