@@ -24,8 +24,9 @@ OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 5
 # The routing in force, the batch-invariant mode, and the recording of launches.
 THREAD_LOCALS = 3
-# Classes of the forward path that only hold values. A record that two steps can share is one.
-RECORDS = 47
+# Classes of the forward path that only hold values. A record that two steps can share is one. No
+# forward pass reads three of them: `FusionStatus`, and two of `kernels/precompile.py`.
+RECORDS = 49
 FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Lines of code by folder, without docstrings, comments, and blanks. A folder may have 3 % more.
 CODE_LINES = {
@@ -36,13 +37,13 @@ CODE_LINES = {
     "integrations": 842,
     "layers": 6044,
     "model": 6080,
-    "ops": 3189,
+    "ops": 3303,
     "optimizers": 247,
     "pool": 1644,
     "routing": 1544,
     "serve": 1990,
     "train": 3609,
-    "kernels": 4070,
+    "kernels": 4320,
 }
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (

@@ -26,13 +26,13 @@ FAULTS = (
     ),
     Fault(
         "Every term of an expand that adds the terms of siblings reads the first one's s.",
-        "wrong module",
+        "wrong term",
         "66d6585e",
         "kernels/lora_expand.py",
         "own_s = all_s[term] + first_m",
         "own_s = all_s[0] + first_m",
         (
-            "tests/kernels/test_siblings.py::"
+            "tests/kernels/test_shared_input_launches.py::"
             "test_one_expand_adds_the_terms_of_siblings[float32-ranks0-64]",
         ),
     ),
