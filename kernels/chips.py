@@ -49,7 +49,7 @@ _BANDWIDTHS = {
 # Assumed overhead in seconds: of a launch that waits for the one before it, of a programmatic
 # dependent, and of a sum of partial sums inside a kernel, in addition to its loads. The first two
 # are those of bench/ceilings.py. None has been measured.
-_LAUNCH_S = 2.0e-6
+LAUNCH_S = 2.0e-6
 _DEPENDENT_LAUNCH_S = 1.7e-6
 INNER_SUM_S = 1.0e-6
 _FAMILIES = {
@@ -109,20 +109,20 @@ class Chip(NamedTuple):
         return memory * self.num_sms / processors, l2 * self.num_sms / processors, program
 
     @property
-    def l2_bytes_per_s(self) -> float:
-        """Assumed bytes per second of the L2 cache.
+    def rates(self) -> tuple[float, float]:
+        """Assumed bytes per second of memory and of the L2 cache.
 
-        A chip without a figure is assumed to have an H100's rate per processor.
+        A chip without figures is assumed to have an H100's rates per processor.
         """
-        if self.bandwidths is not None:
-            return self.bandwidths[1]
-        _, l2, _, processors = _BANDWIDTHS["sm_90"]
-        return l2 * self.num_sms / processors
+        known = self.bandwidths or Chip("sm_90", self.num_sms).bandwidths
+        if known is None:
+            raise ValueError("there are no bandwidths of sm_90")
+        return known[:2]
 
     @property
     def sum_launch_s(self) -> float:
         """Assumed overhead in seconds of a launch that adds the partial sums of the one before."""
-        return _DEPENDENT_LAUNCH_S if self.has_pdl else _LAUNCH_S
+        return _DEPENDENT_LAUNCH_S if self.has_pdl else LAUNCH_S
 
     @property
     def max_registers(self) -> int | None:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.kernels import config_files, measurements
-from fastlora.kernels.chips import INNER_SUM_S, Chip, ConfigRow
+from fastlora.kernels.chips import INNER_SUM_S, LAUNCH_S, Chip, ConfigRow
 from fastlora.kernels.config_tables import (
     BY_BANDWIDTH,
     CHUNKED,
@@ -249,7 +249,9 @@ def mixed_grad_b_passes(
     return passes
 
 
-def sums_s_once(chip: Chip, m: int, r: int, splits: int, column_tiles: int) -> bool:
+def sums_s_once(
+    chip: Chip, m: int, r: int, splits: int, column_tiles: int, y_bytes: int = 0
+) -> bool:
     """Return whether a launch of its own adds the partial sums of s before an expand reads s.
 
     Otherwise, each column tile of the expand reads the partial sums and adds them. That is faster
@@ -261,11 +263,14 @@ def sums_s_once(chip: Chip, m: int, r: int, splits: int, column_tiles: int) -> b
         r: Rank of a module, or the largest rank in a mixed batch.
         splits: Number of partial sums.
         column_tiles: Number of column tiles of the expand, in all modules.
+        y_bytes: Bytes of y that the expand reads. The partial sums are loaded while it waits for y.
+            On some chips, it is a programmatic dependent of the shrink, unless a sum is in between.
     """
     if splits == 1 or m <= FUSED_MAX_ROWS:
         return False
-    loads = column_tiles * splits * 4 * m * r
-    return INNER_SUM_S + loads / chip.l2_bytes_per_s > chip.sum_launch_s
+    memory, l2 = chip.rates
+    loads = column_tiles * splits * 4 * m * r / l2 - y_bytes / memory
+    return INNER_SUM_S + max(loads, 0.0) > (LAUNCH_S if y_bytes else chip.sum_launch_s)
 
 
 def piece_rows(m: int, batch_invariant: bool = False) -> int:

@@ -310,6 +310,10 @@ def test_s_is_summed_once_where_its_partial_sums_cost_more_than_a_launch() -> No
             assert below > 64
             found = [configs.sums_s_once(chip, m, r, splits, tiles) for m in (below, below + 1)]
             assert found == [False, True], (chip, tiles, splits, r)
+    # While an expand waits for 3 MB of y, 5.5 MB come through the L2 cache. It starts early itself.
+    y_bytes, below = 3_000_000, int((5.5e6 + 5.5e6) / (32 * 8 * 4 * 16))
+    given = [configs.sums_s_once(H100, m, 16, 8, 32, y_bytes) for m in (below, below + 1)]
+    assert given == [False, True]
     # Never at decode, and never of one partial sum.
     assert not configs.sums_s_once(H100, 64, 512, 8, 1000)
     assert configs.sums_s_once(H100, 65, 512, 8, 1000)

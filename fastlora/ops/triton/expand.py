@@ -104,7 +104,8 @@ def expand_mixed_(
     """
     (splits, *_, m, r), y = s.shape, ys[0]
     tiles = sum(cdiv(own.shape[1], config.block_n) for own in ys)
-    if sums_s_once(chip_of(y), m, r, splits, tiles):
+    y_bytes = y.itemsize * m * sum(own.shape[1] for own in ys)
+    if sums_s_once(chip_of(y), m, r, splits, tiles, y_bytes):
         partials, s = s, empty(y, 1, *s.shape[1:])
         add_partial_sums(s[0], partials, after_shrink=pdl)
         pdl = False

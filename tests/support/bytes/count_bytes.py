@@ -218,7 +218,7 @@ def forms_of_forward(batch: Batch, chip: Chip, dtype: torch.dtype = HALF) -> For
         "mixed_dora_scale": byte_forms.mixed_scale(batch, scale),
     }
     columns = cdiv(r, 16) * 16
-    if sums_s_once(chip, m, columns, splits, cdiv(n, expand.block_n)):
+    if sums_s_once(chip, m, columns, splits, cdiv(n, expand.block_n), batch.e * m * n):
         # The counter knows the partial sums as s. What the operator makes of them lies elsewhere.
         form = byte_forms.mixed_expand(batch, expand, 1, batch.e)
         form.loads[ELSEWHERE] = form.loads.pop("s")
@@ -377,7 +377,9 @@ def forms_of_prefill(m: int, r: int, adapters: int, ns: Sequence[int], k: int) -
     else:
         config = choose(H100, "lora_expand", HALF, m=m, n=n, k=k, r=r)
         splits = choose(H100, "lora_shrink", HALF, m=m, k=k, r=count * r).splits
-    once = sums_s_once(H100, m, r, splits, sum(cdiv(own, config.block_n) for own in ns))
+    y_bytes = 2 * m * n if adapters > 1 else 0
+    tiles = sum(cdiv(own, config.block_n) for own in ns)
+    once = sums_s_once(H100, m, r, splits, tiles, y_bytes)
     partials = 1 if once else splits
     expands = []
     for own in ns:
