@@ -1,6 +1,6 @@
 """Predicts the time of a decoder layer's seven linears on a card that is not at hand.
 
-python bench/predict.py [--model NAME] [--rank 16] [--chip sm_90] [--details] [--out CSV]
+python bench/predict.py [--model NAME] [--rank 16 ...] [--chip sm_90] [--details] [--out CSV]
 
 No number here is measured. The launches, grids, and configs are recorded from the real host path on
 CPU tensors (`fastlora.testing.stubbed_launches`). Bytes and FLOPs follow from closed forms
@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import csv
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,7 @@ from fastlora.kernels.chips import Chip
 
 CASES = (
     *(Case("decode", m, n) for m in (1, 16, 64) for n in (0, 1, 4, 64) if n <= m),
+    *(Case("decode", m) for m in (24, 33, 48)),
     *(Case("prefill", 2048, n) for n in (0, 4, 64)),
     *(Case("training", m, 0, p) for m in (2048, 8192) for p in (0.0, 0.1)),
 )
@@ -281,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the predictions and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(DECODERS), help="default: all of them")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--chip", choices=tuple(CEILINGS), default="sm_90")
     parser.add_argument("--kind", choices=("decode", "prefill", "training"), help="default: all")
     parser.add_argument("--details", action="store_true", help="a line for each kernel of ours")
@@ -290,12 +292,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in inputs(args.chip):
         print(f"prediction: {line} (bench/ceilings.py says where it comes from)")
     rows, source = [], {"triton": triton.__version__, "commit": commit(ROOT)}
-    for model in [args.model] if args.model else DECODERS:
+    models = [args.model] if args.model else list(DECODERS)
+    for model, r in itertools.product(models, args.rank):
         for case in CASES:
             if args.kind not in (None, case.kind):
                 continue
             for contender in contenders_of(case):
-                row, found = row_of(contender, model, DECODERS[model], case, args.rank, args.chip)
+                row, found = row_of(contender, model, DECODERS[model], case, r, args.chip)
                 rows.append(row | source)
                 print(line_of(row), flush=True)
                 if args.details and contender == OURS:

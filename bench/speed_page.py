@@ -90,18 +90,19 @@ def host(rows: Sequence[Row]) -> str:
 def prediction(rows: Sequence[Row]) -> str:
     """Return the predicted times of a decoder layer's linears, relative to the bare layer."""
     shown = [row for row in rows if row["model"] == "Llama-3.1-8B"]
+    columns = ("case", "M", "adapters", "r", "dropout")
     bare = {
-        (row["case"], row["M"], row["adapters"], row["dropout"]): float(row["predicted_us"])
+        tuple(row[column] for column in columns): float(row["predicted_us"])
         for row in shown
         if row["contender"] == "base"
     }
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in shown:
-        key = (row["case"], row["M"], row["adapters"], row["dropout"])
+        key = tuple(row[column] for column in columns)
         ratio = float(row["predicted_us"]) / bare[key]
         lines.setdefault(key, {})[row["contender"]] = f"{ratio:.2f}"
-    names = ("fastlora", "peft", "addmm")
-    head = ("case", "tokens", "adapters", "dropout", *names)
+    names = ("fastlora before", "fastlora", "peft", "addmm")
+    head = ("case", "tokens", "adapters", "rank", "dropout", *names)
     return _table(head, ((*key, *(of.get(n, "") for n in names)) for key, of in lines.items()))
 
 

@@ -89,6 +89,15 @@ def pointers_of(weights: Sequence[Weight | None]) -> list[torch.Tensor | None]:
     return [own.codes if isinstance(own, QuantizedData) else own for own in weights]
 
 
+def has_usual_strides(tensor: torch.Tensor) -> bool:
+    """Return whether a vector or matrix is contiguous and has the strides of a new tensor.
+
+    PyTorch also calls a matrix contiguous if the stride of a dimension of size 1 is arbitrary.
+    """
+    columns = tensor.shape[-1]
+    return tensor.stride() == ((1,) if tensor.dim() == 1 else (columns, 1))
+
+
 def are_of_a_kind(weights: Sequence[Weight]) -> bool:
     """Return whether one launch can read all weights: dense ones, or quantized ones of one kind."""
     kinds = {

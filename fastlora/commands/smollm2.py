@@ -45,8 +45,8 @@ class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
 def find_gguf() -> Path:
     """Find the model's GGUF file, and return its path.
 
-    The file is in the wheel. The wheel is not imported, because it imports packages that fastlora
-    does not use.
+    The file is part of the installed wheel. The wheel itself is not imported, because this would
+    import packages that fastlora does not use.
 
     Raises:
         ModelWheelNotFoundError: The wheel is not installed, or contains no GGUF file.

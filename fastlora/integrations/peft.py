@@ -18,15 +18,18 @@ import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fastlora.layers.adapted_parameters import AdaptedParameter, FastLoraAdaptedParameters
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
+from fastlora.layers.layer_kinds import parameter_kind_of
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import (
@@ -43,6 +46,7 @@ from fastlora.layers.quantized_base import (
     quantized_base_of_layer,
     to_base_output_dtype,
 )
+from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
@@ -208,6 +212,66 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
     """PEFT's LoRA linear layer with fastlora's fused forward pass."""
 
 
+class FastPeftParamWrapper(PeftParamWrapper):
+    """PEFT's layer for one adapted parameter, with fastlora's forward pass for stacked experts.
+
+    In all other cases, PEFT's forward method runs.
+    """
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the experts with fastlora if possible, or else with PEFT's ``forward`` method."""
+        layer = None if kwargs or is_being_compiled() else self._layer_with_shared_adapters()
+        return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)
+
+    def _layer_with_shared_adapters(self: Any) -> FastLoraAdaptedParameters | None:
+        """Return fastlora's layer for the module inside this wrapper and the nested ones.
+
+        It shares the adapters of the wrappers. The result is None if PEFT's forward must be called.
+        """
+        wrappers: list[Any] = [self]
+        while isinstance(wrappers[-1].base_layer, PeftParamWrapper):
+            wrappers.append(wrappers[-1].base_layer)
+        base = wrappers[-1].base_layer
+        if "parametrizations" in base._modules or _experts_class(base) is None:
+            return None
+        if any(
+            not isinstance(w, FastPeftParamWrapper) or w.disable_adapters or w.merged
+            for w in wrappers
+        ):
+            return None
+        layer = self.__dict__.get("_fastlora_layer")
+        if layer is None or layer.base_layer is not base:
+            trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+            layer = self.__dict__["_fastlora_layer"] = _experts_class(base)(base)
+            for wrapper in wrappers:
+                made = AdaptedParameter(base, wrapper.parameter_name)
+                layer.parameters_with_adapters[wrapper.parameter_name] = made
+            for parameter in trained:  # A new layer freezes its module.
+                parameter.requires_grad_(True)
+        for wrapper in wrappers:
+            shared = layer.parameters_with_adapters[wrapper.parameter_name]
+            for part in ("lora_A", "lora_B", "lora_dropout"):
+                shared._modules[part] = wrapper._modules[part]
+            shared.r, shared._active_adapters = wrapper.r, wrapper.active_adapters
+            for name, scaling in wrapper.scaling.items():
+                if shared.scaling.get(name) is not scaling:
+                    shared.scaling[name] = scaling
+        return layer
+
+    def fusion(self) -> FusionStatus:
+        """Return the layer's fusion status. This layer never runs fused."""
+        found = _experts_class(self.get_base_layer())
+        if found is None:
+            return FusionStatus(False, "PEFT's own forward computes it")
+        return FusionStatus(False, f"{found.__name__} computes it with its module")
+
+
+def _experts_class(module: nn.Module) -> Any:
+    """Return fastlora's layer class for a module of stacked experts, or None for other modules."""
+    kind = parameter_kind_of(module)
+    return None if kind is None or kind.wrap is FastLoraAdaptedParameters else kind.wrap
+
+
 def _use_peft_class_name(cls: type) -> type:
     """Set the ``__name__`` of a patched class to the name of its PEFT base class.
 
@@ -220,6 +284,7 @@ def _use_peft_class_name(cls: type) -> type:
 
 
 _use_peft_class_name(FastPeftLinear)
+_use_peft_class_name(FastPeftParamWrapper)
 
 
 @functools.cache
@@ -230,6 +295,8 @@ def _patched_class_for(peft_class: type) -> type | None:
     """
     if peft_class is PeftLinear:
         return FastPeftLinear
+    if peft_class is PeftParamWrapper:
+        return FastPeftParamWrapper
     if (peft_class.__module__, peft_class.__name__) not in peft_quantized_layers():
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
@@ -478,6 +545,7 @@ def patch_layer(module: nn.Module) -> None:
     fast = _patched_class_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
         module.__class__ = fast
+    if fast is not None and issubclass(fast, _FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
         module._register_scaling_load_hook()  # type: ignore[operator]  # defined by the new class
 
@@ -488,6 +556,9 @@ def unpatch_layer(module: nn.Module) -> None:
     Raises:
         UnsupportedLayerError: Other code has replaced the layer's class after `patch_layer`.
     """
+    if isinstance(module, FastPeftParamWrapper):
+        module.__dict__.pop("_fastlora_layer", None)
+        module.__class__ = PeftParamWrapper  # type: ignore[assignment]  # what it was before
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
@@ -561,6 +632,8 @@ def layer_fusion(module: nn.Module, gathered: bool = False) -> FusionStatus | No
     """Return the fusion status of a PEFT LoRA layer, or None for any other module."""
     if isinstance(module, _FusedForwardMixin):
         return module.fusion(gathered)
+    if isinstance(module, FastPeftParamWrapper):
+        return module.fusion()
     if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
         return FusionStatus(False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it")
     if isinstance(module, PeftLoraLayer):

@@ -20,6 +20,7 @@ from torch import nn
 from fastlora.integrations.import_hooks import call_when_imported
 from fastlora.integrations.peft_overrides import override_peft_functions
 from fastlora.layers import LoraLayer
+from fastlora.layers.adapted_parameters import AdaptedParameter
 from fastlora.model import LoraModel
 from fastlora.model.config import LoraConfig
 
@@ -46,6 +47,8 @@ def register_classes_with_peft() -> None:
     LoraModel.__bases__ = (*ours, peft.PeftModel)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
+    if hasattr(theirs.layer, "ParamWrapper"):  # older versions do not adapt parameters
+        theirs.layer.ParamWrapper.register(AdaptedParameter)
     _override_from_pretrained(peft)
     override_peft_functions()
 

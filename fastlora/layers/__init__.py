@@ -3,6 +3,7 @@
 from fastlora.layers import (  # noqa: F401 - importing them registers their layer kinds
     conv,
     embedding,
+    experts,
     linear_kind,
     tensor_parallel,
 )

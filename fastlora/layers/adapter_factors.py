@@ -78,10 +78,7 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors, taken from the layer's parameters, or None.
-
-    The result is a `Factors` that contains the parameters. It is None if the adapter's modules must
-    be called.
+    """Return an adapter's `Factors`, which contain the layer's parameters.
 
     Returns None if the adapter's modules must be called.
 

@@ -95,7 +95,9 @@ class AdapterInitializer:
         self.data = None if found is None else found[1]
 
     @torch.no_grad()
-    def initialize_weights(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
+    def initialize_weights(
+        self, lora_a: nn.Module, lora_b: nn.Module, rank: int | None = None
+    ) -> None:
         """Initialize the weights of the modules lora_a and lora_b in place.
 
         They are new factor modules. A bias of lora_b becomes zero, except with
@@ -104,6 +106,7 @@ class AdapterInitializer:
         Args:
             lora_a: A linear ``[R, K]``, or a convolution.
             lora_b: A linear ``[N, R]``, or a convolution.
+            rank: The adapter's rank, if it is not R.
 
         Raises:
             InitializationError: The initialization cannot start from the layer's weight.
@@ -112,7 +115,7 @@ class AdapterInitializer:
         down: Any = lora_a
         up: Any = lora_b
         a, b = self.initial_values(
-            down.weight.flatten(1), up.weight.flatten(1), down.weight.dim() == 2
+            down.weight.flatten(1), up.weight.flatten(1), down.weight.dim() == 2, rank
         )
         down.weight.data = a.view(down.weight.shape)
         up.weight.data = b.view(up.weight.shape)
@@ -121,7 +124,11 @@ class AdapterInitializer:
 
     @torch.no_grad()
     def initial_values(
-        self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
+        self,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        linear: bool = True,
+        rank: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]`` as a tuple.
 
@@ -137,7 +144,7 @@ class AdapterInitializer:
         start = self.init.start(
             InitInputs(
                 name=str(self.name).lower(),
-                rank=lora_a.shape[0],
+                rank=rank or lora_a.shape[0],
                 scaling=self.scaling,
                 lora_a=lora_a,
                 lora_b=lora_b,

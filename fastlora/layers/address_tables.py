@@ -92,8 +92,6 @@ def _collect_factors(
 
     The result is a list of tuples (row, column, factors), or None if a factor is not a plain
     tensor.
-
-    Returns None if a factor is not a plain tensor.
     """
     found = []
     for row, layer in enumerate(routing.layers):

@@ -12,7 +12,6 @@ every forward pass, and merges out_proj's adapter twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from fastlora.layers.layer_kinds import (
 )
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.unfused import BaseUnfusedLoraLayer
+from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing.active import active_routing
 from fastlora.validation import UnsupportedLayerError
@@ -147,8 +146,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         if conditions.compiling:
             weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
-        out = _copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
-        stand_in = _copy_with_parameters(base, {"in_proj_weight": weight})
+        out = copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
+        stand_in = copy_with_parameters(base, {"in_proj_weight": weight})
         stand_in._modules = {**base._modules, "out_proj": out}
         return stand_in(query, *args, **kwargs)
 
@@ -168,19 +167,6 @@ def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) 
             scaling = layer.__dict__["_scaling"].tensors[name].to(weight.device)
             made = torch.addmm(made, lora_b.to(wide) * scaling, lora_a.to(wide))
         return made.to(weight.dtype)
-
-
-def _copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a shallow copy of a module with some parameters replaced by tensors.
-
-    The original is not changed, so other threads do not see the replacement.
-    """
-    made = object.__new__(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__["_parameters"] = {**module._parameters, **tensors}
-    for name in tensors:  # FSDP stores gathered weights here.
-        made.__dict__.pop(name, None)
-    return made
 
 
 def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:

@@ -228,7 +228,7 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 def select_sharing_layers(
     members: Sequence[LinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Select the members that can share a layer's pass over x.
+    """Select the layers of a group that can share the calling layer's pass over x.
 
     Returns a tuple (pairs, reason). Each pair is a layer and a list of its factors by slot. If the
     calling layer itself cannot share, the list of pairs is empty and the reason explains it.

@@ -23,10 +23,27 @@ PEFT_LAYER_ALTERNATIVE = (
 )
 
 
+class ParameterSettings(NamedTuple):
+    """The rank and alpha of an adapter on one parameter of a module.
+
+    Attributes:
+        name: The name of the parameter, relative to the module.
+        r: The rank on this parameter.
+        lora_alpha: The alpha on this parameter.
+    """
+
+    name: str
+    r: int
+    lora_alpha: float
+
+
 class LayerAdapterSettings(NamedTuple):
     """Settings of an adapter on one layer.
 
     They are passed to `LoraLayer.add_adapter`.
+
+    ``parameters`` lists the parameters that ``target_parameters`` selects, in the order of
+    ``named_parameters()``. If it is empty, the adapter is on the module as a whole.
     """
 
     r: int = 8
@@ -38,6 +55,7 @@ class LayerAdapterSettings(NamedTuple):
     init_lora_weights: bool | str = True
     init_config: object | None = None
     from_file: bool = False
+    parameters: tuple[ParameterSettings, ...] = ()
 
 
 class LayerKind(NamedTuple):
@@ -53,6 +71,8 @@ class LayerKind(NamedTuple):
             message that says which settings it supports.
         uses_dropout: Whether lora_dropout has an effect.
         peft_note: A note on adapters that PEFT has trained on this kind, or an empty string.
+        adapts_parameters: Whether the kind is for single parameters of a module. Adapters on these
+            modules list the parameters in ``LayerAdapterSettings.parameters``.
     """
 
     name: str
@@ -62,6 +82,7 @@ class LayerKind(NamedTuple):
     check: Callable[[nn.Module, LayerAdapterSettings], None]
     uses_dropout: bool = True
     peft_note: str = ""
+    adapts_parameters: bool = False
 
 
 LINEAR = "linear layers"
@@ -87,10 +108,12 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
     for base_class, layer_class in (custom or {}).items():
         if isinstance(module, base_class):
             return _kind_of_custom_layer(layer_class)
-    for kind in _KINDS:
-        if kind.matches(module):
-            return kind
-    return None
+    return next((k for k in _KINDS if not k.adapts_parameters and k.matches(module)), None)
+
+
+def parameter_kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the `LayerKind` of a module with adapted parameters, or None if there is no kind."""
+    return next((k for k in _KINDS if k.adapts_parameters and k.matches(module)), None)
 
 
 def layer_kind_names() -> list[str]:

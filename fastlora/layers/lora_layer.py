@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -56,8 +56,13 @@ class LoraLayer(Mergeable):
         frozen_peft_weight_names: Maps an adapter name to the names of its parts that are never
             trained.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
+        replaces_module: Whether the layer replaces a module of the model. A layer for a parameter
+            of a module does not.
+        num_matrices: Number of matrices that the weight consists of, 1 unless it is a stack.
     """
 
+    replaces_module: ClassVar[bool] = True
+    num_matrices = 1
     in_features: int
     out_features: int
     adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -124,11 +129,47 @@ class LoraLayer(Mergeable):
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return the LoRA layers inside this layer as a dict, keyed by relative name.
-
-        They have the same adapters as this layer.
-        """
+        """Return the LoRA layers inside this layer as a dict, keyed by relative name."""
         return {}
+
+    def _layers_to_adapt(
+        self, settings: Mapping[str, object]
+    ) -> list[tuple[LoraLayer, dict[str, Any]]]:
+        """Return the layers to which a new adapter of a module is added, and how.
+
+        By default, these are this layer and its inner layers. The adapter has the same settings on
+        all of them.
+
+        Args:
+            settings: The fields of a `LayerAdapterSettings`.
+
+        Returns:
+            A list of tuples (layer, keyword arguments of its `add_adapter`).
+
+        Raises:
+            UnsupportedLayerError: The settings are for adapters on parameters.
+        """
+        arguments = {name: value for name, value in settings.items() if name != "parameters"}
+        parameters: Any = settings["parameters"]
+        if parameters:
+            raise UnsupportedLayerError(
+                f"target_parameters selects {parameters[0].name!r} of a "
+                f"{type(self.get_base_layer()).__name__} that another adapter adapts as a whole "
+                "module; expected the same kind of target for all adapters"
+            )
+        return [(layer, arguments) for layer in (self, *self.inner_layers().values())]
+
+    def _has_adapter(self, adapter_name: str) -> bool:
+        """Return whether this layer or one of its inner layers has an adapter."""
+        return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
+
+    def _rank_blocks(self, part: str) -> int:
+        """Return the number of blocks into which the rank dimension of a factor is divided.
+
+        It is the number of groups for lora_A of a convolution, and 1 otherwise.
+        """
+        base: Any = self.get_base_layer()
+        return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
 
     # ----------------------------------------------------------------------------- adapters
 
@@ -377,7 +418,15 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        return parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
+        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
+
+        Both names are relative to this layer. The tensors of inner layers are included.
+        """
+        names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
+        for below, layer in self.inner_layers().items():
+            for disk, key in layer.file_names(adapter_name).items():
+                names[f"{below}.{disk}"] = f"{below}.{key}"
+        return names
 
     def widen(self, adapter_name: str) -> None:
         """Widen an adapter's factors to at least fp32.

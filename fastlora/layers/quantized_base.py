@@ -274,13 +274,15 @@ def to_base_output_dtype(
 
 
 def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear the caches of a layer that depend on its base weight.
+    """Clear the caches of a layer that depend on its weights.
 
-    These are the DoRA norms and the quantized weight for kernels. If ``release_captured`` is set,
+    These are the DoRA norms, the rank rows of a stack's adapters, and the quantized weight for
+    kernels. If ``release_captured`` is set,
     weights that CUDA graphs read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)
+    own.pop("_rank_rows", None)
     cache = own.get("_kernel_weights")
     if isinstance(cache, KernelWeightCache):
         cache.clear(release_captured)

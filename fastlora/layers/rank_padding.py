@@ -7,7 +7,6 @@ in tensors of one shape, as a compiled graph requires.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
         old = factor_parameters(held[part])
         factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
         for name, tensor in factor_parameters(factor).items():
-            copy_zero_padded(tensor, old[name], count_rank_blocks(layer, part))
+            copy_zero_padded(tensor, old[name], layer._rank_blocks(part))
             tensor.requires_grad_(old[name].requires_grad)
     return made
 
@@ -79,15 +78,6 @@ def factor_parameters(factor: parts.Factor) -> dict[str, nn.Parameter]:
     if isinstance(factor, nn.Parameter):
         return {"weight": factor}
     return dict(factor.named_parameters())
-
-
-def count_rank_blocks(layer: LoraLayer, part: str) -> int:
-    """Return the number of blocks into which a factor's rank dimension is divided.
-
-    It is the number of groups for lora_A of a convolution, and 1 otherwise.
-    """
-    base: Any = layer.get_base_layer()
-    return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ adapter runs on its own samples.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
 
     base_layer: Any
     is_linear = False
+    runs_kernels = False  # Whether Triton kernels compute a part of the layer.
     fallback_reason = "it is computed with PyTorch operations"
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
@@ -83,8 +85,8 @@ class BaseUnfusedLoraLayer(LoraLayer):
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
         """
-        conditions = execution_mode_of(x, "eager")
-        if self.impl == "triton":
+        conditions = execution_mode_of(x, self.impl if self.runs_kernels else "eager")
+        if self.impl == "triton" and not self.runs_kernels:
             kind = type(self.base_layer).__name__
             raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.fallback_reason}")
         conditions.raise_if_batch_invariant(self, self.fallback_reason)
@@ -257,3 +259,16 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         scaling = self._scaling_on_device_of(name, lora_a) if compiling else self.scaling[name]
         squares = adapted_squared_norms(self, lora_a, lora_b, scaling, compiling)
         return dora_scale(self._local_magnitude(name), squares)
+
+
+def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a shallow copy of a module with some parameters replaced by tensors.
+
+    The original is not changed, so other threads do not see the replacement.
+    """
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__["_parameters"] = {**module._parameters, **tensors}
+    for name in tensors:  # FSDP stores gathered weights here.
+        made.__dict__.pop(name, None)
+    return made

@@ -31,7 +31,7 @@ from fastlora.model.adapter_files import (
 )
 from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
-from fastlora.model.targets import saved_modules_and_heads
+from fastlora.model.target_names import saved_modules_and_heads
 from fastlora.model.tensor_file import TensorInfo, write_tensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
@@ -130,6 +130,12 @@ class AdapterContents:
     config: LoraConfig
     keys: dict[str, ParsedAdapterKey]
     tensors: dict[str, torch.Tensor]
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that have LoRA factors, in the order of the file."""
+        names = (parts.module for parts in self.keys.values() if parts.kind in _PARTNERS)
+        return list(dict.fromkeys(names))
 
 
 class OpenAdapterFolder:
@@ -427,7 +433,8 @@ def _check_factor(
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
     rank = config.rank_for(target_containing_layer(module))
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
-    if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
+    differs = bool(rank % max(shape[axis], 1) if grouped else shape[axis] != rank)
+    if differs and not _may_be_rank_of_parameter(config, shape[axis]):
         raise CheckpointError(
             f"{key!r} has shape {shape} {expected} and therefore rank {shape[axis]}; "
             f"expected rank {rank}, as set for {module!r} by r and rank_pattern in the config"
@@ -436,6 +443,17 @@ def _check_factor(
         for vector, (field, leaf) in _VECTORS.items():
             if getattr(config, field) and (module, vector) not in found:
                 raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
+
+
+def _may_be_rank_of_parameter(config: LoraConfig, size: int) -> bool:
+    """Return whether a factor of a target parameter may have ``size`` rows or columns.
+
+    This is the rank multiplied by the number of stacked matrices. Only a model tells which modules
+    have target parameters, and how many matrices they stack. `check_adapter_fits_model` compares
+    the shapes.
+    """
+    ranks = {config.r, *config.rank_pattern.values()} if config.target_parameters else ()
+    return size > 0 and any(size % rank == 0 for rank in ranks)
 
 
 def target_containing_layer(layer_name: str) -> str:

@@ -23,10 +23,15 @@ from fastlora.layers import (
 )
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterContents
-from fastlora.model.base_modules import base_module_of, named_outer_modules, strip_wrapper_prefixes
+from fastlora.model.base_modules import base_module_of, strip_wrapper_prefixes
 from fastlora.model.base_state import key_without_adapters, strip_adapter_wrapper_names
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import base_biases_trained_by, base_parameters, modules_with_adapters
+from fastlora.model.inject import (
+    adapted_layers,
+    base_biases_trained_by,
+    base_parameters,
+    modules_with_adapters,
+)
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.replication import replication_applied
 from fastlora.model.tied_weights import input_embedding_name
@@ -61,9 +66,9 @@ def file_key_to_state_key(
     tuner = lora_model.base_model
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
-    for name, module in modules_with_adapters(model):
+    for name, module in modules_with_adapters(model, inner_layers=False):
         at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
-        if isinstance(module, ModuleWrapper) or adapter_name in module.r:
+        if isinstance(module, ModuleWrapper) or module._has_adapter(adapter_name):
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
     for name in base_biases_trained_by(model, adapter_name, bias):
@@ -163,12 +168,11 @@ def check_overwritable_from_file(
     config = plan.config
     layers = {
         name: layer
-        for name, layer in named_outer_modules(model)
-        if isinstance(layer, LoraLayer) and not isinstance(layer, TiedLoraHead)
-        if adapter_name in layer.r
+        for name, layer in adapted_layers(model, adapter_name).items()
+        if not isinstance(layer, TiedLoraHead)
     }
-    if set(layers) != set(plan.targets):
-        differing = sorted(set(layers) ^ set(plan.targets))
+    if layers.keys() != set(plan.adapted_names):
+        differing = sorted(layers.keys() ^ set(plan.adapted_names))
         raise CheckpointError(
             f"{path} does not adapt the same modules as the loaded adapter {adapter_name!r} "
             f"(one of the two adapts {differing[0]}, the other does not); load it under another "
@@ -190,7 +194,7 @@ def check_overwritable_from_file(
             f"{path}: trainable_token_indices={config.trainable_token_indices}, but the loaded "
             f"adapter {adapter_name!r} has {rows}; load it under another name"
         )
-    for name in plan.targets:
+    for name in layers:
         found = (config.rank_for(name), config.scaling_for(name))
         loaded = (layers[name].r[adapter_name], loaded_config.scaling_for(name))
         if found != loaded:
@@ -413,7 +417,8 @@ def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: to
         made = nn.Parameter(made, requires_grad=old.requires_grad)
     setattr(owner, leaf, made)
     if isinstance(layer, LoraLayer):
-        layer._move_scalings_to_factors(layer.scaling)
+        for each in (layer, *layer.inner_layers().values()):
+            each._move_scalings_to_factors(each.scaling)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from fastlora.layers import LoraLayer
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers, modules_with_adapters
 from fastlora.model.plan import AdapterPlan, plan_target_modules
+from fastlora.ops.stacks import stack_views
 from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
@@ -30,12 +31,20 @@ class ComputedLayerParameters(NamedTuple):
         lora_bias: The bias of ``lora_b``, ``[N]``, or None.
         magnitude: The DoRA magnitude, of the same shape as the layer's parameter, or None if the
             adapter does not use DoRA.
+        num_matrices: The number E of matrices that the layer's weight consists of. R is E times
+            the rank.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     lora_bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    num_matrices: int = 1
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter on the layer."""
+        return self.lora_a.shape[0] // self.num_matrices
 
 
 class ComputedAdapter(NamedTuple):
@@ -59,7 +68,7 @@ class ComputedAdapter(NamedTuple):
     @property
     def ranks(self) -> dict[str, int]:
         """A dict that maps the names of LoRA layers to the ranks of their factors."""
-        return {name: each.lora_a.shape[0] for name, each in self.factors.items()}
+        return {name: each.rank for name, each in self.factors.items()}
 
     @torch.no_grad()
     def copy_into_adapter(self, model: nn.Module, adapter_name: str) -> None:
@@ -121,6 +130,23 @@ def factor_matrices(
     return lora_a.detach().to(wide), lora_b.detach().to(wide)
 
 
+def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank.FactorPair]:
+    """Return the factors of each matrix of a layer's weight, given the factors of the layer.
+
+    The list has one pair, unless the weight is a stack of matrices.
+    """
+    if layer.num_matrices == 1:
+        return [pair]
+    lora_a, lora_b = stack_views(*pair, layer.num_matrices)
+    return list(zip(lora_a, lora_b.transpose(1, 2), strict=True))
+
+
+def join_matrices(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
+    """Return the factors of a layer, given the factors of each matrix. See `split_matrices`."""
+    lora_a, lora_b = zip(*pairs, strict=True)
+    return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)
+
+
 def build_computed_adapter(
     model: nn.Module,
     configs: Mapping[str, LoraConfig],
@@ -143,15 +169,17 @@ def build_computed_adapter(
     """
     copies = _sole_copy_owners(model, list(configs))
     if config is None:
-        ranks = {name: each.lora_a.shape[0] for name, each in factors.items()}
+        ranks = {name: each.rank for name, each in factors.items()}
         config = _computed_adapter_config(list(configs.values()), ranks, copies)
     plan = plan_target_modules(model, config)
     layers = lora_layers(model)
+    parameters = {name for name in factors if not layers[name].replaces_module}
     inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
     outer = set(factors) - inner
-    if set(plan.targets) != outer:
+    if set(plan.adapted_names) != outer | parameters:
         # The configs select layers in different ways. Only a list of names describes all layers.
         config.target_modules = outer
+        config.target_parameters = sorted(parameters) or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         plan = plan_target_modules(model, config)
     holders = (layers[name]._factors(a) for name in factors for a in configs if a in layers[name].r)
@@ -233,4 +261,6 @@ def _computed_adapter_config(
         config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))
     else:
         config.target_modules = {name for each in targets for name in each or ()}
+    parameters = {name for each in configs for name in each.target_parameters or ()}
+    config.target_parameters = sorted(parameters) or None
     return config

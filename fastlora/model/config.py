@@ -29,7 +29,7 @@ from fastlora.model.adapter_files import (
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
 from fastlora.model.peft_config_methods import PeftConfigMethods
-from fastlora.patterns import first_suffix_match
+from fastlora.patterns import count_matching_time, first_suffix_match
 from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, error_prefix
 
 # Fields that fastlora does not support -> the values that leave the feature switched off.
@@ -41,7 +41,6 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "qalora_group_size": (16,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None,),
     "arrow_config": (None,),
     "kasa_config": (None,),
@@ -49,6 +48,10 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 # Fields without an effect on an adapter that already has weights. They are settings of features
 # that other fields enable.
 _IDLE_AFTER_INIT = ("megatron_core", "qalora_group_size")
+
+# The key by which Unsloth records the order of the columns of lora_B on stacked parameters, and the
+# value for PEFT's order, in which the expert is the fastest index.
+_LAYOUT_OF_UNSLOTH, _LAYOUT_OF_PEFT = "lora_B_layout", "rank_major"
 
 # "new": the adapter is about to be initialized. "load": its weights come from a file.
 # "live": it is already in a model, and its initialization has already changed the base weights if
@@ -85,7 +88,8 @@ class LoraConfig(PeftConfigMethods):
         target_modules: The modules to adapt: a list of names, a regular expression that must match
             the whole name of a module, ``"all-linear"``, or None for the default of the model's
             architecture. An entry of a list matches a module with exactly this name, and every
-            module with a name that ends with a dot and the entry.
+            module with a name that ends with a dot and the entry. If ``target_parameters`` is set
+            and the architecture has no default, None adapts no module.
         exclude_modules: Modules to exclude from the targets: a list of names or a regular
             expression, matched in the same way as ``target_modules``.
         lora_alpha: Determines the scaling, which is ``lora_alpha / r``, or
@@ -106,7 +110,7 @@ class LoraConfig(PeftConfigMethods):
             list of names.
         layers_pattern: The name of the list of layers that ``layers_to_transform`` refers to.
         rank_pattern: A mapping from regular expressions to ranks. An expression applies to a module
-            if it matches the end of the module's name. The first match is used.
+            or a target parameter if it matches the end of its name. The first match is used.
         alpha_pattern: A mapping from regular expressions to values of ``lora_alpha``, with the same
             rules as ``rank_pattern``.
         loftq_config: Settings for ``"loftq"``, stored as a dict.
@@ -121,6 +125,10 @@ class LoraConfig(PeftConfigMethods):
             names to the rows to train in these modules.
         ensure_weight_tying: Whether modules that the model ties to its input embedding share the
             embedding's adapter.
+        target_parameters: The parameters of two or three dimensions to adapt in addition to
+            ``target_modules``: a list of names, which match in the same way as those of modules.
+            Weights of experts that are stacked in one parameter are examples. For some model
+            types, names in ``target_modules`` also select them. See ``docs/differences.md``.
         lora_bias: Whether B has a bias. The bias is multiplied by the scaling like the rest of the
             LoRA branch. Not supported together with DoRA.
         runtime_config: Settings that apply only to the current run and are never saved.
@@ -346,19 +354,31 @@ class LoraConfig(PeftConfigMethods):
         return named or {}
 
     def rank_for(self, name: str) -> int:
-        """Return the rank for the module called ``name``."""
+        """Return the rank for the module or target parameter called ``name``."""
         patterns = self.rank_pattern
+        name = self._name_for_patterns(name) if patterns else name
         key = first_suffix_match("rank_pattern", patterns, name) if patterns else None
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
-        """Return ``lora_alpha`` for the module called ``name``."""
+        """Return ``lora_alpha`` for the module or target parameter called ``name``."""
         patterns = self.alpha_pattern
+        name = self._name_for_patterns(name) if patterns else name
         key = first_suffix_match("alpha_pattern", patterns, name) if patterns else None
         return self.lora_alpha if key is None else patterns[key]
 
+    def _name_for_patterns(self, name: str) -> str:
+        """Return the name that patterns must match.
+
+        This is the name of the weight if the weight of the module is a target parameter, as in
+        PEFT.
+        """
+        weight, entries = f"{name}.weight", self.target_parameters or ()
+        with count_matching_time("target_parameters"):  # a config may list any number of names
+            return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
+
     def scaling_for(self, name: str) -> float:
-        """Return the scaling of the LoRA branch for the module called ``name``."""
+        """Return the scaling of LoRA for the module or target parameter called ``name``."""
         rank = self.rank_for(name)
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -432,7 +452,15 @@ class LoraConfig(PeftConfigMethods):
                 value = f.default
             setattr(config, name, value)
         config._finish(stage)
-        unknown = sorted(set(data) - set(fields))
+        layout = data.get(_LAYOUT_OF_UNSLOTH, _LAYOUT_OF_PEFT)
+        if config.target_parameters and layout != _LAYOUT_OF_PEFT:
+            raise ConfigError(
+                f"{_LAYOUT_OF_UNSLOTH}={layout!r}: lora_B of the parameters "
+                f"{config.target_parameters} is stored in another order than PEFT's, expected "
+                f"{_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E experts and rank r, replace "
+                "each of them with lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
+            )
+        unknown = sorted(set(data) - set(fields) - {_LAYOUT_OF_UNSLOTH})
         if unknown:
             warnings.warn(
                 f"ignoring the config keys {unknown}: LoraConfig has no such fields; "

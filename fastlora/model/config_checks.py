@@ -32,6 +32,10 @@ class PeftType(str, enum.Enum):
     LORA = "LORA"
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """Raised if a configuration value has a type for which PEFT raises `TypeError`."""
+
+
 # The PEFT version that the fields, the defaults, and the file format follow.
 PEFT_VERSION = "0.21.2"
 BIAS_MODES = ("none", "all", "lora_only")
@@ -106,6 +110,13 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         raise ConfigError(f"modules_to_save must be a list of names or None, got {saved!r}")
     _check_names("modules_to_save", saved or [])
     _check_regexes("modules_to_save", saved or [])
+    parameters = fields["target_parameters"]
+    if parameters is not None and not isinstance(parameters, list):
+        raise ConfigTypeError(
+            "`target_parameters` must be a list of strings or None. Got the value "
+            f"target_parameters={parameters!r}"
+        )
+    _check_names("target_parameters", parameters or [], "parameter names")
     _check_layers(fields["layers_to_transform"], fields["layers_pattern"], fields["target_modules"])
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(name, fields[name])
@@ -218,12 +229,12 @@ def _check_number(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
 
 
-def _check_names(name: str, values: Any) -> None:
+def _check_names(name: str, values: Any, expected: str = "module names") -> None:
     if not isinstance(values, (list, tuple, set, frozenset)):
-        raise ConfigError(f"{name} must be a list of module names or a string, got {values!r}")
+        raise ConfigError(f"{name} must be a list of {expected} or a string, got {values!r}")
     for value in values:
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{name} must contain module names, got the entry {value!r}")
+            raise ConfigError(f"{name} must contain {expected}, got the entry {value!r}")
 
 
 def _check_regexes(name: str, values: Iterable[Any]) -> None:

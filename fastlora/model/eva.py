@@ -358,7 +358,8 @@ def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> 
     """
     before = layer.lora_A[adapter_name].weight.dtype
     layer.delete_adapter(adapter_name)
-    layer.add_adapter(adapter_name, **new_settings._asdict())
+    for each, arguments in layer._layers_to_adapt(new_settings._asdict()):
+        each.add_adapter(adapter_name, **arguments)
     if before == torch.float32:
         layer.widen(adapter_name)
 

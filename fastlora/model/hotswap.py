@@ -13,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper
+from fastlora.layers.adapted_parameters import nested_prefixes
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
-    count_rank_blocks,
     factor_parameters,
     pad_factors_to_rank,
     replace_factors,
@@ -34,8 +34,9 @@ from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
 from fastlora.model.base_modules import peft_function_or_raise
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import lora_layers
-from fastlora.model.plan import adapter_tensor_shapes, to_lora_config
+from fastlora.model.expert_files import convert_expert_factors
+from fastlora.model.inject import adapted_layers, lora_layers
+from fastlora.model.plan import adapter_tensor_shapes, plan_target_modules, to_lora_config
 from fastlora.model.tuner import tuner_of
 from fastlora.validation import (
     AdapterStateError,
@@ -123,7 +124,7 @@ def prepare_model_for_compiled_hotswap(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original "
                     f"rank is larger ({r}): adapter {adapter!r} on {name!r}"
                 )
-            groups = count_rank_blocks(layer, "lora_A")
+            groups = int(getattr(layer.get_base_layer(), "groups", 1))
             if target_rank % groups:
                 raise ConfigError(
                     f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank "
@@ -190,6 +191,7 @@ def hotswap_adapter(
                 clear_layer_caches(layer)
         return
     file = load_adapter_folder(Path(model_name_or_path) / (kwargs.get("subfolder") or ""))
+    file = convert_expert_factors(own.get_base_model(), file)
     _check_and_write_tensors(own, file.tensors, adapter_name, file.config)
 
 
@@ -259,6 +261,8 @@ def _check_and_write_tensors(
             )
     keys = adapter_state.file_key_to_state_key(model, adapter_name)
     tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
+    prefixes = _prefixes_of_loaded_parameters(tuner.model, adapter_name)
+    tensors = _rename_parameters_as_loaded(tuner.model, tensors, config, prefixes)
     unexpected = [key for key in tensors if key not in keys]
     if unexpected:
         names = ", ".join(_insert_adapter_name(key, adapter_name) for key in unexpected)
@@ -267,7 +271,8 @@ def _check_and_write_tensors(
             "for other layers must be loaded under another name"
         )
     given = {
-        name: _new_layer_tensors(name, layer, tensors, config) for name, layer in layers.items()
+        name: _new_layer_tensors(name, layer, tensors, config, prefixes.get(name, f"{name}."))
+        for name, layer in layers.items()
     }
     copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
     grown = {}
@@ -291,18 +296,22 @@ def _check_and_write_tensors(
 
 
 def _new_layer_tensors(
-    name: str, layer: LoraLayer, tensors: Mapping[str, torch.Tensor], config: LoraConfig
+    name: str,
+    layer: LoraLayer,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    prefix: str,
 ) -> dict[str, torch.Tensor]:
     """Return a dict of the new tensors for a layer.
 
     The keys are those of PEFT's adapter files without the layer's name. The dict is empty if the
-    new adapter does not adapt the layer.
+    new adapter does not adapt the layer. ``prefix`` is the layer's name in ``tensors``.
 
     Raises:
         HotswapError: If only some of the layer's tensors are given, or if a shape differs.
     """
     expected = adapter_tensor_shapes(layer, name, config)
-    at = f"{KEY_PREFIX}{name}."
+    at = KEY_PREFIX + prefix
     found = {key: tensors[f"{at}{key}"] for key in expected if f"{at}{key}" in tensors}
     for key, tensor in found.items():
         if tuple(tensor.shape) != tuple(expected[key]):
@@ -314,6 +323,63 @@ def _new_layer_tensors(
     if found and missing:
         raise HotswapError(f"the new adapter has {at}{next(iter(found))}, but no {at}{missing[0]}")
     return found
+
+
+def _prefixes_of_loaded_parameters(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return a dict that maps the names of an adapter's parameters to prefixes of file keys."""
+    by_module: dict[str, list[str]] = {}
+    for name, layer in adapted_layers(model, adapter_name).items():
+        if not layer.replaces_module:
+            module, _, parameter = name.rpartition(".")
+            by_module.setdefault(module, []).append(parameter)
+    return _prefixes_of_parameters(by_module)
+
+
+def _prefixes_of_parameters(by_module: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return a dict that maps the full names of parameters to prefixes of their file keys.
+
+    ``by_module`` maps the names of modules to the names of an adapter's parameters in them.
+    """
+    return {
+        f"{module}.{name}": f"{module}.{prefix}"
+        for module, names in by_module.items()
+        for name, prefix in nested_prefixes(names).items()
+    }
+
+
+def _rename_parameters_as_loaded(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    loaded: Mapping[str, str],
+) -> dict[str, torch.Tensor]:
+    """Rename the tensors of a new adapter's parameters as a file of the loaded adapter names them.
+
+    The names in a file depend on the parameters that its adapter adapts.
+
+    Args:
+        model: The base model with its adapters.
+        tensors: The tensors of the new adapter, with the keys of its file.
+        config: The config of the new adapter.
+        loaded: The result of `_prefixes_of_loaded_parameters`.
+    """
+    if not loaded:
+        return dict(tensors)
+    names = (key.partition(".lora_")[0].removeprefix(KEY_PREFIX) for key in tensors)
+    layers = {name.replace(".base_layer", "") for name in names}
+    plan = plan_target_modules(model, copy.deepcopy(config), from_file=True, layers_in_file=layers)
+    given = _prefixes_of_parameters(
+        {
+            name: [p.name for p in target.settings.parameters]
+            for name, target in plan.targets.items()
+        }
+    )
+    new_keys = {
+        f"{KEY_PREFIX}{prefix}{part}": f"{KEY_PREFIX}{loaded.get(name, f'{name}.')}{part}"
+        for name, prefix in given.items()
+        for part in ("lora_A.weight", "lora_B.weight")
+    }
+    return {new_keys.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _write_layer_tensors(
@@ -333,7 +399,7 @@ def _write_layer_tensors(
                 tensor.zero_()
             else:
                 copy_zero_padded(
-                    tensor, source, count_rank_blocks(layer, part) if name == "weight" else 1
+                    tensor, source, layer._rank_blocks(part) if name == "weight" else 1
                 )
     if not new and "lora_magnitude_vector" in held:
         # If the update is zero and the magnitude equals the norms of the weight's rows, DoRA does

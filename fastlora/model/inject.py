@@ -111,11 +111,13 @@ def add_adapter(
         with _outside_inference_mode():
             for name, target in plan.targets.items():
                 layer = get_or_replace_module(name, LoraLayer, target.kind.wrap)
-                for each in (layer, *layer.inner_layers().values()):
+                with error_prefix(f"target module {name!r}"):
+                    layers = layer._layers_to_adapt(target.settings._asdict())
+                for each, arguments in layers:
                     if init.changes_base or init.data:
                         undo.append(each._make_base_undo(init, offload=True))
                     with error_prefix(f"target module {name!r}"):
-                        each.add_adapter(adapter_name, **target.settings._asdict())
+                        each.add_adapter(adapter_name, **arguments)
                     if autocast_adapter_dtype:
                         each.widen(adapter_name)
             for name in plan.modules_to_save:
@@ -131,7 +133,8 @@ def add_adapter(
                     name, TiedLoraHead, lambda module: TiedLoraHead(module, source)
                 )
                 settings = adapter_settings_for(embedding, plan.config)
-                head.add_adapter(adapter_name, **settings._asdict())
+                for each, arguments in head._layers_to_adapt(settings._asdict()):
+                    each.add_adapter(adapter_name, **arguments)
             for name in plan.tied_copies:
                 wrapper = get_or_replace_module(name, ModulesToSaveWrapper, ModulesToSaveWrapper)
                 wrapper.add_adapter(adapter_name, source.modules_to_save[adapter_name])
@@ -199,14 +202,15 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         module._active_adapters = [n for n in module._active_adapters if n != adapter_name]
 
 
-def modules_with_adapters(model: nn.Module) -> list[tuple[str, Any]]:
+def modules_with_adapters(model: nn.Module, *, inner_layers: bool = True) -> list[tuple[str, Any]]:
     """Return the modules that contain adapters as a list of tuples ``(name, module)``.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens. In a mixed batch,
-    they select an adapter for each row.
+    they select an adapter for each row. ``inner_layers`` tells whether to include LoRA layers that
+    are part of other LoRA layers.
     """
     kinds = (LoraLayer, ModuleWrapper)
-    found = named_outer_modules(model, inner_layers=True)
+    found = named_outer_modules(model, inner_layers=inner_layers)
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
@@ -216,6 +220,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     LoRA layers inside other LoRA layers are included.
     """
     return {name: m for name, m in modules_with_adapters(model) if isinstance(m, LoraLayer)}
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return a dict of the LoRA layers that have an adapter, keyed by name.
+
+    The names are those of the modules and parameters that the adapter adapts, as in
+    `AdapterPlan.adapted_names`. Other inner layers are not included.
+    """
+    found: dict[str, LoraLayer] = {}
+    for name, module in modules_with_adapters(model, inner_layers=False):
+        if isinstance(module, LoraLayer):
+            inner = module.inner_layers().items()
+            own = {f"{name}.{n}": layer for n, layer in inner if not layer.replaces_module}
+            found |= {
+                n: layer for n, layer in {name: module, **own}.items() if adapter_name in layer.r
+            }
+    return found
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -342,8 +363,9 @@ def unload(
             if isinstance(module, LoraLayer):
                 module._unmerged = None
                 errors[name] = module.merge_error
-        base = module.release()
-        model.set_submodule(name, base.to(dtype) if merge and was_quantized else base)
+        if getattr(module, "replaces_module", True):
+            base = module.release()
+            model.set_submodule(name, base.to(dtype) if merge and was_quantized else base)
     if dtype is not None:
         model = dequantize_linears(model, dtype)
     shared.warn_of_untied()

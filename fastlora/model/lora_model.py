@@ -22,6 +22,7 @@ from fastlora.model.adapter_folder import (
     with_renamed_modules,
 )
 from fastlora.model.config import LoraConfig
+from fastlora.model.expert_files import config_for_file, convert_expert_factors
 from fastlora.model.inject import move_adapter_to_meta
 from fastlora.model.peft_model_methods import PeftModelMethods
 from fastlora.model.plan import AdapterPlan, make_adapter_plan
@@ -244,8 +245,11 @@ class LoraModel(PeftModelMethods, nn.Module):
             return model
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
+        file = convert_expert_factors(model, file)
         chosen = file.config if config is None else config
-        plan = make_adapter_plan(model, adapter_name, chosen, loading=True)
+        plan = make_adapter_plan(
+            model, adapter_name, chosen, loading=True, layers_in_file=file.layers
+        )
         plan.config.inference_mode = not is_trainable
         file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if isinstance(config, LoraConfig):
@@ -294,8 +298,11 @@ class LoraModel(PeftModelMethods, nn.Module):
         """
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
-        file = whole = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
-        plan = make_adapter_plan(model, adapter_name, file.config, loading=True)
+        file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
+        file = whole = convert_expert_factors(model, file)
+        plan = make_adapter_plan(
+            model, adapter_name, file.config, loading=True, layers_in_file=file.layers
+        )
         plan.config.inference_mode = not is_trainable
         file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
@@ -387,6 +394,7 @@ class LoraModel(PeftModelMethods, nn.Module):
                         config, tensors = conversion.convert_to_original_base(
                             config, tensors, initial[name]
                         )
+                    config = config_for_file(self.get_base_model(), name, config)
                     mapping = _auto_mapping(self.get_base_model()) if not config.task_type else None
                     save_adapter_folder(folder, config, tensors, auto_mapping=mapping)
                 except Exception as error:  # `finish` reports it to the waiting processes

@@ -5,33 +5,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
+from fastlora.layers.adapted_parameters import AdaptedParameter
 from fastlora.layers.base_layers import linear_features, stores_weight_transposed
 from fastlora.layers.layer_kinds import (
     PEFT_LAYER_ALTERNATIVE,
     LayerAdapterSettings,
     LayerKind,
+    ParameterSettings,
     TensorShapes,
     layer_kind_names,
     layer_kind_of,
+    linear_adapter_shapes,
+    parameter_kind_of,
 )
 from fastlora.layers.modules_to_save import raise_if_container
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import LayerReplication, create_replication, replication_applied
-from fastlora.model.targets import (
-    find_modules_to_save,
-    find_targets,
-    resolve_target_modules,
-    saved_modules_and_heads,
-)
+from fastlora.model.target_names import saved_modules_and_heads
+from fastlora.model.target_parameters import SelectedParameters
+from fastlora.model.targets import find_modules_to_save, resolve_target_modules, select_targets
 from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
     ModulesAdaptedWithEmbedding,
@@ -44,7 +45,13 @@ from fastlora.model.trainable_tokens import (
     find_trainable_tokens,
 )
 from fastlora.routing.ids import check_adapter_name
-from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError, error_prefix
+from fastlora.validation import (
+    PEFT_MODEL_ALTERNATIVE,
+    AdapterStateError,
+    ConfigError,
+    UnsupportedLayerError,
+    error_prefix,
+)
 
 
 class TargetModule(NamedTuple):
@@ -82,6 +89,8 @@ class AdapterPlan:
         modules_to_save: The names of the modules that the adapter owns a copy of.
         target_modules: The resolved value of the config's ``target_modules``.
         from_file: Whether the adapter's weights come from a file.
+        parameters: The full names of the parameters to adapt with LoRA. Their modules are in
+            ``targets``.
         tokens: A dict that maps the names of the modules in which the adapter trains rows to the
             rows.
         tied_copies: The names of the modules that share the adapter's copy of the input embedding.
@@ -95,6 +104,7 @@ class AdapterPlan:
     modules_to_save: list[str]
     target_modules: set[str] | str
     from_file: bool = False
+    parameters: list[str] = field(default_factory=list)
     tokens: dict[str, TrainableTokens] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
@@ -102,11 +112,23 @@ class AdapterPlan:
 
     @property
     def module_names_tied_to_embedding(self) -> list[str]:
-        """The names of the modules that are tied to the input embedding.
+        """The names of the modules that share the input embedding's adapter.
 
-        They share the embedding's LoRA factors or the adapter's copy of its weight.
+        They share its LoRA factors or the adapter's copy of its weight.
         """
         return [*self.tied_copies, *self.tied_heads]
+
+    @property
+    def adapted_names(self) -> list[str]:
+        """The names of all modules and parameters that the adapter adapts with LoRA.
+
+        A module is left out if the adapter adapts its parameters.
+        """
+        return [
+            own
+            for name, target in self.targets.items()
+            for own in [f"{name}.{each.name}" for each in target.settings.parameters] or [name]
+        ]
 
     @property
     def changed_module_names(self) -> list[str]:
@@ -120,19 +142,27 @@ class AdapterPlan:
 
 
 def make_adapter_plan(
-    model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
+    model: nn.Module,
+    adapter_name: str,
+    peft_config: Any,
+    *,
+    loading: bool = False,
+    layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
     """Make the plan for adding an adapter to a model.
 
     The config is resolved against the model. The plan contains a copy of the config in which
-    ``target_modules`` is resolved to names or a regular expression. Neither the model nor
-    ``peft_config`` is changed.
+    ``target_modules`` is resolved to names or a regular expression, and ``target_parameters``
+    includes the experts that ``target_modules`` names. Neither the model nor ``peft_config`` is
+    changed.
 
     Args:
         model: The base model, with or without adapters.
         adapter_name: The name of the adapter.
         peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
         loading: Whether the adapter's weights come from a file.
+        layers_in_file: The names of the layers with LoRA factors in the file. See
+            `select_targets`.
 
     Raises:
         TargetNotFoundError: If the config does not match any module of the model.
@@ -145,7 +175,7 @@ def make_adapter_plan(
     replication = create_replication(model, config.layer_replication)
     with replication_applied(replication):
         ties = find_adapted_with_embedding(model, config)
-        plan = plan_target_modules(model, config, from_file=loading, ties=ties)
+        plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unexpected_target_behavior(plan)
         config.target_modules = plan.target_modules
@@ -177,16 +207,19 @@ def plan_target_modules(
     config: LoraConfig,
     from_file: bool = False,
     ties: ModulesAdaptedWithEmbedding = NO_TIED_MODULES,
+    layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
     """Find the target modules of a config, check them, and return them as a plan.
 
-    The model is not changed.
+    The model is not changed. In the config, the selected parameters are stored (see
+    `SelectedParameters.store_in`).
 
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
         from_file: Whether the adapter's weights come from a file.
         ties: The modules that share the input embedding's adapter.
+        layers_in_file: See `make_adapter_plan`.
 
     Raises:
         TargetNotFoundError: If no module matches the config.
@@ -196,7 +229,12 @@ def plan_target_modules(
     """
     modules = named_base_modules(model)
     meant = resolve_target_modules(model, config, modules)
-    targets = find_targets(model, config, meant, modules)
+    selected = select_targets(model, config, meant, modules, layers_in_file)
+    targets = selected.modules
+    selected.parameters.store_in(config)
+    if selected.only_in_file:
+        named = targets if isinstance(meant, str) else {*meant, *selected.only_in_file}
+        meant = set(named)
     saved = find_modules_to_save(model, config)
     copies, heads = list(ties.names), list[str]()
     saved = [name for name in saved if name not in copies]
@@ -215,7 +253,10 @@ def plan_target_modules(
     if config.init.changes_base:
         _check_weights_not_shared(model, config, targets)
     found = _check_targets(model, config, targets, from_file)
-    plan = AdapterPlan(config, found, saved, meant, from_file, tokens, copies, heads)
+    if selected.parameters.names:
+        found |= _check_targets_of_parameters(model, config, selected.parameters, from_file)
+    parameters = selected.parameters.names
+    plan = AdapterPlan(config, found, saved, meant, from_file, parameters, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
@@ -263,6 +304,46 @@ def _check_targets(
                 "torch.backends.mha.set_fastpath_enabled(False)",
                 stacklevel=5,
             )
+    return found
+
+
+def _check_targets_of_parameters(
+    model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
+) -> dict[str, TargetModule]:
+    """Check the modules with selected parameters, and return them as `_check_targets` does.
+
+    A linear layer with a selected weight is adapted as a whole.
+
+    Raises:
+        UnsupportedLayerError: See `plan_target_modules`.
+    """
+    found = {}
+    common = _settings_without_patterns(config, from_file)
+    for name, leaves in selected.by_module().items():
+        base = base_module_of(model.get_submodule(name))
+        names = [f"{name}.{leaf}" for leaf in leaves]
+        ranks = [(config.rank_for(full), config.alpha_for(full)) for full in names]
+        kind: LayerKind | None
+        with error_prefix(
+            f"target parameter {', '.join(map(repr, names))} of a {type(base).__name__}"
+        ):
+            if config.fan_in_fan_out and not from_file:
+                raise UnsupportedLayerError("expected fan_in_fan_out=False, got True")
+            if isinstance(base, nn.Linear):
+                kind = _kind_for(base, {})
+                settings = common._replace(r=ranks[0][0], lora_alpha=ranks[0][1])
+            else:
+                kind = parameter_kind_of(base)
+                parameters = zip(leaves, ranks, strict=True)
+                settings = common._replace(
+                    parameters=tuple(ParameterSettings(leaf, *rank) for leaf, rank in parameters)
+                )
+            if kind is None:
+                raise UnsupportedLayerError(
+                    f"fastlora does not adapt parameters of this module; {PEFT_MODEL_ALTERNATIVE}"
+                )
+            kind.check(base, settings)
+        found[name] = TargetModule(base, kind, settings)
     return found
 
 
@@ -405,13 +486,17 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
     A key suffix is the part of a key in an adapter file that follows the module's name.
 
     Args:
-        module: The module, with or without adapters.
-        name: The name of the module, which selects the rank.
+        module: The module, with or without adapters, or the layer of an adapted parameter.
+        name: The name of the module or parameter, which selects the rank.
         config: The adapter's config.
     """
+    settings = adapter_settings_for(name, config)
+    if isinstance(module, AdaptedParameter):
+        rows = settings._replace(r=settings.r * module.num_matrices)
+        return linear_adapter_shapes(module.in_features, module.out_features, rows)
     base = base_module_of(module)
     kind = layer_kind_of(base, config.custom_modules)
-    return {} if kind is None else kind.shapes(base, adapter_settings_for(name, config))
+    return {} if kind is None else kind.shapes(base, settings)
 
 
 def to_lora_config(config: Any) -> LoraConfig:

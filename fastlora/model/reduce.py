@@ -28,6 +28,8 @@ from fastlora.model.computed_adapters import (
     ComputedLayerParameters,
     build_computed_adapter,
     factor_matrices,
+    join_matrices,
+    split_matrices,
 )
 from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
@@ -233,6 +235,10 @@ def reduce_intruder_dimension(
             raise AdapterStateError(f"adapter {old_adapter_name!r} uses DoRA; expected plain LoRA")
         if layer.merged:
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
+        if layer.num_matrices > 1:
+            raise UnsupportedLayerError(
+                f"{name!r} is a stack of matrices; expected an adapter without target_parameters"
+            )
         pair = factor_matrices(name, layer, old_adapter_name)
         scaling = float(layer.scaling[old_adapter_name])
         weight = layer._local_weight().detach().to(pair[0].dtype)
@@ -316,24 +322,32 @@ def _compute_reduced_adapter(
     for name, layer in _layers_with_adapter(model, adapter_name):
         pair = factor_matrices(name, layer, adapter_name)
         scaling = float(layer.scaling[adapter_name])
-        found = low_rank.svd_of_weighted_sum([pair], [scaling])
+        found = [
+            low_rank.svd_of_weighted_sum([each], [scaling]) for each in split_matrices(layer, pair)
+        ]
         most = min(pair[0].shape[1], pair[1].shape[0])
         if not share and rank > most:
             raise ConfigError(
                 f"The chosen rank {rank} is larger than the weight shape ({most}) of {name!r}, "
                 "please choose a lower rank."
             )
-        cut = found.singular_values_to_keep(rank)
-        errors[name] = found.relative_truncation_error(cut)
+        cut = max(each.singular_values_to_keep(rank) for each in found)
+        energy = torch.stack([each.s.double().square() for each in found])
+        total = float(energy.sum())
+        errors[name] = (float(energy[:, cut:].sum()) / total) ** 0.5 if total else 0.0
         full = cut if share else int(rank)
-        lora_a, lora_b = found.vh[:cut], found.u[:, :cut] * found.s[:cut]
+        pairs = [(each.vh[:cut], each.u[:, :cut] * each.s[:cut]) for each in found]
+        lora_a, lora_b = join_matrices(
+            [(low_rank.pad_factor(a, full, 0), low_rank.pad_factor(b, full, 1)) for a, b in pairs]
+        )
         bias = layer._factors(adapter_name)[2]
         magnitude: Any = layer._factors_by_part(adapter_name).get("lora_magnitude_vector")
         factors[name] = ComputedLayerParameters(
-            low_rank.pad_factor(lora_a, full, 0),
-            low_rank.pad_factor(lora_b, full, 1),
+            lora_a,
+            lora_b,
             None if bias is None else bias.detach() * scaling,
             None if magnitude is None else magnitude.weight.detach(),
+            layer.num_matrices,
         )
     tuner = model.base_model
     return build_computed_adapter(

@@ -1,35 +1,38 @@
-"""Detect configs that target stacked expert weights, which fastlora cannot adapt.
+"""The names that experts and routers had in transformers 4, and the parameters that have them now.
 
-transformers 5 stores all experts of a layer in two parameters, ``gate_up_proj`` and ``down_proj``,
-where transformers 4 had linear layers. Configs still use the names of the linear layers.
+transformers 5 stores all experts of a layer in stacked parameters, such as ``gate_up_proj`` and
+``down_proj``. transformers 4 had linear layers for each expert. Configs still use the names of
+these linear layers.
+
+The conversion follows PEFT 0.21.2, ``utils/transformers_weight_conversion.py``.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from fastlora.model.base_modules import BaseModules, is_lora_layer
-from fastlora.validation import PEFT_MODEL_ALTERNATIVE, UnsupportedLayerError
+from fastlora.model.base_modules import BaseModules, base_module_of, is_lora_layer
+from fastlora.model.target_names import in_layers, is_all_linear, matches_targets
+from fastlora.validation import ConfigError
 
-# Stacked parameters -> the names of the linear layers in transformers 4 that they replace.
-_EARLIER_NAMES = {
-    "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
-    "down_proj": ("w2",),
+if TYPE_CHECKING:
+    from fastlora.model.config import LoraConfig
+
+# Name of a linear layer in transformers 4 -> the parameter in transformers 5, by model type. The
+# model types are those that transformers 5.24 lists for PEFT.
+_MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+_QWEN2_MOE = {
+    **{"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"},
+    "down_proj": "down_proj",
 }
-
-# The target names for which PEFT 0.21.2 adapts the experts, by the base model's ``model_type``.
-# Taken from ``peft/utils/transformers_weight_conversion.py`` with transformers 5.24.
-_OF_MIXTRAL = frozenset({"w1", "w2", "w3"})
-_OF_QWEN2_MOE = frozenset({"gate_proj", "up_proj", "down_proj"})
-EXPERT_NAMES: MappingProxyType[str, frozenset[str]] = MappingProxyType(
+FORMER_NAMES: MappingProxyType[str, dict[str, str]] = MappingProxyType(
     {
-        **dict.fromkeys(("minimax", "minimax_m2", "mixtral"), _OF_MIXTRAL),
+        **dict.fromkeys(("minimax", "minimax_m2", "mixtral"), _MIXTRAL),
         **dict.fromkeys(
             (
                 *("Dots3NoteTextModel", "UnlimitedOcrTextModel", "afmoe", "beam", "cohere2_moe"),
@@ -39,154 +42,197 @@ EXPERT_NAMES: MappingProxyType[str, frozenset[str]] = MappingProxyType(
                 *("qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text"),
                 *("qwen3_omni_moe_thinker", "sarvam_mla", "solar_open"),
             ),
-            _OF_QWEN2_MOE,
+            _QWEN2_MOE,
         ),
     }
+)
+ROUTER = "gate"
+# Names of the projections of feed-forward layers, with and without experts.
+FEED_FORWARD_NAMES = frozenset(
+    {"gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "fc1", "fc2"}
 )
 # Maximum number of parameters to list in a message.
 _LISTED = 4
 
 
-class StackedExpertsOrRouterWeight(NamedTuple):
-    """The stacked weights of a layer's experts, or the weight of a router.
-
-    fastlora cannot adapt this parameter.
+class BaseParameter(NamedTuple):
+    """A parameter of the base model.
 
     Attributes:
-        parameter: The name of the parameter.
-        names: The module names that a config may use to refer to the parameter.
+        name: The name of the parameter in the model without adapters.
+        module: The module that has the parameter, without adapters.
+        parameter: The parameter.
     """
 
-    parameter: str
-    names: tuple[str, ...]
+    name: str
+    module: nn.Module
+    parameter: nn.Parameter
+
+    @property
+    def module_name(self) -> str:
+        """The name of the module."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """The name of the parameter relative to the module."""
+        return self.name.rpartition(".")[2]
 
 
-def find_stacked_experts(modules: BaseModules) -> list[StackedExpertsOrRouterWeight]:
-    """Return a list of the parameters ``[experts, ...]`` that stack the weights of experts."""
+def base_parameters_of(modules: BaseModules) -> list[BaseParameter]:
+    """Return a list of the parameters of the base model.
+
+    Modules that adapters own copies of or train rows of are left out.
+    """
     return [
-        StackedExpertsOrRouterWeight(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
-        for name, module, _ in modules
-        if module._parameters
-        for leaf in _num_experts_by_parameter(module)
+        BaseParameter(f"{name}.{leaf}" if name else leaf, base, parameter)
+        for name, base in (
+            (name, base_module_of(module)) for name, module, wrapped in modules if not wrapped
+        )
+        for leaf, parameter in base._parameters.items()
+        if parameter is not None
     ]
 
 
-def find_stacked_expert_routers(modules: BaseModules) -> list[StackedExpertsOrRouterWeight]:
-    """Find the routers of stacked experts, and return a list of their weights ``[experts, K]``.
-
-    Routers that are linear layers are left out.
-    """
-    found = []
-    for name, module, _ in modules:
-        children = dict(module.named_children())
-        experts = {
-            n for child in children.values() for n in _num_experts_by_parameter(child).values()
-        }
-        for child_name, child in children.items():
-            weight = child._parameters.get("weight")
-            if (
-                weight is not None
-                and _is_outside_torch_nn(child)
-                and not isinstance(child, nn.Linear)
-            ):
-                at = f"{name}.{child_name}" if name else child_name
-                if weight.dim() == 2 and weight.shape[0] in experts:
-                    found.append(StackedExpertsOrRouterWeight(f"{at}.weight", (at,)))
-    return found
+def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
+    """Return those of the parameters that stack the weights of experts."""
+    return [
+        each
+        for each in parameters
+        if each.parameter.dim() == 3
+        and min(each.parameter.shape) > 1
+        and not type(each.module).__module__.startswith("torch.nn")
+        and not is_lora_layer(each.module)
+    ]
 
 
-def shorten_to_expert_name(model_type: object, entry: str) -> str:
-    """Shorten a ``target_modules`` entry to its last component if that is an expert name.
-
-    PEFT ignores the other components in this case. For example, ``experts.3.down_proj`` adapts all
-    experts of a Qwen3 MoE. If the last component is not an expert name for the model type, the
-    entry is returned unchanged.
-    """
-    leaf = entry.rpartition(".")[2]
-    return leaf if leaf in _names_of(model_type) else entry
+def former_names_of(model_type: object) -> Mapping[str, str]:
+    """Return a dict that maps former names to parameters for a model type. It may be empty."""
+    return FORMER_NAMES.get(model_type, {}) if isinstance(model_type, str) else {}
 
 
-def check_targeted_experts(
-    model_type: object,
-    entries: Collection[str],
-    left_out: Collection[StackedExpertsOrRouterWeight],
-    *,
-    shown: str,
-    adapts: bool,
-) -> None:
-    """Emit a warning or raise an error if a config names experts that cannot be adapted.
+def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParameter) -> list[str]:
+    """Return the former names of a parameter, such as ``["gate_proj", "up_proj"]``.
+
+    The list is empty if the parameter has no former names. A router that is still a linear layer
+    has none.
 
     Args:
-        model_type: The ``model_type`` of the base model.
-        entries: The entries of ``target_modules`` that match experts but no module.
-        left_out: The experts that the config names.
-        shown: A description of ``target_modules``, for messages.
-        adapts: Whether the config matches other modules.
+        former: The result of `former_names_of`.
+        parameter: The parameter.
+    """
+    if isinstance(parameter.module, nn.Linear):
+        return []
+    return [old for old, new in former.items() if parameter.name.endswith(f".{new}")]
+
+
+def requested_former_names(
+    names: Collection[str],
+    parameter: BaseParameter,
+    config: LoraConfig,
+    listed: Collection[str],
+) -> set[str]:
+    """Return the former names of a parameter that ``target_modules`` selects.
+
+    As in PEFT, ``"all-linear"`` selects all former names, and an entry of a list selects all
+    parameters that its last component stands for. The full name of a linear layer selects only this
+    layer. A regular expression selects a parameter if it matches the parameter's former name,
+    without the index of an expert or with each index. For a router, it must match the name of the
+    module.
+
+    Args:
+        names: The result of `former_names_of_parameter`.
+        parameter: The parameter.
+        config: The adapter's config.
+        listed: The last components of the entries of a list, without full names of linear layers.
+    """
+    targets = config.target_modules
+    if not names or not targets:
+        return set()
+    if is_all_linear(targets):
+        return set(names)
+    if not isinstance(targets, str):
+        return {old for old in names if old in listed}
+    matched = set()
+    for old in names:
+        experts = range(0 if old == ROUTER else parameter.parameter.shape[0])
+        with_index = [f"{parameter.module_name}.{index}.{old}" for index in experts]
+        if matches_targets(without_expert_index(parameter, old), targets, config) or (
+            with_index and all(matches_targets(name, targets, config) for name in with_index)
+        ):
+            matched.add(old)
+    return matched
+
+
+def without_expert_index(parameter: BaseParameter, old: str) -> str:
+    """Return the whole former name of a parameter, without the index of an expert."""
+    return parameter.module_name if old == ROUTER else f"{parameter.module_name}.{old}"
+
+
+def check_not_half(
+    names: Collection[str], parameter: BaseParameter, named: Collection[str], *, verb: str
+) -> None:
+    """Check that a config does not select or exclude only a part of a fused parameter.
+
+    Args:
+        names: The result of `former_names_of_parameter`.
+        parameter: The parameter.
+        named: The former names that the config selects or excludes.
+        verb: What the config does with them, for the message.
 
     Raises:
-        UnsupportedLayerError: If PEFT would adapt the experts for one of the entries, or if the
-            config matches no other modules.
+        ConfigError: If the config names only some of the former names.
     """
-    if not left_out:
-        return
-    known = _names_of(model_type)
-    unsupported = sorted(entry for entry in entries if entry.rpartition(".")[2] in known)
-    what = (
-        f"({_format_names(stack.parameter for stack in left_out)}). "
-        f"Stacked weights of experts and their "
-        f"routers are parameters, not linear layers. Adapting them requires target_parameters; "
-        f"{PEFT_MODEL_ALTERNATIVE}"
-    )
-    if unsupported:
-        raise UnsupportedLayerError(
-            f"target_modules entries {unsupported} name experts of a {model_type!r} model {what}"
+    missing = sorted(set(names).difference(named))
+    if named and missing:
+        raise ConfigError(
+            f"the config {verb} {sorted(named)} but not {missing}, which are fused in "
+            f"{parameter.name!r}; name both or neither. A regular expression that does not match "
+            "experts can select linear layers with these names"
         )
-    if not adapts:
-        raise UnsupportedLayerError(f"{shown} matches only experts {what}")
-    warnings.warn(f"{shown} leaves out experts {what}", stacklevel=4)
 
 
-def _names_of(model_type: object) -> frozenset[str]:
-    return EXPERT_NAMES.get(model_type, frozenset()) if isinstance(model_type, str) else frozenset()
+def unreached_experts(
+    stacks: Iterable[BaseParameter], linears: Collection[str], config: LoraConfig
+) -> list[BaseParameter]:
+    """Return the stacked experts that a config leaves out although it names projections.
 
+    The projections are those of feed-forward layers. A list of names means all layers that
+    ``layers_to_transform`` selects. A regular expression means the blocks in which it matches.
 
-def _is_outside_torch_nn(module: nn.Module) -> bool:
-    """Return whether a module's class is defined outside of ``torch.nn``.
-
-    The result is False for LoRA layers.
+    Args:
+        stacks: The stacked experts that no target selects and that the config does not exclude.
+        linears: The names of the target modules.
+        config: The adapter's config.
     """
-    return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
+    targets = config.target_modules
+    if isinstance(targets, str) and not is_all_linear(targets):
+        projections = [name for name in linears if name.rpartition(".")[2] in FEED_FORWARD_NAMES]
+
+        def is_requested(stack: BaseParameter) -> bool:
+            block, at = stack.module_name.rpartition(".")[0], stack.module_name
+            leaves = (stack.leaf, *FEED_FORWARD_NAMES)
+            probes = [name for leaf in leaves for name in (f"{at}.{leaf}", f"{at}.0.{leaf}")]
+            return any(name.startswith(f"{block}.") for name in projections) or any(
+                matches_targets(name, targets, config) for name in probes
+            )
+
+        return [stack for stack in stacks if is_requested(stack)]
+    leaves = {entry.rpartition(".")[2] for entry in targets or ()} if targets else set()
+    return [
+        stack
+        for stack in stacks
+        if is_all_linear(targets)
+        or (leaves & {stack.leaf, *FEED_FORWARD_NAMES} and in_layers(stack.name, config))
+    ]
 
 
-def _num_experts_by_parameter(module: nn.Module) -> dict[str, int]:
-    """Return the number of experts in each stacked expert parameter, keyed by parameter name.
-
-    Only direct parameters of the module are considered.
-    """
-    found: dict[str, int] = {}
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
-            found[leaf] = parameter.shape[0]
-    return found if found and _is_outside_torch_nn(module) else {}
-
-
-def _possible_target_names(module: str, leaf: str) -> Iterable[str]:
-    """Yield the module names that a config may use to refer to a stacked parameter.
-
-    These are the parameter's own name and the names of the linear layers that it replaces, each
-    with and without the index of an expert.
-    """
-    for name in (leaf, *_EARLIER_NAMES.get(leaf, ())):
-        yield f"{module}.{name}"
-        yield f"{module}.0.{name}"
-
-
-def _format_names(parameters: Iterable[str]) -> str:
+def format_parameter_names(names: Iterable[str], most: int = _LISTED) -> str:
     """Format parameter names as a list for a message.
 
     Indices are replaced with ``*``, so that the same parameter of several layers is listed once. A
     long list is truncated.
     """
-    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parameters))
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(repr, names[:_LISTED])) + more
+    found = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(map(repr, found[:most])) + more

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
+from fastlora.layers.adapted_parameters import AdaptedParameter, FastLoraAdaptedParameters
 from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.rank_padding import factor_parameters
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
@@ -106,7 +107,13 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         AdapterStateError: If the model has no such layers. It is a subclass of `ValueError`, the
             error that PEFT raises.
     """
-    found = [_status(*each) for each in modules_with_adapters(tuner_of(model) or model)]
+    found = []
+    for name, module in modules_with_adapters(tuner_of(model) or model):
+        if isinstance(module, FastLoraAdaptedParameters):  # PEFT nests the layers of parameters.
+            layers = reversed(module.adapted_parameters())
+            found += [_status(name + ".base_layer" * d, layer) for d, layer in enumerate(layers)]
+        elif not isinstance(module, AdaptedParameter):
+            found.append(_status(name, module))
     if not found:
         raise AdapterStateError(
             "No adapter layers found in the model; expected a model from fastlora.get_peft_model "
@@ -213,6 +220,8 @@ def _peft_module_type(module: Any, found: BaseQuantizedWeight | None) -> str:
         return "TrainableTokensLayer"
     if not isinstance(module, LoraLayer):
         return type(module).__name__
+    if isinstance(module, AdaptedParameter):
+        return "lora.ParamWrapper"
     if found is not None and found.peft_layer is not None:
         return f"lora.{found.peft_layer[1]}"
     for base in type(module.get_base_layer()).__mro__:

@@ -7,16 +7,16 @@ module changes the model or the config.
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn as nn
 
 from fastlora.model.base_modules import (
     BaseModules,
+    base_module_of,
     is_auxiliary_wrapper,
     is_lora_layer,
     is_modules_to_save_wrapper,
@@ -28,36 +28,35 @@ from fastlora.model.base_modules import (
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
-    StackedExpertsOrRouterWeight,
-    check_targeted_experts,
-    find_stacked_expert_routers,
-    find_stacked_experts,
-    shorten_to_expert_name,
+    FEED_FORWARD_NAMES,
+    BaseParameter,
+    base_parameters_of,
+    format_parameter_names,
+    former_names_of,
+    former_names_of_parameter,
+    stacked_experts_among,
+    unreached_experts,
 )
-from fastlora.patterns import (
-    count_matching_time,
-    layer_index_after_match,
-    matches_consecutive_components,
-    matches_whole_name,
-    patterns_matching_no_suffix,
+from fastlora.model.target_names import (
+    ALL_LINEAR,
+    distinguishing_suffixes,
+    dotted_suffixes,
+    format_value,
+    is_all_linear,
+    is_excluded,
+    matches_names,
+    matches_targets,
+    saved_modules_and_heads,
+    suggest_names,
+    task_heads,
 )
-from fastlora.validation import (
-    ConfigError,
-    TargetNotFoundError,
-    UnsupportedLayerError,
-    near_names,
-)
+from fastlora.model.target_parameters import SelectedParameters, select_parameters
+from fastlora.patterns import patterns_matching_no_suffix
+from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
 
-ALL_LINEAR = "all-linear"
 # The value of target_modules that PEFT uses for an adapter without targets.
 NO_TARGETS = "dummy-target-modules"
 
-# Heads that PEFT trains in full for a task, even if modules_to_save does not name them.
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 _CLASSIFIER_HEADS = ("score", "classifier")
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 # The mixers of these models pass the weights of these modules to a fused kernel, and never call the
@@ -66,8 +65,20 @@ _MAMBA_BYPASSED = ("out_proj", "conv1d")
 # If there are at least this many names, PEFT replaces them with the shortest suffixes that match
 # the same modules.
 _MINIMIZE_FROM = 20
-# Maximum number of names to list in a message. A config may have any number of names.
-_MOST_SHOWN = 10
+
+
+class SelectedTargets(NamedTuple):
+    """The modules and parameters that a config selects in a model.
+
+    Attributes:
+        modules: The names of the target modules, in the order of ``named_modules()``.
+        parameters: The selected parameters. Their modules are not in ``modules``.
+        only_in_file: The names of the target modules that only the adapter's file names.
+    """
+
+    modules: list[str]
+    parameters: SelectedParameters
+    only_in_file: Collection[str] = ()
 
 
 def find_targets(
@@ -76,56 +87,85 @@ def find_targets(
     targets: set[str] | str | None = None,
     modules: BaseModules | None = None,
 ) -> list[str]:
-    """Return a list of the names of the target modules.
+    """Return a list of the names of the target modules. See `select_targets`."""
+    return select_targets(model, config, targets, modules).modules
 
-    The names are in the order of ``named_modules()``. The result may include LoRA layers that
-    already have other adapters, but no modules inside a LoRA layer. ``"all-linear"`` leaves out
-    every module that adapters own copies of (``modules_to_save``), and all modules inside it.
 
-    A warning is emitted in each of these cases: some entries match no module while others do; an
-    entry matches experts with weights that are stacked in a parameter; or ``"all-linear"`` leaves
-    out a linear layer other than the output head because adapters own copies of it.
+def select_targets(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: set[str] | str | None = None,
+    modules: BaseModules | None = None,
+    layers_in_file: Collection[str] | None = None,
+) -> SelectedTargets:
+    """Find the modules and the parameters that a config selects.
+
+    The modules may include LoRA layers that already have other adapters, but no modules inside a
+    LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
+    (``modules_to_save``), and all modules inside it.
+
+    A warning is emitted in each of these cases: some entries match no module while others do;
+    ``"all-linear"`` leaves out a linear layer other than the output head because adapters own
+    copies of it, or selects routers; or the config selects feed-forward projections, but not the
+    experts beside them.
 
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
         targets: The result of `resolve_target_modules`, or None to compute it.
         modules: The result of `named_base_modules`, or None to compute it.
+        layers_in_file: See `select_parameters`. A linear layer with a name that PEFT converts to
+            experts is also a target if the file has factors for it, because PEFT removes these
+            names from the config.
 
     Raises:
-        TargetNotFoundError: If no module matches. The message suggests similar names.
-        ConfigError: If ``target_modules`` is None and the model's architecture has no default.
+        TargetNotFoundError: If no module or parameter matches, or if an entry of
+            ``target_parameters`` matches no parameter. The message suggests similar names.
+        ConfigError: If ``target_modules`` and ``target_parameters`` are None and the model's
+            architecture has no default, if both select the same module, or if a name selects a
+            part of a fused parameter.
         UnsupportedLayerError: If a target is never called in the model's architecture, if a target
-            is a module that other adapters own copies of or is inside one, or if an entry matches
-            no module but names experts that PEFT can adapt (``target_parameters``).
+            is a module that other adapters own copies of or is inside one, or if a parameter cannot
+            have LoRA factors.
     """
     modules = named_base_modules(model) if modules is None else modules
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
+    former, is_new = former_names_of(model_type_of(model)), layers_in_file is None
+    # Only warnings for new adapters need the parameters if the config cannot select any.
+    base = base_parameters_of(modules) if former or config.target_parameters or is_new else []
+    selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
-        return []
+        return SelectedTargets([], selected)
     saved = saved_modules_and_heads(config)
     wrapped = {name: inside for name, _, inside in modules if name}
     names = list(wrapped)
     excludes = bool(config.exclude_modules or saved)
-    excluded = {name for name in names if excludes and _is_excluded(name, config, saved)}
-    found = [n for n in names if n not in excluded and _matches(n, targets, config)]
-    model_type = _model_type(model)
-    lost = {
-        entry: shorten_to_expert_name(model_type, entry)
-        for entry in _unmatched_entries(names, targets)
-    }
-    wanted = targets if isinstance(targets, str) else {*targets, *lost.values()}
-    experts = _selected_experts(modules, wanted, config, saved)
-    # The time is linear in the number of experts and in the number of entries. A config may have
-    # any number of entries.
-    expert_names = {
-        suffix for s in experts for name in s.names for suffix in _dotted_suffixes(name)
-    }
-    of_experts = [entry for entry, read_as in lost.items() if read_as in expert_names]
-    shown = f"target_modules={_format(config.target_modules)}"
-    check_targeted_experts(model_type, of_experts, experts, shown=shown, adapts=bool(found))
-    if not found:
-        raise TargetNotFoundError(_no_target_message(names, excluded, targets, config))
+    excluded = {name for name in names if excludes and is_excluded(name, config, saved)}
+    named = [(each.module_name, former_names_of_parameter(former, each)) for each in base]
+    converted = {module_name for module_name, olds in named if olds}
+    former_names = {old for _, olds in named for old in olds}
+    found = [
+        name
+        for name in names
+        if name not in excluded and matches_targets(name, targets, config) and name not in converted
+    ]
+    by_module = selected.by_module()
+    named_in_config = {*found, *by_module}
+    only_in_file = _linears_only_in_file(former, modules, named_in_config, layers_in_file or ())
+    if only_in_file:
+        found = [name for name in names if name in {*found, *only_in_file}]
+    _check_selected_once(found, by_module)
+    left = [
+        each
+        for each in (stacked_experts_among(base) if is_new else ())
+        if each.module_name not in by_module
+        and each.name not in selected.excluded
+        and not any(is_excluded(name, config, saved) for name in (each.name, each.module_name))
+    ]
+    left = unreached_experts(left, found, config) if left else []
+    if not found and not selected.parameters:
+        message = _no_target_message(names, excluded, targets, config)
+        raise TargetNotFoundError(f"{message}{_hint_of_experts(left)}")
     _check_bypassed(model, found)
     for name in found:
         if wrapped[name]:
@@ -133,11 +173,110 @@ def find_targets(
                 f"target module {name!r} {_invalid_target_message(model, name)}; choose other "
                 "targets, or exclude this one with exclude_modules"
             )
-    unmatched = [entry for entry in lost if entry not in of_experts]
-    unused = _format_unmatched_config_values(unmatched, found, bool(excluded), config)
-    if unused:
-        warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=2)
-    if any(wrapped.values()) and _is_all_linear(config.target_modules):
+    # The warning of experts that are left out is about projections too.
+    told = {*former_names, *(FEED_FORWARD_NAMES if left or not is_new else ())}
+    lost = _unmatched_entries(names, targets)
+    unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
+    excludes = bool(excluded or selected.excluded)
+    _warn_of_unmatched_values(unmatched, found, selected, excludes, config)
+    if left:
+        warnings.warn(
+            f"target_modules={format_value(config.target_modules)} leaves out experts"
+            f"{_hint_of_experts(left)}",
+            stacklevel=3,
+        )
+    if is_all_linear(config.target_modules):
+        _warn_of_all_linear(model, modules, config, excluded, selected)
+    return SelectedTargets(found, selected, only_in_file)
+
+
+def _linears_only_in_file(
+    former: Collection[str],
+    modules: BaseModules,
+    named_in_config: Collection[str],
+    layers_in_file: Collection[str],
+) -> list[str]:
+    """Return the names of the linear layers in a file that the config does not select.
+
+    These layers have names that PEFT converts to experts, and removes from ``target_modules``.
+    """
+    wanted = {name for name in layers_in_file if name.rpartition(".")[2] in former}
+    wanted.difference_update(named_in_config)
+    return [
+        name
+        for name, module, _ in (modules if wanted else ())
+        if name in wanted and isinstance(base_module_of(module), nn.Linear)
+    ]
+
+
+def _check_selected_once(found: Collection[str], by_module: Mapping[str, list[str]]) -> None:
+    """Raise `ConfigError` if a target module also has a selected parameter."""
+    twice = sorted(by_module.keys() & set(found))
+    if twice:
+        raise ConfigError(
+            f"Trying to wrap an `nn.Parameter` of layer {twice[0]!r} of type Linear, which is not "
+            "a valid target. target_modules selects this layer as a whole, and target_parameters "
+            f"selects {by_module[twice[0]]}; expected one of the two"
+        )
+
+
+def _warn_of_unmatched_values(
+    unmatched: list[str],
+    found: list[str],
+    selected: SelectedParameters,
+    excludes: bool,
+    config: LoraConfig,
+) -> None:
+    """Emit a warning if values of a config match no module.
+
+    Args:
+        unmatched: The entries of ``target_modules`` that match no module and no experts.
+        found: The names of the target modules.
+        selected: The selected parameters.
+        excludes: Whether at least one module or parameter is excluded.
+        config: The adapter's config.
+    """
+    names = [*found, *selected.names]
+    unused = _format_unmatched_config_values(unmatched, names, excludes, config)
+    if selected.parameters and not found and unmatched:  # in PEFT's words
+        warnings.warn(
+            f"target_modules={config.target_modules} were set but no module was matched.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    elif unused:
+        warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=4)
+
+
+def _hint_of_experts(left: Sequence[BaseParameter]) -> str:
+    """Return the part of a message that says how to adapt experts that no target selects."""
+    if not left:
+        return ""
+    entries = sorted({".".join(each.name.split(".")[-2:]) for each in left})
+    return (
+        f" ({format_parameter_names(each.name for each in left)}). Their weights are parameters, "
+        f"not linear layers; adapt them with target_parameters={entries}"
+    )
+
+
+def _warn_of_all_linear(
+    model: nn.Module,
+    modules: BaseModules,
+    config: LoraConfig,
+    excluded: Collection[str],
+    selected: SelectedParameters,
+) -> None:
+    """Warn of the routers that ``"all-linear"`` selects and of the linears that it leaves out."""
+    routers = [each.name for each in selected.parameters if each.parameter.dim() == 2]
+    routers = [name for name in routers if name in selected.former]
+    if routers:
+        warnings.warn(
+            f"{ALL_LINEAR!r} also adapts the routers of experts "
+            f"({format_parameter_names(routers)}), as in PEFT; leave them out with "
+            "exclude_modules",
+            stacklevel=4,
+        )
+    if any(wrapped for _, _, wrapped in modules):
         linears = _linears_without_head(model, config, modules)
         left = [n for n, inside in linears if inside and n not in excluded]
         if left:
@@ -145,48 +284,35 @@ def find_targets(
             warnings.warn(
                 f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: "
                 f"it {_invalid_target_message(model, left[0])}",
-                stacklevel=3,
+                stacklevel=4,
             )
-    return found
-
-
-def _selected_experts(
-    modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
-) -> list[StackedExpertsOrRouterWeight]:
-    """Return the stacked expert weights that a config selects.
-
-    ``"all-linear"`` selects all stacked expert weights and their routers.
-    """
-    everything = _is_all_linear(config.target_modules)
-    stacks = [
-        *find_stacked_experts(modules),
-        *(find_stacked_expert_routers(modules) if everything else ()),
-    ]
-    return [
-        stack
-        for stack in stacks
-        if any(everything or _matches(name, targets, config) for name in stack.names)
-        and not any(
-            _is_excluded(name, config, saved)
-            for name in (*stack.names, stack.parameter.rpartition(".")[0])
-        )
-    ]
 
 
 def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
-    """Check that every entry of ``target_modules`` matches a module.
+    """Check that every entry of ``target_modules`` matches a module or experts.
 
     This check is stricter than `find_targets`, which only emits a warning for such an entry if
     other entries match.
 
     Raises:
-        TargetNotFoundError: If an entry does not match any module.
+        TargetNotFoundError: If an entry does not match anything.
     """
-    names = [name for name, _, _ in named_base_modules(model) if name]
-    lost = _unmatched_entries(names, config.target_modules or ())
+    modules, former = named_base_modules(model), former_names_of(model_type_of(model))
+    names = [name for name, _, _ in modules if name]
+    olds = {
+        old
+        for each in base_parameters_of(modules)
+        for old in former_names_of_parameter(former, each)
+    }
+    lost = [
+        entry
+        for entry in _unmatched_entries(names, config.target_modules or ())
+        if entry.rpartition(".")[2] not in olds
+    ]
     if lost:
+        suggested = suggest_names(lost, names)
         raise TargetNotFoundError(
-            f"target_modules entries {_format(lost)} match no module{_suggest(lost, names)}"
+            f"target_modules entries {format_value(lost)} match no module{suggested}"
         )
 
 
@@ -215,10 +341,11 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     # Modules with several names can be matched by each of their names.
     base = list(named_base_modules(model, remove_duplicate=False))
     names = [name for name, _, _ in base if name]
-    named = [e for e in config.modules_to_save or () if e not in _task_heads(config)]
+    named = [e for e in config.modules_to_save or () if e not in task_heads(config)]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
     if lost:
-        message = f"modules_to_save entries {_format(lost)} match no module{_suggest(lost, names)}"
+        suggested = suggest_names(lost, names)
+        message = f"modules_to_save entries {format_value(lost)} match no module{suggested}"
         if lost == named:
             raise TargetNotFoundError(message)
         warnings.warn(message, stacklevel=2)
@@ -236,18 +363,6 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
                 "expected the whole outer module, or a module outside it"
             )
     return found
-
-
-def saved_modules_and_heads(config: LoraConfig) -> list[str]:
-    """Return the entries of ``modules_to_save`` and the names of the heads for the task type.
-
-    The list has no duplicates.
-    """
-    return list(dict.fromkeys([*(config.modules_to_save or ()), *_task_heads(config)]))
-
-
-def _task_heads(config: LoraConfig) -> tuple[str, ...]:
-    return _TASK_HEADS.get(config.task_type or "", ())
 
 
 def resolve_target_modules(
@@ -269,7 +384,7 @@ def resolve_target_modules(
     targets = config.target_modules
     if targets is None:
         targets = _default_targets(model, config)
-    if _is_all_linear(targets):
+    if is_all_linear(targets):
         modules = named_base_modules(model) if modules is None else modules
         targets = {
             name for name, inside in _linears_without_head(model, config, modules) if not inside
@@ -282,34 +397,16 @@ def resolve_target_modules(
         # not. PEFT's shortening would then change which modules match.
         return targets
     modules = named_base_modules(model) if modules is None else modules
-    others = [n for n, _, _ in modules if n and not _matches_names(n, targets)]
+    others = [n for n, _, _ in modules if n and not matches_names(n, targets)]
     shorter = distinguishing_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
 
 
-def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
-    """Return a small set of name suffixes that match all of ``names`` and none of ``others``."""
-    taken = {suffix for other in others for suffix in _dotted_suffixes(other)}
-    chosen: set[str] = set()
-    for name in sorted(names):
-        suffixes = _dotted_suffixes(name)
-        if not any(suffix in chosen for suffix in suffixes):
-            chosen.add(next((s for s in suffixes if s not in taken), name))
-    return chosen
-
-
-def _dotted_suffixes(name: str) -> list[str]:
-    """Return a list of the suffixes of a dotted name, from the last component to the whole name."""
-    found, at = [], len(name)
-    while at >= 0:
-        at = name.rfind(".", 0, at)
-        found.append(name[at + 1 :])
-    return found
-
-
 def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
-    model_type = _model_type(model)
+    model_type = model_type_of(model)
     defaults = DEFAULT_TARGETS.get(model_type) if isinstance(model_type, str) else None
+    if defaults is None and config.target_parameters:
+        return set()
     if defaults is None:
         raise ConfigError(
             f"target_modules is None and model type {model_type!r} has no default targets; "
@@ -325,7 +422,8 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
     return defaults
 
 
-def _model_type(model: nn.Module) -> Any:
+def model_type_of(model: nn.Module) -> Any:
+    """Return the ``model_type`` in a model's config, or None if there is none."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         config = config.to_dict()
@@ -339,10 +437,6 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
     loaded = sys.modules.get(f"transformers.{module}")
     cls = getattr(loaded, name, None)
     return (cls,) if isinstance(cls, type) else ()
-
-
-def _is_all_linear(targets: object) -> bool:
-    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 class _FoundLinear(NamedTuple):
@@ -406,53 +500,6 @@ def _invalid_target_message(model: nn.Module, name: str) -> str:
     return "is a module that adapters own copies of (modules_to_save)"
 
 
-def _matches_names(name: str, entries: Collection[str]) -> bool:
-    return any(map(entries.__contains__, _dotted_suffixes(name)))
-
-
-def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
-    exclude = config.exclude_modules
-    if isinstance(exclude, str):
-        if exclude and matches_whole_name("exclude_modules", exclude, name):
-            return True
-    elif exclude and _matches_names(name, exclude):
-        return True
-    # Here, an entry matches whole path components and everything below them. In
-    # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
-    with count_matching_time("modules_to_save"):
-        return any(
-            matches_consecutive_components("modules_to_save", entry, name) for entry in saved
-        )
-
-
-def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
-    if isinstance(targets, str):
-        return matches_whole_name("target_modules", targets, name)
-    if name in targets:
-        return True  # a full name is exempt from the layer filter
-    return _matches_names(name, targets) and _in_layers(name, config)
-
-
-def _in_layers(name: str, config: LoraConfig) -> bool:
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
-    patterns = config.layers_pattern or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    # The first number in the name is the layer's index. Later numbers may be indices of experts.
-    if patterns:
-        with count_matching_time("layers_pattern"):
-            found = (
-                layer_index_after_match("layers_pattern", pattern, name) for pattern in patterns
-            )
-            index = next((i for i in found if i is not None), None)
-    else:
-        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-        index = None if match is None else int(match[1])
-    with count_matching_time("layers_to_transform"):  # a config may list any number of layers
-        return index in layers if isinstance(layers, list) else index == layers
-
-
 def _check_bypassed(model: nn.Module, found: list[str]) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     bad = [name for name in found if name.rpartition(".")[2] in _MAMBA_BYPASSED]
@@ -463,28 +510,13 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
         )
 
 
-def _suggest(entries: Sequence[str], names: list[str]) -> str:
-    for entry in entries[:_MOST_SHOWN]:
-        # Compare with names of the same number of components: `attn.q_proj` with
-        # `self_attn.q_proj`.
-        depth = entry.count(".")
-        candidates = sorted({s for n in names for s in _dotted_suffixes(n)[depth : depth + 1]})
-        close = near_names(entry, candidates)
-        if close:
-            return close
-    return (
-        "; the model has modules named "
-        f"{', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
-    )
-
-
 def _no_target_message(
     names: list[str], excluded: Collection[str], targets: set[str] | str, config: LoraConfig
 ) -> str:
     """Return an error message that explains why no module is a target."""
     entries = [targets] if isinstance(targets, str) else sorted(targets)
-    shown = f"target_modules={_format(targets)}"
-    before = [name for name in names if name in excluded and _matches(name, targets, config)]
+    shown = f"target_modules={format_value(targets)}"
+    before = [name for name in names if name in excluded and matches_targets(name, targets, config)]
     if before:
         return (
             f"{shown} matches only modules in exclude_modules or modules_to_save: "
@@ -492,21 +524,13 @@ def _no_target_message(
         )
     if config.layers_to_transform is not None:
         layers = (
-            f" with layers_to_transform={_format(config.layers_to_transform)}, "
-            f"layers_pattern={_format(config.layers_pattern)}"
+            f" with layers_to_transform={format_value(config.layers_to_transform)}, "
+            f"layers_pattern={format_value(config.layers_pattern)}"
         )
-        if not isinstance(targets, str) and any(_matches_names(n, targets) for n in names):
+        if not isinstance(targets, str) and any(matches_names(n, targets) for n in names):
             return f"{shown} matches modules, but none in the layers selected{layers}"
         shown += layers
-    return f"{shown} matches no module{_suggest(entries, names)}"
-
-
-def _format(value: Collection[Any] | str | int | None) -> str:
-    """Format the value of a config field for a message. A long list is truncated."""
-    if value is None or isinstance(value, (str, int)):
-        return repr(value)
-    more = len(value) - _MOST_SHOWN
-    return f"{sorted(value)[:_MOST_SHOWN]}" + (f" and {more} more" if more > 0 else "")
+    return f"{shown} matches no module{suggest_names(entries, names)}"
 
 
 def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list[str]:
@@ -516,7 +540,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
     """
     if isinstance(targets, str):
         return []
-    known = {suffix for name in names for suffix in _dotted_suffixes(name)}
+    known = {suffix for name in names for suffix in dotted_suffixes(name)}
     return sorted(entry for entry in targets if entry not in known)
 
 
@@ -531,10 +555,10 @@ def _format_unmatched_config_values(
         excludes: Whether at least one module is excluded.
         config: The adapter's config.
     """
-    unused = [f"target_modules entries {_format(unmatched)}"] if unmatched else []
+    unused = [f"target_modules entries {format_value(unmatched)}"] if unmatched else []
     if config.exclude_modules and not excludes:
-        unused.append(f"exclude_modules={_format(config.exclude_modules)}")
+        unused.append(f"exclude_modules={format_value(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
         lost = patterns_matching_no_suffix(field, getattr(config, field), found)
-        unused += [f"{field} keys {_format(lost)}"] if lost else []
+        unused += [f"{field} keys {format_value(lost)}"] if lost else []
     return unused

@@ -188,18 +188,19 @@ class SharedWeightUntier:
                     self._holders.setdefault(id(parameter), []).append((name, module))
 
     def find_module_sharing_weight(
-        self, base: nn.Module, ignored: Collection[nn.Module]
+        self, base: nn.Module, ignored: Collection[nn.Module], parameter: str = "weight"
     ) -> str | None:
         """Return the name of a module that shares the weight of ``base``.
 
         Args:
             base: The module with the weight.
             ignored: Modules to ignore.
+            parameter: The name of the weight in ``base``.
 
         Returns:
             The name of the first module found, or None if no module shares the weight.
         """
-        holders = self._holders.get(id(base._parameters.get("weight")), ())
+        holders = self._holders.get(id(base._parameters.get(parameter)), ())
         return next((name for name, module in holders if module not in ignored), None)
 
     def other_module_sharing_weight(self, module: Any) -> str | None:
@@ -209,7 +210,7 @@ class SharedWeightUntier:
         if no other module shares the weight.
         """
         return self.find_module_sharing_weight(
-            module.get_base_layer(), self._modules_sharing_factors(module)
+            module.get_base_layer(), self._modules_sharing_factors(module), _weight_name(module)
         )
 
     def _modules_sharing_factors(self, module: Any) -> set[nn.Module]:
@@ -235,12 +236,12 @@ class SharedWeightUntier:
         other = self.other_module_sharing_weight(module)
         if other is None:
             return
-        base: Any = module.get_base_layer()
-        old, family = base.weight, self._modules_sharing_factors(module)
+        base, weight = module.get_base_layer(), _weight_name(module)
+        old, family = getattr(base, weight), self._modules_sharing_factors(module)
         own = nn.Parameter(old.detach().clone(), requires_grad=False)
         for part in family:
-            if part._parameters.get("weight") is old:
-                part.weight = own
+            if part._parameters.get(weight) is old:
+                setattr(part, weight, own)
         self._holders[id(old)] = [held for held in self._holders[id(old)] if held[1] not in family]
         self._untied.append((name, other, own.numel() * own.element_size()))
 
@@ -259,6 +260,12 @@ class SharedWeightUntier:
             f"merged in{more}. This takes {total / 2**20:,.1f} MiB more memory",
             stacklevel=4,
         )
+
+
+def _weight_name(layer: Any) -> str:
+    """Return the name of the parameter of a layer's base layer that its adapters change."""
+    name: str = getattr(layer, "parameter_name", "weight")
+    return name
 
 
 def update_tie_word_embeddings(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.init import InitMethod
-from fastlora.layers import ModuleWrapper, TrainableTokensWrapper
+from fastlora.layers import LoraLayer, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.quantized import prevent_repacking
 from fastlora.model import inject
@@ -49,7 +49,6 @@ class LoraTuner(nn.Module):
         peft_config: A dict that maps adapter names to configs.
         targeted_module_names: The names of the modules that adapters adapt with LoRA, in the order
             in which they were added.
-        targeted_parameter_names: Always empty, since LoRA on single parameters is not supported.
 
     Raises:
         AdapterStateError: If the model already contains LoRA layers.
@@ -66,7 +65,7 @@ class LoraTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self.targeted_module_names: list[str] = []
-        self.targeted_parameter_names: list[str] = []
+        self._parameters_by_adapter: dict[str, list[str]] = {}
         self._active: list[str] = []
         self._changed_base: dict[str, InitMethod] = {}
         self._weight_layout_set = False
@@ -77,6 +76,15 @@ class LoraTuner(nn.Module):
         # The parameters that `disable_adapter_layers` froze.
         self._frozen: list[nn.Parameter] = []
         self.training = model.training
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the parameters that adapters adapt with LoRA.
+
+        Their modules are not in ``targeted_module_names``.
+        """
+        names = (name for each in self._parameters_by_adapter.values() for name in each)
+        return list(dict.fromkeys(names))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model."""
@@ -142,12 +150,16 @@ class LoraTuner(nn.Module):
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
-        names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
-        self.targeted_module_names = list(names)
+        self._parameters_by_adapter[adapter_name] = plan.parameters
+        owners = {name.rpartition(".")[0] for name in plan.parameters}
+        names = [*self.targeted_module_names, *(n for n in plan.targets if n not in owners)]
+        self.targeted_module_names = list(dict.fromkeys(names))
         # A new layer must belong to the model's routing group before its first forward pass,
         # because a `fastlora.adapters` block may already be open.
         model = self.model
         modules: list[Any] = [model.get_submodule(name) for name in plan.changed_module_names]
+        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        modules += [inner for layer in layers for inner in layer.inner_layers().values()]
         for module in modules:
             if not module._active_adapters:
                 module._active_adapters = list(self._active)
@@ -280,6 +292,7 @@ class LoraTuner(nn.Module):
         for bias in biases:
             bias.requires_grad_(False)
         del self.peft_config[adapter_name]
+        self._parameters_by_adapter.pop(adapter_name, None)
         self._changed_base.pop(adapter_name, None)
         left = {n for n, m in inject.modules_with_adapters(self.model) if getattr(m, "r", None)}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]

@@ -17,6 +17,8 @@ from fastlora.model.computed_adapters import (
     build_computed_adapter,
     check_no_duplicate_copies,
     factor_matrices,
+    join_matrices,
+    split_matrices,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
@@ -168,18 +170,14 @@ def _combine_on_layer(
     scales = [w * s for w, s in zip(weights, scalings, strict=True)]
     kind = options.combination_type
     bias = _combine_biases([layer._factors(adapter)[2] for adapter in adapters], scales, options)
-    if kind == "cat":
-        lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
-        return ComputedLayerParameters(lora_a, torch.cat([b for _, b in pairs], 1), bias)
-    if options.combines_updates:
-        lora_a, lora_b = _combine_by_svd(pairs, scalings, weights, options)
+    if require_product:
         rank = max(ranks.values()) if options.svd_rank is None else options.svd_rank
-        lora_a, lora_b = lora_a[:rank], lora_b[:, :rank]
-        if options.svd_clamp is not None:
-            lora_a, lora_b = low_rank.clamp_to_quantile(lora_a, lora_b, options.svd_clamp)
-        return ComputedLayerParameters(
-            low_rank.pad_factor(lora_a, rank, 0), low_rank.pad_factor(lora_b, rank, 1), bias
-        )
+        by_matrix = zip(*(split_matrices(layer, pair) for pair in pairs), strict=True)
+        if kind == "cat":
+            made = [_concatenate(own, scales) for own in by_matrix]
+        else:
+            made = [_combine_by_svd(own, scalings, weights, options, rank) for own in by_matrix]
+        return ComputedLayerParameters(*join_matrices(made), bias, None, layer.num_matrices)
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"All adapters must have the same r value when using combination_type {kind!r}, got "
@@ -193,7 +191,16 @@ def _combine_on_layer(
         _combine([a for a, _ in pairs], signed, options),
         _combine([b for _, b in pairs], roots, options),
         bias,
+        num_matrices=layer.num_matrices,
     )
+
+
+def _concatenate(
+    pairs: Sequence[low_rank.FactorPair], scales: Sequence[float]
+) -> low_rank.FactorPair:
+    """Return factors with a product that is the weighted sum of the products of all pairs."""
+    lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
+    return lora_a, torch.cat([b for _, b in pairs], 1)
 
 
 def _combine(
@@ -208,10 +215,12 @@ def _combine_by_svd(
     scalings: Sequence[float],
     weights: Sequence[float],
     options: CombinationOptions,
+    rank: int,
 ) -> low_rank.FactorPair:
     """Return a tuple ``(lora_a, lora_b)`` of factors from the SVD of the combined update.
 
-    The rows of ``lora_a`` and the columns of ``lora_b`` are ordered by decreasing singular value.
+    The factors have the given rank. The rows of ``lora_a`` and the columns of ``lora_b`` are
+    ordered by decreasing singular value.
     """
     if options.combination_type == "svd":
         scales = [w * s for w, s in zip(weights, scalings, strict=True)]
@@ -219,7 +228,10 @@ def _combine_by_svd(
     else:
         updates = [b @ a * s for (a, b), s in zip(pairs, scalings, strict=True)]
         found = low_rank.compute_svd(_combine(updates, weights, options), options.svd_driver)
-    return found.vh, found.u * found.s
+    lora_a, lora_b = found.vh[:rank], (found.u * found.s)[:, :rank]
+    if options.svd_clamp is not None:
+        lora_a, lora_b = low_rank.clamp_to_quantile(lora_a, lora_b, options.svd_clamp)
+    return low_rank.pad_factor(lora_a, rank, 0), low_rank.pad_factor(lora_b, rank, 1)
 
 
 def _combine_biases(

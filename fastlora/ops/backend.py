@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fastlora.ops.factors import Base
 from fastlora.validation import check_dropout_dtype
 
 if TYPE_CHECKING:
-    from fastlora.ops.factors import AdapterOperands, Base
+    from fastlora.ops.factors import AdapterOperands
     from fastlora.ops.rows import Rows
+    from fastlora.ops.stacks import StackedOperands
 
 _Gradient = torch.Tensor | None
 
@@ -122,6 +124,58 @@ class Backend(ABC):
 
         They are in the order of `Gradients`.
         """
+
+    # ------------------------------------------------------------------------- stacks of weights
+
+    def add_stacked_updates_(
+        self, y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows
+    ) -> torch.Tensor:
+        """Add each row's LoRA update on a stack of weights to ``y [P, N]`` in place, and return s.
+
+        Args:
+            y: The base product, in x's dtype.
+            x: ``[P, K]``, sorted by key; see `fastlora.ops.stacks`.
+            operands: The adapters.
+            rows: The sorted rows.
+        """
+        base = Base(y=y, inplace=True)
+        return self.forward(x, base, operands.per_key(), rows.in_sorted_order(), None, "auto")[1]
+
+    def stacked_gradients(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor | None,
+        s: torch.Tensor,
+        operands: StackedOperands,
+        rows: Rows,
+        wants_x: bool,
+        wants: Sequence[bool],
+    ) -> tuple[_Gradient, list[_Gradient]]:
+        """Return a tuple (dx of the LoRA update ``[P, K]``, the gradients of the factors).
+
+        ``wants`` and the list of gradients have lora_a and lora_b of each adapter in turn.
+        """
+        count, none = operands.num_matrices, [False]
+        each = [
+            flag
+            for pair in zip(wants[::2], wants[1::2], none * (len(wants) // 2), strict=True)
+            for flag in pair
+        ] * count
+        given = BackwardArguments(
+            *(dy, None, x, operands.per_key(), rows.in_sorted_order(), s, "auto"),
+            *(wants_x, False, False, each),
+        )
+        dx, _, _, found = self.gradients(given)
+        slots = len(operands.lora_a)
+        pairs = zip(operands.lora_a, operands.lora_b, strict=True)
+        made = [f.new_zeros(f.shape) for pair in pairs for f in pair]
+        for key in range(count * slots):
+            matrix, slot = divmod(key, slots)
+            for part in range(2):
+                own = found[3 * key + part]
+                if own is not None:
+                    made[2 * slot + part][matrix] = own if part == 0 else own.t()
+        return dx, [m if wanted else None for m, wanted in zip(made, wants, strict=True)]
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 

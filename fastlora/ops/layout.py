@@ -54,7 +54,8 @@ def shrink_partials_shape(
     if not batch_invariant:
         rows = torch.sym_max(m, 1)
         splits = torch.sym_min(splits, -(-_MAX_PARTIAL_ROWS // rows))
-        splits = torch.sym_min(splits, MAX_PARTIAL_BYTES // (4 * modules * rows * columns))
+        size = torch.sym_max(4 * modules * rows * columns, 1)
+        splits = torch.sym_min(splits, MAX_PARTIAL_BYTES // size)
     return torch.sym_max(splits, 1), modules, m, columns
 
 

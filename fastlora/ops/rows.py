@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -161,6 +161,17 @@ class Rows:
             member[start:stop] = index
         member = member.to(self.order.device)
         return member if self.is_sorted else member.index_select(0, self.inverse_order)
+
+    def in_sorted_order(self) -> Rows:
+        """Return the `Rows` of a tensor whose rows have been put in sorted order."""
+        m, device = self.m, self.order.device
+        order = torch.arange(m, dtype=torch.int32, device=device)
+        return replace(self, order=order, each=1, ids=None)
+
+    @functools.cached_property
+    def has_rows_without_slot(self) -> bool:
+        """Whether any row has no slot. If the rows are on a GPU, the host waits for them."""
+        return bool(self.slot_start[0])
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor ``[M, ...]`` with its rows in sorted order.

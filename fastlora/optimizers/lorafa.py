@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastlora.layers.adapted_parameters import AdaptedParameter
 from fastlora.sharding import local_shard
 from fastlora.validation import ConfigError
 from fastlora.weights_version import TensorStamp, stamp_tensors
@@ -195,8 +196,8 @@ def create_lorafa_optimizer(
             all active adapters.
 
     Raises:
-        ConfigError: ``use_rslora`` differs from the value in a config, or no lora_B is trainable.
-            The model is unchanged.
+        ConfigError: ``use_rslora`` differs from the value in a config, no lora_B is trainable, or
+            an adapter is on a parameter (``target_parameters``). The model is unchanged.
     """
     configs: Any = getattr(model, "peft_config", {})
     active: Any = getattr(model, "active_adapters", ())
@@ -220,6 +221,12 @@ def create_lorafa_optimizer(
     lora_b = {name for name, partner in partners.items() if partner in named and name in trains}
     if not lora_b:
         raise ConfigError("no lora_B is trainable; call set_adapter() or train_adapters() first")
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedParameter) and any(b.startswith(f"{name}.") for b in lora_b):
+            raise ConfigError(
+                f"LoRA-FA does not support adapters on parameters (target_parameters), such as "
+                f"{name!r}; use another optimizer, or leave the parameters out"
+            )
     lora_a = {partners[name] for name in lora_b}
     for name in lora_a:
         named[str(name)].requires_grad_(False)

@@ -288,7 +288,10 @@ class AdapterReader:
         """
         if config.target_modules is None or config.target_modules == NO_TARGETS:
             return
-        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        fields = (
+            *("target_modules", "target_parameters"),
+            *("exclude_modules", "layers_to_transform", "layers_pattern"),
+        )
         values = [getattr(config, name) for name in fields]
         text = repr([sorted(v) if isinstance(v, set) else v for v in values])
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

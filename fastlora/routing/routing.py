@@ -73,10 +73,7 @@ class RoutingGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard results that were computed for layers but not used.
-
-        These are results of this thread, for layers that were not called.
-        """
+        """Discard results that this thread has computed for layers that were then not called."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:

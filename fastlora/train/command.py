@@ -30,7 +30,7 @@ from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, format_bytes
 from fastlora.model.recommend import Recommendation, recommend
 from fastlora.model.step_memory import run_and_measure_peak_memory
-from fastlora.model.targets import ALL_LINEAR
+from fastlora.model.target_names import ALL_LINEAR
 from fastlora.routing.block import adapters
 from fastlora.train import base_model, checkpoint, prepare
 from fastlora.train.processes import check_trackers, torchrun_world_size

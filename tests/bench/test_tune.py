@@ -112,6 +112,8 @@ def test_every_launch_of_a_layer_has_the_fastest_measured_tile(
         seen = list(tune_points.launches_of_requests(asked, launches))
     assert seen
     for request, launch in seen:
+        if case.dropout and request.launch == "lora_grad_x_add":
+            continue  # The sweep runs without dropout, where no layer computes its dx alone.
         row, given = expected[request], launch.arguments
         tile = tuple(given.get(side.upper(), 0) for side in SIDES)
         assert tile == tuple(getattr(row, side) for side in SIDES), request

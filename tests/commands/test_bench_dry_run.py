@@ -244,7 +244,7 @@ def test_fused_variants_launch_without_their_feature(
     )
     monkeypatch.setattr(plane_sums, "launch_plane_sums", lambda *_, **__: None)
     bench.contenders._without.cache_clear()
-    point = bench.shapes.Point("forward", "", "", 1, 4096, 64, 16)
+    point = bench.shapes.Point("forward", "", "", 1, 14336, 64, 16)
     problem = bench.contenders.Problem.random(point, torch.bfloat16, CPU, "triton")
     runs = {c.name: c.run for c in (*bench.contenders.FORWARD, *bench.contenders.FUSED_VARIANTS)}
     features = {}

@@ -10,6 +10,7 @@ _HELD = "fastlora/layers/shared_input.py"
 _CACHED = "tests/conformance/test_conformance.py::test_conformance[changes_are_seen-"
 _APART = "tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen"
 _SHARED = "tests/kernels/test_shared_input.py::"
+_EXPERTS = "tests/layers/test_expert_layers.py"
 _NODE = "tests/kernels/test_shared_input_node.py::"
 
 FAULTS = (
@@ -620,5 +621,42 @@ FAULTS = (
             "tests/routing/test_open_blocks.py::"
             "test_a_layers_own_deletion_within_an_open_block_raises",
         ),
+    ),
+    # ------------------------------------------------------------ adapters on stacks of weights
+    Fault(
+        "Experts use a lora_B from before a write that changes no version.",
+        "missed write",
+        "issue 31",
+        "fastlora/layers/adapted_parameters.py",
+        "context = (id(watched), weights_versions.for_trained_weights())",
+        "context = (id(watched),)",
+        (f"{_EXPERTS}::test_the_copy_of_lora_b_follows_every_write",),
+    ),
+    Fault(
+        "Rows without an adapter get the update of the last adapter.",
+        "wrong slot",
+        "issue 31",
+        "fastlora/layers/experts.py",
+        "slot = torch.where(ids < 0, slots - 1, ids)",
+        "slot = torch.where(ids < 0, slots - 2, ids)",
+        (f"{_EXPERTS}::test_a_mixed_batch_is_each_adapter_alone",),
+    ),
+    Fault(
+        "The dropout mask of an expert's rows depends on the batch's other adapters.",
+        "wrong seed",
+        "issue 31",
+        "fastlora/layers/experts.py",
+        "seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)",
+        "seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]) + len(found), count)",
+        (f"{_EXPERTS}::test_a_mixed_batch_is_each_adapter_alone",),
+    ),
+    Fault(
+        "Files name the parameters of a module in the order of all adapters' parameters.",
+        "wrong names",
+        "issue 31",
+        "fastlora/layers/adapted_parameters.py",
+        "items() if adapter_name in layer.r}\n        names: dict",
+        "items()}\n        names: dict",
+        ("tests/model/test_expert_models.py::test_adapters_on_different_parameters",),
     ),
 )

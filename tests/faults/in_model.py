@@ -7,6 +7,7 @@ from tests.faults.fault import Fault
 _BIASES = "tests/model/test_base_biases.py"
 _CALLS = "tests/integrations/test_peft_compatibility_calls.py"
 _DROPIN = "tests/model/test_dropin.py"
+_EXPERT_FILES = "tests/model/test_expert_files.py"
 _HOTSWAP = "tests/model/test_hotswap.py"
 _PATTERNS = "tests/test_patterns.py"
 _OPEN_BLOCKS = "tests/routing/test_open_blocks.py"
@@ -41,7 +42,7 @@ FAULTS = (
         kind="a check of groups left out",
         source="0a14a4e",
         path="fastlora/model/hotswap.py",
-        before='            groups = count_rank_blocks(layer, "lora_A")\n',
+        before='            groups = int(getattr(layer.get_base_layer(), "groups", 1))\n',
         after="            groups = 1\n",
         tests=(f"{_HOTSWAP}::test_a_rank_that_groups_do_not_divide_raises",),
     ),
@@ -99,10 +100,10 @@ FAULTS = (
         kind="a merge lost",
         source="0dfda71",
         path="fastlora/model/inject.py",
-        before="        base = module.release()\n        model.set_submodule(name, base.to(dtype)",
+        before="            base = module.release()\n            model.set_submodule(",
         after=(
-            "        module.unmerge() if not merge else None\n"
-            "        base = module.release()\n        model.set_submodule(name, base.to(dtype)"
+            "            module.unmerge() if not merge else None\n"
+            "            base = module.release()\n            model.set_submodule("
         ),
         tests=(f"{_DROPIN}::test_unloading_keeps_what_is_merged",),
     ),
@@ -213,19 +214,73 @@ FAULTS = (
         sentence="Names of experts are read as a whole, where PEFT reads their last part.",
         kind="targets matched wrongly",
         source="c6d8222",
-        path="fastlora/model/stacked_experts.py",
-        before='    leaf = entry.rpartition(".")[2]\n    return leaf if',
-        after="    leaf = entry\n    return leaf if",
-        tests=("tests/model/test_experts.py::test_names_of_experts_raise",),
+        path="fastlora/model/target_parameters.py",
+        before='{entry.rpartition(".")[2] for entry in targets or () if entry not in linears}',
+        after="set(targets or ())",
+        tests=("tests/model/test_experts.py::test_the_adapted_set_contains_that_of_peft",),
     ),
     Fault(
-        sentence="A config that names experts of a mixture trains its other modules alone.",
-        kind="a refusal that is a warning",
-        source="963da28",
+        sentence="A regular expression that matches one expert selects all of them.",
+        kind="targets matched wrongly",
+        source="5b0e840",
         path="fastlora/model/stacked_experts.py",
-        before="    if unsupported:\n        raise UnsupportedLayerError(",
-        after="    if unsupported and not adapts:\n        raise UnsupportedLayerError(",
-        tests=("tests/model/test_experts.py::test_names_of_experts_raise",),
+        before="            with_index and all(matches",
+        after="            with_index and any(matches",
+        tests=("tests/model/test_experts.py::test_experts_that_no_target_selects_are_named",),
+    ),
+    Fault(
+        sentence="A user's pattern for a fused parameter loses against the doubled rank.",
+        kind="a pattern that is overwritten",
+        source="5b0e840",
+        path="fastlora/model/target_parameters.py",
+        before="            config.rank_pattern.setdefault(key, config.r * parts)\n",
+        after="            config.rank_pattern = {key: config.r * parts, **config.rank_pattern}\n",
+        tests=("tests/model/test_experts.py::test_the_adapted_set_contains_that_of_peft",),
+    ),
+    Fault(
+        sentence="A saved adapter of a subset of the experts is one of all experts for PEFT.",
+        kind="a subset that is saved as all",
+        source="5b0e840",
+        path="fastlora/model/target_parameters.py",
+        before="    return entries if matched == set(names) else sorted(names)",
+        after="    return entries if matched else sorted(names)",
+        tests=(f"{_EXPERT_FILES}::test_saved_adapters_load_in_peft",),
+    ),
+    Fault(
+        sentence="The config of a saved adapter has names that PEFT converts to all experts.",
+        kind="a subset that is saved as all",
+        source="5b0e840",
+        path="fastlora/model/expert_files.py",
+        before='{e for e in entries if e.rpartition(".")[2] not in former}',
+        after="set(entries)",
+        tests=(f"{_EXPERT_FILES}::test_saved_adapters_load_in_peft",),
+    ),
+    Fault(
+        sentence="The config of a loaded adapter lacks the linear layers that only the file names.",
+        kind="a file that decides nothing",
+        source="5b0e840",
+        path="fastlora/model/plan.py",
+        before="    if selected.only_in_file:\n",
+        after="    if not selected.only_in_file:\n",
+        tests=(f"{_EXPERT_FILES}::test_linears_that_peft_drops",),
+    ),
+    Fault(
+        sentence="Experts of transformers 4 keep the alpha of one linear layer with rsLoRA.",
+        kind="a scaling that is converted wrongly",
+        source="5b0e840",
+        path="fastlora/model/expert_files.py",
+        before="math.sqrt(rank) if config.use_rslora else rank)",
+        after="rank)",
+        tests=(f"{_EXPERT_FILES}::test_files_of_transformers_4",),
+    ),
+    Fault(
+        sentence="The linear layers of one expert are joined with one scaling for both.",
+        kind="a scaling that is converted wrongly",
+        source="5b0e840",
+        path="fastlora/model/expert_files.py",
+        before="[lora_b if scale == 1.0 else lora_b * scale for",
+        after="[lora_b for",
+        tests=(f"{_EXPERT_FILES}::test_files_of_transformers_4",),
     ),
     Fault(
         sentence="The config that a user hands to from_pretrained is not the model's own.",

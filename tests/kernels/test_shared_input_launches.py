@@ -13,6 +13,7 @@ from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
+from fastlora.ops.triton import backward, linear
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.layers import Layers
@@ -131,3 +132,18 @@ def test_grouped_layers_of_a_mixed_batch(
     config = KernelConfig(**CONFIG, num_stages=2)
     for g, y in enumerate(problem.run_group(kernel, config, splits)):
         problem.check(y, g)
+
+
+def test_a_group_with_unusual_strides_shares_no_launch() -> None:
+    """A matrix with one row is contiguous whatever its stride, which kernels would use for all."""
+    x, weights = torch.randn(5, 16), [torch.randn(8, 16), torch.randn(8, 16)]
+    none: list[None] = [None, None]
+    lora_a, lora_b = (
+        [torch.randn(1, 16), torch.randn(5, 16)],
+        [torch.randn(8, 1), torch.randn(8, 5)],
+    )
+    assert linear._can_share_launch(x, weights, none, lora_a, lora_b, none)
+    strided = [torch.randn(16, 1).t(), lora_a[1]]
+    assert strided[0].is_contiguous()
+    assert not linear._can_share_launch(x, weights, none, strided, lora_b, none)
+    assert not backward._can_share_grad_x(2 * [torch.randn(5, 8)], weights, strided, none)

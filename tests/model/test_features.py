@@ -21,11 +21,13 @@ import fastlora
 from fastlora.model.adapter_folder import load_adapter_folder
 from fastlora.model.tied_weights import input_embedding_name
 from fastlora.validation import AdapterStateError
+from tests.support.moe_models import moe_model
 from tests.support.peft_twins import (
     assert_files_cross,
     assert_near,
     assert_same_gradients,
     assert_same_status,
+    bare_name,
     gradients_of,
     peft,
 )
@@ -159,6 +161,17 @@ FEATURES: dict[str, Feature] = {
             ("rows", {"trainable_token_indices": [1, 5, 9]}, ()),
         )
     },
+    **{
+        f"{name} of {kind}": Feature(
+            lambda kind=kind: moe_model(kind, implementation="eager"),
+            {"target_modules": ["o_proj"], "target_parameters": [name]},
+        )
+        for kind, name in (
+            ("gpt_oss", "experts.down_proj"),
+            ("qwen3_moe", "experts.gate_up_proj"),
+            ("qwen3_moe", "gate.weight"),
+        )
+    },
     "layers of Llama": layers("LlamaForCausalLM", ["q_proj", "up_proj"]),
     "layers of Mistral": layers("MistralForCausalLM", ["q_proj"]),
     # PEFT leaves its config's layer_types too short.
@@ -187,7 +200,7 @@ def made(feature: Feature, library: Any) -> Any:
     model = library.get_peft_model(base, library.LoraConfig(r=2, **config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            name = name.replace("base_layer.", "")
+            name = bare_name(name)
             if parameter.requires_grad and not is_view(feature, name):
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 value = torch.randn(parameter.shape, generator=generator).to(parameter) / 4

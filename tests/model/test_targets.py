@@ -16,9 +16,9 @@ from fastlora import get_peft_model
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
+from fastlora.model.target_names import distinguishing_suffixes
 from fastlora.model.targets import (
     check_all_targets_match,
-    distinguishing_suffixes,
     find_modules_to_save,
     find_targets,
     resolve_target_modules,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,14 @@ def q_of(model: Any) -> Any:
 Run = Callable[[Any], torch.Tensor]  # a model to its output
 
 
+def bare_name(name: str) -> str:
+    """The name of a parameter without layers around it, of which libraries have others."""
+    return re.sub(r"base_layer\.|parameters_with_adapters\.[^.]+\.", "", name)
+
+
 def gradients_of(model: nn.Module) -> dict[str, Any]:
-    """The gradients of all that trains, by names without ``base_layer``."""
-    named = model.named_parameters()
-    return {n.replace("base_layer.", ""): p.grad for n, p in named if p.requires_grad}
+    """The gradients of all that trains, by bare names."""
+    return {bare_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same_training(ours: Any, theirs: Any, run: Run) -> torch.Tensor:

@@ -8,6 +8,8 @@ operators are called instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastlora.ops.backend import BackwardArguments, Gradients, register_backend
@@ -15,7 +17,8 @@ from fastlora.ops.execution_mode import is_traced
 from fastlora.ops.factors import AdapterOperands, Base
 from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import Rows
-from fastlora.ops.torch import products, reference, segments, single
+from fastlora.ops.stacks import StackedOperands
+from fastlora.ops.torch import products, reference, segments, single, stacks
 
 
 class TorchBackend(OperatorBackend):
@@ -70,6 +73,23 @@ class TorchBackend(OperatorBackend):
             dx = segments.grad_x(dy, weight, ds, operands, rows)
         factors = [t for own in zip(d_lora_a, d_lora_b, d_lora_bias, strict=True) for t in own]
         return dx, dy.sum(0) if given.wants_bias else None, ds, factors
+
+    def add_stacked_updates_(
+        self, y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows
+    ) -> torch.Tensor:
+        return stacks.add_updates_(y, x, operands, rows)
+
+    def stacked_gradients(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor | None,
+        s: torch.Tensor,
+        operands: StackedOperands,
+        rows: Rows,
+        wants_x: bool,
+        wants: Sequence[bool],
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        return stacks.gradients(dy, x, s, operands, rows, wants_x, wants)
 
 
 register_backend("eager", TorchBackend())

@@ -29,7 +29,7 @@ from fastlora.kernels.config_tables import (
 from fastlora.kernels.configs import mixed_grad_b_passes, reads_twice
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables
-from fastlora.kernels.modules import Module, Weight
+from fastlora.kernels.modules import Module, Weight, has_usual_strides
 from fastlora.ops.factors import number_tensor_without_sync, replace_missing_with_empty
 from fastlora.ops.layout import grad_a_buffer_layout, grad_b_buffer_layout
 from fastlora.ops.plans import choose_plan
@@ -268,8 +268,8 @@ def _add_partials(partials: Sequence[_Partials]) -> None:
 
 
 def _grad_x_of_group(
-    dys: Sequence[Any],
-    weights: Sequence[Any],
+    dys: Sequence[torch.Tensor | None],
+    weights: Sequence[Weight | None],
     ds: Mapping[int, torch.Tensor],
     lora_a: _Tensors,
     seeds: Sequence[torch.Tensor | None],
@@ -285,16 +285,17 @@ def _grad_x_of_group(
     if not _can_share_grad_x(*chosen):
         dx: torch.Tensor | None = None
         for i in some:
-            given = dys[i], weights[i], ds[i], lora_a[i], seeds[i], dropout_p[i]
+            given: Any = dys[i], weights[i], ds[i], lora_a[i], seeds[i], dropout_p[i]
             dx = _grad_x_one_adapter(*given, "auto", dx)
         return dx
+    own_dys, own_weights, *_ = chosen
     all_ds, downs = [ds[i] for i in some], [lora_a[i].t() for i in some]
     dx = empty(all_ds[0], all_ds[0].shape[0], downs[0].shape[0])
-    n, r = sum(dys[i].shape[1] for i in some), max(down.shape[1] for down in downs)
+    n, r = sum(dy.shape[1] for dy in own_dys), max(down.shape[1] for down in downs)
     config = config_of("lora_grad_x_add", dx, dx.shape[0], n, dx.shape[1], r)
     lora_expand.launch_summed_lora_expand(dx, downs, all_ds, config=config)
-    for i in some:
-        product(torch.Tensor.addmm_, dx, dys[i], weights[i])
+    for dy, weight in zip(own_dys, own_weights, strict=True):
+        product(torch.Tensor.addmm_, dx, dy, weight)
     return dx
 
 
@@ -308,7 +309,7 @@ def _can_share_grad_x(
     return (
         len(dys) > 1
         and all(seed is None for seed in seeds)
-        and all(dy.numel() and a.is_contiguous() for dy, a in zip(dys, lora_a, strict=True))
+        and all(dy.numel() and has_usual_strides(a) for dy, a in zip(dys, lora_a, strict=True))
         and all(
             isinstance(weight, torch.Tensor)
             and choose_plan("auto", dy, weight, a.shape[0], "lora_grad_x") != "fused"

@@ -17,7 +17,7 @@ from fastlora.kernels.config_tables import KernelConfig, cdiv
 from fastlora.kernels.configs import sums_s_once
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
-from fastlora.kernels.modules import Module, Weight, are_of_a_kind
+from fastlora.kernels.modules import Module, Weight, are_of_a_kind, has_usual_strides
 from fastlora.ops.factors import Factor, replace_missing_with_empty, tables_from_tensors
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.address_tables import (
@@ -269,7 +269,7 @@ def _can_share_launch(
     own = [bias for bias in biases if bias is not None]
     return (
         all(seed is None for seed in seeds)
-        and all(t.is_contiguous() for t in (*matrices, *own, *lora_a, *lora_b))
+        and all(map(has_usual_strides, (*matrices, *own, *lora_a, *lora_b)))
         and are_of_a_kind(weights)
         and len(own) in (0, len(biases))
         and len({bias.dtype for bias in own}) < 2

@@ -490,7 +490,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("T5", (_wrap(["q", "lm_head"], trainable_token_indices=[1]),)),
     ),
     Exemption(
-        "**Experts of a mixture of experts**",
+        "**Names of experts.**",
         lambda m: (
             m.script.base == "Mixtral"
             and (

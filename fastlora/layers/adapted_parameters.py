@@ -1,0 +1,512 @@
+"""Adapters on the parameters of a module, which ``target_parameters`` selects.
+
+`AdaptedParameter` holds the adapters of one parameter. `FastLoraAdaptedParameters` replaces the
+module. It runs the module with each parameter replaced by ``parameter + scaling * B @ A``, because
+it does not know what the module computes. `fastlora.layers.experts` avoids this for the experts of
+transformers' models.
+
+A parameter is a matrix ``[N, K]`` or a stack of E matrices. Shapes and file names follow PEFT
+0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper`): ``lora_A [E * R, K]`` and ``lora_B [N, R * E]``.
+A stack has the shape ``[E, N, K]``, or ``[E, K, N]`` if the module has ``is_transposed``. In files,
+the names of several parameters of a module are nested: the last one is ``lora_A``, the one before
+it ``base_layer.lora_A``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import parts
+from fastlora.layers.adapter_factors import fallback_reason_adapter_called
+from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.dora_norms import may_cache_tensors
+from fastlora.layers.fallback_reasons import FusionStatus
+from fastlora.layers.layer_kinds import (
+    LayerAdapterSettings,
+    LayerKind,
+    TensorShapes,
+    linear_adapter_shapes,
+    register_layer_kind,
+)
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
+from fastlora.layers.mixed_dispatch import check_not_merged
+from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
+from fastlora.layers.unused_adapters import attach_unused_parameters
+from fastlora.ops.execution_mode import ExecutionMode, is_being_compiled
+from fastlora.ops.factors import Factors
+from fastlora.ops.rows import Segment
+from fastlora.ops.stacks import stack_views, transposed_rank_rows
+from fastlora.routing.active import active_routing
+from fastlora.routing.ids import ids_divide_rows
+from fastlora.routing.routing import Routing
+from fastlora.sharding import is_dtensor, uses_fsdp2
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
+from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
+
+# Initializations that do not read the base weight.
+_INITS = (True, False, "gaussian")
+
+
+def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """Return E, N, and K of a module's parameter, which has two or three dimensions."""
+    shape = module._parameters[name].shape  # type: ignore[union-attr]
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    count, first, second = shape
+    return (count, second, first) if is_transposed(module) else (count, first, second)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether the stacks of a module have the shape ``[E, K, N]``."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+class RankRowsCache(UncopiedCache):
+    """Cache of the rank rows of lora_B in evaluation.
+
+    Attributes:
+        entries: Maps an adapter name to a stamp of its lora_B and the rank rows ``[E, R, N]``.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, tuple[TensorStamp, torch.Tensor]] = {}
+
+
+class AdaptedParameter(LoraLayer):
+    """LoRA layer that holds the adapters of one parameter.
+
+    It is never called. `FastLoraAdaptedParameters` runs the module of the parameter.
+
+    Args:
+        module: The module that owns the parameter.
+        name: The name of the parameter.
+
+    Attributes:
+        parameter_name: The name of the parameter.
+        lora_A: Maps an adapter name to a linear module with weight ``[E * R, K]``.
+        lora_B: Maps an adapter name to a linear module with weight ``[N, R * E]``.
+    """
+
+    is_linear = False
+    replaces_module = False
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.parameter_name = name
+        self.__dict__["_owner"] = module  # Not a child: its parameters belong to the outer layer.
+        self.num_matrices, self.out_features, self.in_features = stack_shape(module, name)
+        self.training = module.training
+        self._init_adapters()
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the module that owns the parameter."""
+        owner: nn.Module = self.__dict__["_owner"]
+        return owner
+
+    @property
+    def parameter(self) -> Any:
+        """The parameter itself."""
+        return self.get_base_layer()._parameters[self.parameter_name]
+
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
+
+        This layer never runs fused.
+        """
+        kind = type(self.get_base_layer()).__name__
+        return FusionStatus(False, f"the layer of its {kind} adds its update")
+
+    def _rank_blocks(self, part: str) -> int:
+        return self.num_matrices if part == "lora_A" else 1
+
+    def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the parameter's shape as a view ``[E, N, K]``."""
+        if parameter.dim() == 2:
+            return parameter.unsqueeze(0)
+        return parameter.transpose(1, 2) if is_transposed(self.get_base_layer()) else parameter
+
+    # -------------------------------------------------------------------------------- factors
+
+    def _factor_reference(self) -> torch.Tensor | None:
+        super()._factor_reference()  # Raises for shards.
+        reference: torch.Tensor = self.parameter
+        return reference
+
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, parts.Factor]:
+        lora_a = nn.Linear(self.in_features, r * self.num_matrices, bias=False)
+        lora_b = nn.Linear(r * self.num_matrices, self.out_features, bias=False)
+        start.initialize_weights(lora_a, lora_b, rank=r)
+        return {"lora_A": lora_a, "lora_B": lora_b}
+
+    def plain_factors(self, name: str, call: UniformCall | None = None) -> Factors:
+        """Return an adapter's factors, in the shapes of adapter files.
+
+        If ``call`` is given, the scaling is a tensor on the device of its x.
+
+        Raises:
+            UnsupportedLayerError: The adapter's modules would have to be called.
+        """
+        found = self._local_factors(name, call)
+        if found is None:
+            reason = fallback_reason_adapter_called(self, [name])
+            raise UnsupportedLayerError(f"parameter {self.parameter_name!r}: {reason}")
+        return found
+
+    def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a tuple of an adapter's lora_a ``[E, R, K]`` and the rank rows of lora_b.
+
+        The rank rows ``[E, R, N]`` are a copy, which is cached while gradients are disabled.
+        ``name`` identifies the adapter in the cache.
+        """
+        lora_a, _ = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
+        watched = factors.lora_b
+        if (
+            torch.is_grad_enabled()
+            or uses_fsdp2()  # A newly gathered tensor may reuse the last one's memory.
+            or is_being_compiled()
+            or not may_cache_tensors(watched.device)
+        ):
+            return lora_a, transposed_rank_rows(watched, self.num_matrices)
+        cache = self.__dict__.setdefault("_rank_rows", RankRowsCache()).entries
+        context = (id(watched), weights_versions.for_trained_weights())
+        known = cache.get(name)
+        if known is None or not known[0].matches((watched,), context):
+            stamp = stamp_tensors((watched,), context)
+            with torch.inference_mode(False):  # A later backward pass may need the result.
+                rank_rows = transposed_rank_rows(watched.detach(), self.num_matrices)
+            if stamp is None:
+                return lora_a, rank_rows
+            known = cache[name] = stamp, rank_rows
+        return lora_a, known[1]
+
+    # -------------------------------------------------------------------------------- merging
+
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
+        weight = self.parameter
+        plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+        if not plain:
+            raise UnsupportedLayerError(
+                f"cannot merge into {self.parameter_name!r} of a "
+                f"{type(self.get_base_layer()).__name__}: it is not a plain floating-point tensor"
+            )
+        if not weight.is_contiguous():
+            return DenseMergeTarget(weight, self.as_stack), None
+        # As a matrix, so that fingerprints are computed from few rows at a time.
+        shape = weight.shape
+        return DenseMergeTarget(
+            weight.detach().flatten(0, -2), lambda matrix: self.as_stack(matrix.view(shape))
+        ), None
+
+    @torch.no_grad()
+    def _add_delta_weight(
+        self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
+    ) -> None:
+        """Add ``sign * scaling * B @ A`` to the stack ``weight [E, N, K]``, matrix by matrix."""
+        factors = stack_views(*self._factors(name)[:2], self.num_matrices)
+        compute = torch.promote_types(torch.float32, weight.dtype)
+        alpha = sign * float(self.scaling[name])
+        for matrix, lora_a, lora_b in zip(weight, *factors, strict=True):
+            wide = matrix.to(compute)  # A matrix that is wide already is not copied.
+            wide.addmm_(lora_b.t().to(compute), lora_a.to(compute), alpha=alpha)
+            if wide is not matrix:
+                matrix.copy_(wide)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """Return the update ``scaling * B @ A``, in the parameter's shape and the factors' dtype.
+
+        The update is as large as the parameter.
+        """
+        self._check_has_adapter(adapter_name)
+        factor = self.lora_B[adapter_name].weight
+        delta = torch.zeros_like(self.parameter, dtype=factor.dtype, device=factor.device)
+        self._add_delta_weight(self.as_stack(delta), adapter_name, 1.0)
+        return delta.requires_grad_(False)
+
+    def adapted(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the parameter plus the updates of adapters, rounded once to its dtype."""
+        parameter: torch.Tensor = self.parameter
+        wide = torch.promote_types(torch.float32, parameter.dtype)
+        with torch.autocast(parameter.device.type, enabled=False):
+            made = self.as_stack(parameter.to(wide))
+            for name in names:
+                lora_a, lora_b = stack_views(*self._factors(name)[:2], self.num_matrices)
+                scaling = self.__dict__["_scaling"].tensors[name].to(parameter.device)
+                made = torch.baddbmm(
+                    made, lora_b.transpose(1, 2).to(wide) * scaling, lora_a.to(wide)
+                )
+            if parameter.dim() == 3 and is_transposed(self.get_base_layer()):
+                made = made.transpose(1, 2)
+            return made.reshape(parameter.shape).to(parameter.dtype)
+
+
+class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
+    """LoRA layer for a module with adapters on its parameters.
+
+    Args:
+        base_layer: The module.
+
+    Attributes:
+        parameters_with_adapters: Maps the name of a parameter to the layer with its adapters.
+    """
+
+    fallback_reason = "it runs with each adapted parameter replaced by the parameter and its update"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer, 0, 0)
+        self.parameters_with_adapters = nn.ModuleDict()
+
+    def inner_layers(self) -> dict[str, LoraLayer]:
+        """Return a dict of the layers with the adapters of each parameter, by parameter name.
+
+        The order is that of ``named_parameters()``.
+        """
+        layers: Any = self._modules["parameters_with_adapters"]
+        return {name: layers[name] for name in self.base_layer._parameters if name in layers}
+
+    def adapted_parameters(self) -> list[AdaptedParameter]:
+        """Return a list of the layers with the adapters of each parameter."""
+        return list(self.inner_layers().values())  # type: ignore[arg-type]
+
+    def _layers_to_adapt(
+        self, settings: Mapping[str, object]
+    ) -> list[tuple[LoraLayer, dict[str, Any]]]:
+        """Return the layers of the parameters to which a new adapter is added, and how.
+
+        See `LoraLayer._layers_to_adapt`.
+        """
+        common = {name: value for name, value in settings.items() if name != "parameters"}
+        parameters: Any = settings["parameters"]
+        if not parameters:
+            raise UnsupportedLayerError(
+                f"other adapters adapt parameters of this {type(self.base_layer).__name__} "
+                "(target_parameters); expected the same kind of target for all adapters"
+            )
+        holder: Any = self.parameters_with_adapters
+        for name, *_ in parameters:
+            if name not in holder:
+                if hasattr(nn.ModuleDict, name):
+                    raise UnsupportedLayerError(
+                        f"parameter {name!r} of a {type(self.base_layer).__name__} has the name of "
+                        "an attribute of nn.ModuleDict, under which its adapters cannot be stored; "
+                        "rename the parameter"
+                    )
+                made = AdaptedParameter(self.base_layer, name)
+                made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
+                holder[name] = made
+        return [
+            (holder[name], {**common, "r": r, "lora_alpha": lora_alpha})
+            for name, r, lora_alpha in parameters
+        ]
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        layers = {n: layer for n, layer in self.inner_layers().items() if adapter_name in layer.r}
+        names: dict[str, str] = {}
+        for name, prefix in nested_prefixes(list(layers)).items():
+            for disk, key in layers[name].file_names(adapter_name).items():
+                names[prefix + disk] = f"parameters_with_adapters.{name}.{key}"
+        return names
+
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, parts.Factor]:
+        raise UnsupportedLayerError(
+            f"the adapters of this {type(self.base_layer).__name__} are on its parameters; "
+            "expected target_parameters"
+        )
+
+    def _check_has_adapter(self, adapter_name: str) -> None:
+        if not self._has_adapter(adapter_name):
+            known = sorted({n for layer in self.inner_layers().values() for n in layer.r})
+            raise AdapterNotFoundError(
+                f"no adapter {adapter_name!r} on the parameters of this layer, which have {known}"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # The parameters are converted before the layers that compare them with their merged state.
+        merged = [layer for layer in self.adapted_parameters() if layer._unmerged is not None]
+        for layer in merged:
+            if not layer._is_unmodified_since_merge():
+                layer._unmerged = None  # unmerge() will subtract the updates.
+            layer._when_merged = []
+        super()._apply(fn, recurse)
+        for layer in merged:
+            layer._when_merged = [] if layer._unmerged is None else layer._base_fingerprints()
+        return self
+
+    # -------------------------------------------------------------------------------- forward
+
+    def _check_not_sharded(self) -> None:
+        """Raise `AdapterStateError` if a parameter of the module is a DTensor."""
+        for name, parameter in self.base_layer._parameters.items():
+            if is_dtensor(parameter):
+                raise AdapterStateError(
+                    f"parameter {name!r} is sharded (a DTensor) in the forward pass; expected "
+                    "fully_shard() to gather it, which requires that fully_shard() is called on a "
+                    "module that contains the adapters of the parameter"
+                )
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with the active adapters added to its parameters."""
+        routing = None if self._disabled else active_routing(self)
+        applied = {} if routing is not None else self._applied_by_parameter()
+        if routing is None and not applied:
+            return self.base_layer(x, *args, **kwargs)
+        conditions = self._check_conditions(x)
+        self._check_not_sharded()
+        if routing is None:
+            return self._run(applied, conditions, x, *args, **kwargs)
+        for layer in (self, *self.adapted_parameters()):
+            routing.check_gets_all_rows(layer, x, conditions.compiling)
+            check_not_merged(layer)
+        if conditions.compiling:
+            return self._run_mixed(routing.whole or routing, conditions, x, *args, **kwargs)
+        with routing.pause_row_tracking():
+            made = self._run_mixed(routing, conditions, x, *args, **kwargs)
+        y, *others = _as_tuple(made)
+        if routing.unused_gradients and torch.is_grad_enabled():
+            for layer in self.adapted_parameters():
+                call = MixedCall(layer, x, x, conditions, routing)
+                y = attach_unused_parameters(call, y, may_sync=True)
+        return y if isinstance(made, torch.Tensor) else (y, *others)
+
+    def _applied_by_parameter(self) -> dict[str, list[str]]:
+        """Return a dict that maps parameter names to the adapters that apply to all rows."""
+        found = {name: layer._applied_adapters() for name, layer in self.inner_layers().items()}
+        return {name: names for name, names in found.items() if names}
+
+    def _run(
+        self,
+        applied: Mapping[str, list[str]],
+        conditions: ExecutionMode,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the module with the adapters in ``applied``, which maps parameters to adapters."""
+        base, layers = self.base_layer, self._modules["parameters_with_adapters"]
+        made: Any = {name: layers[name].adapted(names) for name, names in applied.items()}
+        # The compiler does not support modules that are created during the call.
+        if conditions.compiling:
+            return torch.func.functional_call(base, made, (x, *args), kwargs)
+        return copy_with_parameters(base, made)(x, *args, **kwargs)
+
+    def _run_mixed(
+        self,
+        routing: Routing,
+        conditions: ExecutionMode,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the module for a mixed batch: once for the rows of each adapter.
+
+        Each entry of the first dimension of x has one adapter. An output has the same number of
+        entries for each of them.
+        """
+        count = routing.ids.numel()
+        if (
+            conditions.compiling
+            or args
+            or kwargs
+            or x.dim() < 2
+            or not ids_divide_rows(len(x), count)
+            or routing.source.loaded_adapters is not None
+        ):
+            raise UnsupportedLayerError(
+                f"{self._description()} cannot be called for some rows of a mixed batch: expected "
+                "adapters of the model (not of a pool), and a module with one input that has one "
+                "row for each sample or token, outside torch.compile; run one adapter at a time"
+            )
+        if not len(x):
+            return self.base_layer(x)
+        rows = routing.sorted_rows(len(x), x.device, host=True)
+        spans = [Segment(-1, 0, int(rows.slot_start[0])), *rows.segments]
+        with torch.no_grad():
+            whole = self.base_layer(x)
+        shapes = [(t.shape[0] / len(x), *t.shape[1:]) for t in _as_tuple(whole)]
+        outputs: list[tuple[torch.Tensor, ...]] = []
+        for slot, start, stop in (span for span in spans if span.start < span.stop):
+            name = routing.names[slot] if slot >= 0 else ""
+            applied = {n: [name] for n, layer in self.inner_layers().items() if name in layer.r}
+            made = _as_tuple(self._run(applied, conditions, x[rows.order[start:stop].long()]))
+            if [(t.shape[0] / (stop - start), *t.shape[1:]) for t in made] != shapes:
+                raise UnsupportedLayerError(
+                    f"{self._description()} returns an output without rows for each row of its "
+                    "input, so it does not support mixed batches; run one adapter at a time"
+                )
+            outputs.append(tuple(t.unflatten(0, (stop - start, -1)) for t in made))
+        combined = [
+            torch.cat(each)[rows.inverse_order].flatten(0, 1) for each in zip(*outputs, strict=True)
+        ]
+        return combined[0] if isinstance(whole, torch.Tensor) else tuple(combined)
+
+    def _description(self) -> str:
+        checks = None if self.routing_group is None else self.routing_group.row_checks
+        name = "" if checks is None else f" {checks.name_of(self)!r}"
+        adapted = ", ".join(map(repr, self.inner_layers()))
+        return f"module{name} ({type(self.base_layer).__name__}, target_parameters {adapted})"
+
+
+def _as_tuple(outputs: torch.Tensor | Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return a module's outputs as a tuple of tensors."""
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
+    """Return a dict that maps the names of an adapter's parameters to prefixes in adapter files.
+
+    The prefixes are relative to the module of the parameters.
+
+    Args:
+        names: The parameters in the order of ``named_parameters()``.
+    """
+    last = len(names) - 1
+    return {name: "base_layer." * (last - place) for place, name in enumerate(names)}
+
+
+def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
+    """Return the shapes of an adapter's tensors on the parameters of a module, by name in files."""
+    prefixes = nested_prefixes([each.name for each in settings.parameters])
+    shapes: TensorShapes = {}
+    for name, r, _ in settings.parameters:
+        count, n, k = stack_shape(module, name)
+        for key, shape in linear_adapter_shapes(k, n, LayerAdapterSettings(r=r * count)).items():
+            shapes[prefixes[name] + key] = shape
+    return shapes
+
+
+def check_parameter_settings(module: nn.Module, settings: LayerAdapterSettings) -> None:
+    """Raise `UnsupportedLayerError` if a module's parameters do not support the settings."""
+    for name, *_ in settings.parameters:
+        for field, value in (("use_dora", settings.use_dora), ("lora_bias", settings.lora_bias)):
+            if value:
+                raise UnsupportedLayerError(
+                    f"{field}=True is not supported for its parameter {name!r} "
+                    f"(target_parameters), as in PEFT; set {field}=False"
+                )
+        if settings.init_lora_weights not in _INITS and not settings.from_file:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={settings.init_lora_weights!r} is not supported for its "
+                f"parameter {name!r} (target_parameters); use True, False, or 'gaussian'"
+            )
+
+
+register_layer_kind(
+    LayerKind(
+        "modules with adapted parameters",
+        lambda module: True,
+        FastLoraAdaptedParameters,
+        parameter_adapter_shapes,
+        check_parameter_settings,
+        uses_dropout=False,
+        adapts_parameters=True,
+    )
+)

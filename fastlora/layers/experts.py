@@ -1,0 +1,390 @@
+"""`FastLoraExperts`: the experts of a transformers model, with adapters on their stacked weights.
+
+transformers marks the modules with its decorator `use_experts_implementation`. Attributes that the
+decorator sets describe what a module computes. The forward pass is transformers'
+`grouped_mm_experts_forward` with LoRA on both products. Each row is a token together with one of
+its experts. Rows are sorted by key, which is ``expert * S + slot`` for S adapters, and products
+cover only the rows of each expert and adapter. Nothing as large as a stack is allocated.
+
+Shapes: ``hidden_states [T, H]``, ``top_k_index`` and ``top_k_weights [T, k]``, and T * k rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.autograd.stacks import add_stacked_updates_
+from fastlora.layers.adapted_parameters import (
+    AdaptedParameter,
+    FastLoraAdaptedParameters,
+    check_parameter_settings,
+    parameter_adapter_shapes,
+    stack_shape,
+)
+from fastlora.layers.adapter_factors import has_module_hooks, scalings_as_tensor
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.fallback_reasons import FusionStatus
+from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.ops.backend import draw_seed
+from fastlora.ops.execution_mode import ExecutionMode
+from fastlora.ops.factors import Factors
+from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.seeds import derive_seeds_of_layer
+from fastlora.ops.stacks import StackedOperands, seeds_of_keys
+from fastlora.ops.torch.stacks import grouped_linear
+from fastlora.routing.routing import Routing
+from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
+
+# Attributes that `use_experts_implementation` sets.
+_MARKS = (
+    *("num_experts", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"),
+    *("_apply_gate", "_is_expert_parallel"),
+)
+
+
+class _SortedRows(NamedTuple):
+    """The rows of a call of experts, sorted by key.
+
+    Attributes:
+        rows: The sorted rows, with ``expert * S + slot`` as slots.
+        matrix: The expert of each sorted row, int64 ``[P]``; 0 for rows without an expert.
+        routing: The routing of a mixed batch, or None if the same adapters apply to all rows.
+        token_rows: The tokens of a mixed batch, sorted by slot; None in a graph that is compiled.
+        conditions: The conditions of the call.
+    """
+
+    rows: Rows
+    matrix: torch.Tensor
+    routing: Routing | None
+    token_rows: Rows | None
+    conditions: ExecutionMode
+
+    @property
+    def slots(self) -> int:
+        """The number of slots S, which is 1 if the same adapters apply to all rows."""
+        return 1 if self.routing is None else len(self.routing.names) + 1
+
+
+def _products(module: nn.Module) -> tuple[str, str]:
+    """Return the names of the stacks of a module's two products."""
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
+
+
+class FastLoraExperts(FastLoraAdaptedParameters):
+    """LoRA layer for experts that transformers marks with `use_experts_implementation`.
+
+    Args:
+        base_layer: The module with the stacks.
+    """
+
+    runs_kernels = True
+    fallback_reason = "its products depend on the number of rows"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        # K of the first product, and N of the second.
+        self.in_features = stack_shape(base_layer, _products(base_layer)[0])[2]
+        self.out_features = stack_shape(base_layer, _products(base_layer)[1])[1]
+
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
+
+        A layer of this class never runs fused.
+        """
+        base = self.base_layer
+        config = getattr(base, "config", None)
+        replaced = getattr(config, "_experts_implementation", None)
+        return FusionStatus(
+            False,
+            f"its base layer is {type(base).__name__}: grouped products with LoRA replace "
+            f"experts_implementation={replaced!r} while an adapter is active",
+        )
+
+    def _run(
+        self,
+        applied: Mapping[str, list[str]],
+        conditions: ExecutionMode,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if has_module_hooks(self.base_layer):  # Only a call of the module runs its hooks.
+            return super()._run(applied, conditions, *args, **kwargs)
+        return self._forward(None, conditions, *args, **kwargs)
+
+    def _run_mixed(
+        self, routing: Routing, conditions: ExecutionMode, *args: Any, **kwargs: Any
+    ) -> Any:
+        if has_module_hooks(self.base_layer):
+            raise UnsupportedLayerError(
+                f"{self._description()} has forward hooks or a replaced forward, so it does not "
+                "support mixed batches; run one adapter at a time"
+            )
+        return self._forward(routing, conditions, *args, **kwargs)
+
+    def _forward(
+        self,
+        routing: Routing | None,
+        conditions: ExecutionMode,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the output ``[T, H]`` of the experts with the adapters of a batch."""
+        base, k = self.base_layer, top_k_index.shape[-1]
+        call = self._sort(top_k_index, routing, conditions)
+        order = call.rows.order.long()
+        # Rows without an expert come first. Their weights are zero.
+        first = call.rows.slot_start[0]
+        absent = torch.arange(len(order), device=order.device).unsqueeze(-1) < first
+        up, down = _products(base)
+        y = self._product(up, hidden_states[order // k], call)
+        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+        y = self._product(down, y, call)
+        if base.has_post_expert_norm:
+            y = base.post_expert_norm(y)
+        if base._is_expert_parallel:
+            y = y.masked_fill(absent, 0.0)
+        y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
+        dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            y = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), y.to(dtype))
+        return y.squeeze(1).to(hidden_states.dtype)
+
+    def _sort(
+        self, matrices: torch.Tensor, routing: Routing | None, conditions: ExecutionMode
+    ) -> _SortedRows:
+        """Sort the rows of a call by key.
+
+        Args:
+            matrices: The expert of each row, ``[T, k]``: k rows for each token.
+            routing: The routing of a mixed batch, or None.
+            conditions: The conditions of the call.
+        """
+        base = self.base_layer
+        count, tokens = base.num_experts, len(matrices)
+        keys, token_rows, slots = matrices.reshape(-1), None, 1
+        bad = (keys < 0) | (keys >= count)
+        if routing is not None:
+            slots = len(routing.names) + 1  # The last slot is for rows without an adapter.
+            if not conditions.compiling:
+                token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
+            ids = routing.ids.to(matrices.device)
+            slot = torch.where(ids < 0, slots - 1, ids)
+            keys = keys * slots + slot.repeat_interleave(len(keys) // max(len(slot), 1))
+        # Sentinels of expert parallelism have no key. Other values out of range are errors.
+        no_key = -1 if getattr(base, "_is_expert_parallel", False) else count * slots
+        keys = keys.masked_fill(bad, no_key)
+        rows = sort_rows(keys, len(keys), count * slots, cache_pieces=not conditions.compiling)
+        if not conditions.compiling and bool(rows.invalid):
+            first = int(matrices.reshape(-1)[bad][0])
+            raise ValueError(
+                f"top_k_index contains {first}, expected the index of one of the {count} experts"
+            )
+        matrix = keys[rows.order.long()].clamp(min=0) // slots
+        return _SortedRows(rows, matrix, routing, token_rows, conditions)
+
+    def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
+        """Return the product of sorted rows with a stack, including the bias and the adapters."""
+        base = self.base_layer
+        stack = base._parameters[name]
+        stack = stack.transpose(1, 2) if base.is_transposed else stack
+        bias = getattr(base, f"{name}_bias") if base.has_bias else None
+        layer = self.inner_layers().get(name)
+        return self._adapted_product(layer, stack, bias, x, call)  # type: ignore[arg-type]
+
+    def _adapted_product(
+        self,
+        layer: AdaptedParameter | None,
+        stack: torch.Tensor,
+        bias: torch.Tensor | None,
+        x: torch.Tensor,
+        call: _SortedRows,
+    ) -> torch.Tensor:
+        """Return ``x @ stack[expert].T + bias[expert]`` with adapters, for ``stack [E, N, K]``."""
+        # As in transformers, products are computed in the dtype of the weights under autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            x, impl = x.to(stack.dtype), call.conditions.backend
+            bias = None if bias is None else bias[call.matrix]
+            adapters = [] if layer is None else self._operands(layer, x, call)
+            if call.conditions.compiling:
+                return _product_in_graph(x, stack, bias, adapters, call)
+            y = grouped_linear(x, stack, call.rows, call.slots)
+            y = y if bias is None else y + bias
+            for operands in adapters:
+                y = add_stacked_updates_(y, x, operands, call.rows, impl)
+            return y
+
+    def _operands(
+        self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows
+    ) -> list[StackedOperands]:
+        """Return the adapters of a stack, as operands whose updates are added one after another."""
+        if call.routing is None:
+            return [self._uniform_operands(layer, n, x, call) for n in layer._applied_adapters()]
+        return self._mixed_operands(layer, x, call, call.routing)
+
+    def _uniform_operands(
+        self, layer: AdaptedParameter, name: str, x: torch.Tensor, call: _SortedRows
+    ) -> StackedOperands:
+        factors = layer.plain_factors(name, UniformCall(layer, x, x, call.conditions, [name]))
+        seeds = None
+        if factors.dropout_p:
+            seeds = seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
+        lora_a, lora_b = self._rank_rows(layer, name, factors)
+        scaling = scalings_as_tensor([factors.scaling], x)
+        return StackedOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
+
+    def _mixed_operands(
+        self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows, routing: Routing
+    ) -> list[StackedOperands]:
+        names, count, compiling = routing.names, layer.num_matrices, call.conditions.compiling
+        used: Any = range(len(names)) if call.token_rows is None else call.token_rows.used_slots
+        own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
+        of_used = ((slot, routing.source.factors(layer, slot, own)) for slot in used)
+        found = {slot: factors for slot, factors in of_used if factors is not None}
+        if not found:
+            return []
+        pairs = {
+            slot: self._rank_rows(layer, names[slot], factors) for slot, factors in found.items()
+        }
+        a, b = next(iter(pairs.values()))
+        empty = a.new_empty(count, 0, a.shape[2]), b.new_empty(count, 0, b.shape[2])
+        chosen = [pairs.get(slot, empty) for slot in range(len(names) + 1)]
+        p = [found[slot].dropout_p if slot in found else 0.0 for slot in range(len(chosen))]
+        scalings = [found[slot].scaling if slot in found else 0.0 for slot in range(len(chosen))]
+        seeds = None
+        if any(p):
+            check_dropout_dtype(x.dtype)
+            device = x.device if call.conditions.impl == "triton" else torch.device("cpu")
+            if compiling:
+                seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index).to(device)
+            else:
+                seeds = routing.layer_dropout_seeds(layer.routing_index, device)
+            seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
+        lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
+        scaling = scalings_as_tensor(scalings, x)
+        return [StackedOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
+
+    def _rank_rows(
+        self, layer: AdaptedParameter, name: str, factors: Factors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors that x and the result of the first product meet.
+
+        The shapes are ``[E, R, K]`` and ``[E, R, N]``.
+        """
+        return layer.rank_rows(name, factors)
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a permutation, int64."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _product_in_graph(
+    x: torch.Tensor,
+    stack: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: list[StackedOperands],
+    call: _SortedRows,
+) -> torch.Tensor:
+    """Return the result of `FastLoraExperts._adapted_product` in a graph that is being compiled."""
+    rows, impl = call.rows.operator_arguments(), call.conditions.backend
+    none = StackedOperands([], [], x.new_empty(0), ())
+    linear: Any = torch.ops.fastlora.stacked_linear
+    first, *others = adapters or [none]
+    y: torch.Tensor = linear(x, stack, bias, call.slots, *first, rows, impl)
+    for operands in others:
+        y = linear(x, None, y, call.slots, *operands, rows, impl)
+    return y
+
+
+class FastLoraExpertsOfAllTokens(FastLoraExperts):
+    """LoRA layer for Llama 4's experts, which all get one input for each token.
+
+    The input is ``[E * T, H]``, expert by expert. The stacks are ``[E, K, N]``, which no attribute
+    of the module says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x meets lora_B
+    first.
+    """
+
+    def _forward(  # type: ignore[override]  # these experts get no choices of a router
+        self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the output ``[E * T, H]`` of the experts with the adapters of a batch."""
+        base = self.base_layer
+        count = base.num_experts
+        tokens = len(x) // count
+        # Rows are sorted by token first, as if each token had chosen all experts.
+        matrices = torch.arange(count, device=x.device).expand(tokens, count)
+        call = self._sort(matrices, routing, conditions)
+        order = call.rows.order.long()
+        place = order % count * tokens + order // count
+        gate, up = self._product("gate_up_proj", x[place], call).chunk(2, dim=-1)
+        y = self._product("down_proj", up * base.act_fn(gate), call)
+        return y.index_select(0, _inverse(place))
+
+    def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
+        stack = self.base_layer._parameters[name].transpose(1, 2)
+        layer: Any = self.inner_layers().get(name)
+        return self._adapted_product(layer, stack, None, x, call)
+
+    def _rank_rows(
+        self, layer: AdaptedParameter, name: str, factors: Factors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lora_a, lora_b = layer.rank_rows(name, factors)
+        return lora_b, lora_a
+
+
+def _is_marked(module: nn.Module) -> bool:
+    return (
+        all(hasattr(module, mark) for mark in _MARKS)
+        and not isinstance(module, LoraLayer)
+        and all(_is_stack(module, name) for name in _products(module))
+    )
+
+
+def _is_stack(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.dim() == 3
+
+
+def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
+    check_parameter_settings(module, settings)
+    known = _products(module)
+    for name, *_ in settings.parameters:
+        if name not in known:
+            raise UnsupportedLayerError(
+                f"its parameter {name!r} is not one of its stacks of weights, {' and '.join(known)}"
+            )
+    config = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation", None) == "deepgemm":
+        raise UnsupportedLayerError(
+            f"its parameter {settings.parameters[0].name!r} is used by "
+            "experts_implementation='deepgemm'; load the model with "
+            "experts_implementation='grouped_mm'"
+        )
+
+
+register_layer_kind(
+    LayerKind(
+        "stacked experts",
+        _is_marked,
+        FastLoraExperts,
+        parameter_adapter_shapes,
+        _check,
+        adapts_parameters=True,
+    )
+)
+register_layer_kind(
+    LayerKind(
+        "stacked experts of all tokens",
+        lambda module: type(module).__name__ == "Llama4TextExperts",
+        FastLoraExpertsOfAllTokens,
+        parameter_adapter_shapes,
+        _check,
+        adapts_parameters=True,
+    )
+)

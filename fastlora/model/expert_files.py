@@ -1,0 +1,279 @@
+"""Files of adapters on experts: convert those of transformers 4, and write configs for PEFT.
+
+In transformers 5, the experts of a layer are stacked parameters. A file of transformers 4 has LoRA
+factors for each expert. They are joined to the factors of the stacks, in PEFT's layout.
+
+The conversion follows PEFT 0.21.2, ``utils/transformers_weight_conversion.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import LoraLayer
+from fastlora.model.adapter_folder import (
+    KEY_PREFIX,
+    AdapterContents,
+    ParsedAdapterKey,
+    with_renamed_modules,
+)
+from fastlora.model.base_modules import named_base_modules
+from fastlora.model.config import LoraConfig
+from fastlora.model.config_checks import PEFT_VERSION
+from fastlora.model.stacked_experts import (
+    ROUTER,
+    BaseParameter,
+    base_parameters_of,
+    format_parameter_names,
+    former_names_of,
+    former_names_of_parameter,
+    stacked_experts_among,
+)
+from fastlora.model.target_names import distinguishing_suffixes, matches_names
+from fastlora.model.target_parameters import entries_that_select
+from fastlora.model.targets import model_type_of
+from fastlora.patterns import patterns_matching_no_suffix
+from fastlora.validation import CheckpointError
+
+_OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
+
+
+def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
+    """Convert the factors of linear layers of experts in a file to factors of stacked parameters.
+
+    Args:
+        model: The base model, with or without adapters.
+        file: The loaded adapter.
+
+    Returns:
+        ``file`` itself if there is nothing to convert. Otherwise, a copy with other tensors and
+        another config: ``target_parameters`` names the stacked parameters, and the patterns contain
+        their ranks and alphas.
+
+    Raises:
+        CheckpointError: If the factors of an expert or of a part of a fused parameter are missing,
+            or if the experts of a layer have different ranks.
+    """
+    former = former_names_of(model_type_of(model))
+    if not former:
+        return file
+    modules = named_base_modules(model)
+    parameters = base_parameters_of(modules)
+    stacks = {
+        each.name: each
+        for each in parameters
+        if each.parameter.dim() == 3 and former_names_of_parameter(former, each)
+    }
+    if not stacks:
+        return file
+    blocks = {each.module_name.rpartition(".")[0] for each in stacks.values()}
+    file = _with_current_blocks(file, blocks, {name for name, _, _ in modules})
+    found: dict[str, dict[str, dict[int, str]]] = {}  # parameter -> former name -> expert -> layer
+    for layer in file.layers:
+        match = _OF_EXPERT.fullmatch(layer)
+        new = f"{match[1]}.{former.get(match[3])}" if match else ""
+        if match and new in stacks:
+            found.setdefault(new, {}).setdefault(match[3], {})[int(match[2])] = layer
+    if not found:
+        return file
+    config, tensors = copy.deepcopy(file.config), dict(file.tensors)
+    factors, ranks, alphas = dict[str, torch.Tensor](), dict[str, int](), dict[str, float]()
+    for name in (name for name in stacks if name in found):
+        layers = _layers_of_stack(file, stacks[name], former, found[name])
+        scaling = config.scaling_for(layers[0][0])
+        parts = [
+            [
+                tuple(tensors.pop(f"{KEY_PREFIX}{layer}.lora_{end}.weight") for end in "AB")
+                for layer in part
+            ]
+            for part in layers
+        ]
+        scales = [[config.scaling_for(layer) / scaling for layer in part] for part in layers]
+        lora_a, lora_b = join_expert_factors(parts, scales)
+        module = stacks[name].module_name
+        nested = [n for n in stacks if n in found and stacks[n].module_name == module]
+        # PEFT nests one layer for each parameter. The last one has the name of the module.
+        layer = module + ".base_layer" * (len(nested) - 1 - nested.index(name))
+        factors |= {f"{layer}.lora_A": lora_a, f"{layer}.lora_B": lora_b}
+        ranks[name] = rank = lora_a.shape[0] // len(parts[0])
+        alphas[name] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    keys = {key: parsed for key, parsed in file.keys.items() if key in tensors}
+    remaining = [*(parsed.module for parsed in keys.values()), *ranks]
+    for name, tensor in factors.items():
+        layer, _, kind = name.rpartition(".")
+        keys[f"{KEY_PREFIX}{name}.weight"] = ParsedAdapterKey(layer, kind)
+        tensors[f"{KEY_PREFIX}{name}.weight"] = tensor
+    own, added = config.target_parameters or [], sorted({stacks[name].leaf for name in ranks})
+    config.target_parameters = entries_that_select(
+        {*ranks, *(each.name for each in parameters if matches_names(each.name, own))},
+        [*own, *(entry for entry in added if entry not in own)],
+        parameters,
+    )
+    config.rank_pattern = _with_patterns("rank_pattern", config, ranks, remaining)
+    config.alpha_pattern = _with_patterns("alpha_pattern", config, alphas, remaining)
+    return replace(file, config=config, keys=keys, tensors=tensors)
+
+
+def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
+    """Return a config that selects the same parameters when PEFT reads it.
+
+    Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
+    experts, and no linear layer with a former name. The returned config has no former names. A
+    warning names the linear layers that PEFT does not adapt. fastlora recognizes them by their
+    tensors.
+
+    Args:
+        model: The base model with its adapters.
+        adapter_name: The name of the adapter.
+        config: The adapter's config. It is not changed.
+    """
+    former = former_names_of(model_type_of(model))
+    modules = named_base_modules(model) if former and config.target_modules else []
+    if not stacked_experts_among(base_parameters_of(modules)):
+        return config
+    names = [name for name, _, _ in modules]
+    linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]
+    others = [name for name in linears if name.rpartition(".")[2] not in former]
+    written = copy.copy(config)
+    if isinstance(config.target_modules, str):
+        written.target_modules = distinguishing_suffixes(others, set(names).difference(others))
+    else:
+        entries = config.target_modules or ()
+        written.target_modules = {e for e in entries if e.rpartition(".")[2] not in former}
+    routers = [name for name in linears if name.rpartition(".")[2] == ROUTER]
+    own = config.target_parameters or []
+    weights = [f"{n}.weight" for n in routers if not matches_names(f"{n}.weight", own)]
+    if weights:
+        written.target_parameters = [*own, *weights]
+    dropped = [name for name in linears if name not in (*others, *routers)]
+    if dropped:
+        warnings.warn(
+            f"PEFT {PEFT_VERSION} ignores the factors of {len(dropped)} linear layers when it "
+            f"loads this adapter, because their names mean experts to it: lora_A and lora_B of "
+            f"{format_parameter_names(dropped, len(dropped))}. fastlora loads them",
+            stacklevel=3,
+        )
+    return written
+
+
+def join_expert_factors(
+    parts: Sequence[Sequence[Sequence[torch.Tensor]]], scales: Sequence[Sequence[float]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the factors of the linear layers of E experts to the factors of a stacked parameter.
+
+    The rank R of the result is the sum of the ranks of the layers that the parameter fuses.
+
+    Args:
+        parts: For each of these layers and each expert, the factors A ``[r, K]`` and B ``[N, r]``.
+        scales: For each of these layers and each expert, a number to multiply the update by.
+
+    Returns:
+        The factor A ``[E * R, K]``, with the expert as the slowest index, and the factor B
+        ``[N, R * E]``, with the expert as the fastest index.
+    """
+    stacked_a = torch.cat([torch.stack([lora_a for lora_a, _ in part]) for part in parts], dim=1)
+    scaled_b = [
+        [lora_b if scale == 1.0 else lora_b * scale for (_, lora_b), scale in zip(*of, strict=True)]
+        for of in zip(parts, scales, strict=True)
+    ]
+    stacked_b = torch.stack([torch.block_diag(*of) for of in zip(*scaled_b, strict=True)])
+    return stacked_a.flatten(0, 1), stacked_b.permute(1, 2, 0).flatten(1)
+
+
+def _with_current_blocks(
+    file: AdapterContents, blocks: Iterable[str], modules: Collection[str]
+) -> AdapterContents:
+    """Rename the blocks that contain experts, such as ``block_sparse_moe``, to their current names.
+
+    Args:
+        file: The loaded adapter.
+        blocks: The current names of the blocks.
+        modules: The names of all modules of the base model.
+    """
+    renamed, names = {}, file.layers
+    for block in blocks:
+        layer = f"{block.rpartition('.')[0]}."
+        for name in names:
+            old = layer + name.removeprefix(layer).partition(".")[0]
+            if name.startswith(layer) and old not in modules:
+                renamed[f"^{re.escape(old)}(?=\\.)"] = block
+    return with_renamed_modules(file, renamed)
+
+
+def _layers_of_stack(
+    file: AdapterContents,
+    stack: BaseParameter,
+    former: Mapping[str, str],
+    found: Mapping[str, Mapping[int, str]],
+) -> list[list[str]]:
+    """Return the names of the experts' layers in a stack, for each former name.
+
+    Args:
+        file: The loaded adapter.
+        stack: The stacked parameter.
+        former: The result of `former_names_of`.
+        found: The names of the layers in the file, by former name and expert.
+
+    Raises:
+        CheckpointError: If a layer is missing, or if the layers have different ranks.
+    """
+    names, count = former_names_of_parameter(former, stack), stack.parameter.shape[0]
+    layers = []
+    for old in names:
+        experts = found.get(old, {})
+        missing = sorted(set(range(count)).symmetric_difference(experts))
+        if missing:
+            raise CheckpointError(
+                f"{file.path} has factors of {sorted(found)} for experts of {stack.module_name!r}, "
+                f"but not of {old} for exactly {count} experts (the first difference is expert "
+                f"{missing[0]}); {stack.name!r} needs factors of {names} for each expert"
+            )
+        layers.append([experts[index] for index in range(count)])
+        ranks = {file.config.rank_for(layer) for layer in layers[-1]}
+        if len(ranks) > 1:
+            raise CheckpointError(
+                f"{file.path} has factors of ranks {sorted(ranks)} for {old} of the experts of "
+                f"{stack.module_name!r}; expected the same rank for all experts"
+            )
+    return layers
+
+
+def _with_patterns(
+    field: str, config: LoraConfig, values: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the patterns of a config with others before them for stacked parameters.
+
+    Args:
+        field: The name of the field of the config.
+        config: The adapter's config.
+        values: The value of each parameter.
+        names: The names of the layers and parameters of the adapter. Patterns that match none of
+            them are left out.
+    """
+    value_for = config.rank_for if field == "rank_pattern" else config.alpha_for
+    by_end: dict[str, set[float]] = {}
+    for name, value in values.items():
+        by_end.setdefault(_end_of(name), set()).add(value)
+    added = {
+        _end_of(name) if len(by_end[_end_of(name)]) == 1 else name: value
+        for name, value in values.items()
+        if value_for(name) != value
+    }
+    patterns = added | {k: v for k, v in getattr(config, field).items() if k not in added}
+    for unused in patterns_matching_no_suffix(field, patterns, names):
+        del patterns[unused]
+    return patterns
+
+
+def _end_of(parameter_name: str) -> str:
+    """Return the last two components of a name, such as ``experts.gate_up_proj``."""
+    return ".".join(parameter_name.split(".")[-2:])

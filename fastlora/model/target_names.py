@@ -1,0 +1,154 @@
+"""Match the names of modules and parameters to the entries of a config, by PEFT's rules.
+
+The rules follow PEFT 0.21.2, ``tuners/tuners_utils.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastlora.patterns import (
+    count_matching_time,
+    layer_index_after_match,
+    matches_consecutive_components,
+    matches_whole_name,
+)
+from fastlora.validation import near_names
+
+if TYPE_CHECKING:
+    from fastlora.model.config import LoraConfig
+
+ALL_LINEAR = "all-linear"
+
+# Heads that PEFT trains in full for a task, even if modules_to_save does not name them.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# Maximum number of names to list in a message. A config may have any number of names.
+_MOST_SHOWN = 10
+
+
+def saved_modules_and_heads(config: LoraConfig) -> list[str]:
+    """Return the entries of ``modules_to_save`` and the names of the heads for the task type.
+
+    The list has no duplicates.
+    """
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *task_heads(config)]))
+
+
+def task_heads(config: LoraConfig) -> tuple[str, ...]:
+    """Return the names of the heads that are trained in full for the config's task type."""
+    return _TASK_HEADS.get(config.task_type or "", ())
+
+
+def is_all_linear(targets: object) -> bool:
+    """Return whether a value of ``target_modules`` is ``"all-linear"``."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def dotted_suffixes(name: str) -> list[str]:
+    """Return a list of the suffixes of a dotted name, from the last component to the whole name."""
+    found, at = [], len(name)
+    while at >= 0:
+        at = name.rfind(".", 0, at)
+        found.append(name[at + 1 :])
+    return found
+
+
+def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
+    """Return a small set of name suffixes that match all of ``names`` and none of ``others``."""
+    taken = {suffix for other in others for suffix in dotted_suffixes(other)}
+    chosen: set[str] = set()
+    for name in sorted(names):
+        suffixes = dotted_suffixes(name)
+        if not any(suffix in chosen for suffix in suffixes):
+            chosen.add(next((s for s in suffixes if s not in taken), name))
+    return chosen
+
+
+def matches_names(name: str, entries: Collection[str]) -> bool:
+    """Return whether a name equals an entry, or ends with a dot and an entry."""
+    return any(map(entries.__contains__, dotted_suffixes(name)))
+
+
+def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
+    """Return whether ``exclude_modules`` or the modules to save match a name.
+
+    Args:
+        name: The name of a module or parameter.
+        config: The adapter's config.
+        saved: The result of `saved_modules_and_heads`.
+    """
+    exclude = config.exclude_modules
+    if isinstance(exclude, str):
+        if exclude and matches_whole_name("exclude_modules", exclude, name):
+            return True
+    elif exclude and matches_names(name, exclude):
+        return True
+    # Here, an entry matches whole path components and everything below them. In
+    # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
+    with count_matching_time("modules_to_save"):
+        return any(
+            matches_consecutive_components("modules_to_save", entry, name) for entry in saved
+        )
+
+
+def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
+    """Return whether a list of names or a regular expression matches a name.
+
+    A name that a list matches must also be in one of the config's ``layers_to_transform``.
+    """
+    if isinstance(targets, str):
+        return matches_whole_name("target_modules", targets, name)
+    if name in targets:
+        return True  # a full name is exempt from the layer filter
+    return matches_names(name, targets) and in_layers(name, config)
+
+
+def in_layers(name: str, config: LoraConfig) -> bool:
+    """Return whether a name is in one of the config's ``layers_to_transform``."""
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The first number in the name is the layer's index. Later numbers may be indices of experts.
+    if patterns:
+        with count_matching_time("layers_pattern"):
+            found = (
+                layer_index_after_match("layers_pattern", pattern, name) for pattern in patterns
+            )
+            index = next((i for i in found if i is not None), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        index = None if match is None else int(match[1])
+    with count_matching_time("layers_to_transform"):  # a config may list any number of layers
+        return index in layers if isinstance(layers, list) else index == layers
+
+
+def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules") -> str:
+    """Return the end of a message that lists names of the model similar to unmatched entries."""
+    for entry in entries[:_MOST_SHOWN]:
+        # Compare with names of the same number of components: `attn.q_proj` with
+        # `self_attn.q_proj`.
+        depth = entry.count(".")
+        candidates = sorted({s for n in names for s in dotted_suffixes(n)[depth : depth + 1]})
+        close = near_names(entry, candidates)
+        if close:
+            return close
+    return (
+        f"; the model has {kind} named "
+        f"{', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
+    )
+
+
+def format_value(value: Collection[Any] | str | int | None) -> str:
+    """Format the value of a config field for a message. A long list is truncated."""
+    if value is None or isinstance(value, (str, int)):
+        return repr(value)
+    more = len(value) - _MOST_SHOWN
+    return f"{sorted(value)[:_MOST_SHOWN]}" + (f" and {more} more" if more > 0 else "")

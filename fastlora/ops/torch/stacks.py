@@ -1,0 +1,295 @@
+"""Adapters on a stack of E weights in PyTorch, with separate products for the rows of each key.
+
+Keys and shapes are as in `fastlora.ops.stacks`. Rows are sorted by key. Only keys that have rows
+cost time, and nothing of the size of the stack is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.library import define_operator, register_fake, register_kernel
+from fastlora.ops.rows import Rows
+from fastlora.ops.stacks import StackedOperands
+from fastlora.ops.torch import products, reference
+from fastlora.validation import UnsupportedLayerError
+
+# `torch.nn.functional.grouped_mm` requires that every stride is a multiple of this many bytes.
+_ALIGNMENT = 16
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _KeyRows(NamedTuple):
+    """The rows of one key: its matrix, its adapter's slot, and the range of sorted positions."""
+
+    matrix: int
+    slot: int
+    at: slice
+    key: int
+
+
+def _rows_of_keys(operands: StackedOperands, rows: Rows) -> Iterator[_KeyRows]:
+    """Yield the rows of each key that has rows and an adapter of rank 1 or more."""
+    slots = len(operands.lora_a)
+    for key, start, stop in rows.segments:
+        matrix, slot = divmod(key, slots)
+        if operands.lora_a[slot].shape[1]:
+            yield _KeyRows(matrix, slot, slice(start, stop), key)
+
+
+def _dropped(x: torch.Tensor, operands: StackedOperands, its: _KeyRows) -> torch.Tensor:
+    """Return the rows of a key with dropout applied. Every call uses the same mask."""
+    p = operands.dropout_p[its.slot]
+    if operands.seeds is None or not p:
+        return x[its.at]
+    return reference.lora_dropout(x[its.at], operands.seeds[its.key : its.key + 1].cpu(), p)
+
+
+def add_updates_(
+    y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows
+) -> torch.Tensor:
+    """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
+
+    s is ``[P, R]`` for the largest rank R. Columns beyond a row's rank are not written.
+    """
+    if _is_one_grouped_product(x, operands, rows):
+        lora_a, lora_b = _cast_factors(operands, x.dtype)
+        offs = rows.slot_start[1:]
+        s = F.grouped_mm(x, lora_a.transpose(1, 2), offs=offs)
+        scaled = s * operands.scaling.to(s.dtype)
+        for key, start, stop in rows.segments:  # A sum of two results would be another pass.
+            y[start:stop].addmm_(scaled[start:stop], lora_b[key])
+        return s
+    s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a))
+    for its in _rows_of_keys(operands, rows):
+        lora_a = operands.lora_a[its.slot][its.matrix]
+        lora_b = operands.lora_b[its.slot][its.matrix].t()
+        own = s[its.at, : lora_a.shape[0]]
+        own.copy_(reference.lora_shrink(_dropped(x, operands, its), lora_a))
+        reference.lora_expand_(y[its.at], own, lora_b, operands.scaling[its.slot])
+    return s
+
+
+def gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    s: torch.Tensor,
+    operands: StackedOperands,
+    rows: Rows,
+    wants_x: bool,
+    wants: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Return a tuple (dx of the LoRA update ``[P, K]``, the gradients of the factors).
+
+    Args:
+        dy: ``[P, N]``.
+        x: ``[P, K]``, or None if no gradient of a lora_a is wanted.
+        s: The result of `add_updates_`.
+        operands: The adapters.
+        rows: The sorted rows.
+        wants_x: Whether dx is wanted.
+        wants: Whether the gradients of lora_a and lora_b of each adapter in turn are wanted.
+    """
+    if _is_one_grouped_product(dy, operands, rows):
+        return _grouped_gradients(dy.contiguous(), x, s, operands, rows, wants_x, wants)
+    pairs = zip(operands.lora_a, operands.lora_b, strict=True)
+    factors = [factor for pair in pairs for factor in pair]
+    found = [
+        torch.zeros_like(factor) if wanted else None
+        for factor, wanted in zip(factors, wants, strict=True)
+    ]
+    dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[2]) if wants_x else None
+    for its in _rows_of_keys(operands, rows):
+        scaling = operands.scaling[its.slot]
+        lora_a = operands.lora_a[its.slot][its.matrix]
+        d_lora_a, d_lora_b = found[2 * its.slot : 2 * its.slot + 2]
+        own_dy, own_s = dy[its.at], s[its.at, : lora_a.shape[0]]
+        if d_lora_b is not None:
+            scaled = reference.cast(own_s * scaling, dy.dtype)
+            d_lora_b[its.matrix] = products.mm(scaled.t(), own_dy)
+        if dx is None and d_lora_a is None:
+            continue
+        lora_b = operands.lora_b[its.slot][its.matrix].t()
+        ds = reference.lora_ds(own_dy, lora_b, scaling)
+        if d_lora_a is not None and x is not None:
+            d_lora_a[its.matrix] = products.mm(ds.t(), _dropped(x, operands, its))
+        if dx is not None:
+            dx[its.at] = _grad_of_dropped(
+                products.mm(ds, reference.cast(lora_a, dy.dtype)), operands, its
+            )
+    return dx, found
+
+
+def _is_one_grouped_product(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> bool:
+    """Return whether `torch.nn.functional.grouped_mm` computes the products of all keys at once.
+
+    This requires one adapter without dropout. For 8,192 rows on 128 matrices ``[384, 512]`` and
+    rank 16 in fp32, a training step takes 11 % less time than with a product for each key.
+    """
+    (lora_a, *others), lora_b = operands.lora_a, operands.lora_b[0]
+    _, rank, k = lora_a.shape
+    sizes = rank, k, lora_b.shape[2]
+    return (
+        not others
+        and operands.seeds is None
+        and x.is_cpu
+        and _supports_dtype(x)
+        and lora_a.is_contiguous()
+        and lora_b.is_contiguous()
+        and all(size and size * x.itemsize % _ALIGNMENT == 0 for size in sizes)
+        and not rows.has_rows_without_slot
+    )
+
+
+def _cast_factors(
+    operands: StackedOperands, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return lora_a and lora_b of the only adapter in the given dtype."""
+    return reference.cast(operands.lora_a[0], dtype), reference.cast(operands.lora_b[0], dtype)
+
+
+def _grouped_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    s: torch.Tensor,
+    operands: StackedOperands,
+    rows: Rows,
+    wants_x: bool,
+    wants: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Return the result of `gradients` for one adapter, with one product for all keys."""
+    lora_a, lora_b = _cast_factors(operands, dy.dtype)
+    offs, scaling = rows.slot_start[1:], operands.scaling.to(dy.dtype)
+    dx = d_lora_a = d_lora_b = None
+    if wants[1]:
+        d_lora_b = F.grouped_mm((s * scaling).t(), dy, offs=offs).to(operands.lora_b[0].dtype)
+    if wants_x or wants[0]:
+        ds = F.grouped_mm(dy, lora_b.transpose(1, 2), offs=offs).mul_(scaling)
+        dx = F.grouped_mm(ds, lora_a, offs=offs) if wants_x else None
+        if wants[0] and x is not None:
+            d_lora_a = F.grouped_mm(ds.t(), x, offs=offs).to(operands.lora_a[0].dtype)
+    return dx, [d_lora_a, d_lora_b]
+
+
+def _grad_of_dropped(grad: torch.Tensor, operands: StackedOperands, its: _KeyRows) -> torch.Tensor:
+    """Return the gradient of a key's rows of x, given the gradient of these rows after dropout."""
+    p = operands.dropout_p[its.slot]
+    if operands.seeds is None or not p:
+        return grad
+    seed = operands.seeds[its.key : its.key + 1].cpu()
+    return reference.apply_mask_(grad, reference.lora_keep_mask(grad, seed, p)).mul_(1 / (1 - p))
+
+
+# ------------------------------------------------------------------------------- the base product
+
+
+def grouped_linear(
+    x: torch.Tensor, stack: torch.Tensor, rows: Rows, slots: int = 1
+) -> torch.Tensor:
+    """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
+
+    Rows of x that belong to no matrix, which come first, have results of zero.
+
+    Args:
+        x: ``[P, K]``, sorted by key, in the dtype of the stack.
+        stack: ``[E, N, K]``, any strides.
+        rows: The sorted rows.
+        slots: Number of adapters S, with which keys were made.
+    """
+    made: torch.Tensor = _GroupedLinear.apply(x, stack, rows.slot_start[::slots])
+    return made
+
+
+def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Return the result of `grouped_linear`, which autograd does not record.
+
+    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and P.
+    """
+    if _supports_grouped_mm(x, stack, starts):
+        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
+        return made
+    y = x.new_zeros(x.shape[0], stack.shape[1])
+    for matrix, at in _spans(starts):
+        y[at] = products.linear(x[at], stack[matrix])
+    return y
+
+
+def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> bool:
+    """Return whether `torch.nn.functional.grouped_mm` supports the operands.
+
+    It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
+    """
+    is_dense = stack.is_contiguous() or stack.transpose(1, 2).is_contiguous()
+    if not _supports_dtype(x) or not x.is_contiguous() or not is_dense:
+        return False
+    sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
+    widths = x.itemsize, x.itemsize, 1, 1
+    aligned = all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
+    return aligned and not bool(starts[0])  # It skips no rows at the beginning.
+
+
+def _supports_dtype(x: torch.Tensor) -> bool:
+    """Return whether `torch.nn.functional.grouped_mm` computes in the dtype of x, and is fast."""
+    emulated = x.dtype in products.EMULATED
+    return x.dtype in _GROUPED_DTYPES and hasattr(F, "grouped_mm") and not emulated
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The product of `grouped_linear`, also for operands that `grouped_mm` does not support.
+
+    The backward pass of `torch.nn.functional.grouped_mm` does not support expanded gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if stack.requires_grad else None, stack, starts)
+        return _products_for(x)(x, stack, starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x, stack, starts = ctx.saved_tensors
+        dx, d_stack, dy = None, None, dy.contiguous()
+        if ctx.needs_input_grad[0]:
+            dx = _products_for(dy)(dy, stack.transpose(1, 2), starts)
+        if ctx.needs_input_grad[1]:
+            if is_traced(dy):
+                raise UnsupportedLayerError(
+                    "torch.compile does not support gradients of a stack of weights; freeze it"
+                )
+            d_stack = torch.zeros_like(stack)
+            for matrix, at in _spans(starts):
+                d_stack[matrix] = products.mm(dy[at].t(), x[at])
+        return dx, d_stack, None
+
+
+def _products_for(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return `grouped_products`, or its operator if a compiler traces operations on x."""
+    registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
+    return registered if is_traced(x) else grouped_products
+
+
+define_operator("grouped_products(Tensor x, Tensor stack, Tensor starts) -> Tensor")
+register_kernel("grouped_products")(grouped_products)
+
+
+@register_fake("grouped_products")
+def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], stack.shape[1])
+
+
+def _spans(starts: torch.Tensor) -> list[tuple[int, slice]]:
+    """Return a list of (matrix, range of rows) for each matrix that has rows."""
+    ends = starts.tolist()
+    pairs = enumerate(zip(ends, ends[1:], strict=False))
+    return [(matrix, slice(*pair)) for matrix, pair in pairs if pair[0] < pair[1]]

@@ -1,0 +1,459 @@
+"""Adapters on the experts of whole models: against PEFT in training, in files, and merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastlora
+from fastlora import LoraModel
+from fastlora.optimizers import create_lorafa_optimizer
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+from tests.support.moe_models import (
+    MODELS,
+    copy_random_factors,
+    file_gradients,
+    file_parameters,
+    moe_model,
+    stacks_of,
+)
+from tests.support.peft_twins import peft
+from tests.support.tiny import unchanged
+
+DOUBLE = torch.float64
+
+
+def batch(seed: int = 5) -> torch.Tensor:
+    return torch.randint(1, 32, (3, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=batch() if ids is None else ids).logits
+    return found
+
+
+def adapted(kind: str, library: Any = fastlora, **config: Any) -> Any:
+    """A float64 model with an adapter on its stacks and attention, the same in both libraries."""
+    base = moe_model(kind, DOUBLE, "" if kind == "llama4_text" else "eager")
+    torch.manual_seed(1)
+    config = {"target_parameters": stacks_of(base), "target_modules": ["o_proj"], **config}
+    settings = library.LoraConfig(**{"r": 3, "lora_alpha": 8, **config})
+    return library.get_peft_model(base, settings)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_ten_losses_and_every_gradient_are_pefts(kind: str) -> None:
+    losses, models = [], [adapted(kind), adapted(kind, peft)]
+    ours, theirs = (file_parameters(model) for model in models)
+    assert ours.keys() == theirs.keys()
+    for key, factor in ours.items():
+        assert torch.equal(factor, theirs[key]), key
+    copy_random_factors(models)
+    for model in models:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        run = []
+        for step in range(10):
+            optimizer.zero_grad()
+            loss = logits(model, batch(step)).square().mean()
+            loss.backward()
+            run.append(loss.detach())
+            optimizer.step()
+        losses.append(torch.stack(run))
+    # transformers computes norms, routers, and sums of experts in fp32.
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    gradients = [file_gradients(model) for model in models]
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        expected = gradients[1][key]
+        assert gradient is not None and expected is not None, key
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), key
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text", "gpt_oss"])
+def test_files_are_pefts_both_ways(kind: str, tmp_path: Path) -> None:
+    ours, theirs = adapted(kind), adapted(kind, peft)
+    copy_random_factors([ours, theirs])
+    expected = logits(theirs).detach()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    found, wanted = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "theirs")
+    )
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, wanted[key]), key
+    base = ours.unload(), theirs.unload()
+    torch.testing.assert_close(
+        logits(peft.PeftModel.from_pretrained(base[1], tmp_path / "ours")), expected
+    )
+    loaded = LoraModel.from_pretrained(base[0], tmp_path / "theirs")
+    torch.testing.assert_close(logits(loaded), expected)
+    loaded.load_adapter(tmp_path / "ours", "second")
+    loaded.set_adapter("second")
+    torch.testing.assert_close(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text", "gpt_oss"])
+def test_merging_is_undone_bit_for_bit(kind: str) -> None:
+    model = adapted(kind)
+    before = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
+    copy_random_factors([model])
+    expected = logits(model).detach()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    for name, value in before.items():
+        assert torch.equal(dict(model.named_parameters())[name], value), name
+    model.merge_adapter(keep_base=False)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+
+
+def test_merged_weights_are_pefts() -> None:
+    models = [adapted("gpt_oss"), adapted("gpt_oss", peft)]
+    copy_random_factors(models)
+    ours, theirs = (model.merge_and_unload().state_dict() for model in models)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------ several adapters
+
+
+def two_adapters(kind: str = "qwen3_moe", **second: Any) -> Any:
+    """A model with the adapters default and second."""
+    model = adapted(kind)
+    config = {"target_modules": ["o_proj"], "target_parameters": stacks_of(moe_model(kind))}
+    config |= second
+    model.add_adapter("second", fastlora.LoraConfig(**{"r": 2, "lora_alpha": 3, **config}))
+    copy_random_factors([model])
+    copy_random_factors([model], "second", seed=10)
+    return model.eval()
+
+
+def merged_logits(model: Any, *names: str) -> torch.Tensor:
+    """The logits with adapters merged by PEFT's formula, in float64."""
+    model.merge_adapter(list(names))
+    found = logits(model).detach()
+    model.unmerge_adapter()
+    return found
+
+
+def test_several_active_adapters_and_none() -> None:
+    model = two_adapters()
+    expected = merged_logits(model, "default", "second")
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(logits(model), expected)
+    logits(model).sum().backward()
+    for name in ("default", "second"):
+        assert all(g is not None and g.any() for g in file_gradients(model, name).values())
+    with model.disable_adapter():
+        off = logits(model)
+    torch.testing.assert_close(off, logits(moe_model("qwen3_moe", DOUBLE, "eager")))
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), merged_logits(model, "second"))
+
+
+def test_adapters_on_different_parameters(tmp_path: Path) -> None:
+    """File names depend on the parameters of one adapter alone."""
+    one = ["experts.gate_up_proj"]
+    model = two_adapters(target_parameters=one, target_modules=[])
+    model.set_adapter("second")
+    expected = logits(model).detach()
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "second" / "adapter_model.safetensors").keys()
+    assert keys and not [key for key in keys if "base_layer" in key]
+    theirs = peft.PeftModel.from_pretrained(
+        moe_model("qwen3_moe", DOUBLE, "eager"), tmp_path / "second"
+    )
+    torch.testing.assert_close(logits(theirs), expected)
+    model.delete_adapter("default")
+    torch.testing.assert_close(logits(model), expected)
+    assert set(model.peft_config) == {"second"}
+    model.delete_adapter("second")
+    torch.testing.assert_close(logits(model), logits(moe_model("qwen3_moe", DOUBLE, "eager")))
+
+
+def test_a_later_adapter_on_more_parameters() -> None:
+    """Its stack is new on a layer that has run in mixed batches before."""
+    one = stacks_of(moe_model("qwen3_moe"))[:1]
+    model = adapted("qwen3_moe", target_parameters=one, target_modules=[])
+    copy_random_factors([model])
+    with fastlora.adapters(model, ["default", None, "default"]):
+        logits(model)
+    config = {"target_modules": [], "target_parameters": stacks_of(moe_model("qwen3_moe"))}
+    model.add_adapter("second", fastlora.LoraConfig(r=2, lora_dropout=0.5, **config))
+    copy_random_factors([model], "second", seed=10)
+    assert len(model.base_model.targeted_parameter_names) == 4
+    assert model.base_model.targeted_module_names == []
+    with fastlora.adapters(model, ["second", None, "second"]):
+        found = logits(model)
+    model.set_adapter("second")
+    torch.testing.assert_close(found[[0, 2]], logits(model)[[0, 2]])
+    layers = fastlora.model.inject.lora_layers(model.base_model.model).values()
+    numbers = [layer.routing_index for layer in layers]
+    assert len(set(numbers)) == len(numbers) == 6
+    model.delete_adapter("second")
+    assert len(model.base_model.targeted_parameter_names) == 2
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_weighted_sums(kind: str) -> None:
+    """Of equal adapters on all matrices, so that each kind is exact."""
+    model = two_adapters(r=3)
+    factors = [file_parameters(model, name) for name in ("default", "second")]
+    if kind == "linear":  # exact if one factor is shared
+        for key, factor in factors[1].items():
+            factor.data.copy_(factors[0][key])
+    options = {"svd_rank": 6} if kind == "svd" else {}
+    weights = [0.5, 0.25] if kind == "linear" else [0.5, -2.0]
+    model.add_weighted_adapter(["default", "second"], weights, "sum", kind, **options)
+    assert model.peft_config["sum"].target_parameters
+    expected = {}
+    for name, layer in fastlora.model.inject.lora_layers(model.base_model.model).items():
+        if layer.r:
+            deltas = [layer.get_delta_weight(adapter) for adapter in ("default", "second")]
+            expected[name] = sum(w * delta for w, delta in zip(weights, deltas, strict=True))
+            if kind == "linear":
+                scales = [0.5 * layer.scaling["default"], 0.25 * layer.scaling["second"]]
+                product = deltas[0] / layer.scaling["default"]
+                expected[name] = product * sum(scale**0.5 for scale in scales) ** 2
+            torch.testing.assert_close(layer.get_delta_weight("sum"), expected[name])
+    assert len(expected) == 6  # two layers, each with one linear and two stacks
+
+
+def test_reducing_the_rank() -> None:
+    model = adapted("gpt_oss")
+    copy_random_factors([model])
+    report = fastlora.reduce_rank(model, 3, "default", "same")
+    assert max(report.errors.values()) < 1e-12 and set(report.ranks.values()) == {3}
+    before = logits(model).detach()
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model), before)
+    report = fastlora.reduce_rank(model, 1, "default", "less")
+    layer = fastlora.model.inject.lora_layers(model.base_model.model)
+    for name, error in report.errors.items():
+        full, less = (layer[name].get_delta_weight(a) for a in ("default", "less"))
+        assert abs(float((full - less).norm() / full.norm()) - error) < 1e-9
+        assert layer[name].r["less"] == 1
+
+
+def test_hot_swap(tmp_path: Path) -> None:
+    """Of an adapter of larger rank on one of the stacks."""
+    one = ["experts.gate_up_proj"]
+    other = adapted("qwen3_moe", r=5, target_parameters=one)
+    copy_random_factors([other], seed=21)
+    other.save_pretrained(tmp_path)
+    model = adapted("qwen3_moe")
+    copy_random_factors([model])
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(logits(model), logits(other))
+    model.save_pretrained(tmp_path / "again")
+    again = LoraModel.from_pretrained(moe_model("qwen3_moe", DOUBLE, "eager"), tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(other))
+
+
+# ------------------------------------------------------------ routers, and other modules
+
+
+ROUTERS = {"qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_routers_are_pefts(kind: str) -> None:
+    """The outputs are discrete choices besides weights, and small updates do not change them."""
+    targets = {"target_parameters": [ROUTERS[kind]], "target_modules": []}
+    models = [adapted(kind, **targets), adapted(kind, peft, **targets)]
+    copy_random_factors(models)
+    for model in models:
+        logits(model).square().sum().backward()
+    torch.testing.assert_close(*map(logits, models))
+    ours, theirs = map(file_gradients, models)
+    assert ours.keys() == theirs.keys() and len(ours) == 4
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[key])
+    assert "each adapted parameter replaced" in str(fastlora.fusion_report(models[0]))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_mixed_batches_of_whole_models(kind: str) -> None:
+    """With experts and a router, against each adapter alone; samples in any order."""
+    model = adapted(kind)
+    extra = [ROUTERS[kind]] if kind in ROUTERS else []
+    parameters = {"target_parameters": [*stacks_of(moe_model(kind)), *extra]}
+    config = {"target_modules": ["o_proj"], "r": 2, "lora_alpha": 3, **parameters}
+    model.add_adapter("second", fastlora.LoraConfig(**config))
+    copy_random_factors([model])
+    copy_random_factors([model], "second", seed=10)
+    model.base_model.set_adapter(["default", "second"])
+    rows, ids = ["second", None, "default", "second"], batch()[[0, 1, 2, 0]]
+    with fastlora.adapters(model, rows):
+        found = logits(model, ids)
+    found.square().sum().backward()
+    gradients = {name: file_gradients(model, name) for name in ("default", "second")}
+    for name in ("default", "second"):
+        model.zero_grad()
+        model.set_adapter(name)
+        own = [number for number, row in enumerate(rows) if row == name]
+        alone = logits(model, ids[own])
+        torch.testing.assert_close(found[own], alone)
+        alone.square().sum().backward()
+        for key, gradient in file_gradients(model, name).items():
+            torch.testing.assert_close(gradients[name][key], gradient)
+    with model.disable_adapter():
+        torch.testing.assert_close(found[1:2], logits(model, ids[1:2]))
+
+
+def test_a_module_with_other_outputs_is_refused_in_mixed_batches() -> None:
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.table).sum(0)
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pooled = Pooled()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pooled(x)
+
+    model = fastlora.get_peft_model(
+        Outer(), fastlora.LoraConfig(target_modules=[], target_parameters=["pooled.table"])
+    )
+    copy_random_factors([model])
+    x = torch.randn(3, 4)
+    assert model(x).shape == (4,)
+    error = r"module 'pooled' \(Pooled, target_parameters 'table'\).* does not support mixed"
+    with (
+        pytest.raises(UnsupportedLayerError, match=error),
+        fastlora.adapters(model, ["default", None, "default"]),
+    ):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=False"),
+        ({"target_parameters": ["experts.gate_up_proj_bias"]}, "'gate_up_proj_bias' is not one of"),
+        ({"target_parameters": ["router.bias"]}, "expected 2 or 3 dimensions"),
+    ],
+)
+def test_what_stacks_do_not_support_is_refused(change: dict[str, Any], error: str) -> None:
+    """By the name of the parameter, with nothing changed."""
+    base = moe_model("gpt_oss")
+    config = {"target_modules": [], "target_parameters": stacks_of(base), **change}
+    with unchanged(base), pytest.raises(UnsupportedLayerError, match=error) as raised:
+        fastlora.get_peft_model(base, fastlora.LoraConfig(**config))
+    assert "layers.0.mlp" in str(raised.value)
+
+
+def test_quantized_stacks_and_other_implementations_are_refused() -> None:
+    base, config = moe_model("qwen3_moe"), {"target_parameters": ["experts.down_proj"]}
+    settings = fastlora.LoraConfig(target_modules=[], **config)
+    base.config._experts_implementation_internal = "deepgemm"
+    with pytest.raises(UnsupportedLayerError, match="down_proj.*deepgemm.*grouped_mm"):
+        fastlora.get_peft_model(base, settings)
+    experts = base.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), False)
+    with pytest.raises(UnsupportedLayerError, match=r"experts.down_proj' has dtype .*float8"):
+        fastlora.get_peft_model(base, settings)
+
+
+def test_an_adapter_on_parameters_and_one_on_the_module_exclude_each_other() -> None:
+    class Table(torch.nn.Embedding):
+        pass
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = Table(4, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.table(ids)
+            return found
+
+    module = {"target_modules": ["table"]}
+    parameter = {"target_modules": [], "target_parameters": ["table.weight"]}
+    for first, second in ((module, parameter), (parameter, module)):
+        model = fastlora.get_peft_model(Outer(), fastlora.LoraConfig(**first))
+        ids = torch.arange(4)
+        copy_random_factors([model])
+        before = model(ids)
+        with pytest.raises(UnsupportedLayerError, match="expected the same kind of target"):
+            model.add_adapter("second", fastlora.LoraConfig(**second))
+        assert torch.equal(model(ids), before) and list(model.peft_config) == ["default"]
+
+
+def test_a_shared_stack_is_untied_before_a_merge() -> None:
+    model = adapted("qwen3_moe", target_modules=None, target_parameters=["experts.down_proj"])
+    copy_random_factors([model])
+    layers = model.base_model.model.model.layers
+    first, second = (layer.mlp.experts.base_layer for layer in layers)
+    second.down_proj = first.down_proj
+    expected = logits(model)
+    with pytest.raises(AdapterStateError, match="shares its weight"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="shared its weight"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+
+
+@pytest.mark.parametrize("target", ["experts.down_proj", "mlp.gate.weight", "q_proj.weight"])
+def test_a_merged_model_that_is_converted_unmerges_exactly(target: str) -> None:
+    model = adapted("qwen3_moe", target_modules=None, target_parameters=[target])
+    copy_random_factors([model])
+    before = {
+        name: p.detach().float() for name, p in model.named_parameters() if "lora" not in name
+    }
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_hooks_of_experts_run_with_adapters() -> None:
+    model = adapted("qwen3_moe")
+    copy_random_factors([model])
+    expected, calls = logits(model), []
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    experts.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits(model), expected)
+    assert calls
+    model.add_adapter("other", fastlora.LoraConfig(target_parameters=["experts.down_proj"]))
+    with (
+        pytest.raises(UnsupportedLayerError, match="has forward hooks"),
+        fastlora.adapters(model, ["default", "other", None]),
+    ):
+        logits(model)
+
+
+def test_lora_fa_and_unusable_names_raise() -> None:
+    with pytest.raises(ConfigError, match="LoRA-FA does not support adapters on param"):
+        create_lorafa_optimizer(adapted("qwen3_moe"), r=3, lora_alpha=8, lr=0.1)
+
+    class Keys(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = torch.nn.Parameter(torch.randn(2, 4, 4))
+
+    model = torch.nn.Sequential(Keys())
+    with pytest.raises(UnsupportedLayerError, match="has the name of an attribute"):
+        fastlora.get_peft_model(model, fastlora.LoraConfig(target_parameters=["keys"]))

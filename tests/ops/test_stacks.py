@@ -1,0 +1,150 @@
+"""Adapters on a stack of weights against each matrix alone, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastlora.autograd.stacks import add_stacked_updates_
+from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.stacks import (
+    StackedOperands,
+    seeds_of_keys,
+    stack_views,
+    transposed_rank_rows,
+)
+from fastlora.ops.torch import reference
+from fastlora.ops.torch.stacks import grouped_linear
+
+E, N, K = 5, 24, 16
+RANKS = (4, 1, 3, 0)  # the last adapter does not adapt the stack
+SLOTS = len(RANKS)
+
+
+def keys_of(count: int, seed: int = 0) -> torch.Tensor:
+    """Keys of rows, with a matrix and an adapter that have none."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randint(0, E - 1, (count,), generator=generator)
+    return matrix * SLOTS + torch.randint(0, SLOTS, (count,), generator=generator)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+class Case:
+    """Random operands, in the layout of adapter files."""
+
+    def __init__(self, dtype: torch.dtype, p: float = 0.0, rows: int = 40) -> None:
+        torch.manual_seed(1)
+        self.stack = torch.randn(E, N, K, dtype=dtype)
+        self.files = [(leaf(E * r, K, dtype=dtype), leaf(N, r * E, dtype=dtype)) for r in RANKS]
+        self.scaling = torch.rand(SLOTS, dtype=torch.float64 if dtype.itemsize == 8 else None)
+        self.dropout_p = tuple(p if slot != 1 else 0.0 for slot in range(SLOTS))
+        self.seeds = seeds_of_keys(torch.arange(SLOTS), E) if p else None
+        self.rows: Rows = sort_rows(keys_of(rows), rows, E * SLOTS)
+        self.x = torch.randn(rows, K, dtype=dtype)[self.rows.order.long()].requires_grad_()
+        self.dy = torch.randn(rows, N, dtype=dtype)
+
+    def operands(self) -> StackedOperands:
+        pairs = [
+            stack_views(a, b, E) if a.numel() else (a.view(E, 0, K), b.new_empty(E, 0, N))
+            for a, b in self.files
+        ]
+        lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
+        return StackedOperands(lora_a, lora_b, self.scaling, self.dropout_p, self.seeds)
+
+    def truth(self) -> torch.Tensor:
+        """Each row by itself, with PEFT's own formula for the layout."""
+        out = []
+        for key, start, stop in self.rows.segments:
+            matrix, slot = divmod(key, SLOTS)
+            (a, b), r = self.files[slot], RANKS[slot]
+            x = self.x[start:stop]
+            y = x @ self.stack[matrix].T
+            if r:
+                down = a.reshape(E, r, K)[matrix]
+                up = b.reshape(N, r, E)[:, :, matrix]
+                p = self.dropout_p[slot]
+                if p and self.seeds is not None:
+                    keep = reference.lora_keep_mask(x.detach(), self.seeds[key : key + 1], p)
+                    x = x * keep / (1 - p)
+                y = y + self.scaling[slot] * (x @ down.T @ up.T)
+            out.append(y)
+        return torch.cat(out)
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [self.x, self.stack, *(t for pair in self.files for t in pair if t.numel())]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_values_and_every_gradient(p: float) -> None:
+    case = Case(torch.float64, p)
+    case.stack.requires_grad_()
+    y = grouped_linear(case.x, case.stack, case.rows, SLOTS)
+    y = add_stacked_updates_(y, case.x, case.operands(), case.rows, "eager")
+    expected = case.truth()
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(y, case.parameters(), case.dy)
+    for own, wanted in zip(
+        found, torch.autograd.grad(expected, case.parameters(), case.dy), strict=True
+    ):
+        torch.testing.assert_close(own, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_librarys_grouped_product_and_its_replacement_agree(dtype: torch.dtype) -> None:
+    case = Case(dtype)
+    y = grouped_linear(case.x, case.stack, case.rows, SLOTS)
+    expected = torch.cat(
+        [
+            case.x[start:stop].double() @ case.stack[key // SLOTS].double().T
+            for key, start, stop in case.rows.segments
+        ]
+    )
+    torch.testing.assert_close(
+        y.double(), expected, rtol=2e-2, atol=1e-5 if dtype.itemsize == 4 else 5e-2
+    )
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that an operator returns, besides views of the given tensors."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            owned = isinstance(tensor, torch.Tensor) and tensor.untyped_storage()
+            if owned and owned.data_ptr() not in self.known:
+                self.numel = max(self.numel, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nothing_as_large_as_the_stack_is_made(adapters: int, dtype: torch.dtype) -> None:
+    """In the forward, and in the backward for a frozen stack."""
+    count, n, k, r, rows = 64, 32, 64, 4, 100
+    stack = torch.randn(count, n, k, dtype=dtype)
+    keys = torch.randint(0, count * adapters, (rows,))
+    sorted_rows = sort_rows(keys, rows, count * adapters)
+    x = torch.randn(rows, k, dtype=dtype).requires_grad_()
+    files = [(leaf(count * r, k, dtype=dtype), leaf(n, r * count, dtype=dtype))] * adapters
+    pairs = [(stack_views(a, b, count)[0], transposed_rank_rows(b, count)) for a, b in files]
+    lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
+    scaling = torch.ones(adapters, dtype=torch.float64 if dtype.itemsize == 8 else None)
+    operands = StackedOperands(lora_a, lora_b, scaling, (0.0,) * adapters)
+    with _LargestTensor(stack) as largest:
+        y = grouped_linear(x, stack, sorted_rows, adapters)
+        y = add_stacked_updates_(y, x, operands, sorted_rows, "eager")
+        y.sum().backward()
+    assert rows * k <= largest.numel <= max(rows * k, count * r * k) < stack.numel() / 2
+    assert all(factor.grad is not None and factor.grad.any() for factor in files[0])
