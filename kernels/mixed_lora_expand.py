@@ -252,8 +252,10 @@ def launch_mixed_lora_expand(
     """
     m, sizes, count = ys[0].shape[0], [y.shape[1] for y in ys], len(ys)
     columns = sum(cdiv(n, config.block_n) for n in sizes)
-    # A piece is short, and the selection of a module would take 8 % of its instructions.
-    compiled = compiled_modules(count, alone=True)
+    # The kernel for three modules takes every contiguous y, and has no dropout. In a piece of 16
+    # rows, the selection of a module would take 8% of the instructions.
+    alone = dropout is not None or up.by_column or not ys[0].is_contiguous() or config.block_m <= 16
+    compiled = compiled_modules(count, alone)
     if m == 0 or columns == 0:
         return
     launch(
@@ -271,7 +273,7 @@ def launch_mixed_lora_expand(
         stride_sm=s.stride(-2),
         stride_table=up.rank.stride(0) if count > 1 else 0,
         NUM_MODULES=compiled,
-        ALIGNED=count > 1 and are_aligned(ys),
+        ALIGNED=compiled > 1 and are_aligned(ys),
         NUM_PARTIALS=s.shape[0],
         **config.arguments("mnr"),
         ONE_BLOCK=s.shape[-1] <= config.block_r,

@@ -116,8 +116,6 @@ def _forward_by_address(call: MixedCall, base: Base, tables: AddressTables) -> t
     table_launch = get_table_launch(
         call, tables, call.sorted_rows(), conditions.invariant, conditions.backend
     )
-    if not call.routing.names and not conditions.invariant:  # no row has an adapter
-        return base.output(x)
     if table_launch is None:
         conditions.raise_if_batch_invariant(call.layer, ADAPTED_AFTER_BLOCK)
         return base.output(x)

@@ -141,16 +141,20 @@ def test_parameters_at_odd_addresses_are_recorded(
     assert launched - known.keys()
 
 
-def test_a_batch_without_adapters_runs_the_base_layers(
-    warmed: tuple[Any, dict[str, KernelVariant]],
+@pytest.mark.parametrize("rows", [3, 200])
+def test_a_batch_without_adapters_launches_only_kernels_that_are_warm(
+    warmed: tuple[Any, dict[str, KernelVariant]], rows: int
 ) -> None:
-    model, _ = warmed
-    x = torch.zeros(3, TINY.hidden, dtype=torch.bfloat16)
-    block = fastlora.adapters(model, [None] * 3)
-    with stubbed_launches(*H100) as launches, torch.no_grad(), block:
-        y = model(x)
-    assert {launch.kernel for launch in launches} <= {"_mixed_rows_sort_kernel"}
-    assert torch.equal(y, torch.zeros_like(y))
+    model, known = warmed
+    x = torch.zeros(rows, TINY.hidden, dtype=torch.bfloat16)
+    with (
+        stubbed_launches(*H100),
+        record_variants(chips.Chip(*H100)) as found,
+        torch.no_grad(),
+        fastlora.adapters(model, [None] * rows),
+    ):
+        model(x)
+    assert found and not found.keys() - known.keys()
 
 
 # ------------------------------------------------------------------------------ a model of 8B
@@ -202,8 +206,9 @@ def test_a_pool_is_warm_for_every_rank() -> None:
             config = fastlora.LoraConfig(r=rank, target_modules=list(LINEARS))
             pool.load("a", tensors, config=config)
             for rows in (1, 3, 4, 5, 16, 17, 64, 65, 200):
-                with fastlora.adapters(pool, ["a"] + [None] * (rows - 1)):
-                    layer(torch.zeros(rows, TINY.hidden).bfloat16())
+                for ids in (["a"] + [None] * (rows - 1), [None] * rows):
+                    with fastlora.adapters(pool, ids):
+                        layer(torch.zeros(rows, TINY.hidden).bfloat16())
     pool.close()
     assert found and not found.keys() - known.keys()
 
