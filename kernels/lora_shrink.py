@@ -399,6 +399,8 @@ def launch_mixed_lora_shrink(
     if m == 0:
         return
     splits, modules = s.shape[0], down.rank.shape[0]
+    # One module with up to 16 rank rows has a BLOCK_R, and therefore a kernel, of its own.
+    alone = dropout is not None or config.block_r <= 16
     launch(
         _mixed_lora_shrink_kernel,
         (rows[-1].shape[0] - 1, splits),
@@ -415,7 +417,7 @@ def launch_mixed_lora_shrink(
         **strides("s", "pgm_", s),
         **strides("x", "mk", x),
         stride_table=down.rank.stride(0),
-        G=compiled_modules(modules, alone=dropout is not None),
+        G=compiled_modules(modules, alone),
         **config.arguments("mkr"),
         NARROW_R=config.narrow_r,
         EVEN_K=k % config.block_k == 0,

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.arguments import numbered, padded
-from fastlora.kernels.config_tables import KernelConfig, cdiv, compiled_modules
+from fastlora.kernels.arguments import numbered
+from fastlora.kernels.config_tables import KernelConfig, cdiv
 from fastlora.kernels.launch import cached_launches, launch
 
 _BLOCK = 1024
@@ -43,18 +43,19 @@ def _sum_block(
     """
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
-    if ALIGNED:
-        size = tl.multiple_of(size, 16)
-        stride = tl.multiple_of(stride, 16)
-    mask = offs < size - first
+    columns = size - first
+    if ALIGNED:  # the compiler drops hints about arguments of a function that it inlines
+        columns = tl.multiple_of(columns, 16)
+    mask = offs < columns
     partials_ptr += first
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     # Four loads in flight: no load waits for an earlier one.
     for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
+        begin = tl.cast(partial, tl.int64) * stride
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 16)
         # partial: [BLOCK]
-        total += tl.load(
-            partials_ptr + tl.cast(partial, tl.int64) * stride + offs, mask=mask, other=0.0
-        )
+        total += tl.load(partials_ptr + begin + offs, mask=mask, other=0.0)
     tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -131,7 +132,7 @@ def launch_plane_sums(
         pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
             shrink that writes the partial sums.
     """
-    sizes, compiled = [out.numel() for out in outs], compiled_modules(len(outs), alone=False)
+    sizes = [out.numel() for out in outs]
     widths = [*(out.shape[-1] for out in outs), *(stack.stride(0) for stack in partials)]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
     if programs == 0:
@@ -139,12 +140,12 @@ def launch_plane_sums(
     launch(
         _plane_sums_kernel,
         (programs,),
-        **numbered("out{}_ptr", padded(outs, compiled)),
-        **numbered("partials{}_ptr", padded(partials, compiled)),
+        **numbered("out{}_ptr", outs),
+        **numbered("partials{}_ptr", partials),
         **numbered("size{}", sizes, 0),
         **numbered("num_partials{}", [stack.shape[0] for stack in partials], 0),
         **numbered("stride{}", [stack.stride(0) for stack in partials], 0),
-        COUNT=compiled,
+        COUNT=len(outs),
         BLOCK=_BLOCK,
         PDL=pdl,
         ALIGNED=all(width % 16 == 0 for width in widths),

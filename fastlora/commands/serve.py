@@ -318,7 +318,7 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
         root=args.adapters,
     )
     if args.no_warm_up:
-        print_progress("kernels are compiled by the first requests (--no-warm-up)")
+        print_progress("no kernels are compiled before the first request (--no-warm-up)")
     elif reason := reason_without_kernels(pool.device):
         print_progress(f"no kernels to compile: {reason}")
     else:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +69,20 @@ def random_input(draw: random.Random, rows: int) -> torch.Tensor:
     return room[: rows * k].view(k, rows).t()
 
 
-def run_random_batches(model: Any, count: int, seed: int = 0) -> set[str]:
-    """Run batches of 0 to 64 adapters, with rows of none; return the keys of their kernels."""
-    draw = random.Random(seed)
+def run_random_batches(model: Any, count: int, known: Collection[str] = ()) -> set[str]:
+    """Run batches of 0 to 64 adapters, with rows of none; return the keys of their kernels.
+
+    With ``known`` keys, the first batch that launches another kernel is the last.
+    """
+    draw = random.Random(0)
     names = list(model.peft_config)
     with stubbed_launches(*H100), record_variants(chips.Chip(*H100)) as found, torch.no_grad():
         for _ in range(count):
+            if known and found.keys() - known:
+                break
             rows = draw.choice((draw.randint(1, 8), draw.randint(1, 64), draw.randint(1, ROWS)))
-            chosen = draw.sample(names, draw.randint(0, ADAPTERS))
+            most = draw.choice((4, 8, ADAPTERS))
+            chosen = draw.sample(names, draw.randint(0, most))
             x = random_input(draw, rows)
             if not chosen and draw.random() < 0.5:
                 model(x)  # the active adapter alone
@@ -109,9 +114,9 @@ def test_a_rank_that_is_left_out_is_missed(warmed: tuple[Any, dict[str, KernelVa
     model, known = warmed
     inputs = torch.zeros(2, TINY.hidden).bfloat16()
     with stubbed_launches(*H100):
-        some = record_model_variants(model, ROWS, ranks=[1, 4, 8, 16], inputs=inputs)
+        some = record_model_variants(model, ROWS, ranks=[16], inputs=inputs)
     assert some.keys() < known.keys()
-    assert run_random_batches(model, 100) - some.keys()
+    assert run_random_batches(model, 100, some.keys()) - some.keys()
 
 
 def test_an_alignment_that_is_left_out_is_missed(
@@ -121,24 +126,33 @@ def test_an_alignment_that_is_left_out_is_missed(
     model, known = warmed
     for module in (expand, linear):
         monkeypatch.setattr(module, "in_usual_layout", lambda x, contiguous=False: x)
-    assert run_random_batches(model, 100) - known.keys()
+    assert run_random_batches(model, 100, known.keys()) - known.keys()
 
 
-def test_parameters_at_odd_addresses_are_recorded(
-    warmed: tuple[Any, dict[str, KernelVariant]],
-) -> None:
-    model, known = warmed
-    moved = copy.deepcopy(model)
+def test_parameters_at_odd_addresses_are_recorded() -> None:
+    inputs = torch.zeros(2, TINY.hidden).bfloat16()
+
+    def kernels_of(model: Any) -> tuple[set[str], set[str]]:
+        """What a warm-up compiles, and what batches launch."""
+        with stubbed_launches(*H100):
+            known = record_model_variants(model, ROWS, inputs=inputs)
+        with stubbed_launches(*H100), record_variants(chips.Chip(*H100)) as found, torch.no_grad():
+            for rows in (1, 3, 20, 100, ROWS):
+                x = torch.zeros(rows, TINY.hidden).bfloat16()
+                model(x)
+                with fastlora.adapters(model, [None, *["a"] * (rows - 1)]):
+                    model(x)
+        return set(known), set(found)
+
+    model = adapted(TINY, {"a": 16})
+    known, launched = kernels_of(model)
+    assert launched and not launched - known
     for name in LINEARS:
-        layer = getattr(moved.base_model.model, name)
+        layer = getattr(model.base_model.model, name)
         room = layer.weight.new_empty(layer.weight.numel() + 1)
         layer.weight = nn.Parameter(room[1:].view(layer.weight.shape), requires_grad=False)
-    inputs = torch.zeros(2, TINY.hidden).bfloat16()
-    with stubbed_launches(*H100):
-        found = record_model_variants(moved, ROWS, inputs=inputs)
-    launched = run_random_batches(moved, 100)
-    assert not launched - found.keys()
-    assert launched - known.keys()
+    found, launched = kernels_of(model)
+    assert launched - known and not launched - found
 
 
 @pytest.mark.parametrize("rows", [3, 200])
@@ -170,23 +184,29 @@ def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "mm", lambda x, weight: x.new_empty(len(x), weight.shape[1]))
 
 
-@pytest.mark.parametrize("chip", [H100, A100], ids=["sm_90", "sm_80"])
-def test_a_llama_8b_needs_few_kernels(chip: tuple[str, int], without_products: None) -> None:
+@pytest.mark.parametrize(
+    ("chip", "rank", "limit"),
+    [(H100, 16, 32), (H100, 64, 32), (A100, 16, 32), (A100, 64, 32), (H100, 8, 44)],
+    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
+)
+def test_a_llama_8b_needs_few_kernels(
+    chip: tuple[str, int], rank: int, limit: int, without_products: None
+) -> None:
     """Decode and prefill, with one adapter and mixed, and the sorting of rows."""
     with torch.device("meta"):
         layer = Layer(Shape(4096, 1024, 14336), dtype=torch.bfloat16)
     layer = layer.to_empty(device="cpu")
-    config = fastlora.LoraConfig(r=16, target_modules=list(LINEARS), init_lora_weights=False)
+    config = fastlora.LoraConfig(r=rank, target_modules=list(LINEARS), init_lora_weights=False)
     model: Any = fastlora.get_peft_model(layer, config, adapter_name="a0")
     for i in range(1, 6):  # with more, no other kernels run
         model.add_adapter(f"a{i}", config)
     with stubbed_launches(*chip):
         found = record_model_variants(model, 4096, inputs=torch.empty(2, 4096).bfloat16())
     kinds = Counter(variant.name for variant in found.values())
-    assert kinds.total() <= 32
+    assert kinds.total() <= limit
     assert kinds["mixed_rows_sort"] == 2
     assert all(
-        kinds[name] >= 3
+        kinds[name] >= 2
         for name in ("lora_shrink", "lora_linear", "lora_expand", "mixed_lora_shrink")
     )
 
@@ -198,14 +218,14 @@ def test_a_pool_is_warm_for_every_rank() -> None:
         known = record_model_variants(layer, ROWS, inputs=torch.zeros(2, TINY.hidden).bfloat16())
     sizes = {f"base_model.model.{name}": getattr(layer, name) for name in LINEARS}
     with stubbed_launches(*H100), record_variants(chips.Chip(*H100)) as found, torch.no_grad():
-        for rank in (1, 5, 6, 16, 17, 33, 40):
+        for rank in (1, 6, 17, 40):
             tensors = {}
             for name, module in sizes.items():
                 tensors[f"{name}.lora_A.weight"] = torch.zeros(rank, module.in_features)
                 tensors[f"{name}.lora_B.weight"] = torch.zeros(module.out_features, rank)
             config = fastlora.LoraConfig(r=rank, target_modules=list(LINEARS))
             pool.load("a", tensors, config=config)
-            for rows in (1, 3, 4, 5, 16, 17, 64, 65, 200):
+            for rows in (1, 4, 5, 64, 65, 200):
                 for ids in (["a"] + [None] * (rows - 1), [None] * rows):
                     with fastlora.adapters(pool, ids):
                         layer(torch.zeros(rows, TINY.hidden).bfloat16())
@@ -230,15 +250,31 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
 def test_the_second_start_finds_every_kernel(
     small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert small["model"].training
-    report = fastlora.warm_up(**small)
-    assert report.kernels == report.compiled >= 2
-    assert not report.failed and not report.cached
-    assert str(report).startswith(f"{report.kernels} kernels: {report.kernels} compiled in ")
-    assert small["model"].training
+    """The first process dies, as if the system had killed it, and the next one goes on."""
+    model, inputs = small["model"], small["inputs"]
+    assert model.training
+    mark = Path(os.environ["TRITON_CACHE_DIR"]).parent / "died"
+    dies = f"import os, pathlib, signal; mark = pathlib.Path({str(mark)!r}); "
+    dies += "mark.exists() or (mark.touch(), os.kill(os.getpid(), signal.SIGKILL)); "
+    monkeypatch.setattr(precompile, "_WORKER", dies + precompile._WORKER)
+    with pytest.warns(UserWarning, match=r"kernel lora_\w+ was not compiled \(.*SIGKILL"):
+        report = fastlora.warm_up(**small)
+    assert len(report.failed) == 1 and not report.cached
+    assert report.compiled == report.kernels - 1 >= 1
+    assert model.training
+    # A kernel that does not compile is named, and its process goes on with the next one.
+    variants = record_model_variants(model, small["rows"], 0, inputs=inputs).values()
+    (missing,) = (variant for variant in variants if not precompile.is_cached(variant))
+    broken = missing._replace(signature={**missing.signature, "x_ptr": "*nothing"})
+    answers = dict.fromkeys(("broken", "missing"), "")
+    for variant, error in precompile.compile_in_processes([broken, missing], 1):
+        answers["broken" if variant is broken else "missing"] = error
+    assert answers["broken"] and not answers["missing"]
+
     monkeypatch.setattr(precompile, "_WORKER", "raise SystemExit(1)")
     again = fastlora.warm_up(**small)
     assert (again.kernels, again.cached, again.failed) == (report.kernels, report.kernels, ())
+    assert str(again).startswith(f"{report.kernels} kernels: 0 compiled in ")
     # Nor does a first forward pass compile anything.
     from triton import knobs
 
@@ -247,31 +283,8 @@ def test_the_second_start_finds_every_kernel(
         knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit)
     )
     with torch.no_grad():
-        small["model"].eval()(torch.zeros(3, TINY.hidden).bfloat16())
+        model.eval()(torch.zeros(3, TINY.hidden).bfloat16())
     assert len(hits) == report.kernels and all(hits)
-
-
-def test_a_process_that_dies_is_named_and_the_next_one_goes_on(
-    small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first process dies, as if the system had killed it for its memory."""
-    mark = Path(os.environ["TRITON_CACHE_DIR"]).parent / "died"
-    dies = f"import os, pathlib, signal; mark = pathlib.Path({str(mark)!r}); "
-    dies += "mark.exists() or (mark.touch(), os.kill(os.getpid(), signal.SIGKILL)); "
-    monkeypatch.setattr(precompile, "_WORKER", dies + precompile._WORKER)
-    with pytest.warns(UserWarning, match=r"kernel lora_\w+ was not compiled \(.*SIGKILL"):
-        report = fastlora.warm_up(**small)
-    assert len(report.failed) == 1
-    assert report.compiled == report.kernels - 1 >= 1
-
-
-def test_a_kernel_that_does_not_compile_is_named(small: dict[str, Any]) -> None:
-    model, inputs = small["model"], small["inputs"]
-    variant, *_ = record_model_variants(model, 1, 0, inputs=inputs).values()
-    broken = variant._replace(signature={**variant.signature, "x_ptr": "*nothing"})
-    ((found, error),) = precompile.compile_in_processes([broken], 1)
-    assert found is broken and error
-    assert not precompile.is_cached(variant)
 
 
 def test_a_cache_that_cannot_be_written(

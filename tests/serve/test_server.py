@@ -230,7 +230,7 @@ def test_requests_get_503_until_the_model_is_loaded(slow_base: Path) -> None:
         assert process.wait(30) == 0
         assert process.stderr is not None
         said = process.stderr.read()
-        assert "kernels are compiled by the first requests (--no-warm-up)" in said
+        assert "no kernels are compiled before the first request (--no-warm-up)" in said
         assert "ready at" in said
 
 
