@@ -223,15 +223,16 @@ def test_requests_get_503_until_the_model_is_loaded(slow_base: Path) -> None:
             assert answer.headers["Retry-After"] == health.headers["Retry-After"]
             assert answer.json()["error"]["code"] == "loading"
         (slow_base / "go").touch()
-        wait_for(lambda: answer_of(url, "GET", "/health").status_code == 200)
+        assert process.stderr is not None
+        said = ""
+        while "ready at" not in said:
+            said += process.stderr.readline() or pytest.fail("the program ended")
+        assert "no kernels are compiled before the first request (--no-warm-up)" in said
+        assert answer_of(url, "GET", "/health").status_code == 200
         answer = answer_of(url, "POST", "/v1/completions", json=body)
         assert answer.json()["usage"]["completion_tokens"] == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert process.stderr is not None
-        said = process.stderr.read()
-        assert "no kernels are compiled before the first request (--no-warm-up)" in said
-        assert "ready at" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
