@@ -1,11 +1,11 @@
-"""What the pages here adapt: a random Llama of two layers, and a task that it can learn."""
+"""What the pages here adapt: random models of two layers, and a task that they can learn."""
 
 from __future__ import annotations
 
 import argparse
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 WORDS = 32
 
@@ -24,6 +24,25 @@ def tiny_llama(**settings: object) -> LlamaForCausalLM:
         **settings,
     }
     return LlamaForCausalLM(LlamaConfig(**config)).eval()
+
+
+def tiny_moe(**settings: object) -> Qwen3MoeForCausalLM:
+    """Returns the same random mixture of experts at every call: 8 experts, 2 for each token."""
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": WORDS,
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+        **settings,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).eval()
 
 
 def counting(step: int, samples: int = 8, length: int = 10) -> torch.Tensor:

@@ -30,6 +30,12 @@ SHOWN: dict[str, Callable[[dict[str, Any]], bool]] = {
         max(r["ones on ones"], r["threes on threes"]) < 0.5 * r["base on threes"]
         and r["threes on ones"] > 2 * r["ones on ones"]
     ),
+    "experts": lambda r: (
+        r["ranks on experts"]
+        == {"gate_up_proj": {"ones": 8}, "down_proj": {"ones": 8, "threes": 4}}
+        and max(r["ones"], r["threes"]) < 0.6 * r["base"]
+        and close(r["loaded"], r["ones"])
+    ),
     "serving_pool": lambda r: (
         r["names"] == ["step1", "step2", "step3", "step4"]
         and sorted(r["resident"]) == ["step1", "step4"]

@@ -10,7 +10,7 @@ from tests.support.peft_suite import RULES, main, read
 
 def test_page(tmp_path: Path) -> None:
     """Failures are sorted by the first rule that they match; what base fails does not count."""
-    why = {"type": "ConfigError", "message": "fastlora does not support target_parameters=['x']"}
+    why = {"type": "ConfigError", "message": "fastlora does not support use_bdlora=['x']"}
     odd = {"type": "KeyError", "message": "'never seen'"}
     runs = {
         "base": [("t.py::a", "passed"), ("t.py::b", "passed"), ("t.py::c", "failed")],
@@ -23,7 +23,7 @@ def test_page(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert len(read(str(tmp_path / "ours"))) == 3
     page = main(*(str(tmp_path / name) for name in runs)).splitlines()
-    assert f"| `target_parameters` | 1 | {RULES[1].reason} |" in page
+    assert f"| {RULES[0].label} | 1 | {RULES[0].reason} |" in page
     assert "| Not sorted | 1 | to be read |" in page
     assert "b" in page and "a" not in page
 

@@ -75,6 +75,15 @@ def test_hf_trainer(recipe: Any) -> None:
     assert result["PEFT's logits differ by"] < 1e-4
 
 
+def test_experts_sft(recipe: Any) -> None:
+    for library in ("trl", "datasets"):
+        pytest.importorskip(library, reason="TRL's trainer")
+    result = recipe("experts_sft").main()
+    assert result["losses"][-1] < 0.8 * result["losses"][0]
+    assert (result["factors of experts"], result["factors of routers"]) == (2 * 4, 0)
+    assert result["PEFT's logits differ by"] < 1e-4
+
+
 def test_qlora(recipe: Any) -> None:
     pytest.importorskip("bitsandbytes", reason="quantizes")
     result = recipe("qlora").main()

@@ -232,7 +232,9 @@ def _inspect(args: argparse.Namespace) -> int:
         if key not in ("rank_pattern", "alpha_pattern", "modules"):
             print(f"{key:<16} {_format_value(value)}")
     print()
-    keys = ("name", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters", "bytes")
+    has_experts = any(m["experts"] for m in facts["modules"])
+    keys = ("name", "kind", "rank", "alpha", "scaling", *(("experts",) if has_experts else ()))
+    keys = (*keys, "size", "dtype", "parameters", "bytes")
     rows = [
         tuple(_format_value((m | {"size": _size(m)})[key]) for key in keys)
         for m in facts["modules"]
@@ -253,23 +255,28 @@ def adapter_facts(path: str) -> dict[str, Any]:
         CheckpointError: The folder is missing or damaged.
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
+    from fastlora.model.expert_files import FactorSizes, factor_sizes
 
     header = inspect_adapter_folder(path)
     config = header.config
+    rows = {
+        module: header.tensor_infos[key].shape[0]
+        for key, (module, kind) in header.keys.items()
+        if kind.endswith("_A")
+    }
+    sizes = factor_sizes(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]
         lora = kind.startswith("lora_")
         name = (module, "lora" if lora else kind)
-        rank = config.rank_for(module) if lora else None
+        size = sizes.get(module) if lora else None
         row = modules.setdefault(
             name,
             {
                 "name": module,
                 "kind": name[1],
-                "rank": rank,
-                "alpha": config.alpha_for(module) if lora else None,
-                "scaling": config.scaling_for(module) if lora else None,
+                **(size or FactorSizes(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,
@@ -289,6 +296,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         "base_model": config.base_model_name_or_path,
         **{field: data[field] for field in fields},
         "target_modules": data["target_modules"],
+        "target_parameters": data["target_parameters"],
         "modules_to_save": data["modules_to_save"],
         "rank_pattern": data["rank_pattern"],
         "alpha_pattern": data["alpha_pattern"],

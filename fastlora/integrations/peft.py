@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
+from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -212,6 +213,15 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
     """PEFT's LoRA linear layer with fastlora's fused forward pass."""
 
 
+def _sums_of_parameters() -> tuple[Any, ...]:
+    """Return PEFT's functions that add adapters to a parameter, which other code may replace."""
+    proxies = (getattr(peft_layers, f"_Lora{of}Proxy", None) for of in ("Parameter", "Factors"))
+    return tuple(getattr(proxy, "forward", None) for proxy in proxies)
+
+
+_SUMS_OF_PARAMETERS = _sums_of_parameters()
+
+
 class FastPeftParamWrapper(PeftParamWrapper):
     """PEFT's layer for one adapted parameter, with fastlora's forward pass for stacked experts.
 
@@ -233,6 +243,8 @@ class FastPeftParamWrapper(PeftParamWrapper):
             wrappers.append(wrappers[-1].base_layer)
         base = wrappers[-1].base_layer
         if "parametrizations" in base._modules or _experts_class(base) is None:
+            return None
+        if _sums_of_parameters() != _SUMS_OF_PARAMETERS:  # Only PEFT's forward calls them.
             return None
         if any(
             not isinstance(w, FastPeftParamWrapper) or w.disable_adapters or w.merged

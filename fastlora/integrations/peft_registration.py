@@ -20,7 +20,7 @@ from torch import nn
 from fastlora.integrations.import_hooks import call_when_imported
 from fastlora.integrations.peft_overrides import override_peft_functions
 from fastlora.layers import LoraLayer
-from fastlora.layers.adapted_parameters import AdaptedParameter
+from fastlora.layers.adapted_parameters import AdaptedParameter, FastLoraAdaptedParameters
 from fastlora.model import LoraModel
 from fastlora.model.config import LoraConfig
 
@@ -45,12 +45,22 @@ def register_classes_with_peft() -> None:
         LoraConfig._custom_modules = {nn.Module: _create_patched_layer}
     ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
     LoraModel.__bases__ = (*ours, peft.PeftModel)
+    theirs.LoraLayer.__subclasshook__ = classmethod(_is_subclass_of_peft_layer)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
     if hasattr(theirs.layer, "ParamWrapper"):  # older versions do not adapt parameters
         theirs.layer.ParamWrapper.register(AdaptedParameter)
     _override_from_pretrained(peft)
     override_peft_functions()
+
+
+def _is_subclass_of_peft_layer(abstract: type, subclass: type) -> Any:
+    """Return False for layers without factors of their own, and NotImplemented for all others.
+
+    The factors of `FastLoraAdaptedParameters` are in its inner layers, which are PEFT's
+    `ParamWrapper`. PEFT has no layer around its wrappers.
+    """
+    return False if issubclass(subclass, FastLoraAdaptedParameters) else NotImplemented
 
 
 def _create_patched_layer(

@@ -163,13 +163,15 @@ class AdaptedParameter(LoraLayer):
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a tuple of an adapter's lora_a ``[E, R, K]`` and the rank rows of lora_b.
 
-        The rank rows ``[E, R, N]`` are a copy, which is cached while gradients are disabled.
+        The rank rows ``[E, R, N]`` are a copy, which is cached while gradients are disabled. If
+        lora_b is stored as rank rows, as in a pool, they are a view of it.
         ``name`` identifies the adapter in the cache.
         """
         lora_a, _ = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
         if (
             torch.is_grad_enabled()
+            or watched.t().is_contiguous()  # Nothing is copied.
             or uses_fsdp2()  # A newly gathered tensor may reuse the last one's memory.
             or is_being_compiled()
             or not may_cache_tensors(watched.device)
@@ -186,6 +188,15 @@ class AdaptedParameter(LoraLayer):
                 return lora_a, rank_rows
             known = cache[name] = stamp, rank_rows
         return lora_a, known[1]
+
+    def own_factors(self, name: str) -> Factors:
+        """Return an adapter's factors, in the shapes of adapter files, with hooks ignored.
+
+        The scaling is a tensor on the device of the parameter.
+        """
+        lora_a, lora_b, _ = self._factors(name)
+        scaling = self.__dict__["_scaling"].tensors[name].to(self.parameter.device)
+        return Factors(lora_a, lora_b, scaling)
 
     # -------------------------------------------------------------------------------- merging
 
@@ -230,17 +241,16 @@ class AdaptedParameter(LoraLayer):
         self._add_delta_weight(self.as_stack(delta), adapter_name, 1.0)
         return delta.requires_grad_(False)
 
-    def adapted(self, names: Sequence[str]) -> torch.Tensor:
+    def adapted(self, adapters: Sequence[Factors]) -> torch.Tensor:
         """Return the parameter plus the updates of adapters, rounded once to its dtype."""
         parameter: torch.Tensor = self.parameter
         wide = torch.promote_types(torch.float32, parameter.dtype)
         with torch.autocast(parameter.device.type, enabled=False):
             made = self.as_stack(parameter.to(wide))
-            for name in names:
-                lora_a, lora_b = stack_views(*self._factors(name)[:2], self.num_matrices)
-                scaling = self.__dict__["_scaling"].tensors[name].to(parameter.device)
+            for each in adapters:
+                lora_a, lora_b = stack_views(each.lora_a, each.lora_b, self.num_matrices)
                 made = torch.baddbmm(
-                    made, lora_b.transpose(1, 2).to(wide) * scaling, lora_a.to(wide)
+                    made, lora_b.transpose(1, 2).to(wide) * each.scaling, lora_a.to(wide)
                 )
             if parameter.dim() == 3 and is_transposed(self.get_base_layer()):
                 made = made.transpose(1, 2)
@@ -289,8 +299,20 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 f"other adapters adapt parameters of this {type(self.base_layer).__name__} "
                 "(target_parameters); expected the same kind of target for all adapters"
             )
+        layers = self.add_parameters([name for name, *_ in parameters])
+        return [
+            (layer, {**common, "r": r, "lora_alpha": lora_alpha})
+            for layer, (_, r, lora_alpha) in zip(layers, parameters, strict=True)
+        ]
+
+    def add_parameters(self, names: Sequence[str]) -> list[AdaptedParameter]:
+        """Return the layers of the named parameters, which are added if they are missing.
+
+        Raises:
+            UnsupportedLayerError: The name of a parameter cannot be used.
+        """
         holder: Any = self.parameters_with_adapters
-        for name, *_ in parameters:
+        for name in names:
             if name not in holder:
                 if hasattr(nn.ModuleDict, name):
                     raise UnsupportedLayerError(
@@ -301,10 +323,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 made = AdaptedParameter(self.base_layer, name)
                 made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
                 holder[name] = made
-        return [
-            (holder[name], {**common, "r": r, "lora_alpha": lora_alpha})
-            for name, r, lora_alpha in parameters
-        ]
+        return [holder[name] for name in names]
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         layers = {n: layer for n, layer in self.inner_layers().items() if adapter_name in layer.r}
@@ -366,10 +385,22 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         for layer in (self, *self.adapted_parameters()):
             routing.check_gets_all_rows(layer, x, conditions.compiling)
             check_not_merged(layer)
+        if routing.captured:
+            raise UnsupportedLayerError(
+                f"{self._description()} does not support CUDA graphs with the adapters of a pool; "
+                "leave its parameters out of the pool, or run without a CUDA graph"
+            )
+        if conditions.compiling and routing.source.loaded_adapters is not None:
+            # The adapters of the batch are not known in the graph, which breaks here.
+            return torch.compiler.disable(self.forward)(x, *args, **kwargs)
         if conditions.compiling:
             return self._run_mixed(routing.whole or routing, conditions, x, *args, **kwargs)
+        slots = [slot for slot, name in enumerate(routing.names) if name]
         with routing.pause_row_tracking():
-            made = self._run_mixed(routing, conditions, x, *args, **kwargs)
+            if any(self._factors_in_slot(routing, slot) for slot in slots):
+                made = self._run_mixed(routing, conditions, x, *args, **kwargs)
+            else:
+                made = self.base_layer(x, *args, **kwargs)
         y, *others = _as_tuple(made)
         if routing.unused_gradients and torch.is_grad_enabled():
             for layer in self.adapted_parameters():
@@ -391,8 +422,21 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         **kwargs: Any,
     ) -> Any:
         """Run the module with the adapters in ``applied``, which maps parameters to adapters."""
+        layers: Any = self._modules["parameters_with_adapters"]
+        factors = {n: [layers[n].own_factors(a) for a in names] for n, names in applied.items()}
+        return self._run_with_factors(factors, conditions, x, *args, **kwargs)
+
+    def _run_with_factors(
+        self,
+        factors: Mapping[str, Sequence[Factors]],
+        conditions: ExecutionMode,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the module with updates of its parameters, given by the names of the parameters."""
         base, layers = self.base_layer, self._modules["parameters_with_adapters"]
-        made: Any = {name: layers[name].adapted(names) for name, names in applied.items()}
+        made: Any = {name: layers[name].adapted(given) for name, given in factors.items()}
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, made, (x, *args), kwargs)
@@ -418,25 +462,27 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             or kwargs
             or x.dim() < 2
             or not ids_divide_rows(len(x), count)
-            or routing.source.loaded_adapters is not None
         ):
             raise UnsupportedLayerError(
                 f"{self._description()} cannot be called for some rows of a mixed batch: expected "
-                "adapters of the model (not of a pool), and a module with one input that has one "
-                "row for each sample or token, outside torch.compile; run one adapter at a time"
+                "a module with one input that has one row for each sample or token, outside "
+                "torch.compile; run one adapter at a time"
             )
         if not len(x):
             return self.base_layer(x)
         rows = routing.sorted_rows(len(x), x.device, host=True)
         spans = [Segment(-1, 0, int(rows.slot_start[0])), *rows.segments]
+        if len(rows.segments) == 1 and not rows.has_rows_without_slot:
+            own = self._factors_in_slot(routing, rows.segments[0].slot)
+            return self._run_with_factors(own, conditions, x)
         with torch.no_grad():
             whole = self.base_layer(x)
         shapes = [(t.shape[0] / len(x), *t.shape[1:]) for t in _as_tuple(whole)]
         outputs: list[tuple[torch.Tensor, ...]] = []
         for slot, start, stop in (span for span in spans if span.start < span.stop):
-            name = routing.names[slot] if slot >= 0 else ""
-            applied = {n: [name] for n, layer in self.inner_layers().items() if name in layer.r}
-            made = _as_tuple(self._run(applied, conditions, x[rows.order[start:stop].long()]))
+            own = {} if slot < 0 else self._factors_in_slot(routing, slot)
+            own_x = x[rows.order[start:stop].long()]
+            made = _as_tuple(self._run_with_factors(own, conditions, own_x))
             if [(t.shape[0] / (stop - start), *t.shape[1:]) for t in made] != shapes:
                 raise UnsupportedLayerError(
                     f"{self._description()} returns an output without rows for each row of its "
@@ -447,6 +493,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             torch.cat(each)[rows.inverse_order].flatten(0, 1) for each in zip(*outputs, strict=True)
         ]
         return combined[0] if isinstance(whole, torch.Tensor) else tuple(combined)
+
+    def _factors_in_slot(self, routing: Routing, slot: int) -> dict[str, list[Factors]]:
+        """Return the factors of the adapter in a slot, by the names of the parameters."""
+        found = ((n, routing.source.factors(own, slot)) for n, own in self.inner_layers().items())
+        return {name: [factors] for name, factors in found if factors is not None}
 
     def _description(self) -> str:
         checks = None if self.routing_group is None else self.routing_group.row_checks

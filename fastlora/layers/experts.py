@@ -11,7 +11,7 @@ Shapes: ``hidden_states [T, H]``, ``top_k_index`` and ``top_k_weights [T, k]``, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,20 +54,21 @@ class _SortedRows(NamedTuple):
         rows: The sorted rows, with ``expert * S + slot`` as slots.
         matrix: The expert of each sorted row, int64 ``[P]``; 0 for rows without an expert.
         routing: The routing of a mixed batch, or None if the same adapters apply to all rows.
-        token_rows: The tokens of a mixed batch, sorted by slot; None in a graph that is compiled.
+        adapters: The slots of the routing that keys distinguish. In a graph that is compiled, they
+            are all slots, and otherwise those with rows.
         conditions: The conditions of the call.
     """
 
     rows: Rows
     matrix: torch.Tensor
     routing: Routing | None
-    token_rows: Rows | None
+    adapters: Sequence[int]
     conditions: ExecutionMode
 
     @property
     def slots(self) -> int:
         """The number of slots S, which is 1 if the same adapters apply to all rows."""
-        return 1 if self.routing is None else len(self.routing.names) + 1
+        return 1 if self.routing is None else len(self.adapters) + 1
 
 
 def _products(module: nn.Module) -> tuple[str, str]:
@@ -136,11 +137,18 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     ) -> torch.Tensor:
         """Return the output ``[T, H]`` of the experts with the adapters of a batch."""
         base, k = self.base_layer, top_k_index.shape[-1]
-        call = self._sort(top_k_index, routing, conditions)
+        bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
+        if not base._is_expert_parallel:
+            if conditions.compiling or conditions.impl != "eager":
+                # The host does not wait for the indices.
+                top_k_weights = top_k_weights.masked_fill(bad, float("nan"))
+            elif bad.any():
+                raise ValueError(
+                    f"top_k_index contains {int(top_k_index[bad][0])}, expected the index of one "
+                    f"of the {base.num_experts} experts"
+                )
+        call = self._sort(top_k_index.masked_fill(bad, -1), routing, conditions)
         order = call.rows.order.long()
-        # Rows without an expert come first. Their weights are zero.
-        first = call.rows.slot_start[0]
-        absent = torch.arange(len(order), device=order.device).unsqueeze(-1) < first
         up, down = _products(base)
         y = self._product(up, hidden_states[order // k], call)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
@@ -148,6 +156,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         if base.has_post_expert_norm:
             y = base.post_expert_norm(y)
         if base._is_expert_parallel:
+            absent = bad.reshape(-1)[order].unsqueeze(-1)
             y = y.masked_fill(absent, 0.0)
         y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
@@ -161,32 +170,26 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         """Sort the rows of a call by key.
 
         Args:
-            matrices: The expert of each row, ``[T, k]``: k rows for each token.
+            matrices: The expert of each row, ``[T, k]``: k rows for each token; -1 for none.
             routing: The routing of a mixed batch, or None.
             conditions: The conditions of the call.
         """
-        base = self.base_layer
-        count, tokens = base.num_experts, len(matrices)
-        keys, token_rows, slots = matrices.reshape(-1), None, 1
-        bad = (keys < 0) | (keys >= count)
+        count, tokens = self.base_layer.num_experts, len(matrices)
+        keys, slots = matrices.reshape(-1), 1
+        adapters: Sequence[int] = ()
         if routing is not None:
-            slots = len(routing.names) + 1  # The last slot is for rows without an adapter.
-            if not conditions.compiling:
+            if conditions.compiling:
+                adapters, ids = range(len(routing.names)), routing.ids.to(matrices.device)
+                slot = torch.where(ids < 0, len(adapters), ids)
+            else:
                 token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
-            ids = routing.ids.to(matrices.device)
-            slot = torch.where(ids < 0, slots - 1, ids)
-            keys = keys * slots + slot.repeat_interleave(len(keys) // max(len(slot), 1))
-        # Sentinels of expert parallelism have no key. Other values out of range are errors.
-        no_key = -1 if getattr(base, "_is_expert_parallel", False) else count * slots
-        keys = keys.masked_fill(bad, no_key)
+                adapters, slot = token_rows.used_slots, token_rows.segment_index
+            slots = len(adapters) + 1  # The last slot is for rows without an adapter.
+            slot = slot.repeat_interleave(len(keys) // max(len(slot), 1))
+            keys = torch.where(keys < 0, keys, keys * slots + slot)
         rows = sort_rows(keys, len(keys), count * slots, cache_pieces=not conditions.compiling)
-        if not conditions.compiling and bool(rows.invalid):
-            first = int(matrices.reshape(-1)[bad][0])
-            raise ValueError(
-                f"top_k_index contains {first}, expected the index of one of the {count} experts"
-            )
         matrix = keys[rows.order.long()].clamp(min=0) // slots
-        return _SortedRows(rows, matrix, routing, token_rows, conditions)
+        return _SortedRows(rows, matrix, routing, adapters, conditions)
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
         """Return the product of sorted rows with a stack, including the bias and the adapters."""
@@ -241,21 +244,22 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _mixed_operands(
         self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows, routing: Routing
     ) -> list[StackedOperands]:
-        names, count, compiling = routing.names, layer.num_matrices, call.conditions.compiling
-        used: Any = range(len(names)) if call.token_rows is None else call.token_rows.used_slots
+        count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
-        of_used = ((slot, routing.source.factors(layer, slot, own)) for slot in used)
-        found = {slot: factors for slot, factors in of_used if factors is not None}
-        if not found:
+        found = [routing.source.factors(layer, slot, own) for slot in call.adapters]
+        pairs = [
+            None if factors is None else self._rank_rows(layer, routing.names[slot], factors)
+            for slot, factors in zip(call.adapters, found, strict=True)
+        ]
+        known = [pair for pair in pairs if pair is not None]
+        if not known:
             return []
-        pairs = {
-            slot: self._rank_rows(layer, names[slot], factors) for slot, factors in found.items()
-        }
-        a, b = next(iter(pairs.values()))
+        a, b = known[0]
         empty = a.new_empty(count, 0, a.shape[2]), b.new_empty(count, 0, b.shape[2])
-        chosen = [pairs.get(slot, empty) for slot in range(len(names) + 1)]
-        p = [found[slot].dropout_p if slot in found else 0.0 for slot in range(len(chosen))]
-        scalings = [found[slot].scaling if slot in found else 0.0 for slot in range(len(chosen))]
+        # The last slot is for rows without an adapter.
+        chosen = [pair or empty for pair in (*pairs, None)]
+        p = [0.0 if factors is None else factors.dropout_p for factors in (*found, None)]
+        scalings = [0.0 if factors is None else factors.scaling for factors in (*found, None)]
         seeds = None
         if any(p):
             check_dropout_dtype(x.dtype)
@@ -264,6 +268,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index).to(device)
             else:
                 seeds = routing.layer_dropout_seeds(layer.routing_index, device)
+            if len(call.adapters) < len(routing.names):
+                seeds = seeds[list(call.adapters)]
             seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)

@@ -12,7 +12,7 @@ from fastlora.layers.base_layers import (
     merge_target_of,
     returns_unreferenced_output,
 )
-from fastlora.layers.call import UniformCall
+from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
@@ -76,8 +76,25 @@ class FastLoraWrapper(LoraLayer):
         y = call_base_layer(call, self.base_layer, *args, **kwargs)
         if not acts:
             return y
+        if not isinstance(y, torch.Tensor):
+            self._check_no_adapter_applies(call, y)
+            return y
         inplace = not y.requires_grad and self._may_overwrite(y, x)
         return forward(call, Base(y=y, inplace=inplace))
+
+    def _check_no_adapter_applies(self, call: UniformCall | MixedCall, y: object) -> None:
+        """Raise `UnsupportedLayerError` if an adapter applies to a call that returned no tensor."""
+        if isinstance(call, MixedCall):
+            slots = range(len(call.routing.names))
+            if all(call.routing.source.factors(self, slot) is None for slot in slots):
+                return
+        checks = None if self.routing_group is None else self.routing_group.row_checks
+        name = "" if checks is None else f" {checks.name_of(self)!r}"
+        raise UnsupportedLayerError(
+            f"the base layer of{name or ' a LoRA layer'}, a {type(self.base_layer).__name__}, "
+            f"returned a {type(y).__name__}, expected a tensor; adapt its weight with "
+            "target_parameters instead of target_modules"
+        )
 
     def _local_quantized(self) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from fastlora.model.stacked_experts import (
     former_names_of_parameter,
     stacked_experts_among,
 )
-from fastlora.model.target_names import distinguishing_suffixes, matches_names
+from fastlora.model.target_names import distinguishing_suffixes, matches_names, matches_targets
 from fastlora.model.target_parameters import entries_that_select
 from fastlora.model.targets import model_type_of
 from fastlora.patterns import patterns_matching_no_suffix
@@ -207,6 +207,68 @@ def _with_current_blocks(
             if name.startswith(layer) and old not in modules:
                 renamed[f"^{re.escape(old)}(?=\\.)"] = block
     return with_renamed_modules(file, renamed)
+
+
+class FactorSizes(NamedTuple):
+    """The sizes of an adapter's factors on a module or a parameter, as its file shows them.
+
+    Attributes:
+        rank: The rank.
+        alpha: The alpha.
+        scaling: The scaling.
+        experts: The number of experts in a stack, or None for other modules.
+    """
+
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    experts: int | None = None
+
+
+def factor_sizes(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, FactorSizes]:
+    """Return the sizes of the factors in a file, by the names of their modules in the file.
+
+    The names in a file do not say which parameter a tensor belongs to. The number of experts is the
+    one with which all factors of a module have a rank that the config gives to a parameter. Values
+    are None if the file leaves them open.
+
+    Args:
+        config: The adapter's config.
+        rows: Maps module names to the number of rows of lora_A, which is the rank times the number
+            of experts.
+    """
+    found: dict[str, FactorSizes] = {}
+    by_module: dict[str, list[str]] = {}
+    for name in rows:
+        found[name] = FactorSizes(
+            config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
+        )
+        module = name
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        by_module.setdefault(module, []).append(name)
+    targets = config.target_modules
+    targets = targets if isinstance(targets, str) else set(targets or ())
+    entries = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    for module, names in by_module.items():
+        leaves = {leaf for at, _, leaf in entries if not at or matches_names(module, {at})}
+        if not leaves or matches_targets(module, targets, config):
+            continue
+        parameters = [f"{module}.{leaf}" for leaf in leaves]
+        ranks = {config.rank_for(parameter) for parameter in parameters}
+        counts = [{rows[name] // r for r in ranks if rows[name] % r == 0} for name in names]
+        common = set[int].intersection(*counts)
+        for name in names:
+            if len(common) != 1:
+                found[name] = FactorSizes(None, None, None)
+                continue
+            (count,) = common
+            rank = rows[name] // count
+            same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
+            values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
+            alpha, scaling = values.pop() if len(values) == 1 else (None, None)
+            found[name] = FactorSizes(rank, alpha, scaling, count if count > 1 else None)
+    return found
 
 
 def _layers_of_stack(

@@ -26,6 +26,7 @@ from fastlora.layers.layer_kinds import (
     parameter_kind_of,
 )
 from fastlora.layers.modules_to_save import raise_if_container
+from fastlora.layers.quantized import quantized_weight_of
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
@@ -254,7 +255,7 @@ def plan_target_modules(
         _check_weights_not_shared(model, config, targets)
     found = _check_targets(model, config, targets, from_file)
     if selected.parameters.names:
-        found |= _check_targets_of_parameters(model, config, selected.parameters, from_file)
+        found |= check_targets_of_parameters(model, config, selected.parameters, from_file)
     parameters = selected.parameters.names
     plan = AdapterPlan(config, found, saved, meant, from_file, parameters, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
@@ -307,12 +308,13 @@ def _check_targets(
     return found
 
 
-def _check_targets_of_parameters(
+def check_targets_of_parameters(
     model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
 ) -> dict[str, TargetModule]:
     """Check the modules with selected parameters, and return them as `_check_targets` does.
 
-    A linear layer with a selected weight is adapted as a whole.
+    A linear layer with a selected weight is adapted as a whole, unless its class has its own
+    ``forward``, as the routers of Llama 4 have.
 
     Raises:
         UnsupportedLayerError: See `plan_target_modules`.
@@ -329,7 +331,7 @@ def _check_targets_of_parameters(
         ):
             if config.fan_in_fan_out and not from_file:
                 raise UnsupportedLayerError("expected fan_in_fan_out=False, got True")
-            if isinstance(base, nn.Linear):
+            if isinstance(base, nn.Linear) and not _has_own_forward(base):
                 kind = _kind_for(base, {})
                 settings = common._replace(r=ranks[0][0], lora_alpha=ranks[0][1])
             else:
@@ -345,6 +347,15 @@ def _check_targets_of_parameters(
             kind.check(base, settings)
         found[name] = TargetModule(base, kind, settings)
     return found
+
+
+def _has_own_forward(linear: nn.Linear) -> bool:
+    """Return whether the class of a linear layer has a ``forward`` that may return any value.
+
+    Layers with quantized weights are linear layers in any case.
+    """
+    replaced = type(linear).forward not in (nn.Linear.forward, FastLoraLinear.forward)
+    return replaced and quantized_weight_of(linear) is None and linear.weight.is_floating_point()
 
 
 def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:

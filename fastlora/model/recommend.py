@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers.layer_kinds import parameter_kind_of
+from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
+from fastlora.model.stacked_experts import base_parameters_of, stacked_experts_among
 
 _BILLION = 1_000_000_000
 # Rows of: exclusive upper bound on the number of parameters, range of r, range of alpha, dropout.
@@ -56,6 +60,10 @@ class Recommendation:
             each range.
         load_in: ``"4bit"`` if the base model in 16 bits would leave too little memory for a
             training step. None if it would not, or if no memory size was given.
+        target_parameters: The stacked weights of experts to adapt. Empty if the model has none, or
+            if only a number of parameters was given.
+        experts_per_token: The number of experts that process a token, or 1 if it is unknown.
+        exclude_modules: The routers of experts.
     """
 
     num_params: int
@@ -69,6 +77,14 @@ class Recommendation:
     learning_rate_range: tuple[float, float] = (1e-4, 5e-4)
     max_grad_norm: float = 1.0
     load_in: str | None = None
+    target_parameters: tuple[str, ...] = ()
+    experts_per_token: int = 1
+    exclude_modules: tuple[str, ...] = ()
+
+    @property
+    def expert_r(self) -> int:
+        """The rank of the adapters on experts: ``r / experts_per_token``, at least 1."""
+        return _expert_rank(self.r, self.experts_per_token)
 
     @property
     def optimizer(self) -> str:
@@ -94,6 +110,9 @@ class Recommendation:
     def config(self, **changes: Any) -> LoraConfig:
         """Create a `fastlora.LoraConfig` with the recommended values.
 
+        If ``changes`` contains ``r``, the rank on experts is ``r / experts_per_token``. If it
+        contains other targets, experts are adapted only if these targets select them, with rank r.
+
         Args:
             **changes: Values of further fields, or values that replace the recommended values.
         """
@@ -103,6 +122,13 @@ class Recommendation:
             "lora_dropout": self.lora_dropout,
             "target_modules": self.target_modules,
         }
+        targets = changes.get("target_modules", self.target_modules)
+        if self.target_parameters and targets == self.target_modules:
+            rank = _expert_rank(changes.get("r", self.r), self.experts_per_token)
+            fields["target_parameters"] = list(self.target_parameters)
+            fields["exclude_modules"] = list(self.exclude_modules) or None
+            if "target_parameters" not in changes:
+                fields["rank_pattern"] = {re.escape(n): rank for n in self.target_parameters}
         return LoraConfig(**(fields | changes))
 
     def __str__(self) -> str:
@@ -112,7 +138,12 @@ class Recommendation:
             f"{_size(self.num_params)} parameters: r {self.r} ({_range(self.r_range)}), "
             f"lora_alpha {self.lora_alpha} ({_range(self.lora_alpha_range)}), "
             f"lora_dropout {self.lora_dropout:g}, target_modules {self.target_modules!r}, "
-            f"learning rate {self.learning_rate:g} ({low:g} to {high:g}), "
+            + (
+                f"target_parameters {list(self.target_parameters)} with r {self.expert_r}, "
+                if self.target_parameters
+                else ""
+            )
+            + f"learning rate {self.learning_rate:g} ({low:g} to {high:g}), "
             f"gradient clipping at {self.max_grad_norm:g}" + (_IN_4_BITS if self.load_in else "")
         )
 
@@ -135,6 +166,12 @@ def recommend(
     With ``memory_bytes``, the result also says whether to use QLoRA (Dettmers et al., 2023, arXiv
     2305.14314). It is recommended if the parameters in 16 bits take more than 60 % of the memory.
 
+    For a model with stacked experts, the recommendation includes the experts, as in "LoRA Without
+    Regret" (Schulman et al., 2025). Their rank is r divided by the number of experts that process a
+    token. The ratio of adapter parameters to active base parameters is then about the same as in
+    other layers. Routers are left out. The recommended dropout is 0, because PEFT 0.21.2 does not
+    load adapters of stacked weights with dropout.
+
     Args:
         model_or_num_params: A model, or a number of parameters. The adapters of a model are not
             counted.
@@ -144,7 +181,9 @@ def recommend(
         TypeError: If ``model_or_num_params`` is neither a model nor an integer.
         ValueError: If the number of parameters or ``memory_bytes`` is less than 1.
     """
+    experts: dict[str, Any] = {}
     if isinstance(model_or_num_params, nn.Module):
+        experts = _advice_on_experts(model_or_num_params)
         count = sum(map(unpacked_numel, unique_base_parameters(model_or_num_params)))
     elif isinstance(model_or_num_params, int) and not isinstance(model_or_num_params, bool):
         count = model_or_num_params
@@ -160,8 +199,49 @@ def recommend(
     r, alpha, dropout = next(row[1:] for row in _BY_SIZE if count < row[0])
     tight = memory_bytes is not None and 2 * count > _OF_MEMORY * memory_bytes
     return Recommendation(
-        count, r[1], alpha[0], dropout, r, alpha, load_in="4bit" if tight else None
+        count,
+        r[1],
+        alpha[0],
+        0.0 if experts else dropout,
+        r,
+        alpha,
+        load_in="4bit" if tight else None,
+        **experts,
     )
+
+
+def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of `Recommendation` for the experts of a model.
+
+    The result is empty if the model has no stacks that run with products of the rows of each
+    expert. Other stacks, which are computed with their updates as a whole, are left out.
+    """
+    base = getattr(getattr(model, "base_model", None), "model", None)
+    if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
+        model = base  # a LoraModel
+    stacks = [
+        each
+        for each in stacked_experts_among(base_parameters_of(named_base_modules(model)))
+        if (kind := parameter_kind_of(each.module)) is not None and kind.uses_dropout
+    ]
+    if not stacks:
+        return {}
+    # Routers, or the modules around the experts, have the number of experts per token.
+    routers, experts_per_token = set[str](), 1
+    for block in {each.module_name.rpartition(".")[0] for each in stacks}:
+        for name, module in model.get_submodule(block).named_modules():
+            if isinstance(getattr(module, "top_k", None), int):
+                experts_per_token = max(experts_per_token, module.top_k)
+                routers.update([name.removesuffix(".base_layer")] if name else ())
+    return {
+        "target_parameters": tuple(sorted({".".join(e.name.split(".")[-2:]) for e in stacks})),
+        "experts_per_token": experts_per_token,
+        "exclude_modules": tuple(sorted(routers)),
+    }
+
+
+def _expert_rank(r: int, experts_per_token: int) -> int:
+    return max(r // experts_per_token, 1)
 
 
 def _range(ends: tuple[int, int]) -> str:

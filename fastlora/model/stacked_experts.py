@@ -95,14 +95,22 @@ def base_parameters_of(modules: BaseModules) -> list[BaseParameter]:
 
 
 def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
-    """Return those of the parameters that stack the weights of experts."""
+    """Return those of the parameters that stack the weights of experts.
+
+    Other parameters of three dimensions, such as the heads of XLNet's attention, are not experts. A
+    module has experts if it has ``num_experts``, or if the name of the module or of its class says
+    so.
+    """
     return [
         each
         for each in parameters
         if each.parameter.dim() == 3
         and min(each.parameter.shape) > 1
-        and not type(each.module).__module__.startswith("torch.nn")
         and not is_lora_layer(each.module)
+        and (
+            hasattr(each.module, "num_experts")
+            or "expert" in f"{each.name}.{type(each.module).__name__}".lower()
+        )
     ]
 
 

@@ -107,13 +107,17 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         AdapterStateError: If the model has no such layers. It is a subclass of `ValueError`, the
             error that PEFT raises.
     """
-    found = []
-    for name, module in modules_with_adapters(tuner_of(model) or model):
+    found, tuner = [], tuner_of(model)
+    parameters = [] if tuner is None else tuner.targeted_parameter_names
+    for name, module in modules_with_adapters(tuner or model):
         if isinstance(module, FastLoraAdaptedParameters):  # PEFT nests the layers of parameters.
             layers = reversed(module.adapted_parameters())
             found += [_status(name + ".base_layer" * d, layer) for d, layer in enumerate(layers)]
         elif not isinstance(module, AdaptedParameter):
-            found.append(_status(name, module))
+            own = _status(name, module)
+            if f"{name.removeprefix('model.')}.weight" in parameters:
+                own.module_type = "lora.ParamWrapper"  # fastlora adapts the linear layer as a whole
+            found.append(own)
     if not found:
         raise AdapterStateError(
             "No adapter layers found in the model; expected a model from fastlora.get_peft_model "

@@ -46,8 +46,8 @@ class SelectedParameters:
         former: The names of the parameters that are selected only by a former name.
         excluded: The names of the parameters that the config selects but also excludes.
         entries: The value of ``target_parameters`` to store in the adapter's config.
-        fused: The names, relative to their modules, of the parameters that were several linear
-            layers each. Their rank and alpha are multiples of the config's.
+        fused: Maps patterns of parameter names to the number of linear layers that each of these
+            parameters was. Their rank and alpha are multiples of the config's.
     """
 
     parameters: list[BaseParameter] = field(default_factory=list)
@@ -78,10 +78,9 @@ class SelectedParameters:
         pattern of the user that matches the parameter has precedence.
         """
         config.target_parameters = self.entries
-        for leaf, parts in self.fused.items():
-            key = rf".*\.{re.escape(leaf)}"
-            config.rank_pattern.setdefault(key, config.r * parts)
-            config.alpha_pattern.setdefault(key, config.lora_alpha * parts)
+        for pattern, parts in self.fused.items():
+            config.rank_pattern.setdefault(pattern, config.r * parts)
+            config.alpha_pattern.setdefault(pattern, config.lora_alpha * parts)
 
 
 def select_parameters(
@@ -141,7 +140,7 @@ def select_parameters(
         if not explicit:
             by_former_name.add(each.name)
             if len(olds) > 1:
-                fused[each.leaf] = len(olds)
+                fused[each.name] = len(olds)
     if layers_in_file is None:
         _check_entries_match(entries - set(former.values()), parameters, config)
     own = config.target_parameters or []
@@ -153,13 +152,25 @@ def select_parameters(
     stored = entries_that_select(
         [each.name for each in selected], [*own, *sorted(added)], parameters
     )
+    others = linears.union(each.name for each in selected if each.name not in by_former_name)
     return SelectedParameters(
         selected,
         frozenset(by_former_name),
         frozenset(excluded),
         stored or config.target_parameters,
-        fused,
+        {_pattern_for(name, others): parts for name, parts in fused.items()},
     )
+
+
+def _pattern_for(name: str, others: Collection[str]) -> str:
+    """Return a pattern that matches a parameter, but none of ``others``.
+
+    It is the pattern that PEFT adds, which matches all parameters with this last component, or
+    the whole name if PEFT's pattern would match others.
+    """
+    leaf = name.rpartition(".")[2]
+    shared = any(other.rpartition(".")[2] == leaf for other in others)
+    return re.escape(name) if shared else rf".*\.{re.escape(leaf)}"
 
 
 def entries_that_select(

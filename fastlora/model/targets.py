@@ -7,6 +7,7 @@ module changes the model or the config.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -389,6 +390,9 @@ def resolve_target_modules(
         targets = {
             name for name, inside in _linears_without_head(model, config, modules) if not inside
         }
+        if any(inside and matches_names(name, targets) for name, _, inside in modules):
+            # As an entry of a list, "proj" would also match "copied.proj".
+            targets = "|".join(map(re.escape, sorted(targets)))
     if isinstance(targets, str):
         return targets
     targets = set(targets)

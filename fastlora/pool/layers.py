@@ -12,20 +12,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
-from fastlora.layers.base_layers import fallback_reason_not_plain_linear
+from fastlora.layers import LoraLayer
+from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters
 from fastlora.layers.layer_kinds import LINEAR
 from fastlora.model import inject
+from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.plan import plan_target_modules
-from fastlora.pool.packed_adapter import TargetLinear
+from fastlora.model.plan import TargetModule, plan_target_modules
+from fastlora.model.stacked_experts import (
+    base_parameters_of,
+    former_names_of,
+    former_names_of_parameter,
+    stacked_experts_among,
+)
+from fastlora.model.target_names import is_all_linear
+from fastlora.model.targets import model_type_of
+from fastlora.pool.packed_adapter import TargetWeight
 from fastlora.routing.active import (
     check_batch_matches_ids,
     discard_unused_results,
     skip_batch_checks,
 )
-from fastlora.routing.routing import RoutingGroup, number_layers
-from fastlora.routing.row_checks import RowChecks
+from fastlora.routing.routing import RoutingGroup, add_to_group
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
@@ -37,20 +45,22 @@ class PoolLayers:
     Args:
         model: The base model. It is unchanged if the constructor raises.
         target_modules: The modules to replace, as in `LoraConfig`.
+        target_parameters: The parameters to adapt, as in `AdapterPool`.
         block: Function that takes the adapter name of each sample in a batch and returns a context
             manager that activates these adapters. It implements the ``adapter_names=`` argument of
             the model.
 
     Attributes:
         group: The routing group that all of the pool's layers belong to.
-        targets: Names and dimensions of the replaced modules, in the model's order. The index of a
-            module here is the ``table_row`` of its layer.
-        layers: The LoRA layers, in the same order.
+        targets: Names and dimensions of the weights that adapters may adapt, in the model's order.
+            The index of a weight here is the ``table_row`` of its layer.
+        layers: The LoRA layers of these weights, in the same order.
 
     Raises:
         AdapterStateError: The model already has LoRA layers.
         ConfigError: The model itself is the target.
-        TargetNotFoundError: ``target_modules`` matches no module.
+        TargetNotFoundError: ``target_modules`` matches no module, or ``target_parameters`` no
+            parameter.
         UnsupportedLayerError: ``target_modules`` matches a module that is not a linear layer.
     """
 
@@ -58,6 +68,7 @@ class PoolLayers:
         self,
         model: nn.Module,
         target_modules: Any,
+        target_parameters: list[str] | None,
         block: Callable[[Sequence[str | None]], AbstractContextManager[None]],
     ) -> None:
         if inject.lora_layers(model):
@@ -65,16 +76,18 @@ class PoolLayers:
                 "the model already has LoRA layers; unload() the LoraModel or close() the "
                 "AdapterPool that added them first"
             )
-        found = plan_target_modules(model, LoraConfig(target_modules=target_modules)).targets
-        names = list(found)
-        if "" in names:
+        if target_parameters is None and is_all_linear(target_modules):
+            target_parameters = _parameters_of_experts(model)
+        config = LoraConfig(target_modules=target_modules, target_parameters=target_parameters)
+        found = plan_target_modules(model, config).targets
+        if "" in found:
             raise ConfigError("the model itself is a target; wrap it in another module first")
         for name, target in found.items():
-            if target.kind.name != LINEAR:
+            if target.kind.name != LINEAR and not target.kind.adapts_parameters:
                 raise UnsupportedLayerError(
                     f"target module {name!r} is a {type(target.base).__name__}, but an adapter "
-                    "pool only supports linear layers; exclude this module, or load the adapters "
-                    "into a LoraModel and route them with fastlora.adapters"
+                    "pool only supports linear layers and parameters; exclude this module, or load "
+                    "the adapters into a LoraModel and route them with fastlora.adapters"
                 )
         self.group = RoutingGroup()
         self._model = model
@@ -85,19 +98,23 @@ class PoolLayers:
         # instance or None).
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         try:
-            for name, number in zip(names, number_layers(names), strict=True):
-                self._replace(name, number)
-            self.group.row_checks = RowChecks(
-                model, [(name, layer) for name, (_, layer) in self._replaced.items()]
-            )
+            for name, target in found.items():
+                self._replace(name, target)
+            add_to_group(self.group, model, inject.modules_with_adapters(model))
             self._install_batch_size_checks()
         except BaseException:
             self.restore_model()
             raise
-        self.layers = [layer for _, layer in self._replaced.values()]
+        by_name: dict[str, LoraLayer] = {}
+        for name, (_, layer) in self._replaced.items():
+            own = {f"{name}.{leaf}": inner for leaf, inner in layer.inner_layers().items()}
+            by_name |= own or {name: layer}
+        self.layers: list[Any] = list(by_name.values())
+        for row, weight in enumerate(self.layers):
+            weight.table_row = row
         self.targets = [
-            TargetLinear(name, layer.in_features, layer.out_features)
-            for name, (_, layer) in self._replaced.items()
+            TargetWeight(name, own.in_features, own.out_features, own.num_matrices)
+            for name, own in by_name.items()
         ]
 
     def _install_batch_size_checks(self) -> None:
@@ -142,15 +159,10 @@ class PoolLayers:
         self._wrapped[name] = call, own.get(name)
         own[name] = call
 
-    def _replace(self, name: str, number: int) -> None:
-        module: Any = self._model.get_submodule(name)
-        layer: Any = (
-            FastLoraWrapper(module)
-            if fallback_reason_not_plain_linear(module)
-            else FastLoraLinear.from_linear(module, adapter_name=None)
-        )
-        layer.routing_group, layer.routing_index = self.group, number
-        layer.table_row = len(self._replaced)
+    def _replace(self, name: str, target: TargetModule) -> None:
+        module, layer = self._model.get_submodule(name), target.kind.wrap(target.base)
+        if isinstance(layer, FastLoraAdaptedParameters):
+            layer.add_parameters([each.name for each in target.settings.parameters])
         self._model.set_submodule(name, layer)
         self._replaced[name] = module, layer
 
@@ -182,7 +194,7 @@ class PoolLayers:
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
         """
-        found = [layer._factor_reference() for _, layer in self._replaced.values()]
+        found = [layer._factor_reference() for layer in self.layers]
         modules = (module for module, _ in self._replaced.values())
         devices = {p.device for module in modules for p in itertools.islice(module.parameters(), 1)}
         if len(devices) > 1:
@@ -193,3 +205,16 @@ class PoolLayers:
         dtypes = [tensor.dtype for tensor in found if tensor is not None]
         device = next(iter(devices), torch.device("cpu"))
         return device, dtypes[0] if dtypes else torch.get_default_dtype()
+
+
+def _parameters_of_experts(model: nn.Module) -> list[str] | None:
+    """Return the names of the stacked experts of a model and of their routers, or None.
+
+    Stacks that are quantized are left out.
+    """
+    parameters = base_parameters_of(named_base_modules(model))
+    former = former_names_of(model_type_of(model))
+    found = [each for each in parameters if former_names_of_parameter(former, each)]
+    found += [each for each in stacked_experts_among(parameters) if each not in found]
+    floats = (each.name for each in found if each.parameter.is_floating_point())
+    return list(floats) or None

@@ -1,11 +1,12 @@
 """Packed adapters. The image of an adapter is a 1-D tensor that contains all its tensors.
 
-An image is copied to the device in one transfer. It contains up to four blocks for each module that
+An image is copied to the device in one transfer. It contains up to four blocks for each weight that
 the adapter adapts, in the order of the pool's modules. A block is one tensor: ``lora_a [r, K]``,
 ``lora_b`` as rank rows ``[r, N]`` (the transpose of PEFT's ``[N, r]``), the optional
-``lora_bias [N]``, and DoRA's optional magnitude ``[N]``. The magnitude is in fp32 even in a 16-bit
-image, because it scales whole rows. Ranks are not padded, and a module without factors takes no
-space. Each block starts at a multiple of 16 bytes, for vector loads.
+``lora_bias [N]``, and DoRA's optional magnitude ``[N]``. For a stack of E weights, lora_a and the
+rank rows have E * r rows, in PEFT's order. The magnitude is in fp32 even in a 16-bit image, because
+it scales whole rows. Ranks are not padded, and a module without factors takes no space. Each block
+starts at a multiple of 16 bytes, for vector loads.
 """
 
 from __future__ import annotations
@@ -30,28 +31,31 @@ _MAGNITUDE = BLOCK_KINDS.index("magnitude")
 _MAGNITUDE_BYTES = 4
 
 
-class TargetLinear(NamedTuple):
-    """A linear layer that the pool's adapters may adapt.
+class TargetWeight(NamedTuple):
+    """A weight that the pool's adapters may adapt: that of a linear layer, or a parameter.
 
     Attributes:
-        name: Name of the module in the base model.
+        name: Name of the linear layer or of the parameter in the base model.
         in_features: Number of input features, K.
         out_features: Number of output features, N.
+        num_matrices: Number of matrices that the weight consists of, E; 1 unless it is a stack.
     """
 
     name: str
     in_features: int
     out_features: int
+    num_matrices: int = 1
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of an adapter's tensor for this layer.
+        """Return the shape of an adapter's tensor for this weight.
 
         The shape is that in PEFT's layout.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
-            rank: Rank of the adapter for this module.
+            rank: Rank of the adapter for this weight.
         """
+        rank *= self.num_matrices
         if kind == "lora_a":
             return rank, self.in_features
         return (self.out_features, rank) if kind == "lora_b" else (self.out_features,)
@@ -71,7 +75,7 @@ class AdapterLayout:
         numel: Number of elements in the image.
     """
 
-    targets: Sequence[TargetLinear]
+    targets: Sequence[TargetWeight]
     blocks: Sequence[tuple[int, Sequence[int]]]
     numel: int
 
@@ -169,7 +173,7 @@ class AdapterPacker:
     """
 
     def __init__(
-        self, targets: Sequence[TargetLinear], dtype: torch.dtype, *, pin_memory: bool
+        self, targets: Sequence[TargetWeight], dtype: torch.dtype, *, pin_memory: bool
     ) -> None:
         self.targets, self.dtype, self._pin_memory = tuple(targets), dtype, pin_memory
         self._layouts: WeakValueDictionary[tuple[tuple[int, tuple[str, ...]], ...], AdapterLayout]
@@ -199,10 +203,11 @@ class AdapterPacker:
             CheckpointError: A finite value is too large for the pool's dtype.
         """
         shape = []
-        for index in range(len(self.targets)):
+        for index, target in enumerate(self.targets):
             blocks = tensors.get(index, {})
             kinds = tuple(kind for kind in BLOCK_KINDS if kind in blocks)
-            shape.append((blocks["lora_a"].shape[0] if blocks else 0, kinds))
+            rows = blocks["lora_a"].shape[0] if blocks else 0
+            shape.append((rows // target.num_matrices, kinds))
         layout = self._layout(tuple(shape))
         data = torch.empty(layout.numel, dtype=self.dtype, pin_memory=self._pin_memory)
         for index, blocks in tensors.items():

@@ -58,6 +58,9 @@ class AdapterPool:
         model: Any module without LoRA layers. LoRA layers without adapters replace its target
             modules, and `close` restores the original modules.
         target_modules: The modules that adapters may adapt, as in `LoraConfig`.
+        target_parameters: The parameters that adapters may adapt, as in `LoraConfig`. If None,
+            ``target_modules="all-linear"`` also selects all stacks of experts, and the routers of
+            the model types in which ``"all-linear"`` selects experts.
         max_adapters: Maximum number of adapters on the device. It is also the number of slots, the
             values that integer row ids may have.
         device_bytes: Limit in bytes for factors on the device, excluding DoRA's scales, or None for
@@ -72,8 +75,8 @@ class AdapterPool:
             or None for no restriction. A file outside the folder raises `CheckpointError`.
 
     Attributes:
-        modules: Name, K, and N of each target module. The index of a module is the ``table_row`` of
-            its layer.
+        modules: Name, K, N, and number of matrices of each target, which is a linear layer or a
+            parameter. The index of a target is the ``table_row`` of its layer.
         group: The routing group that all of the pool's layers belong to.
         tables: The tables of addresses, ranks, and scalings that kernels read.
         max_rank: The argument ``max_rank``.
@@ -90,6 +93,7 @@ class AdapterPool:
         model: nn.Module,
         *,
         target_modules: str | Iterable[str] = "all-linear",
+        target_parameters: Iterable[str] | None = None,
         max_adapters: int = 64,
         device_bytes: int | None = None,
         cpu_bytes: int | None = None,
@@ -115,7 +119,9 @@ class AdapterPool:
             )
         within = None if root is None else Path(root).resolve()
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-        self._layers = PoolLayers(model, targets, functools.partial(adapters, self))
+        parameters = None if target_parameters is None else list(target_parameters)
+        block = functools.partial(adapters, self)
+        self._layers = PoolLayers(model, targets, parameters, block)
         try:
             base_device, base_dtype = self._layers.base_device_and_dtype()
             self.device = torch.device(device) if device is not None else base_device

@@ -6,14 +6,16 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastlora.layers.adapted_parameters import nested_prefixes
 from fastlora.layers.base_layers import dense_weight
 from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, ConfigAndHeaderSizeLimits
 from fastlora.model.adapter_folder import (
+    AdapterContents,
     OpenAdapterFolder,
     ParsedAdapterKey,
     Tensors,
@@ -22,7 +24,9 @@ from fastlora.model.adapter_folder import (
 )
 from fastlora.model.base_modules import base_module_of
 from fastlora.model.config import LoraConfig
-from fastlora.model.targets import NO_TARGETS, find_targets
+from fastlora.model.expert_files import convert_expert_factors
+from fastlora.model.plan import check_targets_of_parameters
+from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
@@ -43,8 +47,21 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 # A config contains the name of a module up to three times, and a header lists up to four tensors of
 # a module. These are the bytes that each occurrence takes in addition to the name.
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
-# Index of a module, and kind of block.
-TensorLocation = tuple[int, str]
+
+
+class TensorLocation(NamedTuple):
+    """The location of a tensor in a packed adapter.
+
+    Attributes:
+        row: Index of the pool's target.
+        kind: Entry of `BLOCK_KINDS`.
+        name: Name that the patterns of the config match for this target.
+    """
+
+    row: int
+    kind: str
+    name: str
+
 
 _BLOCK_OF = {
     "lora_A": "lora_a",
@@ -88,11 +105,14 @@ class AdapterReader:
     ) -> None:
         self._model, self._packer, self._root = model, packer, root
         self._max_rank, self._max_bytes = max_rank, max_bytes
-        self._limits = _config_and_header_limits([target.name for target in packer.targets])
+        self._limits = _config_and_header_limits(
+            {target.name: target.num_matrices for target in packer.targets}
+        )
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
-        # Maps the digest of a config's target settings to the names of the modules that they select
-        # in this model. Adapters with equal settings share an entry.
-        self._named: dict[bytes, list[str]] = {}
+        self._has_stacks = any(target.num_matrices > 1 for target in packer.targets)
+        # Maps the digest of a config's target settings and of the layers in a file to the targets
+        # that they select in this model. Adapters with equal settings share an entry.
+        self._selected: dict[bytes, SelectedTargets] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
         """Check an adapter folder, and return the adapter's config.
@@ -116,6 +136,8 @@ class AdapterReader:
                 was found and what was expected.
         """
         with self._open_checked(folder) as opened:
+            if self._has_stacks:
+                return self._convert_and_pack(opened.load(), str(folder))
             header = opened.header
             locations = self._locations_in_packed_adapter(
                 header.config, header.keys, header.tensor_infos, str(folder)
@@ -163,9 +185,15 @@ class AdapterReader:
         tensors = {key: value.detach() for key, value in tensors.items()}
         self._check_config(config, source)
         self._check_bytes(sum(tensor.nbytes for tensor in tensors.values()), source)
-        locations = self._locations_in_packed_adapter(
-            config, parse_and_check_tensors(config, tensors, source), tensors, source
-        )
+        keys = parse_and_check_tensors(config, tensors, source)
+        return self._convert_and_pack(AdapterContents(Path(source), config, keys, tensors), source)
+
+    def _convert_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
+        """Join the factors of single experts in a loaded adapter, and return the packed adapter."""
+        if self._has_stacks:
+            file = convert_expert_factors(self._model, file)
+        config, tensors = file.config, file.tensors
+        locations = self._locations_in_packed_adapter(config, file.keys, tensors, source)
         return self._pack(config, locations, tensors, source)
 
     def _check_bytes(self, nbytes: int, source: str) -> None:
@@ -210,7 +238,7 @@ class AdapterReader:
     ) -> dict[str, TensorLocation]:
         """Return a dict that maps each tensor's key to its location in the packed adapter.
 
-        A location is a tuple (module index, entry of `BLOCK_KINDS`).
+        In the config, the selected parameters are stored (see `SelectedParameters.store_in`).
 
         Raises:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
@@ -218,20 +246,25 @@ class AdapterReader:
         """
         locations: dict[str, TensorLocation] = {}
         names = [target.name for target in self._packer.targets]
+        with error_prefix(source):
+            selected = self._select_targets(config, {module for module, _ in keys.values()})
+            parameters = self._parameters_of_layers(config, selected)
         for key, (module, kind) in keys.items():
             if kind in _UNSUPPORTED:
                 raise CheckpointError(
                     f"{source}: {key!r} is {_UNSUPPORTED[kind]}, which an adapter pool does not "
                     "support: all rows of a batch would share it"
                 )
-            index = self._index.get(module)
+            target, name, rank = parameters.get(module, (module, module, None))
+            index = self._index.get(target)
             if index is None:
-                raise CheckpointError(f"{source}: {key!r}: {self._describe_unknown_module(module)}")
-            self._check_shape(index, kind, tuple(tensors[key].shape), key, source)
-            locations[key] = index, _BLOCK_OF[kind]
-        found = {index for index, _ in locations.values()}
+                reason = self._describe_unknown_target(target, rank is not None)
+                raise CheckpointError(f"{source}: {key!r}: {reason}")
+            self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
+            locations[key] = TensorLocation(index, _BLOCK_OF[kind], name)
+        found = {each.row for each in locations.values()}
         with error_prefix(source):
-            self._check_no_missing_factors(config, {names[i] for i in found})
+            self._check_no_missing_factors(selected, {each.name for each in locations.values()})
         for i in found if config.use_dora else ():  # DoRA's norm needs the weight
             try:
                 dense_weight(base_module_of(self._model.get_submodule(names[i])))
@@ -247,25 +280,44 @@ class AdapterReader:
         source: str,
     ) -> PackedAdapter:
         blocks: dict[int, dict[str, torch.Tensor]] = {}
-        for key, (index, kind) in locations.items():
-            blocks.setdefault(index, {})[kind] = tensors[key]
+        for key, each in locations.items():
+            blocks.setdefault(each.row, {})[each.kind] = tensors[key]
         with error_prefix(source):
-            scaling = {i: config.scaling_for(self._packer.targets[i].name) for i in blocks}
+            scaling = {each.row: config.scaling_for(each.name) for each in locations.values()}
         return self._packer.pack(blocks, scaling, source)
 
-    def _describe_unknown_module(self, module: str) -> str:
-        if any(name == module for name, _ in self._model.named_modules()):
+    def _describe_unknown_target(self, target: str, is_parameter: bool) -> str:
+        if is_parameter or any(name == target for name, _ in self._model.named_modules()):
+            fields = "target_parameters" if is_parameter else "target_modules"
             return (
-                f"{module!r} is not among the modules that this pool adapts; expected one of the "
-                f"{len(self._index)} that target_modules matched when the pool was created"
+                f"{target!r} is not among the modules that this pool adapts; expected one of the "
+                f"{len(self._index)} that {fields} matched when the pool was created"
             )
-        return f"the model has no module {module!r}{near_names(module, self._index)}"
+        return f"the model has no module {target!r}{near_names(target, self._index)}"
 
     def _check_shape(
-        self, index: int, kind: str, shape: tuple[int, ...], key: str, source: str
+        self,
+        index: int,
+        kind: str,
+        rank: int | None,
+        shape: tuple[int, ...],
+        key: str,
+        source: str,
     ) -> None:
-        _, k, n = self._packer.targets[index]
-        # Ranks have been checked against the config, and biases against lora_B.
+        """Raise `CheckpointError` if a tensor does not fit the model.
+
+        ``rank`` is the rank in the config if the target is a parameter. The rank of a module has
+        been checked.
+        """
+        name, k, n, count = self._packer.targets[index]
+        if rank is not None:
+            whole = self._packer.targets[index].tensor_shape(_BLOCK_OF[kind], rank)
+            if shape != whole:
+                raise CheckpointError(
+                    f"{source}: {key!r} has shape {shape}, but {name!r} of this model, which "
+                    f"consists of {count} matrices {(n, k)}, expects {whole} for rank {rank}"
+                )
+        # Biases have been checked against lora_B.
         found, expected, axis = (
             (shape[1], k, "[rank, in]") if kind == "lora_A" else (shape[0], n, "[out, ...]")
         )
@@ -275,41 +327,51 @@ class AdapterReader:
                 f"size {expected}, not {found}"
             )
         if kind == "lora_A":
-            self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
+            own = shape[0] if rank is None else rank
+            self._check_rank(f"{source}: {key!r} has rank {own}, which", own)
 
-    def _check_no_missing_factors(self, config: LoraConfig, modules_with_factors: set[str]) -> None:
-        """Raise `CheckpointError` if factors are missing for a module that the config selects.
+    def _parameters_of_layers(
+        self, config: LoraConfig, selected: SelectedTargets
+    ) -> dict[str, tuple[str, str, int]]:
+        """Return a dict that maps layers in a file to the parameters that they adapt.
+
+        The values are tuples (name of the target, name of the parameter, rank). The target of a
+        linear layer is the layer. The names of the layers depend on the parameters that the adapter
+        adapts.
+
+        Raises:
+            CheckpointError: A parameter does not support the config.
+        """
+        if not selected.parameters.names:
+            return {}
+        selected.parameters.store_in(config)
+        try:
+            targets = check_targets_of_parameters(self._model, config, selected.parameters, True)
+        except UnsupportedLayerError as error:
+            raise CheckpointError(str(error)) from error
+        found = {}
+        for module, leaves in selected.parameters.by_module().items():
+            of_module = targets[module].settings.parameters
+            prefixes = nested_prefixes([each.name for each in of_module])
+            ranks = {each.name: each.r for each in of_module}
+            for leaf in leaves:
+                layer = f"{module}.{prefixes.get(leaf, '')}".removesuffix(".")
+                name = f"{module}.{leaf}"
+                rank = ranks.get(leaf, targets[module].settings.r)
+                found[layer] = name if of_module else module, name, rank
+        return found
+
+    def _check_no_missing_factors(self, selected: SelectedTargets, adapted: set[str]) -> None:
+        """Raise `CheckpointError` if factors are missing for a target that the config selects.
 
         Such an adapter was probably made for a different base model.
 
         Args:
-            config: The adapter's config.
-            modules_with_factors: Names of the modules that have factors.
+            selected: The targets that the config selects.
+            adapted: Names of the modules and parameters that have factors.
         """
-        if config.target_modules is None or config.target_modules == NO_TARGETS:
-            return
-        fields = (
-            *("target_modules", "target_parameters"),
-            *("exclude_modules", "layers_to_transform", "layers_pattern"),
-        )
-        values = [getattr(config, name) for name in fields]
-        text = repr([sorted(v) if isinstance(v, set) else v for v in values])
-        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        named = self._named.get(key)
-        if named is None:
-            try:
-                named = find_targets(self._model, config)
-            except TargetNotFoundError as error:
-                raise CheckpointError(
-                    f"the adapter was made for another base model: {error}"
-                ) from error
-            except (ConfigError, UnsupportedLayerError) as error:
-                raise CheckpointError(str(error)) from error
-            # A folder may be rewritten any number of times.
-            if len(self._named) >= _MAX_CACHED_TARGETS:
-                self._named.clear()
-            self._named[key] = named
-        missing = [name for name in named if name not in modules_with_factors]
+        named = [*selected.modules, *selected.parameters.names]
+        missing = [name for name in named if name not in adapted]
         if missing:
             raise CheckpointError(
                 f"LoRA factors are missing for {len(missing)} of the {len(named)} modules that the "
@@ -317,8 +379,46 @@ class AdapterReader:
                 "made for another base model"
             )
 
+    def _select_targets(self, config: LoraConfig, layers_in_file: set[str]) -> SelectedTargets:
+        """Return the targets that a config selects in the model.
 
-def _config_and_header_limits(modules: list[str]) -> ConfigAndHeaderSizeLimits:
+        A config without ``target_modules`` selects parameters only.
+
+        Args:
+            config: The adapter's config.
+            layers_in_file: The names of the layers in the adapter's file.
+
+        Raises:
+            CheckpointError: The adapter was made for another base model.
+        """
+        given = NO_TARGETS if config.target_modules in (None, NO_TARGETS) else None
+        fields = (
+            *("target_modules", "target_parameters"),
+            *("exclude_modules", "layers_to_transform", "layers_pattern"),
+        )
+        values = [getattr(config, name) for name in fields]
+        values.append(layers_in_file)
+        text = repr([sorted(v) if isinstance(v, set) else v for v in values])
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        found = self._selected.get(key)
+        if found is None:
+            layers = {layer.replace(".base_layer", "") for layer in layers_in_file}
+            try:
+                found = select_targets(self._model, config, given, layers_in_file=layers)
+            except TargetNotFoundError as error:
+                raise CheckpointError(
+                    f"the adapter was made for another base model: {error}"
+                ) from error
+            except (ConfigError, UnsupportedLayerError) as error:
+                raise CheckpointError(str(error)) from error
+            # A folder may be rewritten any number of times.
+            if len(self._selected) >= _MAX_CACHED_TARGETS:
+                self._selected.clear()
+            self._selected[key] = found
+        return found
+
+
+def _config_and_header_limits(modules: Mapping[str, int]) -> ConfigAndHeaderSizeLimits:
     """Return the size limits, in bytes, for an adapter's config file and tensor file header.
 
     The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
@@ -327,11 +427,11 @@ def _config_and_header_limits(modules: list[str]) -> ConfigAndHeaderSizeLimits:
     config, with escape sequences of two bytes for some characters.
 
     Args:
-        modules: Names of the modules that an adapter may adapt.
+        modules: Maps the names of the targets that an adapter may adapt to their numbers of
+            matrices. Files of transformers 4 have factors for each matrix of a stack.
     """
-    length, count = sum(map(len, modules)), len(modules)
-    names = 3 * (length + count * _NAMED_BYTES)
-    tensors = 4 * (length + count * _TENSOR_BYTES)
+    names = 3 * sum(len(name) + _NAMED_BYTES for name in modules)
+    tensors = 4 * sum(count * (len(name) + _TENSOR_BYTES) for name, count in modules.items())
     return ConfigAndHeaderSizeLimits(
         config=min(_CONFIG_BYTES + names, MAX_CONFIG_BYTES),
         header=min(_METADATA_BYTES + 2 * names + tensors, MAX_HEADER_BYTES),

@@ -90,7 +90,9 @@ class DoraScaleUpdater:
             that need new scales) for each of these adapters. ``stamps`` contains a record of the
             current state of each module's base weight.
         """
-        stamps, known = [base_weight_stamp(layer) for layer in self._layers], self._stamps
+        # DoRA is on linear layers only.
+        stamps: list[Any] = [base_weight_stamp(x) if x.is_linear else () for x in self._layers]
+        known = self._stamps
         if stamps == known:
             stamps = known
         self._stamps = stamps

@@ -44,6 +44,7 @@ def is_as_fast(mine: Callable[[], object], other: Callable[[], object], rounds: 
     return within > rounds // 2
 
 
+@pytest.mark.drawn(0.33)
 @pytest.mark.parametrize(
     ("dtype", "fp32_adapters"),
     [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],

@@ -266,6 +266,7 @@ def test_inspect_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None
         "rank": 2,
         "alpha": 6,
         "scaling": 3.0,
+        "experts": None,
         "shape": [4, 5],
         "dtype": "float32",
         "parameters": 18,
@@ -303,6 +304,27 @@ def test_inspect_folds_modules_that_are_alike(
     assert cli.main(["inspect", "--json", str(tmp_path)]) == 0
     names = [m["name"] for m in json.loads(capsys.readouterr().out)["modules"]]
     assert names == [f"layers.{index}.{end}" for index in range(13) for end in "qv"]
+
+
+def test_inspect_counts_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks and alphas of stacks are those of an expert, also where a parameter is fused."""
+    moe_models = pytest.importorskip("tests.support.moe_models")
+    config = LoraConfig(r=3, lora_alpha=9, target_modules=["w1", "w2", "w3", "q_proj"])
+    get_peft_model(moe_models.moe_model("mixtral"), config).save_pretrained(tmp_path)
+    assert cli.main(["inspect", "--json", str(tmp_path)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    keys = ("rank", "alpha", "scaling", "experts", "parameters")
+    assert {m["name"]: tuple(m[k] for k in keys) for m in facts["modules"][:3]} == {
+        "model.layers.0.mlp.experts": (3, 9, 3.0, 4, 4 * 3 * (16 + 16)),
+        "model.layers.0.mlp.experts.base_layer": (6, 18, 3.0, 4, 4 * 6 * (16 + 32)),
+        "model.layers.0.self_attn.q_proj": (3, 9, 3.0, None, 3 * (16 + 16)),
+    }
+    assert facts["target_parameters"] == ["down_proj", "gate_up_proj"]
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["model.layers.0.mlp.experts", "lora", "3", "9", "3", "4"] in [
+        line[:6] for line in lines
+    ]
 
 
 def test_inspect_errors(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

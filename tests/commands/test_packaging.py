@@ -96,7 +96,7 @@ try:
     runpy.run_module("fastlora.bench.linear", run_name="__main__")
 except SystemExit as done:
     assert not done.code, done.code
-from fastlora.bench import machine, mixed, mixed_bench, sanitize, soak, train_step
+from fastlora.bench import experts, machine, mixed, mixed_bench, sanitize, soak, train_step
 from fastlora.commands import demo
 print(machine.commit(machine.ROOT), machine.results_folder(), sep="\\n")
 print(cli.__file__, demo.__file__, mixed_bench.__file__, sep="\\n")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("transformers", reason="the checks train a tiny Llama")
 
-FILES = ("checks_fsdp2", "checks_mixed", "checks_tensor_parallel", "checks_docs")
+FILES = ("checks_fsdp2", "checks_mixed", "checks_experts", "checks_tensor_parallel", "checks_docs")
 CHECKS = [(name, check) for name in FILES for check in checks_of(module_of(name))]
 
 

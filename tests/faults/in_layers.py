@@ -637,8 +637,9 @@ FAULTS = (
         "wrong slot",
         "issue 31",
         "fastlora/layers/experts.py",
-        "slot = torch.where(ids < 0, slots - 1, ids)",
-        "slot = torch.where(ids < 0, slots - 2, ids)",
+        "adapters, slot = token_rows.used_slots, token_rows.segment_index",
+        "adapters = token_rows.used_slots\n"
+        "                slot = token_rows.segment_index.clamp(max=len(adapters) - 1)",
         (f"{_EXPERTS}::test_a_mixed_batch_is_each_adapter_alone",),
     ),
     Fault(
@@ -658,5 +659,14 @@ FAULTS = (
         "items() if adapter_name in layer.r}\n        names: dict",
         "items()}\n        names: dict",
         ("tests/model/test_expert_models.py::test_adapters_on_different_parameters",),
+    ),
+    Fault(
+        sentence="To PEFT, a module with adapted parameters is a layer without any adapter.",
+        kind="a layer in PEFT's classes",
+        source="target_parameters in PEFT's suite",
+        path="fastlora/integrations/peft_registration.py",
+        before="False if issubclass(subclass, FastLoraAdaptedParameters) else NotImplemented",
+        after="NotImplemented",
+        tests=("tests/model/test_expert_models.py::test_pefts_lora_layers_are_those_with_factors",),
     ),
 )

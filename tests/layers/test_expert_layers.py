@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +20,16 @@ from fastlora import LoraConfig
 from fastlora.ops.rows import sort_rows
 from fastlora.testing import assert_within_budget, run_with_largest_error
 from fastlora.validation import UnsupportedLayerError
+from tests.support.expert_batches import (
+    EACH,
+    RANKS,
+    ROWS,
+    batch_inputs,
+    looped,
+    mixed_block,
+    run_rows,
+    tokens_of,
+)
 from tests.support.moe_models import (
     ExpertBlock,
     copy_random_factors,
@@ -53,28 +62,6 @@ def block(
     model = library.get_peft_model(base, settings, autocast_adapter_dtype=wide)
     copy_random_factors([model])
     return model
-
-
-def looped(model: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The output in plain PyTorch: expert by expert, with LoRA beside each product."""
-    layer = model.base_model.model.experts
-    base, parts = layer.base_layer, []
-
-    def product(name: str, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        weight, inner = getattr(base, name)[expert], layer.inner_layers()[name]
-        bias = getattr(base, f"{name}_bias")[expert] if base.has_bias else None
-        down, up = inner.lora_A["default"].weight, inner.lora_B["default"].weight
-        down = down.view(base.num_experts, -1, down.shape[1])[expert].to(rows.dtype)
-        up = up.view(up.shape[0], -1, base.num_experts)[:, :, expert].to(rows.dtype)
-        y = F.linear(rows, weight.t() if base.is_transposed else weight, bias)
-        return y + F.linear(F.linear(rows, down), up) * inner.scaling["default"]
-
-    for expert in range(base.num_experts):
-        token, place = torch.where(index == expert)
-        y = product("gate_up_proj" if base.has_gate else "up_proj", x[token], expert)
-        y = product("down_proj", base._apply_gate(y) if base.has_gate else base.act_fn(y), expert)
-        parts.append(torch.zeros_like(x).index_add(0, token, y * weights[token, place, None]))
-    return sum(parts[1:], parts[0])
 
 
 def step(model: Any, tokens: int = 24, run: Any = None) -> dict[str, torch.Tensor]:
@@ -143,57 +130,12 @@ def test_the_same_seed_gives_pefts_initial_values(init: Any) -> None:
 
 # ------------------------------------------------------------------------------- mixed batches
 
-RANKS = {"a": 4, "b": 1, "c": 16, "d": 3}
-ROWS = ["a", None, "b", "c", "d", "a", None, "c"]
-EACH = 6  # tokens of a sample
-
-
-def mixed_block(kind: str, dropout: float = 0.0, dtype: torch.dtype = DOUBLE) -> Any:
-    """A block with four adapters. The last one adapts one of the two stacks."""
-    base = ExpertBlock(kind, dtype, "eager")
-    stacks, model = stacks_of(base), None
-    for seed, (name, r) in enumerate(RANKS.items()):
-        torch.manual_seed(seed)
-        targets = stacks[:1] if name == "d" else stacks
-        config = LoraConfig(
-            **{"r": r, "lora_alpha": 2 * r, "lora_dropout": dropout},
-            **{"target_modules": [], "target_parameters": targets},
-        )
-        if model is None:
-            model = fastlora.get_peft_model(base, config, name)
-        else:
-            model.add_adapter(name, config)
-        copy_random_factors([model], name, seed)
-    assert model is not None
-    model.set_adapter(list(RANKS))
-    return model.train()
-
-
-def run_rows(
-    model: Any, rows: list[str | None], x: torch.Tensor, *routed: torch.Tensor, run: Any = None
-) -> Any:
-    """The output of a mixed batch with fixed dropout seeds, and every gradient by adapter."""
-    model.zero_grad()
-    x = x.detach().requires_grad_()
-    with fastlora.adapters(model, rows, seeds=dict.fromkeys(RANKS, 11)):
-        y = (model if run is None else run)(x.unflatten(0, (len(rows), EACH)), *routed).flatten(
-            0, 1
-        )
-    y.square().sum().backward()
-    factors = {name: file_gradients(model, name) for name in RANKS}
-    return y.detach(), x.grad, factors
-
-
-def tokens_of(samples: list[int]) -> torch.Tensor:
-    """The positions of the tokens of samples."""
-    return torch.cat([torch.arange(EACH) + EACH * sample for sample in samples])
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_mixed_batch_is_each_adapter_alone(kind: str, dropout: float) -> None:
     model = mixed_block(kind, dropout)
-    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    inputs = batch_inputs()
     y, dx, gradients = run_rows(model, ROWS, *inputs)
     for name in (None, *RANKS):
         samples = [number for number, row in enumerate(ROWS) if row == name]
@@ -221,7 +163,7 @@ def test_a_mixed_batch_is_each_adapter_alone(kind: str, dropout: float) -> None:
 def test_interleaving_samples_of_different_adapters_changes_nothing(dropout: float) -> None:
     """With dropout, the samples of one adapter keep their order."""
     model = mixed_block("qwen3_moe", dropout)
-    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    inputs = batch_inputs()
     order = [4, 6, 0, 2, 3, 1, 5, 7] if dropout else [7, 5, 1, 0, 6, 2, 4, 3]
     moved = tokens_of(order)
     y, dx, gradients = run_rows(model, ROWS, *inputs)
@@ -233,7 +175,7 @@ def test_interleaving_samples_of_different_adapters_changes_nothing(dropout: flo
 
 def test_dropout_acts_on_adapters_alone_and_only_in_training() -> None:
     model = mixed_block("qwen3_moe", 0.5)
-    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    inputs = batch_inputs()
     trained = run_rows(model, ROWS, *inputs)[0]
     model.eval()
     evaluated = run_rows(model, ROWS, *inputs)[0]
@@ -248,7 +190,7 @@ def test_dropout_acts_on_adapters_alone_and_only_in_training() -> None:
 
 def test_nan_in_an_adapter_stays_in_its_rows() -> None:
     model = mixed_block("gpt_oss")
-    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    inputs = batch_inputs()
     expected = run_rows(model, ROWS, *inputs)
     for factor in file_parameters(model, "c").values():
         factor.data.fill_(float("nan"))
@@ -287,13 +229,17 @@ def test_one_graph(dtype: torch.dtype) -> None:
         with torch._dynamo.config.patch(error_on_recompile=scale > 1):
             found = step(model, run=lambda _, *inputs: compiled(*inputs))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    x, index, weights = routed_tokens(24, dtype)
+    index[3, 1] = 4  # An index out of range makes the output of its token NaN.
+    y = compiled(x, index, weights)
+    assert y[3].isnan().all() and not y[[2, 4]].isnan().any()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_one_graph_for_every_mix(dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "dtype"), [(0.0, torch.bfloat16), (0.2, torch.float32)])
+def test_one_graph_for_every_mix(dropout: float, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    model = mixed_block("qwen3_moe", dropout)
-    inputs = [t.detach() for t in routed_tokens(len(ROWS) * EACH, DOUBLE)]
+    model = mixed_block("qwen3_moe", dropout, dtype)
+    inputs = batch_inputs(dtype)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for rows in (ROWS, ["c", "a", None, "d", "b", "b", None, "c"]):
         expected = run_rows(model, rows, *inputs)
@@ -333,6 +279,38 @@ def test_activation_checkpoints(reentrant: bool) -> None:
     torch.testing.assert_close(step(model, run=checkpointed), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_of_mixed_batches(reentrant: bool) -> None:
+    """Every adapter has its own masks and gradients, also in a backward after the block."""
+    model, inputs = mixed_block("qwen3_moe", 0.3), batch_inputs()
+
+    def checkpointed(*given: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, *given, use_reentrant=reentrant)
+
+    expected = run_rows(model, ROWS, *inputs)
+    torch.testing.assert_close(run_rows(model, ROWS, *inputs, run=checkpointed), expected)
+
+
+def test_autocast_of_mixed_batches() -> None:
+    """As one adapter at a time, within the rounding of the outputs."""
+    model, inputs = mixed_block("gpt_oss", dtype=torch.float32), batch_inputs(torch.float32)
+
+    def under_autocast(*given: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            made: torch.Tensor = model(*given)
+        return made
+
+    y, dx, gradients = run_rows(model, ROWS, *inputs, run=under_autocast)
+    for name in (None, *RANKS):
+        samples = [number for number, row in enumerate(ROWS) if row == name]
+        own = tokens_of(samples)
+        given = [name] * len(samples), *(t[own] for t in inputs)
+        alone = run_rows(model, *given, run=under_autocast)  # type: ignore[arg-type]
+        torch.testing.assert_close((y[own], dx[own]), alone[:2])
+        if name is not None:
+            torch.testing.assert_close(gradients[name], alone[2][name], rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_computes_in_the_dtype_of_the_weights() -> None:
     model, theirs = (block("qwen3_moe", torch.float32, lib) for lib in (fastlora, peft))
     theirs.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"
@@ -364,6 +342,27 @@ def test_no_tokens_and_choices_out_of_range() -> None:
     index[1, 1] = -1
     with pytest.raises(ValueError, match="top_k_index contains -1"):
         model(x, index, weights)
+
+
+def test_mixed_batches_without_tokens_and_with_choices_out_of_range() -> None:
+    """The error names the value, and later batches are right."""
+    model, (x, index, weights) = mixed_block("gpt_oss"), batch_inputs()
+    expected = run_rows(model, ROWS, x, index, weights)[0]
+    y, dx, gradients = run_rows(model, ["a", None], x[:0], index[:0], weights[:0], each=0)
+    assert y.shape == dx.shape == (0, 16)
+    assert not any(g is not None and g.any() for own in gradients.values() for g in own.values())
+    for bad in (4, -1):
+        chosen = index.clone()
+        chosen[1, 1] = bad
+        with pytest.raises(ValueError, match=f"top_k_index contains {bad}, expected .* 4 experts"):
+            run_rows(model, ROWS, x, chosen, weights)
+    assert torch.equal(run_rows(model, ROWS, x, index, weights)[0], expected)
+
+
+def test_the_report_names_the_implementation_that_is_replaced() -> None:
+    report = str(fastlora.fusion_report(block("qwen3_moe", implementation="grouped_mm")))
+    words = "grouped products with LoRA replace experts_implementation='grouped_mm'"
+    assert words in " ".join(report.split())
 
 
 def test_sentinels_of_expert_parallelism_add_nothing() -> None:
@@ -431,6 +430,13 @@ def test_patched_layers_of_peft(kind: str) -> None:
     ):
         found = step(patched)
     torch.testing.assert_close(found, step(theirs), rtol=1e-11, atol=1e-11)
+    with (
+        mock.patch.object(
+            peft.tuners.lora.layer._LoraFactorsProxy, "forward", side_effect=KeyError("replaced")
+        ),
+        pytest.raises(KeyError, match="replaced"),
+    ):
+        step(patched)
     assert layer.state_dict().keys() == theirs.base_model.model.experts.state_dict().keys()
     for model in (theirs, patched):
         targets = stacks_of(ExpertBlock(kind, DOUBLE))
@@ -475,6 +481,33 @@ class AllTokens(nn.Module):
         """Maps ``[..., H]`` to ``[..., H]``, by the sum of all experts."""
         y: torch.Tensor = self.experts(x.reshape(-1, x.shape[-1]).repeat(4, 1))
         return y.view(4, *x.shape).sum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_all_tokens_are_within_the_budget(dtype: torch.dtype) -> None:
+    """Values and every gradient, with the factors in fp32."""
+    models = []
+    for library in (fastlora, peft):
+        base = AllTokens().to(dtype)
+        config = library.LoraConfig(r=4, target_modules=[], target_parameters=stacks_of(base))
+        torch.manual_seed(1)
+        models.append(library.get_peft_model(base, config))
+    copy_random_factors(models)
+
+    def run(model: Any) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        dtype = model.base_model.model.experts.get_base_layer().down_proj.dtype
+        x = torch.randn(24, 16, generator=generator).bfloat16().to(dtype).requires_grad_()
+        y = model(x)
+        (y * torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype)).sum().backward()
+        return {"y": y.detach(), "x": x.grad, **file_gradients(model)}  # type: ignore[dict-item]
+
+    truth = run(as_truth(models[1]))
+    found, same = map(run, models)
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        assert value.dtype == same[name].dtype
+        assert_within_budget(value, same[name], truth[name], name)
 
 
 def all_tokens() -> Any:

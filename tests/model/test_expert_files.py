@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora import AdapterPool, LoraConfig, LoraModel, adapters, get_peft_model
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from fastlora.model.expert_files import factor_sizes
 from fastlora.model.stacked_experts import FORMER_NAMES
 from fastlora.model.targets import select_targets
 from fastlora.validation import CheckpointError
@@ -47,6 +48,15 @@ SAVED: list[tuple[str, dict[str, Any]]] = [
 def logits_of(model: Any) -> torch.Tensor:
     logits: torch.Tensor = model.eval()(input_ids=IDS).logits.detach()
     return logits
+
+
+def logits_in_pool(kind: str, folder: Path, **targets: Any) -> torch.Tensor:
+    """The logits of a pool that has read the adapter in a folder, for two samples."""
+    model = moe_model(kind)
+    with AdapterPool(model, **targets) as pool:
+        pool.load("a", folder)
+        with adapters(pool, ["a", "a"]):
+            return logits_of(model)
 
 
 def adapted(kind: str, **fields: Any) -> LoraModel:
@@ -89,7 +99,11 @@ def test_files_of_peft_load(kind: str, fields: dict[str, Any], tmp_path: Path) -
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "these config values match no module: exclude_modules")
         model = LoraModel.from_pretrained(moe_model(kind), tmp_path)
+        # The routers of this model type are no targets of a pool unless it names them.
+        targets = {"target_parameters": [*BOTH, "router.weight"]} if kind == "gpt_oss" else {}
+        in_pool = logits_in_pool(kind, tmp_path, **targets)
     torch.testing.assert_close(logits_of(model), logits_of(twin), rtol=0, atol=1e-6)
+    torch.testing.assert_close(in_pool, logits_of(twin), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +234,14 @@ def test_files_of_transformers_4(
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = LoraModel.from_pretrained(moe_model(kind), tmp_path)
+        in_pool = logits_in_pool(kind, tmp_path)
     merged = moe_model(kind, torch.float64, "eager")
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
             if name in updates:
                 parameter += updates[name]
     torch.testing.assert_close(logits_of(model).double(), logits_of(merged), rtol=0, atol=1e-5)
+    torch.testing.assert_close(in_pool.double(), logits_of(merged), rtol=0, atol=1e-5)
     model.load_adapter(tmp_path, "second")
     model.set_adapter("second")
     torch.testing.assert_close(logits_of(model).double(), logits_of(merged), rtol=0, atol=1e-5)
@@ -274,3 +290,19 @@ def test_other_orders_of_lora_b(tmp_path: Path) -> None:
     lora_b = torch.arange(24).view(2, 12)
     grouped = lora_b.unflatten(1, (3, 4)).transpose(1, 2).flatten(1)  # E 4, r 3
     assert torch.equal(grouped.unflatten(1, (4, 3)).transpose(1, 2).flatten(1), lora_b)
+
+
+def test_sizes_that_a_file_does_not_show() -> None:
+    """A number of experts that does not follow from the ranks is unknown, as its rank is."""
+    config = LoraConfig(r=3, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    one_rank = {"mlp.experts": 12, "mlp.experts.base_layer": 12, "q": 3}
+    found = factor_sizes(config, one_rank)
+    assert found["mlp.experts"] == found["mlp.experts.base_layer"] == (3, 8, 8 / 3, 4)
+    assert found["q"] == (3, 8, 8 / 3, None)
+    config.rank_pattern, config.alpha_pattern = {"gate_up_proj": 6}, {"gate_up_proj": 1}
+    both = factor_sizes(config, {"mlp.experts.base_layer": 24, "mlp.experts": 12})
+    assert both == {
+        "mlp.experts.base_layer": (6, 1, 1 / 6, 4),
+        "mlp.experts": (3, 8, 8 / 3, 4),
+    }
+    assert factor_sizes(config, {"mlp.experts": 24})["mlp.experts"] == (None,) * 4

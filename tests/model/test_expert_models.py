@@ -73,7 +73,7 @@ def test_ten_losses_and_every_gradient_are_pefts(kind: str) -> None:
         assert (gradient - expected).norm() <= 1e-5 * expected.norm(), key
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_files_are_pefts_both_ways(kind: str, tmp_path: Path) -> None:
     ours, theirs = adapted(kind), adapted(kind, peft)
     copy_random_factors([ours, theirs])
@@ -230,6 +230,18 @@ def test_weighted_sums(kind: str) -> None:
     assert len(expected) == 6  # two layers, each with one linear and two stacks
 
 
+def test_pefts_lora_layers_are_those_with_factors() -> None:
+    """A loop over them finds the adapter of every parameter, as in PEFT."""
+    found = []
+    for library in (fastlora, peft):
+        model = adapted("qwen3_moe", library)
+        copy_random_factors([model])
+        layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        assert [layer.r for layer in layers] == [{"default": 3}] * 6
+        found.append([float(layer.get_delta_weight("default").detach().norm()) for layer in layers])
+    torch.testing.assert_close(*(torch.tensor(sorted(norms)) for norms in found))
+
+
 def test_reducing_the_rank() -> None:
     model = adapted("gpt_oss")
     copy_random_factors([model])
@@ -264,7 +276,11 @@ def test_hot_swap(tmp_path: Path) -> None:
 # ------------------------------------------------------------ routers, and other modules
 
 
-ROUTERS = {"qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
+ROUTERS = {
+    "qwen3_moe": "mlp.gate.weight",
+    "gpt_oss": "mlp.router.weight",
+    "llama4_text": "router.weight",  # of a linear layer that returns two tensors, in one layer
+}
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -277,7 +293,7 @@ def test_routers_are_pefts(kind: str) -> None:
         logits(model).square().sum().backward()
     torch.testing.assert_close(*map(logits, models))
     ours, theirs = map(file_gradients, models)
-    assert ours.keys() == theirs.keys() and len(ours) == 4
+    assert ours.keys() == theirs.keys() and len(ours) == (2 if kind == "llama4_text" else 4)
     for key, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[key])
     assert "each adapted parameter replaced" in str(fastlora.fusion_report(models[0]))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fastlora import LoraConfig, get_peft_model
+from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.stacked_experts import FORMER_NAMES
 from fastlora.model.targets import check_all_targets_match, select_targets
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
-from tests.support.moe_models import MODELS, moe_model
+from tests.support.moe_models import MODELS, file_parameters, moe_model
 from tests.support.peft_twins import peft
 from tests.support.tiny import unchanged
 
@@ -423,6 +424,29 @@ def test_experts_of_a_model_without_a_config() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(model, LoraConfig(target_modules=["lin"], target_parameters=["up.weight"]))
+
+
+def test_a_former_name_doubles_only_its_own_parameters(tmp_path: Path) -> None:
+    """A stack in ``target_parameters`` keeps the config's rank beside one with a former name."""
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=r".*layers\.1\.mlp\.experts\.(gate|up)_proj",
+        target_parameters=["layers.0.mlp.experts.gate_up_proj"],
+    )
+    model = get_peft_model(moe_model("qwen3_moe"), config)
+    stacks = "base_model.model.model.layers.{}.mlp.experts.lora_{}.weight"
+    for _ in range(2):
+        shapes = {key: tuple(p.shape) for key, p in file_parameters(model).items()}
+        assert shapes[stacks.format(0, "A")] == (4 * 3, 16)
+        assert shapes[stacks.format(1, "A")] == (4 * 6, 16)
+        layers = model.get_base_model().model.layers
+        inner = [layer.mlp.experts.inner_layers()["gate_up_proj"] for layer in layers]
+        assert [layer.scaling["default"] for layer in inner] == [2.0, 2.0]
+        model.save_pretrained(tmp_path)
+        model = LoraModel.from_pretrained(moe_model("qwen3_moe"), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(moe_model("qwen3_moe"), str(tmp_path))
+    assert {k: tuple(p.shape) for k, p in file_parameters(theirs).items()} == shapes
 
 
 def test_layers_of_parameters_are_pefts() -> None:

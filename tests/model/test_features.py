@@ -46,7 +46,7 @@ class Feature(NamedTuple):
     Attributes:
         base: Makes the model, the same one at every call.
         config: Fields of a LoraConfig.
-        alone: What of PEFT's is no twin: "values", "loading" or "all".
+        alone: What of PEFT's is no twin: "values", "config", "loading" or "all".
         unmerged: What `merge_adapter` says where it refuses.
         inside: The part of the model whose layers PEFT can replicate, if it is not the model.
         apart: Whether what is tied has weights of its own once it is merged.
@@ -112,6 +112,33 @@ TIED: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["lm_head", "q_proj"], "lora_alpha": 5},
     "regex": {"target_modules": r".*(q_proj|lm_head)$", "lora_alpha": 5},
 }
+# Experts by the names of their parameters, and by those that linear layers had.
+BOTH_STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("qwen3_moe", "rslora", {"target_parameters": BOTH_STACKS, "use_rslora": True}),
+    (
+        "gpt_oss",
+        "patterns",
+        {
+            "target_parameters": [*BOTH_STACKS, "router.weight"],
+            "rank_pattern": {"experts.down_proj": 3},
+            "alpha_pattern": {"router.weight": 5},
+            "target_modules": ["o_proj"],
+        },
+    ),
+    ("llama4_text", "copies", {"target_parameters": BOTH_STACKS, "modules_to_save": ["lm_head"]}),
+    (
+        "nemotron_h",
+        "attention",
+        {
+            "target_parameters": ["experts.up_proj", "experts.down_proj"],
+            "target_modules": ["q_proj"],
+            "lora_alpha": 3,
+        },
+    ),
+    ("mixtral", "w1 w2 w3", {"target_modules": ["w1", "w2", "w3"], "use_rslora": True}),
+    ("olmoe", "all-linear", {"target_modules": "all-linear"}),
+]
 FEATURES: dict[str, Feature] = {
     "plain": both({"task_type": None}),
     "patterns": both({"rank_pattern": {"v": 1}, "alpha_pattern": {"v": 3}}),
@@ -161,6 +188,7 @@ FEATURES: dict[str, Feature] = {
             ("rows", {"trainable_token_indices": [1, 5, 9]}, ()),
         )
     },
+    # Also in a pool, with the file of either library.
     **{
         f"{name} of {kind}": Feature(
             lambda kind=kind: moe_model(kind, implementation="eager"),
@@ -171,6 +199,15 @@ FEATURES: dict[str, Feature] = {
             ("qwen3_moe", "experts.gate_up_proj"),
             ("qwen3_moe", "gate.weight"),
         )
+    },
+    **{
+        f"experts of {kind} {name}": Feature(
+            lambda kind=kind: moe_model(kind, implementation="" if "llama" in kind else "eager"),
+            config,
+            # PEFT converts the names in target_modules and no names of Llama 4.
+            () if kind in ("qwen3_moe", "gpt_oss", "nemotron_h") else ("config",),
+        )
+        for kind, name, config in EXPERTS
     },
     "layers of Llama": layers("LlamaForCausalLM", ["q_proj", "up_proj"]),
     "layers of Mistral": layers("MistralForCausalLM", ["q_proj"]),
@@ -256,12 +293,30 @@ def test_as_peft(name: str, tmp_path: Path) -> None:
         check_twin(feature, *models, expected)
     # Of layers inside of its model PEFT writes no config that says what they are.
     models = models[:1] if feature.inside else models
-    readers = (fastlora,) if feature.alone or feature.inside else (fastlora, peft)
+    alone = set(feature.alone) - {"config"} or feature.inside
+    readers = (fastlora,) if alone else (fastlora, peft)
     assert_files_cross(models, lambda: feature.base().double(), run, expected, tmp_path, readers)
     if len(models) == 2:
         check_same_keys(*(load_adapter_folder(tmp_path / f"saved{i}").tensors for i in (0, 1)))
+    if "target_parameters" in feature.config:
+        for number in range(len(models)):
+            check_pool(feature, tmp_path / f"saved{number}", expected)
     with torch.no_grad():
         check_merging(feature, ours, expected)
+
+
+def check_pool(feature: Feature, folder: Path, expected: torch.Tensor) -> None:
+    """In a pool, its row of a batch is what it gives alone."""
+    base, fields = feature.base().double(), ("target_modules", "target_parameters")
+    plain = run(base)
+    with (
+        fastlora.AdapterPool(base, **{f: feature.config[f] for f in fields}) as pool,
+        torch.no_grad(),
+    ):
+        pool.load("a", folder)
+        found = run(base, adapter_names=["a", None])
+    assert_near(found[0], expected[0], "its row in a pool")
+    assert_near(found[1], plain[1], "a base row in a pool")
 
 
 def check_twin(feature: Feature, ours: Any, theirs: Any, expected: torch.Tensor) -> None:
@@ -278,7 +333,7 @@ def check_twin(feature: Feature, ours: Any, theirs: Any, expected: torch.Tensor)
         assert_same_gradients(*both)
     views = [p for n, p in theirs.named_parameters() if is_view(feature, n)]
     assert_same_status(ours, theirs, sum(p.numel() for p in views))
-    for field in ("target_modules", "modules_to_save"):
+    for field in () if "config" in feature.alone else ("target_modules", "modules_to_save"):
         mine, its = (getattr(m.peft_config["default"], field) for m in (ours, theirs))
         assert mine == its, field
 

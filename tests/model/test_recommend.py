@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -90,3 +91,55 @@ def test_by_memory() -> None:
     assert config.load_in_4bit and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "excluded"),
+    [
+        ("qwen3_moe", 4, {"gate"}),
+        ("mixtral", 4, {"gate"}),
+        ("deepseek_v3", 4, {"gate"}),
+        ("gpt_oss", 4, {"router"}),
+        ("llama4_text", 8, {"router"}),
+        ("nemotron_h", 4, {"gate"}),
+    ],
+)
+def test_experts(kind: str, rank: int, excluded: set[str]) -> None:
+    """Experts have rank r / experts per token, whatever the model type; routers stay frozen."""
+    moe_models = pytest.importorskip("tests.support.moe_models")
+    base = moe_models.moe_model(kind)
+    stacks = moe_models.stacks_of(base)
+    advice = fastlora.recommend(base)
+    assert (advice.r, advice.expert_r, list(advice.target_parameters)) == (8, rank, sorted(stacks))
+    assert f"target_parameters {sorted(stacks)} with r {rank}, " in str(advice)
+    assert (advice.lora_dropout, advice.config().exclude_modules) == (0.0, excluded)
+    for changes, expected in (({}, rank), ({"r": 6}, rank * 6 // 8)):
+        config = advice.config(**changes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            estimated = fastlora.estimate(base, config)
+            model = fastlora.get_peft_model(moe_models.moe_model(kind), config)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert sum(p.numel() for p in trained.values()) == estimated.adapter_parameters
+        assert not any(".gate." in n or ".router." in n for n in trained)
+        ranks = {n: m.r["default"] for n, m in model.named_modules() if getattr(m, "r", None)}
+        experts = {n for n in ranks if "parameters_with_adapters" in n}
+        assert {n.rpartition(".")[2] for n in experts} == {n.partition(".")[2] for n in stacks}
+        assert all(r == (expected if n in experts else config.r) for n, r in ranks.items())
+        assert fastlora.recommend(model) == advice
+
+
+def test_other_targets_than_those_of_experts() -> None:
+    """Targets that are given decide about experts, which then have the rank that is given."""
+    moe_models = pytest.importorskip("tests.support.moe_models")
+    advice = fastlora.recommend(moe_models.moe_model("qwen3_moe"))
+    config = advice.config(target_modules=["q_proj"])
+    assert (config.target_parameters, config.rank_pattern, config.exclude_modules) == (
+        None,
+        {},
+        None,
+    )
+    config = advice.config(target_parameters=["experts.down_proj"])
+    assert (config.target_parameters, config.rank_pattern) == (["experts.down_proj"], {})
+    assert advice.config(rank_pattern={"down_proj": 3}).rank_pattern == {"down_proj": 3}
+    assert fastlora.recommend(moe_models.moe_model("qwen3_moe").config.hidden_size).expert_r == 8

@@ -98,6 +98,17 @@ def test_a_copy_names_the_active_adapters_that_have_one() -> None:
     assert answers[0] == answers[1]
 
 
+def test_weights_that_are_targeted_as_parameters() -> None:
+    """fastlora adapts a linear layer as a whole; PEFT's status names the layer of a parameter."""
+    made = []
+    for library in (fastlora, peft):
+        config = library.LoraConfig(r=2, target_modules=["v"], target_parameters=["q.weight"])
+        made.append(library.get_peft_model(TwoLayers(), config))
+    assert_same_status(*made)
+    kinds = [layer.module_type for layer in made[0].get_layer_status()]
+    assert kinds == ["lora.ParamWrapper", "lora.Linear"]
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
 def test_quantized_bases(kind: str) -> None:
     """Their names in PEFT; beside a plain layer the model's is irregular."""

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 
-from fastlora import get_peft_model
+from fastlora import LoraModel, get_peft_model
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
@@ -339,6 +340,16 @@ def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
         assert find_targets(model, without) == ["lin"]
 
 
+@pytest.mark.parametrize(("kind", "field"), [("XLNetModel", "d_inner"), ("FunnelModel", "")])
+def test_heads_of_attention_are_not_experts(kind: str, field: str) -> None:
+    """Parameters of three dimensions without experts are not reported."""
+    model = tiny(kind, **({field: 24} if field else {}))
+    assert any(parameter.dim() == 3 for parameter in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_targets(model, LoraConfig(target_modules="all-linear"))
+
+
 def test_all_linear_says_which_layers_it_leaves_out() -> None:
     """Those of which other adapters own copies; a copied module of another kind is none."""
     config = LoraConfig(target_modules="all-linear")
@@ -355,6 +366,23 @@ def test_all_linear_says_which_layers_it_leaves_out() -> None:
         messages = [str(warning.message) for warning in caught]
         assert len(messages) == (said is not None)
         assert said is None or said in messages[0]
+
+
+def test_all_linear_leaves_out_a_copied_layer_with_the_name_of_another(tmp_path: Path) -> None:
+    """A layer at the top does not select the copied one of the same name; the file says so too."""
+    layers = {"attn": Attention(), "q_proj": nn.Linear(16, 16), "out": nn.Linear(16, 16)}
+    config = LoraConfig(r=2, target_modules="all-linear")
+    first = LoraConfig(r=2, target_modules=["out"], modules_to_save=["attn"])
+    base = copy.deepcopy(nn.ModuleDict(layers))
+    model = get_peft_model(nn.ModuleDict(layers), first)
+    with pytest.warns(UserWarning, match="leaves out 'attn.q_proj' and"):
+        model.add_adapter("all", config)
+    adapted = [n for n, m in model.base_model.model.named_modules() if "all" in getattr(m, "r", ())]
+    assert adapted == ["q_proj", "out"]
+    model.save_pretrained(tmp_path, selected_adapters=["all"])
+    again = LoraModel.from_pretrained(base, tmp_path / "all")
+    found = [n for n, m in again.base_model.model.named_modules() if getattr(m, "r", ())]
+    assert found == adapted
 
 
 def test_all_linear_says_why_it_leaves_out_the_layer_that_it_names() -> None:

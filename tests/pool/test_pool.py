@@ -76,7 +76,7 @@ def test_residents_hold_what_the_files_say(tmp_path: Path, dtype: torch.dtype) -
                 if factors is not None:
                     assert factors.scaling == expected_scaling(KINDS[name], module.name)
         assert lease.max_rank == 7
-    assert pool.modules[0] == ("layers.0.q", 10, 14)
+    assert pool.modules[0] == ("layers.0.q", 10, 14, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -100,7 +100,7 @@ def test_nothing_is_padded_but_to_16_bytes(tmp_path: Path) -> None:
 
 def test_layers_know_their_pool(root: Path) -> None:
     pool = make_pool(root)
-    for index, (name, k, n) in enumerate(pool.modules):
+    for index, (name, k, n, _) in enumerate(pool.modules):
         layer = pool._model.get_submodule(name)
         assert isinstance(layer, FastLoraLinear)
         assert (layer.table_row, layer.routing_group) == (index, pool.group)

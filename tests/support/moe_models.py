@@ -35,15 +35,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def moe_model(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "") -> Any:
-    """A random model of two layers with four experts; the same one at every call."""
+def moe_model(
+    kind: str, dtype: torch.dtype = torch.float32, implementation: str = "", **fields: Any
+) -> Any:
+    """A random model of two layers with four experts; the same one at every call.
+
+    ``fields`` go to the model's config.
+    """
     torch.manual_seed(0)
     common = {
         **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16},
         **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
         **{"num_experts_per_tok": 2, "max_position_embeddings": 32, "pad_token_id": 0},
     }
-    config = transformers.AutoConfig.for_model(kind, **{**common, **MODELS[kind]})
+    config = transformers.AutoConfig.for_model(kind, **{**common, **MODELS[kind], **fields})
     if implementation:
         config._experts_implementation = implementation
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -76,12 +81,15 @@ class ExpertBlock(nn.Module):
         return y.view(x.shape)
 
 
-def routed_tokens(tokens: int, dtype: torch.dtype, seed: int = 2) -> tuple[torch.Tensor, ...]:
-    """Inputs of an `ExpertBlock`: two of four experts for each token, none for expert 2."""
+def routed_tokens(
+    tokens: int, dtype: torch.dtype, seed: int = 2, idle: int | None = 2
+) -> tuple[torch.Tensor, ...]:
+    """Inputs of an `ExpertBlock`: two of four experts for each token, none for the idle expert."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 16, generator=generator).to(torch.bfloat16).to(dtype)
     scores = torch.rand(tokens, 4, generator=generator)
-    scores[:, 2] = -1.0
+    if idle is not None:
+        scores[:, idle] = -1.0
     weights, index = scores.topk(2)
     return x.requires_grad_(), index, weights.to(torch.bfloat16).to(dtype).requires_grad_()
 

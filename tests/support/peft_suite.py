@@ -42,7 +42,6 @@ RULES = (
         r"does not support (velora|alora|monteclora|arrow|kasa|use_bdlora|use_qalora)"
         r"|[Kk]asa|[Aa]lora|ActivatedLora|Montec|[Aa]rrow|BdLora|[Vv]elora",
     ),
-    Rule("`target_parameters`", NOT_OURS, r"does not support target_parameters|argetParameter"),
     Rule(
         "Methods other than LoRA, models that mix methods",
         NOT_OURS,
@@ -60,9 +59,20 @@ RULES = (
         r"already has LoRA layers|test_mapping",
     ),
     Rule(
+        "Mixed batches, sums, and different sets of `target_parameters`",
+        f"work, where PEFT raises an error; {DIFFERS}, Config",
+        r"DID NOT RAISE.*DecoderModelsTargetParameters::test_(generate_with_)?mixed_adapter"
+        r"|ModelsTargetParameters::test_weighted_combination|with_different_target_parameters",
+    ),
+    Rule(
         "Mixed batches in training and with DoRA",
         f"work, where PEFT raises an error; {DIFFERS}, Adapters",
         r"DID NOT RAISE.*(mixed_adapter|DoRA)|mixed_adapter.*DID NOT RAISE|MixedAdapterBatches.*",
+    ),
+    Rule(
+        "`target_parameters` that match nothing, parametrized weights",
+        f"raise an error that names them; {DIFFERS}, Config",
+        r"invalid_target_parameters_warns|with_existing_parametrization",
     ),
     Rule(
         "Merging into a shared weight",
@@ -104,13 +114,15 @@ RULES = (
     Rule(
         "PEFT's classes, private methods, and caches",
         f"fastlora has its own; {DIFFERS}, Adapters",
-        r"isinstance\(|has no attribute '|TestDoraCaching|Prefixes|repr_lora|assert \[\]"
+        r"isinstance\(|has no attribute '|TestTargetParameters::|TestDoraCaching"
+        r"|Prefixes|repr_lora|assert \[\]"
         r"|AuxiliaryTrainingWrapper|MinimalTargetModules|test_merge_layers.*LoRA trainable_tokens",
     ),
     Rule(
         "Others, one test each",
-        f"DoRA norms summed in another order, one factor of a pair, one layer set alone; {DIFFERS}",
-        r"layer_replication|embed_scale_is|expected both factors|extra_key_raises"
+        f"sums rounded in another order, one factor of a pair, one layer set alone; {DIFFERS}",
+        r"layer_replication|embed_scale_is|wrapped_learnable_bias|expected both factors"
+        r"|extra_key_raises"
         r"|lora_plus_embedding|use_dora_linear|active_adapters_irregular"
         r"|FastLoraMultiheadAttention|auto class",
     ),

@@ -223,7 +223,7 @@ def _check_column(pool: AdapterPool, resident: Any, index: int) -> None:
         assert tables.scale_address[at] == 0
         return
     _check_scale(tables.scale_address[at].item(), factors, resident.scales, index)
-    assert tables.rank[at] == factors.lora_a.shape[0]
+    assert tables.rank[at] * pool.modules[index].num_matrices == factors.lora_a.shape[0]
     assert tables.scaling[at] == torch.tensor(factors.scaling, dtype=torch.float32)
     blocks = (factors.lora_a, factors.lora_b.t(), factors.lora_bias)
     for address, block in zip(addresses, blocks, strict=True):

@@ -27,13 +27,13 @@ LENGTH = 128
 NEAR_TIE = 1e-4  # fp32 logits of this model, of some 1 to 10, err by 1e-6
 
 
-def make_base(folder: Path, **changes: Any) -> Path:
+def make_base(folder: Path, model: Any = None, **changes: Any) -> Path:
     """Saves a base model; its tokenizer has a chat template, and puts no spaces between tokens."""
     from tokenizers import decoders
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
-        train_runs.make_base(folder, eos_token_id=95, **changes)
+        train_runs.make_base(folder, model, eos_token_id=95, **changes)
     )
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     tokenizer.chat_template = TEMPLATE

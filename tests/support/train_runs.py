@@ -18,15 +18,18 @@ from tests.support.tiny import tiny_llama
 WORDS = ["sea", "ship", "north wind", "tin", "robot", "lamp", "harbour", "salt", "bolt", "star"]
 
 
-def make_base(folder: Path, **changes: Any) -> Path:
-    """Saves a random Llama of two layers, and a tokenizer of a token for each ASCII character."""
+def make_base(folder: Path, model: Any = None, **changes: Any) -> Path:
+    """Saves a model, and a tokenizer of a token for each ASCII character.
+
+    The model is a random Llama of two layers with ``changes``, unless another one is given.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {chr(32 + i): i for i in range(95)} | {"<eos>": 95, "<pad>": 96}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tiny_llama(**changes).save_pretrained(folder)
+    (tiny_llama(**changes) if model is None else model).save_pretrained(folder)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(folder)
     return folder

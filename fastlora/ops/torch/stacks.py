@@ -194,7 +194,8 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
 
-    Rows of x that belong to no matrix, which come first, have results of zero.
+    Rows of x that belong to no matrix, which come first, have results that depend on the
+    implementation. Autograd must not receive a gradient for them.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -211,7 +212,9 @@ def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor)
 
     ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and P.
     """
-    if _supports_grouped_mm(x, stack, starts):
+    if _supports_grouped_mm(x, stack):
+        # Rows without a matrix are multiplied by the first one, so that the host need not know how
+        # many there are.
         made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:])
         return made
     y = x.new_zeros(x.shape[0], stack.shape[1])
@@ -220,7 +223,7 @@ def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor)
     return y
 
 
-def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> bool:
+def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` supports the operands.
 
     It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
@@ -230,8 +233,7 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor, starts: torch.Ten
         return False
     sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
     widths = x.itemsize, x.itemsize, 1, 1
-    aligned = all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
-    return aligned and not bool(starts[0])  # It skips no rows at the beginning.
+    return all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
 
 
 def _supports_dtype(x: torch.Tensor) -> bool:
