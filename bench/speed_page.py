@@ -72,6 +72,26 @@ def mixed(rows: Sequence[Row]) -> str:
     return _table(("adapters in the batch", *counts), lines)
 
 
+def experts(rows: Sequence[Row]) -> str:
+    """Return fastlora's times relative to PEFT's and the base module's, and its peak memory."""
+    lines = []
+    for row in rows:
+        ratios = [
+            float(row[f"{kind}_ratio_to_{other}"])
+            for kind in ("step", "forward")
+            for other in ("peft", "base")
+        ]
+        peak = float(row["step_fastlora_peak_mib"]) / float(row["step_peft_peak_mib"])
+        figures = (f"{value:.2f}" for value in (*ratios, peak))
+        lines.append(
+            (row["dtype"], row["adapters"], row["tokens"], *figures, row["rounds"])
+            + (row["commit"][:8],)
+        )
+    times = ("step / PEFT", "step / base", "forward / PEFT", "forward / base")
+    head = ("dtype", "adapters", "tokens", *times, "peak memory / PEFT", "rounds", "commit")
+    return _table(head, lines)
+
+
 def host(rows: Sequence[Row]) -> str:
     """Return the host time of a linear layer beyond the bare layer's, in microseconds."""
     lines = (
@@ -109,6 +129,7 @@ def prediction(rows: Sequence[Row]) -> str:
 _KINDS: dict[str, Callable[[Sequence[Row]], str]] = {
     "steps": steps,
     "mixed": mixed,
+    "experts": experts,
     "host": host,
     "prediction": prediction,
 }

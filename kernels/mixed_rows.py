@@ -144,7 +144,10 @@ def factor_pointer(address, dtype: tl.constexpr):
 
 @triton.jit
 def load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M):
-    """Return (first_m, stop_m, slot) of a piece: its positions, and its slot, -1 if it is empty."""
+    """Return (first_m, stop_m, slot) of a piece: its positions, and its slot, -1 if it is empty.
+
+    The rows may be the first M rows of a larger batch. A piece that reaches beyond M has no slot.
+    """
     first_m = tl.load(piece_start_ptr + piece)
     stop_m = tl.load(piece_start_ptr + piece + 1)
     used = first_m < M
@@ -279,8 +282,8 @@ def add_rank_rows(
                 hit = (row_segment == one)[:, None] & (columns != 0)[None, :]
                 acc = tl.where(hit, float("nan"), acc)
 
-    # Rows with invalid ids come first.
-    invalid = (row_segment == 0) & (tl.load(segment_slot_ptr) == INVALID_SLOT)
+    row_slot = tl.load(segment_slot_ptr + row_segment, mask=row_segment >= 0, other=0)
+    invalid = row_slot == INVALID_SLOT
     return tl.where(invalid[:, None], float("nan"), acc)
 
 

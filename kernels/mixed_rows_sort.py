@@ -5,6 +5,8 @@ registers, by slot and then by place, stores them where its threads can read the
 through the sorted positions. A batch has few ids, so a launch costs more than its work: B log^2 B
 comparisons, and one pass over M positions.
 
+A sort key is the slot, S for an id that is out of range, and S + 1 for rows without an adapter.
+
 Bytes moved: ``8 B`` for ids, ``8 B`` to store and load sorted ids, and 4 per element written.
 """
 
@@ -39,7 +41,7 @@ _STEP = 1024
 def _mixed_rows_sort_kernel(
     # tensors
     ids_ptr,
-    slot_ptr,
+    key_ptr,
     place_ptr,
     order_ptr,
     segment_of_ptr,
@@ -65,14 +67,13 @@ def _mixed_rows_sort_kernel(
     offs_b = tl.arange(0, IDS)
     ids = tl.load(ids_ptr + offs_b * stride_ids, mask=offs_b < B, other=0).to(tl.int64)
     valid = (ids >= NO_SLOT) & (ids < slots)
-    slot = tl.where(valid, ids, INVALID_SLOT).to(tl.int32)
-    # A key is the slot, counted from INVALID_SLOT, above the place. Keys beyond B are the largest.
-    key = tl.where(offs_b < B, (slot - INVALID_SLOT) * IDS + offs_b, 2147483647)
-    key = tl.sort(key)
-    slot = key // IDS + INVALID_SLOT
-    tl.store(slot_ptr + offs_b, slot, mask=offs_b < B)
-    tl.store(place_ptr + offs_b, key % IDS, mask=offs_b < B)
-    invalid = tl.max((slot == INVALID_SLOT).to(tl.int32), axis=0)
+    key = tl.where(ids == NO_SLOT, slots + 1, tl.where(valid, ids, slots)).to(tl.int32)
+    # The place is below the key in one integer. Integers beyond B are the largest.
+    packed = tl.sort(tl.where(offs_b < B, key * IDS + offs_b, 2147483647))
+    key = packed // IDS
+    tl.store(key_ptr + offs_b, key, mask=offs_b < B)
+    tl.store(place_ptr + offs_b, packed % IDS, mask=offs_b < B)
+    invalid = tl.max((key == slots).to(tl.int32), axis=0)
     tl.store(invalid_ptr, invalid)
     tl.debug_barrier()  # other threads read the stored ids
 
@@ -83,14 +84,15 @@ def _mixed_rows_sort_kernel(
         position = first + offs
         inside = position < M
         own = position // each
-        here = tl.load(slot_ptr + own, mask=inside, other=0)
-        before = tl.load(slot_ptr + (position - 1) // each, mask=inside & (position > 0), other=-3)
+        here = tl.load(key_ptr + own, mask=inside, other=0)
+        before = tl.load(key_ptr + (position - 1) // each, mask=inside & (position > 0), other=-1)
         place = tl.load(place_ptr + own, mask=inside, other=0)
         tl.store(order_ptr + position, place * each + position % each, mask=inside)
         begins = inside & (here != before)
         segment_of = segment + tl.cumsum(begins.to(tl.int32), axis=0) - 1
         tl.store(segment_of_ptr + position, segment_of, mask=inside)
-        tl.store(segment_slot_ptr + segment_of, here, mask=begins)
+        slot = tl.where(here < slots, here, here - slots + INVALID_SLOT)
+        tl.store(segment_slot_ptr + segment_of, slot, mask=begins)
         segment += tl.sum(begins.to(tl.int32), axis=0)
         if block_m > 0:
             begins |= inside & (position % block_m == 0)
@@ -112,7 +114,7 @@ def _mixed_rows_sort_kernel(
         for _ in tl.static_range(BISECTIONS):
             middle = (low + high) // 2
             open_ = low < high
-            less = tl.load(slot_ptr + middle, mask=open_, other=0) < first + offs
+            less = tl.load(key_ptr + middle, mask=open_, other=0) < first + offs
             low = tl.where(open_ & less, middle + 1, low)
             high = tl.where(open_ & (less == 0), middle, high)
         tl.store(slot_start_ptr + first + offs, low * each, mask=first + offs <= slots)
@@ -150,7 +152,7 @@ def launch_mixed_rows_sort(
         _mixed_rows_sort_kernel,
         (1,),
         ids_ptr=ids,
-        slot_ptr=sorted_ids[0],
+        key_ptr=sorted_ids[0],
         place_ptr=sorted_ids[1],
         **row_arguments(rows),
         slot_start_ptr=slot_start,

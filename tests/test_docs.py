@@ -147,7 +147,7 @@ def test_the_tables_of_speed_are_those_of_the_results() -> None:
 
     page = speed_page.PAGE.read_text(encoding="utf-8")
     assert speed_page.rendered(page) == page
-    assert page.count("<!-- ") == 12
+    assert page.count("<!-- ") == 13
 
 
 def test_the_figures_of_the_readme_and_the_home_are_those_of_the_results() -> None:

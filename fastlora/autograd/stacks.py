@@ -13,7 +13,7 @@ import torch
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.autograd.lora_linear import once_differentiable_without_autocast, records_gradients
 from fastlora.ops.backend import BACKENDS
-from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.library import (
     define_operator,
@@ -23,40 +23,58 @@ from fastlora.ops.library import (
 )
 from fastlora.ops.rows import Rows, rows_from_tensors
 from fastlora.ops.stacks import StackedOperands
-from fastlora.ops.torch.stacks import grouped_linear
+from fastlora.ops.torch.stacks import grouped_gradients, grouped_linear, products_for
 
 
-def add_stacked_updates_(
-    y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows, impl: str
+def stacked_lora_linear(
+    x: torch.Tensor,
+    stack: torch.Tensor | None,
+    y: torch.Tensor | None,
+    slots: int,
+    operands: StackedOperands,
+    rows: Rows,
+    impl: str,
 ) -> torch.Tensor:
-    """Add the LoRA update of each row to ``y [P, N]`` in place, and return y.
+    """Return the product of sorted rows with a stack plus the LoRA update of each row, ``[P, N]``.
 
     Args:
-        y: The base product, which nothing else reads.
-        x: ``[P, K]``, sorted by key, in the dtype of y.
-        operands: The adapters.
+        x: ``[P, K]``, sorted by key, in the dtype of the stack.
+        stack: ``[E, N, K]``, any strides; None if y is the base product.
+        y: None, or the base product in the dtype of x, to which the updates are added in place.
+        slots: Number of adapters S, with which keys were made.
+        operands: The adapters. The list of factors may be empty if there is a stack.
         rows: The sorted rows.
         impl: Name of the backend.
     """
+    if stack is not None and not operands.lora_a:
+        return grouped_linear(x, stack, rows, slots)
     factors = list(chain.from_iterable(zip(operands.lora_a, operands.lora_b, strict=True)))
-    if records_gradients(x, y, *factors) or is_traced(x):
-        made: torch.Tensor = StackedLora.apply(y, x, *operands[2:], rows, impl, *factors)
+    given = [tensor for tensor in (x, stack, y, *factors) if tensor is not None]
+    if records_gradients(*given) or has_unknown_values(x):
+        made: torch.Tensor = StackedLora.apply(
+            x, stack, y, slots, *operands[2:], rows, impl, *factors
+        )
         return made
+    if y is None:
+        y = grouped_linear(x, stack, rows, slots)  # type: ignore[arg-type]  # one of both is given
     BACKENDS[impl].add_stacked_updates_(y, x, operands, rows)
     return y
 
 
 class StackedLora(torch.autograd.Function):
-    """Add LoRA updates on a stack of weights to y in place.
+    """Compute `stacked_lora_linear`.
 
-    Saves x, s, and the factors. Dropout masks are computed again from the seeds.
+    Saves x, the stack, s, and the factors. Dropout masks are computed again from the seeds. The
+    gradient of x is one tensor, to which the backend adds the gradient of the updates.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: torch.Tensor,
         x: torch.Tensor,
+        stack: torch.Tensor | None,
+        y: torch.Tensor | None,
+        slots: int,
         scaling: torch.Tensor,
         dropout_p: tuple[float, ...],
         seeds: torch.Tensor | None,
@@ -67,32 +85,40 @@ class StackedLora(torch.autograd.Function):
         operands = StackedOperands(
             list(factors[::2]), list(factors[1::2]), scaling, dropout_p, seeds
         )
-        if is_traced(x):
+        adds_to_y = y is not None
+        if stack is not None:
+            y = products_for(x)(x, stack, rows.slot_start[::slots])
+        if has_unknown_values(x):
             arguments = (*operands, rows.operator_arguments(), impl)
             y, s = torch.ops.fastlora.stacked_updates(y, x, *arguments)
         else:
-            s = BACKENDS[impl].add_stacked_updates_(y, x, operands, rows)
-            ctx.mark_dirty(y)
-        ctx.dropout_p, ctx.rows, ctx.impl = dropout_p, rows, impl
-        saves_x = any(ctx.needs_input_grad[7::2])
-        ctx.save_for_backward(x if saves_x else None, s, scaling, seeds, *factors)
-        return y
+            s = BACKENDS[impl].add_stacked_updates_(y, x, operands, rows)  # type: ignore[arg-type]
+            if adds_to_y:
+                ctx.mark_dirty(y)
+        ctx.slots, ctx.dropout_p, ctx.rows, ctx.impl = slots, dropout_p, rows, impl
+        saves_x = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[9::2])
+        ctx.save_for_backward(x if saves_x else None, stack, s, scaling, seeds, *factors)
+        return y  # type: ignore[return-value]
 
     @staticmethod
     @once_differentiable_without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, s, scaling, seeds, *factors = ctx.saved_tensors
+        x, stack, s, scaling, seeds, *factors = ctx.saved_tensors
         operands = StackedOperands(factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds)
-        (needs_y, needs_x), wants = ctx.needs_input_grad[:2], ctx.needs_input_grad[7:]
-        if is_traced(dy):
-            arguments = (*operands, ctx.rows.operator_arguments(), ctx.impl, needs_x, wants)
+        (needs_x, needs_stack, needs_y), wants = ctx.needs_input_grad[:3], ctx.needs_input_grad[9:]
+        dx = d_stack = None
+        if stack is not None:
+            starts = ctx.rows.slot_start[:: ctx.slots]
+            dx, d_stack = grouped_gradients(dy, x, stack, starts, needs_x, needs_stack)
+        if has_unknown_values(dy):
+            arguments = (*operands, ctx.rows.operator_arguments(), ctx.impl, needs_x, wants, dx)
             made = iter(torch.ops.fastlora.stacked_gradients(dy, x, s, *arguments))
             dx, *found = (next(made) if wanted else None for wanted in (needs_x, *wants))
         else:
             dx, found = BACKENDS[ctx.impl].stacked_gradients(
-                dy, x, s, operands, ctx.rows, needs_x, wants
+                dy, x, s, operands, ctx.rows, needs_x, wants, dx
             )
-        return dy if needs_y else None, dx, *([None] * 5), *found
+        return dx, d_stack, dy if needs_y else None, *([None] * 6), *found
 
 
 # ------------------------------------------------------------------------- in a compiled graph
@@ -106,8 +132,8 @@ define_operator(
 )
 define_operator(f"stacked_updates(Tensor y, Tensor x, {_OPERANDS}) -> (Tensor, Tensor)")
 define_operator(
-    f"stacked_gradients(Tensor dy, Tensor? x, Tensor s, {_OPERANDS}, bool wants_x, bool[] wants)"
-    " -> Tensor[]"
+    f"stacked_gradients(Tensor dy, Tensor? x, Tensor s, {_OPERANDS}, bool wants_x, bool[] wants,"
+    " Tensor? dx) -> Tensor[]"
 )
 
 
@@ -123,11 +149,11 @@ def _stacked_linear(
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackedOperands(*operands)
     if stack is not None:
-        product = grouped_linear(x, stack, rows, slots)
-        y = product if y is None else product + y
+        product = stacked_lora_linear(x, stack, None, slots, adapters, rows, impl)
+        return product if y is None else product + y
     if y is None:
         raise ValueError("neither a stack nor y is given")
-    return add_stacked_updates_(y, x, adapters, rows, impl) if adapters.lora_a else y.clone()
+    return stacked_lora_linear(x, None, y, slots, adapters, rows, impl)
 
 
 @register_kernel("stacked_updates")
@@ -151,9 +177,10 @@ def _(
 def _stacked_gradients(
     dy: torch.Tensor, x: torch.Tensor | None, s: torch.Tensor, *given: Any
 ) -> list[torch.Tensor]:
-    *operands, tensors, impl, wants_x, wants = given
+    *operands, tensors, impl, wants_x, wants, dx = given
     rows, adapters = rows_from_tensors(tensors), StackedOperands(*operands)
-    dx, found = BACKENDS[impl].stacked_gradients(dy, x, s, adapters, rows, wants_x, wants)
+    dx = None if dx is None else dx.clone()
+    dx, found = BACKENDS[impl].stacked_gradients(dy, x, s, adapters, rows, wants_x, wants, dx)
     return [gradient.contiguous() for gradient in (dx, *found) if gradient is not None]
 
 
@@ -166,7 +193,7 @@ def _(
     lora_b: list[torch.Tensor],
     *given: Any,
 ) -> list[torch.Tensor]:
-    wants_x, wants = given[-2:]
+    wants_x, wants = given[-3:-1]
     factors = chain.from_iterable(zip(lora_a, lora_b, strict=True))
     made = [dy.new_empty(dy.shape[0], lora_a[0].shape[2])] if wants_x else []
     return made + [f.new_empty(f.shape) for f, wanted in zip(factors, wants, strict=True) if wanted]

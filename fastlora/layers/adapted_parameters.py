@@ -38,7 +38,11 @@ from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.mixed_dispatch import check_not_merged
 from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
 from fastlora.layers.unused_adapters import attach_unused_parameters
-from fastlora.ops.execution_mode import ExecutionMode, is_being_compiled
+from fastlora.ops.execution_mode import (
+    ExecutionMode,
+    disable_autocast_on,
+    is_being_compiled,
+)
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Segment
 from fastlora.ops.stacks import stack_views, transposed_rank_rows
@@ -245,7 +249,7 @@ class AdaptedParameter(LoraLayer):
         """Return the parameter plus the updates of adapters, rounded once to its dtype."""
         parameter: torch.Tensor = self.parameter
         wide = torch.promote_types(torch.float32, parameter.dtype)
-        with torch.autocast(parameter.device.type, enabled=False):
+        with disable_autocast_on(parameter.device):
             made = self.as_stack(parameter.to(wide))
             for each in adapters:
                 lora_a, lora_b = stack_views(each.lora_a, each.lora_b, self.num_matrices)
@@ -471,7 +475,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if not len(x):
             return self.base_layer(x)
         rows = routing.sorted_rows(len(x), x.device, host=True)
-        spans = [Segment(-1, 0, int(rows.slot_start[0])), *rows.segments]
+        spans = [*rows.segments, Segment(-1, int(rows.slot_start[-1]), len(x))]
         if len(rows.segments) == 1 and not rows.has_rows_without_slot:
             own = self._factors_in_slot(routing, rows.segments[0].slot)
             return self._run_with_factors(own, conditions, x)

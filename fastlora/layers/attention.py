@@ -31,6 +31,7 @@ from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
 from fastlora.layers.wrapped import FastLoraWrapper
+from fastlora.ops.execution_mode import disable_autocast_on
 from fastlora.routing.active import active_routing
 from fastlora.validation import UnsupportedLayerError
 
@@ -160,7 +161,7 @@ def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) 
     if not names:
         return weight
     wide = torch.promote_types(torch.float32, weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with disable_autocast_on(weight.device):
         made = weight.to(wide)
         for name in names:
             lora_a, lora_b, _ = layer._factors(name)

@@ -14,7 +14,7 @@ from fastlora.layers.adapter_factors import factors_in_slots
 from fastlora.layers.call import MixedCall
 from fastlora.ops.factors import Base, Slots
 from fastlora.ops.rows import Rows
-from fastlora.ops.torch import packed_forward
+from fastlora.ops.torch import packed_forward, packed_plans
 from fastlora.ops.torch.packed import PackedLayerFactors, pack_layer_factors
 from fastlora.ops.torch.packed_choice import batch_kind
 from fastlora.routing.active import is_capturing_cuda_graph
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 # The cached entry of a layer: its packed factors, the plan, and the rows that the plan is for.
-_Packed = tuple[PackedLayerFactors, packed_forward.Plan, Rows]
+_Packed = tuple[PackedLayerFactors, packed_plans.Plan, Rows]
 
 
 def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
@@ -56,18 +56,18 @@ def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
 
 
 def run_packed(
-    call: MixedCall, base: Base, pack: PackedLayerFactors, plan: packed_forward.Plan, rows: Rows
+    call: MixedCall, base: Base, pack: PackedLayerFactors, plan: packed_plans.Plan, rows: Rows
 ) -> torch.Tensor:
     """Compute a layer's output ``[..., N]`` with packed factors.
 
     A decode step spends most of its time in this function, so the overhead of Python matters.
     """
-    x = call.x
+    x, adapter = call.x, rows.segment_index
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if base.weight is not None:
-        y = packed_forward.linear(flat, base.weight, base.bias, rows, pack, plan)
+        y = packed_forward.linear(flat, base.weight, base.bias, adapter, pack, plan)
     else:
-        y = packed_forward.add_(base.writable_output(), flat, rows, pack, plan)
+        y = packed_forward.add_(base.writable_output(), flat, adapter, pack, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -94,9 +94,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
     if pack is None:
         return None
     plans = routing.cache.plans.setdefault(rows, {})
-    plan = packed_forward.cached_plan(rows, pack.layout, x.dtype, plans)
-    if plan is None:
-        return None
+    plan = packed_plans.cached_plan(rows, rows.segment_index, pack, plans)
     found, key = (pack, plan, rows), packed_cache_key(call, base)
     if key is not None:
         dtype, device, impl, _, m = key

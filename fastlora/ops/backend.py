@@ -150,10 +150,12 @@ class Backend(ABC):
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],
+        dx: torch.Tensor | None = None,
     ) -> tuple[_Gradient, list[_Gradient]]:
-        """Return a tuple (dx of the LoRA update ``[P, K]``, the gradients of the factors).
+        """Return a tuple (dx ``[P, K]``, the gradients of the factors).
 
-        ``wants`` and the list of gradients have lora_a and lora_b of each adapter in turn.
+        ``wants`` and the list of gradients have lora_a and lora_b of each adapter in turn. If dx is
+        given, it is the dx of the base product, to which the dx of the LoRA update is added.
         """
         count, none = operands.num_matrices, [False]
         each = [
@@ -165,7 +167,7 @@ class Backend(ABC):
             *(dy, None, x, operands.per_key(), rows.in_sorted_order(), s, "auto"),
             *(wants_x, False, False, each),
         )
-        dx, _, _, found = self.gradients(given)
+        update, _, _, found = self.gradients(given)
         slots = len(operands.lora_a)
         pairs = zip(operands.lora_a, operands.lora_b, strict=True)
         made = [f.new_zeros(f.shape) for pair in pairs for f in pair]
@@ -175,7 +177,9 @@ class Backend(ABC):
                 own = found[3 * key + part]
                 if own is not None:
                     made[2 * slot + part][matrix] = own if part == 0 else own.t()
-        return dx, [m if wanted else None for m, wanted in zip(made, wants, strict=True)]
+        if dx is not None and update is not None:
+            update = dx.add_(update)
+        return update, [m if wanted else None for m, wanted in zip(made, wants, strict=True)]
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 

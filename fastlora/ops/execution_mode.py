@@ -126,6 +126,24 @@ def is_traced(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
+def has_unknown_values(x: torch.Tensor) -> bool:
+    """Return whether the values of x are unknown.
+
+    This is the case on the meta device, and if a compiler traces operations on x.
+    """
+    return x.is_meta or is_traced(x)
+
+
+def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which autocast is off for a device.
+
+    `torch.autocast` does not support the meta device.
+    """
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:

@@ -1,7 +1,9 @@
 """`Rows`, which describes the rows of a mixed batch, sorted by the slots of their adapters.
 
 Rows are sorted by slot on the device, with one kernel or a few operations of fixed sizes. The sort
-needs no synchronization with the host, and a CUDA graph can contain it. A segment is the range of
+needs no synchronization with the host, and a CUDA graph can contain it. Rows without an adapter
+come last, so the sorted rows of a batch contain those of the same batch without rows at its end
+(`Rows.first_rows`). A segment is the range of
 sorted positions that share a slot. A piece is a range within one segment that does not cross a
 boundary between a kernel's row tiles. The products in PyTorch read segments on the host. If all
 rows have the same slot, callers pass None instead of a `Rows`.
@@ -48,14 +50,14 @@ class Rows:
     """The rows of a batch, sorted by slot.
 
     Attributes:
-        order: int32 ``[M]``, the row at each sorted position. Rows with invalid ids come first,
-            then rows without an adapter, then the slots in order. Rows of one slot keep their
-            order.
+        order: int32 ``[M]``, the row at each sorted position. The slots come first, in order, then
+            rows with invalid ids, then rows without an adapter. Rows of one slot keep their order.
         segment_of: int32 ``[M]``, the number of each sorted position's segment, counted from 0.
         segment_slot: int32 ``[min(M, slots + 2)]``, the slot of each segment. `NO_SLOT` stands for
             rows without an adapter and for unused entries, `INVALID_SLOT` for ids out of range.
         slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, followed by
-            M. The value for a slot without rows is that of the next slot.
+            the number of rows with a slot. The value for a slot without rows is that of the next
+            slot.
         invalid: bool ``[1]``, whether any id was out of range.
         slots: Number of slots. Ids run from -1 to ``slots - 1``.
         m: Number of rows.
@@ -114,10 +116,27 @@ class Rows:
         if self.ids is None:
             starts = self.slot_start.tolist()
         else:
-            counts = torch.bincount(self._ids_on_cpu + 2, minlength=self.slots + 2) * self.each
-            starts = counts.cumsum(0)[1:].tolist()
+            counts = torch.bincount(self._keys_on_cpu, minlength=self.slots + 2) * self.each
+            starts = [0, *counts.cumsum(0)[: self.slots].tolist()]
         pairs = enumerate(zip(starts, starts[1:], strict=False))
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
+
+    @functools.cached_property
+    def segment_rows(self) -> tuple[slice | torch.Tensor, ...]:
+        """The rows of each segment in their original order.
+
+        They are a slice if the rows are adjacent, and otherwise an int64 tensor of rows.
+        """
+        if not self.segments:
+            return ()
+        order = self.order.long()
+        firsts = order[[segment.start for segment in self.segments]].tolist()
+        lasts = order[[segment.stop - 1 for segment in self.segments]].tolist()
+        found = list[slice | torch.Tensor]()
+        for (_, start, stop), first, last in zip(self.segments, firsts, lasts, strict=True):
+            adjacent = last - first == stop - start - 1
+            found.append(slice(first, last + 1) if adjacent else order[start:stop])
+        return tuple(found)
 
     @functools.cached_property
     def used_slots(self) -> tuple[int, ...]:
@@ -125,23 +144,19 @@ class Rows:
         return tuple(segment.slot for segment in self.segments)
 
     @functools.cached_property
-    def _ids_on_cpu(self) -> torch.Tensor:
-        """The ids as an int64 tensor on the CPU.
-
-        Ids out of range are replaced by `INVALID_SLOT`.
-        """
+    def _keys_on_cpu(self) -> torch.Tensor:
+        """The sort key of each id (`_sort_keys`), int64 on the CPU."""
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
-        ids = self.ids.to(device="cpu", dtype=torch.int64)
-        return ids.masked_fill((ids < NO_SLOT) | (ids >= self.slots), INVALID_SLOT)
+        return _sort_keys(self.ids.cpu(), self.slots)[0].long()
 
     @functools.cached_property
     def is_sorted(self) -> bool:
         """Whether the rows are already in sorted order."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
-        ids = self._ids_on_cpu
-        return bool((ids[1:] >= ids[:-1]).all())
+        keys = self._keys_on_cpu
+        return bool((keys[1:] >= keys[:-1]).all())
 
     @functools.cached_property
     def inverse_order(self) -> torch.Tensor:
@@ -162,6 +177,35 @@ class Rows:
         member = member.to(self.order.device)
         return member if self.is_sorted else member.index_select(0, self.inverse_order)
 
+    @functools.cached_property
+    def slot_index(self) -> torch.Tensor:
+        """The slot of each row, int64 ``[M]``. It is `slots` for rows without an adapter."""
+        of_segment = torch.tensor([*self.used_slots, self.slots], device=self.order.device)
+        return of_segment[self.segment_index]
+
+    def first_rows(self, m: int) -> Rows:
+        """Return the `Rows` of the first ``m`` rows, as views of the tensors of this object.
+
+        All later rows must have no adapter, as the rows have that pad a batch to the size of a
+        captured graph. One sort of the largest batch thus serves graphs of all sizes. The result
+        has the pieces that this object has cached. A piece that reaches beyond ``m`` has no
+        adapter, and kernels skip it.
+        """
+        pieces = {
+            block_m: starts[: piece_starts_length(m, self.slots, block_m)]
+            for block_m, starts in (self._pieces or {}).items()
+        }
+        return replace(
+            self,
+            order=self.order[:m],
+            segment_of=self.segment_of[:m],
+            segment_slot=self.segment_slot[: min(m, self.slots + 2)],
+            m=m,
+            each=1,
+            ids=None,
+            _pieces=pieces,
+        )
+
     def in_sorted_order(self) -> Rows:
         """Return the `Rows` of a tensor whose rows have been put in sorted order."""
         m, device = self.m, self.order.device
@@ -171,7 +215,7 @@ class Rows:
     @functools.cached_property
     def has_rows_without_slot(self) -> bool:
         """Whether any row has no slot. If the rows are on a GPU, the host waits for them."""
-        return bool(self.slot_start[0])
+        return int(self.slot_start[-1]) < self.m
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor ``[M, ...]`` with its rows in sorted order.
@@ -258,18 +302,17 @@ def _rows_sort(
         made = sort_rows_into(ids, slots, _empty_sort_results(m, slots, device, block_m), block_m)
         if made is not None:
             return made
-    bad = (ids < NO_SLOT) | (ids >= slots)
-    # int32 sorts twice as fast as int64, and the kernels read int32.
-    slot = ids.masked_fill(bad, INVALID_SLOT).to(torch.int32)
+    keys, bad = _sort_keys(ids, slots)
     per_id = m // max(ids.shape[0], 1)
-    slot = slot.view(-1, 1).expand(-1, per_id).reshape(m)
-    slot, order = torch.sort(slot, stable=True)
-    segment_of = _run_start_mask(slot).cumsum(0, dtype=torch.int32) - 1
-    segment_slot = slot.new_full((min(m, slots + 2),), NO_SLOT)
+    keys = keys.view(-1, 1).expand(-1, per_id).reshape(m)
+    keys, order = torch.sort(keys, stable=True)
+    segment_of = _run_start_mask(keys).cumsum(0, dtype=torch.int32) - 1
+    segment_slot = keys.new_full((min(m, slots + 2),), NO_SLOT)
+    slot = torch.where(keys < slots, keys, keys - slots + INVALID_SLOT)
     segment_slot.scatter_(0, segment_of.long(), slot)
     every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
-    slot_start = torch.searchsorted(slot, every_slot, out_int32=True)
-    pieces = _piece_starts(segment_of, slots, block_m) if block_m else slot.new_empty(0)
+    slot_start = torch.searchsorted(keys, every_slot, out_int32=True)
+    pieces = _piece_starts(segment_of, slots, block_m) if block_m else keys.new_empty(0)
     order = order.to(torch.int32)
     return order, segment_of, segment_slot, slot_start, bad.any().view(1), pieces
 
@@ -279,6 +322,18 @@ def _(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
     return _empty_sort_results(m, slots, device, block_m)
+
+
+def _sort_keys(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tuple (int32 keys by which rows are sorted, bool mask of ids out of range).
+
+    The key of an id is its slot, ``slots`` if the id is out of range, and ``slots + 1`` for rows
+    without an adapter.
+    """
+    bad = (ids < NO_SLOT) | (ids >= slots)
+    # int32 sorts twice as fast as int64, and the kernels read int32.
+    keys = ids.to(torch.int32).masked_fill(bad, slots)
+    return keys.masked_fill(ids == NO_SLOT, slots + 1), bad
 
 
 def _empty_sort_results(

@@ -14,12 +14,13 @@ from torch import nn
 
 from fastlora.layers import LoraLayer
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters
-from fastlora.layers.layer_kinds import LINEAR
+from fastlora.layers.layer_kinds import LINEAR, parameter_kind_of
 from fastlora.model import inject
 from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
+    BaseParameter,
     base_parameters_of,
     former_names_of,
     former_names_of_parameter,
@@ -210,11 +211,22 @@ class PoolLayers:
 def _parameters_of_experts(model: nn.Module) -> list[str] | None:
     """Return the names of the stacked experts of a model and of their routers, or None.
 
-    Stacks that are quantized are left out.
+    Routers are parameters with former names. Other modules with stacks are left out, and so are
+    quantized stacks.
     """
     parameters = base_parameters_of(named_base_modules(model))
     former = former_names_of(model_type_of(model))
-    found = [each for each in parameters if former_names_of_parameter(former, each)]
-    found += [each for each in stacked_experts_among(parameters) if each not in found]
-    floats = (each.name for each in found if each.parameter.is_floating_point())
-    return list(floats) or None
+    stacks = {each.name for each in stacked_experts_among(parameters) if _is_of_experts(each)}
+    return [
+        each.name
+        for each in parameters
+        if each.parameter.is_floating_point()
+        and each.parameter.itemsize >= 2
+        and (each.name in stacks or former_names_of_parameter(former, each))
+    ] or None
+
+
+def _is_of_experts(parameter: BaseParameter) -> bool:
+    """Return whether a parameter belongs to a module for which there is a layer of experts."""
+    kind = parameter_kind_of(parameter.module)
+    return kind is not None and kind.wrap is not FastLoraAdaptedParameters

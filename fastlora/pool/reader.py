@@ -257,8 +257,10 @@ class AdapterReader:
                 )
             target, name, rank = parameters.get(module, (module, module, None))
             index = self._index.get(target)
+            if rank is None and config.target_parameters:  # Ranks have not been checked yet.
+                rank = config.rank_for(module)
             if index is None:
-                reason = self._describe_unknown_target(target, rank is not None)
+                reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
             locations[key] = TensorLocation(index, _BLOCK_OF[kind], name)
@@ -306,16 +308,16 @@ class AdapterReader:
     ) -> None:
         """Raise `CheckpointError` if a tensor does not fit the model.
 
-        ``rank`` is the rank in the config if the target is a parameter. The rank of a module has
-        been checked.
+        ``rank`` is the rank in the config, or None if the shape agrees with it.
         """
         name, k, n, count = self._packer.targets[index]
         if rank is not None:
             whole = self._packer.targets[index].tensor_shape(_BLOCK_OF[kind], rank)
             if shape != whole:
+                stack = f" on each of its {count} matrices" if count > 1 else ""
                 raise CheckpointError(
-                    f"{source}: {key!r} has shape {shape}, but {name!r} of this model, which "
-                    f"consists of {count} matrices {(n, k)}, expects {whole} for rank {rank}"
+                    f"{source}: {key!r} has shape {shape}, but {name!r} of this model expects "
+                    f"shape {whole} for rank {rank}{stack}"
                 )
         # Biases have been checked against lora_B.
         found, expected, axis = (

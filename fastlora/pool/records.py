@@ -48,7 +48,8 @@ class LoadedAdapter:
         column: Column of the adapter in the pool's tables.
         image: The packed factors, a 1-D tensor.
         version: Version of the image, unique among the pool's images, for use in cache keys.
-        max_rank: Largest rank of the adapter over all modules.
+        max_rank: Largest rank of the adapter over all targets except stacks, for the address
+            tables. Stacks do not use the tables.
         dora_modules: Indices of the modules for which the adapter has a DoRA magnitude.
         uses_dora: Whether the adapter has a DoRA magnitude for any module.
         scales: Scales of a DoRA adapter, or None until its first lease computes them.
@@ -63,7 +64,9 @@ class LoadedAdapter:
         self.name, self.slot, self.column = name, slot, column
         self.image: torch.Tensor = image.data
         self.version = image.version
-        self.max_rank = max(rank for rank, _ in image.layout.blocks)
+        of_targets = zip(image.layout.targets, image.layout.blocks, strict=True)
+        ranks = [rank for target, (rank, _) in of_targets if target.num_matrices == 1]
+        self.max_rank = max(ranks, default=0)
         self.dora_modules = image.layout.dora_modules
         self.uses_dora = bool(self.dora_modules)
         self.scales: DoraScales | None = None

@@ -124,7 +124,7 @@ class PackedAdapterSet:
         tensors = {}
         for pack in list(self._packs.values()):
             if pack is not None:
-                for tensor in (pack.lora_a, pack.lora_b, pack.lora_bias):
+                for tensor in (pack.lora_a, *pack.lora_b, pack.lora_bias):
                     if tensor is not None:
                         tensors[tensor.data_ptr()] = tensor.nbytes
         return sum(tensors.values())

@@ -212,6 +212,15 @@ FAULTS = (
         ("tests/kernels/test_mixed_rows_sort.py::test_every_entry[17-3-3]",),
     ),
     Fault(
+        "Rows of an invalid id are looked for at the beginning of the sorted rows.",
+        "wrong order",
+        "issue 32",
+        "kernels/mixed_rows.py",
+        "row_slot = tl.load(segment_slot_ptr + row_segment, mask=row_segment >= 0, other=0)",
+        "row_slot = tl.load(segment_slot_ptr) + row_segment",
+        ("tests/kernels/test_mixed_forward.py::test_rows_of_an_invalid_id_are_nan",),
+    ),
+    Fault(
         "Ids with a stride are read side by side.",
         "wrong strides",
         "109e6d6",

@@ -6,6 +6,7 @@ from tests.faults.fault import Fault
 
 _PACKED = "tests/ops/test_packed.py::"
 _CONFORMS = "tests/conformance/test_conformance.py::test_conformance"
+_SLOTS = "tests/ops/test_packed_slots.py::"
 _NODE = "tests/kernels/test_shared_input_node.py::"
 
 FAULTS = (
@@ -20,12 +21,21 @@ FAULTS = (
         ("tests/ops/test_rows.py::test_groups",),
     ),
     Fault(
+        "Rows with invalid ids are sorted behind the rows that pad a batch.",
+        "wrong order",
+        "issue 32",
+        "fastlora/ops/rows.py",
+        "return keys.masked_fill(ids == NO_SLOT, slots + 1), bad",
+        "return keys.masked_fill(ids == NO_SLOT, slots).masked_fill(bad, slots + 1), bad",
+        ("tests/ops/test_rows.py::test_one_sort_serves_every_padded_size",),
+    ),
+    Fault(
         "Rows that end in order are taken to be in order.",
         "unsorted rows",
         "ee4c39f",
         "fastlora/ops/rows.py",
-        "return bool((ids[1:] >= ids[:-1]).all())",
-        "return bool((ids[-1:] >= ids[:1]).all())",
+        "return bool((keys[1:] >= keys[:-1]).all())",
+        "return bool((keys[-1:] >= keys[:1]).all())",
         ("tests/ops/test_rows.py::test_what_the_host_sees_is_what_the_device_has",),
     ),
     Fault(
@@ -33,8 +43,8 @@ FAULTS = (
         "overwritten output",
         "c468db2",
         "fastlora/ops/torch/segments.py",
-        "ordered = ordered.clone() if ordered is y and not base.inplace else ordered",
-        "ordered = ordered",
+        "        y = y.clone(memory_format=torch.contiguous_format)\n    return y, _add",
+        "        pass\n    return y, _add",
         (f"{_CONFORMS}[inputs_untouched-model-mixed-plain-called-float16]",),
     ),
     Fault(
@@ -62,7 +72,7 @@ FAULTS = (
         "fastlora/ops/torch/segments.py",
         "update[index] += (lora_bias * operands.scaling[place]).to(x.dtype)",
         "update[index] += (lora_bias * operands.scaling[index - 1]).to(x.dtype)",
-        (f"{_CONFORMS}[values-model-mixed-many]",),
+        ("tests/ops/test_segments.py::test_updates_are_added_to_the_rows_of_y",),
     ),
     Fault(
         "An adapter's dropped rows have another mask in the gradient of lora_a.",
@@ -87,19 +97,46 @@ FAULTS = (
         "In a dense product each row meets a rank row of the next adapter.",
         "mask off by one",
         "e8ceaab",
-        "fastlora/ops/torch/packed_forward.py",
-        "(at >= (first + rank)[:, None])\n        return Dense",
-        "(at > (first + rank)[:, None])\n        return Dense",
+        "fastlora/ops/torch/packed_plans.py",
+        "outside = (at < first[:, None]) | (at >= (first + rank)[:, None])",
+        "outside = (at < first[:, None]) | (at > (first + rank)[:, None])",
         (f"{_PACKED}test_plans[two]",),
     ),
     Fault(
         "Samples of an adapter that shares a unit meet the rank rows at its beginning.",
         "wrong place",
         "bb0c692",
-        "fastlora/ops/torch/packed_forward.py",
-        "at, start = torch.arange(unit), first % unit",
-        "at, start = torch.arange(unit), first * 0",
+        "fastlora/ops/torch/packed_plans.py",
+        "masks = _mask_outside(layout.unit, first % layout.unit, rank, device)",
+        "masks = _mask_outside(layout.unit, first * 0, rank, device)",
         (f"{_PACKED}test_samples_of_many_tokens",),
+    ),
+    Fault(
+        "A slice that the new adapter of a slot does not adapt keeps the previous adapter.",
+        "wrong adapter",
+        "issue 32",
+        "fastlora/ops/torch/packed_slots.py",
+        "            a[rank:] = 0.0\n            b[rank:] = 0.0\n",
+        "",
+        (f"{_SLOTS}test_slots_change_one_by_one[decode of large ranks]",),
+    ),
+    Fault(
+        "Blocks over some of the units begin at the first unit of the layer.",
+        "wrong adapter",
+        "issue 32",
+        "fastlora/ops/torch/packed_forward.py",
+        "own = lora_b[plan.start : plan.start + plan.blocks * plan.coalesced]",
+        "own = lora_b[: plan.blocks * plan.coalesced]",
+        (f"{_SLOTS}test_slots_change_one_by_one[many slots]",),
+    ),
+    Fault(
+        "A slot with NaN is in one product with the other slots.",
+        "NaN across rows",
+        "issue 32",
+        "fastlora/ops/torch/packed_slots.py",
+        "layout, storage.lora_a, lora_b, None, self._widths, all(self._is_finite)",
+        "layout, storage.lora_a, lora_b, None, self._widths, True",
+        (f"{_SLOTS}test_nan_stays_in_the_rows_of_its_adapter",),
     ),
     Fault(
         "Batches of a set that are laid out alike have a copy of its factors each.",

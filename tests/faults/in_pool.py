@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.faults.fault import Fault
 
 _ERRORS = "tests/pool/test_pool_errors.py"
+_EXPERTS = "tests/pool/test_pool_experts.py"
 _SCALES = "tests/pool/test_pool_scales.py"
 _THREADS = "tests/pool/test_pool_threads.py"
 
@@ -322,5 +323,42 @@ FAULTS = (
         before="            self.held[owner].remove(lease)\n",
         after="            pass\n",
         tests=("tests/pool/test_pool.py::test_a_lease_keeps_its_adapters_on_the_device",),
+    ),
+    # ------------------------------------------------------------ adapters on experts and routers
+    Fault(
+        sentence="The image of an evicted adapter on experts stays in a cache of the layers.",
+        kind="kept memory",
+        source="issue 31",
+        path="fastlora/layers/adapted_parameters.py",
+        before="            or watched.t().is_contiguous()  # Nothing is copied.\n",
+        after="",
+        tests=(f"{_EXPERTS}::test_factors_are_read_in_place_and_freed",),
+    ),
+    Fault(
+        sentence="A pool scales the weight of a linear layer by patterns for the layer's name.",
+        kind="wrong scaling",
+        source="issue 31",
+        path="fastlora/pool/reader.py",
+        before="locations[key] = TensorLocation(index, _BLOCK_OF[kind], name)",
+        after="locations[key] = TensorLocation(index, _BLOCK_OF[kind], target)",
+        tests=("tests/model/test_expert_files.py::test_files_of_peft_load",),
+    ),
+    Fault(
+        sentence="A captured graph runs the experts of a pool without its adapters.",
+        kind="adapters left out",
+        source="issue 31",
+        path="fastlora/layers/adapted_parameters.py",
+        before="        if routing.captured:\n",
+        after="        if False:\n",
+        tests=(f"{_EXPERTS}::test_graphs_break_at_experts_of_a_pool",),
+    ),
+    Fault(
+        sentence="On kernels the host reads in each layer which experts the router chose.",
+        kind="a wait for the device",
+        source="issue 31",
+        path="fastlora/layers/experts.py",
+        before='if conditions.compiling or conditions.impl != "eager" or bad.is_meta:',
+        after='if bad.any() and (conditions.compiling or conditions.impl != "eager"):',
+        tests=("tests/kernels/test_stacks.py::test_the_host_waits_for_no_layer",),
     ),
 )

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.config_tables import KernelConfig
+from fastlora.ops.rows import sort_rows
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import RANKS, THREE, MixedProblem, draw_ids
 
@@ -29,6 +30,19 @@ def tile(block_m: int, block_r: int, **fields: Any) -> KernelConfig:
 def test_values(lab: Lab, dtype: torch.dtype, kernel: str, m: int, n: int, k: int) -> None:
     problem = MixedProblem(lab, draw_ids(m, 8), [RANKS], k, [n], dtype, biased=(1, 3, 7))
     problem.check(problem.run(kernel))
+
+
+@EVERY_KERNEL
+def test_first_rows_of_a_larger_batch(lab: Lab, kernel: str) -> None:
+    """Batches of several sizes from one sort, whose last piece reaches beyond each of them."""
+    for m in (1, 16, 40, 130):
+        ids = draw_ids(m - m // 4, 8, seed=m) + [-1] * (m // 4)
+        problem = MixedProblem(lab, ids, [RANKS], 24, [40], torch.float32, biased=(1, 3))
+        whole = sort_rows(torch.tensor([*ids, *[-1] * 70], device=lab.device), m + 70, 8)
+        for block_m in (16, 64, 128):
+            whole.piece_starts(block_m)
+        problem.groups = whole.first_rows(m)
+        problem.check(problem.run(kernel))
 
 
 @EVERY_KERNEL

@@ -12,6 +12,7 @@ from torch import nn
 import fastlora
 from fastlora.model.estimate import format_bytes
 from fastlora.model.step_memory import run_and_measure_peak_memory
+from fastlora.train import train_adapters
 from fastlora.train.quantization import quantize_meta_model
 from fastlora.validation import ConfigError, TargetNotFoundError
 from tests.support.peak_bytes import peak_bytes
@@ -206,6 +207,35 @@ def test_what_a_step_holds(checkpointing: bool) -> None:
 
         def step(model: Any = model, ids: torch.Tensor = ids) -> None:
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+
+        if device == "cpu":
+            step()
+        found.append((run_and_measure_peak_memory if device == "meta" else peak_bytes)(step))
+    assert found[0] == pytest.approx(found[1], rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_what_a_step_of_experts_holds(kind: str) -> None:
+    """A mixed batch of adapters on experts, counted without memory and by PyTorch's allocator."""
+    moe_models = pytest.importorskip("tests.support.moe_models")
+    transformers = pytest.importorskip("transformers")
+    config = moe_models.moe_model(kind).config
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    found = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            base = transformers.AutoModelForCausalLM.from_config(config)
+        model = fastlora.get_peft_model(base, fastlora.LoraConfig(target_parameters=stacks), "a")
+        model.add_adapter("b", fastlora.LoraConfig(r=4, target_parameters=stacks[1:]))
+        train_adapters(model.train(), ["a", "b"])
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        ids = torch.arange(4 * 64, device=device).view(4, 64) % 32
+
+        def step(model: Any = model, ids: torch.Tensor = ids) -> None:
+            with fastlora.adapters(model, ["a", "b", None, "a"]):
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
 
         if device == "cpu":

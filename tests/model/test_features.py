@@ -115,7 +115,11 @@ TIED: dict[str, dict[str, Any]] = {
 # Experts by the names of their parameters, and by those that linear layers had.
 BOTH_STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
-    ("qwen3_moe", "rslora", {"target_parameters": BOTH_STACKS, "use_rslora": True}),
+    (
+        "qwen3_moe",
+        "rslora",
+        {"target_parameters": BOTH_STACKS, "use_rslora": True, "target_modules": ["o_proj"]},
+    ),
     (
         "gpt_oss",
         "patterns",
@@ -126,7 +130,11 @@ EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
             "target_modules": ["o_proj"],
         },
     ),
-    ("llama4_text", "copies", {"target_parameters": BOTH_STACKS, "modules_to_save": ["lm_head"]}),
+    (
+        "llama4_text",
+        "attention",
+        {"target_parameters": BOTH_STACKS, "target_modules": ["o_proj"], "lora_alpha": 5},
+    ),
     (
         "nemotron_h",
         "attention",
@@ -204,8 +212,8 @@ FEATURES: dict[str, Feature] = {
         f"experts of {kind} {name}": Feature(
             lambda kind=kind: moe_model(kind, implementation="" if "llama" in kind else "eager"),
             config,
-            # PEFT converts the names in target_modules and no names of Llama 4.
-            () if kind in ("qwen3_moe", "gpt_oss", "nemotron_h") else ("config",),
+            # PEFT removes the names that it converts from target_modules.
+            () if "target_parameters" in config else ("config",),
         )
         for kind, name, config in EXPERTS
     },

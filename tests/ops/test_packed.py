@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 import fastlora
 from fastlora import adapters
 from fastlora.layers import packed_factors
-from fastlora.ops.torch import packed_choice, packed_forward, products
+from fastlora.ops.torch import packed_choice, packed_plans, products
 from fastlora.ops.torch.packed import first_fit_layout
-from fastlora.ops.torch.packed_forward import BlockedPlan, DensePlan, PerSamplePlan
+from fastlora.ops.torch.packed_plans import BlockedPlan, DensePlan, PerSamplePlan, SeparatePlan
 from fastlora.testing import assert_within_budget
 from tests.support.tiny import randomize, with_adapters
 
@@ -161,14 +161,14 @@ def test_plans(case: str) -> None:
     names: list[str | None] = [f"a{i % count}" for i in range(int(count * samples))]
     x = torch.randn(len(names), tokens, 48).to(dtype)
     chosen = []
-    original = packed_forward.cached_plan
+    original = packed_plans.cached_plan
 
     def spy(*args: Any) -> Any:
         chosen.append(original(*args))
         return chosen[-1]
 
     has_amx = matrix_unit(amx)
-    spied = mock.patch.object(packed_forward, "cached_plan", spy)
+    spied = mock.patch.object(packed_plans, "cached_plan", spy)
     with has_amx, spied:
         outputs = steps(model, x, names)
         assert_alone(outputs, model, x, names)
@@ -248,11 +248,11 @@ def test_samples_of_many_tokens(dtype: torch.dtype, amx: bool, kind: type) -> No
     x[5, 3], x[0, 4] = float("nan"), float("inf")
     with (
         matrix_unit(amx),
-        mock.patch.object(packed_forward, "cached_plan", wraps=packed_forward.cached_plan) as plans,
+        mock.patch.object(packed_plans, "cached_plan", wraps=packed_plans.cached_plan) as plans,
     ):
         outputs = steps(model, x, names)
     with matrix_unit(amx):
-        found = {type(packed_forward.cached_plan(*call.args)) for call in plans.call_args_list}
+        found = {type(packed_plans.cached_plan(*call.args)) for call in plans.call_args_list}
     assert found == {kind}
     assert_alone(outputs, model, x, names)
 
@@ -286,9 +286,12 @@ def test_uneven_rows_are_not_padded(most: int, rows: int) -> None:
     model = build([16] * 32, everywhere=True)
     names: list[str | None] = ["a0"] * most + [f"a{i}" for i in range(1, 32)] * rows
     x = torch.randn(len(names), 48)
-    with mock.patch.object(packed_forward, "arrange_and_shrink") as shrink:
+    with mock.patch.object(packed_plans, "cached_plan", wraps=packed_plans.cached_plan) as plans:
         outputs = steps(model, x, names)
-    assert not shrink.called
+    found = [packed_plans.cached_plan(*call.args) for call in plans.call_args_list]
+    assert {type(plan) for plan in found} == {SeparatePlan}
+    # Only the rows of the adapter with adjacent rows stay where they are.
+    assert {len(plan.gather) for plan in found} == {31 * rows if rows > 1 else 0}
     assert_alone(outputs[-1:], model, x, names)
 
 

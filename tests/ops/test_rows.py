@@ -14,8 +14,9 @@ from fastlora.ops.rows import INVALID_SLOT, NO_SLOT, rows_from_tensors, sort_row
 def expected_groups(ids: list[int], slots: int) -> tuple[list[int], list[int], list[int]]:
     """Order, segment of each position, slot of each segment, by sorting in Python."""
     slot_of = [slot if NO_SLOT <= slot < slots else INVALID_SLOT for slot in ids]
-    order = sorted(range(len(ids)), key=lambda row: slot_of[row])
-    present = sorted(set(slot_of))
+    last = {INVALID_SLOT: slots, NO_SLOT: slots + 1}
+    order = sorted(range(len(ids)), key=lambda row: last.get(slot_of[row], slot_of[row]))
+    present = sorted(set(slot_of), key=lambda slot: last.get(slot, slot))
     return order, [present.index(slot_of[row]) for row in order], present
 
 
@@ -82,7 +83,7 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
         ]
         for found in (rows, rows_from_tensors(rows.operator_arguments())):
             assert list(found.segments) == expected
-            assert found.is_sorted == (spread == sorted(spread))
+            assert found.is_sorted == (order == sorted(order))
             assert found.inverse_order[found.order.long()].tolist() == list(range(m))
             present = [segment.slot for segment in found.segments]
             members = [present.index(s) if s in present else len(present) for s in spread]
@@ -92,6 +93,38 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
             assert found.sorted(x).tolist() == order
             assert (found.slots, found.m) == (slots, m)
         assert rows.each == each
+
+
+@pytest.mark.parametrize("largest", [2048, 8192])
+def test_one_sort_serves_every_padded_size(largest: int) -> None:
+    """A prefix is the batch without the padding: rows, slots, pieces, and invalid ids."""
+    chance, slots = random.Random(largest), 5
+    whole = torch.full((largest,), NO_SLOT)
+    for m in (1, 16, 128, 512, 2048, 8192):
+        if m > largest:
+            continue
+        whole[:] = NO_SLOT
+        whole[: m - m // 4] = torch.tensor(
+            [chance.randint(-2, slots) for _ in range(m - m // 4)], dtype=torch.int64
+        )
+        rows = sort_rows(whole, largest, slots)
+        blocks = (16, 64, 128)
+        starts = {block_m: rows.piece_starts(block_m) for block_m in blocks}
+        first, alone = rows.first_rows(m), sort_rows(whole[:m], m, slots)
+        assert (first.m, first.slots, first.each) == (m, slots, 1)
+        assert torch.equal(first.order, alone.order)
+        assert torch.equal(first.segment_of, alone.segment_of)
+        assert torch.equal(first.segment_slot, alone.segment_slot)
+        assert torch.equal(first.slot_start, alone.slot_start)
+        assert torch.equal(first.invalid, alone.invalid)
+        assert first.segments == alone.segments
+        assert first.has_rows_without_slot == alone.has_rows_without_slot
+        for block_m in blocks:
+            own = first.piece_starts(block_m)
+            assert own.data_ptr() == starts[block_m].data_ptr()
+            assert torch.equal(own.clamp(max=m), alone.piece_starts(block_m))
+        for view, tensor in zip(first.operator_arguments(), rows.operator_arguments(), strict=True):
+            assert view.data_ptr() == tensor.data_ptr()
 
 
 def test_sizes_do_not_depend_on_the_ids() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlora.autograd.stacks import add_stacked_updates_
+from fastlora.autograd.stacks import stacked_lora_linear
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.stacks import (
     StackedOperands,
@@ -85,8 +85,7 @@ class Case:
 def test_values_and_every_gradient(p: float) -> None:
     case = Case(torch.float64, p)
     case.stack.requires_grad_()
-    y = grouped_linear(case.x, case.stack, case.rows, SLOTS)
-    y = add_stacked_updates_(y, case.x, case.operands(), case.rows, "eager")
+    y = stacked_lora_linear(case.x, case.stack, None, SLOTS, case.operands(), case.rows, "eager")
     expected = case.truth()
     torch.testing.assert_close(y, expected)
     found = torch.autograd.grad(y, case.parameters(), case.dy)
@@ -143,8 +142,7 @@ def test_nothing_as_large_as_the_stack_is_made(adapters: int, dtype: torch.dtype
     scaling = torch.ones(adapters, dtype=torch.float64 if dtype.itemsize == 8 else None)
     operands = StackedOperands(lora_a, lora_b, scaling, (0.0,) * adapters)
     with _LargestTensor(stack) as largest:
-        y = grouped_linear(x, stack, sorted_rows, adapters)
-        y = add_stacked_updates_(y, x, operands, sorted_rows, "eager")
+        y = stacked_lora_linear(x, stack, None, adapters, operands, sorted_rows, "eager")
         y.sum().backward()
     assert rows * k <= largest.numel <= max(rows * k, count * r * k) < stack.numel() / 2
     assert all(factor.grad is not None and factor.grad.any() for factor in files[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastlora
 from fastlora import AdapterPool, LoraConfig
 from fastlora.layers.experts import FastLoraExperts
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from fastlora.pool.reader import _config_and_header_limits
 from fastlora.pool.router import graph_capture_routing
 from fastlora.routing.active import activate_routing
 from fastlora.validation import CheckpointError, UnsupportedLayerError
@@ -142,11 +143,11 @@ def test_factors_are_read_in_place_and_freed(saved: Adapters, pool: AdapterPool)
             assert lora_a.shape[:2] == rank_rows.shape[:2] == (4, 1)
             for factor in (lora_a, rank_rows):
                 assert factor.untyped_storage().data_ptr() == loaded.image.data_ptr()
-    image = weakref.ref(loaded.image)
+    image = StorageWeakRef(loaded.image.untyped_storage())
     del lease, loaded, lora_a, rank_rows, factor
     pool.unload("a0")
     gc.collect()
-    assert image() is None
+    assert image.expired()
 
 
 def test_nan_stays_in_the_rows_of_its_adapter(saved: Adapters) -> None:
@@ -222,6 +223,26 @@ def test_pools_of_other_dtypes(saved: Adapters, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_dora_on_linears_beside_experts(saved: Adapters, tmp_path: Path) -> None:
+    """Its scales follow the base weights; on a stack it is refused."""
+    config = LoraConfig(r=2, target_modules=["o_proj"], use_dora=True, init_lora_weights=False)
+    fastlora.get_peft_model(base_model(), config).save_pretrained(tmp_path)
+    model, ids = base_model(), tokens(3)
+    with AdapterPool(model) as pool:
+        pool.load("dora", tmp_path)
+        pool.load("a0", saved.root / "a0")
+        for factor in (1.0, 1.5):
+            twin = base_model()
+            for each in (model, twin):
+                weight = each.get_submodule("model.layers.1.self_attn.o_proj").weight
+                weight.data.copy_(twin.model.layers[1].self_attn.o_proj.weight * factor)
+            fastlora.clear_caches(model)
+            alone = fastlora.LoraModel.from_pretrained(twin, tmp_path)
+            found = logits(model, ids, adapter_names=["dora", "a0", None])
+            torch.testing.assert_close(found[:1], logits(alone, ids[:1]), rtol=0, atol=1e-7)
+        assert "Experts" in str(fastlora.fusion_report(model))
+
+
 def test_gradients_flow_through_experts_of_a_pool(saved: Adapters, pool: AdapterPool) -> None:
     """To what comes before them; the factors of a pool have none."""
     embedded = pool._model.get_input_embeddings()(tokens(3)).detach().requires_grad_()
@@ -273,25 +294,35 @@ def of_five_experts(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"{STACK}.lora_B.weight"] = torch.ones(16, 10)
 
 
-# Changes to the files of an adapter of rank 2 on both stacks of each layer.
+def of_rank_4(tensors: dict[str, torch.Tensor]) -> None:
+    at = "base_model.model.model.layers.0.self_attn.o_proj"
+    tensors[f"{at}.lora_A.weight"] = torch.ones(4, 16)
+    tensors[f"{at}.lora_B.weight"] = torch.ones(16, 4)
+
+
+# Changes to the files of an adapter of rank 2 on a linear layer and both stacks of each layer.
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "other experts": (
         edit(of_five_experts),
         r"experts\.lora_A\.weight' has shape \(10, 8\), but 'model\.layers\.1\.mlp\.experts\."
-        r"down_proj' .* 4 matrices \(16, 8\), expects \(8, 8\) for rank 2",
+        r"down_proj' .*expects shape \(8, 8\) for rank 2 on each of its 4 matrices",
     ),
     "other width": (
         edit(lambda t: t.update({f"{STACK}.base_layer.lora_B.weight": torch.ones(15, 8)})),
-        r"\(15, 8\), but 'model\.layers\.1\.mlp\.experts\.gate_up_proj' .*expects \(16, 8\)",
+        r"\(15, 8\), but 'model\.layers\.1\.mlp\.experts\.gate_up_proj' .*expects shape \(16, 8\)",
+    ),
+    "other rank of a linear layer": (
+        edit(of_rank_4),
+        r"o_proj\.lora_A\.weight' has shape \(4, 16\), but .*expects shape \(2, 16\) for rank 2",
     ),
     "other rank": (
         configure(rank_pattern={"1.mlp.experts.down_proj": 4}),
-        r"\(8, 8\), but '.*experts\.down_proj' .*expects \(16, 8\) for rank 4",
+        r"\(8, 8\), but '.*experts\.down_proj' .*expects shape \(16, 8\) for rank 4",
     ),
     "other names": (edit(rename), "no module 'model.layers.1.mlp.others"),
     "one stack is missing": (
         edit(drop),
-        r"missing for 1 of the 4 modules .* as 'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
+        r"missing for 1 of the 6 modules .* as 'model\.layers\.1\.mlp\.experts\.gate_up_proj'",
     ),
     "DoRA": (configure(use_dora=True), "lora_magnitude_vector"),
     "order of Unsloth": (configure(lora_B_layout="grouped_by_expert"), "grouped_by_expert"),
@@ -304,7 +335,7 @@ def test_an_adapter_that_raises_changes_nothing(
     damage: str, saved: Adapters, pool: AdapterPool, tmp_path: Path
 ) -> None:
     change, message = DAMAGE[damage]
-    config = LoraConfig(r=2, target_modules=[], target_parameters=BOTH)
+    config = LoraConfig(r=2, target_modules=["o_proj"], target_parameters=BOTH)
     fastlora.get_peft_model(base_model(), config).save_pretrained(tmp_path / "a")
     pool.load("a", tmp_path / "a")
     pool.load("a0", saved.root / "a0")
@@ -319,10 +350,25 @@ def test_an_adapter_that_raises_changes_nothing(
 def test_limits_of_a_pool_count_the_rank_of_one_matrix(saved: Adapters) -> None:
     with AdapterPool(base_model(), max_rank=2) as pool:
         pool.load("a1", saved.root / "a1")  # rank 2, 8 rows of lora_A
-        with pool.lease(["a1"]) as lease:
-            assert lease.max_rank == 2
         with pytest.raises(CheckpointError, match="r=3 exceeds the pool's max_rank=2"):
             pool.load("a2", saved.root / "a2")
+
+
+def test_a_header_with_factors_of_single_experts_fits() -> None:
+    """A file of transformers 4 for 48 layers of 128 experts, as large as a Qwen3-30B-A3B has."""
+    layers, experts = range(48), range(128)
+    stacks = [f"model.layers.{n}.mlp.{stack}" for n in layers for stack in BOTH]
+    place = {"dtype": "BF16", "shape": [128, 2048], "data_offsets": [10**10, 10**10]}
+    header = {
+        f"base_model.model.model.layers.{n}.mlp.experts.{expert}.{end}.lora_{side}.weight": place
+        for n in layers
+        for expert in experts
+        for end in ("gate_proj", "up_proj", "down_proj")
+        for side in "AB"
+    }
+    limits = _config_and_header_limits(dict.fromkeys(stacks, len(experts)))
+    size = len(json.dumps(header))
+    assert size <= limits.header <= 2 * size
 
 
 def test_parameters_that_a_pool_does_not_adapt(saved: Adapters) -> None:

@@ -88,8 +88,9 @@ class TorchBackend(OperatorBackend):
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],
+        dx: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        return stacks.gradients(dy, x, s, operands, rows, wants_x, wants)
+        return stacks.gradients(dy, x, s, operands, rows, wants_x, wants, dx)
 
 
 register_backend("eager", TorchBackend())

@@ -1,10 +1,12 @@
-"""Packed factors: for each layer, two tensors with the factors of all adapters of a batch.
+"""Packed factors: tensors with the factors of all adapters on one layer.
 
-If a set of adapters is used repeatedly, as in every decode step, the factors of each layer are
-stored as two tensors, so that one product serves many adapters. A rank row is a row of lora_a or a
-column of lora_b. Rank rows are arranged in units of as many as the largest rank. Adapters of
-smaller ranks share a unit.
+If adapters are used repeatedly, as in every decode step, the factors of each layer are stored
+together, so that one product serves many adapters. A rank row is a row of lora_a or a column of
+lora_b. Rank rows are arranged in units of as many as the largest rank.
 
+`pack_layer_factors` packs a set of adapters once, and adapters of smaller ranks share a unit.
+`fastlora.ops.torch.packed_slots` packs adapters that change one by one. A layer may consist of
+several slices, such as q, k, and v: layers with the same input and with outputs side by side.
 `fastlora.ops.torch.packed_forward` computes the forward pass.
 """
 
@@ -16,13 +18,18 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import Slots
-from fastlora.ops.torch.packed_choice import BatchKind, coalescing_is_faster, dense_is_fastest
+from fastlora.ops.factors import Factors, Slots
+from fastlora.ops.torch.packed_choice import (
+    BatchKind,
+    coalescing_is_faster,
+    column_major_is_faster,
+    dense_is_fastest,
+)
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
 WIDEST_BLOCK = 64
 # With at least this many units, their number may be rounded up.
-_ROUNDED_UNITS = 8
+ROUNDED_UNITS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +41,7 @@ class PackedLayout:
     Attributes:
         unit: Number of rank rows in a unit.
         units: Number of units.
-        firsts: The first rank row of each adapter of the set, in the set's order.
+        firsts: The first rank row of each adapter.
         ranks: Number of rank rows of each adapter, or 0 for an adapter that does not adapt the
             layer.
     """
@@ -80,7 +87,7 @@ def first_fit_layout(ranks: tuple[int, ...], coalesced: bool = False) -> PackedL
     if not coalesced:
         return PackedLayout(unit, units, tuple(firsts), ranks)
     rounded = units
-    if units >= _ROUNDED_UNITS:
+    if units >= ROUNDED_UNITS:
         rounded += -units % max(WIDEST_BLOCK // unit, 1)
     if rounded == units:
         return first_fit_layout(ranks, False)
@@ -88,19 +95,25 @@ def first_fit_layout(ranks: tuple[int, ...], coalesced: bool = False) -> PackedL
 
 
 class PackedLayerFactors(NamedTuple):
-    """The packed factors of a set of adapters on one layer.
+    """The packed factors of several adapters on one layer.
 
     Attributes:
-        layout: Position of the rank rows.
-        lora_a: ``[K, rank rows]`` for dense products, otherwise ``[units, unit, K]``.
-        lora_b: Scaled; ``[rank rows, N]`` for dense products, otherwise ``[units, unit, N]``.
+        layout: Position of the rank rows. It applies to each slice.
+        lora_a: ``[K, slices * rank rows]`` for dense products, otherwise
+            ``[units, K, slices * unit]``, in any memory layout.
+        lora_b: For each slice the scaled lora_b, ``[rank rows, N]`` for dense products, otherwise
+            ``[units, unit, N]``; None if no adapter adapts the slice.
         lora_bias: ``[G + 1, N]``, scaled, with zeros in the last row; or None.
+        widths: The number of outputs N of each slice.
+        is_finite: Whether all factors are finite.
     """
 
     layout: PackedLayout
     lora_a: torch.Tensor
-    lora_b: torch.Tensor
+    lora_b: tuple[torch.Tensor | None, ...]
     lora_bias: torch.Tensor | None
+    widths: tuple[int, ...]
+    is_finite: bool = True
 
 
 def pack_layer_factors(
@@ -117,29 +130,54 @@ def pack_layer_factors(
         return None
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
-    dense = dense_is_fastest(layout.unit, layout.units, dtype)
-    shape = (k, layout.units, layout.unit) if dense else (layout.units, layout.unit, k)
-    lora_a = torch.zeros(shape, dtype=dtype, device=device)
-    by_unit = lora_a.permute(1, 2, 0) if dense else lora_a
+    lora_a, rank_rows_a = zero_lora_a(layout, 1, k, dtype, device)
     lora_b = torch.zeros(layout.units, layout.unit, n, dtype=dtype, device=device)
     lora_bias = None
     if any(f is not None and f.lora_bias is not None for f in slots):
         lora_bias = torch.zeros(len(slots) + 1, n, dtype=dtype, device=device)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
     for at, own in enumerate(slots):
         if own is None:
             continue
         unit, first = divmod(layout.firsts[at], layout.unit)
         rows = slice(first, first + layout.ranks[at])
-        by_unit[unit, rows] = own.lora_a
-        lora_b[unit, rows] = own.lora_b.t().to(exact) * own.scaling
+        rank_rows_a[unit, 0, rows] = own.lora_a
+        lora_b[unit, rows] = scaled_rank_rows(own, dtype)
         if lora_bias is not None and own.lora_bias is not None:
-            lora_bias[at] = own.lora_bias.to(exact) * own.scaling
+            lora_bias[at] = own.lora_bias.to(_exact(dtype)) * own.scaling
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
         return None
-    if dense:
-        lora_a, lora_b = lora_a.flatten(1), lora_b.flatten(0, 1)
-    return PackedLayerFactors(layout, lora_a, lora_b, lora_bias)
+    if lora_a.dim() == 2:
+        lora_b = lora_b.flatten(0, 1)
+    return PackedLayerFactors(layout, lora_a, (lora_b,), lora_bias, (n,))
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which factors are scaled before they are rounded to ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scaled_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+    """Return the scaled rank rows of lora_b, ``[R, N]``, before they are rounded to ``dtype``."""
+    rows = factors.lora_b.t().to(_exact(dtype))
+    scaling = factors.scaling
+    if isinstance(scaling, torch.Tensor) and scaling.dim():
+        scaling = scaling.unsqueeze(1)
+    return rows * scaling
+
+
+def zero_lora_a(
+    layout: PackedLayout, slices: int, k: int, dtype: torch.dtype, device: torch.device | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tuple (zeros for the packed lora_a, a view ``[units, slices, unit, K]`` of them)."""
+    unit, units = layout.unit, layout.units
+    if dense_is_fastest(unit, units, dtype):
+        zeros = torch.zeros(k, slices, units, unit, dtype=dtype, device=device)
+        return zeros.flatten(1), zeros.permute(2, 1, 3, 0)
+    if column_major_is_faster(slices * unit, dtype):
+        zeros = torch.zeros(units, k, slices, unit, dtype=dtype, device=device)
+        return zeros.flatten(2), zeros.permute(0, 2, 3, 1)
+    zeros = torch.zeros(units, slices, unit, k, dtype=dtype, device=device)
+    return zeros.flatten(1, 2).transpose(1, 2), zeros
 
 
 def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:

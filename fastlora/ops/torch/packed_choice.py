@@ -26,6 +26,8 @@ _DENSE = 32
 # 64 rows of 16 adapters. For 64 samples of 16 tokens: 1.24 and 1.35 with 4 adapters, 1.45 and 1.41
 # with 16.
 _DENSE_MATRIX_UNIT = 256
+# With at least this many rank rows, a product is faster if a column of them is adjacent in memory.
+_WIDE = 16
 _CAPABILITIES = torch.cpu.get_capabilities()
 # The dtypes for which this processor has a matrix unit.
 _MATRIX_UNIT = frozenset(
@@ -66,6 +68,16 @@ def dense_is_fastest(unit: int, units: int, dtype: torch.dtype) -> bool:
     """
     limit = _DENSE_MATRIX_UNIT if dtype in _MATRIX_UNIT else _DENSE
     return units == 1 or unit * units <= limit
+
+
+def column_major_is_faster(width: int, dtype: torch.dtype) -> bool:
+    """Return whether lora_a is better stored as ``[K, width]`` than as ``[width, K]``.
+
+    For 16 rows and K = 1536 in fp32, a product with 64 rank rows takes 20 us instead of 57 us (one
+    Zen 4 core). For 4 units of 8 rank rows with 4 rows each, it takes 11 us instead of 6 us. In
+    16-bit dtypes, the rank rows of several units can form one block only if they are adjacent.
+    """
+    return dtype.itemsize >= 4 and width >= _WIDE
 
 
 def coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:

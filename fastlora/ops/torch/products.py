@@ -134,6 +134,16 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Write ``a @ b`` into ``y [M, N]`` and return y.
+
+    On a CPU, the product is computed in the dtype of y if this is not the dtype of the operands.
+    """
+    if not a.is_cpu or (y.dtype == a.dtype and a.dtype in EMULATED):
+        return y.copy_(mm(a, b))
+    return torch.mm(a.to(y.dtype), b.to(y.dtype), out=y)
+
+
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
     if not computes_in_fp32(a, b) or _native_is_as_fast(a, b):

@@ -33,6 +33,15 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def add_rows_(y: torch.Tensor, rows: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Add ``update [P, N]`` to P different rows of ``y [M, N]`` in place and return y."""
+    if y.is_contiguous():
+        return y.index_add_(0, rows, update)
+    # For 256 rows of 576 columns of a larger tensor, index_add_ takes 244 us, and this 106 us.
+    y[rows] = y.index_select(0, rows).add_(update)
+    return y
+
+
 def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
     """Return the shrink output ``s = x @ lora_a.T`` in x's dtype, shape ``[M, R]``."""
     return products.linear(x, cast(lora_a, x.dtype))
@@ -48,6 +57,18 @@ def lora_expand_(
         return products.addmm_(y, s.to(y.dtype), scaled_b.t())
     # A scaling without dimensions does not change the dtype of s. A scaling of shape [R] is fp32.
     return products.addmm_(y, cast(s * scaling, y.dtype), cast(lora_b, y.dtype).t())
+
+
+def lora_expand(
+    s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the update ``(scaling * s) @ lora_b.T`` in ``dtype``, shape ``[M, N]``.
+
+    The operands are rounded as in `lora_expand_`.
+    """
+    if dtype == torch.float16:
+        return products.mm(s.to(dtype), (lora_b.float() * scaling).to(dtype).t())
+    return products.mm(cast(s * scaling, dtype), cast(lora_b, dtype).t())
 
 
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

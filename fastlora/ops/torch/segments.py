@@ -1,8 +1,8 @@
-"""Mixed batches in PyTorch, with separate products for the sorted rows of each adapter.
+"""Mixed batches in PyTorch, with separate products for the rows of each adapter.
 
-Rows are sorted once. For each adapter, two small products are then computed on its own rows, and
-the result is added to the base product in place. No adapter affects the rows of another adapter,
-even if it contains NaN.
+For each adapter, two small products are computed on its own rows, and the result is added to the
+base product in place. The base product is computed in the original order of the rows and is never
+sorted. No adapter affects the rows of another adapter, even if it contains NaN.
 
 s and ds consist of one part ``[rows, rank]`` for each adapter. If a layer computes them, the parts
 are flattened and concatenated. In operators and in shared-input groups, s and ds are ``[M, R]`` at
@@ -25,7 +25,8 @@ from fastlora.validation import check_dropout_dtype
 
 # For at least this many adapters of one rank, stacking their factors costs less than two products
 # for each adapter: a decode of 64 sequences with 64 adapters in bf16 is 2.3 times faster (SmolLM2,
-# one Zen 4 core).
+# one Zen 4 core). In fp32 on a CPU, stacking costs more: 64 rows of 16 adapters take 737 us instead
+# of 607 us, and 1,024 rows take 7.6 ms instead of 1.7 ms.
 _BATCHED_SHARES = 4
 
 
@@ -55,12 +56,14 @@ class _AdapterPositions(NamedTuple):
 
     Attributes:
         place: Index of the adapter in the operands.
+        segment: Index of its segment, and thus of its rows in `Rows.segment_rows`.
         at: Sorted positions of its rows.
         rank: Its rank.
         own: Range of its part in a one-dimensional s.
     """
 
     place: int
+    segment: int
     at: slice
     rank: int
     own: slice
@@ -80,14 +83,15 @@ def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_AdapterPo
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
     found, end = list[_AdapterPositions](), 0
-    for slot, start, stop in rows.segments:
+    for segment, (slot, start, stop) in enumerate(rows.segments):
         place = place_of.get(slot)
         if place is None:
             continue
         rank = downs[place].shape[0] if downs else ups[place].shape[1]
         if rank:
             first, end = end, end + (stop - start) * rank
-            found.append(_AdapterPositions(place, slice(start, stop), rank, slice(first, end)))
+            own = slice(first, end)
+            found.append(_AdapterPositions(place, segment, slice(start, stop), rank, own))
     return found
 
 
@@ -114,16 +118,14 @@ def forward(
 
     s is the shrink output, which is computed here unless it is given.
     """
-    x, y = rows.sorted(x), base.y
+    y = base.y
     if base.weight is not None:
-        ordered = products.linear(x, base.weight, base.bias)
-    elif y is not None:
-        ordered = rows.sorted(y)
-        ordered = ordered.clone() if ordered is y and not base.inplace else ordered
-    else:
+        y = products.linear(x, base.weight, base.bias)
+    elif y is None:
         raise ValueError("neither a base weight nor a base output is given")
-    s = _add_adapter_updates(ordered, x, operands, rows, s)
-    return rows.restored(ordered), s
+    elif not base.inplace:
+        y = y.clone(memory_format=torch.contiguous_format)
+    return y, _add_adapter_updates(y, x, operands, rows, s)
 
 
 def _add_adapter_updates(
@@ -131,11 +133,12 @@ def _add_adapter_updates(
 ) -> torch.Tensor:
     """Add each adapter's update to that adapter's rows of y in place, and return s.
 
-    Rows are sorted.
+    The rows of x and y are in their original order. Those of s are sorted.
     """
     made, drops, shares = s is None, operands.seeds is not None, _adapter_positions(operands, rows)
     if s is None:
         s = x.new_empty(shares[-1].own.stop if shares else 0)
+    batches = x.dtype.itemsize == 2 or not x.is_cpu
     by_rank: dict[int, list[_AdapterPositions]] = {}
     for share in shares:
         # A dropout mask belongs to the rows of one adapter, so adapters with dropout run one by
@@ -143,19 +146,25 @@ def _add_adapter_updates(
         alone = not made or (drops and operands.dropout_p[share.place])
         by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
     for group in by_rank.values():
-        if len(group) >= _BATCHED_SHARES:
-            _add_batched_same_rank(y, x, operands, group, s)
+        if batches and len(group) >= _BATCHED_SHARES:
+            _add_batched_same_rank(y, x, operands, group, rows, s)
             continue
         for share in group:
-            place, at = share.place, share.at
-            scaling, part, own = operands.scaling[place], y[at], share.part(s)
+            place, mine = share.place, rows.segment_rows[share.segment]
+            scaling, own = operands.scaling[place], share.part(s)
             if made:
-                mine = _apply_dropout(x[at], operands, place) if drops else x[at]
-                own.copy_(reference.lora_shrink(mine, operands.lora_a[place]))
-            reference.lora_expand_(part, own, operands.lora_b[place], scaling)
+                x_rows = x[mine] if isinstance(mine, slice) else x.index_select(0, mine)
+                x_rows = _apply_dropout(x_rows, operands, place) if drops else x_rows
+                own.copy_(reference.lora_shrink(x_rows, operands.lora_a[place]))
+            if isinstance(mine, slice):
+                update = reference.lora_expand_(y[mine], own, operands.lora_b[place], scaling)
+            else:
+                update = reference.lora_expand(own, operands.lora_b[place], scaling, y.dtype)
             lora_bias = operands.lora_bias[place]
             if lora_bias is not None:
-                part += (lora_bias * scaling).to(y.dtype)
+                update += (lora_bias * scaling).to(y.dtype)
+            if not isinstance(mine, slice):
+                reference.add_rows_(y, mine, update)
     return s
 
 
@@ -164,6 +173,7 @@ def _add_batched_same_rank(
     x: torch.Tensor,
     operands: AdapterOperands,
     group: list[_AdapterPositions],
+    rows: Rows,
     s: torch.Tensor,
 ) -> None:
     """Add the updates of adapters of the same rank to y in place, with batched products.
@@ -178,8 +188,10 @@ def _add_batched_same_rank(
     lora_b = torch.stack([operands.lora_b[place] for place in places]).to(x.dtype)
     scaling = torch.stack([operands.scaling[place] for place in places]).view(-1, 1, 1)
     spans = tuple((share.at.start, share.at.stop) for share in group)
-    rows, own, targets = _padded_gather_indices(spans, x.device)
-    spread = x.index_select(0, rows).view(len(group), -1, x.shape[1])
+    gather, own, targets = _padded_gather_indices(spans, x.device)
+    if not rows.is_sorted:
+        gather, targets = rows.order[gather], rows.order[targets].long()
+    spread = x.index_select(0, gather).view(len(group), -1, x.shape[1])
     # [G, C, K] x [G, K, R], then [G, C, R] x [G, R, N]
     made = products.bmm(spread, lora_a.transpose(1, 2))
     update = products.bmm((made * scaling).to(x.dtype), lora_b.transpose(1, 2))
@@ -187,7 +199,8 @@ def _add_batched_same_rank(
         lora_bias = operands.lora_bias[place]
         if lora_bias is not None:
             update[index] += (lora_bias * operands.scaling[place]).to(x.dtype)
-    y.index_add_(0, targets, update.flatten(0, 1).index_select(0, own).to(y.dtype))
+    update = update.flatten(0, 1).index_select(0, own).to(y.dtype)
+    reference.add_rows_(y, targets, update)
     for share, its in zip(group, made, strict=True):
         part = share.part(s)
         part.copy_(its[: len(part)])
@@ -199,9 +212,9 @@ def _padded_gather_indices(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the indices that gather G spans of rows into a padded batch ``[G, C]``.
 
-    C is the length of the longest span. The indices are the row at each place, ``[G * C]``, where
-    the first row of a span fills its free places; the places that are not filled this way; and the
-    rows at these places.
+    C is the length of the longest span. The indices are the sorted position of the row at each
+    place, ``[G * C]``, where the first row of a span fills its free places; the places that are not
+    filled this way; and the positions at these places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,18 @@ def test_gradient_checkpointing_changes_nothing(
 
 
 def test_dry_run(base: Path, data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The factors of every expert are counted."""
+    """The factors of every expert are counted, also those of targets that nobody chose."""
     given = config(base, data, tmp_path / "out")
+    given["adapters"]["c"] = {"data": str(data["b"]), "r": 8}
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path), "--dry-run"]) == 0
     text = capsys.readouterr().out
     # gate_up [8, 16, 16] at twice the rank, down [8, 16, 8], q_proj [16, 16]
     a = 2 * (8 * 4 * (16 + 16) + 8 * 2 * (16 + 8) + 2 * (16 + 16))
     b = 2 * (8 * 4 * (16 + 8) + 4 * (16 + 16))
+    c = 2 * (8 * 4 * (16 + 16) + 8 * 4 * (16 + 8) + 4 * 8 * (16 + 16))  # 8 / 2 experts per token
+    assert f"r 8, alpha 16, dropout 0.1; {c:,} parameters on 10 modules" in text
     assert f"r 2, alpha 4, dropout 0.1; {a:,} parameters on 4 modules" in text
     assert f"r 4, alpha 8, dropout 0.1; {b:,} parameters on 4 modules" in text
+    assert re.search(r"AdamW\), activations [\d.]+ KiB \(2 samples of ", text)
     assert "replace experts_implementation='grouped_mm'" in text

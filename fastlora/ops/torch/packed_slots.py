@@ -1,0 +1,177 @@
+"""Packed factors of a layer's slots, whose adapters are loaded and evicted one by one.
+
+In `fastlora.ops.torch.packed`, adapters of smaller ranks share a unit of rank rows. Here, each slot
+has a unit of its own, so a change rewrites the rank rows of one slot only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastlora.ops.factors import Factors
+from fastlora.ops.torch.packed import (
+    PackedLayerFactors,
+    PackedLayout,
+    scaled_rank_rows,
+    zero_lora_a,
+)
+
+
+@functools.lru_cache(maxsize=256)
+def slot_layout(unit: int, ranks: tuple[int, ...]) -> PackedLayout:
+    """Return a layout in which each slot has a unit of its own.
+
+    Args:
+        unit: Number of rank rows in a unit.
+        ranks: The rank of the adapter in each slot, or 0 for an empty slot.
+    """
+    return PackedLayout(unit, len(ranks), tuple(unit * slot for slot in range(len(ranks))), ranks)
+
+
+class _SlotStorage(NamedTuple):
+    """The tensors of `PackedSlots`.
+
+    Attributes:
+        lora_a: As in `PackedLayerFactors`.
+        rank_rows_a: A view of lora_a, ``[slots, slices, unit, K]``.
+        lora_b: For each slice ``[slots, unit, N]``.
+    """
+
+    lora_a: torch.Tensor
+    rank_rows_a: torch.Tensor
+    lora_b: tuple[torch.Tensor, ...]
+
+    def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
+        """Replace the rank rows of a slot, and return whether all of them are finite."""
+        own_a, dtype, is_finite = self.rank_rows_a[slot], self.lora_a.dtype, True
+        for a, lora_b, factors in zip(own_a, self.lora_b, slices, strict=True):
+            b, rank = lora_b[slot], 0
+            if factors is not None:
+                rank = factors.lora_a.shape[0]
+                a[:rank] = factors.lora_a
+                b[:rank] = scaled_rank_rows(factors, dtype)
+                is_finite &= bool(torch.isfinite(a[:rank]).all() and torch.isfinite(b[:rank]).all())
+            a[rank:] = 0.0
+            b[rank:] = 0.0
+        return is_finite
+
+
+class PackedSlots:
+    """The packed factors of a layer's slots.
+
+    All slots are copied only if the largest rank changes.
+
+    Args:
+        num_slots: Number of slots.
+        in_features: K.
+        out_features: The number of outputs N of each slice. The slices of a layer have the same
+            input, and their outputs are side by side.
+        dtype: Dtype of x and of the packed factors.
+        device: Device of the packed factors.
+
+    Attributes:
+        factors: The packed factors, or None if no slot has an adapter. The index of an adapter is
+            its slot.
+        num_packs: Number of times that the factors of all slots were allocated and copied.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        in_features: int,
+        out_features: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        self.factors: PackedLayerFactors | None = None
+        self.num_packs = 0
+        self._in_features, self._widths = in_features, tuple(out_features)
+        self._dtype, self._device = dtype, device
+        self._ranks = [(0,) * len(self._widths)] * num_slots
+        self._is_finite = [True] * num_slots
+        self._storage: _SlotStorage | None = None
+
+    def set_slot(self, slot: int, slices: Sequence[Factors | None]) -> None:
+        """Replace the adapter in a slot.
+
+        Args:
+            slot: The slot.
+            slices: For each slice, the `Factors` of the adapter: lora_a ``[R, K]``, lora_b
+                ``[N, R]``, and the scaling. None for a slice that the adapter does not adapt. If
+                all are None, the slot becomes empty. Factors are copied and scaled.
+
+        Raises:
+            ValueError: The number or the shapes of the factors do not fit the layer, or an adapter
+                has a lora_bias, dropout, or DoRA.
+        """
+        self._check(slices)
+        ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slices)
+        self._ranks[slot] = ranks
+        unit = max(map(max, self._ranks))
+        if not unit:
+            self._is_finite[slot] = True
+            self.factors = self._storage = None
+            return
+        if self._storage is None or self._storage.lora_b[0].shape[1] != unit:
+            self._storage = self._allocate(unit)
+        self._is_finite[slot] = self._storage.write(slot, slices)
+        self.factors = self._as_packed_factors(self._storage)
+
+    def clear_slot(self, slot: int) -> None:
+        """Remove the adapter from a slot."""
+        self.set_slot(slot, [None] * len(self._widths))
+
+    def _check(self, slices: Sequence[Factors | None]) -> None:
+        """Raise `ValueError` if factors do not fit the layer."""
+        if len(slices) != len(self._widths):
+            raise ValueError(f"got factors for {len(slices)} slices, expected {len(self._widths)}")
+        for factors, n in zip(slices, self._widths, strict=True):
+            if factors is None:
+                continue
+            a, b = tuple(factors.lora_a.shape), tuple(factors.lora_b.shape)
+            if len(a) != 2 or a[1] != self._in_features or b != (n, a[0]):
+                raise ValueError(
+                    f"lora_a has shape {a} and lora_b {b}, expected (R, {self._in_features}) and "
+                    f"({n}, R)"
+                )
+            if factors.lora_bias is not None or factors.dropout_p or factors.magnitude is not None:
+                raise ValueError(
+                    "an adapter in packed slots has lora_bias, dropout, or a magnitude; expected "
+                    "only lora_a, lora_b, and scaling"
+                )
+
+    def _allocate(self, unit: int) -> _SlotStorage:
+        """Return new storage for units of ``unit`` rank rows, with the factors of all slots."""
+        slots, dtype, device = len(self._ranks), self._dtype, self._device
+        layout = slot_layout(unit, (0,) * slots)
+        lora_a, rank_rows_a = zero_lora_a(
+            layout, len(self._widths), self._in_features, dtype, device
+        )
+        shapes = [(slots, unit, n) for n in self._widths]
+        lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        made, old = _SlotStorage(lora_a, rank_rows_a, lora_b), self._storage
+        self.num_packs += 1
+        if old is not None:
+            rows = slice(0, min(unit, old.lora_b[0].shape[1]))
+            rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]
+            for new_b, old_b in zip(lora_b, old.lora_b, strict=True):
+                new_b[:, rows] = old_b[:, rows]
+        return made
+
+    def _as_packed_factors(self, storage: _SlotStorage) -> PackedLayerFactors:
+        """Return the packed factors of the current adapters, as views of the storage."""
+        unit = storage.lora_b[0].shape[1]
+        layout = slot_layout(unit, tuple(map(max, self._ranks)))
+        dense = storage.lora_a.dim() == 2
+        used = (any(ranks) for ranks in zip(*self._ranks, strict=True))
+        lora_b = tuple(
+            (b.flatten(0, 1) if dense else b) if is_used else None
+            for b, is_used in zip(storage.lora_b, used, strict=True)
+        )
+        return PackedLayerFactors(
+            layout, storage.lora_a, lora_b, None, self._widths, all(self._is_finite)
+        )

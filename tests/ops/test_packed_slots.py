@@ -1,0 +1,208 @@
+"""Packed factors of slots whose adapters change one by one, against a loop over adapters."""
+
+from __future__ import annotations
+
+import random
+from unittest import mock
+
+import pytest
+import torch
+
+from fastlora.ops.factors import Factors
+from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.torch import packed_choice, packed_forward, packed_plans, products
+from fastlora.ops.torch.packed_plans import (
+    BlockedPlan,
+    DensePlan,
+    PerSamplePlan,
+    Plan,
+    SeparatePlan,
+)
+from fastlora.ops.torch.packed_slots import PackedSlots
+from fastlora.testing import assert_within_budget
+
+K = 48
+Adapter = list[Factors | None]
+
+
+def random_adapter(ranks: list[int], widths: list[int], dtype: torch.dtype) -> Adapter:
+    """Factors for each slice, of rank 0 for a slice that is not adapted."""
+    return [
+        Factors(torch.randn(r, K).to(dtype) / 7, torch.randn(n, r).to(dtype) / 7, 0.5 + r / 8)
+        if r
+        else None
+        for r, n in zip(ranks, widths, strict=True)
+    ]
+
+
+def by_row(
+    y: torch.Tensor, x: torch.Tensor, ids: list[int], adapters: list[Adapter], widths: list[int]
+) -> torch.Tensor:
+    """y plus each row's update, one adapter at a time."""
+    y, ends = y.clone(), torch.tensor(widths).cumsum(0).tolist()
+    for slot, adapter in enumerate(adapters):
+        of_slot = torch.tensor(ids) == slot
+        for own, n, end in zip(adapter, widths, ends, strict=True):
+            if own is not None:
+                s = own.scaling * (x[of_slot] @ own.lora_a.to(x.dtype).t())
+                y[of_slot, end - n : end] += s @ own.lora_b.to(x.dtype).t()
+    return y
+
+
+def add(
+    pack: PackedSlots, y: torch.Tensor, x: torch.Tensor, rows: Rows
+) -> tuple[torch.Tensor, Plan | None]:
+    """The result of adding the updates to a copy of y, and the plan."""
+    if pack.factors is None:
+        return y, None
+    # y is in the middle of a larger tensor, as the outputs of one slice of a layer are.
+    whole = torch.full((y.shape[0], y.shape[1] + 8), 7.0, dtype=y.dtype)
+    part = whole[:, 4:-4]
+    part.copy_(y)
+    plan = packed_plans.cached_plan(rows, rows.slot_index, pack.factors, {})
+    assert packed_forward.add_(part, x, rows.slot_index, pack.factors, plan) is part
+    assert (whole[:, :4] == 7).all() and (whole[:, -4:] == 7).all()
+    contiguous = y.clone()
+    packed_forward.add_(contiguous, x, rows.slot_index, pack.factors, plan)
+    torch.testing.assert_close(contiguous, part, equal_nan=True)
+    return contiguous, plan
+
+
+MIXES = {
+    # slots, slices, ranks of a slot, samples, tokens of each, dtype, plans that must occur
+    "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan}),
+    "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {BlockedPlan, SeparatePlan}),
+    "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {SeparatePlan}),
+    "many slots": (16, 1, (8,), 64, 1, torch.float32, {BlockedPlan, SeparatePlan}),
+    "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {BlockedPlan}),
+    "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, SeparatePlan}),
+    "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, SeparatePlan}),
+    "prefill, bf16": (4, 3, (16, 16, 12), 6, 70, torch.bfloat16, {PerSamplePlan, SeparatePlan}),
+    "many tokens": (4, 2, (24,), 500, 1, torch.float32, {BlockedPlan}),
+}
+
+
+@pytest.mark.drawn(1 / 2)
+@pytest.mark.parametrize("case", MIXES)
+def test_slots_change_one_by_one(case: str) -> None:
+    """Every mix gets its adapters' updates, while adapters are loaded, evicted, and replaced."""
+    count, slices, ranks, samples, tokens, dtype, expected = MIXES[case]
+    chance, widths = random.Random(case), [40, 8, 24, 16][:slices]
+    torch.manual_seed(len(case))
+    pack, adapters = PackedSlots(count, K, widths, dtype), [[None] * slices for _ in range(count)]
+    plans, largest, packs = set(), 0, 0
+    with mock.patch.object(packed_choice, "_MATRIX_UNIT", frozenset()):
+        for step in range(20):
+            slot = step if step < count else chance.randrange(count)
+            if step >= count and chance.random() < 0.3:
+                adapters[slot] = [None] * slices
+                pack.clear_slot(slot)
+            else:
+                rank = chance.choice(ranks)
+                own = [chance.choice([rank, rank, 0]) for _ in widths]
+                adapters[slot] = random_adapter(own, widths, torch.float32)
+                pack.set_slot(slot, adapters[slot])
+            present = [f.lora_a.shape[0] for a in adapters for f in a if f is not None]
+            packs += max(present, default=0) not in (0, largest)
+            largest = max(present, default=0)
+            assert pack.num_packs == packs
+            ids = [chance.randint(-1, count - 1) for _ in range(samples)]
+            if step % 4 == 3:  # one adapter and rows without an adapter
+                ids = [-1 if slot < 0 else ids[0] for slot in ids]
+            rows = sort_rows(torch.tensor(ids), samples * tokens, count)
+            spread = [slot for slot in ids for _ in range(tokens)]
+            x = torch.randn(samples * tokens, K).to(dtype)
+            y = torch.randn(samples * tokens, sum(widths)).to(dtype)
+            made, plan = add(pack, y, x, rows)
+            plans.add(type(plan))
+            base = torch.tensor([slot < 0 for slot in spread])
+            assert torch.equal(made[base], y[base])
+            assert_within_budget(
+                made,
+                by_row(y, x, spread, adapters, widths),
+                by_row(y.double(), x.double(), spread, adapters, widths),
+            )
+    assert expected <= plans
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_nan_stays_in_the_rows_of_its_adapter(rank: int) -> None:
+    """Also where the rank rows of several adapters are in one product, and until it is replaced."""
+    widths = [40, 24]
+    adapters = [random_adapter([rank, rank], widths, torch.float32) for _ in range(4)]
+    pack = PackedSlots(4, K, widths, torch.float32)
+    for slot, own in enumerate(adapters):
+        pack.set_slot(slot, own)
+    rows, x, y = sort_rows(torch.arange(-1, 4), 5, 4), torch.randn(5, K), torch.randn(5, 64)
+    finite, plan = add(pack, y, x, rows)
+    assert not isinstance(plan, SeparatePlan)
+    for side in ("lora_a", "lora_b"):
+        broken = adapters[2][1]._replace(**{side: getattr(adapters[2][1], side).clone()})
+        getattr(broken, side)[3, 3] = float("nan")
+        pack.set_slot(2, [adapters[2][0], broken])
+        made, _ = add(pack, y, x, rows)
+        assert made[3, 40:].isnan().any() and made[3, :40].isfinite().all()
+        others = torch.tensor([0, 1, 2, 4])
+        torch.testing.assert_close(made[others], finite[others])
+    pack.set_slot(2, adapters[2])
+    assert torch.equal(add(pack, y, x, rows)[0], finite)
+
+
+def test_only_the_units_of_the_batch_are_multiplied() -> None:
+    """One adapter in 16 slots costs what one in one slot does, wherever it is."""
+    adapter = random_adapter([64], [40], torch.float32)
+    packs = [PackedSlots(slots, K, [40], torch.float32) for slots in (1, 16)]
+    for pack, slots in zip(packs, ((0,), range(16)), strict=True):
+        for slot in slots:
+            pack.set_slot(slot, adapter)
+    x, y, ids = torch.randn(16, K), torch.randn(16, 40), torch.randint(0, 2, (16,))
+    shapes = []
+    for pack, slots, slot in zip(packs, (1, 16), (0, 11), strict=True):
+        rows = sort_rows(torch.where(ids == 0, slot, -1), 16, slots)
+        assert pack.factors is not None
+        plan = packed_plans.cached_plan(rows, rows.slot_index, pack.factors, {})
+        with (
+            mock.patch.object(packed_forward.products, "mm", wraps=products.mm) as shrink,
+            mock.patch.object(packed_forward.products, "addmm_", wraps=products.addmm_) as expand,
+        ):
+            packed_forward.add_(y.clone(), x, rows.slot_index, pack.factors, plan)
+        (a, b), (_, s, c) = shrink.call_args.args, expand.call_args.args
+        assert shrink.call_count == expand.call_count == 1
+        shapes.append([tuple(t.shape) for t in (a, b, s, c)])
+    assert shapes[0] == shapes[1] == [(16, K), (K, 64), (16, 64), (64, 40)]
+
+
+def test_slices_share_the_shrink() -> None:
+    """The products for three slices: one shrink, and one expand for each that is adapted."""
+    widths = [40, 8, 24]
+    for rank, ids in ((8, range(-1, 4)), (64, range(-1, 4)), (64, [2] * 5)):
+        pack = PackedSlots(4, K, widths, torch.float32)
+        for slot in range(4):
+            pack.set_slot(slot, random_adapter([rank, 0, rank], widths, torch.float32))
+        rows = sort_rows(torch.tensor(list(ids)), 5, 4)
+        assert pack.factors is not None
+        plan = packed_plans.cached_plan(rows, rows.slot_index, pack.factors, {})
+        names = ("mm", "bmm", "addmm_")
+        with mock.patch.multiple(
+            packed_forward.products,
+            **{name: mock.Mock(wraps=getattr(packed_forward.products, name)) for name in names},
+        ):
+            packed_forward.add_(
+                torch.randn(5, 72), torch.randn(5, K), rows.slot_index, pack.factors, plan
+            )
+            calls = [getattr(packed_forward.products, name).call_count for name in names]
+        assert sum(calls) == 3, (rank, calls)
+
+
+def test_factors_that_do_not_fit_are_named() -> None:
+    pack, (own,) = PackedSlots(2, K, [40], torch.float32), random_adapter([4], [40], torch.float32)
+    assert own is not None
+    with pytest.raises(ValueError, match="factors for 2 slices, expected 1"):
+        pack.set_slot(0, [own, own])
+    for wrong in (own._replace(lora_a=own.lora_a[:, 1:]), own._replace(lora_b=own.lora_b[1:])):
+        with pytest.raises(ValueError, match=r"expected \(R, 48\) and \(40, R\)"):
+            pack.set_slot(0, [wrong])
+    for field in ({"lora_bias": torch.zeros(40)}, {"dropout_p": 0.1}):
+        with pytest.raises(ValueError, match="lora_bias, dropout, or a magnitude"):
+            pack.set_slot(0, [own._replace(**field)])
+    assert pack.factors is None and pack.num_packs == 0
