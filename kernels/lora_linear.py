@@ -52,7 +52,7 @@ from fastlora.kernels.rank_rows import (
 
 
 # M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "stride_yp"])
 def _lora_linear_kernel(
     # tensors
     x_ptr,

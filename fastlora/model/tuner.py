@@ -24,7 +24,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.tied_weights import SharedWeightUntier
 from fastlora.model.weighted import CombinationOptions, combine_adapters
-from fastlora.routing.block import routing_from_parameters
+from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_router
 from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
@@ -531,6 +531,14 @@ class LoraTuner(nn.Module):
             ids,
             seeds,
             validate,
+        )
+
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        known = tuple(self.peft_config)
+        layers = self.modules_selecting_adapter_per_row
+        return sample_routings_from_parameters(
+            self.group, layers, known, ParameterSource, adapters, ranks
         )
 
     @property

@@ -25,7 +25,7 @@ from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import PoolStats, RegisteredAdapter
-from fastlora.pool.router import lease_batch_routing
+from fastlora.pool.router import lease_batch_routing, sample_pool_routings
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
@@ -548,6 +548,10 @@ class AdapterPool:
         See `lease_batch_routing`.
         """
         return lease_batch_routing(self, ids, seeds, validate, held)
+
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        return sample_pool_routings(self, ranks)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
         """Check that all names are registered, and return them as a tuple.

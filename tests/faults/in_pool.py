@@ -235,12 +235,10 @@ FAULTS = (
         path="fastlora/pool/router.py",
         before="""\
         lease = exit_stack.enter_context(pool.lease(names))
-        max_rank = lease.max_rank
-""",
+        max_rank = lease.max_rank or 1""",
         after="""\
         lease = exit_stack.enter_context(pool.lease(names))
-        max_rank = pool.max_rank or lease.max_rank
-""",
+        max_rank = pool.max_rank or lease.max_rank""",
         tests=(f"{_ERRORS}::test_blocks_by_name_plan_for_the_ranks_that_they_use",),
     ),
     Fault(

@@ -19,7 +19,11 @@ from fastlora.ops.triton.address_tables import (
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
-from fastlora.ops.triton.shrink import add_partial_sums, mixed_shrink_partials
+from fastlora.ops.triton.shrink import (
+    add_partial_sums,
+    in_usual_layout,
+    mixed_shrink_partials,
+)
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -72,6 +76,7 @@ def add_at_(
     This takes two launches, shrink and expand.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
+    x = in_usual_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)

@@ -30,6 +30,7 @@ from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import (
     add_partial_sums,
+    in_usual_layout,
     mixed_shrink,
     mixed_shrink_partials,
     shrink_with_partials,
@@ -102,8 +103,7 @@ def linear_at(
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
-    if invariant:
-        x = _contiguous_and_aligned(x)
+    x = in_usual_layout(x, contiguous=invariant)
     up, base = lora_b_rank_rows_from_tables(found, index), ([weight], [bias])
     plan, ys = _plan_and_base_products("mixed_lora", x, *base, up, plan)
     partials = (
@@ -134,7 +134,7 @@ def mixed_grouped_forward(
     products, a shrink, and an expand instead. Quantized weights must all be of one kind.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
-    own = slice(first, first + len(weights))
+    own, x = slice(first, first + len(weights)), in_usual_layout(x)
     up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _plan_and_base_products("mixed_lora", x, weights, biases, up, "auto")
     s = mixed_shrink_partials(x, rows, found, own)
@@ -214,8 +214,7 @@ def _grouped_linear(
         plan = choose_plan(plan, x, weights[0], r, n=n)
         launch = "lora_expand" if plan == "split" else "lora_linear"
     fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
-    if invariant:
-        x = _contiguous_and_aligned(x)
+    x = in_usual_layout(x, contiguous=invariant)
     own = shrunk = s
     if own is None or shrunk is None:
         own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
@@ -292,17 +291,6 @@ def quantized_base_products(
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
     scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
     return _grouped_linear(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
-
-
-def _contiguous_and_aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return x as a contiguous, aligned tensor.
-
-    The alignment is 16 bytes, and the strides are the standard ones even if M is 1. Triton would
-    compile separate kernels for other layouts, and a batch may have any layout.
-    """
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x.view(-1).view(x.shape)
 
 
 def _plan_and_base_products(
