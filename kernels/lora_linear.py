@@ -52,7 +52,7 @@ from fastlora.kernels.rank_rows import (
 
 
 # M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["M", "threshold", "stride_yp"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_linear_kernel(
     # tensors
     x_ptr,
@@ -305,17 +305,21 @@ def launch_lora_linear(
     one_row_tile = m <= config.block_m and not config.batch_invariant
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
     splits = config.splits
+    named = named_modules(modules, weight=True)
+    y_strides = strides("y", "pmn", first.y)
+    if splits == 1 or named["NUM_MODULES"] > 1:
+        y_strides["stride_yp"] = 0  # not used, and another kernel if it were no multiple of 16
     launch(
         _lora_linear_kernel,
         (tiles, splits),
-        **named_modules(modules, weight=True),
+        **named,
         x_ptr=x,
         **shrunk_arguments(s, s_out),
         **dropout_of(seed, dropout_p),
         M=m,
         K=k,
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
-        **strides("y", "pmn", first.y),
+        **y_strides,
         **strides("x", "mk", x),
         **weight_arguments(first.weight),
         **config.arguments("mnkr"),

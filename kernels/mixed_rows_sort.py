@@ -2,8 +2,8 @@
 
 Each of the ids ``[B]`` has ``M / B`` adjacent rows. There is one program. It sorts the ids in
 registers, by slot and then by place, stores them where its threads can read them again, and walks
-through the sorted positions. A batch has few ids, so a launch costs more than its work: B log^2 B
-comparisons, and one pass over M positions.
+through the sorted positions. A batch has few ids, so a launch costs more than its work: W log^2 W
+comparisons for W registers (64 for up to 64 ids, otherwise 2,048), and one pass over M positions.
 
 A sort key is the slot, S for an id that is out of range, and S + 1 for rows without an adapter.
 

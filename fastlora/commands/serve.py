@@ -205,15 +205,16 @@ class _LoadingThread(threading.Thread):
         super().__init__(name="fastlora-loading", daemon=True)
         self._args, self._app, self._server, self._url = args, app, server, url
         self.error: BaseException | None = None
-        app.on_listening = self.start
+        app.on_startup = self.start
 
     def run(self) -> None:
         """Load the model, and start the application."""
         try:
             self._load()
         except BaseException as error:
-            self.error = error
-            self._server.should_exit = True
+            if not self._server.should_exit:  # otherwise, the event loop may have been closed
+                self.error = error
+                self._server.should_exit = True
 
     def _load(self) -> None:
         args = self._args
@@ -236,8 +237,9 @@ class _LoadingThread(threading.Thread):
 
 def _warms_up(args: argparse.Namespace) -> bool:
     """Return whether the server compiles kernels before it accepts requests."""
-    on_gpu = torch.cuda.is_available() and not args.cpu
-    return on_gpu and not args.no_warm_up and not env.triton_interpreted()
+    if args.no_warm_up or args.cpu or not torch.cuda.is_available():
+        return False
+    return not reason_without_kernels(torch.device("cuda"))
 
 
 def _return_freed_memory_to_os() -> None:

@@ -104,8 +104,9 @@ def warm_up(
         ranks: Ranks of the adapters. None stands for the ranks of the model's adapters, or for all
             ranks up to the ``max_rank`` of a pool, or 64 if the pool has none.
         inputs: Inputs of a forward pass with at least two samples: a mapping of keyword arguments,
-            a tuple of positional arguments, or a single argument. The forward pass shows which
-            layers share an input. None uses ``input_ids``, as transformers models take them.
+            a tuple of positional arguments, or a single argument, on the model's device. The
+            forward pass shows which layers share an input. None uses ``input_ids``, as transformers
+            models take them.
         processes: Maximum number of processes. None stands for the number of CPU cores, but at
             most 16.
         show_progress_bar: Whether to show a progress bar, if tqdm is installed and stderr is a
@@ -115,15 +116,19 @@ def warm_up(
         A `WarmUpReport`. Converted to a string, it is a one-line summary.
 
     Raises:
-        ConfigError: An argument is out of range, Triton's cache folder cannot be written, or
-            ``inputs`` is required.
+        ConfigError: An argument is out of range, no adapter has one of the ranks, Triton's cache
+            folder cannot be written, or ``inputs`` is required or contains no tensor.
         UnsupportedLayerError: A layer does not support mixed batches.
         TypeError: The model has no adapters.
     """
     start = time.monotonic()
-    for name, value, least in (("rows", rows, 1), ("adapters", adapters, 0)):
+    wanted = ranks if ranks is None else sorted(set(ranks))
+    checked = ("rows", rows, 1), ("adapters", adapters, 0), ("processes", processes, 1)
+    for name, value, least in checked:
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if wanted is not None and (not wanted or wanted[0] < 1):
+        raise ConfigError(f"ranks must be one or more ranks of at least 1, got {wanted}")
     reason = reason_without_kernels(_device_of(model))
     if reason:
         _log.warning("warm_up() compiles nothing: %s", reason)
@@ -131,12 +136,12 @@ def warm_up(
     check_kernel_cache()
     from fastlora.kernels.precompile import compile_in_processes, is_cached
 
-    wanted = ranks if ranks is None else sorted(set(ranks))
     variants = list(record_model_variants(model, rows, adapters, wanted, inputs).values())
     missing = [variant for variant in variants if not is_cached(variant)]
     failed: list[tuple[str, str]] = []
     if missing:
-        made = compile_in_processes(missing, processes or _default_processes())
+        count = _default_processes() if processes is None else processes
+        made = compile_in_processes(missing, count)
         shows = show_progress_bar and _stderr_is_terminal()
         for variant, error in progress_bar(made, "Compiling kernels", shows, total=len(missing)):
             if error:
@@ -240,6 +245,8 @@ def record_model_variants(
 
     device = _device_of(model)
     mixed = [] if adapters == 0 else router_of(model).sample_routings(adapters, ranks)
+    if ranks is not None and adapters != 0 and not mixed:
+        raise ConfigError(f"no adapter of the model has one of the ranks {list(ranks)}")
     found: dict[str, KernelVariant] = {}
     with (
         _in_evaluation_mode(model),
@@ -276,8 +283,8 @@ def _groups_after_forward(model: nn.Module, mixed: Sequence[Routing], inputs: An
     given = _default_inputs(model) if inputs is None else inputs
     dtypes: dict[Any, torch.dtype] = {}
 
-    def remember(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        dtypes[layer] = args[0].dtype
+    def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        dtypes[layer] = next(iter((*args, *kwargs.values()))).dtype
 
     contexts: list[Any] = [contextlib.nullcontext()]
     for routing in mixed:
@@ -285,7 +292,10 @@ def _groups_after_forward(model: nn.Module, mixed: Sequence[Routing], inputs: An
         contexts.append(activate_routing(replace(routing, ids=ids, cache=PerBlockCache())))
     for context in contexts:
         with context:
-            handles = [layer.register_forward_pre_hook(remember) for layer in _linear_layers(model)]
+            handles = [
+                layer.register_forward_pre_hook(remember, with_kwargs=True)
+                for layer in _linear_layers(model)
+            ]
             try:
                 call_model(model, given)
             finally:
@@ -317,19 +327,28 @@ def _default_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _sample_count(inputs: Any) -> int:
-    """Return the number of samples in the inputs of a forward pass."""
+    """Return the number of samples in the inputs of a forward pass.
+
+    Raises:
+        ConfigError: The inputs contain no tensor.
+    """
     if isinstance(inputs, Mapping):
         inputs = tuple(inputs.values())
     tensors = inputs if isinstance(inputs, (tuple, list)) else [inputs]
-    return next(len(value) for value in tensors if isinstance(value, torch.Tensor))
+    for value in tensors:
+        if isinstance(value, torch.Tensor):
+            return len(value)
+    raise ConfigError("inputs must contain a tensor with a row for each sample")
 
 
 def _distinct_groups(
-    groups: Sequence[_Group], rows: int, launched: Mapping[str, KernelVariant]
+    groups: Sequence[_Group], rows: int, launched: dict[str, KernelVariant]
 ) -> list[_Group]:
-    """Return one of each kind of groups that launch kernels: of equal sizes, with equal kernels.
+    """Return one group of each kind.
 
-    All groups run with 1 row and with ``rows``. In a Llama-8B, there are four kinds.
+    Groups are of one kind if their sizes, dtypes, and kernels are equal. Groups that launch no
+    kernel are left out. All groups run with 1 row and with ``rows``. In a Llama-8B, there are four
+    kinds.
     """
     found: dict[object, _Group] = {}
     for group in groups:
@@ -341,12 +360,13 @@ def _distinct_groups(
 
 
 def _search_rows(
-    group: _Group, rows: int, launched: Mapping[str, KernelVariant], before: Sequence[int]
+    group: _Group, rows: int, launched: dict[str, KernelVariant], before: Sequence[int]
 ) -> list[int]:
     """Run a group so that it launches each kernel that it launches for 1 to ``rows`` rows.
 
     Between two powers of two, the numbers of rows at which other kernels begin are found by
-    bisection. Returns the last number of rows before each change. ``before`` lists such numbers of
+    bisection. If two numbers launch equal kernels, those between them are assumed to launch the
+    same. Returns the last number of rows before each change. ``before`` lists such numbers of
     other groups.
     """
     marks = {1, rows, *(mark for mark in before if mark <= rows)}
@@ -372,14 +392,13 @@ def _search_rows(
     return changes
 
 
-def _launched_by(group: _Group, rows: int, launched: Mapping[str, KernelVariant]) -> frozenset[str]:
+def _launched_by(group: _Group, rows: int, launched: dict[str, KernelVariant]) -> frozenset[str]:
     """Run a group, and return the keys of the kernels that it launches."""
-    recorded: Any = launched
-    others = dict(recorded)
-    recorded.clear()
+    others = dict(launched)
+    launched.clear()
     group.run(rows)
-    found = frozenset(recorded)
-    recorded.update(others)
+    found = frozenset(launched)
+    launched.update(others)
     return found
 
 

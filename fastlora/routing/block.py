@@ -159,8 +159,8 @@ def sample_routings_from_parameters(
 ) -> list[Routing]:
     """Return sample routings for adapters that are parameters of the model's layers.
 
-    For each rank and dtype, one has a single adapter, and one has as many adapters as a batch may
-    have that are not larger. See `fastlora.routing.routers.Router.sample_routings`.
+    For each rank and dtype, one has a single adapter, and one also has adapters of at most this
+    rank, up to ``adapters`` in total. See `fastlora.routing.routers.Router.sample_routings`.
     """
     sizes: dict[str, tuple[int, torch.dtype]] = {}
     for layer in layers:
@@ -176,7 +176,7 @@ def sample_routings_from_parameters(
             continue
         sampled.add(sizes[name])
         others = [n for n in known if n != name and n in sizes and sizes[n][0] <= sizes[name][0]]
-        for names in {(name,), (name, *others)[:adapters]}:
+        for names in dict.fromkeys(((name,), (name, *others)[:adapters])):
             ids = torch.zeros(1, dtype=torch.int64)
             found.append(routing_from_parameters(group, layers, names, source, ids, None, False))
     return found

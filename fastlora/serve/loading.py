@@ -23,26 +23,29 @@ class LoadingApp:
     Until then, each request gets status 503 with ``Retry-After``.
 
     Attributes:
-        on_listening: Function that is called when the server starts to accept requests.
+        on_startup: Function that is called once the event loop runs, before requests are accepted.
     """
 
     def __init__(self) -> None:
-        self.on_listening: Callable[[], None] | None = None
+        self.on_startup: Callable[[], None] | None = None
         self._app: FastAPI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lifespan = contextlib.AsyncExitStack()
+        self._stopped = False
 
     def start(self, app: FastAPI) -> None:
         """Start an application, and give it all further requests.
 
-        Call this in another thread, once the server is listening. The server shuts the application
+        Call this in another thread, once the event loop runs. The server shuts the application
         down.
         """
         if self._loop is None:
-            raise RuntimeError("the server is not listening yet")
+            raise RuntimeError("the server has not started yet")
         asyncio.run_coroutine_threadsafe(self._start(app), self._loop).result()
 
     async def _start(self, app: FastAPI) -> None:
+        if self._stopped:
+            raise RuntimeError("the server has stopped")
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
         self._app = app
 
@@ -58,10 +61,11 @@ class LoadingApp:
     async def _handle_lifespan(self, receive: _Receive, send: _Send) -> None:
         await receive()
         self._loop = asyncio.get_running_loop()
-        if self.on_listening is not None:
-            self.on_listening()
+        if self.on_startup is not None:
+            self.on_startup()
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        self._stopped = True
         await self._lifespan.aclose()
         await send({"type": "lifespan.shutdown.complete"})
 

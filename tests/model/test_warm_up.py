@@ -186,7 +186,10 @@ def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("chip", "rank", "limit"),
-    [(H100, 16, 32), (H100, 64, 32), (A100, 16, 32), (A100, 64, 32), (H100, 8, 44)],
+    [
+        *((H100, 16, 32), (H100, 64, 32), (H100, 8, 44)),
+        *((A100, 16, 27), (A100, 64, 28), (A100, 8, 37)),
+    ],
     ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
 )
 def test_a_llama_8b_needs_few_kernels(
@@ -306,8 +309,16 @@ def test_without_a_gpu_nothing_is_done(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_arguments(small: dict[str, Any]) -> None:
-    with pytest.raises(fastlora.FastLoraError, match="rows must be at least 1, got 0"):
-        fastlora.warm_up(**{**small, "rows": 0})
+    for name, value, error in (
+        ("rows", 0, "rows must be at least 1, got 0"),
+        ("processes", 0, "processes must be at least 1, got 0"),
+        ("ranks", [], r"ranks must be one or more ranks of at least 1, got \[\]"),
+        ("ranks", [0, 2], r"at least 1, got \[0, 2\]"),
+        ("ranks", [77], r"no adapter of the model has one of the ranks \[77\]"),
+        ("inputs", {"flag": True}, "inputs must contain a tensor"),
+    ):
+        with pytest.raises(fastlora.FastLoraError, match=error):
+            fastlora.warm_up(**{**small, "adapters": None, name: value})
     with pytest.raises(fastlora.FastLoraError, match="pass the inputs= of a forward pass"):
         fastlora.warm_up(**{**small, "inputs": None})
     with pytest.raises(TypeError, match="expects a model with adapters, got a Linear"):

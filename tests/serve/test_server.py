@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastlora.commands import cli, serve
 from tests.support.programs import error_of
@@ -256,6 +257,24 @@ def test_a_kernel_cache_that_cannot_be_written_is_said_before_the_model_is_read(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(serve, "_warms_up", lambda args: True)
     assert "cannot be written" in error_of(capsys, "serve", "nowhere", "--port", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "has_triton", "expected"),
+    [
+        ([], True, True),
+        ([], False, False),
+        (["--cpu"], True, False),
+        (["--no-warm-up"], True, False),
+    ],
+)
+def test_kernels_are_compiled_where_they_run(
+    options: list[str], has_triton: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = "" if has_triton else "triton is not installed"
+    monkeypatch.setattr(serve, "reason_without_kernels", lambda device: reason)
+    assert serve._warms_up(serve.parse_args(["tiny", *options])) is expected
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,8 @@ def in_usual_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
     """Return x ``[M, K]``, or a copy if Triton would compile other kernels for the layout of x.
 
     In the usual layout, x begins at a multiple of 16 bytes, rows are contiguous, and the stride
-    between rows is a multiple of 16 exactly if K is. A copy is contiguous, and faster to read than
-    x. For ``M = 1``, the stride between rows is K.
+    between rows is a multiple of 16 exactly if K is. A copy is contiguous, and costs one read
+    and one write of x. For ``M = 1``, the stride between rows is K.
 
     Args:
         x: The input of a linear layer.
