@@ -36,7 +36,7 @@ CODE_LINES = {
     "init": 879,
     "integrations": 903,
     "layers": 6704,
-    "model": 6803,
+    "model": 7010,  # warm-up, and experts in recommend
     "ops": 3977,  # packed factors of slots that change one by one, of several slices, and stacks
     "optimizers": 247,
     "pool": 1740,  # parameters, and stacks of them, as targets
