@@ -197,6 +197,15 @@ FAULTS = (
         tests=(f"{_ERRORS}::test_limits_are_checked_before_a_tensor_is_read[bytes]",),
     ),
     Fault(
+        sentence="The targets that a pool remembers keep replaced stacks in memory.",
+        kind="a cache that keeps memory alive",
+        source="issue 31",
+        path="fastlora/pool/reader.py",
+        before="without = replace(found.parameters, parameters=[])",
+        after="without = replace(found.parameters)",
+        tests=(f"{_EXPERTS}::test_replaced_stacks_are_freed",),
+    ),
+    Fault(
         sentence="A pool follows links out of the folder that adapters must be in.",
         kind="a path outside of the folder",
         source="E6",
