@@ -102,6 +102,18 @@ FAULTS = (
         (f"{_PACKED}test_samples_of_many_tokens",),
     ),
     Fault(
+        "Small gradients of narrow factors are rounded to zero before their product.",
+        "a rounding before a sum",
+        "issue 31",
+        "fastlora/ops/torch/products.py",
+        "if not a.is_cpu or is_narrower or (",
+        "if not a.is_cpu or (",
+        (
+            "tests/ops/test_products.py::"
+            "test_a_result_that_is_narrower_than_its_operands_is_rounded_once[torch.float16]",
+        ),
+    ),
+    Fault(
         "Batches of a set that are laid out alike have a copy of its factors each.",
         "copies",
         "1f559c1",

@@ -137,9 +137,11 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Write ``a @ b`` into ``y [M, N]`` and return y.
 
-    On a CPU, the product is computed in the dtype of y if this is not the dtype of the operands.
+    On a CPU, the product is computed in the dtype of y if this dtype is wider than that of the
+    operands.
     """
-    if not a.is_cpu or (y.dtype == a.dtype and a.dtype in EMULATED):
+    is_narrower = torch.promote_types(y.dtype, a.dtype) != y.dtype
+    if not a.is_cpu or is_narrower or (y.dtype == a.dtype and a.dtype in EMULATED):
         return y.copy_(mm(a, b))
     return torch.mm(a.to(y.dtype), b.to(y.dtype), out=y)
 
