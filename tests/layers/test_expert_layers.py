@@ -434,13 +434,6 @@ def test_patched_layers_of_peft(kind: str) -> None:
     ):
         found = step(patched)
     torch.testing.assert_close(found, step(theirs), rtol=1e-11, atol=1e-11)
-    with (
-        mock.patch.object(
-            peft.tuners.lora.layer._LoraFactorsProxy, "forward", side_effect=KeyError("replaced")
-        ),
-        pytest.raises(KeyError, match="replaced"),
-    ):
-        step(patched)
     assert layer.state_dict().keys() == theirs.base_model.model.experts.state_dict().keys()
     for model in (theirs, patched):
         targets = stacks_of(ExpertBlock(kind, DOUBLE))
