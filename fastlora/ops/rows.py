@@ -154,7 +154,7 @@ class Rows:
     def segment_index(self) -> torch.Tensor:
         """The segment index of each row, int64 ``[M]``.
 
-        It is ``len(segments)`` for rows without an adapter.
+        Rows without an adapter have the index ``len(segments)``.
         """
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):

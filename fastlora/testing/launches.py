@@ -44,10 +44,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the launch by name.
-
-        This dict maps argument names to values. Tensors and strides are excluded.
-        """
+        """Dict that maps the launch's argument names to values, without tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -134,10 +131,7 @@ class StandInDriver:
         return self._number
 
     def get_current_stream(self, device: int) -> int:
-        """Return the handle of the current stream.
-
-        It is always 0, the handle of the default stream.
-        """
+        """Return the handle of the current stream: always 0, the handle of the default stream."""
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
@@ -148,10 +142,7 @@ class StandInDriver:
         return self._properties
 
     def unload_module(self, module: Any) -> None:
-        """Unload a module.
-
-        This does nothing, because the module is an ordinary Python object.
-        """
+        """Do nothing, because the module to unload is an ordinary Python object."""
 
 
 class _RecordingDriver(StandInDriver):

@@ -67,10 +67,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the update of each row's adapter to y in place.
-
-    This takes two launches, shrink and expand.
-    """
+    """Add the update of each row's adapter to y in place, with a shrink and an expand launch."""
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
