@@ -56,7 +56,4 @@ class StandInDriver:
         return self._properties
 
     def unload_module(self, module: Any) -> None:
-        """Unload a module.
-
-        This does nothing, because the module is an ordinary Python object.
-        """
+        """Do nothing, because the module to unload is an ordinary Python object."""

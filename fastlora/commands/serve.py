@@ -154,10 +154,7 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the serve command, and return the exit code.
-
-    It parses ``argv`` and serves until a signal stops the server.
-    """
+    """Parse ``argv``, serve until a signal stops the server, and return the exit code."""
     args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 

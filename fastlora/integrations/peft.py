@@ -157,10 +157,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if the layer does not support the mixed batch.
-
-        This is the case if a routed adapter cannot be used in a mixed batch.
-        """
+        """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -313,9 +310,9 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's ``LoraModel`` (the LoRA tuner) with patched LoRA layers.
+    """PEFT's ``LoraModel`` (the LoRA tuner) with patched LoRA layers and support for mixed batches.
 
-    It patches each new LoRA layer, and supports mixed batches.
+    Each new LoRA layer is patched when the tuner creates it.
     """
 
     @staticmethod
@@ -466,9 +463,7 @@ class PatchedModelRouter:
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
-        """Return a list of the LoRA layers that take part in routing.
-
-        They select an adapter for each row of a mixed batch.
+        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.

@@ -49,9 +49,7 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended hyperparameters for training adapters of a base model.
-
-    They are starting values, and ranges for a search.
+    """Starting values and search ranges of hyperparameters for training adapters of a base model.
 
     Attributes:
         num_params: The number of parameters of the base model.

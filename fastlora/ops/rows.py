@@ -174,7 +174,7 @@ class Rows:
     def segment_index(self) -> torch.Tensor:
         """The segment index of each row, int64 ``[M]``.
 
-        It is ``len(segments)`` for rows without an adapter.
+        Rows without an adapter have the index ``len(segments)``.
         """
         member = self.segment_of.long().clamp(max=len(self.segments))
         return member if self.is_sorted else member.index_select(0, self.inverse_order)

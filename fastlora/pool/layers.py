@@ -188,9 +188,7 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the base weights.
-
-        The dtype is that of the first base weight.
+        """Return the device of the base weights and the dtype of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.

@@ -85,7 +85,7 @@ _UNSUPPORTED = {
 class AdapterReader:
     """Reads, validates, and packs adapters for the pool of one model.
 
-    It stores no adapters, so any thread may use it.
+    Any thread may use the reader, because it stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.

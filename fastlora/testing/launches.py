@@ -40,10 +40,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the launch by name.
-
-        This dict maps argument names to values. Tensors and strides are excluded.
-        """
+        """Dict that maps the launch's argument names to values, without tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value

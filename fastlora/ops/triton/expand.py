@@ -71,10 +71,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the update of each row's adapter to y in place.
-
-    This takes two launches, shrink and expand.
-    """
+    """Add the update of each row's adapter to y in place, with a shrink and an expand launch."""
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     x = in_usual_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))

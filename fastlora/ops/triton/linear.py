@@ -285,7 +285,7 @@ def quantized_base_products(
 ) -> list[torch.Tensor]:
     """Return a list of base-layer outputs, one for each module with quantized weights.
 
-    They are computed in one or two launches.
+    One launch computes all outputs. If it splits K, a second launch adds the partial sums.
     """
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
@@ -326,10 +326,7 @@ def _plan_and_base_products(
 
 
 def _linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the name of the linear launch for a dense or quantized weight.
-
-    This is the fused launch.
-    """
+    """Return the name of the fused linear launch for a dense or quantized weight."""
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
 

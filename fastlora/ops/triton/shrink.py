@@ -129,9 +129,9 @@ def mixed_shrink_partials(
     modules: slice,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """Return the split-K partial sums of s for adjacent modules in a mixed batch.
+    """Return split-K partial sums of s for a mixed batch, fp32 ``[splits, G, M, R]``.
 
-    They are in fp32, of shape ``[splits, G, M, R]``.
+    G is the number of adjacent modules that ``modules`` selects.
     """
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]
