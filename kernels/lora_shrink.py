@@ -45,11 +45,12 @@ from fastlora.kernels.mixed_rows import (
     triton_dtype,
 )
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.rank_rows import are_multiples_of_16, multiple_of_16
 
 
-# M, threshold, and the number of modules vary between calls: do not specialize the kernel on 1 or
-# multiples of 16.
-@triton.jit(do_not_specialize=["M", "threshold", "first_1", "first_2", "first_3"])
+# M, threshold, and the modules vary between calls: do not specialize the kernel on 1 or multiples
+# of 16. ALIGNED_R says whether all ranks are multiples of 16.
+@triton.jit(do_not_specialize=["M", "threshold", "R", "first_1", "first_2", "first_3", "stride_om"])
 def _lora_shrink_kernel(
     # tensors
     out_ptr,
@@ -84,12 +85,15 @@ def _lora_shrink_kernel(
     EVEN_K: tl.constexpr,
     NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIGNED_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     if LAUNCH_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
+    if ALIGNED_R:
+        R, stride_om = multiple_of_16(R), multiple_of_16(stride_om)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     num_pid_r = tl.cdiv(R, BLOCK_R)
@@ -177,8 +181,8 @@ def launch_lora_shrink(
         dropout_p: Probability of dropping an element of x, rounded to a multiple of 2**-16.
         config: From `configs.choose`.
     """
-    (m, k), count = x.shape, len(lora_a)
-    *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)
+    (m, k), count, ranks = x.shape, len(lora_a), [a.shape[0] for a in lora_a]
+    *firsts, r = itertools.accumulate(ranks)
     others = [*firsts, *[r] * (MAX_GROUP_SIZE - count)]  # no rank row belongs to a missing module
     if m == 0:
         return
@@ -204,6 +208,7 @@ def launch_lora_shrink(
         EVEN_K=k % config.block_k == 0,
         NUM_MODULES=compiled,
         ALIGNED=compiled > 1 and all(_is_aligned(a) for a in lora_a),
+        ALIGNED_R=are_multiples_of_16(*ranks, out.stride(-2)),
         LAUNCH_DEPENDENTS=config.launch_dependents,
     )
 
@@ -399,8 +404,9 @@ def launch_mixed_lora_shrink(
     if m == 0:
         return
     splits, modules = s.shape[0], down.rank.shape[0]
-    # One module with up to 16 rank rows has a BLOCK_R, and therefore a kernel, of its own.
-    alone = dropout is not None or config.block_r <= 16
+    # One module with 9 to 16 rank rows has a BLOCK_R, and therefore a kernel, of its own. Two with
+    # fewer have the same BLOCK_R.
+    alone = dropout is not None or (config.block_r <= 16 and down.largest > 8)
     launch(
         _mixed_lora_shrink_kernel,
         (rows[-1].shape[0] - 1, splits),

@@ -231,8 +231,9 @@ class _Worker:
         process = self._running_process()
         if process is None or process.stdin is None or process.stdout is None:
             return "compilation was stopped"
+        request = pickle.dumps(variant)
         try:
-            pickle.dump(variant, process.stdin)
+            process.stdin.write(request)
             process.stdin.flush()
             answer: str = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):

@@ -237,7 +237,8 @@ def _grouped_linear(
     else:
         lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
     if splits > 1:
-        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+        config = config_of("plane_sums", x)
+        plane_sums.launch_plane_sums(ys, written, config=config, pdl=chip_of(x).has_pdl)
     if not fused:
         for y, weight in zip(ys, weights, strict=True):
             product(_accumulate_, y, x, weight)
