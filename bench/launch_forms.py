@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,9 +86,9 @@ def _form(launch: Launch, r: int) -> Form:
     """Return the traffic and FLOPs of a launch for one adapter."""
     given, name = launch.arguments, _stem(launch)
     if name == "plane_sums":
-        count = given["COUNT"]
+        used = [mark for mark in _MARKS if given[f"size{mark}"]]
         return byte_forms.plane_sums(
-            [(given[f"size{mark}"], given[f"num_partials{mark}"], WIDTH) for mark in _MARKS[:count]]
+            [(given[f"size{mark}"], given[f"num_partials{mark}"], WIDTH) for mark in used]
         )
     config = _config(launch)
     m, n, k, rank = (given.get(size, 0) for size in "MNKR")
@@ -107,7 +107,7 @@ def _form(launch: Launch, r: int) -> Form:
         ranks = [given[f"R{mark}"] for mark in _MARKS[: given["NUM_TERMS"]]]
         return byte_forms.summed_expand(sizes, config, ranks)
     forms = []
-    for mark in _MARKS[: given["NUM_MODULES"]]:
+    for mark in _used_marks(given):
         own = sizes._replace(n=given[f"N{mark}"], r=given[f"R{mark}"])
         if name == "lora_linear":
             form = byte_forms.linear(own, config, given["NUM_PARTIALS"], given["HAS_BIAS"])
@@ -119,13 +119,18 @@ def _form(launch: Launch, r: int) -> Form:
     return together(forms)
 
 
+def _used_marks(given: Mapping[str, Any]) -> list[str]:
+    """Return the marks of a launch's modules: a kernel for three also computes one or two."""
+    return [mark for mark in _MARKS if given[f"N{mark}"]]
+
+
 def _mixed_form(launch: Launch, batch_of: BatchOf, r: int, s_width: int) -> Form:
     """Return the traffic and FLOPs of a launch in the forward pass of a mixed batch."""
     given, config = launch.arguments, _config(launch)
     n, k = given.get("N", 0), given.get("K", 0)
     if _stem(launch) == "mixed_lora_shrink":  # rank rows of an adapter in all modules
-        return byte_forms.mixed_shrink(batch_of(n, k, r * given["G"]), config, launch.grid[1])
-    sizes = [given[f"N{mark}"] for mark in _MARKS[: given["NUM_MODULES"]]]
+        return byte_forms.mixed_shrink(batch_of(n, k, r * given["modules"]), config, launch.grid[1])
+    sizes = [given[f"N{mark}"] for mark in _used_marks(given)]
     if _stem(launch) == "mixed_lora_expand":
         partials = given["NUM_PARTIALS"]
         batches = [batch_of(own, k, r) for own in sizes]

@@ -40,7 +40,7 @@ def main() -> dict[str, object]:
 
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)  # a folder for each adapter, which peft.PeftModel reads too
+        model.save_pretrained(folder)  # PEFT loads "ones"; "threes" has dropout on experts
         loaded = LoraModel.from_pretrained(tiny_moe(), f"{folder}/ones")
     layer = model.get_base_model().model.layers[0].mlp.experts
     return {

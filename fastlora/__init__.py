@@ -40,6 +40,7 @@ from fastlora.model.reduce import (
     save_as_lora,
 )
 from fastlora.model.status import get_layer_status, get_model_status
+from fastlora.model.warm_up import WarmUpReport, warm_up
 from fastlora.ops.execution_mode import batch_invariant
 from fastlora.pool import AdapterPool
 from fastlora.pool.cache_invalidation import clear_caches
@@ -199,4 +200,6 @@ __all__ = [
     "save_as_lora",
     "train_adapters",
     "unpatch",
+    "WarmUpReport",
+    "warm_up",
 ]

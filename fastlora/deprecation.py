@@ -91,9 +91,7 @@ def current_names(instance: object, names: Iterable[str]) -> list[str]:
 
 
 def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
-    """Return a decorator that accepts the old names of a function's renamed arguments.
-
-    They are keyword arguments.
+    """Return a decorator that accepts the old names of a function's renamed keyword arguments.
 
     Args:
         **names: Maps each old name to the new name.

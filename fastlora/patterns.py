@@ -34,9 +34,7 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedMatchingState:
-    """The state of a `bounded_matching` block.
-
-    It consists of the time spent and the compiled patterns.
+    """The state of a `bounded_matching` block: the time spent and the compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index

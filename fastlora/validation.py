@@ -20,10 +20,7 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A configuration value is invalid or unsupported.
-
-    The value is that of a `LoraConfig` field or of an argument.
-    """
+    """The value of a `LoraConfig` field or of an argument is invalid or unsupported."""
 
 
 class TargetNotFoundError(FastLoraError, ValueError):
@@ -64,10 +61,7 @@ class CheckpointError(FastLoraError, ValueError):
 
 
 class PoolClosedError(AdapterStateError):
-    """An adapter pool is closed.
-
-    It may also be closing, and no longer grant leases.
-    """
+    """An adapter pool is closed or closing, and no longer grants leases."""
 
 
 class AdapterTooLargeError(CheckpointError):
@@ -144,9 +138,10 @@ def check_rank(r: object) -> int:
 
 
 def check_dropout(name: str, p: object) -> float:
-    """Check that a dropout probability is valid, and return it as a float.
+    """Check that a dropout probability is a number in [0, 1), and return it as a float.
 
-    It must be in [0, 1). Raises `ConfigError` if it is not.
+    Raises:
+        ConfigError: The probability is not a number in [0, 1).
     """
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
         raise ConfigError(f"{name} must be a number in [0, 1), got {p!r}")

@@ -146,26 +146,17 @@ class ProcessWeightsVersions:
         self._hooked = False
 
     def for_trained_weights(self) -> WeightsVersion:
-        """Return the version of the trainable weights.
-
-        It is the weights version to store with values computed from trainable weights.
-        """
+        """Return the weights version to store with values computed from trainable weights."""
         self._watch_steps()
         return self.trained
 
     def for_group_outputs(self) -> WeightsVersion:
-        """Return the weights version for the cached outputs of a group.
-
-        It is the weights version to store with outputs cached for a shared-input group.
-        """
+        """Return the weights version to store with cached outputs of a shared-input group."""
         self._watch_steps()
         return self.step
 
     def for_base_weight(self, weight: torch.Tensor) -> WeightsVersion:
-        """Return the version of the given base weight.
-
-        It is the weights version to store with values computed from this weight.
-        """
+        """Return the weights version to store with values computed from the given base weight."""
         if weight.requires_grad:
             return self.for_trained_weights()
         self.for_trained_weights()
@@ -208,10 +199,7 @@ class ProcessWeightsVersions:
 
 
 def _storage_id(weight: torch.Tensor) -> int:
-    """Return the identity of a weight's storage.
-
-    It is 0 for a sparse weight, which has no storage.
-    """
+    """Return the identity of a weight's storage, or 0 for a sparse weight, which has none."""
     try:
         return weight.untyped_storage()._cdata
     except RuntimeError:

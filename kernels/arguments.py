@@ -31,6 +31,11 @@ def numbered(name: str, values: Sequence[Any], unused: Any = None) -> dict[str, 
     return {name.format(f"_{i}" if i else ""): value for i, value in enumerate(every)}
 
 
+def padded(values: Sequence[Any], count: int) -> list[Any]:
+    """Return ``count`` values: the given ones, and the first one in place of each missing one."""
+    return [*values, *[values[0]] * (count - len(values))]
+
+
 def dropout_of(seed: torch.Tensor | None, p: float) -> dict[str, Any]:
     """Return the arguments of a kernel that drops elements with probability ``p``."""
     return {

@@ -26,6 +26,8 @@ MAX_WEIGHT_SPLITS = 4
 MAX_PARTIAL_BYTES = 256 * 2**20
 # Maximum number of modules in one `lora_grad_a`, and of their rank rows in a tile.
 MAX_GROUP_SIZE = 4
+# Launches of 2 or 3 modules, such as gate|up and q|k|v, use the kernel for 3.
+USUAL_GROUP_SIZE = 3
 MAX_RANK_ROWS = 192
 # Rank rows of one dot in the batch-invariant mode: a block of one adapter, never of two adapters.
 INVARIANT_BLOCK_R = 16
@@ -239,6 +241,16 @@ def config_of_row(
         launch_dependents=kernel in ("lora_shrink", "mixed_lora_shrink") and chip.has_pdl,
         batch_invariant=kernel in ("lora_linear", "mixed_lora_linear") and batch_invariant,
     )
+
+
+def compiled_modules(count: int, alone: bool) -> int:
+    """Return the number of modules that the kernel for ``count`` modules is compiled for.
+
+    ``alone`` says whether a launch of one module needs the kernel for one module.
+    """
+    if count == 1 and alone:
+        return 1
+    return max(count, USUAL_GROUP_SIZE)
 
 
 def cdiv(a: int, b: int) -> int:

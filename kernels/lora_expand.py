@@ -38,13 +38,15 @@ from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import (
     load_rank_columns,
     load_shrunk,
+    multiple_of_16,
     scale_rank_columns,
     shrunk_arguments,
 )
 
 
-# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["M", "threshold"])
+# M, threshold, and the modules vary between calls: do not specialize the kernel on 1 or multiples
+# of 16. ALIGNED_R says whether all ranks are multiples of 16.
+@triton.jit(do_not_specialize=["M", "threshold", "stride_sm"])
 def _lora_expand_kernel(
     # tensors
     s_ptr,
@@ -102,6 +104,7 @@ def _lora_expand_kernel(
     NUM_MODULES: tl.constexpr,
     NUM_TERMS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIGNED_R: tl.constexpr,
     READS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -110,6 +113,8 @@ def _lora_expand_kernel(
 ):
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid = tl.program_id(0)
+    if ALIGNED_R:
+        stride_sm = multiple_of_16(stride_sm)
     first_r = 0  # the module's first column of s
     if NUM_MODULES > 1:
         num_pid_m = tl.cdiv(M, BLOCK_M)
@@ -224,7 +229,7 @@ def launch_lora_expand(
         _lora_expand_kernel,
         (tiles,),
         **named_modules(modules, weight=False),
-        **{**shrunk_arguments(s, s_out), **numbered("s{}_ptr", [s])},
+        **{**shrunk_arguments(s, s_out, (r for _, r in sizes)), **numbered("s{}_ptr", [s])},
         **dropout_of(seed, dropout_p),
         M=m,
         **strides("y", "mn", modules[0].y),
@@ -261,7 +266,7 @@ def launch_summed_lora_expand(
         _lora_expand_kernel,
         (tiles,),
         **{**named_modules(terms, weight=False), "NUM_MODULES": 1, "ALIGNED": False},
-        **{**shrunk_arguments(s[0], None), **numbered("s{}_ptr", s)},
+        **{**shrunk_arguments(s[0], None, ranks), **numbered("s{}_ptr", s)},
         **dropout_of(None, 0.0),
         M=m,
         **strides("y", "mn", y),

@@ -231,7 +231,7 @@ def _mixed_lora_grad_a_kernel(
         offs_k = tl.arange(0, BLOCK_K)
         column = first_column + tl.arange(0, BLOCK_R)
         mask_k = offs_k < K - first_k
-        member, r, own, _ = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+        member, r, own, _ = sibling_columns(column, slot, rank_ptr, stride_table, G, G, BLOCK_R)
         r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
         offs_ds = tl.cast(member, tl.int64) * stride_dsg + r
         x_ptr += tl.cast(first_k, tl.int64) * stride_xk

@@ -46,13 +46,15 @@ from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.rank_rows import (
     load_rank_columns,
     load_shrunk,
+    multiple_of_16,
     scale_rank_columns,
     shrunk_arguments,
 )
 
 
-# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["M", "threshold"])
+# M, threshold, and the modules vary between calls: do not specialize the kernel on 1 or multiples
+# of 16. ALIGNED_R says whether all ranks are multiples of 16.
+@triton.jit(do_not_specialize=["M", "threshold", "stride_sm"])
 def _lora_linear_kernel(
     # tensors
     x_ptr,
@@ -126,6 +128,7 @@ def _lora_linear_kernel(
     SPLITS: tl.constexpr,
     NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIGNED_R: tl.constexpr,
     WEIGHT: tl.constexpr,
     WEIGHT_BLOCK: tl.constexpr,
     WEIGHT_TRANSPOSED: tl.constexpr,
@@ -139,6 +142,8 @@ def _lora_linear_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     num_pid_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
+    if ALIGNED_R:
+        stride_sm = multiple_of_16(stride_sm)
     first_k = tl.program_id(1) * k_per_split
     first_r = 0  # the module's first column of s
     if NUM_MODULES > 1:
@@ -305,17 +310,21 @@ def launch_lora_linear(
     one_row_tile = m <= config.block_m and not config.batch_invariant
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
     splits = config.splits
+    named = named_modules(modules, weight=True)
+    y_strides = strides("y", "pmn", first.y)
+    if splits == 1 or named["NUM_MODULES"] > 1:
+        y_strides["stride_yp"] = 0  # not used, and another kernel if it were no multiple of 16
     launch(
         _lora_linear_kernel,
         (tiles, splits),
-        **named_modules(modules, weight=True),
+        **named,
         x_ptr=x,
-        **shrunk_arguments(s, s_out),
+        **shrunk_arguments(s, s_out, (r for _, r in sizes)),
         **dropout_of(seed, dropout_p),
         M=m,
         K=k,
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
-        **strides("y", "pmn", first.y),
+        **y_strides,
         **strides("x", "mk", x),
         **weight_arguments(first.weight),
         **config.arguments("mnkr"),

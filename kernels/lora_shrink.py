@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.arguments import dropout_of, numbered, strides
-from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig, cdiv
+from fastlora.kernels.arguments import dropout_of, numbered, padded, strides
+from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig, cdiv, compiled_modules
 from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
@@ -45,10 +45,12 @@ from fastlora.kernels.mixed_rows import (
     triton_dtype,
 )
 from fastlora.kernels.philox import philox_keep_mask
+from fastlora.kernels.rank_rows import are_multiples_of_16, multiple_of_16
 
 
-# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["M", "threshold"])
+# M, threshold, and the modules vary between calls: do not specialize the kernel on 1 or multiples
+# of 16. ALIGNED_R says whether all ranks are multiples of 16.
+@triton.jit(do_not_specialize=["M", "threshold", "R", "first_1", "first_2", "first_3", "stride_om"])
 def _lora_shrink_kernel(
     # tensors
     out_ptr,
@@ -83,12 +85,15 @@ def _lora_shrink_kernel(
     EVEN_K: tl.constexpr,
     NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIGNED_R: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     if LAUNCH_DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
+    if ALIGNED_R:
+        R, stride_om = multiple_of_16(R), multiple_of_16(stride_om)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     num_pid_r = tl.cdiv(R, BLOCK_R)
@@ -176,11 +181,12 @@ def launch_lora_shrink(
         dropout_p: Probability of dropping an element of x, rounded to a multiple of 2**-16.
         config: From `configs.choose`.
     """
-    (m, k), count = x.shape, len(lora_a)
-    *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)
-    others = [*firsts, *[0] * (MAX_GROUP_SIZE - count)]
+    (m, k), count, ranks = x.shape, len(lora_a), [a.shape[0] for a in lora_a]
+    *firsts, r = itertools.accumulate(ranks)
+    others = [*firsts, *[r] * (MAX_GROUP_SIZE - count)]  # no rank row belongs to a missing module
     if m == 0:
         return
+    compiled = compiled_modules(count, alone=dropout_p > 0.0)
     blocks_k = cdiv(k, config.block_k)
     grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
     launch(
@@ -188,7 +194,7 @@ def launch_lora_shrink(
         grid,
         out_ptr=out,
         x_ptr=x,
-        **numbered("lora_a{}_ptr", lora_a),
+        **numbered("lora_a{}_ptr", padded(lora_a, compiled)),
         **{f"first_{i}": first for i, first in enumerate(others, 1)},
         **dropout_of(seed, dropout_p),
         M=m,
@@ -200,8 +206,9 @@ def launch_lora_shrink(
         **strides("a", "rk", lora_a[0]),
         **config.arguments("mkr"),
         EVEN_K=k % config.block_k == 0,
-        NUM_MODULES=count,
-        ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
+        NUM_MODULES=compiled,
+        ALIGNED=compiled > 1 and all(_is_aligned(a) for a in lora_a),
+        ALIGNED_R=are_multiples_of_16(*ranks, out.stride(-2)),
         LAUNCH_DEPENDENTS=config.launch_dependents,
     )
 
@@ -234,13 +241,15 @@ def _shrink_columns(
     """
     s_ptr, x_ptr, lora_a_address_ptr, rank_ptr = tensors
     slot, offs_xm, mask_m = rows
-    first_k, last_k, K, R = sizes
+    first_k, last_k, K, R, modules = sizes
     first_row, seed, threshold, inv_keep = drop
     stride_sg, stride_sm, stride_xk, stride_table = strides
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     column = start + tl.arange(0, BLOCK_R)
-    member, r, mask_a, mask_s = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+    member, r, mask_a, mask_s = sibling_columns(
+        column, slot, rank_ptr, stride_table, modules, G, BLOCK_R
+    )
     address = tl.load(lora_a_address_ptr + member * stride_table + slot, mask=mask_s, other=0)
     a_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
     a_ptrs = a_ptrs[None, :] + offs_k[:, None]
@@ -278,8 +287,11 @@ def _shrink_columns(
     tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_s[None, :])
 
 
-# M varies between calls: do not specialize the kernel on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=TABLES)
+# M and the number of modules vary between calls: do not specialize the kernel on 1 or multiples of
+# 16.
+@triton.jit(
+    do_not_specialize=["M", "modules", "stride_table"], do_not_specialize_on_alignment=TABLES
+)
 def _mixed_lora_shrink_kernel(
     # tensors
     s_ptr,
@@ -298,6 +310,7 @@ def _mixed_lora_shrink_kernel(
     M,
     K,
     R,
+    modules,
     k_per_split,
     # strides
     stride_sp,
@@ -326,7 +339,8 @@ def _mixed_lora_shrink_kernel(
     )
     columns = 0
     for g in tl.static_range(G):
-        rank = tl.load(rank_ptr + g * stride_table + slot, mask=slot >= 0, other=0)
+        held = (slot >= 0) & (g < modules)
+        rank = tl.load(rank_ptr + g * stride_table + slot, mask=held, other=0)
         columns += round_up(rank, S_COLUMNS)
 
     if columns > 0:
@@ -346,7 +360,7 @@ def _mixed_lora_shrink_kernel(
         s_ptr += tl.cast(split, tl.int64) * stride_sp + tl.cast(first_m, tl.int64) * stride_sm
         tensors = s_ptr, x_ptr, lora_a_address_ptr, rank_ptr
         rows = slot, offs_xm, mask_m
-        sizes = first_k, last_k, K, R
+        sizes = first_k, last_k, K, R, modules
         drop = first_row, seed, threshold, inv_keep
         strides = stride_sg, stride_sm, stride_xk, stride_table
         if columns <= NARROW_R:
@@ -389,7 +403,10 @@ def launch_mixed_lora_shrink(
     m, k = x.shape
     if m == 0:
         return
-    splits = s.shape[0]
+    splits, modules = s.shape[0], down.rank.shape[0]
+    # One module with 9 to 16 rank rows has a BLOCK_R, and therefore a kernel, of its own. Two with
+    # fewer have the same BLOCK_R.
+    alone = dropout is not None or (config.block_r <= 16 and down.largest > 8)
     launch(
         _mixed_lora_shrink_kernel,
         (rows[-1].shape[0] - 1, splits),
@@ -401,11 +418,12 @@ def launch_mixed_lora_shrink(
         M=m,
         K=k,
         R=s.shape[3],
+        modules=modules,
         k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
         **strides("s", "pgm_", s),
         **strides("x", "mk", x),
         stride_table=down.rank.stride(0),
-        G=down.rank.shape[0],
+        G=compiled_modules(modules, alone),
         **config.arguments("mkr"),
         NARROW_R=config.narrow_r,
         EVEN_K=k % config.block_k == 0,

@@ -30,9 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.arguments import numbered, strides
+from fastlora.kernels.arguments import numbered, padded, strides
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.config_tables import KernelConfig, cdiv, compiled_modules
 from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
@@ -286,15 +286,18 @@ def launch_mixed_lora_linear(
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n in sizes)
     if tiles == 0:
         return
+    # The kernel for three modules takes every contiguous y. It has a scaling, and no dropout.
+    alone = dropout is not None or up.scaling is None or up.by_column or not ys[0].is_contiguous()
+    compiled = compiled_modules(count, alone)
     # A hint that depends on M would compile a separate kernel for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     launch(
         _mixed_lora_linear_kernel,
         (tiles,),
-        **numbered("y{}_ptr", ys),
+        **numbered("y{}_ptr", padded(ys, compiled)),
         x_ptr=x,
-        **named_weights(weights),
-        **numbered("bias{}_ptr", biases),
+        **named_weights(weights, compiled),
+        **numbered("bias{}_ptr", padded(biases, compiled)),
         s_ptr=s,
         **row_arguments(rows, pieces=False),
         **up.arguments(),
@@ -309,8 +312,8 @@ def launch_mixed_lora_linear(
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
         stride_table=up.rank.stride(0) if count > 1 else 0,
-        NUM_MODULES=count,
-        ALIGNED=count > 1 and are_aligned([*ys, *pointers_of(weights)]),
+        NUM_MODULES=compiled,
+        ALIGNED=compiled > 1 and are_aligned([*ys, *pointers_of(weights)]),
         **config.arguments("mnkr"),
         GROUP_M=config.group_m,
         EVEN_K=k % config.block_k == 0,

@@ -324,14 +324,15 @@ def sibling_columns(
     slot,
     rank_ptr,
     stride_table,
+    modules,
     G: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Return (member, r, own, filled) of columns ``[BLOCK_R]`` with the rank rows of G modules.
+    """Return (member, r, own, filled) of columns ``[BLOCK_R]`` with the rank rows of all modules.
 
-    The rank rows of a slot in all modules are side by side, and each module is filled up to a
-    multiple of 4 columns. ``member`` is the module and ``r`` the rank row of a column. ``own``
-    says which columns are rank rows, and ``filled`` also includes the filling.
+    There are at most G modules. The rank rows of a slot in all modules are side by side, and each
+    module is filled up to a multiple of 4 columns. ``member`` is the module and ``r`` the rank row
+    of a column. ``own`` says which columns are rank rows, and ``filled`` also includes the filling.
     """
     member = tl.zeros((BLOCK_R,), dtype=tl.int32)
     r = column  # beyond the last one too, so that callers can rely on r's alignment
@@ -339,7 +340,7 @@ def sibling_columns(
     filled = column < 0
     begin = 0
     for g in tl.static_range(G):
-        rank = tl.load(rank_ptr + g * stride_table + slot)
+        rank = tl.load(rank_ptr + g * stride_table + slot, mask=g < modules, other=0)
         end = begin + round_up(rank, S_COLUMNS)
         here = (column >= begin) & (column < end)
         member = tl.where(here, g, member)

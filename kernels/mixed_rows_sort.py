@@ -2,8 +2,8 @@
 
 Each of the ids ``[B]`` has ``M / B`` adjacent rows. There is one program. It sorts the ids in
 registers, by slot and then by place, stores them where its threads can read them again, and walks
-through the sorted positions. A batch has few ids, so a launch costs more than its work: B log^2 B
-comparisons, and one pass over M positions.
+through the sorted positions. A batch has few ids, so a launch costs more than its work: W log^2 W
+comparisons for W registers (64 for up to 64 ids, otherwise 2,048), and one pass over M positions.
 
 A sort key is the slot, S for an id that is out of range, and S + 1 for rows without an adapter.
 
@@ -25,7 +25,8 @@ from fastlora.kernels.mixed_rows import INVALID_SLOT, row_arguments
 NO_SLOT = tl.constexpr(-1)
 # With more ids, the sorted ids would not fit the registers of one program.
 MAX_IDS = 2048
-_LEAST_IDS = 64
+# A kernel for the ids of samples, and one for the ids of tokens.
+_WIDTHS = (64, MAX_IDS)
 # A slot and a place, packed into one int32.
 _MAX_KEYS = 2**31
 # Number of positions in one step.
@@ -145,8 +146,8 @@ def launch_mixed_rows_sort(
     """
     order, _, segment_slot, slot_start, pieces = rows
     b, m = ids.shape[0], order.shape[0]
-    sorted_ids = empty(order, 2, b)
-    width = max(triton.next_power_of_2(b), _LEAST_IDS)
+    width = min(width for width in _WIDTHS if b <= width)
+    sorted_ids = empty(order, 2, width)  # both rows begin at a multiple of 16 bytes
     launch(
         _mixed_rows_sort_kernel,
         (1,),

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.arguments import numbered, strides
+from fastlora.kernels.arguments import numbered, padded, strides
+from fastlora.kernels.config_tables import compiled_modules
 from fastlora.kernels.weights import weight_loader_of
 from fastlora.quantized_tensor import QuantizedData
 
@@ -42,16 +43,23 @@ class Module(NamedTuple):
 
 
 def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
-    """Return the kernel arguments of 1 to `MAX_GROUP_SIZE` modules; unused ones are None or 0."""
-    first, count = modules[0], len(modules)
+    """Return the kernel arguments of 1 to `MAX_GROUP_SIZE` modules.
+
+    A kernel for three modules also computes one or two. Each missing module has the tensors of the
+    first, and no columns.
+    """
+    first = modules[0]
+    whole = first.y.is_contiguous() and first.lora_b.is_contiguous()
+    count = compiled_modules(len(modules), alone=not whole or first.scaling is None)
     weights = [own.weight for own in modules]
     blocks = [*(t for own in modules for t in (own.y, own.lora_b)), *pointers_of(weights)]
     scaling, bias = first.scaling, first.bias
-    named = named_weights(weights) if weight else {}
+    named = named_weights(weights, count) if weight else {}
     for name in Module._fields[:4]:
-        named |= numbered(f"{name}{{}}_ptr", [getattr(own, name) for own in modules])
-    for place, size in enumerate("NR"):
-        named |= numbered(f"{size}{{}}", [own.lora_b.shape[place] for own in modules], 0)
+        named |= numbered(f"{name}{{}}_ptr", padded([getattr(own, name) for own in modules], count))
+    ranks = [own.lora_b.shape[1] for own in modules]
+    named |= numbered("N{}", [own.lora_b.shape[0] for own in modules], 0)
+    named |= numbered("R{}", padded(ranks, count), 0)
     return {
         **named,
         **strides("b", "nr", first.lora_b),
@@ -63,8 +71,12 @@ def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
     }
 
 
-def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
-    """Return the kernel arguments that point to the weights of 1 to `MAX_GROUP_SIZE` modules."""
+def named_weights(weights: Sequence[Weight | None], count: int) -> dict[str, Any]:
+    """Return the kernel arguments that point to the weights of ``count`` modules.
+
+    The weight of the first module also stands for missing ones.
+    """
+    weights = padded(weights, count)
     parts = [own.parts if isinstance(own, QuantizedData) else None for own in weights]
     return {
         **numbered("weight{}_ptr", pointers_of(weights)),

@@ -27,28 +27,62 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _sum_block(out_ptr, partials_ptr, block, size, stride, num_partials, BLOCK: tl.constexpr):
+def _sum_of(
+    partials_ptrs,
+    mask,
+    other,
+    stride,
+    num_partials,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return the sum of a block's partial sums in order, fp32 ``[BLOCK]``."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    # Four loads in flight: no load waits for an earlier one.
+    for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
+        begin = tl.cast(partial, tl.int64) * stride
+        if ALIGNED:  # the compiler drops hints about arguments of a function that it inlines
+            begin = tl.multiple_of(begin, 16)
+        # partial: [BLOCK]
+        total += tl.load(partials_ptrs + begin, mask=mask, other=other)
+    return total
+
+
+@triton.jit
+def _sum_block(
+    out_ptr,
+    partials_ptr,
+    block,
+    size,
+    stride,
+    num_partials,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Write one block of an output with ``size`` elements.
 
     Its partial sums are ``stride`` elements apart.
     """
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
-    mask = offs < size - first
+    out_ptr += first
     partials_ptr += first
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    # Four loads in flight: no load waits for an earlier one.
-    for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
-        # partial: [BLOCK]
-        total += tl.load(
-            partials_ptr + tl.cast(partial, tl.int64) * stride + offs, mask=mask, other=0.0
-        )
-    tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    if first + BLOCK <= size:  # without a mask, whose bounds would have to be multiples of 4
+        total = _sum_of(partials_ptr + offs, None, None, stride, num_partials, BLOCK, ALIGNED)
+        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty))
+    else:
+        mask = offs < size - first
+        total = _sum_of(partials_ptr + offs, mask, 0.0, stride, num_partials, BLOCK, ALIGNED)
+        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# The numbers of partial sums depend on the batch: do not specialize on 1 or multiples of 16.
+# All numbers depend on the batch: do not specialize on 1 or multiples of 16.
 @triton.jit(
-    do_not_specialize=["num_partials", "num_partials_1", "num_partials_2", "num_partials_3"]
+    do_not_specialize=[
+        *("size", "size_1", "size_2", "size_3"),
+        *("stride", "stride_1", "stride_2", "stride_3"),
+        *("num_partials", "num_partials_1", "num_partials_2", "num_partials_3"),
+    ]
 )
 def _plane_sums_kernel(
     # tensors
@@ -70,13 +104,14 @@ def _plane_sums_kernel(
     num_partials_2,
     num_partials_3,
     # strides
-    stride_p,
-    stride_1_p,
-    stride_2_p,
-    stride_3_p,
+    stride,
+    stride_1,
+    stride_2,
+    stride_3,
     # meta
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -84,13 +119,15 @@ def _plane_sums_kernel(
     outs = out_ptr, out_1_ptr, out_2_ptr, out_3_ptr
     stacks = partials_ptr, partials_1_ptr, partials_2_ptr, partials_3_ptr
     sizes = size, size_1, size_2, size_3
+    strides = stride, stride_1, stride_2, stride_3
     counts = num_partials, num_partials_1, num_partials_2, num_partials_3
-    strides = stride_p, stride_1_p, stride_2_p, stride_3_p
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         blocks = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < blocks):
-            _sum_block(outs[i], stacks[i], block, sizes[i], strides[i], counts[i], BLOCK)
+            _sum_block(
+                *(outs[i], stacks[i], block, sizes[i], strides[i], counts[i], BLOCK, ALIGNED)
+            )
         block -= blocks
 
 
@@ -110,7 +147,7 @@ def launch_plane_sums(
             but the first.
         config: From `configs.choose`.
         pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
-            shrink that writes the partial sums.
+            one that writes the partial sums.
     """
     sizes = [out.numel() for out in outs]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
@@ -123,10 +160,11 @@ def launch_plane_sums(
         **numbered("partials{}_ptr", partials),
         **numbered("size{}", sizes, 0),
         **numbered("num_partials{}", [stack.shape[0] for stack in partials], 0),
-        **numbered("stride{}_p", [stack.stride(0) for stack in partials], 0),
+        **numbered("stride{}", [stack.stride(0) for stack in partials], 0),
         COUNT=len(outs),
         BLOCK=_BLOCK,
         PDL=pdl,
+        ALIGNED=all(stack.stride(0) % 16 == 0 for stack in partials),
         **config.arguments(""),
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -5,6 +5,7 @@ A rank row is one row of ``lora_a [R, K]`` with its column of ``lora_b [N, R]`` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +15,18 @@ import triton.language as tl
 from fastlora.kernels.arguments import strides
 
 
-def shrunk_arguments(s: torch.Tensor, s_out: torch.Tensor | None) -> dict[str, Any]:
-    """Return the arguments of a kernel that reads s by `load_shrunk`, and may store it in s_out."""
+def are_multiples_of_16(*values: int) -> bool:
+    """Return whether all values are multiples of 16: see `multiple_of_16`."""
+    return all(value % 16 == 0 for value in values)
+
+
+def shrunk_arguments(
+    s: torch.Tensor, s_out: torch.Tensor | None, ranks: Iterable[int]
+) -> dict[str, Any]:
+    """Return the arguments of a kernel that reads s by `load_shrunk`, and may store it in s_out.
+
+    The columns of s belong to modules of the given ranks.
+    """
     return {
         "s_ptr": s,
         "s_out_ptr": s_out,
@@ -23,7 +34,18 @@ def shrunk_arguments(s: torch.Tensor, s_out: torch.Tensor | None) -> dict[str, A
         **strides("o", "mr", s_out),
         "NUM_PARTIALS": s.shape[0] if s.dim() == 3 else 1,
         "STORE_S": s_out is not None,
+        "ALIGNED_R": are_multiples_of_16(*ranks, s.stride(-2)),
     }
+
+
+@triton.jit
+def multiple_of_16(value):
+    """Return ``value``, which is a multiple of 16, in a form from which the compiler sees that.
+
+    An argument that is not specialized has no hint, and `tl.multiple_of` has no effect on
+    arguments.
+    """
+    return value // 16 * 16
 
 
 @triton.jit

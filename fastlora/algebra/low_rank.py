@@ -27,9 +27,7 @@ class Svd(NamedTuple):
     vh: torch.Tensor
 
     def singular_values_to_keep(self, rank: int | float) -> int:
-        """Return the number of singular values to keep for a given rank.
-
-        It is at most R.
+        """Return the number of singular values to keep for a given rank, at most R.
 
         Args:
             rank: The number of singular values as an int, or a float in (0, 1]. For a float, the
@@ -114,7 +112,7 @@ def svd_of_weighted_sum(
 def clamp_to_quantile(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> FactorPair:
     """Clamp the values of lora_a and lora_b to a quantile, and return both factors.
 
-    The values are clamped to ``[-bound, bound]``. The bound is a quantile of the values of both
+    Values are clamped to ``[-bound, bound]``, where the bound is a quantile of the values of both
     factors together.
 
     Args:

@@ -56,7 +56,7 @@ def stacked_lora_linear(
         )
         return made
     if y is None:
-        y = grouped_linear(x, stack, rows, slots)  # type: ignore[arg-type]  # one of both is given
+        y = grouped_linear(x, stack, rows, slots)  # type: ignore[arg-type]  # y or the stack is given
     BACKENDS[impl].add_stacked_updates_(y, x, operands, rows)
     return y
 

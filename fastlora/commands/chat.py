@@ -208,9 +208,7 @@ class Chat:
         return True
 
     def _conversation_ids(self) -> torch.Tensor:
-        """Return the conversation's token ids.
-
-        They are an int64 tensor of shape ``[1, T]``.
+        """Return the conversation's token ids, int64 ``[1, T]``.
 
         Raises `ConfigError` if the chat template rejects the conversation.
         """
@@ -288,10 +286,7 @@ class Chat:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the chat command, and return the exit code.
-
-    It parses ``argv`` and then runs the dialogue.
-    """
+    """Parse ``argv``, run the dialogue, and return the exit code."""
     text = "Chat with a model and its adapters: switch between them, or ask all of them at once."
     args = parse_options("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
@@ -347,10 +342,7 @@ def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path])
 
 
 def _read_user_lines(chat: Chat) -> Iterator[str]:
-    """Yield the lines that the user enters.
-
-    They are read from the terminal or from a pipe.
-    """
+    """Yield the lines that the user enters, read from the terminal or from a pipe."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()

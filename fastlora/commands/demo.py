@@ -277,10 +277,7 @@ def format_side_by_side(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo command, and return the exit code.
-
-    It parses ``argv`` and then runs the demo.
-    """
+    """Parse ``argv``, run the demo, and return the exit code."""
     return run_demo(
         parse_options("fastlora demo", (__doc__ or "").replace("``", ""), OPTIONS, argv)
     )

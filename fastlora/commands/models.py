@@ -70,8 +70,5 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def print_progress(text: str) -> None:
-    """Print a progress message.
-
-    It is printed to stderr.
-    """
+    """Print a progress message to stderr."""
     print(f"fastlora: {text}", file=sys.stderr, flush=True)

@@ -12,18 +12,23 @@ import copy
 import ctypes
 import gc
 import ipaddress
+import os
 import platform
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fastlora import env
 from fastlora.commands import models
 from fastlora.commands.models import CommandError, print_progress
 from fastlora.commands.options import Option, parse_options
+from fastlora.model.warm_up import check_kernel_cache, reason_without_kernels
 from fastlora.serve.keys import ApiKeys, resolve_key
 from fastlora.serve.log import log_warnings_to_stderr
 from fastlora.validation import ConfigError
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from fastlora.serve.connections import ConnectionLimits
+    from fastlora.serve.loading import LoadingApp
 
 # Parameters of mallopt by their numbers in glibc, and the values that a server sets.
 _MALLOPT = {
@@ -137,32 +143,83 @@ OPTIONS = (
         *(2.0, 0, float, "SECONDS"),
     ),
     Option(
+        "--no-warm-up",
+        "accept requests before the GPU kernels are compiled; the first requests wait for them",
+        False,
+    ),
+    Option(
         "--drain", "time for running requests to finish after SIGTERM", 30.0, 0, metavar="SECONDS"
     ),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the serve command, and return the exit code.
-
-    It parses ``argv`` and serves until a signal stops the server.
-    """
+    """Parse ``argv``, serve until a signal stops the server, and return the exit code."""
     args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
     from fastlora.serve import app as _  # noqa: F401 - as above
     from fastlora.serve.connections import raise_descriptor_limit
+    from fastlora.serve.loading import LoadingApp
 
     log_warnings_to_stderr()
+    if _warms_up(args):
+        check_kernel_cache()
     limits = connection_limits(args, raise_descriptor_limit())
     _return_freed_memory_to_os()
     with _listening_socket(args.host, args.port) as listening:
+        host, port = listening.getsockname()[:2]
+        url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+        print_progress(f"listening at {url}; requests get status 503 until the model is loaded")
+        app = LoadingApp()
+        server = make_uvicorn_server(app, args, limits)
+        loading = _LoadingThread(args, app, server, url)
+        with _exit_cleanly_on_signals():
+            server.run([listening])
+        gc.unfreeze()  # a library would report objects frozen at exit as leaks
+    if loading.error is not None:
+        raise loading.error
+    print_progress("server stopped; no requests are running")
+    if loading.is_alive():
+        # The thread runs code of other libraries, which cannot be interrupted.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+class _LoadingThread(threading.Thread):
+    """The thread that loads the model while the server already listens.
+
+    It starts with the server's event loop. If loading fails, the server stops.
+
+    Attributes:
+        error: The exception with which loading failed, or None.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, app: LoadingApp, server: uvicorn.Server, url: str
+    ) -> None:
+        super().__init__(name="fastlora-loading", daemon=True)
+        self._args, self._app, self._server, self._url = args, app, server, url
+        self.error: BaseException | None = None
+        app.on_startup = self.start
+
+    def run(self) -> None:
+        """Load the model, and start the application."""
+        try:
+            self._load()
+        except BaseException as error:
+            if not self._server.should_exit:  # otherwise, the event loop may have been closed
+                self.error = error
+                self._server.should_exit = True
+
+    def _load(self) -> None:
+        args = self._args
         app, names = build_app_and_adapter_names(args)
         # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
-        host, port = listening.getsockname()[:2]
-        where = f"[{host}]" if ":" in host else host
+        self._app.start(app)
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         print_progress(
             f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"
@@ -172,12 +229,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_progress(
                 f"anyone who can reach {args.host} can use this server; set --api-key to prevent it"
             )
-        print_progress(f"ready at http://{where}:{port}/v1")
-        with _exit_cleanly_on_signals():
-            make_uvicorn_server(app, args, limits).run([listening])
-        gc.unfreeze()  # a library would report objects frozen at exit as leaks
-    print_progress("server stopped; no requests are running")
-    return 0
+        print_progress(f"ready at {self._url}")
+
+
+def _warms_up(args: argparse.Namespace) -> bool:
+    """Return whether the server compiles kernels before it accepts requests."""
+    if args.no_warm_up or args.cpu or not torch.cuda.is_available():
+        return False
+    return not reason_without_kernels(torch.device("cuda"))
 
 
 def _return_freed_memory_to_os() -> None:
@@ -245,6 +304,7 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
     from fastlora.serve.app import Server, ServerSettings
     from fastlora.serve.engine import Engine
     from fastlora.serve.prompt_tokenizer import PromptTokenizer
+    from fastlora.serve.running_batch import PREFILL_TOKENS
 
     model, tokenizer = models.load_model_and_tokenizer(args)
     pool = fastlora.AdapterPool(
@@ -256,6 +316,14 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
         cpu_bytes=None if args.cpu_mib is None else args.cpu_mib << 20,
         root=args.adapters,
     )
+    if args.no_warm_up:
+        print_progress("no kernels are compiled before the first request (--no-warm-up)")
+    elif reason := reason_without_kernels(pool.device):
+        print_progress(f"no kernels to compile: {reason}")
+    else:
+        print_progress("compiling kernels")
+        rows = max(PREFILL_TOKENS, args.max_batch)
+        print_progress(str(fastlora.warm_up(model, rows=rows, adapters=args.max_adapters)))
     adapters = ServedAdapters(pool, args.adapters, reserved=("base", args.name))
     adapters.sync_with_folder()
     engine = Engine(
@@ -303,8 +371,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _listening_socket(host: str, port: int) -> Iterator[socket.socket]:
     """Open a listening socket, and yield it.
 
-    An error for a port in use is raised before the model loads. Clients that connect meanwhile
-    wait. The socket has to listen, because a port without a listener could be bound twice.
+    An error for a port in use is raised before the model loads. The socket has to listen, because a
+    port without a listener could be bound twice.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

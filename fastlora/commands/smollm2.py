@@ -36,9 +36,9 @@ _COMPLETE = "conversion-complete"
 
 
 class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
-    """Raised if the wheel with the model is not installed.
+    """Raised if the model's wheel, or a package needed to read it, is not installed.
 
-    It is also raised if a package needed to read the wheel is not installed.
+    It is also raised if the wheel contains no GGUF file.
     """
 
 
@@ -105,10 +105,7 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the model from a folder, and return it.
-
-    It is a `LlamaForCausalLM` in evaluation mode.
-    """
+    """Load the model from a folder, and return it as a `LlamaForCausalLM` in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():

@@ -15,7 +15,9 @@ from fastlora.validation import InitializationError
 _T = TypeVar("_T")
 
 
-def progress_bar(items: Iterable[_T], what: str, show: bool = True) -> Iterable[_T]:
+def progress_bar(
+    items: Iterable[_T], what: str, show: bool = True, total: int | None = None
+) -> Iterable[_T]:
     """Return an iterable over ``items`` that shows a progress bar.
 
     The progress bar is that of tqdm.
@@ -26,12 +28,13 @@ def progress_bar(items: Iterable[_T], what: str, show: bool = True) -> Iterable[
         items: The items to iterate over.
         what: Description that the progress bar shows.
         show: Whether to show a progress bar.
+        total: Number of items, or None for the length of ``items``.
     """
     if show:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            return tqdm(items, desc=what, leave=False)
+            return tqdm(items, desc=what, leave=False, total=total)
     return items
 
 

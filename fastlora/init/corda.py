@@ -111,10 +111,7 @@ class CovarianceAccumulator:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def recording_inputs(self) -> contextlib.AbstractContextManager[None]:
-        """Record the layers' inputs for the duration of a ``with`` block.
-
-        They are added to the sums for the covariance matrices.
-        """
+        """Add the layers' inputs to the covariance sums for the duration of a ``with`` block."""
         return forward_pre_hooks(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:

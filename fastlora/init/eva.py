@@ -28,10 +28,7 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     settings=InitConfigField("eva_config", EvaConfig),
 )
 def eva_placeholder_factors(given: InitInputs) -> InitResult:
-    """Return placeholder factors for EVA.
-
-    They are used until `EvaSearch` has found the directions.
-    """
+    """Return placeholder factors, which EVA uses until `EvaSearch` has found the directions."""
     return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 
 

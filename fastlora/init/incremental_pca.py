@@ -14,9 +14,7 @@ _ITERATIONS = 4
 
 
 class IncrementalPca:
-    """Incremental principal component analysis.
-
-    It computes the first R principal directions of all rows that have been added.
+    """Incremental PCA, which computes the first R principal directions of all rows added so far.
 
     Args:
         count: Number of directions, R.

@@ -6,10 +6,8 @@ A method is a decorated function in a module of its own in this folder::
     def pissa(given: InitInputs) -> InitResult: ...
 
 `find_init_method` returns the method that a value of ``init_lora_weights`` selects. A layer calls
-the
-method's `InitMethod.start` with newly initialized factors, and stores the result. A method has
-no access
-to layers, models, or files.
+the method's `InitMethod.start` with newly initialized factors, and stores the result. A method has
+no access to layers, models, or files.
 """
 
 from __future__ import annotations
@@ -55,9 +53,7 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the layer's base weight.
-
-        It is ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
+        """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -98,9 +94,7 @@ class InitResult:
 
 @dataclass(frozen=True)
 class InitConfigField:
-    """The config field of an initialization method.
-
-    It is the field of `fastlora.LoraConfig` that holds the method's config.
+    """The field of `fastlora.LoraConfig` that holds the config of an initialization method.
 
     Attributes:
         field: Name of the field.

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
-from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
@@ -30,7 +29,6 @@ from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_cac
 from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
-from fastlora.layers.layer_kinds import parameter_kind_of
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import (
@@ -47,13 +45,14 @@ from fastlora.layers.quantized_base import (
     quantized_base_of_layer,
     to_base_output_dtype,
 )
+from fastlora.model.stacked_experts import experts_layer_class
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.active import activate_routing as routing_in_force
 from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
-from fastlora.routing.block import routing_from_parameters
+from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import BASE, names_and_slots
 from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
 from fastlora.validation import UnsupportedLayerError
@@ -158,10 +157,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if the layer does not support the mixed batch.
-
-        This is the case if a routed adapter cannot be used in a mixed batch.
-        """
+        """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -213,15 +209,6 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
     """PEFT's LoRA linear layer with fastlora's fused forward pass."""
 
 
-def _sums_of_parameters() -> tuple[Any, ...]:
-    """Return PEFT's functions that add adapters to a parameter, which other code may replace."""
-    proxies = (getattr(peft_layers, f"_Lora{of}Proxy", None) for of in ("Parameter", "Factors"))
-    return tuple(getattr(proxy, "forward", None) for proxy in proxies)
-
-
-_SUMS_OF_PARAMETERS = _sums_of_parameters()
-
-
 class FastPeftParamWrapper(PeftParamWrapper):
     """PEFT's layer for one adapted parameter, with fastlora's forward pass for stacked experts.
 
@@ -242,9 +229,8 @@ class FastPeftParamWrapper(PeftParamWrapper):
         while isinstance(wrappers[-1].base_layer, PeftParamWrapper):
             wrappers.append(wrappers[-1].base_layer)
         base = wrappers[-1].base_layer
-        if "parametrizations" in base._modules or _experts_class(base) is None:
-            return None
-        if _sums_of_parameters() != _SUMS_OF_PARAMETERS:  # Only PEFT's forward calls them.
+        layer_class = experts_layer_class(base)
+        if "parametrizations" in base._modules or layer_class is None:
             return None
         if any(
             not isinstance(w, FastPeftParamWrapper) or w.disable_adapters or w.merged
@@ -254,7 +240,7 @@ class FastPeftParamWrapper(PeftParamWrapper):
         layer = self.__dict__.get("_fastlora_layer")
         if layer is None or layer.base_layer is not base:
             trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-            layer = self.__dict__["_fastlora_layer"] = _experts_class(base)(base)
+            layer = self.__dict__["_fastlora_layer"] = layer_class(base)
             for wrapper in wrappers:
                 made = AdaptedParameter(base, wrapper.parameter_name)
                 layer.parameters_with_adapters[wrapper.parameter_name] = made
@@ -272,16 +258,10 @@ class FastPeftParamWrapper(PeftParamWrapper):
 
     def fusion(self) -> FusionStatus:
         """Return the layer's fusion status. This layer never runs fused."""
-        found = _experts_class(self.get_base_layer())
+        found = experts_layer_class(self.get_base_layer())
         if found is None:
             return FusionStatus(False, "PEFT's own forward computes it")
         return FusionStatus(False, f"{found.__name__} computes it with its module")
-
-
-def _experts_class(module: nn.Module) -> Any:
-    """Return fastlora's layer class for a module of stacked experts, or None for other modules."""
-    kind = parameter_kind_of(module)
-    return None if kind is None or kind.wrap is FastLoraAdaptedParameters else kind.wrap
 
 
 def _use_peft_class_name(cls: type) -> type:
@@ -330,9 +310,9 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's ``LoraModel`` (the LoRA tuner) with patched LoRA layers.
+    """PEFT's ``LoraModel`` (the LoRA tuner) with patched LoRA layers and support for mixed batches.
 
-    It patches each new LoRA layer, and supports mixed batches.
+    Each new LoRA layer is patched when the tuner creates it.
     """
 
     @staticmethod
@@ -483,9 +463,7 @@ class PatchedModelRouter:
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
-        """Return a list of the LoRA layers that take part in routing.
-
-        They select an adapter for each row of a mixed batch.
+        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -522,6 +500,14 @@ class PatchedModelRouter:
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
+
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        known = tuple(self.tuner.peft_config)
+        group, layers = self.group, self.find_routed_layers()
+        return sample_routings_from_parameters(
+            group, layers, known, ParameterSource, adapters, ranks
+        )
 
 
 _finding = threading.Lock()

@@ -66,10 +66,7 @@ def _is_subclass_of_peft_layer(abstract: type, subclass: type) -> Any:
 def _create_patched_layer(
     target: nn.Module, adapter_name: str, *, config: Any, **options: Any
 ) -> Any:
-    """Create PEFT's LoRA layer for a module, patch it, and return it.
-
-    It is patched in the same way as by `fastlora.patch`.
-    """
+    """Create PEFT's LoRA layer for a module, patch it as `fastlora.patch` does, and return it."""
     from peft.tuners.lora import LoraModel as PeftTuner
 
     from fastlora.integrations.peft import patch_layer

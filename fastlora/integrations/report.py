@@ -23,9 +23,7 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """Whether a LoRA layer is fused, and the reason.
-
-    It is a row of the fusion report.
+    """A row of the fusion report: whether a LoRA layer is fused, and the reason if it is not.
 
     Attributes:
         name: Name of the layer in the model.
@@ -58,7 +56,7 @@ class LayerFusion:
 class FusionReport:
     """A report on which LoRA layers of a model are fused.
 
-    It has one row for each LoRA layer. ``str()`` formats the report as a table.
+    The report has one row for each LoRA layer. ``str()`` formats it as a table.
 
     Attributes:
         rows: One row for each LoRA layer, in the model's order.

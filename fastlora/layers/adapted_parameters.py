@@ -119,10 +119,7 @@ class AdaptedParameter(LoraLayer):
         return self.get_base_layer()._parameters[self.parameter_name]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
-
-        This layer never runs fused.
-        """
+        """Return a `FusionStatus` with the reason why this layer never runs fused."""
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
@@ -278,9 +275,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self.parameters_with_adapters = nn.ModuleDict()
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of the layers with the adapters of each parameter, by parameter name.
+        """Return a dict of the `AdaptedParameter` layers by parameter name.
 
-        The order is that of ``named_parameters()``.
+        The dict has the order of ``named_parameters()``.
         """
         layers: Any = self._modules["parameters_with_adapters"]
         return {name: layers[name] for name in self.base_layer._parameters if name in layers}

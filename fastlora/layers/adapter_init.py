@@ -19,10 +19,7 @@ from fastlora.validation import AdapterStateError, InitializationError, Unsuppor
 
 
 class InitializableLayer(Protocol):
-    """Protocol for a layer whose adapters can be initialized.
-
-    It has the attributes of a `LoraLayer` that adapter initialization uses.
-    """
+    """Protocol for the attributes of a `LoraLayer` that adapter initialization uses."""
 
     merged_adapters: Any
     is_split: bool
@@ -193,10 +190,7 @@ def find_calibration(
 
 
 def delete_calibration(layer: InitializableLayer, init: InitMethod) -> None:
-    """Delete a layer's calibration result.
-
-    This is called after an adapter has been initialized from it.
-    """
+    """Delete a layer's calibration result after an adapter has been initialized from it."""
     found = find_calibration(layer, init)
     if found is not None:
         delattr(found[0], init.data)

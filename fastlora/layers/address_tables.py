@@ -69,20 +69,36 @@ def _build_model_tables(
     held: list[torch.Tensor] = []
     # The widest dtype represents every adapter's factors exactly, whatever else is in the batch.
     dtypes = [tensor.dtype for tensor in tensors]
-    dtype = functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
+    if dtypes:
+        dtype, largest = functools.reduce(torch.promote_types, dtypes), 0
+    else:
+        dtype, largest = _dtype_and_rank_without_adapters(routing)
     for row, column, factors in found:
         for kind, tensor in enumerate((factors.lora_a, factors.lora_b.t(), factors.lora_bias)):
             if tensor is not None:
                 held.append(_align_for_kernels(tensor, dtype))
                 addresses[kind, row, column] = held[-1].data_ptr()
         rank[row, column] = factors.lora_a.shape[0]
+        largest = max(largest, factors.lora_a.shape[0])
         scaling[row, column] = float(factors.scaling)
     device = held[0].device if held else routing.ids.device
-    largest = int(rank.max()) if rank.numel() else 0
     rows = {layer.routing_index: row for row, layer in enumerate(routing.layers)}
     a, b, bias = addresses.to(device).unbind(0)
     numbers = rank.to(device), scaling.to(device), largest
     return AddressTables(a, b, bias, *numbers, dtype, rows=rows, keepalive=tuple(held))
+
+
+def _dtype_and_rank_without_adapters(routing: Routing) -> tuple[torch.dtype, int]:
+    """Return the dtype and largest rank in the tables of a batch without adapters.
+
+    They are those of one of the model's adapters, and no kernel reads the tables. The batch then
+    launches the kernels of a batch with this adapter, which `warm_up` compiles.
+    """
+    layers = [layer for layer in routing.layers if getattr(layer, "is_linear", False)]
+    name = next((name for layer in layers for name in layer.lora_A), None)
+    weights = [layer.lora_A[name].weight for layer in layers if name in layer.lora_A]
+    dtype = weights[0].dtype if weights else torch.float32
+    return dtype, max((len(weight) for weight in weights), default=0)
 
 
 def _collect_factors(

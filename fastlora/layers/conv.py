@@ -135,10 +135,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Reshape a matrix to convolution kernels of shape ``shape``.
-
-        This undoes `_flatten_kernels`.
-        """
+        """Reshape a matrix in the layout of `_flatten_kernels` to kernels of shape ``shape``."""
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
     """Run a base layer with one DoRA adapter, and return the output ``[..., N]``.
 
-    The output is that of a LoRA forward pass with scaled columns.
+    DoRA scales each column of the LoRA layer's output before the bias is added.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     factors = layer._local_factors(name, call)
@@ -105,10 +105,7 @@ def _scale_and_add_bias(
 
 
 def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Apply a DoRA adapter to y by calling the adapter's modules.
-
-    This is how PEFT applies it.
-    """
+    """Apply a DoRA adapter to y by calling the adapter's modules, as PEFT does."""
     layer, x, conditions = call.layer, call.original_x, call.conditions
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -136,9 +133,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlots(NamedTuple):
-    """The slots of a batch whose adapters use DoRA.
-
-    The slots are those of one layer.
+    """The slots of a batch whose adapters use DoRA on one layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.

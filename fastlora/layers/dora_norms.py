@@ -48,7 +48,7 @@ def dora_magnitude_of(layer: LinearWithAdapters, name: str) -> torch.Tensor:
 def may_cache_tensors(device: torch.device) -> bool:
     """Return whether new tensors on a device may be cached.
 
-    They may not be cached while a CUDA graph is being captured.
+    The result is False for a CUDA device while a CUDA graph is being captured.
     """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

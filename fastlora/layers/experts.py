@@ -33,7 +33,7 @@ from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, registe
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.ops.backend import draw_seed
 from fastlora.ops.execution_mode import ExecutionMode, disable_autocast_on
-from fastlora.ops.factors import Factors
+from fastlora.ops.factors import Factors, number_tensor_without_sync
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.stacks import StackedOperands, seeds_of_keys
@@ -147,17 +147,20 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                     f"top_k_index contains {int(top_k_index[bad][0])}, expected the index of one "
                     f"of the {base.num_experts} experts"
                 )
-        call = self._sort(top_k_index.masked_fill(bad, -1), routing, conditions)
+        # Indices out of range belong to experts of other processes. Without expert parallelism, the
+        # output is NaN for any expert.
+        replacement = -1 if base._is_expert_parallel else base.num_experts - 1
+        call = self._sort(top_k_index.masked_fill(bad, replacement), routing, conditions)
         order = call.rows.order.long()
+        x = _rows_at(hidden_states, order // k)
+        absent = bad.reshape(-1)[order].unsqueeze(-1) if base._is_expert_parallel else None
         up, down = _products(base)
-        y = self._product(up, _rows_at(hidden_states, order // k), call)
+        # Products and their gradients leave rows without an expert uninitialized.
+        y = _with_zeros(self._product(up, _with_zeros(x, absent), call), absent)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-        y = self._product(down, y, call)
+        y = _with_zeros(self._product(down, y, call), absent)
         if base.has_post_expert_norm:
-            y = base.post_expert_norm(y)
-        if base._is_expert_parallel:
-            absent = bad.reshape(-1)[order].unsqueeze(-1)
-            y = y.masked_fill(absent, 0.0)
+            y = _with_zeros(base.post_expert_norm(y), absent)
         y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
         with disable_autocast_on(y.device):
@@ -270,7 +273,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             else:
                 seeds = routing.layer_dropout_seeds(layer.routing_index, device)
             if len(call.adapters) < len(routing.names):
-                seeds = seeds[list(call.adapters)]
+                slots = number_tensor_without_sync(tuple(call.adapters), torch.int64, seeds.device)
+                seeds = seeds.index_select(0, slots)
             seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
@@ -290,9 +294,15 @@ def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return ``x[index]``, in which rows may occur several times.
 
     On a CPU, `index_select` with its gradient takes half as long as indexing (4.8 and 8.1 ms for
-    8,192 rows of 512 fp32 numbers). On a GPU, its gradient is not deterministic.
+    8,192 rows of 512 fp32 numbers, on an Intel Xeon with AVX-512 and one thread). On a GPU, its
+    gradient is not deterministic.
     """
     return x.index_select(0, index) if x.is_cpu else x[index]
+
+
+def _with_zeros(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return ``x [P, N]`` with zeros in the rows of a bool mask ``[P, 1]``; None masks no row."""
+    return x if mask is None else x.masked_fill(mask, 0.0)
 
 
 def _inverse(order: torch.Tensor) -> torch.Tensor:

@@ -221,9 +221,9 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for the s of the given slots, or None if there is none.
+    """Return a cache key for the s of the given slots, or None if a lora_a is an inference tensor.
 
-    It depends on every lora_a and the dropout probabilities.
+    The key contains the stream, the dropout probabilities, and the state of every lora_a.
     """
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _tensor_cache_key(stream, dropout_p, [a for a in lora_a_by_slot(own) if a is not None])

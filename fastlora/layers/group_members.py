@@ -113,7 +113,7 @@ def prepare_group_launch(
 ) -> PreparedGroupLaunch:
     """Prepare one launch for a layer and other members of its shared-input group.
 
-    The other members are, where possible, the layers called after it.
+    Members that are called after the layer are preferred.
     """
     layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []

@@ -38,9 +38,7 @@ class ParameterSettings(NamedTuple):
 
 
 class LayerAdapterSettings(NamedTuple):
-    """Settings of an adapter on one layer.
-
-    They are passed to `LoraLayer.add_adapter`.
+    """Settings of an adapter on one layer, which are passed to `LoraLayer.add_adapter`.
 
     ``parameters`` lists the parameters that ``target_parameters`` selects, in the order of
     ``named_parameters()``. If it is empty, the adapter is on the module as a whole.
@@ -90,10 +88,7 @@ _KINDS: list[LayerKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register a layer kind, and return it.
-
-    It takes precedence over the kinds registered before it.
-    """
+    """Register a layer kind, which takes precedence over earlier ones, and return it."""
     _KINDS.insert(0, kind)
     return kind
 

@@ -193,7 +193,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def _modules_with_calibration(self) -> list[nn.Module]:
         """Return a list of the modules that may hold a calibration result.
 
-        These are the layer and the `nn.Linear` that it was created from.
+        The list contains the layer and, if any, the `nn.Linear` that it was created from.
         """
         return [self, *self.__dict__.get("_linear", ())]
 

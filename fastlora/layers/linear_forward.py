@@ -56,10 +56,7 @@ def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | Mix
 
 
 def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
-    """Run a call of a linear layer, and return the output ``[..., N]``.
-
-    The output is that of the base layer with the call's adapters applied.
-    """
+    """Run a linear layer with the call's adapters applied, and return the output ``[..., N]``."""
     if isinstance(call, MixedCall):
         if call.conditions.compiling or call.routing.cache.row_checker is None:
             return forward_mixed(call, base)

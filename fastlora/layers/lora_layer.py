@@ -166,7 +166,7 @@ class LoraLayer(Mergeable):
     def _rank_blocks(self, part: str) -> int:
         """Return the number of blocks into which the rank dimension of a factor is divided.
 
-        It is the number of groups for lora_A of a convolution, and 1 otherwise.
+        The lora_A of a convolution has one block per group, and any other factor has one block.
         """
         base: Any = self.get_base_layer()
         return int(getattr(base, "groups", 1)) if part == "lora_A" else 1

@@ -32,10 +32,7 @@ class MergeTarget(Protocol):
     backend: str | None
 
     def dense(self) -> torch.Tensor:
-        """Return the weight as a dense matrix.
-
-        It is a view or a new tensor.
-        """
+        """Return the weight as a dense matrix ``[N, K]``, which is a view or a new tensor."""
 
     def merge_buffer(self) -> torch.Tensor:
         """Return a dense matrix to merge into.
@@ -45,10 +42,7 @@ class MergeTarget(Protocol):
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
-        """Return the squared distance between the weight and a matrix.
-
-        It is the squared Frobenius norm of their difference.
-        """
+        """Return the squared Frobenius norm of the difference between the weight and a matrix."""
 
     def check_writable(self) -> None:
         """Raise `UnsupportedLayerError` if the weight cannot be written.
@@ -63,10 +57,7 @@ class MergeTarget(Protocol):
         """
 
     def snapshot(self) -> object:
-        """Return a snapshot from which `restore` can restore the weight.
-
-        It is a copy of all data that `write` changes.
-        """
+        """Return a snapshot for `restore`, which is a copy of all data that `write` changes."""
 
     def restore(self, snapshot: object) -> None:
         """Restore the weight from a snapshot.
@@ -91,16 +82,11 @@ class MergeTarget(Protocol):
         """
 
     def fingerprint(self) -> Fingerprint:
-        """Return a fingerprint of the weight.
-
-        It changes whenever other code writes to the weight.
-        """
+        """Return a fingerprint that changes whenever other code writes to the weight."""
 
 
 class DenseMergeTarget:
-    """A dense weight that adapters are merged into.
-
-    It is a floating-point weight.
+    """A dense floating-point weight that adapters are merged into.
 
     Args:
         weight: The weight, in any shape.

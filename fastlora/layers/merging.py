@@ -24,10 +24,7 @@ _MERGE_ROWS = 1024
 
 
 class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
-    """Layer with adapters that can be merged into its base weight.
-
-    This base class of `LoraLayer` implements merging and unmerging.
-    """
+    """Base class of `LoraLayer` that merges adapters into the base weight and unmerges them."""
 
     out_features: int
     in_features: int
@@ -45,10 +42,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales: dict[str, torch.Tensor] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer.
-
-        It is the layer that the adapters modify.
-        """
+        """Return the base layer, which the adapters modify."""
         base: nn.Module | None = self._modules.get("base_layer")
         if base is None:
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
@@ -237,9 +231,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     ) -> None:
         """Add ``sign`` times an adapter's delta weight to ``weight [N, K]`` in place.
 
-        The delta weight is ``scaling * B @ A``, and the sum is rounded once. ``scale [N]`` is the g
-        of a DoRA adapter, or its inverse. If it is given, the sum is multiplied by it. To subtract
-        an update (``sign < 0``), the weight is multiplied first.
+        The delta weight is ``scaling * B @ A``. The sum is rounded once. For a DoRA adapter,
+        ``scale [N]`` is its g or the inverse of g. The sum is multiplied by ``scale``,
+        or, if the update is subtracted (``sign < 0``), the weight is multiplied before.
         """
         lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -294,10 +288,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return down.weight, up.weight, up.bias
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors from which an adapter's DoRA norms are computed.
-
-        They are factors of the update.
-        """
+        """Return the two factors of the update from which an adapter's DoRA norms are computed."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 

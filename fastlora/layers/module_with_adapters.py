@@ -58,18 +58,12 @@ class ModuleWithAdapters:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters.
-
-        They include adapters that this module lacks.
-        """
+        """Names of the active adapters, including adapters that this module lacks."""
         return list(self._active_adapters)
 
     @property
     def active_adapter(self) -> list[str]:
-        """Names of the active adapters.
-
-        This is PEFT's second name for the list.
-        """
+        """Alias of `active_adapters`, because PEFT uses both names."""
         return self.active_adapters
 
     @property
@@ -196,7 +190,4 @@ class ModuleWithAdapters:
         """Merge adapters that `check_merge` has checked."""
 
     def unmerge(self) -> None:
-        """Unmerge every merged adapter.
-
-        This undoes `merge`.
-        """
+        """Unmerge every merged adapter."""

@@ -87,18 +87,12 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
-        """Return the module that is currently in use.
-
-        It provides the attributes that the wrapper lacks.
-        """
+        """Return the module in use, which provides the attributes that the wrapper lacks."""
         return self.get_base_layer()
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters of this module.
-
-        They have their own copy of this module or of some rows.
-        """
+        """Names of all adapters that have their own copy of this module or of some rows."""
         return list(self._trained_modules_or_rows_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -154,10 +148,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that are active in this module.
-
-        They have their own copy of the module or of some rows.
-        """
+        """Names of the active adapters that have their own copy of this module or of some rows."""
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property

@@ -263,10 +263,7 @@ def describe_quantization(layer: LinearWithAdapters) -> str:
 def to_base_output_dtype(
     call: UniformCall | MixedCall, base: Base, y: torch.Tensor
 ) -> torch.Tensor:
-    """Convert ``y`` to the base layer's output dtype.
-
-    It is the dtype of x.
-    """
+    """Convert ``y`` to the base layer's output dtype, which is the dtype of x."""
     dtype = call.original_x.dtype
     if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
         return y

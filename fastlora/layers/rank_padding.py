@@ -56,10 +56,7 @@ def replace_factors(
 def set_scaling_and_alpha(
     layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
 ) -> None:
-    """Set an adapter's scaling and the matching lora_alpha.
-
-    They match at the adapter's current rank.
-    """
+    """Set an adapter's scaling, and the lora_alpha that matches it at the current rank."""
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)

@@ -132,10 +132,7 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return it.
-
-        This layer's hook is removed from the base layer.
-        """
+        """Remove this layer's hook from the base layer, and return the base layer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -258,9 +255,7 @@ class TensorParallelLora(FastLoraWrapper):
     def _local_factors(
         self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
-        """Return this process's share of an adapter's factors.
-
-        They are plain tensors and are not scaled.
+        """Return this process's share of an adapter's factors as plain, unscaled tensors.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called.
@@ -343,10 +338,7 @@ class TensorParallelLora(FastLoraWrapper):
         return FusionStatus(False, reason)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return the base weight and bias to merge into.
-
-        These are this process's shards.
-        """
+        """Return this process's shards of the base weight and bias to merge into."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(

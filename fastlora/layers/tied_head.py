@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Module whose weight is the transpose of another layer's factor.
-
-    It has no parameters.
-    """
+    """Module without parameters whose weight is the transpose of another layer's factor."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -37,10 +34,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of this module.
-
-        It is the embedding's factor, transposed.
-        """
+        """The transpose of the embedding's factor."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -133,8 +127,5 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Unmerge every merged adapter.
-
-        This undoes `merge`.
-        """
+        """Unmerge every merged adapter."""
         self.merged_adapters.clear()

@@ -171,10 +171,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Maps an adapter name to the indices of the tokens that the adapter trains.
-
-        They are row indices of the weight.
-        """
+        """Maps an adapter name to the weight's row indices of the tokens that it trains."""
         return self.token_adapter.token_indices
 
     @property
@@ -195,10 +192,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The original module.
-
-        It is the embedding or linear layer. The attribute's name is PEFT's.
-        """
+        """The original embedding or linear layer, under PEFT's name for it."""
         return self.get_base_layer()
 
     @property
@@ -227,10 +221,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer.
-
-        It is the embedding or linear layer.
-        """
+        """Return the base layer, which is an embedding or a linear layer."""
         return self.token_adapter.base_layer
 
     # ------------------------------------------------------------------------------- forward
@@ -407,10 +398,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Unmerge every merged adapter.
-
-        This undoes `merge` by restoring the rows that it replaced.
-        """
+        """Unmerge every merged adapter by restoring the rows that `merge` replaced."""
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()
         while self.merged_adapters:

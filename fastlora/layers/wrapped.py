@@ -103,10 +103,7 @@ class FastLoraWrapper(LoraLayer):
         return quantized_base_of_layer(self)
 
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether y may be overwritten.
-
-        It may be if no other code refers to it.
-        """
+        """Return whether no other code refers to y, so that it may be overwritten."""
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (
             hooked or y is x or y._is_view()

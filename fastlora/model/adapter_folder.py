@@ -96,9 +96,7 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The contents of an adapter folder without the tensor data.
-
-    They have been checked.
+    """The checked contents of an adapter folder without the tensor data.
 
     Attributes:
         path: The folder.
@@ -116,9 +114,7 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The contents of an adapter folder, including the tensor data.
-
-    They have been checked.
+    """The checked contents of an adapter folder, including the tensor data.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.

@@ -246,8 +246,5 @@ def _remove_temp_folder(folder: Path) -> None:
 
 
 def _host_name_digest() -> str:
-    """Return a digest of the host's name.
-
-    It is hexadecimal, for use in file names.
-    """
+    """Return a hexadecimal digest of the host's name, for use in file names."""
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()

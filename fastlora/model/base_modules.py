@@ -28,31 +28,22 @@ def strip_wrapper_prefixes(name: str) -> str:
 
 
 def is_lora_layer(module: nn.Module) -> bool:
-    """Return whether ``module`` is a LoRA layer.
-
-    It may be from fastlora or PEFT.
-    """
+    """Return whether ``module`` is a LoRA layer of fastlora or PEFT."""
     return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
 
 
 def is_modules_to_save_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a ``modules_to_save`` wrapper.
-
-    It may be from fastlora or PEFT.
-    """
+    """Return whether ``module`` is a ``modules_to_save`` wrapper of fastlora or PEFT."""
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
 def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a wrapper for trainable tokens.
-
-    The wrapper is for ``trainable_token_indices``. It may be from fastlora or PEFT.
-    """
+    """Return whether ``module`` is a ``trainable_token_indices`` wrapper of fastlora or PEFT."""
     return "token_adapter" in module._modules
 
 
 def is_auxiliary_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a wrapper for ``modules_to_save`` or trained tokens.
+    """Return whether ``module`` is a ``modules_to_save`` or ``trainable_token_indices`` wrapper.
 
     In PEFT, the base class of these wrappers is ``AuxiliaryTrainingWrapper``.
     """

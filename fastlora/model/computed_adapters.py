@@ -48,9 +48,7 @@ class ComputedLayerParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter that was computed from other adapters.
-
-    It has not been added to the model yet.
+    """An adapter that was computed from other adapters, not yet added to the model.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.

@@ -497,9 +497,7 @@ class LoraConfig(PeftConfigMethods):
             partial.write_bytes(config_bytes_to_write_without_weights(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
-        """Return the config as a JSON string.
-
-        The format is that of ``adapter_config.json``.
+        """Return the config as a JSON string in the format of ``adapter_config.json``.
 
         Args:
             **overrides: Values that replace the config's own values. A value of None is ignored.

@@ -61,10 +61,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters.
-
-        It is relative to the number of base parameters.
-        """
+        """The ratio of the number of trainable parameters to the number of base parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -135,10 +132,7 @@ def estimate(
 
 
 def unique_base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the base model, without duplicates.
-
-    These are the parameters that do not belong to any adapter.
-    """
+    """Return the parameters that do not belong to any adapter, without duplicates."""
     return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 

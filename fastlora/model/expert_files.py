@@ -47,6 +47,17 @@ from fastlora.validation import CheckpointError
 _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
+def has_former_layers(model: nn.Module, layers: Iterable[str]) -> bool:
+    """Return whether `convert_expert_factors` may convert a file with the given layers.
+
+    This is the case if a layer is not a module of the model, and the model has former names.
+    """
+    if not former_names_of(model_type_of(model)):
+        return False
+    names = {name for name, _, _ in named_base_modules(model)}
+    return any(layer.replace(".base_layer", "") not in names for layer in layers)
+
+
 def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
     """Convert the factors of linear layers of experts in a file to factors of stacked parameters.
 

@@ -56,10 +56,7 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """Raised if an adapter cannot be hot-swapped.
-
-    The reason is that the new weights do not match the loaded adapter.
-    """
+    """Raised if a hot swap fails because the new weights do not match the loaded adapter."""
 
 
 def prepare_model_for_compiled_hotswap(

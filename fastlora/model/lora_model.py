@@ -404,10 +404,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         gathering.wait_for_all_or_raise(failure)
 
     def get_base_model(self) -> nn.Module:
-        """Return the base model.
-
-        It contains the LoRA layers.
-        """
+        """Return the base model, which contains the LoRA layers."""
         return self.base_model.model
 
     def forward(

@@ -20,9 +20,7 @@ _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """Provides the methods of PEFT's config classes.
-
-    This is a base class of `LoraConfig`.
+    """Base class of `LoraConfig` that provides the methods of PEFT's config classes.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed

@@ -80,9 +80,7 @@ class TargetModule(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """A plan for adding an adapter to a model.
-
-    It contains the checked config and the modules to adapt.
+    """A plan for adding an adapter to a model: the checked config and the modules to adapt.
 
     Attributes:
         config: The adapter's config.
@@ -115,7 +113,7 @@ class AdapterPlan:
     def module_names_tied_to_embedding(self) -> list[str]:
         """The names of the modules that share the input embedding's adapter.
 
-        They share its LoRA factors or the adapter's copy of its weight.
+        These modules share either the embedding's LoRA factors or the adapter's copy of its weight.
         """
         return [*self.tied_copies, *self.tied_heads]
 
@@ -424,7 +422,7 @@ def _check_factors_tied_to_embedding(
 def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
     """Check that no target shares its weight with another module.
 
-    This is required if the initialization method changes the base weights.
+    An initialization method that changes the base weights would also change the other module.
 
     Raises:
         AdapterStateError: If a target shares its weight with another module.

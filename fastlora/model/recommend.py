@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.layer_kinds import parameter_kind_of
-from fastlora.model.base_modules import named_base_modules
+from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
-from fastlora.model.stacked_experts import base_parameters_of, stacked_experts_among
+from fastlora.model.stacked_experts import (
+    base_parameters_of,
+    experts_layer_class,
+    stacked_experts_among,
+    supported_stacks,
+)
+from fastlora.model.tuner import tuner_of
 
 _BILLION = 1_000_000_000
 # Rows of: exclusive upper bound on the number of parameters, range of r, range of alpha, dropout.
@@ -44,9 +49,7 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended hyperparameters for training adapters of a base model.
-
-    They are starting values, and ranges for a search.
+    """Starting values and search ranges of hyperparameters for training adapters of a base model.
 
     Attributes:
         num_params: The number of parameters of the base model.
@@ -63,7 +66,8 @@ class Recommendation:
         target_parameters: The stacked weights of experts to adapt. Empty if the model has none, or
             if only a number of parameters was given.
         experts_per_token: The number of experts that process a token, or 1 if it is unknown.
-        exclude_modules: The routers of experts.
+        exclude_modules: The routers of experts, the linear layers inside them, and quantized
+            stacks of experts.
     """
 
     num_params: int
@@ -112,6 +116,8 @@ class Recommendation:
 
         If ``changes`` contains ``r``, the rank on experts is ``r / experts_per_token``. If it
         contains other targets, experts are adapted only if these targets select them, with rank r.
+        Otherwise, a ``rank_pattern`` or ``exclude_modules`` in ``changes`` is added to the
+        recommended value. Its patterns take precedence over the recommended patterns.
 
         Args:
             **changes: Values of further fields, or values that replace the recommended values.
@@ -123,12 +129,18 @@ class Recommendation:
             "target_modules": self.target_modules,
         }
         targets = changes.get("target_modules", self.target_modules)
+        if self.exclude_modules and targets == self.target_modules:
+            fields["exclude_modules"] = _excluded(self.exclude_modules, changes)
         if self.target_parameters and targets == self.target_modules:
             rank = _expert_rank(changes.get("r", self.r), self.experts_per_token)
             fields["target_parameters"] = list(self.target_parameters)
-            fields["exclude_modules"] = list(self.exclude_modules) or None
             if "target_parameters" not in changes:
-                fields["rank_pattern"] = {re.escape(n): rank for n in self.target_parameters}
+                recommended = {re.escape(n): rank for n in self.target_parameters}
+                given = changes.get("rank_pattern") or {}
+                # The first pattern that matches a name determines the rank.
+                fields["rank_pattern"] = {**given, **recommended, **given}
+        merged = fields.keys() & {"exclude_modules", "rank_pattern"}
+        changes = {name: value for name, value in changes.items() if name not in merged}
         return LoraConfig(**(fields | changes))
 
     def __str__(self) -> str:
@@ -169,8 +181,8 @@ def recommend(
     For a model with stacked experts, the recommendation includes the experts, as in "LoRA Without
     Regret" (Schulman et al., 2025). Their rank is r divided by the number of experts that process a
     token. The ratio of adapter parameters to active base parameters is then about the same as in
-    other layers. Routers are left out. The recommended dropout is 0, because PEFT 0.21.2 does not
-    load adapters of stacked weights with dropout.
+    other layers. Routers and quantized experts are left out. The recommended dropout is 0, because
+    PEFT 0.21.2 does not load adapters of stacked weights with dropout.
 
     Args:
         model_or_num_params: A model, or a number of parameters. The adapters of a model are not
@@ -202,7 +214,7 @@ def recommend(
         count,
         r[1],
         alpha[0],
-        0.0 if experts else dropout,
+        0.0 if experts.get("target_parameters") else dropout,
         r,
         alpha,
         load_in="4bit" if tight else None,
@@ -213,31 +225,48 @@ def recommend(
 def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """Return the fields of `Recommendation` for the experts of a model.
 
-    The result is empty if the model has no stacks that run with products of the rows of each
-    expert. Other stacks, which are computed with their updates as a whole, are left out.
+    The result is empty if the model has no stacks of experts with a layer of experts.
     """
-    base = getattr(getattr(model, "base_model", None), "model", None)
-    if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
-        model = base  # a LoraModel
+    tuner = tuner_of(model)
+    model = model if tuner is None else tuner.model
+    parameters = base_parameters_of(named_base_modules(model))
     stacks = [
-        each
-        for each in stacked_experts_among(base_parameters_of(named_base_modules(model)))
-        if (kind := parameter_kind_of(each.module)) is not None and kind.uses_dropout
+        each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]
     if not stacks:
         return {}
     # Routers, or the modules around the experts, have the number of experts per token.
     routers, experts_per_token = set[str](), 1
     for block in {each.module_name.rpartition(".")[0] for each in stacks}:
-        for name, module in model.get_submodule(block).named_modules():
-            if isinstance(getattr(module, "top_k", None), int):
-                experts_per_token = max(experts_per_token, module.top_k)
-                routers.update([name.removesuffix(".base_layer")] if name else ())
+        inside = named_base_modules(model.get_submodule(block))
+        modules = [(name, base_module_of(module)) for name, module, _ in inside]
+        for name, module in modules:
+            top_k: Any = getattr(module, "top_k", None)
+            if not isinstance(top_k, int):
+                continue
+            experts_per_token = max(experts_per_token, top_k)
+            if name:  # Some routers contain their linear layer.
+                linears = {own for own, each in modules if isinstance(each, nn.Linear)}
+                routers |= {name, *(own for own in linears if own.startswith(f"{name}."))}
+    targets = {".".join(each.name.split(".")[-2:]) for each in supported_stacks(stacks)}
+    # "all-linear" selects the stacks that have former names.
+    quantized = {".".join(each.name.split(".")[-2:]) for each in stacks} - targets
     return {
-        "target_parameters": tuple(sorted({".".join(e.name.split(".")[-2:]) for e in stacks})),
+        "target_parameters": tuple(sorted(targets)),
         "experts_per_token": experts_per_token,
-        "exclude_modules": tuple(sorted(routers)),
+        "exclude_modules": tuple(sorted(routers | quantized)),
     }
+
+
+def _excluded(routers: Sequence[str], changes: Mapping[str, Any]) -> list[str] | str | None:
+    """Return the ``exclude_modules`` that exclude routers and what ``changes`` excludes."""
+    given = changes.get("exclude_modules")
+    if isinstance(given, str) and routers:
+        names = "|".join(map(re.escape, routers))
+        return rf"(?:{given})|(?:.*\.)?(?:{names})"
+    if isinstance(given, str):
+        return given
+    return [*routers, *(name for name in given or () if name not in routers)] or None
 
 
 def _expert_rank(r: int, experts_per_token: int) -> int:

@@ -185,9 +185,7 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
 
 
 def _copy_layer_sharing_parameters(layer: nn.Module, place: int) -> nn.Module:
-    """Return a copy of a layer that shares the parameters of the original.
-
-    It also shares the buffers and the config.
+    """Return a copy of a layer that shares the parameters, buffers, and configs of the original.
 
     Args:
         layer: The layer to copy.

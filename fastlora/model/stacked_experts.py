@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters
+from fastlora.layers.layer_kinds import parameter_kind_of
 from fastlora.model.base_modules import BaseModules, base_module_of, is_lora_layer
 from fastlora.model.target_names import in_layers, is_all_linear, matches_targets
 from fastlora.validation import ConfigError
@@ -112,6 +114,35 @@ def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParam
             or "expert" in f"{each.name}.{type(each.module).__name__}".lower()
         )
     ]
+
+
+def supported_stacks(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
+    """Return those of the parameters that are stacks of experts with a layer of experts.
+
+    Stacks of other modules, which are computed with their updates as a whole, and quantized stacks
+    are left out.
+    """
+    return [
+        each
+        for each in stacked_experts_among(parameters)
+        if experts_layer_class(each.module) is not None and not is_quantized(each)
+    ]
+
+
+def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | None:
+    """Return the layer class for the adapters on a module of stacked experts.
+
+    The result is None for modules without a layer of experts.
+    """
+    kind = parameter_kind_of(module)
+    found: Any = None if kind is None else kind.wrap
+    return None if found is FastLoraAdaptedParameters else found
+
+
+def is_quantized(parameter: BaseParameter) -> bool:
+    """Return whether a parameter is quantized: in integers, or in floats of 8 bits or fewer."""
+    tensor = parameter.parameter
+    return not tensor.is_floating_point() or tensor.itemsize < 2
 
 
 def former_names_of(model_type: object) -> Mapping[str, str]:

@@ -134,9 +134,7 @@ class TensorFile:
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Read tensors from the file.
-
-        They are read into CPU memory.
+        """Read tensors from the file into CPU memory.
 
         Args:
             names: The names of the tensors to read. With None, all tensors are read.

@@ -170,9 +170,7 @@ def _warn(message: str) -> None:
 
 
 class SharedWeightUntier:
-    """Unties weights that several modules of a model share.
-
-    This is done before a merge.
+    """Finds weights that several modules of a model share, and unties them before a merge.
 
     Args:
         model: The base model with its adapters.
@@ -269,9 +267,10 @@ def _weight_name(layer: Any) -> str:
 
 
 def update_tie_word_embeddings(model: nn.Module) -> None:
-    """Update ``tie_word_embeddings`` in a model's config to whether the weights are still tied.
+    """Set ``tie_word_embeddings`` in a model's config to False if the weights are no longer tied.
 
-    It is set to False if the input and output embeddings are no longer tied.
+    The weights are those of the input and output embeddings. A warning is emitted if the value
+    changes.
     """
     config: Any = getattr(model, "config", None)
     if not config_ties_embeddings(model) or isinstance(config, dict):

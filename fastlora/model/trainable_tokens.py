@@ -31,9 +31,7 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class TrainableTokens:
-    """The tokens that an adapter trains in a module.
-
-    They are rows of the module's weight.
+    """The tokens that an adapter trains in a module, as rows of the module's weight.
 
     Attributes:
         indices: The indices of the rows.

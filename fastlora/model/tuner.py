@@ -24,7 +24,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.tied_weights import SharedWeightUntier
 from fastlora.model.weighted import CombinationOptions, combine_adapters
-from fastlora.routing.block import routing_from_parameters
+from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_router
 from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
@@ -106,10 +106,7 @@ class LoraTuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """The names of the active adapters.
-
-        This is an alias of `active_adapters`, for compatibility with PEFT.
-        """
+        """Alias of `active_adapters`, for compatibility with PEFT."""
         return list(self._active)
 
     def add_adapter(
@@ -409,10 +406,7 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether adapters are disabled.
-
-        This is the case if they are disabled on every layer.
-        """
+        """Whether adapters are disabled on every layer."""
         return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
@@ -515,9 +509,7 @@ class LoraTuner(nn.Module):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Create the routing of batch rows to adapters.
-
-        It is the routing of a `fastlora.adapters` block.
+        """Create the routing of batch rows to adapters for a `fastlora.adapters` block.
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
@@ -533,12 +525,17 @@ class LoraTuner(nn.Module):
             validate,
         )
 
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        known = tuple(self.peft_config)
+        layers = self.modules_selecting_adapter_per_row
+        return sample_routings_from_parameters(
+            self.group, layers, known, ParameterSource, adapters, ranks
+        )
+
     @property
     def modules_selecting_adapter_per_row(self) -> list[Any]:
-        """The modules that select an adapter for each row of a batch.
-
-        They take part in mixed batches.
-        """
+        """The modules that select an adapter for each row of a mixed batch."""
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.
         return self._find_routed() if found is None or self.group.row_checks is None else found

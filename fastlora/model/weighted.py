@@ -26,10 +26,7 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class CombinationOptions(NamedTuple):
-    """The options that select how adapters are combined.
-
-    They are options of `LoraTuner.add_weighted_adapter`.
-    """
+    """The options of `LoraTuner.add_weighted_adapter` that select how to combine adapters."""
 
     combination_type: str = "svd"
     svd_rank: int | None = None
@@ -92,9 +89,7 @@ def _check_combination(
     weights: Sequence[float],
     options: CombinationOptions,
 ) -> None:
-    """Check that adapters can be combined with the given weights and options.
-
-    The arguments are those of `combine_adapters`.
+    """Check that `combine_adapters` can combine adapters with the given weights and options.
 
     Raises:
         ConfigError: If an argument is invalid.

@@ -120,10 +120,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Return the gradients of a layer's inputs.
-
-        They are in the order of `Gradients`.
-        """
+        """Return the gradients of a layer's inputs, in the order of `Gradients`."""
 
     # ------------------------------------------------------------------------- stacks of weights
 
@@ -190,10 +187,7 @@ class Backend(ABC):
     # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
     def supports_grouped_forward(self, x: torch.Tensor) -> bool:
-        """Return whether `grouped_forward` supports the input x.
-
-        It computes all layers that share x in one call.
-        """
+        """Return whether `grouped_forward` supports layers that share the input x."""
         return False
 
     def grouped_shrink(

@@ -106,10 +106,7 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 
 
 def auto_selects_kernels(device: torch.device) -> bool:
-    """Return whether ``impl="auto"`` selects Triton kernels on a device.
-
-    This holds for supported dtypes.
-    """
+    """Return whether ``impl="auto"`` selects Triton kernels for supported dtypes on a device."""
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
@@ -257,9 +254,7 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error if a call cannot be computed in batch-invariant mode.
-
-        It can be computed if the Triton kernels can run it.
+        """Raise an error if the Triton kernels cannot compute a call in batch-invariant mode.
 
         Raises:
             ImplementationError: The kernels cannot run the call.

@@ -32,9 +32,9 @@ def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
 
 
 def rank_to_multiple_of_16(largest_rank: int) -> int:
-    """Return the largest rank rounded up to a multiple of 16.
+    """Return the largest rank rounded up to a multiple of 16, and at least 16.
 
-    This is the number of columns of s and ds.
+    In a mixed batch, operators give s and ds this number of columns.
     """
     return max(-(-largest_rank // 16) * 16, 16)
 

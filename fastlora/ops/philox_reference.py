@@ -47,10 +47,7 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the four Philox output words of each counter.
-
-    They are int64 tensors of 32-bit values.
-    """
+    """Return the four Philox output words of each counter, as int64 tensors of 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

@@ -92,7 +92,7 @@ def _plan_from_table(
 def _import_chips_and_configs() -> tuple[Any, Any]:
     """Import and return the modules `chips` and `configs` of `fastlora.kernels`.
 
-    They import Triton, so this module does not import them at its top.
+    The import is inside this function because both modules import Triton.
     """
     from fastlora.kernels import chips, configs
 

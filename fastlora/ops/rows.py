@@ -2,11 +2,11 @@
 
 Rows are sorted by slot on the device, with one kernel or a few operations of fixed sizes. The sort
 needs no synchronization with the host, and a CUDA graph can contain it. Rows without an adapter
-come last, so the sorted rows of a batch contain those of the same batch without rows at its end
-(`Rows.first_rows`). A segment is the range of
-sorted positions that share a slot. A piece is a range within one segment that does not cross a
-boundary between a kernel's row tiles. The products in PyTorch read segments on the host. If all
-rows have the same slot, callers pass None instead of a `Rows`.
+come last. If the last rows of a batch have no adapter, `Rows.first_rows` gives the sorted rows of
+the batch without them. A segment is the range of sorted positions that share a slot. A piece is a
+range within one segment that does not cross a boundary between a kernel's row tiles. The products
+in PyTorch read segments on the host. If all rows have the same slot, callers pass None instead of a
+`Rows`.
 """
 
 from __future__ import annotations
@@ -130,10 +130,15 @@ class Rows:
         if not self.segments:
             return ()
         order = self.order.long()
-        firsts = order[[segment.start for segment in self.segments]].tolist()
-        lasts = order[[segment.stop - 1 for segment in self.segments]].tolist()
+        ends = [at for segment in self.segments for at in (segment.start, segment.stop - 1)]
+        if self.ids is None:
+            rows = order[ends].tolist()
+        else:  # The host does not wait for the device.
+            order_of_ids = torch.argsort(self._keys_on_cpu, stable=True).tolist()
+            rows = [order_of_ids[at // self.each] * self.each + at % self.each for at in ends]
         found = list[slice | torch.Tensor]()
-        for (_, start, stop), first, last in zip(self.segments, firsts, lasts, strict=True):
+        pairs = zip(self.segments, rows[::2], rows[1::2], strict=True)
+        for (_, start, stop), first, last in pairs:
             adjacent = last - first == stop - start - 1
             found.append(slice(first, last + 1) if adjacent else order[start:stop])
         return tuple(found)
@@ -169,12 +174,9 @@ class Rows:
     def segment_index(self) -> torch.Tensor:
         """The segment index of each row, int64 ``[M]``.
 
-        It is ``len(segments)`` for rows without an adapter.
+        Rows without an adapter have the index ``len(segments)``.
         """
-        member = torch.full((self.m,), len(self.segments))
-        for index, (_, start, stop) in enumerate(self.segments):
-            member[start:stop] = index
-        member = member.to(self.order.device)
+        member = self.segment_of.long().clamp(max=len(self.segments))
         return member if self.is_sorted else member.index_select(0, self.inverse_order)
 
     @functools.cached_property

@@ -215,7 +215,7 @@ def lora_grad_b_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return empty tensors for the results of the operator ``lora_grad_b``.
 
-    They are a tuple (ds, lora_b and lora_bias gradients, column sums of dy).
+    The operator returns a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
     `layout.split_grad_b`. The buffer is empty unless ``with_factors`` is set. ``with_bias`` tells

@@ -14,17 +14,17 @@ from torch import nn
 
 from fastlora.layers import LoraLayer
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters
-from fastlora.layers.layer_kinds import LINEAR, parameter_kind_of
+from fastlora.layers.layer_kinds import LINEAR
 from fastlora.model import inject
 from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
-    BaseParameter,
     base_parameters_of,
     former_names_of,
     former_names_of_parameter,
-    stacked_experts_among,
+    is_quantized,
+    supported_stacks,
 )
 from fastlora.model.target_names import is_all_linear
 from fastlora.model.targets import model_type_of
@@ -188,9 +188,7 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and dtype of the base weights.
-
-        The dtype is that of the first base weight.
+        """Return the device of the base weights and the dtype of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
@@ -216,17 +214,10 @@ def _parameters_of_experts(model: nn.Module) -> list[str] | None:
     """
     parameters = base_parameters_of(named_base_modules(model))
     former = former_names_of(model_type_of(model))
-    stacks = {each.name for each in stacked_experts_among(parameters) if _is_of_experts(each)}
+    stacks = {each.name for each in supported_stacks(parameters)}
     return [
         each.name
         for each in parameters
-        if each.parameter.is_floating_point()
-        and each.parameter.itemsize >= 2
-        and (each.name in stacks or former_names_of_parameter(former, each))
+        if each.name in stacks
+        or (former_names_of_parameter(former, each) and not is_quantized(each))
     ] or None
-
-
-def _is_of_experts(parameter: BaseParameter) -> bool:
-    """Return whether a parameter belongs to a module for which there is a layer of experts."""
-    kind = parameter_kind_of(parameter.module)
-    return kind is not None and kind.wrap is not FastLoraAdaptedParameters

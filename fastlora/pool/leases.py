@@ -62,9 +62,7 @@ class Lease:
 
 @dataclass(eq=False)
 class LeaseRequest:
-    """A request for a lease on adapters.
-
-    It is made by one thread.
+    """A thread's request for a lease on adapters.
 
     Attributes:
         names: Names of the requested adapters, which may repeat.
@@ -84,9 +82,7 @@ class LeaseRequest:
 
 
 class LeaseManager:
-    """Grants leases on the adapters of a pool.
-
-    This class owns the pool's lock and the queue of requests.
+    """Grants leases on a pool's adapters, and owns the pool's lock and its queue of requests.
 
     Args:
         reader: Reads adapters from files, without holding the lock.
@@ -177,10 +173,7 @@ class LeaseManager:
                 )
 
     def acquire_all_resident(self) -> Lease:
-        """Return a lease on all adapters that are on the device now.
-
-        This method does not wait for room.
-        """
+        """Return a lease on all adapters that are on the device now, without waiting for room."""
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
@@ -229,7 +222,7 @@ class LeaseManager:
     def recompute_stale_scales(self) -> None:
         """Recompute the outdated DoRA scales of all adapters on the device.
 
-        This includes adapters that were replaced or removed and are still leased.
+        Adapters that were replaced or removed are included while they are leased.
         """
         with self.changed:
             self.check_open()

@@ -47,9 +47,7 @@ class TargetWeight(NamedTuple):
     num_matrices: int = 1
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of an adapter's tensor for this weight.
-
-        The shape is that in PEFT's layout.
+        """Return the shape, in PEFT's layout, of an adapter's tensor for this weight.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
@@ -186,9 +184,7 @@ class AdapterPacker:
         scaling: Mapping[int, float],
         source: str,
     ) -> PackedAdapter:
-        """Pack an adapter's tensors into a `PackedAdapter`.
-
-        They are packed into one 1-D tensor of the pool's dtype.
+        """Pack an adapter's tensors into a `PackedAdapter`, as one 1-D tensor of the pool's dtype.
 
         Args:
             tensors: Maps each module index to a dict of tensors, keyed by `BLOCK_KINDS`, in PEFT's

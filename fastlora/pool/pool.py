@@ -25,7 +25,7 @@ from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import PoolStats, RegisteredAdapter
-from fastlora.pool.router import lease_batch_routing
+from fastlora.pool.router import lease_batch_routing, sample_pool_routings
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
@@ -59,8 +59,9 @@ class AdapterPool:
             modules, and `close` restores the original modules.
         target_modules: The modules that adapters may adapt, as in `LoraConfig`.
         target_parameters: The parameters that adapters may adapt, as in `LoraConfig`. If None,
-            ``target_modules="all-linear"`` also selects all stacks of experts, and the routers of
-            the model types in which ``"all-linear"`` selects experts.
+            ``target_modules="all-linear"`` also selects all stacks of experts that are not
+            quantized, in transformers' modules of experts (``use_experts_implementation``) and in
+            Llama 4's, and the routers of the model types in which ``"all-linear"`` selects experts.
         max_adapters: Maximum number of adapters on the device. It is also the number of slots, the
             values that integer row ids may have.
         device_bytes: Limit in bytes for factors on the device, excluding DoRA's scales, or None for
@@ -69,7 +70,8 @@ class AdapterPool:
         dtype: Dtype of the stored factors, or None for the base weights' dtype.
         max_rank: Largest accepted rank, or None for any rank. CUDA graphs require this limit.
         max_adapter_bytes: Largest accepted size of an adapter's tensor file in bytes, or None for
-            any size. This limit and ``max_rank`` are checked before any tensor is read.
+            any size. This limit and ``max_rank`` are checked before any tensor is read, except for
+            ``max_rank`` if a file has factors of single experts.
         device: Device of the factors, or None for the base weights' device.
         root: Folder that must contain the files of every adapter after symbolic links are resolved,
             or None for no restriction. A file outside the folder raises `CheckpointError`.
@@ -548,6 +550,10 @@ class AdapterPool:
         See `lease_batch_routing`.
         """
         return lease_batch_routing(self, ids, seeds, validate, held)
+
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        return sample_pool_routings(self, ranks)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
         """Check that all names are registered, and return them as a tuple.

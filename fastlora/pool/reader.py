@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,11 @@ from fastlora.model.adapter_folder import (
     open_adapter_folder,
     parse_and_check_tensors,
 )
-from fastlora.model.base_modules import base_module_of
+from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import convert_expert_factors
+from fastlora.model.expert_files import convert_expert_factors, has_former_layers
 from fastlora.model.plan import check_targets_of_parameters
+from fastlora.model.stacked_experts import base_parameters_of
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
@@ -83,7 +85,7 @@ _UNSUPPORTED = {
 class AdapterReader:
     """Reads, validates, and packs adapters for the pool of one model.
 
-    It stores no adapters, so any thread may use it.
+    Any thread may use the reader, because it stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -111,8 +113,9 @@ class AdapterReader:
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
         self._has_stacks = any(target.num_matrices > 1 for target in packer.targets)
         # Maps the digest of a config's target settings and of the layers in a file to the targets
-        # that they select in this model. Adapters with equal settings share an entry.
-        self._selected: dict[bytes, SelectedTargets] = {}
+        # that they select in this model, and the names of their parameters. The parameters
+        # themselves may be replaced. Adapters with equal settings share an entry.
+        self._selected: dict[bytes, tuple[SelectedTargets, list[str]]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
         """Check an adapter folder, and return the adapter's config.
@@ -136,9 +139,10 @@ class AdapterReader:
                 was found and what was expected.
         """
         with self._open_checked(folder) as opened:
-            if self._has_stacks:
-                return self._convert_and_pack(opened.load(), str(folder))
             header = opened.header
+            layers = {module for module, _ in header.keys.values()}
+            if self._has_stacks and has_former_layers(self._model, layers):
+                return self._convert_and_pack(opened.load(), str(folder))
             locations = self._locations_in_packed_adapter(
                 header.config, header.keys, header.tensor_infos, str(folder)
             )
@@ -402,8 +406,8 @@ class AdapterReader:
         values.append(layers_in_file)
         text = repr([sorted(v) if isinstance(v, set) else v for v in values])
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        found = self._selected.get(key)
-        if found is None:
+        cached = self._selected.get(key)
+        if cached is None:
             layers = {layer.replace(".base_layer", "") for layer in layers_in_file}
             try:
                 found = select_targets(self._model, config, given, layers_in_file=layers)
@@ -416,8 +420,15 @@ class AdapterReader:
             # A folder may be rewritten any number of times.
             if len(self._selected) >= _MAX_CACHED_TARGETS:
                 self._selected.clear()
-            self._selected[key] = found
-        return found
+            without = replace(found.parameters, parameters=[])
+            self._selected[key] = found._replace(parameters=without), found.parameters.names
+            return found
+        found, names = cached
+        if not names:
+            return found
+        parameters = {e.name: e for e in base_parameters_of(named_base_modules(self._model))}
+        current = replace(found.parameters, parameters=[parameters[name] for name in names])
+        return found._replace(parameters=current)
 
 
 def _config_and_header_limits(modules: Mapping[str, int]) -> ConfigAndHeaderSizeLimits:

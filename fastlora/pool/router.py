@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastlora.layers.adapter_factors import PoolSource
+from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
 from fastlora.ops.seeds import draw_seeds
 from fastlora.pool.address_tables import lookup_or_negative
 from fastlora.routing.active import is_capturing_cuda_graph
@@ -19,7 +20,10 @@ from fastlora.routing.ids import (
     names_and_slots,
 )
 from fastlora.routing.routing import Routing
-from fastlora.validation import AdapterStateError
+from fastlora.validation import AdapterStateError, ConfigError
+
+# Largest rank to expect in a pool without a limit.
+_COMMON_RANK = 64
 
 
 def lease_batch_routing(
@@ -43,7 +47,7 @@ def lease_batch_routing(
     if not isinstance(ids, torch.Tensor):
         names, places = names_and_slots(None, ids)
         lease = exit_stack.enter_context(pool.lease(names))
-        max_rank = lease.max_rank
+        max_rank = lease.max_rank or 1  # if no row has an adapter, the kernels for small ranks run
         columns = torch.tensor([loaded.column for loaded in lease.loaded_adapters])
         columns = lookup_or_negative(columns.to(torch.int64), places)
     elif is_capturing_cuda_graph(ids):
@@ -53,7 +57,7 @@ def lease_batch_routing(
         lease = exit_stack.enter_context(pool.lease_loaded())
         # A block with slot ids may be the warmup for the capture of a CUDA graph, whose buffers
         # have the size for the largest rank.
-        max_rank = pool.max_rank or lease.max_rank
+        max_rank = pool.max_rank or lease.max_rank or 1
         # The column of each slot.
         table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
@@ -69,7 +73,7 @@ def lease_batch_routing(
     by_column = tuple("" if loaded is None else loaded.name for loaded in loaded_adapters)
     source, fixed = (
         PoolSource(tuple(loaded_adapters), pool.tables.to_kernel_tables(rank, pool.dtype))
-        for rank in (max_rank, pool.max_rank or lease.max_rank)
+        for rank in (max_rank, pool.max_rank or lease.max_rank or 1)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
     # The columns are cloned, because compiled graphs would guard on a tensor that the routing also
@@ -77,6 +81,32 @@ def lease_batch_routing(
     # rank and a batch with other adapters must not cause a recompilation.
     whole = Routing(pool.group, by_column, columns.clone(), drawn, fixed)
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
+
+
+def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
+    """Return one routing for each range of ranks that share kernel configs, largest rank first.
+
+    Each has as many slots as a batch of the pool, and all slots are empty. A launch processes the
+    rank rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of two.
+
+    Args:
+        pool: The `AdapterPool`.
+        ranks: Ranks of adapters, or None for all ranks that the pool accepts, or that are common.
+    """
+    largest = pool.max_rank or _COMMON_RANK
+    if ranks is not None and pool.max_rank is not None and max(ranks) > pool.max_rank:
+        raise ConfigError(f"rank {max(ranks)} exceeds the pool's max_rank {pool.max_rank}")
+    if ranks is None:
+        blocks = [1 << power for power in range(4, 12)]
+        ends = {block // count for block in blocks for count in range(1, MAX_LAYERS_PER_LAUNCH + 1)}
+        ranks = [*(rank for rank in ends if rank < largest), largest]
+    nobody = (None,) * pool.tables.rank.shape[1]
+    found = []
+    for rank in sorted(ranks, reverse=True):
+        source = PoolSource(nobody, pool.tables.to_kernel_tables(rank, pool.dtype))
+        ids, seeds = torch.zeros(1, dtype=torch.int64), draw_seeds(nobody, None, draw=False)
+        found.append(Routing(pool.group, ("",) * len(nobody), ids, seeds, source))
+    return found
 
 
 def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:

@@ -85,9 +85,7 @@ class StorageTiers:
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters.
-
-        They are not read from disk.
+        """Register adapters without reading them from disk.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.

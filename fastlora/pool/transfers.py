@@ -64,10 +64,7 @@ class DeviceTransfers:
         return None
 
     def wait_for_reads(self, events: Iterable[Any]) -> None:
-        """Make later writes wait for the given read events.
-
-        These are writes to adapters and tables.
-        """
+        """Make later writes to adapters and tables wait for the given read events."""
 
 
 class AsyncCudaTransfers(DeviceTransfers):

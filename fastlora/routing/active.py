@@ -29,10 +29,7 @@ _thread = _ThreadRoutings()
 
 
 def active_routings() -> tuple[Routing, ...]:
-    """Return a tuple of this thread's active routings.
-
-    These are the routings of its open blocks, from outermost to innermost.
-    """
+    """Return a tuple of the routings of this thread's open blocks, from outermost to innermost."""
     return _thread.open
 
 
@@ -117,10 +114,7 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def skip_batch_checks() -> Iterator[None]:
-    """Context manager that skips batch checks.
-
-    It disables `check_batch_matches_ids` in this thread.
-    """
+    """Context manager that disables `check_batch_matches_ids` in this thread."""
     before, _thread.unchecked = _thread.unchecked, True
     try:
         yield
@@ -129,10 +123,7 @@ def skip_batch_checks() -> Iterator[None]:
 
 
 def discard_unused_results(group: RoutingGroup) -> None:
-    """Discard a group's results that no layer has used.
-
-    These were computed for layers that the model's forward pass did not call.
-    """
+    """Discard a group's results for layers that the model's forward pass did not call."""
     if not is_being_compiled() and group.unfinished:
         group.discard_unused_results()
 

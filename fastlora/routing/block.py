@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -147,6 +147,39 @@ def routing_from_parameters(
     if names != known:
         whole = dataclasses.replace(whole, seeds=_spread_seeds_to_known(drawn, known, names))
     return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
+
+
+def sample_routings_from_parameters(
+    group: RoutingGroup,
+    layers: Sequence[Any],
+    known: Sequence[str],
+    source: Callable[[Sequence[str]], AdapterSource],
+    adapters: int | None,
+    ranks: Sequence[int] | None,
+) -> list[Routing]:
+    """Return sample routings for adapters that are parameters of the model's layers.
+
+    For each rank and dtype, one has a single adapter, and one also has adapters of at most this
+    rank, up to ``adapters`` in total. See `fastlora.routing.routers.Router.sample_routings`.
+    """
+    sizes: dict[str, tuple[int, torch.dtype]] = {}
+    for layer in layers:
+        if getattr(layer, "is_linear", False):
+            for name, module in layer.lora_A.items():
+                rank, dtype = module.weight.shape[0], module.weight.dtype
+                sizes[name] = max(rank, sizes.get(name, (0, dtype))[0]), dtype
+    found, sampled = [], set()
+    for name in known:
+        if name not in sizes or sizes[name] in sampled:
+            continue
+        if ranks is not None and sizes[name][0] not in ranks:
+            continue
+        sampled.add(sizes[name])
+        others = [n for n in known if n != name and n in sizes and sizes[n][0] <= sizes[name][0]]
+        for names in dict.fromkeys(((name,), (name, *others)[:adapters])):
+            ids = torch.zeros(1, dtype=torch.int64)
+            found.append(routing_from_parameters(group, layers, names, source, ids, None, False))
+    return found
 
 
 def _convert_slots_to_known(

@@ -133,7 +133,7 @@ class PackedAdapterSet:
 class AdapterSetCache:
     """A model's cache of recently used adapter sets.
 
-    It also keeps references to objects that CUDA graphs read.
+    The cache also keeps references to objects that CUDA graphs read.
     """
 
     def __init__(self) -> None:
@@ -161,10 +161,7 @@ class AdapterSetCache:
             return known
 
     def clear(self) -> None:
-        """Clear all cached sets.
-
-        This is required if factors may change or have changed unnoticed.
-        """
+        """Clear all cached sets, as required if factors may change or have changed unnoticed."""
         weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()

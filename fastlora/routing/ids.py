@@ -19,10 +19,7 @@ OUT_OF_RANGE = -2
 
 
 def check_adapter_name(name: object) -> None:
-    """Raise `ConfigError` unless the name is a valid adapter name.
-
-    It is the name of an adapter of a model.
-    """
+    """Raise `ConfigError` unless ``name`` is a valid name for an adapter of a model."""
     if not isinstance(name, str) or not name or "." in name:
         raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
     if name == BASE:

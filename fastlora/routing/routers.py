@@ -34,6 +34,13 @@ class Router(Protocol):
         which is closed when the block ends.
         """
 
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return routings that launch every kernel that mixed batches launch, for `warm_up`.
+
+        Each has one id. ``adapters`` is the largest number of adapters in a batch, or None for all
+        adapters. ``ranks`` lists the ranks of adapters, or is None for all of them.
+        """
+
 
 _FINDERS: list[Callable[[Any], Router | None]] = []
 

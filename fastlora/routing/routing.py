@@ -251,10 +251,7 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of the adapters that the rows use.
-
-        They are in slot order, one for each adapter that has rows.
-        """
+        """Return a tuple of the identities of the adapters that have rows, in slot order."""
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:

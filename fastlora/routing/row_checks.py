@@ -92,9 +92,7 @@ class RowChecks:
             )
 
     def block_checker_unless_all_checked(self, count: int) -> AllRowsChecker | None:
-        """Return the row checker of a block, or None if all layers are checked.
-
-        It is the context manager that checks the block.
+        """Return the context manager that checks a block's rows, or None if all layers are checked.
 
         Args:
             count: Number of adapter ids of the block.
@@ -268,10 +266,7 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 
 
 def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
-    """Return the class name of a parent that puts the sequence dimension first, or None.
-
-    It is the outermost parent that uses the layout ``[T, B, K]``.
-    """
+    """Return the class name of the outermost parent with the layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -286,9 +281,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _LastPathStep(NamedTuple):
-    """Facts about the last component of a module's path.
-
-    They are used to detect experts.
+    """Facts about the last component of a module's path, for the detection of experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -306,7 +299,7 @@ class _LastPathStep(NamedTuple):
 class _ExpertDetector:
     """Detects layers that look like experts.
 
-    It finds modules with the same structure. The results are cached.
+    The detector looks for modules with the same structure, and caches the results.
     """
 
     def __init__(self) -> None:

@@ -87,9 +87,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table of the facts about the rows of tensors.
-
-    It covers every tensor in a block.
+    """A table of the facts about the rows of every tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.

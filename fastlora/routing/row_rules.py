@@ -49,10 +49,7 @@ def apply_rule(
 def _default_rule(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowFacts | None:
-    """Apply the default rule, for operators that have no rule of their own.
-
-    These are the operators that are not in `_RULES`.
-    """
+    """Apply the default rule, for operators that are not in `_RULES`."""
     operands = list(tensors_in((args, kwargs)))
     # A view shares its storage and its facts, but parameters have no entry.
     if getattr(func, "is_view", False):
@@ -305,9 +302,9 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | No
 
 
 def _write_along(adds: bool) -> Rule:
-    """Return the rule for operators that write along a dimension.
+    """Return the rule for `index_add`, `index_copy`, and `scatter` operators.
 
-    These are `index_add`, `index_copy`, and `scatter`.
+    These operators write along a dimension.
     """
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
@@ -332,10 +329,7 @@ def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
 
 
 def _select_elements(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule for operators that select elements.
-
-    They are `take` and `masked_select`, which select elements, not rows.
-    """
+    """Apply the rule for `take` and `masked_select`, which select elements rather than rows."""
     source, index = args[:2]
     facts = known.facts_of(source)
     return facts if facts.kind in TABLES else RowFacts(RowOrigin.CHOSEN, known.origin_key(index))

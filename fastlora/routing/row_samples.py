@@ -55,10 +55,7 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
-    """Return whether a later dimension has a larger stride than the first.
-
-    This is so after a permute, for instance.
-    """
+    """Return whether a later dimension has a larger stride than the first, as after a permute."""
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -107,10 +104,7 @@ def indexed_dimensions(indices: Indices) -> int:
 
 
 def read_indices(indices: Indices) -> list[torch.Tensor | None] | None:
-    """Return a list of the indices as readable tensors, or None if they cannot be read.
-
-    They are copied to the CPU.
-    """
+    """Return a list of the indices on the CPU, or None if any index cannot be read."""
     if not all(index is None or host_can_read_values(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]

@@ -35,7 +35,7 @@ from fastlora.routing.row_rules import Arguments, Keywords, apply_rule
 class RowTrackingMode(TorchDispatchMode):
     """Dispatch mode that tracks the rows of a batch through all operators.
 
-    It records which tensors do not contain the batch's rows in order.
+    The mode records which tensors do not contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.

@@ -84,10 +84,7 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Names of the adapters that requests can use.
-
-        These adapters have no known error. The names are in sorted order.
-        """
+        """Sorted names of the adapters without a known error, which requests can use."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 

@@ -49,9 +49,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Settings of the server.
-
-    They are the settings of its HTTP application.
+    """Settings of the server's HTTP application.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.

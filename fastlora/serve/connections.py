@@ -172,10 +172,7 @@ class DeadlineProtocol(H11Protocol):
             super().shutdown()
 
     def abort(self) -> None:
-        """Abort the connection.
-
-        It is closed without waiting for the client to read.
-        """
+        """Close the connection without waiting for the client to read."""
         self._leave()
         self.transport.abort()
 
@@ -300,11 +297,11 @@ def limits_for_descriptors(
 ) -> ConnectionLimits:
     """Return connection limits that fit the number of available file descriptors.
 
-    The limits prevent a server from running out of file descriptors. asyncio accepts as many
-    connections at a time as the backlog. The server closes those over the maximum a few turns of
-    the event loop later. With a backlog of a quarter of the maximum, the server has these turns to
-    read from a new client before newer connections replace it. Half of the descriptors are reserved
-    for connections that are accepted meanwhile.
+    The limits prevent a server from running out of file descriptors. Open connections use at most
+    half of the descriptors. The other half is reserved for connections over the maximum: asyncio
+    accepts up to ``backlog`` connections at a time, and the server closes those over the maximum
+    only a few event loop iterations later. The backlog is at most a quarter of the maximum, so that
+    the server has these iterations to read from a new client before newer connections replace it.
 
     Args:
         descriptors: Limit on open files, from `raise_descriptor_limit`.

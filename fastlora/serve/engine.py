@@ -163,10 +163,7 @@ class Engine:
 
     @property
     def closing(self) -> bool:
-        """Whether the engine is closing.
-
-        It is closing or closed, and accepts no requests.
-        """
+        """Whether the engine is closing or closed, and therefore accepts no requests."""
         return self._closing
 
     def _resolve_max_tokens(

@@ -29,9 +29,7 @@ class CallerRole(enum.Enum):
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """The API keys that a server accepts.
-
-    They are bearer tokens.
+    """The API keys that a server accepts as bearer tokens.
 
     Attributes:
         client: Key for all requests except those that change adapters. With None, these requests
@@ -74,7 +72,7 @@ def resolve_key(
 ) -> str | None:
     """Return the key from an option, a key file, or an environment variable.
 
-    They are checked in this order.
+    The environment variable is used only if neither the option nor the file is given.
 
     Args:
         option: Name of the option, such as ``--api-key``. The option for the file is

@@ -47,10 +47,7 @@ class PrometheusMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the current metrics for Prometheus.
-
-        They are those of the engine and the pool.
-        """
+        """Yield the current metrics of the engine and the pool for Prometheus."""
         done, pool = self._engine.stats, self._adapters.pool.stats()
         for name, what, value in (
             *((own.name, own.metadata["what"], getattr(done, own.name)) for own in fields(done)),

@@ -169,9 +169,7 @@ class ModelRunner:
     def last_token_logits(
         self, first: int, starts: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Return the logits at the last token of each row.
-
-        They are fp32, of shape ``[n, V]``.
+        """Return the logits at the last token of each row, fp32 ``[n, V]``.
 
         Args:
             first: The first of n adjacent rows.

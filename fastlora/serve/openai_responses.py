@@ -74,10 +74,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 class AnswerFormat(abc.ABC):
-    """The JSON format of an answer.
-
-    This is the base class of the formats.
-    """
+    """Base class of the JSON formats of an answer."""
 
     prefix, kind, chunk_kind = "", "", ""
 

@@ -82,10 +82,7 @@ class StreamOptions(_Body):
 
 
 class GenerationBody(_Body):
-    """The request body fields that completions and chat completions share.
-
-    This is the base class of both kinds of request.
-    """
+    """Base class of completion and chat completion request bodies, with the shared fields."""
 
     ignored_defaults = _IGNORED_DEFAULTS
 
@@ -143,10 +140,7 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(_Body):
-    """A text part of a message.
-
-    This server supports text only.
-    """
+    """A text part of a message, the only kind of part that this server supports."""
 
     ignored_defaults = {"annotations": []}
 
@@ -199,7 +193,7 @@ class ChatBody(GenerationBody):
     def _check_conversation_part_count(cls, data: Any) -> Any:
         """Raise an error if the messages of a conversation have too many parts in total.
 
-        This check runs before the parts themselves are checked.
+        This validator runs before the parts themselves are validated.
         """
         messages = data.get("messages") if isinstance(data, dict) else None
         if isinstance(messages, list):
@@ -215,10 +209,7 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(_Body):
-    """The body of a request to load an adapter.
-
-    It is in vLLM's format. The adapter is in the server's adapter folder.
-    """
+    """The body of a vLLM-format request to load an adapter from the server's adapter folder."""
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(max_length=4096)
@@ -226,10 +217,7 @@ class LoadAdapterBody(_Body):
 
 
 class UnloadAdapterBody(_Body):
-    """The body of a request to unload an adapter.
-
-    It is in vLLM's format.
-    """
+    """The body of a vLLM-format request to unload an adapter."""
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None

@@ -1,6 +1,6 @@
-"""The running requests of an engine. Each request has one row in the key-value cache.
+"""The running requests of an engine, each with one row in the key-value cache.
 
-This module takes no locks: only the engine's thread calls it.
+This module takes no locks, because only the engine's thread calls it.
 """
 
 from __future__ import annotations
@@ -123,10 +123,7 @@ class RunningBatch:
             self._forward_rows(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
-        """Return the requests whose prompts are processed next.
-
-        These are one long prompt or several short prompts.
-        """
+        """Return the requests to prefill next: one long prompt or several short prompts."""
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)
         for job in others:

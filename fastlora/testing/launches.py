@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from fastlora.env import triton_interpreted
+from fastlora.kernels.stand_in_driver import StandInDriver
 from fastlora.ops import execution_mode
 
 if TYPE_CHECKING:
     from fastlora.kernels.chips import Chip
-
-_WARP_SIZE = {"cuda": 32, "hip": 64}
-# Triton caches compiled kernels by device number, so each block uses a new number.
-_numbers = itertools.count(1_000)
 
 
 class Launch(NamedTuple):
@@ -44,10 +40,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the launch by name.
-
-        This dict maps argument names to values. Tensors and strides are excluded.
-        """
+        """Dict that maps the launch's argument names to values, without tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -100,58 +93,6 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
     finally:
         driver.set_active(before)
         compiler.max_shared_mem.cache_clear()
-
-
-class StandInDriver:
-    """A Triton driver that stands in for a missing GPU driver.
-
-    Subclasses define ``load_binary`` and ``launcher_cls``.
-    """
-
-    def __init__(self, chip: Chip) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        kind = "hip" if chip.arch.startswith("gfx") else "cuda"
-        self._properties = {
-            "max_shared_mem": chip.shared_limit,
-            "multiprocessor_count": chip.num_sms,
-            "warpSize": _WARP_SIZE[kind],
-        }
-        arch: Any = chip.arch if kind == "hip" else int(chip.arch.removeprefix("sm_"))
-        self._target = GPUTarget(kind, arch, _WARP_SIZE[kind])
-        self._number = next(_numbers)
-        self.utils = self
-
-    def get_current_target(self) -> Any:
-        """Return the target that kernels are compiled for."""
-        return self._target
-
-    def get_current_device(self) -> int:
-        """Return the index of the current device.
-
-        The index is unique to this driver.
-        """
-        return self._number
-
-    def get_current_stream(self, device: int) -> int:
-        """Return the handle of the current stream.
-
-        It is always 0, the handle of the default stream.
-        """
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return the properties of the device.
-
-        They are the chip's shared memory size, multiprocessor count, and warp size.
-        """
-        return self._properties
-
-    def unload_module(self, module: Any) -> None:
-        """Unload a module.
-
-        This does nothing, because the module is an ordinary Python object.
-        """
 
 
 class _RecordingDriver(StandInDriver):

@@ -159,10 +159,7 @@ class AdapterTrainingState:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state fits the adapter.
-
-        It must match the optimizer, the scheduler, and the parameters.
-        """
+        """Raise `CheckpointError` unless a state fits the optimizer, scheduler, and parameters."""
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")

@@ -38,9 +38,7 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The training state that a checkpoint stores.
-
-    It is all of the checkpoint except for the adapter weights.
+    """The training state that a checkpoint stores in addition to the adapter weights.
 
     Attributes:
         step: Number of completed steps.
@@ -63,10 +61,7 @@ def checkpoint_adapters_folder(checkpoint: Path) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the paths of all checkpoints in ``root``.
-
-    They are ordered from oldest to newest.
-    """
+    """Return the paths of all checkpoints in ``root``, from oldest to newest."""
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]

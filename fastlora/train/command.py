@@ -190,10 +190,7 @@ def _write_unless_pipe_closed(stream: TextIO, text: str) -> None:
 def _settings_from_arguments(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> dict[str, Any]:
-    """Convert the parsed arguments to a dict of settings.
-
-    It is the dict ``flags`` that `read_settings` takes.
-    """
+    """Convert the parsed arguments to a dict of settings, the ``flags`` of `read_settings`."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
     if "init" in given:
@@ -215,10 +212,7 @@ def _settings_from_arguments(
 
 
 def summarize_result(result: TrainResult) -> str:
-    """Return a summary of a finished run.
-
-    It has one line per adapter.
-    """
+    """Return a summary of a finished run, with one line per adapter."""
     lines = []
     if result.resumed_from:
         done = (

@@ -64,7 +64,7 @@ def adapter_losses(
 ) -> AdapterLosses:
     """Compute each adapter's mean loss over its own tokens.
 
-    This causes one host-device synchronization.
+    The computation synchronizes the host with the device once.
 
     Args:
         token_losses: A loss for each token or sample, of shape ``[B, ...]`` and any floating-point

@@ -67,9 +67,7 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Return the path of the checkpoint to resume from, or None if there is none.
-
-    This is the newest checkpoint.
+    """Return the path of the newest checkpoint, to resume from, or None if there is none.
 
     Raises:
         TrainError: There is a checkpoint, and ``resume`` is False.
@@ -223,10 +221,7 @@ def read_and_tokenize_data(
 def describe_data(
     corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
 ) -> list[str]:
-    """Return a list of messages that describe each adapter's data.
-
-    They give its format and size.
-    """
+    """Return a list of messages that describe the format and size of each adapter's data."""
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
         for name, corpus in found.items():
@@ -260,9 +255,10 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> Any:
-    """Return a progress bar.
+    """Return a tqdm progress bar.
 
-    It is a tqdm progress bar. Raises `TrainError` if tqdm is not installed.
+    Raises:
+        TrainError: tqdm is not installed.
     """
     return import_or_raise("tqdm").tqdm(file=_StreamIgnoringWriteErrors(sys.stderr), **options)
 

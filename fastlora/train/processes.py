@@ -237,18 +237,12 @@ class RunProcesses:
             self._accelerator.init_trackers("trackers")
 
     def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
-        """Log values to the trackers.
-
-        They are a dict of named numbers and strings.
-        """
+        """Log a dict of named numbers and strings to the trackers."""
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Close all trackers.
-
-        They write their pending data first.
-        """
+        """Close all trackers, which write their pending data first."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 

@@ -180,10 +180,7 @@ class _MeanLossesAndFiles(NamedTuple):
 
 
 class Run:
-    """A training run.
-
-    It starts from the beginning, or resumes from the checkpoint ``resumed``.
-    """
+    """A training run, from the beginning or resumed from the checkpoint ``resumed``."""
 
     def __init__(
         self,
@@ -385,7 +382,7 @@ class Run:
     def _process_should_stop(self) -> bool:
         """Return whether this process should stop after this step.
 
-        It should if it has received a signal or recorded a failed write.
+        The reasons to stop are a received signal and a recorded failure to write.
         """
         return self._signals.received is not None or self._failure is not None
 
@@ -399,10 +396,7 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _stepped_adapter_folders(self) -> dict[str, Path]:
-        """Return the output folders of the adapters that have taken a step.
-
-        They are a dict that maps each of these adapters to its folder.
-        """
+        """Return a dict that maps each adapter that has taken a step to its output folder."""
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
@@ -428,10 +422,7 @@ class Run:
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
-        """Return whether an action that takes place every ``every`` steps is due now.
-
-        It is also due after the last step.
-        """
+        """Return whether an action is due now: every ``every`` steps, and after the last step."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close_log(self) -> None:
@@ -693,10 +684,7 @@ class Run:
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
-    """Save one adapter to a folder.
-
-    It is written in PEFT's format; see `save_adapter_folder`.
-    """
+    """Save one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
     tensors = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), "auto")
     with checkpoint.write_error_as_checkpoint_error(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)

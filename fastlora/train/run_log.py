@@ -92,10 +92,7 @@ class LoggedLoss(NamedTuple):
 
 
 def read_logged_losses(folder: Path) -> list[LoggedLoss]:
-    """Read all losses from the log in ``folder``.
-
-    They are the training and evaluation losses, in step order.
-    """
+    """Read all training and evaluation losses, in step order, from the log in ``folder``."""
     path = folder / LOG
     with os_error_as_train_error(path):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -109,10 +106,7 @@ def read_logged_losses(folder: Path) -> list[LoggedLoss]:
 
 
 def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Return a dict that maps each adapter to its mean training loss.
-
-    The mean is that of the finite losses.
-    """
+    """Return a dict that maps each adapter to the mean of its finite training losses."""
     found: dict[str, list[float]] = {}
     for entry in losses:
         if entry.kind == "training" and entry.loss is not None:

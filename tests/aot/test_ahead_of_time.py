@@ -241,9 +241,11 @@ def test_every_row_bucket_has_a_config(rows: list[Row], arch: str) -> None:
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
         assert {int(row["block_m"]) for row in half} == sizes, kernel
         if kernel in ("lora_shrink", "lora_linear", "lora_expand"):
+            # A shrink reads x, beside which wide dots are short: one kernel for ranks up to 64.
+            blocks_r = {"64"} if kernel == "lora_shrink" else {"16", "32"}
             for size in sizes:
                 own = of(half, block_m=str(size))
-                assert {row["block_r"] for row in own} >= {"16", "32"}, kernel
+                assert {row["block_r"] for row in own} >= blocks_r, kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -289,7 +291,7 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_mixed_batches_off_the_tiles_and_with_grouped_layers(rows: list[Row], arch: str) -> None:
-    """All K loops in half precision where K is no multiple of theirs; narrow shrinks, both ways."""
+    """All K loops in half precision where K is no multiple of theirs; narrow shrinks of decode."""
     for kernel in MIXED_K_LOOPS:
         heavy, ragged = (
             {(row["block_m"], row["block_n"], row["block_r"]) for row in found}
@@ -300,9 +302,8 @@ def test_mixed_batches_off_the_tiles_and_with_grouped_layers(rows: list[Row], ar
         )
         assert ragged == heavy
     narrow = of(rows, arch=arch, kernel="mixed_lora_shrink", dtype="bf16", block_r="16")
-    for block_m in ("16", "64", "128"):
-        variants = {row["variant"] for row in narrow if row["block_m"] == block_m}
-        assert variants >= {"heavy", "alone", "ragged"}
+    assert {row["block_m"] for row in narrow} == {"16"}
+    assert {row["variant"] for row in narrow} >= {"heavy", "alone", "ragged"}
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])

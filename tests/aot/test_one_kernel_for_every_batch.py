@@ -135,13 +135,16 @@ def test_one_adapter(chip: Chip, n: int, k: int) -> None:
 @pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_a_mixed_batch(chip: Chip, n: int, k: int) -> None:
-    """A linear, and a shrink for one module and for three, for any rows, ranks and slots."""
+    """A linear and a shrink for any rows, ranks, slots, and modules up to three.
+
+    In fp32, whose shrink takes 16 rank rows, one module has a shrink of its own.
+    """
     for dtype in DTYPES:
         found: dict[str, set[str]] = {"invariant": set(), "fused": set()}
         for max_rank, modules, plan in itertools.product((1, 16, 200), (1, 3), found):
             for m in ROWS if (plan, max_rank) == ("invariant", 16) else FEW_ROWS:
                 found[plan] |= kernels(chip, mixed, plan, m, n, k, max_rank, dtype, modules)
-        assert len(found["invariant"]) == 3
+        assert len(found["invariant"]) == (3 if dtype == torch.float32 else 2)
         assert len(found["fused"]) > 3
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -159,22 +159,7 @@ def check_unused_adapters(folder: Path) -> None:
 
 def check_mixed_precision(folder: Path) -> None:
     """bf16 in the forward, fp32 masters and fp32 sums: bit for bit what a bf16 model computes."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    ids = steps.tokens(0)
-    model = steps.shard(build(), mp_policy=policy)
-    steps.loss_of(model, steps.own_half(ids)).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    expected = {name: torch.zeros(gradient.shape) for name, gradient in found.items()}
-    for half in ids.chunk(2):
-        whole = build()
-        for parameter in whole.parameters():  # and not buffers, as FSDP2 does
-            parameter.data = parameter.data.bfloat16()
-        steps.loss_of(whole, half).backward()
-        for name, parameter in whole.named_parameters():
-            if parameter.requires_grad:
-                expected[name] += parameter.grad.float() / 2
-    for name, gradient in found.items():
-        assert torch.equal(gradient.full_tensor(), expected[name]), name
+    steps.check_mixed_precision_gradients(build)
 
 
 def check_evaluation_follows_shards(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 import fastlora
@@ -86,23 +86,7 @@ def check_checkpointing(folder: Path) -> None:
 
 def check_mixed_precision(folder: Path) -> None:
     """bf16 in the forward, fp32 masters and fp32 sums: bit for bit what a bf16 model computes."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    ids = steps.tokens(0)
-    model = steps.shard(steps.build(), mp_policy=policy)
-    steps.loss_of(model, steps.own_half(ids)).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    expected = {name: torch.zeros(gradient.shape) for name, gradient in found.items()}
-    for half in ids.chunk(2):
-        whole = steps.build()
-        for parameter in whole.parameters():  # and not buffers, as FSDP2 does
-            parameter.data = parameter.data.bfloat16()
-        steps.loss_of(whole, half).backward()
-        for name, parameter in whole.named_parameters():
-            if parameter.requires_grad:
-                expected[name] += parameter.grad.float() / 2
-    for name, gradient in found.items():
-        assert torch.equal(gradient.full_tensor(), expected[name]), name
+    steps.check_mixed_precision_gradients(steps.build)
 
 
 def check_scaler(folder: Path) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from fastlora.testing.launches import StandInDriver
+from fastlora.kernels.stand_in_driver import StandInDriver
 from tests.emulator.build import cache_folder
 from tests.emulator.decode import Program
 from tests.emulator.execute import FORWARD, Outcome, clear_last_launch, execute

@@ -112,6 +112,31 @@ FAULTS = (
         (f"{_PACKED}test_samples_of_many_tokens",),
     ),
     Fault(
+        "Small gradients of narrow factors are rounded to zero before their product.",
+        "a rounding before a sum",
+        "issue 31",
+        "fastlora/ops/torch/products.py",
+        "if not a.is_cpu or is_narrower or (",
+        "if not a.is_cpu or (",
+        (
+            "tests/ops/test_products.py::"
+            "test_a_result_that_is_narrower_than_its_operands_is_rounded_once[torch.float16]",
+        ),
+    ),
+    Fault(
+        "A slot contains a part of an adapter that could not be copied.",
+        "a state left by a failed copy",
+        "issue 31",
+        "fastlora/ops/torch/packed_slots.py",
+        """\
+            if storage is self._storage:
+                self.clear_slot(slot)
+            raise
+""",
+        "            raise\n",
+        (f"{_SLOTS}test_an_adapter_that_cannot_be_copied[same storage]",),
+    ),
+    Fault(
         "A slice that the new adapter of a slot does not adapt keeps the previous adapter.",
         "wrong adapter",
         "issue 32",

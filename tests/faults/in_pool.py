@@ -197,6 +197,15 @@ FAULTS = (
         tests=(f"{_ERRORS}::test_limits_are_checked_before_a_tensor_is_read[bytes]",),
     ),
     Fault(
+        sentence="The targets that a pool remembers keep replaced stacks in memory.",
+        kind="a cache that keeps memory alive",
+        source="issue 31",
+        path="fastlora/pool/reader.py",
+        before="without = replace(found.parameters, parameters=[])",
+        after="without = replace(found.parameters)",
+        tests=(f"{_EXPERTS}::test_replaced_stacks_are_freed",),
+    ),
+    Fault(
         sentence="A pool follows links out of the folder that adapters must be in.",
         kind="a path outside of the folder",
         source="E6",
@@ -235,12 +244,10 @@ FAULTS = (
         path="fastlora/pool/router.py",
         before="""\
         lease = exit_stack.enter_context(pool.lease(names))
-        max_rank = lease.max_rank
-""",
+        max_rank = lease.max_rank or 1""",
         after="""\
         lease = exit_stack.enter_context(pool.lease(names))
-        max_rank = pool.max_rank or lease.max_rank
-""",
+        max_rank = pool.max_rank or lease.max_rank""",
         tests=(f"{_ERRORS}::test_blocks_by_name_plan_for_the_ranks_that_they_use",),
     ),
     Fault(

@@ -144,6 +144,17 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return note
 
 
+def modules_of(given: dict[str, Any]) -> int:
+    """The number of modules of a launch; a kernel for three also computes one or two."""
+    if "modules" in given:
+        return int(given["modules"])
+    if "first_1" in given:
+        return 1 + sum(given[f"first_{i}"] < given["R"] for i in (1, 2, 3))
+    if "N_1" in given:
+        return 1 + sum(given[f"N_{i}"] > 0 for i in (1, 2, 3))
+    return int(given.get("NUM_MODULES") or given.get("G") or 1)
+
+
 @pytest.fixture
 def launches(calls_of: Callable[..., None]) -> Launches:
     """Launches of a step, as they come."""
@@ -151,7 +162,7 @@ def launches(calls_of: Callable[..., None]) -> Launches:
 
     def noted(kernel: Any, grid: Any, **given: Any) -> str:
         name = kernel.__name__.removeprefix("_").removesuffix("_kernel").replace("lora_", "")
-        return f"{name} {given.get('NUM_MODULES') or given.get('G') or 1}"
+        return f"{name} {modules_of(given)}"
 
     stems = ("lora_shrink", "lora_linear", "lora_expand", "lora_grad_b", "lora_grad_a")
     for module in {module_of(f"{mixed}{stem}") for mixed in ("", "mixed_") for stem in stems}:

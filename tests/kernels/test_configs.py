@@ -371,9 +371,11 @@ def test_grouped_layers_share_the_rank_rows_of_a_tile(
 
 
 def test_few_columns_take_a_narrow_block() -> None:
+    """16 columns have a kernel of their own in decode. In prefill, they are a path of a kernel."""
     assert chosen("mixed_lora_shrink", m=16, r=16).block_r == 16
-    wide = chosen("mixed_lora_shrink", m=16, r=48)
-    assert (wide.block_r, wide.narrow_r) == (64, 16)
+    for m, r in ((16, 48), (200, 16), (200, 48)):
+        config = chosen("mixed_lora_shrink", m=m, r=r)
+        assert (config.block_r, config.narrow_r) == (64, 16)
 
 
 def test_pieces_are_small_against_the_batch() -> None:

@@ -102,6 +102,7 @@ def test_by_memory() -> None:
         ("gpt_oss", 4, {"router"}),
         ("llama4_text", 8, {"router"}),
         ("nemotron_h", 4, {"gate"}),
+        ("hunyuan_v1_moe", 4, {"gate", "gate.wg"}),
     ],
 )
 def test_experts(kind: str, rank: int, excluded: set[str]) -> None:
@@ -129,6 +130,37 @@ def test_experts(kind: str, rank: int, excluded: set[str]) -> None:
         assert fastlora.recommend(model) == advice
 
 
+def test_patterns_and_exclusions_are_added() -> None:
+    """Ranks of other modules leave those of experts, and routers stay excluded."""
+    moe_models = pytest.importorskip("tests.support.moe_models")
+    advice = fastlora.recommend(moe_models.moe_model("qwen3_moe"))
+    config = advice.config(rank_pattern={"q_proj": 3}, exclude_modules=["o_proj"])
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert (config.rank_for("model.layers.0.self_attn.q_proj"), config.rank_for(name)) == (3, 4)
+    assert config.exclude_modules == {"gate", "o_proj"}
+    assert advice.config(rank_pattern={"down_proj": 3}).rank_for(name) == 3
+    for excluded in (["o_proj"], r".*\.o_proj"):
+        config = advice.config(exclude_modules=excluded)
+        model = fastlora.get_peft_model(moe_models.moe_model("qwen3_moe"), config)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trained and not any(".o_proj." in n or ".gate." in n for n in trained)
+
+
+def test_quantized_experts_are_left_out() -> None:
+    """FP8 stacks do not support adapters, so the config adapts the other layers."""
+    moe_models = pytest.importorskip("tests.support.moe_models")
+    base = moe_models.moe_model("qwen3_moe")
+    for parameter in base.parameters():
+        if parameter.dim() == 3:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    advice = fastlora.recommend(base)
+    assert advice.target_parameters == ()
+    assert advice.exclude_modules == ("experts.down_proj", "experts.gate_up_proj", "gate")
+    model = fastlora.get_peft_model(base, advice.config())
+    assert model.base_model.targeted_parameter_names == []
+
+
 def test_other_targets_than_those_of_experts() -> None:
     """Targets that are given decide about experts, which then have the rank that is given."""
     moe_models = pytest.importorskip("tests.support.moe_models")
@@ -141,5 +173,4 @@ def test_other_targets_than_those_of_experts() -> None:
     )
     config = advice.config(target_parameters=["experts.down_proj"])
     assert (config.target_parameters, config.rank_pattern) == (["experts.down_proj"], {})
-    assert advice.config(rank_pattern={"down_proj": 3}).rank_pattern == {"down_proj": 3}
     assert fastlora.recommend(moe_models.moe_model("qwen3_moe").config.hidden_size).expert_r == 8

@@ -10,7 +10,14 @@ import torch
 
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.torch import packed_choice, packed_forward, packed_plans, products
+from fastlora.ops.torch import (
+    packed,
+    packed_choice,
+    packed_forward,
+    packed_plans,
+    packed_slots,
+    products,
+)
 from fastlora.ops.torch.packed_plans import (
     BlockedPlan,
     DensePlan,
@@ -192,6 +199,65 @@ def test_slices_share_the_shrink() -> None:
             )
             calls = [getattr(packed_forward.products, name).call_count for name in names]
         assert sum(calls) == 3, (rank, calls)
+
+
+def test_a_layer_of_several_slices_with_an_equal_number_of_rows_for_each_adapter() -> None:
+    """The blocks of the plan are full, and the base product is of all slices."""
+    torch.manual_seed(3)
+    widths, slots, rank = [40, 24], 16, 64
+    adapters = [random_adapter([rank, rank], widths, torch.float32) for _ in range(slots)]
+    pack = PackedSlots(slots, K, widths, torch.float32)
+    for slot, own in enumerate(adapters):
+        pack.set_slot(slot, own)
+    ids = torch.arange(slots).repeat(16)
+    rows = sort_rows(ids, len(ids), slots)
+    assert pack.factors is not None
+    with mock.patch.object(packed_choice, "_MATRIX_UNIT", frozenset()):
+        plan = packed_plans.cached_plan(rows, rows.slot_index, pack.factors, {})
+    assert isinstance(plan, BlockedPlan) and plan.exact
+    x, weight, bias = torch.randn(len(ids), K), torch.randn(64, K), torch.randn(64)
+    made = packed_forward.linear(x, weight, bias, rows.slot_index, pack.factors, plan)
+    base = torch.nn.functional.linear(x, weight, bias)
+    truth = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert_within_budget(
+        made,
+        by_row(base, x, ids.tolist(), adapters, widths),
+        by_row(truth, x.double(), ids.tolist(), adapters, widths),
+    )
+
+
+@pytest.mark.parametrize("ranks", [(4, 8), (8, 4)], ids=["same storage", "larger storage"])
+def test_an_adapter_that_cannot_be_copied(ranks: tuple[int, int]) -> None:
+    """It is in no slot afterwards, and the other slots keep their adapters."""
+    torch.manual_seed(4)
+    widths, (rank, other) = [40, 24], ranks
+    pack, none = PackedSlots(2, K, widths, torch.float32), [None, None]
+    adapters = [random_adapter([4, 4], widths, torch.float32), none]
+    adapters[1] = random_adapter([other, other], widths, torch.float32)
+    if rank > other:
+        pack.set_slot(0, adapters[0])
+    pack.set_slot(1, adapters[1])
+    given, copied = random_adapter([rank, rank], widths, torch.float32), []
+
+    def copy_one(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+        if copied:
+            raise torch.OutOfMemoryError("planted")
+        copied.append(factors)
+        return packed.scaled_rank_rows(factors, dtype)
+
+    with (
+        mock.patch.object(packed_slots, "scaled_rank_rows", copy_one),
+        pytest.raises(torch.OutOfMemoryError, match="planted"),
+    ):
+        pack.set_slot(0, given)
+    rows, x, y = sort_rows(torch.tensor([0, 1, -1]), 3, 2), torch.randn(3, K), torch.randn(3, 64)
+    # New storage leaves the adapter that was in the slot.
+    expected = [adapters[0] if rank > other else none, adapters[1]]
+    wanted = by_row(y, x, [0, 1, -1], expected, widths)
+    torch.testing.assert_close(add(pack, y, x, rows)[0], wanted)
+    pack.set_slot(0, given)
+    wanted = by_row(y, x, [0, 1, -1], [given, adapters[1]], widths)
+    torch.testing.assert_close(add(pack, y, x, rows)[0], wanted)
 
 
 def test_factors_that_do_not_fit_are_named() -> None:

@@ -101,6 +101,15 @@ def test_results_are_written_in_place_and_operands_are_not() -> None:
     assert not torch.equal(y, before[2][:, ::2])
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_result_that_is_narrower_than_its_operands_is_rounded_once(dtype: torch.dtype) -> None:
+    """Operands below the smallest and above the largest fp16 number have a product within them."""
+    a, b = torch.rand(6, 8) * 1e-9, torch.rand(8, 10) * 1e6
+    y = torch.empty(6, 10, dtype=dtype)
+    assert products.mm_into_(y, a, b) is y
+    assert torch.equal(y, (a @ b).to(dtype)) and y.all()
+
+
 def test_a_gradient_that_is_expanded() -> None:
     dy, weight = torch.ones((), dtype=torch.bfloat16).expand(33, 20), torch.randn(20, 12).bfloat16()
     actual = products.mm(dy, weight)

@@ -88,6 +88,11 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
             present = [segment.slot for segment in found.segments]
             members = [present.index(s) if s in present else len(present) for s in spread]
             assert found.segment_index.tolist() == members
+            for (slot, start, stop), own in zip(found.segments, found.segment_rows, strict=True):
+                expected_rows = [row for row in range(m) if spread[row] == slot]
+                assert torch.arange(m)[own].tolist() == expected_rows == order[start:stop]
+                adjacent = expected_rows[-1] - expected_rows[0] == len(expected_rows) - 1
+                assert isinstance(own, slice) == adjacent
             x = torch.arange(m)
             assert torch.equal(found.restored(found.sorted(x)), x)
             assert found.sorted(x).tolist() == order

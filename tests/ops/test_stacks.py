@@ -95,6 +95,30 @@ def test_values_and_every_gradient(p: float) -> None:
         torch.testing.assert_close(own, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_of_narrow_factors(dtype: torch.dtype) -> None:
+    """A dy below the smallest fp16 number, with a large x, gives gradients within the range."""
+    case = Case(torch.float32)
+    case.x = (case.x.detach() * 1e5).requires_grad_()
+    case.dy *= 1e-8
+    case.files = [(a.detach().to(dtype), b.detach().to(dtype)) for a, b in case.files]
+    truth = Case(torch.float64)
+    truth.x, truth.stack = case.x.detach().double(), case.stack.double()
+    truth.scaling = case.scaling.double()
+    truth.files = [(a.double(), b.double()) for a, b in case.files]
+    factors = []
+    for own in (case, truth):
+        factors.append([t.requires_grad_() for pair in own.files for t in pair if t.numel()])
+    y = stacked_lora_linear(case.x, case.stack, None, SLOTS, case.operands(), case.rows, "eager")
+    found = torch.autograd.grad(y, factors[0], case.dy)
+    expected = torch.autograd.grad(truth.truth(), factors[1], case.dy.double())
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(
+            actual.double(), wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_librarys_grouped_product_and_its_replacement_agree(dtype: torch.dtype) -> None:
     case = Case(dtype)

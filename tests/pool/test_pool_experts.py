@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import fastlora
 from fastlora import AdapterPool, LoraConfig
 from fastlora.layers.experts import FastLoraExperts
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from fastlora.model.adapter_folder import OpenAdapterFolder
 from fastlora.pool.reader import _config_and_header_limits
 from fastlora.pool.router import graph_capture_routing
 from fastlora.routing.active import activate_routing
@@ -352,6 +355,34 @@ def test_limits_of_a_pool_count_the_rank_of_one_matrix(saved: Adapters) -> None:
         pool.load("a1", saved.root / "a1")  # rank 2, 8 rows of lora_A
         with pytest.raises(CheckpointError, match="r=3 exceeds the pool's max_rank=2"):
             pool.load("a2", saved.root / "a2")
+
+
+def test_limits_of_a_pool_are_checked_before_a_tensor_is_read(
+    saved: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = AdapterPool(base_model(), max_rank=3)
+    monkeypatch.setattr(OpenAdapterFolder, "load", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(CheckpointError, match="max_rank=3"):
+        pool.load("a", saved.root / "a3")
+    pool.close()
+
+
+def test_replaced_stacks_are_freed(saved: Adapters) -> None:
+    """What a pool remembers of the targets of its adapters keeps no parameter of the model."""
+    model = base_model().requires_grad_(False)
+    pool = AdapterPool(model)
+    pool.load("a0", saved.root / "a0")
+    layer = model.model.layers[1].mlp.experts
+    before = weakref.ref(layer.base_layer.down_proj)
+    layer.base_layer.down_proj = nn.Parameter(layer.base_layer.down_proj.detach().clone())
+    gc.collect()
+    assert before() is None
+    pool.load("again", saved.root / "a0")
+    ids = tokens(2)
+    with fastlora.adapters(pool, ["a0", "again"]):
+        made = logits(model, ids[:1].repeat(2, 1))
+    torch.testing.assert_close(made[0], made[1])
+    pool.close()
 
 
 def test_a_header_with_factors_of_single_experts_fits() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastlora.commands import cli, serve
 from tests.support.programs import error_of
@@ -138,7 +140,8 @@ def test_sigterm_lets_answers_end(base: Path) -> None:
 
     process, url, said = start(str(base), "--adapters", str(base.parent / "adapters"))
     try:
-        assert said[0].startswith("fastlora: loading ")
+        assert said[0].startswith("fastlora: listening at http://127.0.0.1:")
+        assert said[1].startswith("fastlora: loading ")
         assert any("serving tiny with 1 adapter: ash" in line for line in said)
         with (
             httpx.Client(base_url=url, timeout=60) as http,
@@ -159,6 +162,119 @@ def test_sigterm_lets_answers_end(base: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+# The program, which does not read the model until there is a file "go" beside it.
+SLOW = """
+import pathlib, sys, time
+from fastlora.commands import cli, models
+load = models.load_model_and_tokenizer
+def load_later(args):
+    while not pathlib.Path(args.model, "go").exists():
+        time.sleep(0.02)
+    return load(args)
+models.load_model_and_tokenizer = load_later
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def slow_base(base: Path, tmp_path: Path) -> Path:
+    """A copy of the base model."""
+    return Path(shutil.copytree(base, tmp_path / "slow"))
+
+
+@contextlib.contextmanager
+def loading(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Starts the program; yields it and its URL while it still loads its model."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SLOW, "serve", str(folder), *options]
+    process = subprocess.Popen(
+        [*command, "--port", "0", "--cpu"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        while "listening at" not in line:
+            assert line, "the program ended"
+            line = process.stderr.readline()
+        url = line.split("listening at ")[1].partition(";")[0].removesuffix("/v1")
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answer_of(url: str, method: str, path: str, **given: Any) -> Any:
+    """An answer, once the program accepts connections into its event loop."""
+    import httpx
+
+    return httpx.request(method, f"{url}{path}", timeout=60, **given)
+
+
+def test_requests_get_503_until_the_model_is_loaded(slow_base: Path) -> None:
+    with loading(slow_base, "--no-warm-up") as (process, url):
+        health = answer_of(url, "GET", "/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading"})
+        assert int(health.headers["Retry-After"]) > 0
+        body = LONG | {"model": "base", "max_tokens": 2}
+        for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/nothing")):
+            answer = answer_of(url, method, path, json=body)
+            assert answer.status_code == 503, path
+            assert answer.headers["Retry-After"] == health.headers["Retry-After"]
+            assert answer.json()["error"]["code"] == "loading"
+        (slow_base / "go").touch()
+        assert process.stderr is not None
+        said = ""
+        while "ready at" not in said:
+            said += process.stderr.readline() or pytest.fail("the program ended")
+        assert "no kernels are compiled before the first request (--no-warm-up)" in said
+        assert answer_of(url, "GET", "/health").status_code == 200
+        answer = answer_of(url, "POST", "/v1/completions", json=body)
+        assert answer.json()["usage"]["completion_tokens"] == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_is_loaded_ends_the_program(
+    slow_base: Path, number: signal.Signals
+) -> None:
+    with loading(slow_base) as (process, url):
+        assert answer_of(url, "GET", "/health").status_code == 503
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        last = process.stderr.read().splitlines()[-1]
+        assert last == "fastlora: server stopped; no requests are running"
+
+
+def test_a_kernel_cache_that_cannot_be_written_is_said_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(serve, "_warms_up", lambda args: True)
+    assert "cannot be written" in error_of(capsys, "serve", "nowhere", "--port", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "has_triton", "expected"),
+    [
+        ([], True, True),
+        ([], False, False),
+        (["--cpu"], True, False),
+        (["--no-warm-up"], True, False),
+    ],
+)
+def test_kernels_are_compiled_where_they_run(
+    options: list[str], has_triton: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = "" if has_triton else "triton is not installed"
+    monkeypatch.setattr(serve, "reason_without_kernels", lambda device: reason)
+    assert serve._warms_up(serve.parse_args(["tiny", *options])) is expected
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"intermediate_size_mlp": 24, "interleave_moe_layer_step": 2},
     },
     "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "nemotron_h": {
         **{"n_routed_experts": 4, "moe_intermediate_size": 8, "head_dim": 8},
         **{"moe_shared_expert_intermediate_size": 8, "n_shared_experts": 1},

@@ -167,10 +167,7 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def quantization_name(self) -> str:
-        """Name of the weight's quantization.
-
-        It is for the fusion report.
-        """
+        """Name of the weight's quantization in the fusion report."""
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
@@ -193,10 +190,7 @@ class BaseQuantizedWeight(MergeTarget):
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the tensor of quantization codes.
-
-        It is on the weight's device.
-        """
+        """Return the tensor of quantization codes, which is on the weight's device."""
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:

@@ -56,9 +56,9 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight.
+        """The dtype of the dequantized weight, which is fp32 if the codes are repacked.
 
-        It is the dtype before quantization, or fp32 if the codes are repacked.
+        Otherwise, the weight has the same dtype as before quantization.
         """
         found: torch.dtype = self.weight.quant_state.dtype
         return torch.float32 if self._is_repacked() else found
@@ -168,10 +168,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the weight to ``dtype``.
-
-        It dequantizes the current codes to a dense matrix.
-        """
+        """Return a function that dequantizes the current codes to a dense matrix in ``dtype``."""
         if self._is_repacked():
             return super().make_dequantizer(dtype)
         library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
@@ -229,10 +226,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
             yield from super().dequantized_rows()
 
     def _absmax_per_block(self) -> torch.Tensor:
-        """Return the absmax of each block.
-
-        It is in fp32, and dequantized if it is itself quantized.
-        """
+        """Return the absmax of each block in fp32, dequantized if it is itself quantized."""
         state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
         if state.nested:
             absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)

@@ -122,10 +122,7 @@ class TorchaoWeight(BaseQuantizedWeight):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` if the weight cannot be written.
-
-        This is so if the torchao class does not support requantization.
-        """
+        """Raise `UnsupportedLayerError` if the torchao class does not support requantization."""
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
                 f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
@@ -204,10 +201,7 @@ def _quantize_float8(
 
 
 def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
-    """Return the torchao granularity of a weight's scales.
-
-    It is per row, per tensor, or per group.
-    """
+    """Return the torchao granularity of a weight's scales: per row, per tensor, or per group."""
     library = importlib.import_module("torchao.quantization")
     block = [int(size) for size in weight.block_size]
     if block == [1, dense.shape[1]]:

@@ -186,8 +186,8 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout |
 
 
 def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether packed factors fit a dtype and a kind of batch.
+    """Return whether packed factors have the layout for a dtype and a kind of batch.
 
-    They may have been packed for another kind of batch.
+    Factors that were packed for another kind of batch can have the same layout.
     """
     return first_fit_layout(pack.layout.ranks, coalescing_is_faster(dtype, kind)) is pack.layout

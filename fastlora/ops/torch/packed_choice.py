@@ -38,9 +38,7 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch.
-
-    It determines how the matrix products are arranged.
+    """The kind of a batch, which determines how the matrix products are arranged.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.

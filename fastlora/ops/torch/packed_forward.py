@@ -70,7 +70,8 @@ def linear(
 
     Each row gets the update of its own adapter. The arguments are those of `add_`.
     """
-    if isinstance(plan, BlockedPlan) and plan.exact and pack.lora_b[0] is not None:
+    is_one_slice = len(pack.lora_b) == 1
+    if is_one_slice and pack.lora_b[0] is not None and isinstance(plan, BlockedPlan) and plan.exact:
         gathered, (s,) = arrange_and_shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])

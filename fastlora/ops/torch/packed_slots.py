@@ -110,16 +110,23 @@ class PackedSlots:
         """
         self._check(slices)
         ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slices)
-        self._ranks[slot] = ranks
-        unit = max(map(max, self._ranks))
+        unit = max(map(max, [*self._ranks[:slot], ranks, *self._ranks[slot + 1 :]]))
         if not unit:
-            self._is_finite[slot] = True
+            self._ranks[slot], self._is_finite[slot] = ranks, True
             self.factors = self._storage = None
             return
-        if self._storage is None or self._storage.lora_b[0].shape[1] != unit:
-            self._storage = self._allocate(unit)
-        self._is_finite[slot] = self._storage.write(slot, slices)
-        self.factors = self._as_packed_factors(self._storage)
+        storage = self._storage
+        if storage is None or storage.lora_b[0].shape[1] != unit:
+            storage = self._allocate(unit)
+        try:
+            is_finite = storage.write(slot, slices)
+        except BaseException:
+            # The storage in use must not contain a part of an adapter.
+            if storage is self._storage:
+                self.clear_slot(slot)
+            raise
+        self._ranks[slot], self._is_finite[slot], self._storage = ranks, is_finite, storage
+        self.factors = self._as_packed_factors(storage)
 
     def clear_slot(self, slot: int) -> None:
         """Remove the adapter from a slot."""

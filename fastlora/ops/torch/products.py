@@ -82,9 +82,9 @@ EMULATED = _emulated_dtypes()
 
 
 def computes_in_fp32(*operands: torch.Tensor) -> bool:
-    """Return whether the product of the given operands is computed in fp32.
+    """Return whether this module can compute the product of the given operands in fp32.
 
-    This applies to the products of this module.
+    The functions of this module still call PyTorch's own product if it is as fast.
     """
     first = operands[0]
     return (
@@ -137,9 +137,11 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Write ``a @ b`` into ``y [M, N]`` and return y.
 
-    On a CPU, the product is computed in the dtype of y if this is not the dtype of the operands.
+    On a CPU, the product is computed in the dtype of y if this dtype is wider than that of the
+    operands.
     """
-    if not a.is_cpu or (y.dtype == a.dtype and a.dtype in EMULATED):
+    is_narrower = torch.promote_types(y.dtype, a.dtype) != y.dtype
+    if not a.is_cpu or is_narrower or (y.dtype == a.dtype and a.dtype in EMULATED):
         return y.copy_(mm(a, b))
     return torch.mm(a.to(y.dtype), b.to(y.dtype), out=y)
 
@@ -167,16 +169,13 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
     """Return whether PyTorch's matrix product in a dtype can be slow for this many rows.
 
-    This depends on the memory layout of the operands.
+    Whether it is slow also depends on the memory layout of the operands.
     """
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
 def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch's own ``a @ b`` is as fast as in fp32.
-
-    This is the case if ``a`` has few rows.
-    """
+    """Return whether ``a`` has so few rows that PyTorch's own ``a @ b`` is as fast as in fp32."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few

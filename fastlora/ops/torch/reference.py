@@ -37,7 +37,8 @@ def add_rows_(y: torch.Tensor, rows: torch.Tensor, update: torch.Tensor) -> torc
     """Add ``update [P, N]`` to P different rows of ``y [M, N]`` in place and return y."""
     if y.is_contiguous():
         return y.index_add_(0, rows, update)
-    # For 256 rows of 576 columns of a larger tensor, index_add_ takes 244 us, and this 106 us.
+    # For 256 rows of 576 columns of a larger tensor, index_add_ takes 244 us, and this 106 us (one
+    # Zen 4 core).
     y[rows] = y.index_select(0, rows).add_(update)
     return y
 

@@ -50,9 +50,7 @@ def expand_operands(
 
 
 class _AdapterPositions(NamedTuple):
-    """The positions of one adapter's rows.
-
-    The position of the adapter's part of s and ds is included.
+    """The positions of one adapter's rows and of its part of s and ds.
 
     Attributes:
         place: Index of the adapter in the operands.
@@ -176,12 +174,11 @@ def _add_batched_same_rank(
     rows: Rows,
     s: torch.Tensor,
 ) -> None:
-    """Add the updates of adapters of the same rank to y in place, with batched products.
+    """Add the updates of adapters of the same rank to y in place, and write their parts of s.
 
-    The two products use stacked factors. The adapters' parts of s are written too.
-
-    If an adapter has fewer rows than another one in the group, its first row fills the free places,
-    and the results there are discarded. No adapter is multiplied with the rows of another one.
+    Two batched products with stacked factors compute the updates. If an adapter has fewer rows than
+    another one in the group, its first row fills the free places, and the results there are
+    discarded. No adapter is multiplied with the rows of another one.
     """
     places = [share.place for share in group]
     lora_a = torch.stack([operands.lora_a[place] for place in places]).to(x.dtype)

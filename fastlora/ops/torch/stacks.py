@@ -207,8 +207,8 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
 
-    Rows of x that belong to no matrix, which come last, have results that depend on the
-    implementation. Autograd must not receive a gradient for them.
+    Rows of x that belong to no matrix come last. Their results and the gradients of their x are not
+    defined, and may be uninitialized.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -227,11 +227,7 @@ def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor)
     of rows that belong to a matrix.
     """
     if _supports_grouped_mm(x, stack):
-        # Rows without a matrix are multiplied by the last one, so that the host need not know how
-        # many there are.
-        ends = starts[1:].clone()
-        ends[-1:] = x.shape[0]
-        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=ends)
+        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:].contiguous())
         return made
     y = x.new_zeros(x.shape[0], stack.shape[1])
     for matrix, at in _spans(starts):

@@ -19,7 +19,11 @@ from fastlora.ops.triton.address_tables import (
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
-from fastlora.ops.triton.shrink import add_partial_sums, mixed_shrink_partials
+from fastlora.ops.triton.shrink import (
+    add_partial_sums,
+    in_usual_layout,
+    mixed_shrink_partials,
+)
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -67,11 +71,9 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the update of each row's adapter to y in place.
-
-    This takes two launches, shrink and expand.
-    """
+    """Add the update of each row's adapter to y in place, with a shrink and an expand launch."""
     found = tables_from_tensors(tables, max_rank, factor_dtype)
+    x = in_usual_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)

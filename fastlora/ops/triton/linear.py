@@ -30,6 +30,7 @@ from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import (
     add_partial_sums,
+    in_usual_layout,
     mixed_shrink,
     mixed_shrink_partials,
     shrink_with_partials,
@@ -102,8 +103,7 @@ def linear_at(
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
-    if invariant:
-        x = _contiguous_and_aligned(x)
+    x = in_usual_layout(x, contiguous=invariant)
     up, base = lora_b_rank_rows_from_tables(found, index), ([weight], [bias])
     plan, ys = _plan_and_base_products("mixed_lora", x, *base, up, plan)
     partials = (
@@ -134,7 +134,7 @@ def mixed_grouped_forward(
     products, a shrink, and an expand instead. Quantized weights must all be of one kind.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
-    own = slice(first, first + len(weights))
+    own, x = slice(first, first + len(weights)), in_usual_layout(x)
     up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _plan_and_base_products("mixed_lora", x, weights, biases, up, "auto")
     s = mixed_shrink_partials(x, rows, found, own)
@@ -214,8 +214,7 @@ def _grouped_linear(
         plan = choose_plan(plan, x, weights[0], r, n=n)
         launch = "lora_expand" if plan == "split" else "lora_linear"
     fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
-    if invariant:
-        x = _contiguous_and_aligned(x)
+    x = in_usual_layout(x, contiguous=invariant)
     own = shrunk = s
     if own is None or shrunk is None:
         own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
@@ -238,7 +237,8 @@ def _grouped_linear(
     else:
         lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
     if splits > 1:
-        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+        config = config_of("plane_sums", x)
+        plane_sums.launch_plane_sums(ys, written, config=config, pdl=chip_of(x).has_pdl)
     if not fused:
         for y, weight in zip(ys, weights, strict=True):
             product(_accumulate_, y, x, weight)
@@ -286,23 +286,12 @@ def quantized_base_products(
 ) -> list[torch.Tensor]:
     """Return a list of base-layer outputs, one for each module with quantized weights.
 
-    They are computed in one or two launches.
+    One launch computes all outputs. If it splits K, a second launch adds the partial sums.
     """
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
     scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
     return _grouped_linear(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
-
-
-def _contiguous_and_aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return x as a contiguous, aligned tensor.
-
-    The alignment is 16 bytes, and the strides are the standard ones even if M is 1. Triton would
-    compile separate kernels for other layouts, and a batch may have any layout.
-    """
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x.view(-1).view(x.shape)
 
 
 def _plan_and_base_products(
@@ -338,10 +327,7 @@ def _plan_and_base_products(
 
 
 def _linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the name of the linear launch for a dense or quantized weight.
-
-    This is the fused launch.
-    """
+    """Return the name of the fused linear launch for a dense or quantized weight."""
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.kernels import lora_shrink, plane_sums
-from fastlora.kernels.launch import cached_launches, empty
+from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.ops.factors import AddressTables, Factor, replace_missing_with_empty
 from fastlora.ops.layout import rank_to_multiple_of_16, shrink_partials_shape
@@ -82,20 +82,44 @@ def shrink_with_partials(
 
     The second item is s itself, or split-K partial sums. In the latter case s is uninitialized, and
     the next launch adds the partial sums and stores the result in s. Each partial sum has M rows.
-    In the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
-    because Triton would otherwise compile another kernel.
+    The stride between partial sums is a multiple of 16 elements for every M, because Triton would
+    otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     modes = {"batch_invariant": batch_invariant, "dropout": seed is not None}
     config = config_of("lora_shrink", x, m, k=k, r=r, **modes)
     s = shrunk = empty(x, m, r)
     if config.splits > 1:
-        rows = -(-m // 16) * 16 if batch_invariant else m
+        rows = -(-m // 16) * 16 if r % 16 else m
         shrunk = empty(x, config.splits, rows, r, dtype=torch.float32)[:, :m]
     lora_shrink.launch_lora_shrink(
         *(shrunk, x, lora_a), seed=seed, dropout_p=dropout_p, config=config
     )
     return s, shrunk
+
+
+def in_usual_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
+    """Return x ``[M, K]``, or a copy if Triton would compile other kernels for the layout of x.
+
+    In the usual layout, x begins at a multiple of 16 bytes, rows are contiguous, and the stride
+    between rows is a multiple of 16 exactly if K is. A copy is contiguous, and costs one read
+    and one write of x. For ``M = 1``, the stride between rows is K.
+
+    Args:
+        x: The input of a linear layer.
+        contiguous: Whether the result must be contiguous.
+    """
+    (m, k), (between, within) = x.shape, x.stride()
+    has_usual_rows = m <= 1 or (between % 16 == 0) == (k % 16 == 0)
+    if contiguous:
+        has_usual_rows = x.is_contiguous()
+    if x.data_ptr() % 16 or within != 1 or not has_usual_rows:
+        x = product(_contiguous_copy, x)
+    return x.view(-1).view(x.shape) if m == 1 else x
+
+
+def _contiguous_copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def mixed_shrink_partials(
@@ -105,9 +129,9 @@ def mixed_shrink_partials(
     modules: slice,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """Return the split-K partial sums of s for adjacent modules in a mixed batch.
+    """Return split-K partial sums of s for a mixed batch, fp32 ``[splits, G, M, R]``.
 
-    They are in fp32, of shape ``[splits, G, M, R]``.
+    G is the number of adjacent modules that ``modules`` selects.
     """
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]

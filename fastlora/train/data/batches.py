@@ -28,10 +28,7 @@ def hash_seed(*parts: object, nbytes: int = 7) -> int:
 
 
 class SampleRef(NamedTuple):
-    """A reference to one sample: an adapter name and an index.
-
-    It identifies a sample in a batch by its index in the adapter's data.
-    """
+    """A reference to a sample in a batch: an adapter name and an index into the adapter's data."""
 
     adapter: str
     sample: int
@@ -117,9 +114,7 @@ def sorted_micro_batches(
 
 
 class TrainBatch(NamedTuple):
-    """A batch of training samples, with the adapter of each.
-
-    It contains the inputs and labels of one forward pass.
+    """A batch of training samples: the inputs, labels, and adapters of one forward pass.
 
     Attributes:
         adapters: The adapter of each of the B samples.

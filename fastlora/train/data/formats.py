@@ -58,9 +58,7 @@ COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required,
 
 
 class TrainingSample(NamedTuple):
-    """A sample to train on.
-
-    It is a text or a chat.
+    """A training sample, which is a text or a chat.
 
     Attributes:
         source: Source of the sample.
@@ -320,10 +318,7 @@ class _RowValues:
         return value
 
     def get_messages(self, column: str) -> Messages:
-        """Return the chat in a column as a list of messages.
-
-        Each message has ``role`` and ``content``.
-        """
+        """Return the chat in a column as a list of messages, each with ``role`` and ``content``."""
         value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:
             raise self._value_error(

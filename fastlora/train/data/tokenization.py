@@ -136,10 +136,7 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token of the document contributes to the loss.
-
-        This property assumes that the document has a row of its own.
-        """
+        """Whether any token contributes to the loss if the document has a row of its own."""
         return any(self.counts[1:])
 
 

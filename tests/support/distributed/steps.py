@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fastlora
 from fastlora.sharding import full_tensor
@@ -124,3 +124,24 @@ def assert_as_one(model: Any, steps: int = STEPS, use_dora: bool = False) -> Non
     for name, tensor in found.items():
         assert not torch.equal(tensor, before[name]), name
         assert_within_budget(tensor, same[name], truth[name], name)
+
+
+def check_mixed_precision_gradients(make: Callable[[], Any]) -> None:
+    """Checks that bf16 in the forward and fp32 sums give bit for bit what a bf16 model computes."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ids = tokens(0)
+    model = shard(make(), mp_policy=policy)
+    loss_of(model, own_half(ids)).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    expected = {name: torch.zeros(gradient.shape) for name, gradient in found.items()}
+    for half in ids.chunk(2):
+        whole = make()
+        for parameter in whole.parameters():  # and not buffers, as FSDP2 does
+            parameter.data = parameter.data.bfloat16()
+        loss_of(whole, half).backward()
+        for name, parameter in whole.named_parameters():
+            if parameter.requires_grad:
+                expected[name] += parameter.grad.float() / 2
+    for name, gradient in found.items():
+        assert torch.equal(gradient.full_tensor(), expected[name]), name
