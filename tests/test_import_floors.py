@@ -32,7 +32,7 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 CODE_LINES = {
     "algebra": 113,
     "autograd": 831,
-    "commands": 1715,
+    "commands": 1768,  # vLLM in doctor
     "init": 879,
     # The backend of vLLM has 820, with the checks of shapes and the prompts' own adapters.
     "integrations": 1727,
