@@ -266,8 +266,11 @@ class Batch(NamedTuple):
         return sum(self.ranks[slot] for slot in {*self.ids} - {-1})
 
     def tiles(self, block_m: int) -> list[list[int]]:
-        """Return the ranks of the adapters with rows in each tile of sorted positions."""
-        positions = sorted(self.ids)
+        """Return the ranks of the adapters with rows in each tile of sorted positions.
+
+        Rows without an adapter come last.
+        """
+        positions = sorted(self.ids, key=lambda slot: (slot < 0, slot))
         starts = range(0, self.m, block_m)
         slots = [{*positions[start : start + block_m]} - {-1} for start in starts]
         return [[self.ranks[slot] for slot in tile] for tile in slots]

@@ -27,28 +27,6 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _sum_of(
-    partials_ptrs,
-    mask,
-    other,
-    stride,
-    num_partials,
-    BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Return the sum of a block's partial sums in order, fp32 ``[BLOCK]``."""
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    # Four loads in flight: no load waits for an earlier one.
-    for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
-        begin = tl.cast(partial, tl.int64) * stride
-        if ALIGNED:  # the compiler drops hints about arguments of a function that it inlines
-            begin = tl.multiple_of(begin, 16)
-        # partial: [BLOCK]
-        total += tl.load(partials_ptrs + begin, mask=mask, other=other)
-    return total
-
-
-@triton.jit
 def _sum_block(
     out_ptr,
     partials_ptr,
@@ -65,15 +43,20 @@ def _sum_block(
     """
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
-    out_ptr += first
+    columns = size - first
+    if ALIGNED:  # the compiler drops hints about arguments of a function that it inlines
+        columns = tl.multiple_of(columns, 8)
+    mask = offs < columns
     partials_ptr += first
-    if first + BLOCK <= size:  # without a mask, whose bounds would have to be multiples of 4
-        total = _sum_of(partials_ptr + offs, None, None, stride, num_partials, BLOCK, ALIGNED)
-        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty))
-    else:
-        mask = offs < size - first
-        total = _sum_of(partials_ptr + offs, mask, 0.0, stride, num_partials, BLOCK, ALIGNED)
-        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    # Four loads in flight: no load waits for an earlier one.
+    for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
+        begin = tl.cast(partial, tl.int64) * stride
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 8)
+        # partial: [BLOCK]
+        total += tl.load(partials_ptr + begin + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # All numbers depend on the batch: do not specialize on 1 or multiples of 16.
@@ -150,6 +133,7 @@ def launch_plane_sums(
             one that writes the partial sums.
     """
     sizes = [out.numel() for out in outs]
+    widths = [*(out.shape[-1] for out in outs), *(stack.stride(0) for stack in partials)]
     programs = sum(cdiv(size, _BLOCK) for size in sizes)
     if programs == 0:
         return
@@ -164,7 +148,7 @@ def launch_plane_sums(
         COUNT=len(outs),
         BLOCK=_BLOCK,
         PDL=pdl,
-        ALIGNED=all(stack.stride(0) % 16 == 0 for stack in partials),
+        ALIGNED=all(width % 8 == 0 for width in widths),
         **config.arguments(""),
         **({"launch_pdl": True} if pdl else {}),
     )

@@ -233,6 +233,7 @@ def memory_of(parameters: Iterable[torch.Tensor]) -> list[StorageWeakRef]:
     return [StorageWeakRef(parameter.untyped_storage()) for parameter in parameters]
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("name", ["DoRA, mixed", "packed", "patched, packed"])
 def test_caches_keep_no_memory_of_earlier_weights(name: str) -> None:
     """Once a model has moved, the memory in use is the model's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -151,7 +151,7 @@ def routing_from_parameters(
 
 def sample_routings_from_parameters(
     group: RoutingGroup,
-    layers: Sequence[Any],
+    layers: Sequence[RoutedLayer],
     known: Sequence[str],
     source: Callable[[Sequence[str]], AdapterSource],
     adapters: int | None,
@@ -165,7 +165,7 @@ def sample_routings_from_parameters(
     sizes: dict[str, tuple[int, torch.dtype]] = {}
     for layer in layers:
         if getattr(layer, "is_linear", False):
-            for name, module in layer.lora_A.items():
+            for name, module in cast("Any", layer).lora_A.items():
                 rank, dtype = module.weight.shape[0], module.weight.dtype
                 sizes[name] = max(rank, sizes.get(name, (0, dtype))[0]), dtype
     found, sampled = [], set()

@@ -76,7 +76,7 @@ def test_many_adapters_go_by_pieces_and_parts_can_be_switched_off() -> None:
     assert [work.name for work in again] == by_pieces
 
 
-@pytest.mark.drawn(0.5)
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("part", predict.PARTS)
 def test_each_part_can_be_switched_off(part: str) -> None:
     """The parts are patched by name, so a renamed function must not go unnoticed."""

@@ -84,6 +84,7 @@ def fastest(tuner: StubTuner) -> dict[Request, ConfigRow]:
     return found
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize(
     ("linears", "case"),

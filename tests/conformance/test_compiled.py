@@ -57,7 +57,7 @@ def compiled(subject: Subject, **options: Any) -> Subject:
     return subject
 
 
-@pytest.mark.drawn(1 / 6)
+@pytest.mark.drawn(1 / 9)
 @pytest.mark.parametrize(("backend", "case"), BACKENDS, ids=str)
 def test_values(backend: str, case: Case) -> None:
     """One graph gives what float64 gives, value and gradients; a pool's without gradients."""

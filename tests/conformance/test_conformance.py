@@ -11,7 +11,7 @@ from tests.support.conformance_cases import CASES, Case
 from tests.support.conformance_suite import pairs
 
 
-@pytest.mark.drawn(1 / 6)
+@pytest.mark.drawn(1 / 8)
 @pytest.mark.parametrize(("check", "case"), pairs(CASES))
 def test_conformance(check: Callable[[Case], None], case: Case) -> None:
     check(case)

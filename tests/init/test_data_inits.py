@@ -270,6 +270,7 @@ def eva(library: Any, settings: Any = None, **fields: Any) -> Any:
     return model
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(
     ("settings", "fields"),
     [

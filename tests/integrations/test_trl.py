@@ -85,6 +85,7 @@ def losses(kind: str, config: Any, wrap: Any, tokenizer: Any, out: Path) -> tupl
     return trainer.model, [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_pefts(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     """With ``peft_config=`` of ours, and with a model of ours, the logged losses are PEFT's."""

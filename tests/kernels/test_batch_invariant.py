@@ -93,6 +93,7 @@ def mixed_problem(lab: Any, m: int, n: int, k: int, dtype: torch.dtype) -> Mixed
     return MixedProblem(lab, draw_ids(m, 8), THREE, k, [n, 24, 33], dtype, biased=(1, 3, 7))
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.usefixtures("dots")
 def test_rows_of_a_mixed_batch(lab: Any, dtype: torch.dtype) -> None:
     problem = mixed_problem(lab, 70, 72, 530, dtype)
@@ -144,6 +145,7 @@ def test_what_is_not_finite_changes_no_other_row(lab: Any) -> None:
         assert not y[own, 5].isfinite().any()
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 40, 48), (1, 64, 48), (37, 50, 1100), (130, 33, 65)])
 def test_values_of_a_mixed_batch(lab: Any, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     problem = mixed_problem(lab, m, n, k, dtype)
@@ -197,6 +199,7 @@ def changed_rows_of_one(tensors: dict[str, Any], sizes: Sequence[int], plan: str
     return changed
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.usefixtures("dots")
 @pytest.mark.parametrize(("n", "k", "r"), [(72, 530, 24), (40, 64, 1), (33, 100, 130)])
 def test_rows_of_one_adapter(lab: Any, dtype: torch.dtype, n: int, k: int, r: int) -> None:

@@ -46,6 +46,7 @@ def run(model: Any, x: torch.Tensor, ids: Sequence[str | None]) -> torch.Tensor:
         return model(x)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.usefixtures("dots")
 def test_a_model(lab: Any, dtype: torch.dtype) -> None:
     """Alone and among others, per token, and after an adapter of a larger rank was added."""

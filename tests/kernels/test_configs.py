@@ -47,6 +47,7 @@ def chosen(launch: str, **sizes: Any) -> KernelConfig:
     return choose(H100, launch, BF16, **sizes)
 
 
+@pytest.mark.drawn(1 / 2)
 @EVERY_CHIP
 def test_every_choice_is_shipped_and_valid(chip: Chip) -> None:
     """Whatever the problem, the config is one that the ahead-of-time test compiled."""

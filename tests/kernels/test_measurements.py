@@ -129,6 +129,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         measurements.put_first("sm_70", [], path)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("mode", ["forward", "train", "mixed", "mixed_train"])
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_candidates_reach_their_launches(lab: Lab, mode: str, plan: str) -> None:

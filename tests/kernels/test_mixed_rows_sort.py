@@ -37,6 +37,7 @@ def check(lab: Lab, ids: torch.Tensor, m: int, slots: int, block_m: int) -> None
         assert torch.equal(found.cpu(), wanted), (found, wanted)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(
     ("count", "each", "slots"),
     [(1, 1, 0), (1, 1, 5), (17, 3, 3), (40, 1, 64), (130, 1, 7), (5, 300, 3), (3, 700, 1100)],

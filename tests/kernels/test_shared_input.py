@@ -116,6 +116,7 @@ def in_turns(model: Any, works: list[Callable[[], torch.Tensor]]) -> list[torch.
     return [found[number] for number in range(len(works))]
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("same", [False, True], ids=["inputs of their own", "one input"])
 @pytest.mark.parametrize("kind", ["one adapter", "decode", "training"])
 def test_threads_neither_take_nor_lose_results(launches: Any, kind: str, same: bool) -> None:

@@ -184,6 +184,7 @@ def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "mm", lambda x, weight: x.new_empty(len(x), weight.shape[1]))
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(
     ("chip", "rank", "count"),
     [

@@ -169,6 +169,7 @@ def within(found: list[float], before: list[float]) -> bool:
     ] <= max(4 * last, last + 0.05)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_others_are_served(program: Program, name: str) -> None:
     """E1 to E6, E11: clients beside an attack are answered in time, and the attack leaves nothing.

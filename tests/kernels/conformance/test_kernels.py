@@ -78,7 +78,7 @@ def _never_in_pytorch(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(segments, "forward", fell_back)
 
 
-@pytest.mark.drawn(1 / 6)
+@pytest.mark.drawn(1 / 8)
 @pytest.mark.parametrize(
     ("check", "case"),
     [
