@@ -147,7 +147,7 @@ def test_base_rows_are_those_of_a_batch_without_adapters(served: Served) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("damaged", ""),
+        ("damaged", "header|deserializ"),
         ("nan", "is not finite"),
         ("infinity", "is not finite"),
         ("outputs", "with 576 inputs and 191 outputs, but the layer has 576 inputs and 192"),
