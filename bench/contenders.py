@@ -196,10 +196,10 @@ def _shrink_expand(p: Problem) -> Results:
 @functools.cache
 def _without(feature: str) -> tuple[Any, ...]:
     """Return (object, attribute, replacement) patches that turn off a feature of the fused plan."""
-    from fastlora.kernels import configs, lora_linear
+    from fastlora.kernels import configs, lora_linear, plane_sums
     from fastlora.kernels import launch as launches
 
-    chosen, launch = configs.choose, lora_linear.launch_lora_linear
+    chosen = configs.choose
     changes = {"launch_dependents": False} if feature == "pdl" else {"splits": 1}
     stems = ("lora_shrink",) if feature == "pdl" else ("lora_shrink", "lora_linear")
 
@@ -207,13 +207,17 @@ def _without(feature: str) -> tuple[Any, ...]:
         config = chosen(chip, stem, *args, **kwargs)
         return replace(config, **changes) if stem in stems else config
 
-    def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
-        launch(*args, **{**kwargs, "pdl": False})
+    def without_pdl(launch: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args, **kwargs: launch(*args, **{**kwargs, "pdl": False})
 
     # Cached launches would not use another config.
     patches: tuple[Any, ...] = ((configs, "choose", choose), (launches, "_CAN_CACHE", False))
     if feature == "pdl":
-        patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
+        for module, name in (
+            (lora_linear, "launch_lora_linear"),
+            (plane_sums, "launch_plane_sums"),
+        ):
+            patches += ((module, name, without_pdl(getattr(module, name))),)
     return patches
 
 

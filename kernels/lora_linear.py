@@ -52,8 +52,8 @@ from fastlora.kernels.rank_rows import (
 )
 
 
-# M, threshold, and the modules vary between calls: do not specialize the kernel on 1 or multiples
-# of 16. ALIGNED_R says whether all ranks are multiples of 16.
+# M, threshold, and the stride between rows of s vary between calls: do not specialize the kernel on
+# 1 or multiples of 16. ALIGNED_R says whether this stride and all ranks are multiples of 16.
 @triton.jit(do_not_specialize=["M", "threshold", "stride_sm"])
 def _lora_linear_kernel(
     # tensors

@@ -49,7 +49,7 @@ from fastlora.kernels.rank_rows import are_multiples_of_16, multiple_of_16
 
 
 # M, threshold, and the modules vary between calls: do not specialize the kernel on 1 or multiples
-# of 16. ALIGNED_R says whether all ranks are multiples of 16.
+# of 16. ALIGNED_R says whether all ranks, and the stride between rows of s, are multiples of 16.
 @triton.jit(do_not_specialize=["M", "threshold", "R", "first_1", "first_2", "first_3", "stride_om"])
 def _lora_shrink_kernel(
     # tensors
@@ -404,8 +404,8 @@ def launch_mixed_lora_shrink(
     if m == 0:
         return
     splits, modules = s.shape[0], down.rank.shape[0]
-    # One module with 9 to 16 rank rows has a BLOCK_R, and therefore a kernel, of its own. Two with
-    # fewer have the same BLOCK_R.
+    # In 16 bits, only one module of rank 9 to 16 has a BLOCK_R of 16, and thus a kernel of its own.
+    # Modules of rank 8 or less share the kernel of a group.
     alone = dropout is not None or (config.block_r <= 16 and down.largest > 8)
     launch(
         _mixed_lora_shrink_kernel,

@@ -6,7 +6,8 @@ for each part of the rows, or of the columns. There are no atomics, so results a
 reproducible.
 
 If the kernel is launched as a programmatic dependent of the first stage (``pdl``, sm_90 and later),
-its programs start while the first stage is still running, and wait before they read anything.
+it is launched before the first stage has ended, and its programs wait before they read anything.
+They start early only if the first stage signals its dependents, as a shrink does.
 
 Bytes moved, for e bytes per element of out: ``(4 P + e)`` per element.
 """

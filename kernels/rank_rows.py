@@ -40,7 +40,7 @@ def shrunk_arguments(
 
 @triton.jit
 def multiple_of_16(value):
-    """Return ``value``, which is a multiple of 16, in a form from which the compiler sees that.
+    """Return ``value``, which is a multiple of 16, in a form that lets the compiler infer this.
 
     An argument that is not specialized has no hint, and `tl.multiple_of` has no effect on
     arguments.

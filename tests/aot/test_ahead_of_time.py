@@ -209,12 +209,16 @@ def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> N
             plain = kernel.endswith("mixed_lora_linear") and row["variant"] == "invariant"
             plain |= "grad" in kernel
             assert row["grid_dependency"] == ("0" if plain else expected), row
+    for row in of(rows, arch=arch, kernel="plane_sums"):
+        dependent = row["variant"] == "dependent"
+        assert row["grid_dependency"] == (expected if dependent else "0"), row
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
 def test_dependents_wait_before_they_read(rows: list[Row], arch: str) -> None:
     """Every load of s, in Triton's IR and in the PTX, is behind the one unconditional wait."""
-    for kernel in ("lora_linear", "mixed_lora_linear", "mixed_lora_expand", *OVER_CODES):
+    mixed = ("mixed_lora_linear", "mixed_lora_expand")
+    for kernel in ("lora_linear", "plane_sums", *mixed, *OVER_CODES):
         for row in of(rows, arch=arch, kernel=kernel):
             assert row["early_loads"] == "0", row
 
@@ -241,7 +245,7 @@ def test_every_row_bucket_has_a_config(rows: list[Row], arch: str) -> None:
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
         assert {int(row["block_m"]) for row in half} == sizes, kernel
         if kernel in ("lora_shrink", "lora_linear", "lora_expand"):
-            # A shrink reads x, beside which wide dots are short: one kernel for ranks up to 64.
+            # Reading x takes most of a shrink's time, so one BLOCK_R serves all ranks up to 64.
             blocks_r = {"64"} if kernel == "lora_shrink" else {"16", "32"}
             for size in sizes:
                 own = of(half, block_m=str(size))

@@ -137,7 +137,7 @@ def test_one_adapter(chip: Chip, n: int, k: int) -> None:
 def test_a_mixed_batch(chip: Chip, n: int, k: int) -> None:
     """A linear and a shrink for any rows, ranks, slots, and modules up to three.
 
-    In fp32, whose shrink takes 16 rank rows, one module has a shrink of its own.
+    In fp32, whose shrink has a BLOCK_R of 16, one module of a rank above 8 has its own shrink.
     """
     for dtype in DTYPES:
         found: dict[str, set[str]] = {"invariant": set(), "fused": set()}

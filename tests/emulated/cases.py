@@ -83,11 +83,18 @@ def one(
     return run
 
 
-def together(kernel: str, m: int, k: int, dtype: torch.dtype = BF16) -> Case:
+def together(
+    kernel: str,
+    m: int,
+    k: int,
+    dtype: torch.dtype = BF16,
+    *,
+    ranks: Sequence[int] = (8, 3, 40),
+) -> Case:
     """Three layers that share x or s, in one grid of "shrink", "linear" or "expand"."""
 
     def run(lab: Lab) -> Results:
-        columns, ranks = (70, 33, 128), (8, 3, 40)
+        columns = 70, 33, 128
         layers = Layers(lab, m, columns, ranks, dtype, k=k)
         sizes = {"m": m, "n": max(columns), "k": k, "r": max(ranks)}
         config = choose(chip_of(lab.device), f"lora_{kernel}", dtype, **sizes)
@@ -381,6 +388,7 @@ FURTHER = {
     "linear, chunks of rank rows": one("linear", (33, 80, 72, 200), FP16),
     "linear, invariant": invariant((70, 72, 530, 24)),
     "linear, three in one grid": together("linear", 37, 72),
+    "linear, three in one grid, aligned ranks": together("linear", 37, 72, ranks=(16, 32, 48)),
     "grad_x": one("grad_x", (40, 200, 256, 16), p=0.3),
     "grad_x, fp16, off the tiles": one("grad_x", (33, 75, 100, 5), FP16, p=0.3),
     "grad_x_add of three layers": terms(70, 130, (16, 8, 24)),
@@ -388,14 +396,17 @@ FURTHER = {
     "grad_x_add": one("grad_x_add", (40, 200, 65, 8), p=0.3),
     "expand, fp16, off the tiles": one("expand", (33, 75, 1, 24), FP16, fp32_factors=True),
     "expand, three in one grid": together("expand", 37, 72),
+    "expand, three in one grid, aligned ranks": together("expand", 37, 72, ranks=(16, 32, 48)),
     "shrink, fp16, off the tiles": one("shrink", (33, 1, 333, 5), FP16, splits=5, **FACTORS),
     "shrink, three in one grid": together("shrink", 21, 65),
+    "shrink, three in one grid, aligned ranks": together("shrink", 21, 65, ranks=(16, 32, 48)),
     "shrink, fp32": one("shrink", (33, 1, 200, 24), FP32, splits=5),
     "grad_b, fp16, fp32 factors": one("grad_b", (33, 275, 1, 5), FP16, fp32_factors=True),
     "grad_b, fp32, six planes": one("grad_b", (200, 40, 1, 24), FP32, splits=6),
     "grad_a, fp16, fp32 factors": one("grad_a", (33, 1, 275, 5), FP16, **FACTORS),
     "grad_a, six planes": one("grad_a", (390, 1, 128, 16), splits=6, further_ranks=(16, 16)),
     "sums of planes": sums(planes=(5, 6, 7, 9)),
+    "sums of planes, multiples of 8": sums(planes=(5, 6, 7, 9), sizes=(1024, 3000, 72, 1032)),
     "sums of planes, fp32": sums(FP32, planes=(6, 5, 10, 7)),
     "mixed linear": mixed("linear", (33, 300, 200), **BIASED),
     "mixed linear, one row": mixed("linear", (1, 128, 256), ranks=SERVED),
