@@ -262,7 +262,7 @@ def mixed_quantized(
     adapters: int,
     dtype: torch.dtype = BF16,
     plan: str = "auto",
-    cycle: Sequence[int] = (8, 3, 0, 16),
+    cycle: Sequence[int] = (8, 40, 0, 3, 16),
 ) -> Case:
     """A linear over codes of a mixed batch, ranks in a cycle; many adapters go by pieces."""
 
@@ -417,7 +417,8 @@ FURTHER = {
     "mixed linear, three in one grid": mixed_together("linear", 37, 72),
     "mixed expand, three in one grid": mixed_together("expand", 37, 72),
     "mixed shrink": mixed("shrink", (33, 1, 200)),
-    "mixed shrink, ranks up to 16": mixed("shrink", (17, 1, 256), FP16, ranks=SERVED),
+    "mixed shrink, fp16": mixed("shrink", (17, 1, 256), FP16, ranks=(4, 16, 8, 0, 40)),
+    "mixed shrink, ranks up to 16": mixed("shrink", (9, 1, 256), FP16, ranks=SERVED),
     "mixed step, fp16, split": step((130, 600, 64), FP16, "split"),
     "mixed step, fp32 factors": step((130, 300, 64), BF16, factor_dtype=FP32, dropout=True),
     "mixed step, fp32": step((130, 300, 48), FP32),
