@@ -375,7 +375,7 @@ def _on_grid(
             cost = (tiles["r"], not _fills(chip, splits * programs, loads), partials)
         else:
             # The first candidate that fills the chip, or else the last one. Among those that read x
-            # equally often, a candidate that needs no partial sums comes first. Under dropout, more
+            # equally often, a candidate that needs no partial sums comes first. With dropout, more
             # programs share the instructions of the masks.
             idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
             prefers_whole = split and not idle and not dropout

@@ -116,7 +116,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         g = self._dora_scale(name, conditions)
         if g is None:
             return y + update
-        # As in PEFT, under dropout the base weight is applied to the dropped input a second time.
+        # As in PEFT, with dropout the base weight is applied to the dropped input a second time.
         if dropped is not inner:
             scaled = base._conv_forward(dropped.to(base.weight.dtype), base.weight, None)
         else:

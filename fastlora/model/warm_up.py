@@ -82,8 +82,8 @@ def warm_up(
 ) -> WarmUpReport:
     """Compile the kernels that a model launches in inference, so that no request waits for them.
 
-    Kernels are compiled into Triton's cache folder, in separate processes. The next start finds
-    them there. Which kernels the model launches is recorded from calls of its own layers, for few
+    Kernels are compiled into Triton's cache folder, in separate processes. Later starts reuse
+    them. Which kernels the model launches is recorded from calls of its own layers, for few
     rows (decode) and for many (prefill). During these calls, no kernel runs.
 
     If a kernel cannot be compiled, or the process that compiles it dies, a warning names the

@@ -95,7 +95,7 @@ def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: obj
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowFacts:
-    """Return the facts about the rows that indices select from a source.
+    """Return the known facts about the rows that the indices select from a source.
 
     There is one index per dimension.
     """

@@ -278,7 +278,7 @@ def _grad_x_of_group(
     """Return the gradient of x of a shared-input group, or None if no module has a ds.
 
     Without dropout, one launch adds the parts of all adapters, and library products accumulate onto
-    it. Under dropout, every module has its own launch, because it has its own mask.
+    it. With dropout, every module has its own launch, because it has its own mask.
     """
     some = [*ds]  # in the order in which autograd would add the dx of the modules
     chosen: Any = [[own[i] for i in some] for own in (dys, weights, lora_a, seeds)]
@@ -506,7 +506,7 @@ def _mixed_grad_a(
 ) -> torch.Tensor:
     """Return a buffer that contains all lora_a gradients of a mixed batch.
 
-    One launch reads x for all modules, or under dropout one launch per module. A further launch
+    One launch reads x for all modules, or with dropout one launch per module. A further launch
     adds the partial sums.
     """
     (m, k), modules, device = x.shape, len(ds), x.device

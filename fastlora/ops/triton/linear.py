@@ -147,7 +147,7 @@ def grouped_forward(
 ) -> list[torch.Tensor]:
     """Return a list of the outputs of a shared-input group.
 
-    See `Backend.grouped_forward`. Under dropout, or if a tensor's layout is not supported in a
+    See `Backend.grouped_forward`. With dropout, or if a tensor's layout is not supported in a
     shared launch, each module has its own launches.
     """
     count: int = len(dropout_p)
