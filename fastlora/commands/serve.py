@@ -219,7 +219,7 @@ class _LoadingThread(threading.Thread):
         # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
-        self._app.start(app)
+        self._app.forward_requests_to(app)
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         print_progress(
             f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"

@@ -208,7 +208,7 @@ def _default_processes() -> int:
 # -------------------------------------------------------------------------------------- recording
 
 
-class _Group(NamedTuple):
+class _SharedInputLayers(NamedTuple):
     """Layers that share an input, in the order of their calls, and the dtype of the input."""
 
     layers: tuple[Any, ...]
@@ -274,13 +274,15 @@ def record_model_variants(
     return found
 
 
-def _groups_after_forward(model: nn.Module, mixed: Sequence[Routing], inputs: Any) -> list[_Group]:
+def _groups_after_forward(
+    model: nn.Module, mixed: Sequence[Routing], inputs: Any
+) -> list[_SharedInputLayers]:
     """Run forward passes, and return the groups of layers that received the same tensor.
 
     After two forward passes, each layer knows its group. Mixed batches additionally track the rows
     of their first forward pass, which the first request then does not have to do.
     """
-    given = _default_inputs(model) if inputs is None else inputs
+    given = _default_token_ids(model) if inputs is None else inputs
     dtypes: dict[Any, torch.dtype] = {}
 
     def remember(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -302,16 +304,16 @@ def _groups_after_forward(model: nn.Module, mixed: Sequence[Routing], inputs: An
                 for handle in handles:
                     handle.remove()
             call_model(model, given)
-    found: dict[tuple[int, ...], _Group] = {}
+    found: dict[tuple[int, ...], _SharedInputLayers] = {}
     for layer, dtype in dtypes.items():
         group = known_group(layer)
         members = [layer] if group is None else [member() for member in group.members]
         own = tuple(member for member in members if member is not None)
-        found[tuple(map(id, own))] = _Group(own, dtype)
+        found[tuple(map(id, own))] = _SharedInputLayers(own, dtype)
     return list(found.values())
 
 
-def _default_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+def _default_token_ids(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return token ids for a transformers model.
 
     Raises:
@@ -342,15 +344,15 @@ def _sample_count(inputs: Any) -> int:
 
 
 def _distinct_groups(
-    groups: Sequence[_Group], rows: int, launched: dict[str, KernelVariant]
-) -> list[_Group]:
+    groups: Sequence[_SharedInputLayers], rows: int, launched: dict[str, KernelVariant]
+) -> list[_SharedInputLayers]:
     """Return one group of each kind.
 
     Groups are of one kind if their sizes, dtypes, and kernels are equal. Groups that launch no
     kernel are left out. All groups run with 1 row and with ``rows``. In a Llama-8B, there are four
     kinds.
     """
-    found: dict[object, _Group] = {}
+    found: dict[object, _SharedInputLayers] = {}
     for group in groups:
         kernels = tuple(_launched_by(group, count, launched) for count in (1, rows))
         if not any(kernels):
@@ -360,7 +362,7 @@ def _distinct_groups(
 
 
 def _search_rows(
-    group: _Group, rows: int, launched: dict[str, KernelVariant], before: Sequence[int]
+    group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant], before: Sequence[int]
 ) -> list[int]:
     """Run a group so that it launches each kernel that it launches for 1 to ``rows`` rows.
 
@@ -392,7 +394,9 @@ def _search_rows(
     return changes
 
 
-def _launched_by(group: _Group, rows: int, launched: dict[str, KernelVariant]) -> frozenset[str]:
+def _launched_by(
+    group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant]
+) -> frozenset[str]:
     """Run a group, and return the keys of the kernels that it launches."""
     others = dict(launched)
     launched.clear()

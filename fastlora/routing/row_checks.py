@@ -152,7 +152,7 @@ class RowChecks:
         self._unsupported[layer.routing_index] = reason
         raise_partial_batch(layer)
 
-    def warn_unchecked_layer(self, layer: RoutedLayer) -> None:
+    def warn_rows_not_checked(self, layer: RoutedLayer) -> None:
         """Warn that a layer's rows were not checked.
 
         This happens if the layer runs for the first time after tracking has ended. The next block
@@ -235,7 +235,7 @@ class AllRowsChecker:
         elif layer.routing_index not in self._ran:
             if layer.may_see_partial_rows:
                 raise_partial_batch(layer)
-            self._checks.warn_unchecked_layer(layer)
+            self._checks.warn_rows_not_checked(layer)
 
 
 def raise_partial_batch(layer: RoutedLayer) -> None:

@@ -18,7 +18,7 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class LoadingApp:
-    """An ASGI application that gives every request to another one, once that one is ready.
+    """An ASGI application that forwards every request to another one, once that one is ready.
 
     Until then, each request gets status 503 with ``Retry-After``.
 
@@ -33,17 +33,17 @@ class LoadingApp:
         self._lifespan = contextlib.AsyncExitStack()
         self._stopped = False
 
-    def start(self, app: FastAPI) -> None:
-        """Start an application, and give it all further requests.
+    def forward_requests_to(self, app: FastAPI) -> None:
+        """Start an application, and forward all further requests to it.
 
         Call this in another thread, once the event loop runs. The server shuts the application
         down.
         """
         if self._loop is None:
             raise RuntimeError("the server has not started yet")
-        asyncio.run_coroutine_threadsafe(self._start(app), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._forward_requests_to(app), self._loop).result()
 
-    async def _start(self, app: FastAPI) -> None:
+    async def _forward_requests_to(self, app: FastAPI) -> None:
         if self._stopped:
             raise RuntimeError("the server has stopped")
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
