@@ -294,7 +294,7 @@ class MeasuredEngine:
             firsts = [each if isinstance(each, torch.Tensor) else each[0] for each in stacks]
             found = {id(each.fastlora_slots): each.fastlora_slots for each in firsts}
             return sum(
-                products.num_packs
+                products.num_repacks
                 for slots in found.values()
                 for products in (*slots.linear, *slots.shrink, *slots.expand)
             )

@@ -255,7 +255,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         CheckpointError: The folder is missing or damaged.
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
-    from fastlora.model.expert_files import FactorSizes, factor_sizes
+    from fastlora.model.expert_files import FactorSizes, factor_sizes_by_module
 
     header = inspect_adapter_folder(path)
     config = header.config
@@ -264,7 +264,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         for key, (module, kind) in header.keys.items()
         if kind.endswith("_A")
     }
-    sizes = factor_sizes(config, rows)
+    sizes = factor_sizes_by_module(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]

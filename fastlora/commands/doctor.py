@@ -88,9 +88,9 @@ def _vllm_facts() -> dict[str, Any] | None:
     """Return what fastlora would do in vLLM, or None if vLLM is not installed."""
     import torch
 
-    from fastlora.integrations.vllm.register import installed_status
+    from fastlora.integrations.vllm.register import preview_registration
 
-    found = installed_status("cuda" if torch.cuda.is_available() else "cpu")
+    found = preview_registration("cuda" if torch.cuda.is_available() else "cpu")
     return None if found is None else found._asdict()
 
 

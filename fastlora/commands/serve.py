@@ -28,7 +28,7 @@ from fastlora import env
 from fastlora.commands import models
 from fastlora.commands.models import CommandError, print_progress
 from fastlora.commands.options import Option, parse_options
-from fastlora.model.warm_up import check_kernel_cache, reason_without_kernels
+from fastlora.model.warm_up import check_kernel_cache_writable, reason_without_kernels
 from fastlora.serve.keys import ApiKeys, resolve_key
 from fastlora.serve.log import log_warnings_to_stderr
 from fastlora.validation import ConfigError
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     log_warnings_to_stderr()
     if _warms_up(args):
-        check_kernel_cache()
+        check_kernel_cache_writable()
     limits = connection_limits(args, raise_descriptor_limit())
     _return_freed_memory_to_os()
     with _listening_socket(args.host, args.port) as listening:
@@ -219,7 +219,7 @@ class _LoadingThread(threading.Thread):
         # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
-        self._app.forward_requests_to(app)
+        self._app.start_and_forward_to(app)
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         print_progress(
             f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"

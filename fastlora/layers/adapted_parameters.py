@@ -147,7 +147,7 @@ class AdaptedParameter(LoraLayer):
         start.initialize_weights(lora_a, lora_b, rank=r)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
-    def plain_factors(self, name: str, call: UniformCall | None = None) -> Factors:
+    def factors_in_file_shapes(self, name: str, call: UniformCall | None = None) -> Factors:
         """Return an adapter's factors, in the shapes of adapter files.
 
         If ``call`` is given, the scaling is a tensor on the device of its x.

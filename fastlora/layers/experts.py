@@ -237,7 +237,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _uniform_operands(
         self, layer: AdaptedParameter, name: str, x: torch.Tensor, call: _SortedRows
     ) -> StackedOperands:
-        factors = layer.plain_factors(name, UniformCall(layer, x, x, call.conditions, [name]))
+        factors = layer.factors_in_file_shapes(
+            name, UniformCall(layer, x, x, call.conditions, [name])
+        )
         seeds = None
         if factors.dropout_p:
             seeds = seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)

@@ -99,7 +99,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     config, tensors = copy.deepcopy(file.config), dict(file.tensors)
     factors, ranks, alphas = dict[str, torch.Tensor](), dict[str, int](), dict[str, float]()
     for name in (name for name in stacks if name in found):
-        layers = _layers_of_stack(file, stacks[name], former, found[name])
+        layers = _layers_by_former_name(file, stacks[name], former, found[name])
         scaling = config.scaling_for(layers[0][0])
         parts = [
             [
@@ -129,12 +129,12 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         [*own, *(entry for entry in added if entry not in own)],
         parameters,
     )
-    config.rank_pattern = _with_patterns("rank_pattern", config, ranks, remaining)
-    config.alpha_pattern = _with_patterns("alpha_pattern", config, alphas, remaining)
+    config.rank_pattern = _prepend_stack_patterns("rank_pattern", config, ranks, remaining)
+    config.alpha_pattern = _prepend_stack_patterns("alpha_pattern", config, alphas, remaining)
     return replace(file, config=config, keys=keys, tensors=tensors)
 
 
-def config_for_file(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
+def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
     """Return a config that selects the same parameters when PEFT reads it.
 
     Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
@@ -236,7 +236,7 @@ class FactorSizes(NamedTuple):
     experts: int | None = None
 
 
-def factor_sizes(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, FactorSizes]:
+def factor_sizes_by_module(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, FactorSizes]:
     """Return the sizes of the factors in a file, by the names of their modules in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is the
@@ -282,7 +282,7 @@ def factor_sizes(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, Facto
     return found
 
 
-def _layers_of_stack(
+def _layers_by_former_name(
     file: AdapterContents,
     stack: BaseParameter,
     former: Mapping[str, str],
@@ -320,7 +320,7 @@ def _layers_of_stack(
     return layers
 
 
-def _with_patterns(
+def _prepend_stack_patterns(
     field: str, config: LoraConfig, values: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
     """Return the patterns of a config with others before them for stacked parameters.
@@ -335,9 +335,9 @@ def _with_patterns(
     value_for = config.rank_for if field == "rank_pattern" else config.alpha_for
     by_end: dict[str, set[float]] = {}
     for name, value in values.items():
-        by_end.setdefault(_end_of(name), set()).add(value)
+        by_end.setdefault(_last_two_components(name), set()).add(value)
     added = {
-        _end_of(name) if len(by_end[_end_of(name)]) == 1 else name: value
+        _last_two_components(name) if len(by_end[_last_two_components(name)]) == 1 else name: value
         for name, value in values.items()
         if value_for(name) != value
     }
@@ -347,6 +347,6 @@ def _with_patterns(
     return patterns
 
 
-def _end_of(parameter_name: str) -> str:
+def _last_two_components(parameter_name: str) -> str:
     """Return the last two components of a name, such as ``experts.gate_up_proj``."""
     return ".".join(parameter_name.split(".")[-2:])

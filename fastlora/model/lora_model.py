@@ -22,7 +22,7 @@ from fastlora.model.adapter_folder import (
     with_renamed_modules,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import config_for_file, convert_expert_factors
+from fastlora.model.expert_files import config_for_peft, convert_expert_factors
 from fastlora.model.inject import move_adapter_to_meta
 from fastlora.model.peft_model_methods import PeftModelMethods
 from fastlora.model.plan import AdapterPlan, make_adapter_plan
@@ -394,7 +394,7 @@ class LoraModel(PeftModelMethods, nn.Module):
                         config, tensors = conversion.convert_to_original_base(
                             config, tensors, initial[name]
                         )
-                    config = config_for_file(self.get_base_model(), name, config)
+                    config = config_for_peft(self.get_base_model(), name, config)
                     mapping = _auto_mapping(self.get_base_model()) if not config.task_type else None
                     save_adapter_folder(folder, config, tensors, auto_mapping=mapping)
                 except Exception as error:  # `finish` reports it to the waiting processes

@@ -129,11 +129,11 @@ def warm_up(
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     if wanted is not None and (not wanted or wanted[0] < 1):
         raise ConfigError(f"ranks must be one or more ranks of at least 1, got {wanted}")
-    reason = reason_without_kernels(_device_of(model))
+    reason = reason_without_kernels(_first_adapted_device(model))
     if reason:
         _log.warning("warm_up() compiles nothing: %s", reason)
         return WarmUpReport(reason=reason)
-    check_kernel_cache()
+    check_kernel_cache_writable()
     from fastlora.kernels.precompile import compile_in_processes, is_cached
 
     variants = list(record_model_variants(model, rows, adapters, wanted, inputs).values())
@@ -165,7 +165,7 @@ def reason_without_kernels(device: torch.device) -> str:
     return reason
 
 
-def check_kernel_cache() -> None:
+def check_kernel_cache_writable() -> None:
     """Check that Triton's cache folder can be written.
 
     Raises:
@@ -187,7 +187,7 @@ def check_kernel_cache() -> None:
         ) from error
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def _first_adapted_device(model: nn.Module) -> torch.device:
     """Return the device of the first layer with adapters."""
     for layer in _linear_layers(model):
         for parameter in layer.parameters():
@@ -243,7 +243,7 @@ def record_model_variants(
     from fastlora.kernels.mixed_rows_sort import MAX_IDS
     from fastlora.kernels.precompile import record_variants
 
-    device = _device_of(model)
+    device = _first_adapted_device(model)
     mixed = [] if adapters == 0 else router_of(model).sample_routings(adapters, ranks)
     if ranks is not None and adapters != 0 and not mixed:
         raise ConfigError(f"no adapter of the model has one of the ranks {list(ranks)}")
@@ -261,7 +261,7 @@ def record_model_variants(
             around: Any = contextlib.nullcontext() if routing is None else activate_routing(routing)
             with around:
                 for group in _distinct_groups(groups, rows, launched):
-                    searched += _search_rows(group, rows, launched, searched)
+                    searched += _launch_for_all_row_counts(group, rows, launched, searched)
                 found |= launched
                 launched.clear()
     with record_variants(chip_of(device)) as launched:
@@ -361,7 +361,7 @@ def _distinct_groups(
     return list(found.values())
 
 
-def _search_rows(
+def _launch_for_all_row_counts(
     group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant], before: Sequence[int]
 ) -> list[int]:
     """Run a group so that it launches each kernel that it launches for 1 to ``rows`` rows.

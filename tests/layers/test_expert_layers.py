@@ -424,7 +424,7 @@ def test_the_copy_of_lora_b_follows_every_write() -> None:
         return made
 
     def kept() -> torch.Tensor:
-        found: torch.Tensor = layer.rank_rows("default", layer.plain_factors("default"))[1]
+        found: torch.Tensor = layer.rank_rows("default", layer.factors_in_file_shapes("default"))[1]
         return found
 
     model.eval()

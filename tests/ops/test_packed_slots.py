@@ -112,7 +112,7 @@ def test_slots_change_one_by_one(case: str) -> None:
             present = [f.lora_a.shape[0] for a in adapters for f in a if f is not None]
             packs += max(present, default=0) not in (0, largest)
             largest = max(present, default=0)
-            assert pack.num_packs == packs
+            assert pack.num_repacks == packs
             ids = [chance.randint(-1, count - 1) for _ in range(samples)]
             if step % 4 == 3:  # one adapter and rows without an adapter
                 ids = [-1 if slot < 0 else ids[0] for slot in ids]
@@ -271,4 +271,4 @@ def test_factors_that_do_not_fit_are_named() -> None:
     for field in ({"lora_bias": torch.zeros(40)}, {"dropout_p": 0.1}):
         with pytest.raises(ValueError, match="lora_bias, dropout, or a magnitude"):
             pack.set_slot(0, [own._replace(**field)])
-    assert pack.factors is None and pack.num_packs == 0
+    assert pack.factors is None and pack.num_repacks == 0

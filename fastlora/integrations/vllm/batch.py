@@ -52,18 +52,22 @@ class BatchRows:
         self.count = count
         self.used_slots: list[int] = []
         self._sorted: dict[int, SortedRows] = {}
-        self._whole: Rows | None = self._sort_all() if for_captured_graphs else None
+        self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def start(self, slots: np.ndarray) -> None:
         """Start a new batch with the given slots, which the caller has copied to the device."""
         self.used_slots = np.unique(slots[slots >= 0]).tolist()
         self._sorted.clear()
         if self._whole is not None:
-            pairs = zip(_tensors(self._whole), _tensors(self._sort_all()), strict=True)
+            pairs = zip(
+                _operator_tensors(self._whole),
+                _operator_tensors(self._sort_whole_buffer()),
+                strict=True,
+            )
             for kept, new in pairs:
                 kept.copy_(new)
 
-    def _sort_all(self) -> Rows:
+    def _sort_whole_buffer(self) -> Rows:
         """Sort all rows of the buffer. Rows after those of the batch have no adapter."""
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
@@ -102,7 +106,7 @@ class BatchRows:
         return rows_for_address_tables(rows)
 
 
-def _tensors(rows: Rows) -> list[torch.Tensor]:
+def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
     """Return the tensors that operators read, with the pieces for each size of a tile."""
     return [*rows.operator_arguments(), *(rows.piece_starts(size) for size in _PIECE_ROWS)]
 

@@ -246,7 +246,7 @@ def check_adapter(lora: Any, manager: Any, name: str) -> None:
     Raises:
         ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
     """
-    shapes = _expected_shapes(manager)
+    shapes = _features_by_module(manager)
     for module, weights in lora.loras.items():
         if ".experts" in module:
             continue
@@ -264,7 +264,7 @@ def check_adapter(lora: Any, manager: Any, name: str) -> None:
                 f"{where}: rank {down.shape[0]} is greater than max_lora_rank, "
                 f"{manager.lora_config.max_lora_rank}"
             )
-        found, expected = (down.shape[1], up.shape[0]), _expected_shape(shapes, module)
+        found, expected = (down.shape[1], up.shape[0]), _features_of(shapes, module)
         if expected is not None and (found[0] != expected[0] or found[1] not in expected[1:]):
             outputs = " or ".join(map(str, expected[1:]))
             raise ValueError(
@@ -275,12 +275,12 @@ def check_adapter(lora: Any, manager: Any, name: str) -> None:
             raise ValueError(f"{where}: a factor is not finite")
 
 
-def _expected_shape(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
+def _features_of(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
     # The names in a pooling model's adapters may lack the prefix.
     return shapes.get(module, shapes.get(f"model.{module}"))
 
 
-def _expected_shapes(manager: Any) -> dict[str, tuple[int, ...]]:
+def _features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
     """Return (in_features, out_features...) of each module that an adapter's file can name.
 
     Several values of out_features are allowed for an output layer with a padded vocabulary, and for

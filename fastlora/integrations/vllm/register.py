@@ -129,7 +129,7 @@ def public_version(version: str) -> str:
     return version.partition("+")[0]
 
 
-class RegistrationStatus(NamedTuple):
+class RegistrationPreview(NamedTuple):
     """What `register` would do, judged by the installed version alone.
 
     Attributes:
@@ -145,7 +145,7 @@ class RegistrationStatus(NamedTuple):
     parts: str
 
 
-def installed_status(device: str) -> RegistrationStatus | None:
+def preview_registration(device: str) -> RegistrationPreview | None:
     """Return what `register` would do on a type of device, or None if vLLM is not installed.
 
     vLLM is not imported.
@@ -156,7 +156,7 @@ def installed_status(device: str) -> RegistrationStatus | None:
         except metadata.PackageNotFoundError:
             continue
         known, enabled = version in KNOWN_VERSIONS, env.vllm_plugin_enabled(device)
-        return RegistrationStatus(version, known, enabled, PARTS if known and enabled else "none")
+        return RegistrationPreview(version, known, enabled, PARTS if known and enabled else "none")
     return None
 
 
@@ -201,7 +201,7 @@ def differences() -> list[str]:
     """Return how the imported vLLM differs from what fastlora relies on, one line each."""
     found = []
     for owner, name, parameters in RELIED_ON:
-        holder = _holder(owner)
+        holder = _find_class(owner)
         function = None if holder is None else vars(holder).get(name)
         if function is None:
             found.append(f"{owner}.{name} is missing")
@@ -209,7 +209,7 @@ def differences() -> list[str]:
         own = parameter_names(inspect.signature(function))
         if own != parameters:
             found.append(f"{owner}.{name} has parameters {', '.join(own)}")
-    abstract = _holder(_ABSTRACT)
+    abstract = _find_class(_ABSTRACT)
     unknown = set(getattr(abstract, "__abstractmethods__", ())) - set(_WRAPPER_METHODS)
     found += [f"{_ABSTRACT}.{name} is new" for name in sorted(unknown)]
     known = {(owner, name) for owner, names in _LAYER_CLASSES.items() for name in names}
@@ -227,7 +227,7 @@ def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
     return tuple(f"{stars.get(p.kind.name, '')}{p.name}" for p in signature.parameters.values())
 
 
-def _holder(owner: str) -> Any:
+def _find_class(owner: str) -> Any:
     """Return the class ``module:class``, or None if it is missing."""
     module, _, name = owner.partition(":")
     try:
@@ -259,19 +259,19 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         raise TypeError("the wrapper is abstract")
     found: list[tuple[Any, str, Callable[..., Any]]] = []
     for owner, names in _LAYER_CLASSES.items():
-        cls = _holder(owner)
+        cls = _find_class(owner)
         for name in names:
             new = layers.replacement(owner.partition(":")[2], name, vars(cls)[name])
             found.append((cls, name, functools.update_wrapper(new, vars(cls)[name])))
     pinned = importlib.import_module("vllm.utils.torch_utils").PIN_MEMORY
     if importlib.import_module("vllm.platforms").current_platform.is_cpu() and not pinned:
         # A copy of lora_b in pinned memory or on another device would lose its scaling.
-        found.append((_holder(_WEIGHTS), "optimize", layers.keep_scaling_apart))
+        found.append((_find_class(_WEIGHTS), "optimize", layers.keep_scaling_apart))
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.checked_load),
         (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
     ):
-        cls = _holder(owner)
+        cls = _find_class(owner)
         original = vars(cls)[name]
         found.append((cls, name, functools.update_wrapper(wrap(original), original)))
     return found

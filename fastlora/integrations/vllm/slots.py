@@ -96,9 +96,9 @@ class SlotProducts:
         packed_forward.add_(y, x.to(y.dtype), rows.slot_index, factors, plan)
 
     @property
-    def num_packs(self) -> int:
+    def num_repacks(self) -> int:
         """Number of times that the current packs were allocated and all slots were copied."""
-        return sum(pack.num_packs for pack in self._packs.values())
+        return sum(pack.num_repacks for pack in self._packs.values())
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         rows = batch.operator_arguments(x.shape[0])

@@ -150,7 +150,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add ``x @ lora_a.T`` to ``y[i]`` for each slice i, if ranks are sharded."""
+        """Add the unscaled ``x @ lora_a.T`` to ``y[i]`` for each slice i, if ranks are sharded."""
         _check_scale(scale)
         for own, products in zip(y, slots_of_stack(lora_a_stacked[0]).shrink, strict=True):
             products.add_(own, _as_matrix(x), self._tokens)

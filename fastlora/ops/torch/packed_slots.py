@@ -22,7 +22,7 @@ from fastlora.ops.torch.packed import (
 
 
 @functools.lru_cache(maxsize=256)
-def slot_layout(unit: int, ranks: tuple[int, ...]) -> PackedLayout:
+def one_unit_per_slot(unit: int, ranks: tuple[int, ...]) -> PackedLayout:
     """Return a layout in which each slot has a unit of its own.
 
     Args:
@@ -76,7 +76,7 @@ class PackedSlots:
     Attributes:
         factors: The packed factors, or None if no slot has an adapter. The index of an adapter is
             its slot.
-        num_packs: Number of times that the factors of all slots were allocated and copied.
+        num_repacks: Number of times that the factors of all slots were allocated and copied.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PackedSlots:
         device: torch.device | None = None,
     ) -> None:
         self.factors: PackedLayerFactors | None = None
-        self.num_packs = 0
+        self.num_repacks = 0
         self._in_features, self._widths = in_features, tuple(out_features)
         self._dtype, self._device = dtype, device
         self._ranks = [(0,) * len(self._widths)] * num_slots
@@ -117,7 +117,7 @@ class PackedSlots:
             return
         storage = self._storage
         if storage is None or storage.lora_b[0].shape[1] != unit:
-            storage = self._allocate(unit)
+            storage = self._reallocate(unit)
         try:
             is_finite = storage.write(slot, slices)
         except BaseException:
@@ -151,17 +151,17 @@ class PackedSlots:
                     "only lora_a, lora_b, and scaling"
                 )
 
-    def _allocate(self, unit: int) -> _SlotStorage:
+    def _reallocate(self, unit: int) -> _SlotStorage:
         """Return new storage for units of ``unit`` rank rows, with the factors of all slots."""
         slots, dtype, device = len(self._ranks), self._dtype, self._device
-        layout = slot_layout(unit, (0,) * slots)
+        layout = one_unit_per_slot(unit, (0,) * slots)
         lora_a, rank_rows_a = zero_lora_a(
             layout, len(self._widths), self._in_features, dtype, device
         )
         shapes = [(slots, unit, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         made, old = _SlotStorage(lora_a, rank_rows_a, lora_b), self._storage
-        self.num_packs += 1
+        self.num_repacks += 1
         if old is not None:
             rows = slice(0, min(unit, old.lora_b[0].shape[1]))
             rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]
@@ -172,7 +172,7 @@ class PackedSlots:
     def _as_packed_factors(self, storage: _SlotStorage) -> PackedLayerFactors:
         """Return the packed factors of the current adapters, as views of the storage."""
         unit = storage.lora_b[0].shape[1]
-        layout = slot_layout(unit, tuple(map(max, self._ranks)))
+        layout = one_unit_per_slot(unit, tuple(map(max, self._ranks)))
         dense = storage.lora_a.dim() == 2
         used = (any(ranks) for ranks in zip(*self._ranks, strict=True))
         lora_b = tuple(

@@ -25,7 +25,7 @@ _ALIGNMENT = 16
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _KeyRows(NamedTuple):
+class _KeySpan(NamedTuple):
     """The rows of one key: its matrix, its adapter's slot, and the range of sorted positions."""
 
     matrix: int
@@ -34,16 +34,16 @@ class _KeyRows(NamedTuple):
     key: int
 
 
-def _rows_of_keys(operands: StackedOperands, rows: Rows) -> Iterator[_KeyRows]:
+def _key_spans(operands: StackedOperands, rows: Rows) -> Iterator[_KeySpan]:
     """Yield the rows of each key that has rows and an adapter of rank 1 or more."""
     slots = len(operands.lora_a)
     for key, start, stop in rows.segments:
         matrix, slot = divmod(key, slots)
         if operands.lora_a[slot].shape[1]:
-            yield _KeyRows(matrix, slot, slice(start, stop), key)
+            yield _KeySpan(matrix, slot, slice(start, stop), key)
 
 
-def _dropped(x: torch.Tensor, operands: StackedOperands, its: _KeyRows) -> torch.Tensor:
+def _dropped(x: torch.Tensor, operands: StackedOperands, its: _KeySpan) -> torch.Tensor:
     """Return the rows of a key with dropout applied. Every call uses the same mask."""
     p = operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
@@ -67,7 +67,7 @@ def add_updates_(
             y[start:stop].addmm_(scaled[start:stop], lora_b[key])
         return s
     s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a))
-    for its in _rows_of_keys(operands, rows):
+    for its in _key_spans(operands, rows):
         lora_a = operands.lora_a[its.slot][its.matrix]
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         own = s[its.at, : lora_a.shape[0]]
@@ -108,7 +108,7 @@ def gradients(
         torch.zeros_like(factor) if wanted else None
         for factor, wanted in zip(factors, wants, strict=True)
     ]
-    for its in _rows_of_keys(operands, rows):
+    for its in _key_spans(operands, rows):
         scaling = operands.scaling[its.slot]
         lora_a = operands.lora_a[its.slot][its.matrix]
         d_lora_a, d_lora_b = found[2 * its.slot : 2 * its.slot + 2]
@@ -184,7 +184,7 @@ def _add_dx_(
     ds: torch.Tensor,
     lora_a: torch.Tensor,
     operands: StackedOperands,
-    its: _KeyRows,
+    its: _KeySpan,
 ) -> None:
     """Add the gradient of a key's rows of x to dx in place.
 
