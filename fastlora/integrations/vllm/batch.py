@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT, Rows, sort_rows
 from fastlora.ops.torch.packed_plans import PlanCache
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
@@ -78,7 +79,7 @@ class BatchRows:
 
         Traced code and captured graphs serve every batch, so it is False for them and on a GPU.
         """
-        if torch.compiler.is_compiling() or self.slots.device.type != "cpu":
+        if is_being_compiled() or self.slots.device.type != "cpu":
             return False
         return not self.used_slots
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.integrations.vllm.batch import BatchRows
+from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import Factors
 from fastlora.ops.torch import packed_forward
 from fastlora.ops.torch.packed_plans import cached_plan
@@ -85,7 +86,7 @@ class SlotProducts:
         """
         if batch.is_unused:
             return
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if is_being_compiled() or x.device.type != "cpu":
             self._add_from_tables(y, x.to(y.dtype), batch)
             return
         factors = self._packed_slots(y.dtype).factors

@@ -16,6 +16,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from fastlora.integrations.vllm.batch import BatchRows, slots_of_adapters
 from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
+from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT
 
 # vLLM's sampler and its layers have separate rows.
@@ -127,7 +128,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
 
     def _check_sampled_rows(self, m: int) -> None:
         sampled = self.indices_len[1]
-        if torch.compiler.is_compiling() or not self._sampled.used_slots or m == sampled:
+        if is_being_compiled() or not self._sampled.used_slots or m == sampled:
             return
         raise ValueError(f"got {m} rows, expected the {sampled} sampled rows of the batch")
 
@@ -194,7 +195,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         self._check_sampled_rows(x.shape[0])
         slots = self._sampler_indices[: x.shape[0]]
         # Traced code and captured graphs serve every batch, so they compute every slot.
-        is_eager = not (self._on_gpu or torch.compiler.is_compiling())
+        is_eager = not (self._on_gpu or is_being_compiled())
         used = self._sampled.used_slots if is_eager else range(weight_stacked.shape[0])
         for slot in used:
             full = F.linear(x, weight_stacked[slot, 0]).float() + bias_stacked[slot].float()
