@@ -1,9 +1,10 @@
 """Export to vLLM: an adapter in the layout that it reads, or a merged model.
 
-vLLM reads PEFT's folders: --enable-lora --lora-modules NAME=FOLDER --max-lora-rank R. It takes one
-r and one lora_alpha for all layers, and nothing but lora_A and lora_B (vllm/lora/peft_helper.py).
-So an adapter of several ranks or scalings is rewritten here: scalings go into lora_B, and factors
-get rows of zeros up to the largest rank. What it cannot read is refused; merge that.
+vLLM reads PEFT's folders: --enable-lora --lora-modules NAME=FOLDER --max-lora-rank R. vLLM 0.32
+reads rank_pattern and alpha_pattern (vllm/lora/peft_helper.py); older versions took one r and one
+lora_alpha for all layers. For these, an adapter of several ranks or scalings is rewritten here:
+scalings go into lora_B, and factors get rows of zeros up to the largest rank. What vLLM cannot read
+is refused; merge that.
 
 NOT RUN in vLLM itself: tests/test_recipes.py checks names, config, and that PEFT computes the same.
 

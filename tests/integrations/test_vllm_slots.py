@@ -11,6 +11,7 @@ import torch
 
 from fastlora.integrations.vllm.batch import BatchRows
 from fastlora.integrations.vllm.slots import LayerSlots
+from fastlora.ops.torch import packed_forward
 from fastlora.testing import assert_within_budget
 
 SLOTS, RANK, K, WIDTHS = 4, 16, 24, (12, 8)
@@ -159,3 +160,20 @@ def test_factors_that_do_not_fit_are_refused_and_nothing_changes(
     with pytest.raises(ValueError, match=expected):
         slots.write(0, downs, ups, [1.0, 1.0])
     _check(slots, adapters, batch, ROWS)
+
+
+def test_a_batch_without_adapters_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("an update was computed")
+
+    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    _load(slots, 1, 4)
+    (products,) = slots.linear
+    monkeypatch.setattr(packed_forward, "add_", fail)
+    monkeypatch.setattr(products, "_add_from_tables", fail)
+    y = torch.randn(3, sum(WIDTHS))
+    before = y.clone()
+    products.add_(y, torch.randn(3, K), _batch((-1, -1, -1)))
+    assert torch.equal(y, before)
+    with pytest.raises(AssertionError, match="an update was computed"):
+        products.add_(y, torch.randn(3, K), _batch((-1, 1, -1)))
