@@ -255,10 +255,11 @@ def _computed_adapter_config(
     config.init_lora_weights = True
     config.modules_to_save = sorted(copies) or None
     targets = [each.target_modules for each in configs]
-    if isinstance(targets[0], str):
+    if all(isinstance(target, str) for target in targets):
         config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))
-    else:
-        config.target_modules = {name for each in targets for name in each or ()}
+    else:  # if there are also patterns, `build_computed_adapter` lists all layers
+        lists = [each for each in targets if each and not isinstance(each, str)]
+        config.target_modules = {name for each in lists for name in each}
     parameters = {name for each in configs for name in each.target_parameters or ()}
     config.target_parameters = sorted(parameters) or None
     return config

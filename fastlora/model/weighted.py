@@ -22,6 +22,8 @@ from fastlora.model.computed_adapters import (
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
+from fastlora.model.stacked_experts import former_names_of
+from fastlora.model.targets import model_type_of
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
 
 
@@ -69,6 +71,9 @@ def combine_adapters(
             `LoraTuner.add_weighted_adapter`.
     """
     _check_combination(configs, adapters, weights, options)
+    # Where PEFT means experts by names of layers, the files of adapters with a pattern have a list.
+    if not former_names_of(model_type_of(model)):
+        _check_target_kinds(configs)
     check_no_duplicate_copies(model, adapters)
     if len(adapters) == 1:
         options = options._replace(combination_type="linear")
@@ -120,11 +125,6 @@ def _check_combination(
             f"majority_sign_method must be 'total' or 'frequency', got "
             f"{options.majority_sign_method!r}"
         )
-    if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
-        raise ConfigError(
-            "all adapter configs should follow the same target modules type: some of "
-            f"{list(configs)} specify a string and others a list; use lists for all of them"
-        )
     for name, config in configs.items():
         if config.use_dora:
             raise AdapterStateError(
@@ -137,6 +137,15 @@ def _check_combination(
                 f"adapter {name!r} trains tokens (trainable_token_indices), which cannot be "
                 "combined with those of other adapters"
             )
+
+
+def _check_target_kinds(configs: Mapping[str, LoraConfig]) -> None:
+    """Raise ConfigError if some target_modules are patterns and others are lists."""
+    if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
+        raise ConfigError(
+            "all adapter configs should follow the same target modules type: some of "
+            f"{list(configs)} specify a string and others a list; use lists for all of them"
+        )
 
 
 def _combine_on_layer(

@@ -406,7 +406,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "`load_adapter(is_trainable=True)` over a loaded adapter",
+        "`load_adapter(is_trainable=True)` under a name that is already in use",
         lambda m: (
             m.of("load")
             and m.operation.arguments["is_trainable"]
@@ -439,7 +439,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "**Loading over a loaded adapter**",
+        "**Loading an adapter under a name that is already in use**",
         lambda m: m.of("load") and m.only_fastlora_raises("the loaded adapter"),
         Script(
             "Llama",
