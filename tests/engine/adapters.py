@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from vllm.lora.peft_helper import PEFTHelper
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The margin between the two best logits below which fp32 rounding may choose another token.
@@ -30,6 +32,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "embedding-r8": {"r": 8, "target_modules": ["embed_tokens", "o_proj"]},
     "head-r12": {"r": 12, "target_modules": ["lm_head", "q_proj", "gate_proj"]},
 }
+if "rank_pattern" not in {field.name for field in fields(PEFTHelper)}:  # vLLM 0.31
+    CONFIGS |= {"rank-pattern": {"r": 20}, "alpha-pattern": {"r": 6}}
 
 
 def make_adapters(base: Any, root: Path, configs: dict[str, dict[str, Any]]) -> PeftModel:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastlora.integrations.vllm import layers
 from fastlora.testing import assert_within_budget
 from tests.engine import vllm_layers
 from tests.engine.vllm_layers import ADAPTERS, MIX, SLOTS, VOCABULARY, K
@@ -376,3 +380,16 @@ def test_none_of_vllms_operators_runs(monkeypatch: Any) -> None:
     test_logits(torch.float32)
     test_fully_sharded_layers("RowParallelLinearWithShardedLoRA")
     test_classification_head()
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "lora_bias"])
+def test_a_field_that_vllm_ignores_is_refused(monkeypatch: Any, tmp_path: Path, field: str) -> None:
+    """As in vLLM 0.31."""
+    config = {"r": 8, field: True if field == "lora_bias" else {"q_proj": 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    older = dataclasses.make_dataclass("PEFTHelper", ["r", "lora_alpha"])
+    monkeypatch.setattr("vllm.lora.peft_helper.PEFTHelper", older)
+    with pytest.raises(ValueError, match=f"adapter 'a': this version of vLLM ignores {field}"):
+        layers.check_config(str(tmp_path), "a")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, field: None}))
+    layers.check_config(str(tmp_path), "a")

@@ -272,3 +272,20 @@ def test_factors_that_do_not_fit_are_named() -> None:
         with pytest.raises(ValueError, match="lora_bias, dropout, or a magnitude"):
             pack.set_slot(0, [own._replace(**field)])
     assert pack.factors is None and pack.num_repacks == 0
+
+
+def test_slots_change_inside_and_outside_of_inference_mode() -> None:
+    """An engine loads adapters in a step, and between steps."""
+    pack = PackedSlots(2, K, [40], torch.float32)
+    adapters = [random_adapter([rank], [40], torch.float32) for rank in (8, 16, 4)]
+    with torch.inference_mode():
+        pack.set_slot(0, adapters[0])
+    pack.set_slot(1, adapters[2])
+    with torch.inference_mode():
+        pack.set_slot(1, adapters[1])
+    pack.set_slot(0, adapters[2])
+    assert pack.num_repacks == 2
+    x, y, ids = torch.randn(5, K), torch.randn(5, 40), [0, 1, -1, 1, 0]
+    rows = sort_rows(torch.tensor(ids), 5, 2)
+    expected = by_row(y, x, ids, [adapters[2], adapters[1]], [40])
+    torch.testing.assert_close(add(pack, y, x, rows)[0], expected)

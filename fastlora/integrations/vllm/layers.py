@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
+from importlib import import_module
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
 _Factor = torch.Tensor | None
 # The attribute of a lora_b that holds the scaling that vLLM would multiply it by.
 _SCALING = "fastlora_scaling"
+# Fields of a config that change the update.
+_UPDATE_FIELDS = {"rank_pattern", "alpha_pattern", "lora_bias"}
 
 
 def replacement(owner: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,11 +239,30 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``WorkerLoRAManager._load_adapter`` with checks of the loaded adapter."""
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
+        check_config(lora_request.lora_path, lora_request.lora_name)
         lora = load(self, lora_request)
         check_adapter(lora, self._adapter_manager, lora_request.lora_name)
         return lora
 
     return _load_adapter
+
+
+def check_config(path: str, name: str) -> None:
+    """Check that vLLM does not ignore a field of an adapter's config, as version 0.31 does.
+
+    Raises:
+        ValueError: vLLM ignores a field that changes the update.
+    """
+    helper = import_module("vllm.lora.peft_helper").PEFTHelper
+    known = {field.name for field in fields(helper)}
+    absolute = import_module("vllm.lora.utils").get_adapter_absolute_path(path)
+    file = Path(absolute) / "adapter_config.json"
+    if known >= _UPDATE_FIELDS or not file.is_file():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    ignored = sorted(field for field in _UPDATE_FIELDS - known if config.get(field))
+    if ignored:
+        raise ValueError(f"adapter {name!r}: this version of vLLM ignores {', '.join(ignored)}")
 
 
 def check_adapter(lora: Any, manager: Any, name: str) -> None:

@@ -117,12 +117,14 @@ class PackedSlots:
             return
         storage = self._storage
         if storage is None or storage.lora_b[0].shape[1] != unit:
-            storage = self._reallocate(unit)
+            # A tensor that is created in inference mode cannot be written outside of it.
+            with torch.inference_mode(False):
+                storage = self._reallocate(unit)
         try:
             is_finite = storage.write(slot, slices)
         except BaseException:
             # The storage in use must not contain a part of an adapter.
-            if storage is self._storage:
+            if storage is self._storage and any(f is not None for f in slices):
                 self.clear_slot(slot)
             raise
         self._ranks[slot], self._is_finite[slot], self._storage = ranks, is_finite, storage
