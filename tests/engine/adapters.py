@@ -32,8 +32,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "embedding-r8": {"r": 8, "target_modules": ["embed_tokens", "o_proj"]},
     "head-r12": {"r": 12, "target_modules": ["lm_head", "q_proj", "gate_proj"]},
 }
+OLDER_RANKS = {"rank-pattern": 20, "alpha-pattern": 6}
 if "rank_pattern" not in {field.name for field in fields(PEFTHelper)}:  # vLLM 0.31
-    CONFIGS |= {"rank-pattern": {"r": 20}, "alpha-pattern": {"r": 6}}
+    CONFIGS |= {name: {"r": r, "lora_alpha": 32} for name, r in OLDER_RANKS.items()}
 
 
 def make_adapters(base: Any, root: Path, configs: dict[str, dict[str, Any]]) -> PeftModel:

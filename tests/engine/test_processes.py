@@ -260,9 +260,10 @@ def server(small: Model) -> Iterator[Server]:
 
 
 def test_clients_while_adapters_change(small: Model, server: Server, tmp_path: Path) -> None:
-    """Every greedy answer is that of an adapter that had the name during the request.
+    """Every greedy answer is that of the adapter that had the name during the request.
 
-    Bad adapters are refused meanwhile.
+    Answers during which their adapter was replaced in place may begin with one adapter and end with
+    the other, as in vLLM itself. Bad adapters are refused meanwhile.
     """
     bad = [
         copy_damaged(small.adapters / "r8", tmp_path, each) for each in ("nan", "rank", "inputs")
@@ -310,17 +311,11 @@ def test_clients_while_adapters_change(small: Model, server: Server, tmp_path: P
         thread.join()
     assert not failed, failed[:3]
     assert len(seen) > 64 and {name for name, *_ in seen} == set(names)
-    for name, ids, answer, possible in seen:
-        errors = []
-        for each in possible:
-            logits = answer_logits(small.peft, None if name == "base" else each, ids, answer)
-            try:
-                first_near_tie(logits, answer)
-                break
-            except AssertionError as error:
-                errors.append(str(error))
-        else:
-            raise AssertionError(f"{name}, one of {possible}: {errors}")
+    known = [(*case, *own) for *case, own in seen if len(own) == 1]
+    assert {version for *_, version in known} == {*names, "other-r8"}
+    for name, ids, answer, version in known:
+        logits = answer_logits(small.peft, None if name == "base" else version, ids, answer)
+        first_near_tie(logits, answer)
 
 
 @pytest.fixture
