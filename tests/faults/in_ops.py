@@ -129,7 +129,7 @@ FAULTS = (
         "issue 31",
         "fastlora/ops/torch/packed_slots.py",
         """\
-            if storage is self._storage:
+            if storage is self._storage and any(f is not None for f in slices):
                 self.clear_slot(slot)
             raise
 """,
