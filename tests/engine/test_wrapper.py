@@ -314,11 +314,6 @@ def test_classification_head() -> None:
         torch.testing.assert_close(rows[row], expected[row])
 
 
-def test_a_batch_names_an_adapter_that_is_in_no_slot() -> None:
-    with pytest.raises(KeyError, match="adapter 5 is not in any slot"):
-        vllm_layers.start_batch(vllm_layers.wrapper(), (7, 5))
-
-
 def test_wrappers_of_a_multimodal_model_have_batches_of_their_own() -> None:
     """A model has up to three wrappers. A batch of one does not change the rows of another."""
     names = (
