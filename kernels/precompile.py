@@ -1,4 +1,4 @@
-"""Compilation of kernels before their first launch: what to compile, and the processes that do it.
+"""Ahead-of-time compilation of the kernels that a model will launch, in separate processes.
 
 Triton compiles a kernel for the types and constants of its arguments, for some values (1, and
 multiples of 16), and for options. `record_variants` finds out what launches would compile, without

@@ -35,7 +35,7 @@ class Router(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return routings that launch every kernel that mixed batches launch, for `warm_up`.
+        """Return sample routings for `warm_up`, which launch every kernel of mixed batches.
 
         Each has one id. ``adapters`` is the largest number of adapters in a batch, or None for all
         adapters. ``ranks`` lists the ranks of adapters, or is None for all of them.

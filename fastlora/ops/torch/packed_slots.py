@@ -123,7 +123,7 @@ class PackedSlots:
         try:
             is_finite = storage.write(slot, slices)
         except BaseException:
-            # The storage in use must not contain a part of an adapter.
+            # The storage in use must not contain an adapter that was only partly copied.
             if storage is self._storage and any(f is not None for f in slices):
                 self.clear_slot(slot)
             raise

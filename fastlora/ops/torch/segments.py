@@ -174,7 +174,7 @@ def _add_batched_same_rank(
     rows: Rows,
     s: torch.Tensor,
 ) -> None:
-    """Add the updates of adapters of the same rank to y in place, and write their parts of s.
+    """Add the updates of adapters of the same rank to y in place, and write their rows of s.
 
     Two batched products with stacked factors compute the updates. If an adapter has fewer rows than
     another one in the group, its first row fills the free places, and the results there are
