@@ -129,6 +129,22 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def row_wise_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's dots treat all rows of a tile alike, as a GPU does.
+
+    NumPy's BLAS does not on some CPUs: a row's bits depend on the row's place in the tile.
+    """
+    if not interpreted():
+        return
+    import numpy as np
+
+    def matmul(a: Any, b: Any, dtype: Any = None) -> Any:
+        return (a[:, :, None] * b[None]).sum(axis=1, dtype=dtype)
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
+@pytest.fixture
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``calls_of(module, name, noted, seen)`` adds to seen what ``noted`` makes of a call."""
 

@@ -211,6 +211,7 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
     assert launches == ["load_table4"] * 2
 
 
+@pytest.mark.usefixtures("row_wise_dots")
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_batch_invariant_mode_has_one_kernel_over_codes(
     lab: Lab, dtype: torch.dtype, launches: list[str], mixed: bool

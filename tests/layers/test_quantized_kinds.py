@@ -334,7 +334,7 @@ def test_int8_with_outliers_in_training(threshold: float) -> None:
             getattr(base, name).state.threshold = threshold
         model, x = (
             adapted(library, base=base, target_modules=TARGETS),
-            torch.randn(5, 64, generator=torch.manual_seed(2)),
+            torch.randn(5, 64, generator=torch.Generator().manual_seed(2)),
         )
         y = model.train()(x.requires_grad_())
         results.append([y.detach(), *torch.autograd.grad(y.sum(), [x, *trainable(model)])])

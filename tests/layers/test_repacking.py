@@ -56,7 +56,7 @@ def adapted(base: nn.Module, library: Any = fastlora, **config: Any) -> Any:
 def rows(count: int, like: nn.Module, width: int = 64) -> torch.Tensor:
     """The same x at every call, in a model's dtype."""
     dtype = next(p.dtype for p in like.parameters() if p.is_floating_point())
-    return torch.randn(count, width, generator=torch.manual_seed(2)).to(dtype)
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def step(model: Any, count: int = 5) -> list[torch.Tensor]:
