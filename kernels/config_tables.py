@@ -38,6 +38,7 @@ _KERNELS = {
     "coded_lora_linear": "lora_linear",
     "coded_lora_grad_x": "lora_linear",
     "coded_mixed_lora_linear": "mixed_lora_linear",
+    "dropout_lora_shrink": "lora_shrink",
     "lora_grad_x": "lora_linear",
     "lora_grad_x_add": "lora_expand",
     "mixed_lora_train_shrink": "mixed_lora_shrink",
@@ -150,7 +151,7 @@ def is_valid(chip: Chip, launch: str, config: KernelConfig, width: int) -> bool:
     sides = [side for side in (m, n, k, r, config.narrow_r) if side]
     least = 16 if config.input_precision else 1
     powers = all(side >= least and side & (side - 1) == 0 for side in sides)
-    return powers and config.num_warps in (1, 2, 4, 8) and buffers <= chip.shared_limit
+    return powers and config.num_warps in (1, 2, 4, 8, 16) and buffers <= chip.shared_limit
 
 
 def cuts_rows(launch: str) -> bool:

@@ -6,8 +6,8 @@ number of rows, the sizes of the layer, and the largest rank, and plans also fro
 slots. Therefore one CUDA graph can be replayed for any mix.
 
 A launch has the name of its kernel, or a name of its own if the kernel does another job: dx of a
-linear layer, or the forward pass of training, which has many rows, dropout, and factors in the
-layout of parameters.
+linear layer, a shrink with dropout, whose masks take most of its instructions, or a mixed batch's
+forward pass in training, which has many rows, dropout, and factors in the layout of parameters.
 
 In the batch-invariant mode, configs do not depend on the batch either. A launch gets the config
 that a batch of `INVARIANT_ROWS` rows would get outside of the mode, so that tile, instruction,
@@ -88,7 +88,6 @@ def choose(
     group_size: int = 1,
     input_precision: str = "ieee",
     batch_invariant: bool = False,
-    dropout: bool = False,
 ) -> KernelConfig:
     """Return the config of a launch. Sizes that do not matter for the kernel may be left out.
 
@@ -113,7 +112,6 @@ def choose(
         group_size: Number of modules in one `lora_grad_a`.
         input_precision: "ieee" or "tf32"; matters for fp32 only.
         batch_invariant: Whether the config must not depend on ``m``.
-        dropout: Whether the launch computes dropout masks; matters for a shrink only.
 
     Raises:
         ValueError: There is no table for the chip.
@@ -133,7 +131,7 @@ def choose(
         of_weight = _QUANTIZED_WIDTH if launch.startswith("coded_") else width
         row, splits = _of_decode(chip, bandwidths, tiles, sizes, of_weight, most)
     else:
-        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width, dropout)
+        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width)
     splits = row.splits or splits
     if not batch_invariant:
         splits = _splits_that_fit(kernel_of(launch), splits, sizes, group_size)
@@ -346,7 +344,6 @@ def _on_grid(
     mnkr: tuple[int, int, int, int],
     group_size: int,
     width: int,
-    dropout: bool,
 ) -> tuple[ConfigRow, int]:
     """Return the best row for the problem, and the number of splits of its sums."""
     kernel = kernel_of(launch)
@@ -375,11 +372,9 @@ def _on_grid(
             cost = (tiles["r"], not _fills(chip, splits * programs, loads), partials)
         else:
             # The first candidate that fills the chip, or else the last one. Among those that read x
-            # equally often, a candidate that needs no partial sums comes first. With dropout, more
-            # programs share the instructions of the masks.
+            # equally often, a candidate that needs no partial sums comes first.
             idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
-            prefers_whole = split and not idle and not dropout
-            reads, partials = (tiles["r"], splits > 1) if prefers_whole else (0, 0)
+            reads, partials = (tiles["r"], splits > 1) if split and not idle else (0, 0)
             cost = (idle, -index if idle else reads, partials)
         choices.append((cost, index, row, splits))
     _, _, row, splits = min(choices)

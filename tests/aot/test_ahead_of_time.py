@@ -106,7 +106,12 @@ def has_loop(row: Row) -> bool:
     """Whether a K loop is there to be pipelined, over rows that a vector load can read."""
     looping = ("lora_shrink", "lora_linear", "mixed_lora_shrink", "mixed_lora_linear")
     looping += tuple(f"mixed_lora_grad_{name}" for name in "bax")
-    looping += ("mixed_lora_train_shrink", "mixed_lora_train_linear", *OVER_CODES)
+    looping += (
+        "dropout_lora_shrink",
+        "mixed_lora_train_shrink",
+        "mixed_lora_train_linear",
+        *OVER_CODES,
+    )
     return row["variant"] != "uneven" and row["kernel"] in (*looping, *GRADIENTS)
 
 
@@ -148,7 +153,7 @@ def test_nothing_writes_to_what_a_wgmma_in_flight_reads(all_rows: list[Row], ver
     """Of all kernels with A in registers: rank rows, dropout, and fp32 that is rounded to tf32."""
     found = [row for row in of(all_rows, arch="sm_90", triton=version) if row["register_a"] != "0"]
     assert {row["kernel"] for row in found} >= {
-        *("lora_shrink", "lora_linear", "lora_expand"),
+        *("dropout_lora_shrink", "lora_linear", "lora_expand"),
         *("lora_grad_a", "lora_grad_x", "lora_grad_x_add"),
         *("mixed_lora_train_shrink", "mixed_lora_train_linear", "mixed_lora_grad_a"),
     }
@@ -376,7 +381,8 @@ def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     kernels = {row["kernel"] for row in of(rows, variant=variant)}
     single = {"lora_shrink", "lora_linear", "lora_expand"}
     mixed = {f"mixed_{stem}" for stem in single}
-    assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"}
+    dropout = {"dropout_lora_shrink"} if variant == "ragged" else set()
+    assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"} | dropout
 
 
 def test_the_published_table_is_of_todays_kernels(all_rows: list[Row]) -> None:

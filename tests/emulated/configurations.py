@@ -135,11 +135,12 @@ def _one(given: Configuration) -> Case:
 
     def run(lab: Lab) -> Results:
         sizes = sizes_of(given).values()
-        problem = Problem(lab, *sizes, given.r, BF16, 0.3, [given.r] * (given.group_size - 1))
-        stem = given.launch.removeprefix("coded_")
-        quantized = (
-            make_quantized_weight("nf4 nested", problem.weight) if stem != given.launch else None
-        )
+        dropout_p = 0.0 if given.launch == "lora_shrink" else 0.3
+        others = [given.r] * (given.group_size - 1)
+        problem = Problem(lab, *sizes, given.r, BF16, dropout_p, others)
+        stem = given.launch.removeprefix("coded_").removeprefix("dropout_")
+        is_quantized = given.launch.startswith("coded_")
+        quantized = make_quantized_weight("nf4 nested", problem.weight) if is_quantized else None
         if quantized is not None:
             problem.weight = quantized.quantized_data
         found: Results = getattr(problem, stem.removeprefix("lora_"))(given.config)

@@ -269,7 +269,6 @@ def test_the_fewest_splits_that_fill_the_chip() -> None:
     assert splits("lora_shrink", m=4096, k=4096) == 4
     # Twice as many tiles of 64 rows need no partial sums.
     assert splits("lora_shrink", m=8192, k=4096) == 1
-    assert chosen("lora_shrink", m=8192, k=4096, r=16, dropout=True).splits == 2
     assert splits("lora_shrink", m=65536, k=4096) == 1
     # 256 columns are two steps of the K loop: nothing to split.
     assert splits("lora_shrink", m=1, k=256) == 1
@@ -285,6 +284,18 @@ def test_a_shrink_with_more_rank_rows_than_a_narrow_tile_has_keeps_the_wide_one(
     """With tiles of 64 rows, x would be read twice."""
     config = chosen("lora_shrink", m=8192, k=4096, r=128)
     assert (config.block_m, config.block_r, config.splits) == (128, 128, 2)
+
+
+def test_a_shrink_with_dropout_has_many_warps_per_row_tile() -> None:
+    """They share the instructions of the masks, and enough row tiles need no partial sums."""
+
+    def config(m: int, r: int = 16) -> KernelConfig:
+        return chosen("dropout_lora_shrink", m=m, k=4096, r=r)
+
+    assert {(c.block_m, c.num_warps) for c in map(config, (16, 2048, 8192, 65536))} == {(64, 16)}
+    assert [config(m).splits for m in (2048, 4096, 8192, 65536)] == [4, 2, 1, 1]
+    # One column tile, so that no mask is computed twice.
+    assert config(8192, r=128).block_r == 128
 
 
 def test_an_expand_has_wide_tiles_where_one_product_has_the_whole_rank() -> None:

@@ -23,7 +23,6 @@ def config_of(
     *,
     group_size: int = 1,
     batch_invariant: bool = False,
-    dropout: bool = False,
 ) -> configs.KernelConfig:
     """Return the config of a kernel launch on x's device, for matrix products in x's dtype.
 
@@ -38,5 +37,4 @@ def config_of(
         group_size=group_size,
         input_precision=fp32_precision(x.dtype),
         batch_invariant=batch_invariant,
-        dropout=dropout,
     )

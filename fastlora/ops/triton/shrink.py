@@ -86,8 +86,8 @@ def shrink_with_partials(
     otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
-    modes = {"batch_invariant": batch_invariant, "dropout": seed is not None}
-    config = config_of("lora_shrink", x, m, k=k, r=r, **modes)
+    launch = "lora_shrink" if seed is None else "dropout_lora_shrink"
+    config = config_of(launch, x, m, k=k, r=r, batch_invariant=batch_invariant)
     s = shrunk = empty(x, m, r)
     if config.splits > 1:
         rows = -(-m // 16) * 16 if r % 16 else m

@@ -140,7 +140,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
                 result.append(Case(chip.arch, shipped, "plain"))
             if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
-                result.append(Case(chip.arch, shipped, "plain"))
+                if shipped.kernel != "dropout_lora_shrink":
+                    result.append(Case(chip.arch, shipped, "plain"))
                 result.append(Case(chip.arch, shipped, "ragged"))
                 if shipped.config.block_m == 16 or shipped.kernel.startswith("lora_grad_"):
                     result.append(Case(chip.arch, shipped, "uneven"))
@@ -261,13 +262,15 @@ def operands(case: Case) -> dict[str, Any]:
         common |= {"s": empty(m, count * r), "scaling": fp32(1 if count > 1 else r)}
         if case.variant == "split":
             common |= {"config": replace(config, splits=2), "y": fp32(2, m, n)}
+        alone_shrink = {
+            "out": empty(m, count * r) if light else fp32(config.splits, m, count * r),
+            "lora_a": [factor(r, k)] * count,
+            "config": replace(config, splits=1) if light else config,
+            **{"seed": None, "dropout_p": 0.0},
+        }
         own: dict[str, dict[str, Any]] = {
-            "lora_shrink": {
-                "out": empty(m, count * r) if light else fp32(config.splits, m, count * r),
-                "lora_a": [factor(r, k)] * count,
-                "config": replace(config, splits=1) if light else config,
-                **dropped,
-            },
+            "lora_shrink": alone_shrink,
+            "dropout_lora_shrink": {**alone_shrink, **dropped},
             "lora_linear": {
                 "s": fp32(MAX_SPLITS, m, count * r) if heavy else empty(m, r),
                 "bias": bias,

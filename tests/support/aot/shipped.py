@@ -47,7 +47,7 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
     """
     made = []
     for (launch, kind), rows in table_of(chip).items():
-        splits = MAX_SPLITS if launch == "lora_shrink" else 1
+        splits = MAX_SPLITS if kernel_of(launch) == "lora_shrink" else 1
         for row in (row for row in rows if row.num_warps):
             for block_r, r in _hardest_ranks(kernel_of(launch), row):
                 group_size = _largest_group(row, block_r) if launch == "lora_grad_a" else 1
