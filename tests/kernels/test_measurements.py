@@ -88,7 +88,7 @@ def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
         ({"launch": "lora_lineer"}, "no launch 'lora_lineer'"),
         ({"kind": "int8"}, "of the kind 'int8'"),
         ({"block_n": 48}, "cannot run as"),
-        ({"num_warps": 16}, "cannot run as"),
+        ({"num_warps": 32}, "cannot run as"),
         ({"block_n": 256, "block_m": 128, "num_stages": 6}, "cannot run as"),
         ({"block_k": 0}, "other sides"),
         ({"blocks_r": []}, "blocks_r is"),
