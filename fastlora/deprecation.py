@@ -78,10 +78,7 @@ class RenamedAttribute:
 
 
 def current_names(instance: object, names: Iterable[str]) -> list[str]:
-    """Return the current names among ``names``.
-
-    The old names of the instance's attributes are left out.
-    """
+    """Return ``names`` as a list, without the old names of the instance's renamed attributes."""
     owner = type(instance)
     return [
         name

@@ -54,7 +54,7 @@ def measured_configs_folder() -> Path | None:
 
 
 def vllm_plugin_enabled(device: str) -> bool:
-    """Return whether fastlora is vLLM's LoRA backend on a type of device.
+    """Return whether fastlora's vLLM plugin is enabled for a device type.
 
     ``FASTLORA_VLLM`` disables it with 0 and enables it with 1. If the variable is not set, it is
     enabled on a CPU only, because it has not been measured on a GPU.

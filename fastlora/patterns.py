@@ -283,7 +283,10 @@ class _SuffixIndex:
                     self.expressions[pattern] = place
 
     def matching_plain_patterns(self, name: str) -> dict[str, int]:
-        """Return the plain patterns that match the end of a name, with their positions."""
+        """Return the plain-name patterns that match the end of a module name.
+
+        They are the keys of a dict that maps them to their positions in the field.
+        """
         found = {}
         with count_matching_time(self._field):
             for lengths, patterns in self._plain.items():
@@ -352,7 +355,7 @@ def _max_expanded_length(pattern: str, expression: str) -> int:
 
 
 def _dotted_suffix_from_lengths(name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return the end of a name, split into parts of the given lengths and joined with dots.
+    """Return the end of a name as parts of the given lengths, joined with dots.
 
     The character between two parts is replaced by a dot, because a dot in a pattern matches any
     character. Returns None if the first part does not start at the beginning of a component of the

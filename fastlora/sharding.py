@@ -29,7 +29,7 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def local_shard(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a DTensor, or any other parameter unchanged.
+    """Return this process's shard of a parameter, or the parameter itself if it is not a DTensor.
 
     If the parameter requires a gradient, autograd records the operation.
     """
@@ -42,7 +42,7 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
-    """Return a parameter's local tensor, summing gradients if the parameter is replicated.
+    """Return a parameter's local tensor; the backward pass sums the gradients of replicas.
 
     The parameter is a DTensor. The result is its local shard, a plain tensor. The gradients of a
     replicated DTensor are summed over all processes in the backward pass.
@@ -67,7 +67,7 @@ def has_multiple_processes() -> bool:
 
 
 def unwrap_ddp(model: Any) -> Any:
-    """Return the model inside DistributedDataParallel, or any other model unchanged."""
+    """Return the model that DistributedDataParallel wraps, or ``model`` itself if not wrapped."""
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 

@@ -99,7 +99,7 @@ class ImplementationError(FastLoraError, RuntimeError):
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Prefix the messages of errors raised in a ``with`` block with ``where``.
+    """Add the prefix ``where`` to the messages of errors raised in a ``with`` block.
 
     Only a `FastLoraError` is changed.
     """
@@ -175,7 +175,7 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
     """
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
-            f"{name} has dtype {tensor.dtype}, expected a floating-point dtype of 16, 32 or 64 bits"
+            f"{name} has dtype {tensor.dtype}, expected a 16-, 32-, or 64-bit floating-point dtype"
         )
 
 
@@ -186,8 +186,8 @@ def check_dropout_dtype(dtype: torch.dtype) -> None:
     """
     if not dtype.is_floating_point or dtype.itemsize < torch.float16.itemsize:
         raise TypeError(
-            f"dropout does not support {dtype}; expected a floating-point dtype of 16, 32 or 64 "
-            "bits, or a dropout of 0"
+            f"dropout does not support {dtype}; expected a 16-, 32-, or 64-bit floating-point "
+            "dtype, or a dropout probability of 0"
         )
 
 

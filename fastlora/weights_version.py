@@ -48,7 +48,7 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """The recorded state of tensors, which shows whether they have changed since.
+    """The recorded state of a list of tensors, used to detect whether they have changed.
 
     A cached value was computed from the tensors. The memory address and the ``_version`` of a
     tensor are not sufficient. PyTorch reuses freed memory, so a tensor that is replaced twice may
@@ -80,7 +80,7 @@ class TensorStamp:
             self._states = _states_of(tensors)
 
     def matches(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Return whether the tensors' state and the context equal the recorded ones.
+        """Return whether the tensors' state and the context match the recorded ones.
 
         Args:
             tensors: The current tensors, in the same order.
@@ -165,7 +165,7 @@ class ProcessWeightsVersions:
         return self.frozen
 
     def invalidate_trained_weights(self) -> None:
-        """Invalidate all cached values that were computed from weights that may be trained."""
+        """Invalidate all cached values that were computed from trainable weights."""
         self.trained, self.step = WeightsVersion(), WeightsVersion()
 
     def invalidate_all(self) -> None:

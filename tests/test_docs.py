@@ -229,7 +229,7 @@ def test_the_figures_of_serving_are_those_of_the_results() -> None:
         ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
         assert " | ".join([*(f"{rate:.1f}" for rate in own), f"{ratio:.2f} |"]) in page
     (soak,) = rows_of("serve_soak_cpu.csv")
-    assert f"The server sent {int(soak['requests']):,} answers at " in page
+    assert f"The server completed {int(soak['requests']):,} requests and generated " in page
     assert f"loaded, replaced, or unloaded {soak['changes']} times in total." in page
     assert f"All {soak['greedy']} greedy answers were identical" in page
     assert (

@@ -78,8 +78,8 @@ def check_required_density(combination: str, density: float | None) -> None:
     number = isinstance(density, (int, float)) and not isinstance(density, bool)
     if not number or density is None or not 0.0 < density <= 1.0:
         raise ConfigError(
-            f"combination_type={combination!r} needs a density in (0, 1], the fraction of values "
-            f"to keep, got {density!r}"
+            f"combination_type={combination!r} needs a density in (0, 1] (the fraction of values "
+            f"to keep), got {density!r}"
         )
 
 

@@ -27,7 +27,7 @@ class Svd(NamedTuple):
     vh: torch.Tensor
 
     def singular_values_to_keep(self, rank: int | float) -> int:
-        """Return the number of singular values to keep for a given rank, at most R.
+        """Return how many of the R singular values to keep for a given rank.
 
         Args:
             rank: The number of singular values as an int, or a float in (0, 1]. For a float, the
@@ -65,8 +65,8 @@ def check_factors_finite(where: str, *tensors: torch.Tensor) -> None:
     """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise AdapterStateError(
-            f"{where} has values that are not finite, so it cannot be decomposed; check at "
-            "which training step the first of these values appeared"
+            f"{where} contains NaN or infinite values, so it cannot be decomposed; find the "
+            "training step that first produced them"
         )
 
 

@@ -106,7 +106,7 @@ def _should_use_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether a layer should use PyTorch's own autograd nodes.
+    """Return whether a layer should use PyTorch's built-in autograd, not a custom function.
 
     The result is True only for a few rows on a CPU. The layer has no active dropout.
 
@@ -144,14 +144,14 @@ def _linear_with_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the base output plus the LoRA update, using PyTorch's own autograd nodes.
+    """Return the base output plus the LoRA update, using PyTorch's built-in autograd.
 
     Compared with `fastlora.autograd.lora_linear.run_adapters`, the result has the same bits in fp32
     and fp64. In bf16 the update is rounded before it is added, and x is converted for fp32 factors.
     No Python code runs in the backward pass, and little runs here: between two products of a large
-    model, code is evicted from the processor's cache, so each call takes microseconds. The nodes
-    save x, ``scaling * s``, and the parameters. dx is the sum of two products, where `LoraLinear`
-    adds one to the other in place.
+    model, code is evicted from the processor's cache, so each call takes microseconds. The
+    autograd nodes save x, ``scaling * s``, and the parameters. dx is the sum of two products, where
+    `LoraLinear` adds one to the other in place.
     """
     shape = x.shape
     # A 2-D input makes fewer nodes. Without gradients, y would be a view that cannot be written to
@@ -180,7 +180,7 @@ def _add_with_native_autograd(
     scaling: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    """Return ``y [..., N]`` plus the LoRA update, using PyTorch's own autograd nodes.
+    """Return ``y [..., N]`` plus the LoRA update, using PyTorch's built-in autograd.
 
     y is a base layer's output. ``inplace`` is as in `Base`.
     """

@@ -132,7 +132,7 @@ def _iter_adapters_with_rows(
 def _allocate_s_and_z(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate s and z without initializing them.
+    """Allocate uninitialized tensors s and z for `_dora_with_dropout`.
 
     Only the rows of adapters are used later.
     """
@@ -163,9 +163,10 @@ def _allocate_gradients(
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the output of DoRA adapters with dropout, and return it with s and z.
+    """Compute the output of DoRA adapters with dropout, and s and z for the backward pass.
 
-    The output is y with the adapters applied. The backward pass needs s and z.
+    Returns a tuple (output, s, z). The output is y with the adapters applied. s is
+    ``dropout(x) @ lora_a.T``, and z is ``dropout(x) @ weight.T``.
     """
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])

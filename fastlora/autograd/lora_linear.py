@@ -89,7 +89,7 @@ def _forward_without_graph(
     impl: str,
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the forward pass without an autograd graph, and return a tuple (output, s).
+    """Run the forward pass without an autograd graph; return the output and the shrink output s.
 
     The output is ``[..., N]``.
     """
@@ -227,8 +227,8 @@ class LoraLinear(torch.autograd.Function):
 def _mask_unwanted(
     gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Return the gradients, with None in place of each unwanted gradient.
+    """Return the gradients, with None in place of each gradient that is not needed.
 
-    Backends compute the gradients of several adapters together, including unwanted ones.
+    Backends compute the gradients of several adapters together, including those not needed.
     """
     return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

@@ -222,7 +222,7 @@ def _to_2d(x: torch.Tensor) -> torch.Tensor:
 
 
 def _restore_leading_dims(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Reshape the outputs to the leading dimensions of x.
+    """Reshape the outputs to have the same leading dimensions as x.
 
     A backend's outputs ``[M, N]`` become ``[..., N]``.
     """

@@ -35,7 +35,7 @@ def stacked_lora_linear(
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
-    """Return the product of sorted rows with a stack plus the LoRA update of each row, ``[P, N]``.
+    """Multiply sorted rows by a stack of weights, add the LoRA updates, and return ``[P, N]``.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -141,7 +141,7 @@ define_operator(
 def _stacked_linear(
     x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
 ) -> torch.Tensor:
-    """Return the sum of y, the product of sorted rows with a stack, and the updates of adapters.
+    """Multiply sorted rows by a stack of weights, and add y and the LoRA updates.
 
     The operator decomposes when autograd is traced. y ``[P, N]`` or the stack may be None, and
     there may be no adapters.

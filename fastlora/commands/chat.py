@@ -65,7 +65,7 @@ OPTIONS = (
 
 
 def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Parse the adapter folders given on the command line into a dict by adapter name.
+    """Parse the adapter folders given on the command line into a dict keyed by adapter name.
 
     Args:
         given: Values of ``--adapter``: folders, or ``NAME=FOLDER``.
@@ -169,7 +169,7 @@ class Chat:
         return True
 
     def select_adapter(self, name: str) -> None:
-        """Select the adapter that answers from now on.
+        """Select the adapter that generates subsequent answers.
 
         The name may also be that of the base model. Unknown names are reported.
         """
@@ -286,7 +286,7 @@ class Chat:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, run the dialogue, and return the exit code."""
+    """Parse ``argv``, run the chat, and return the exit code."""
     text = "Chat with a model and its adapters: switch between them, or ask all of them at once."
     args = parse_options("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):

@@ -136,7 +136,7 @@ def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-    """Build the parser of all commands, and return it with the names of the commands."""
+    """Build the parser for all commands, and return it with the command names."""
     parser = argparse.ArgumentParser(
         prog="fastlora",
         description="Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many "
@@ -357,7 +357,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer files in ``source`` to ``target``; return whether there are any."""
+    """Copy the tokenizer from ``source`` to ``target``; return whether ``source`` has one."""
     if not (source / "tokenizer_config.json").is_file():
         return False
     for name in _TOKENIZER_FILES:

@@ -85,7 +85,7 @@ def run_demo(args: argparse.Namespace) -> int:
     """
     if max(args.adapters) > SEQUENCES:
         raise ConfigError(
-            f"--adapters must be at most {SEQUENCES}, the number of sequences in a batch, got "
+            f"--adapters must be at most {SEQUENCES} (the number of sequences in a batch), got "
             f"{max(args.adapters)}"
         )
     env.set_offline_demo_variables()
@@ -215,7 +215,7 @@ def open_demo_run(
 def answer_with_adapters(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Generate the answers of several adapters to one prompt.
+    """Generate an answer to a prompt with each of several adapters.
 
     The answers are generated as one batch. Decoding is greedy, without a system prompt. ``names``
     contains the adapter for each answer, with None for the base model. Without ``names``, a model

@@ -16,7 +16,7 @@ from fastlora.train.data import TrainBatch
 
 
 class PeftComparison(NamedTuple):
-    """A comparison of a model's logits with PEFT's logits.
+    """A comparison of a model's logits in fastlora and in PEFT.
 
     Attributes:
         peft_model: PEFT's model, which is trainable.

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _vllm_facts() -> dict[str, Any] | None:
-    """Return what fastlora would do in vLLM, or None if vLLM is not installed."""
+    """Return facts about fastlora's vLLM plugin, or None if vLLM is not installed."""
     import torch
 
     from fastlora.integrations.vllm.register import preview_registration
@@ -97,7 +97,7 @@ def _vllm_facts() -> dict[str, Any] | None:
 def _report_and_facts(
     folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Return the fusion report of a model, and a dict of facts about it.
+    """Return a model's fusion report and a dict of facts about the model.
 
     The report is for the model with an adapter. The facts can be written as JSON. If the model
     cannot be loaded, the error is added to the problems, and the report is None.

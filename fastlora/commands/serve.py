@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _LoadingThread(threading.Thread):
-    """The thread that loads the model while the server already listens.
+    """The thread that loads the model while the server is already listening.
 
     It starts with the server's event loop. If loading fails, the server stops.
 
@@ -258,7 +258,7 @@ def _return_freed_memory_to_os() -> None:
 
 
 def connection_limits(args: argparse.Namespace, descriptors: int | None) -> ConnectionLimits:
-    """Return the connection limits from the arguments and the limit on file descriptors.
+    """Compute the connection limits from the arguments and the limit on file descriptors.
 
     The limits that the options set are adapted to the limit on open files.
     """
@@ -400,7 +400,7 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_cleanly_on_signals() -> Iterator[None]:
-    """Make the process exit cleanly if a signal arrives in the ``with`` block.
+    """Make the process exit cleanly if a signal arrives during the ``with`` block.
 
     The exit code is then 0. uvicorn handles the signal and raises it again.
     """

@@ -13,7 +13,7 @@ from fastlora.validation import ConfigError
 
 @dataclass
 class LoftQConfig:
-    """Config of the LoftQ initialization (``init_lora_weights="loftq"``).
+    """Configuration for LoftQ initialization (``init_lora_weights="loftq"``).
 
     Args:
         loftq_bits: Bits per value of the quantized weight: 2 or 4 (normal floats), or 8 (integers).
@@ -37,7 +37,7 @@ class LoftQConfig:
 
 @dataclass
 class EvaConfig:
-    """Config of the EVA initialization (``init_lora_weights="eva"``).
+    """Configuration for EVA initialization (``init_lora_weights="eva"``).
 
     Args:
         rho: Limit on the rank of each layer, as a multiple of the layer's ``r``. With 1, every
@@ -70,7 +70,7 @@ class EvaConfig:
 
 @dataclass
 class CordaConfig:
-    """Config of the CorDA initialization (``init_lora_weights="corda"``).
+    """Configuration for CorDA initialization (``init_lora_weights="corda"``).
 
     Args:
         cache_file: File that caches the decompositions, or None. If the file exists, the
@@ -104,7 +104,7 @@ class CordaConfig:
 
 @dataclass
 class LoraGAConfig:
-    """Config of the LoRA-GA initialization (``init_lora_weights="lora_ga"``).
+    """Configuration for LoRA-GA initialization (``init_lora_weights="lora_ga"``).
 
     Args:
         direction: How to divide the first ``2 * r`` singular directions of the gradient between A

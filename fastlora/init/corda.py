@@ -149,8 +149,9 @@ class CovarianceAccumulator:
         for name, count in self.counts.items():
             if not count:
                 raise InitializationError(
-                    f"layer {name!r}: the calibration data did not reach this layer; run the model "
-                    "that the adapter is added to, or leave the layer out (exclude_modules)"
+                    f"layer {name!r}: the calibration data did not reach this layer; run the "
+                    "calibration on the model that the adapter will be added to, or exclude the "
+                    "layer with exclude_modules"
                 )
         self._last = None
         sums, self.sums = self.sums, {}

@@ -91,8 +91,8 @@ class EvaSearch:
         missing = [name for name in self.layers if name not in digests]
         if missing:
             raise InitializationError(
-                f"layer {missing[0]!r}: the data did not reach this layer; leave it out "
-                "(exclude_modules)"
+                f"layer {missing[0]!r}: the data did not reach this layer; exclude the "
+                "layer with exclude_modules"
             )
         groups: dict[bytes, list[str]] = {}
         for name, digest in digests.items():
@@ -177,9 +177,9 @@ class EvaSearch:
                     )
 
     def directions(self) -> dict[str, torch.Tensor]:
-        """Return the principal directions that were found, by layer name.
+        """Return a dict that maps each layer name to the layer's principal directions.
 
-        The result is a dict of directions, each ``[rank, K]`` in fp32.
+        The directions of a layer are ``[rank, K]`` in fp32.
 
         Raises:
             InitializationError: A layer has no directions yet.
@@ -188,7 +188,10 @@ class EvaSearch:
         for name, rank in self.ranks.items():
             found = self.found[self.source[name]]
             if found.components is None:
-                raise InitializationError(f"layer {name!r} has no directions yet")
+                raise InitializationError(
+                    f"layer {name!r} has no principal directions yet; call "
+                    "run_until_converged first"
+                )
             scales = found.values[:rank].sqrt()[:, None] if self.settings.whiten else 1.0
             made[name] = (found.components[:rank] / scales).float()
         return made
@@ -223,7 +226,7 @@ def distribute_ranks(
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Gather and concatenate the rows of all processes. The numbers of rows may differ."""
+    """Gather and concatenate the rows from all processes. The numbers of rows may differ."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

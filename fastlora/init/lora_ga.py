@@ -154,9 +154,9 @@ def recording_gradients(
         for name, weight in weights.items():
             if weight.grad is None or not counts[name]:
                 raise InitializationError(
-                    f"layer {name!r}: its weight received no gradient; run forward and backward on "
-                    "the model that the adapter is added to, or leave the layer out "
-                    "(exclude_modules)"
+                    f"layer {name!r}: its weight received no gradient; run the forward and "
+                    "backward passes on the model that the adapter will be added to, or exclude "
+                    "the layer with exclude_modules"
                 )
             found[name] = weight.grad.detach() / counts[name]
             check_finite_for_init(found[name], f"layer {name!r}: the gradient of its weight")

@@ -221,15 +221,15 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InitializationError(
-            f"{what} has {bad} of {tensor.numel()} values that are not finite; make all "
-            "values finite, or choose another init_lora_weights"
+            f"{what} contains NaN or infinite values ({bad} of {tensor.numel()}); make all values "
+            "finite, or choose another init_lora_weights"
         )
 
 
 def subtract_update(
     given: InitInputs, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> InitResult:
-    """Subtract the scaled update of two factors from the base weight, and return the result.
+    """Subtract the scaled product of two factors from the base weight, and return the result.
 
     Args:
         given: The arguments of the initialization method.
@@ -243,9 +243,9 @@ def subtract_update(
 def check_singular_values_nonzero(
     given: InitInputs, values: torch.Tensor, larger_dimension: int
 ) -> None:
-    """Raise `InitializationError` if an initialization needs a singular value that is zero.
+    """Raise `InitializationError` if any of the first R singular values is zero.
 
-    The first R values are needed. Values that are as small as rounding errors count as zero. For a
+    R is the rank of the adapter. Values that are as small as rounding errors count as zero. For a
     singular value of zero, the column of lora_b and the row of lora_a would both be zero and would
     never receive a gradient. The error is also raised if the scaling is not positive, because the
     factors are divided by its square root.
@@ -264,8 +264,8 @@ def check_singular_values_nonzero(
     usable = int((values > tolerance).sum())
     if usable < given.rank:
         raise InitializationError(
-            f"init_lora_weights={given.name!r}: the base weight has rank {usable} or less, "
-            f"expected at least r={given.rank}, because the remaining directions would never "
-            "be trained; use a smaller r for this layer (rank_pattern), or leave the layer out "
-            "(exclude_modules)"
+            f"init_lora_weights={given.name!r} uses r={given.rank} singular values, but only "
+            f"{usable} of them are nonzero; the directions of the others would never be trained. "
+            "Use a smaller r for this layer (rank_pattern), or exclude the layer with "
+            "exclude_modules"
         )

@@ -94,7 +94,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _base_weight_or_output(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight, or its output for ``x``.
+        """Return the base layer's weight, or the base layer's output for ``x``.
 
         A weight is returned with the bias. The output is computed only if the base layer is called
         with further arguments, or if fastlora cannot read the base layer's weight directly.
@@ -128,7 +128,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         self._clear_model_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter of the layer, as PEFT does.
+        """Delete an adapter from the layer, as PEFT does.
 
         The layer's caches are then cleared.
 
@@ -163,8 +163,8 @@ class _FusedForwardMixin(BaseAdapterLayer):
         for name, variant in self.lora_variant.items():
             if _has_unsupported_variant(self, name) and name in routing.names:
                 raise UnsupportedLayerError(
-                    f"adapter {name!r} uses {type(variant).__name__}, which cannot be mixed with "
-                    "other adapters in a batch"
+                    f"adapter {name!r} uses {type(variant).__name__}, which does not support "
+                    "mixed batches"
                 )
 
     def _applied_adapters(self: Any) -> list[str]:
@@ -221,7 +221,7 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)
 
     def _layer_with_shared_adapters(self: Any) -> FastLoraAdaptedParameters | None:
-        """Return fastlora's layer for the module inside this wrapper and the nested ones.
+        """Return fastlora's layer for the module inside this wrapper and any nested wrappers.
 
         It shares the adapters of the wrappers. The result is None if PEFT's forward must be called.
         """
@@ -397,7 +397,7 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Enable PEFT's forward hooks, or route by adapter names, in a ``with`` block.
+        """Enable PEFT's forward hooks, or route rows by adapter name, during a ``with`` block.
 
         PEFT's hooks are not used if ``adapter_names`` is routed. The names assign adapters to rows.
         The assignment is computed once for the whole model, whereas PEFT computes it at every
@@ -587,7 +587,7 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place, and return their number.
+    """Patch the LoRA layers of a PEFT model in place, and return the number of LoRA layers.
 
     The tuners are patched too. The number includes LoRA layers of classes that fastlora does not
     patch.

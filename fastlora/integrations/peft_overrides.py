@@ -39,10 +39,9 @@ def unwrap_lora_model(model: object) -> Any:
 
 
 def has_lora_layers(argument: object) -> bool:
-    """Return whether a value has fastlora's LoRA layers.
+    """Return whether an object is a `LoraModel` or a module that contains fastlora's LoRA layers.
 
-    This is the case for a `LoraModel`, and for a module that contains fastlora's LoRA layers. A
-    module compiled with `torch.compile` is supported too.
+    The model or module may be compiled with `torch.compile`.
     """
     model = getattr(argument, "_orig_mod", argument)
     if not isinstance(model, nn.Module) or isinstance(model, LoraModel):

@@ -72,7 +72,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 class RankRowsCache(UncopiedCache):
-    """Cache of the rank rows of lora_B in evaluation.
+    """Cache for the rank rows of lora_B, used while gradients are disabled.
 
     Attributes:
         entries: Maps an adapter name to a stamp of its lora_B and the rank rows ``[E, R, N]``.
@@ -119,7 +119,7 @@ class AdaptedParameter(LoraLayer):
         return self.get_base_layer()._parameters[self.parameter_name]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return a `FusionStatus` with the reason why this layer never runs fused."""
+        """Return a `FusionStatus` that states why this layer never runs fused."""
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
@@ -148,7 +148,7 @@ class AdaptedParameter(LoraLayer):
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def factors_in_file_shapes(self, name: str, call: UniformCall | None = None) -> Factors:
-        """Return an adapter's factors, in the shapes of adapter files.
+        """Return an adapter's factors in the shapes used in adapter files.
 
         If ``call`` is given, the scaling is a tensor on the device of its x.
 
@@ -191,7 +191,7 @@ class AdaptedParameter(LoraLayer):
         return lora_a, known[1]
 
     def own_factors(self, name: str) -> Factors:
-        """Return an adapter's factors, in the shapes of adapter files, with hooks ignored.
+        """Return an adapter's factors in the shapes used in adapter files, ignoring hooks.
 
         The scaling is a tensor on the device of the parameter.
         """
@@ -283,13 +283,13 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return {name: layers[name] for name in self.base_layer._parameters if name in layers}
 
     def adapted_parameters(self) -> list[AdaptedParameter]:
-        """Return a list of the layers with the adapters of each parameter."""
+        """Return a list of the `AdaptedParameter` layers, one for each parameter with adapters."""
         return list(self.inner_layers().values())  # type: ignore[arg-type]
 
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers of the parameters to which a new adapter is added, and how.
+        """Return the layers of the parameters that get a new adapter, with the adapter's settings.
 
         See `LoraLayer._layers_to_adapt`.
         """
@@ -307,7 +307,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         ]
 
     def add_parameters(self, names: Sequence[str]) -> list[AdaptedParameter]:
-        """Return the layers of the named parameters, which are added if they are missing.
+        """Return the layers of the named parameters, after adding those that are missing.
 
         Raises:
             UnsupportedLayerError: The name of a parameter cannot be used.
@@ -318,8 +318,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 if hasattr(nn.ModuleDict, name):
                     raise UnsupportedLayerError(
                         f"parameter {name!r} of a {type(self.base_layer).__name__} has the name of "
-                        "an attribute of nn.ModuleDict, under which its adapters cannot be stored; "
-                        "rename the parameter"
+                        "an attribute of nn.ModuleDict, so its adapters cannot be stored under "
+                        "this name; rename the parameter"
                     )
                 made = AdaptedParameter(self.base_layer, name)
                 made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
@@ -338,15 +338,16 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, parts.Factor]:
         raise UnsupportedLayerError(
-            f"the adapters of this {type(self.base_layer).__name__} are on its parameters; "
-            "expected target_parameters"
+            f"this {type(self.base_layer).__name__} has adapters on its parameters; select the "
+            "parameters of a new adapter with target_parameters"
         )
 
     def _check_has_adapter(self, adapter_name: str) -> None:
         if not self._has_adapter(adapter_name):
             known = sorted({n for layer in self.inner_layers().values() for n in layer.r})
             raise AdapterNotFoundError(
-                f"no adapter {adapter_name!r} on the parameters of this layer, which have {known}"
+                f"no adapter {adapter_name!r} on the parameters of this layer; their adapters are "
+                f"{known}"
             )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -368,9 +369,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         for name, parameter in self.base_layer._parameters.items():
             if is_dtensor(parameter):
                 raise AdapterStateError(
-                    f"parameter {name!r} is sharded (a DTensor) in the forward pass; expected "
-                    "fully_shard() to gather it, which requires that fully_shard() is called on a "
-                    "module that contains the adapters of the parameter"
+                    f"parameter {name!r} is sharded (a DTensor) in the forward pass; call "
+                    "fully_shard() on a module that contains the adapters of the parameter, so "
+                    "that the parameter is gathered"
                 )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -435,7 +436,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module with updates of its parameters, given by the names of the parameters."""
+        """Run the module with updates from ``factors``, which maps parameter names to factors."""
         base, layers = self.base_layer, self._modules["parameters_with_adapters"]
         made: Any = {name: layers[name].adapted(given) for name, given in factors.items()}
         # The compiler does not support modules that are created during the call.
@@ -465,9 +466,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             or not ids_divide_rows(len(x), count)
         ):
             raise UnsupportedLayerError(
-                f"{self._description()} cannot be called for some rows of a mixed batch: expected "
-                "a module with one input that has one row for each sample or token, outside "
-                "torch.compile; run one adapter at a time"
+                f"{self._description()} cannot run separately for each adapter of a mixed batch: "
+                "this requires a single input that has one row for each sample or token, and is "
+                "not supported in torch.compile; run one adapter at a time"
             )
         if not len(x):
             return self.base_layer(x)
@@ -486,8 +487,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             made = _as_tuple(self._run_with_factors(own, conditions, own_x))
             if [(t.shape[0] / (stop - start), *t.shape[1:]) for t in made] != shapes:
                 raise UnsupportedLayerError(
-                    f"{self._description()} returns an output without rows for each row of its "
-                    "input, so it does not support mixed batches; run one adapter at a time"
+                    f"{self._description()} does not return the same number of output rows for "
+                    "each input row, so it does not support mixed batches; run one adapter at a "
+                    "time"
                 )
             outputs.append(tuple(t.unflatten(0, (stop - start, -1)) for t in made))
         combined = [
@@ -496,7 +498,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return combined[0] if isinstance(whole, torch.Tensor) else tuple(combined)
 
     def _factors_in_slot(self, routing: Routing, slot: int) -> dict[str, list[Factors]]:
-        """Return the factors of the adapter in a slot, by the names of the parameters."""
+        """Return a dict that maps parameter names to the factors of a slot's adapter."""
         found = ((n, routing.source.factors(own, slot)) for n, own in self.inner_layers().items())
         return {name: [factors] for name, factors in found if factors is not None}
 
@@ -525,7 +527,7 @@ def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return the shapes of an adapter's tensors on the parameters of a module, by name in files."""
+    """Return the shapes of an adapter's tensors for a module, by their names in adapter files."""
     prefixes = nested_prefixes([each.name for each in settings.parameters])
     shapes: TensorShapes = {}
     for name, r, _ in settings.parameters:

@@ -89,7 +89,7 @@ def _build_model_tables(
 
 
 def _dtype_and_rank_without_adapters(routing: Routing) -> tuple[torch.dtype, int]:
-    """Return the dtype and largest rank in the tables of a batch without adapters.
+    """Return the dtype and largest rank to use in the tables of a batch without adapters.
 
     They are those of one of the model's adapters, and no kernel reads the tables. The batch then
     launches the kernels of a batch with this adapter, which `warm_up` compiles.

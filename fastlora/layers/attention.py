@@ -51,7 +51,7 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return a `FusionStatus` with the reason why this layer never runs fused."""
+        """Return a `FusionStatus` that states why this layer never runs fused."""
         return FusionStatus(False, _FALLBACK_REASON)
 
 
@@ -91,7 +91,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of nested LoRA layers by relative name, which contains only out_proj."""
+        """Return a dict that maps the relative name of out_proj to its LoRA layer."""
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:

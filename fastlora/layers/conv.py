@@ -145,7 +145,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias or None.
+        """Return an adapter's lora_a, lora_b, and lora_bias, which may be None.
 
         The factors are matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
@@ -229,8 +229,8 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     base: Any = module
     if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
         raise UnsupportedLayerError(
-            f"its weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a "
-            f"floating-point parameter; for other weights, {PEFT_LAYER_ALTERNATIVE}"
+            f"its weight is a {type(base.weight).__name__} with dtype {base.weight.dtype}, "
+            f"expected a floating-point parameter; for other weights, {PEFT_LAYER_ALTERNATIVE}"
         )
     if settings.r % base.groups:
         raise UnsupportedLayerError(

@@ -177,10 +177,7 @@ def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments for stamping ``tensors`` and ``context``, or None if that is impossible.
-
-    They are the arguments of `stamp_tensors`. None means that a stamp cannot detect changes.
-    """
+    """Return the arguments of `stamp_tensors`, or None if a stamp cannot detect changes."""
     if uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []

@@ -149,7 +149,7 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     scale = getattr(module, "embed_scale", None)
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise UnsupportedLayerError(
-            f"its embed_scale has shape {tuple(scale.shape)}, expected one number"
+            f"its embed_scale has shape {tuple(scale.shape)}, expected a tensor with one element"
         )
     if settings.use_dora:
         dense_weight(module)

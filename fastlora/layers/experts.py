@@ -48,7 +48,7 @@ _MARKS = (
 
 
 class _SortedRows(NamedTuple):
-    """The rows of a call of experts, sorted by key.
+    """The rows of one call to an experts module, sorted by expert and slot.
 
     Attributes:
         rows: The sorted rows, with ``expert * S + slot`` as slots.
@@ -72,7 +72,7 @@ class _SortedRows(NamedTuple):
 
 
 def _products(module: nn.Module) -> tuple[str, str]:
-    """Return the names of the stacks of a module's two products."""
+    """Return the names of the weight stacks of a module's first and second product."""
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
@@ -197,7 +197,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return _SortedRows(rows, matrix, routing, adapters, conditions)
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
-        """Return the product of sorted rows with a stack, including the bias and the adapters."""
+        """Return the product of sorted rows and a stack, plus the bias and the adapter updates."""
         base = self.base_layer
         stack = base._parameters[name]
         stack = stack.transpose(1, 2) if base.is_transposed else stack
@@ -285,7 +285,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _rank_rows(
         self, layer: AdaptedParameter, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors that x and the result of the first product meet.
+        """Return an adapter's factors in the order in which x is multiplied by them.
 
         The shapes are ``[E, R, K]`` and ``[E, R, N]``.
         """
@@ -293,7 +293,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
 
 def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return ``x[index]``, in which rows may occur several times.
+    """Return ``x[index]``, where ``index`` may contain duplicates.
 
     On a CPU, `index_select` with its gradient takes half as long as indexing (4.8 and 8.1 ms for
     8,192 rows of 512 fp32 numbers, on an Intel Xeon with AVX-512 and one thread). On a GPU, its
@@ -319,7 +319,7 @@ def _stacked_linear(
     operands: StackedOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
-    """Return the sum of y, the product of sorted rows with a stack, and the updates of adapters.
+    """Multiply sorted rows by a stack, and add y and the updates of adapters.
 
     y or the stack may be None. Without a stack, the updates may be added to y in place.
     """
@@ -337,11 +337,11 @@ def _stacked_linear(
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):
-    """LoRA layer for Llama 4's experts, which all get one input for each token.
+    """LoRA layer for Llama 4's experts, each of which gets one input row for each token.
 
     The input is ``[E * T, H]``, expert by expert. The stacks are ``[E, K, N]``, which no attribute
-    of the module says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x meets lora_B
-    first.
+    of the module says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x is multiplied by
+    lora_B first.
     """
 
     def _forward(  # type: ignore[override]  # these experts get no choices of a router

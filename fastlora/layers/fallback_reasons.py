@@ -120,7 +120,7 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 
 
 def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the reason why a mixed batch falls back to PyTorch's GEMMs.
+    """Return why a mixed batch falls back to PyTorch's GEMMs.
 
     This function is called only for batches that fall back although kernels are available.
     """
@@ -137,7 +137,7 @@ def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtyp
 
 
 def fallback_reason_for_factors(routing: Routing, slots: Slots) -> str:
-    """Return the reason why kernels do not support a batch's factors, or an empty string."""
+    """Return why kernels do not support a batch's factors, or an empty string if they do."""
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):
         for tensor in () if factors is None else (*factors[:2], factors.lora_bias):

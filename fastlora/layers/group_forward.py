@@ -144,7 +144,7 @@ def group_forward(
 
 
 def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
-    """Return the reason why the call cannot share results with other layers, or an empty string."""
+    """Return why a call cannot share results with other layers, or an empty string if it can."""
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
@@ -221,7 +221,7 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for the s of the given slots, or None if a lora_a is an inference tensor.
+    """Return a cache key for ``s = x @ lora_a.T``, or None if a lora_a is an inference tensor.
 
     The key contains the stream, the dropout probabilities, and the state of every lora_a.
     """

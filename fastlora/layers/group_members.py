@@ -96,7 +96,7 @@ class PreparedGroupLaunch:
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node can still compute all of the layers for x."""
+        """Return whether one autograd node can still compute the outputs of all layers for x."""
         if not self.others:
             return True
         if has_gradient_hooks(self.tensors):
@@ -255,7 +255,7 @@ def select_sharing_layers(
 def _factors_or_reason(
     member: LinearWithAdapters, call: UniformCall | MixedCall
 ) -> tuple[Slots | None, str]:
-    """Return a member's factors by slot, or the reason why they cannot be used.
+    """Return a member's factors by slot, or the reason if they cannot be used.
 
     The reason states why the layer cannot share a pass over x. The result is a tuple (slots,
     reason). The reason applies only if slots is None.
@@ -289,7 +289,7 @@ def _factors_or_reason(
 def _reason_for_separate_pass(
     layer: LinearWithAdapters, slots: Slots, own: Slots, call: UniformCall | MixedCall
 ) -> str:
-    """Return the reason why a layer needs its own pass over x, or an empty string."""
+    """Return why a layer needs its own pass over x, or an empty string if it does not."""
     x, mixed = call.original_x, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
     for factors in slots:
@@ -345,7 +345,7 @@ def record_compiled_fallback(self: Any, reason: str) -> None:
 
 
 def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:
-    """Describe how a layer shares with its shared-input group.
+    """Describe whether a layer shares its pass over x with its shared-input group.
 
     The text is for the fusion report, and describes training. ``uses_kernels`` tells whether Triton
     kernels compute the layer.

@@ -107,7 +107,7 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
 
 
 def parameter_kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the `LayerKind` of a module with adapted parameters, or None if there is no kind."""
+    """Return the `LayerKind` of a module with adapted parameters, or None if no kind matches."""
     return next((k for k in _KINDS if k.adapts_parameters and k.matches(module)), None)
 
 
@@ -149,7 +149,7 @@ def _kind_of_custom_layer(layer_class: type) -> LayerKind:
         features = [getattr(module, name, None) for name in ("in_features", "out_features")]
         if not all(isinstance(size, int) for size in features):
             raise UnsupportedLayerError(
-                f"{type(module).__name__} has no in_features and out_features; expected "
+                f"{type(module).__name__} lacks in_features or out_features; expected "
                 f"{layer_class.__name__} to define a static method file_shapes(module, settings)"
             )
         k, n = (size for size in features if isinstance(size, int))

@@ -100,7 +100,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """
         reason = fallback_reason_not_plain_linear(linear)
         if reason:
-            raise UnsupportedLayerError(f"from_linear expects a plain nn.Linear: {reason}")
+            raise UnsupportedLayerError(
+                f"from_linear expects a plain nn.Linear; the new layer cannot be fused: {reason}"
+            )
         self = cls._from_linear_without_adapter(linear)
         if adapter_name is not None:
             self.add_adapter(adapter_name, **adapter)
@@ -198,7 +200,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer runs fused and, if not, the reason.
+        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call. ``gathered`` means
         that FSDP2 replaces shards by plain parameters during the forward pass.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | MixedCall:
-    """Create the `UniformCall` or `MixedCall` for a layer's call with ``x [..., K]``.
+    """Create the `UniformCall` or `MixedCall` for calling a layer with ``x [..., K]``.
 
     The object contains the conditions of the forward pass and the adapters to apply. A
     `UniformCall` without names means that only the base layer runs.

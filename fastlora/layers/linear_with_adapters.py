@@ -108,7 +108,10 @@ class LinearWithAdapters(nn.Module):
         return bias
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, derived from ``seed`` and with the same shape."""
+        """Return this process's dropout seeds, derived from ``seed``.
+
+        They have the shape of ``seed``.
+        """
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -91,7 +91,7 @@ class LoraLayer(Mergeable):
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer runs fused and, if not, the reason.
+        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """
@@ -135,7 +135,7 @@ class LoraLayer(Mergeable):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers to which a new adapter of a module is added, and how.
+        """Return the layers that get a module's new adapter, with the arguments for adding it.
 
         By default, these are this layer and its inner layers. The adapter has the same settings on
         all of them.
@@ -294,12 +294,12 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the norms of its current weight.
+        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
 
-        These are the row norms of the adapted weight. The magnitude has the dtype of the factors.
-        The adapter then changes only the direction of the weight's rows. While lora_B is zero, as
-        it is at initialization, the layer's output is that of its base layer. The new magnitude is
-        frozen.
+        The adapted weight is the base weight plus the adapter's update. The magnitude has the dtype
+        of the factors. The adapter then changes only the direction of the weight's rows. While
+        lora_B is zero, as it is at initialization, the layer's output is that of its base layer.
+        The new magnitude is frozen.
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
@@ -429,7 +429,7 @@ class LoraLayer(Mergeable):
         return names
 
     def widen(self, adapter_name: str) -> None:
-        """Widen an adapter's factors to at least fp32.
+        """Upcast an adapter's factors to fp32 if they have lower precision.
 
         If the adapter uses DoRA, its magnitude is recomputed.
         """

@@ -57,7 +57,7 @@ class MergeTarget(Protocol):
         """
 
     def snapshot(self) -> object:
-        """Return a snapshot for `restore`, which is a copy of all data that `write` changes."""
+        """Return a snapshot for `restore`: a copy of all data that `write` changes."""
 
     def restore(self, snapshot: object) -> None:
         """Restore the weight from a snapshot.
@@ -69,10 +69,9 @@ class MergeTarget(Protocol):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn``, and return it.
+        """Return the snapshot to use once ``fn`` has converted the module's tensors.
 
-        ``fn`` converts the module's tensors, and the result of `snapshot` is converted in the same
-        way.
+        ``snapshot`` is a result of the method `snapshot`. ``fn`` may be applied to its tensors.
         """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:

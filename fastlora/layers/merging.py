@@ -61,7 +61,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base layer is unmodified since the last merge.
+        """Return whether the base layer has remained unmodified since the last merge.
 
         The weight and the bias are compared.
         """
@@ -92,7 +92,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         clear_weight_dependent_caches(self)
 
     def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
-        """Write ``matrix [N, K]`` to the weight, and record the error that quantization causes.
+        """Write ``matrix [N, K]`` to the weight, and record the quantization error.
 
         The error is stored in `merge_error`. For weights that are merged in place, the
         method does nothing.
@@ -188,7 +188,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             self._add_last_adapter_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
 
     def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the scale g ``[N]`` of each DoRA adapter in a dict, keyed by adapter name."""
+        """Return a dict that maps each DoRA adapter's name to its scale g ``[N]``."""
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
@@ -198,9 +198,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     @torch.no_grad()
     def _squared_row_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the squared row norms ``[N]`` of each adapter's weight, keyed by adapter name.
+        """Return a dict of the squared row norms ``[N]`` of adapted weights, keyed by adapter name.
 
-        The weight is the adapted weight, computed with the unmerged base weight.
+        An adapted weight is the unmerged base weight plus the adapter's update.
         """
         if not names:
             return {}
@@ -260,10 +260,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add ``sign`` times the last adapter's bias to the bias in place.
+        """Add ``sign`` times the bias change of the last adapter in ``names`` to the bias in place.
 
-        More precisely, the last adapter's change to the bias is added. Adapters are merged in the
-        order of ``names``, and the last of them is added here.
+        Adapters are merged in the order of ``names``.
 
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
@@ -280,7 +279,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias or None.
+        """Return an adapter's lora_a, lora_b, and lora_bias, where lora_bias may be None.
 
         Their shapes are ``[R, K]``, ``[N, R]``, and ``[N]``.
         """

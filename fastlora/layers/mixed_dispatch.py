@@ -92,12 +92,12 @@ def check_not_merged(layer: LinearWithAdapters) -> None:
     if layer.merged_adapters:
         raise AdapterStateError(
             f"adapters {layer.merged_adapters} were merged into the base weights inside the "
-            "block, but all rows share the base weights; unmerge them first"
+            "fastlora.adapters() block, but all rows share the base weights; unmerge them first"
         )
 
 
 def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
-    """Return whether a layer's call records no autograd graph and has no active dropout."""
+    """Return whether a call records no autograd graph and applies no dropout."""
     routing = call.routing
     # A captured routing is over a pool, and a pool's adapters have no dropout.
     if call.layer.training and not routing.captured:
@@ -109,7 +109,7 @@ def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
 
 
 def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
-    """Return the address tables that kernels read, or None if kernels do not run."""
+    """Return the address tables that kernels read, or None if kernels are not used."""
     x, conditions = call.x, call.conditions
     if conditions.invariant:
         conditions.check_batch_invariant(x)
@@ -123,7 +123,7 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list of factors by slot for kernels, or None if PyTorch operators run instead.
+    """Return a list of each slot's factors for kernels, or None if PyTorch operators run.
 
     Args:
         call: The call of a layer.
@@ -152,7 +152,7 @@ def slot_factors_for_kernels(
 def slot_factors_in_graph(
     call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list of factors by slot for a graph that is being compiled.
+    """Return a list of each slot's factors for a graph that is being compiled.
 
     Returns None if the factors cannot be part of a graph.
 

@@ -218,7 +218,7 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
 
 
 def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Compute the output ``[..., N]`` in a compiled graph with lists of factors.
+    """Compute the output ``[..., N]`` in a compiled graph from the factors of each slot.
 
     At least one slot must have factors on the layer.
     """
@@ -252,7 +252,7 @@ def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.
 def _forward_pool_in_graph(
     call: MixedCall, base: Base, tables: AddressTables
 ) -> torch.Tensor | None:
-    """Compute a layer's output in a compiled graph with a pool's adapters.
+    """Compute a layer's output in a compiled graph, using the adapters of a pool.
 
     Returns None if unsupported. The pool's tables provide the factors. Gradients, fp64, the
     batch-invariant mode, and PyTorch operators on any device but a CPU are not supported.

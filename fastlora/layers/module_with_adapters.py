@@ -63,7 +63,7 @@ class ModuleWithAdapters:
 
     @property
     def active_adapter(self) -> list[str]:
-        """Alias of `active_adapters`, because PEFT uses both names."""
+        """Alias of `active_adapters`, provided because PEFT uses both names."""
         return self.active_adapters
 
     @property

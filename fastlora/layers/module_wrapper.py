@@ -56,9 +56,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
 
-        The dict maps suffixes of file keys to ``state_dict()`` names.
+        The names in files are suffixes of the file keys.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -67,7 +67,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     def _check_rows_and_pause_tracking(
         self, routing: Routing, x: torch.Tensor
     ) -> AbstractContextManager[None]:
-        """Check the rows of x, and pause row tracking in the returned context.
+        """Check the rows of x, and return a context manager that pauses row tracking.
 
         x must have all rows of the batch, in order.
         """
@@ -80,7 +80,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Release the module that replaces this wrapper, and return it.
+        """Release and return the module that will replace this wrapper.
 
         By default, it is the base module. It replaces the wrapper when the adapters are removed.
         """
@@ -160,9 +160,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the acting adapter, or None if there is none.
+        """Return the name of the adapter that a forward pass applies, or None if there is none.
 
-        A forward pass applies the acting adapter.
+        It is the first active adapter that has its own copy of this module or of some rows.
         """
         if self._disabled:
             return None

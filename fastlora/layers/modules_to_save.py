@@ -69,9 +69,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
 
-        The dict maps names in the adapter's copy, which files use, to ``state_dict()`` names.
+        The names in files are those in the adapter's copy.
         """
         if adapter_name not in self.modules_to_save:
             return {}
@@ -83,7 +83,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Release the module that replaces this wrapper, and return it.
+        """Release and return the module that will replace this wrapper.
 
         It is the active adapter's copy, or the original module if no adapter is active. Whether
         adapters are disabled makes no difference.
@@ -97,7 +97,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the current module or, in a mixed batch, the copies for the rows' own adapters."""
+        """Call the current module or, in a mixed batch, each adapter's copy on its own rows."""
         routing = active_routing(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)

@@ -152,9 +152,10 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _get_or_create_entries(self, module: nn.Module) -> _Found | None:
-        """Return or create the entries of a module's weight, or None if it cannot be cached.
+        """Return the entries of a module's weight, and create them if needed.
 
-        The entries are a tuple (kind, dict). A weight without a stamp cannot be cached.
+        The entries are a tuple (kind, dict). Returns None for a weight without a stamp, which
+        cannot be cached.
 
         Entries of another weight, or from before a write, are dropped.
 
@@ -176,10 +177,7 @@ class KernelWeightCache(UncopiedCache):
 
 
 def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
-    """Return a `Base` with the quantized weight for a call, or None if there is none.
-
-    With None, the base layer must be called.
-    """
+    """Return a `Base` with a call's quantized weight, or None if the base layer must be called."""
     conditions, x = call.conditions, call.x
     # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
     runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
@@ -290,10 +288,7 @@ def clear_weight_dependent_caches(layer: object, release_captured: bool = False)
 def _stamp_arguments(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments for stamping a weight, or None if it cannot be stamped.
-
-    The arguments are for `stamp_tensors`. A weight that was replaced cannot be stamped.
-    """
+    """Return the arguments of `stamp_tensors` for a weight, or None if the weight was replaced."""
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

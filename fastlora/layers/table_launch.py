@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TableLaunchArguments(NamedTuple):
-    """Arguments of a layer's kernel launches with address tables.
+    """Arguments of a layer's kernel launches that read address tables.
 
     All forward passes with the same rows reuse them.
 
@@ -60,7 +60,7 @@ def get_table_launch(
     invariant: bool = False,
     impl: str = "triton",
 ) -> TableLaunchArguments | None:
-    """Find or create a layer's `TableLaunchArguments`, or return None if it is not in the tables.
+    """Return a layer's `TableLaunchArguments`, or None if the layer is not in the tables.
 
     The result is cached for the block once the layer's shared-input group is known. In a graph that
     is being compiled each layer runs alone, because a compiled graph must not see results that one

@@ -161,7 +161,7 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the norms of its current weight.
+        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
 
         All processes must call this method.
         """
@@ -326,9 +326,9 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer runs fused and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
-        A tensor-parallel layer never runs fused.
+        A tensor-parallel layer is never fused.
         """
         reason = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._applied_adapters()

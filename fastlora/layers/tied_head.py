@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Module without parameters whose weight is the transpose of another layer's factor."""
+    """Parameter-free module whose weight is the transpose of another layer's factor."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
 
         The dict is empty, because the embedding saves the shared factors.
         """

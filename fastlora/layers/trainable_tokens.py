@@ -117,9 +117,9 @@ class TrainableTokensLayer(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """Wrapper around a module that lets adapters train the rows of some tokens.
+    """Module wrapper that lets adapters train the weight rows of selected tokens.
 
-    The module is an embedding or a tied head, and the rows are those of its weight.
+    The wrapped module is an embedding or a tied head.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens_trainable` accepts.
@@ -159,7 +159,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def _unmerged_rows(self, indices: list[int]) -> torch.Tensor:
-        """Return a copy of the given weight rows ``[n, D]``, with their values before any merge."""
+        """Return a copy of the given weight rows ``[n, D]`` as they were before any merge."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
         for name, before in reversed(self._rows_before_merge_by_adapter().items()):
@@ -171,7 +171,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Maps an adapter name to the weight's row indices of the tokens that it trains."""
+        """Maps each adapter name to the indices of the weight rows that the adapter trains."""
         return self.token_adapter.token_indices
 
     @property
@@ -180,10 +180,9 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
 
-        The dict maps the file key of the adapter's rows to their ``state_dict()`` name. It is empty
-        if another module owns the rows.
+        Its only entry is for the adapter's rows. The dict is empty if another module owns the rows.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -192,7 +191,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The original embedding or linear layer, under PEFT's name for it."""
+        """The wrapped embedding or linear layer.
+
+        The property's name is PEFT's.
+        """
         return self.get_base_layer()
 
     @property
@@ -283,7 +285,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_embeddings(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return y ``[..., D]`` with trained rows in place of the embeddings of trained ids.
+        """Return y ``[..., D]`` with the embeddings of trained tokens replaced by the trained rows.
 
         ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
@@ -312,7 +314,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _token_keys_and_row_indices(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys of all trained tokens, and the row index for each key.
+        """Return the lookup keys of all trained tokens and the row index of each key.
 
         The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
@@ -348,7 +350,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that adapters can be merged, and return a list of those that would be merged.
+        """Check that the adapters can be merged, and return a list of those to merge.
 
         The module is not changed.
 
@@ -374,8 +376,8 @@ class TrainableTokensWrapper(ModuleWrapper):
             delta = self._trained_modules_or_rows_by_adapter[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
-                    f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
-                    "adapter seems to be broken"
+                    f"the trained token rows of adapter {name!r} (trainable_token_indices) contain "
+                    "values that are not finite; the adapter seems to be broken"
                 )
         return names
 

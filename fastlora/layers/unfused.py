@@ -72,15 +72,15 @@ class BaseUnfusedLoraLayer(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer runs fused and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
-        A layer of this class never runs fused.
+        A layer of this class is never fused.
         """
         kind = type(self.base_layer).__name__
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
     def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
-        """Check the conditions of a forward pass, and return them.
+        """Return the execution mode for x, or raise an error if the layer does not support it.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.

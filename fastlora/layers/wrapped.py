@@ -83,7 +83,7 @@ class FastLoraWrapper(LoraLayer):
         return forward(call, Base(y=y, inplace=inplace))
 
     def _check_no_adapter_applies(self, call: UniformCall | MixedCall, y: object) -> None:
-        """Raise `UnsupportedLayerError` if an adapter applies to a call that returned no tensor."""
+        """Raise `UnsupportedLayerError` if an adapter applies, because y is not a tensor."""
         if isinstance(call, MixedCall):
             slots = range(len(call.routing.names))
             if all(call.routing.source.factors(self, slot) is None for slot in slots):
@@ -91,7 +91,7 @@ class FastLoraWrapper(LoraLayer):
         checks = None if self.routing_group is None else self.routing_group.row_checks
         name = "" if checks is None else f" {checks.name_of(self)!r}"
         raise UnsupportedLayerError(
-            f"the base layer of{name or ' a LoRA layer'}, a {type(self.base_layer).__name__}, "
+            f"the base layer of{name or ' a LoRA layer'} (a {type(self.base_layer).__name__}) "
             f"returned a {type(y).__name__}, expected a tensor; adapt its weight with "
             "target_parameters instead of target_modules"
         )
@@ -103,7 +103,7 @@ class FastLoraWrapper(LoraLayer):
         return quantized_base_of_layer(self)
 
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether no other code refers to y, so that it may be overwritten."""
+        """Return whether y may be overwritten in place, because nothing else references it."""
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (
             hooked or y is x or y._is_view()
@@ -120,7 +120,7 @@ class FastLoraWrapper(LoraLayer):
         return self.base_layer.bias
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer runs fused and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """

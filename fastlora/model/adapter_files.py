@@ -126,7 +126,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return _fields(_read_config(path), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{path}: no such file; expected an adapter's {CONFIG_NAME}"
+            f"{path}: no such file; expected the {CONFIG_NAME} of an adapter"
         ) from error
 
 
@@ -226,7 +226,7 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         if len(text) > max_bytes:
             size = os.fstat(file.fileno()).st_size
             raise CheckpointError(
-                f"{path}: the file has {size} bytes, expected at most {max_bytes}"
+                f"{path}: the file is {size} bytes long, expected at most {max_bytes}"
             )
         return text
 
@@ -248,7 +248,7 @@ def _config_saved_with_weights(
         max_bytes: The maximum size of the stored config, in bytes.
 
     Raises:
-        CheckpointError: If the stored config is needed and has more than ``max_bytes`` bytes.
+        CheckpointError: If the stored config is needed and is longer than ``max_bytes`` bytes.
     """
     saved = metadata.get(_CONFIG, "").encode("utf-8", "surrogatepass")
     if not saved:
@@ -259,7 +259,7 @@ def _config_saved_with_weights(
         return None
     if len(saved) > max_bytes:
         raise CheckpointError(
-            f"{path.with_name(WEIGHTS_NAME)}: the stored config has {len(saved)} bytes, "
+            f"{path.with_name(WEIGHTS_NAME)}: the stored config is {len(saved)} bytes long, "
             f"expected at most {max_bytes}"
         )
     warnings.warn(

@@ -129,7 +129,7 @@ class AdapterContents:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers that have LoRA factors, in the order of the file."""
+        """The names of the layers that have LoRA factors, in the order of the keys in the file."""
         names = (parts.module for parts in self.keys.values() if parts.kind in _PARTNERS)
         return list(dict.fromkeys(names))
 

@@ -222,7 +222,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 def _file_shapes_of_tied_heads(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensor shapes of the tied output heads, keyed by file key.
+    """Return a dict that maps the file keys of the tied output heads to tensor shapes.
 
     A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
     time, transposed, under the head's name.

@@ -83,13 +83,13 @@ def atomic_new_folder(path: Path) -> Iterator[Path]:
 
 
 def atomic_remove_folder(path: Path) -> None:
-    """Rename a folder, so that no reader sees it partly removed, and then remove it."""
+    """Rename a folder and then remove it, so that no reader sees it partly removed."""
     with _locked_temp_folder(path) as work:
         path.rename(work / "old")
 
 
 def remove_abandoned_temp_folders(folder: Path) -> None:
-    """Remove temporary folders that killed processes left behind in a folder."""
+    """Remove the temporary folders in a folder that were left behind by killed processes."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # removed by another writer, or no permission
@@ -121,7 +121,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def acquire_flock(descriptor: int, *, wait: bool = False) -> bool | None:
-    """Acquire the exclusive ``flock`` on an open file or folder.
+    """Acquire an exclusive ``flock`` on an open file or folder.
 
     Args:
         descriptor: The file descriptor.
@@ -246,5 +246,5 @@ def _remove_temp_folder(folder: Path) -> None:
 
 
 def _host_name_digest() -> str:
-    """Return a hexadecimal digest of the host's name, for use in file names."""
+    """Return a hexadecimal digest of the hostname, for use in file names."""
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()

@@ -138,7 +138,7 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
 def peft_function_or_raise(
     model: nn.Module, module: str, name: str, no_peft_layers_error: Exception
 ) -> Any:
-    """Return a function of PEFT if the model has PEFT layers, or raise an error.
+    """Return the named PEFT function if the model has PEFT layers, or raise an error.
 
     Args:
         model: The model.

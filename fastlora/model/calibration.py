@@ -97,7 +97,7 @@ def _make_calibration_run(
         return run
     if dataloader is None:
         raise ConfigError(
-            f"expected {name} or dataloader, because no cache file contains the result; got neither"
+            f"no cache file contains the result: expected {name} or dataloader, got neither"
         )
     loader = dataloader
 

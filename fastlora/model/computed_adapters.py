@@ -48,7 +48,7 @@ class ComputedLayerParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter that was computed from other adapters, not yet added to the model.
+    """An adapter that was computed from other adapters and has not yet been added to the model.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -129,7 +129,7 @@ def factor_matrices(
 
 
 def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank.FactorPair]:
-    """Return the factors of each matrix of a layer's weight, given the factors of the layer.
+    """Split the factors of a layer into the factors of each matrix of the layer's weight.
 
     The list has one pair, unless the weight is a stack of matrices.
     """
@@ -140,7 +140,7 @@ def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank
 
 
 def join_matrices(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
-    """Return the factors of a layer, given the factors of each matrix. See `split_matrices`."""
+    """Join the factors of a weight's matrices into the layer's factors. See `split_matrices`."""
     lora_a, lora_b = zip(*pairs, strict=True)
     return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)
 

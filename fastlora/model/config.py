@@ -368,7 +368,7 @@ class LoraConfig(PeftConfigMethods):
         return self.lora_alpha if key is None else patterns[key]
 
     def _name_for_patterns(self, name: str) -> str:
-        """Return the name that patterns must match.
+        """Return the name that ``rank_pattern`` and ``alpha_pattern`` are matched against.
 
         This is the name of the weight if the weight of the module is a target parameter, as in
         PEFT.
@@ -378,7 +378,7 @@ class LoraConfig(PeftConfigMethods):
             return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
 
     def scaling_for(self, name: str) -> float:
-        """Return the scaling of LoRA for the module or target parameter called ``name``."""
+        """Return the LoRA scaling for the module or target parameter called ``name``."""
         rank = self.rank_for(name)
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -456,9 +456,9 @@ class LoraConfig(PeftConfigMethods):
         if config.target_parameters and layout != _LAYOUT_OF_PEFT:
             raise ConfigError(
                 f"{_LAYOUT_OF_UNSLOTH}={layout!r}: lora_B of the parameters "
-                f"{config.target_parameters} is stored in another order than PEFT's, expected "
+                f"{config.target_parameters} is stored in a different order than in PEFT, expected "
                 f"{_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E experts and rank r, replace "
-                "each of them with lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
+                "each lora_B with lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
             )
         unknown = sorted(set(data) - set(fields) - {_LAYOUT_OF_UNSLOTH})
         if unknown:

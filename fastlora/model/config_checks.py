@@ -180,7 +180,7 @@ def _normalize_token_list(where: str, tokens: Any) -> list[int]:
             raise ConfigError(f"{name} must contain non-negative token ids, got {token!r}")
     if len(set(tokens)) < len(tokens):
         twice = next(token for token in tokens if list(tokens).count(token) > 1)
-        raise ConfigError(f"{name} must contain each token id once, got {twice} twice")
+        raise ConfigError(f"{name} must contain each token id at most once, got {twice} twice")
     return list(tokens)
 
 
@@ -189,7 +189,8 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
         indices = layers if isinstance(layers, list) else [layers]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
             raise ConfigError(
-                f"layers_to_transform must be a layer index or a list of them, got {layers!r}"
+                "layers_to_transform must be a layer index or a list of layer indices, "
+                f"got {layers!r}"
             )
     if pattern is not None:
         if not isinstance(pattern, (str, list)):
@@ -198,8 +199,7 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
     for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
         if value is not None and isinstance(targets, str):
             raise ConfigError(
-                f"{name}={value!r} needs a list of target_modules, "
-                f"got the string target_modules={targets!r}"
+                f"{name}={value!r} needs target_modules to be a list, got the string {targets!r}"
             )
     if pattern and layers is None:
         raise ConfigError(f"layers_pattern={pattern!r} needs layers_to_transform, got None")

@@ -58,7 +58,7 @@ def is_quantized_linear(module: object) -> bool:
 
 @contextlib.contextmanager
 def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[None]:
-    """Temporarily dequantize a layer during a ``with`` block.
+    """Dequantize a layer for the duration of a ``with`` block.
 
     The quantized base layer of a LoRA layer is replaced with a plain linear layer. The base layer
     is restored when the ``with`` block ends. This allows a merge to be checked before the base

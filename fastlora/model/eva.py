@@ -38,7 +38,7 @@ _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Prepare a batch of inputs of a language model for EVA.
+    """Prepare a batch of language model inputs for EVA.
 
     The result selects the tokens to use. A token is used if it is not masked by the attention mask
     and, with ``use_label_mask``, its label is not ``label_mask_value``.
@@ -66,7 +66,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Prepare the inputs of a language model's layer for EVA.
+    """Prepare the inputs to a layer of a language model for EVA.
 
     The rows that belong to the tokens to use are selected.
 

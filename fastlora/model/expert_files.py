@@ -59,7 +59,7 @@ def has_former_layers(model: nn.Module, layers: Iterable[str]) -> bool:
 
 
 def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
-    """Convert the factors of linear layers of experts in a file to factors of stacked parameters.
+    """Convert a file's factors for the experts' linear layers to factors for stacked parameters.
 
     Args:
         model: The base model, with or without adapters.
@@ -135,7 +135,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return a config that selects the same parameters when PEFT reads it.
+    """Return a config with which PEFT adapts the same parameters as fastlora, if possible.
 
     Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
     experts, and no linear layer with a former name. The returned config has no former names. A
@@ -179,7 +179,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
 def join_expert_factors(
     parts: Sequence[Sequence[Sequence[torch.Tensor]]], scales: Sequence[Sequence[float]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the factors of the linear layers of E experts to the factors of a stacked parameter.
+    """Join the factors of E experts' linear layers into the factors of a stacked parameter.
 
     The rank R of the result is the sum of the ranks of the layers that the parameter fuses.
 
@@ -221,7 +221,7 @@ def _with_current_blocks(
 
 
 class FactorSizes(NamedTuple):
-    """The sizes of an adapter's factors on a module or a parameter, as its file shows them.
+    """The sizes of an adapter's factors on a module or parameter, inferred from the adapter's file.
 
     Attributes:
         rank: The rank.
@@ -237,7 +237,7 @@ class FactorSizes(NamedTuple):
 
 
 def factor_sizes_by_module(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, FactorSizes]:
-    """Return the sizes of the factors in a file, by the names of their modules in the file.
+    """Return the sizes of the factors in a file, keyed by the module names in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is the
     one with which all factors of a module have a rank that the config gives to a parameter. Values
@@ -288,7 +288,7 @@ def _layers_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return the names of the experts' layers in a stack, for each former name.
+    """Return a list of the experts' layer names for each former name of a stacked parameter.
 
     Args:
         file: The loaded adapter.
@@ -306,16 +306,17 @@ def _layers_by_former_name(
         missing = sorted(set(range(count)).symmetric_difference(experts))
         if missing:
             raise CheckpointError(
-                f"{file.path} has factors of {sorted(found)} for experts of {stack.module_name!r}, "
-                f"but not of {old} for exactly {count} experts (the first difference is expert "
-                f"{missing[0]}); {stack.name!r} needs factors of {names} for each expert"
+                f"{file.path} has factors for {sorted(found)} in the experts of "
+                f"{stack.module_name!r}, but does not have factors for {old} in exactly {count} "
+                f"experts (first mismatch: expert {missing[0]}); {stack.name!r} needs factors for "
+                f"{names} in each expert"
             )
         layers.append([experts[index] for index in range(count)])
         ranks = {file.config.rank_for(layer) for layer in layers[-1]}
         if len(ranks) > 1:
             raise CheckpointError(
-                f"{file.path} has factors of ranks {sorted(ranks)} for {old} of the experts of "
-                f"{stack.module_name!r}; expected the same rank for all experts"
+                f"{file.path} has factors of different ranks {sorted(ranks)} for {old} in the "
+                f"experts of {stack.module_name!r}; expected the same rank for all experts"
             )
     return layers
 
@@ -323,7 +324,7 @@ def _layers_by_former_name(
 def _prepend_stack_patterns(
     field: str, config: LoraConfig, values: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the patterns of a config with others before them for stacked parameters.
+    """Return the patterns of a config, preceded by new patterns for stacked parameters.
 
     Args:
         field: The name of the field of the config.

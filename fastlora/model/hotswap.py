@@ -264,8 +264,8 @@ def _check_and_write_tensors(
     if unexpected:
         names = ", ".join(_insert_adapter_name(key, adapter_name) for key in unexpected)
         raise HotswapError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. An adapter "
-            "for other layers must be loaded under another name"
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. To "
+            "load an adapter that targets different layers, load it under another name"
         )
     given = {
         name: _new_layer_tensors(name, layer, tensors, config, prefixes.get(name, f"{name}."))
@@ -350,7 +350,7 @@ def _rename_parameters_as_loaded(
     config: LoraConfig,
     loaded: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
-    """Rename the tensors of a new adapter's parameters as a file of the loaded adapter names them.
+    """Return a new adapter's tensors with the keys that a file of the loaded adapter would have.
 
     The names in a file depend on the parameters that its adapter adapts.
 
@@ -447,7 +447,7 @@ def _tensors_outside_layers(
 
 
 def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
-    """Return the original tensor of a copied tensor with the given key.
+    """Return the original tensor from which the tensor with the given key was copied.
 
     The copy belongs to an adapter, and the original to the module that was copied. The result is
     None if the tensor with the key ``key`` does not belong to a copy.

@@ -376,7 +376,7 @@ def unload(
 
 
 def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
-    """Emit a warning about the rounding errors that requantizing merged weights causes.
+    """Emit a warning about rounding errors caused by requantizing merged weights.
 
     Args:
         errors: A mapping from layer names to the fraction of the merged update that rounding lost,
@@ -394,7 +394,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def adapter_names_in_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return those of the given adapter names that a module has.
+    """Return the given adapter names that exist on a module.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.
     """

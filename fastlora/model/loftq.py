@@ -116,7 +116,7 @@ def _open_unquantized_weights(
     path: str | Path | None,
     layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Open the layers' unquantized weights, and return them in a dict keyed by layer name.
+    """Open safetensors files, and return the layers' unquantized weights, keyed by layer name.
 
     Each weight is a safetensors slice of shape ``[N, K]``. Its data is read only when the slice is
     indexed.

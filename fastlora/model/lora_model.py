@@ -448,12 +448,12 @@ class LoraModel(PeftModelMethods, nn.Module):
         return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return a tuple (number of trainable parameters, number of all parameters)."""
+        """Return a tuple (number of trainable parameters, total number of parameters)."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters, the number of all parameters, and their ratio.
+        """Print the number of trainable parameters, the total number of parameters, and the ratio.
 
         The output has the same format as in PEFT.
         """
@@ -487,7 +487,7 @@ class LoraModel(PeftModelMethods, nn.Module):
 def _check_arguments_and_read_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterContents:
-    """Check the unused arguments, and read an adapter folder.
+    """Reject unknown arguments, and read an adapter folder.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.
@@ -500,7 +500,7 @@ def _check_arguments_and_read_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Return a dict with the names of the base model's class and module, for an adapter's config.
+    """Return a dict of the base model's class name and Python module name, to store in a config.
 
     PEFT's AutoPeftModel loads the base model with this class if the config has no task type.
     """

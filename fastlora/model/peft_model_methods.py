@@ -66,7 +66,7 @@ class PeftModelMethods:
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write a model card (``README.md``) into a folder, or update an existing model card.
+        """Write a model card (``README.md``) to a folder, or update the existing one.
 
         The metadata has the same keys as in PEFT: the library, the base model, and tags. If
         huggingface_hub is not installed, nothing is written.

@@ -270,7 +270,8 @@ def plan_target_modules(
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
                     f"modules_to_save matches {name!r}, but adapters {part.adapter_names} own "
-                    f"{part.owns} of {at!r}; expected the same module for all adapters"
+                    f"{part.owns} of {at!r}; expected all adapters to train the same module in the "
+                    "same way"
                 )
     return plan
 
@@ -309,7 +310,7 @@ def _check_targets(
 def check_targets_of_parameters(
     model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check the modules with selected parameters, and return them as `_check_targets` does.
+    """Check the modules with selected parameters, and return a dict that maps names to targets.
 
     A linear layer with a selected weight is adapted as a whole, unless its class has its own
     ``forward``, as the routers of Llama 4 have.
@@ -348,9 +349,9 @@ def check_targets_of_parameters(
 
 
 def _has_own_forward(linear: nn.Linear) -> bool:
-    """Return whether the class of a linear layer has a ``forward`` that may return any value.
+    """Return whether a linear layer may compute something other than `nn.Linear.forward` does.
 
-    Layers with quantized weights are linear layers in any case.
+    The result is always False for layers with quantized weights.
     """
     replaced = type(linear).forward not in (nn.Linear.forward, FastLoraLinear.forward)
     return replaced and quantized_weight_of(linear) is None and linear.weight.is_floating_point()
@@ -400,8 +401,9 @@ def _check_factors_tied_to_embedding(
     for name in targets:
         if isinstance(model.get_submodule(name), TiedLoraHead):
             raise UnsupportedLayerError(
-                f"target module {name!r} shares the input embedding's LoRA factors for other "
-                "adapters (ensure_weight_tying); expected ensure_weight_tying=True or other targets"
+                f"target module {name!r} shares the input embedding's LoRA factors in other "
+                "adapters (ensure_weight_tying=True); set ensure_weight_tying=True for this "
+                "adapter too, or choose other targets"
             )
     for name in tied:
         module = model.get_submodule(name)
@@ -414,7 +416,7 @@ def _check_factors_tied_to_embedding(
     if tied and (config.use_dora or config.init.frozen):
         raise ConfigError(
             "ensure_weight_tying=True with LoRA on the embedding requires use_dora=False and "
-            "an init_lora_weights value that trains both factors, got "
+            "an init_lora_weights value for which both factors are trained, got "
             f"use_dora={config.use_dora} and init_lora_weights={config.init_lora_weights!r}"
         )
 
@@ -441,7 +443,7 @@ def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Seq
 
 
 def adapter_settings_for(name: str, config: LoraConfig) -> LayerAdapterSettings:
-    """Return the settings of an adapter on the module called ``name``."""
+    """Return an adapter's settings for the module called ``name``."""
     return _settings_with_module_rank(name, config, _settings_without_patterns(config))
 
 
@@ -466,7 +468,7 @@ def _settings_without_patterns(config: LoraConfig, from_file: bool = False) -> L
 def _settings_with_module_rank(
     name: str, config: LoraConfig, common: LayerAdapterSettings
 ) -> LayerAdapterSettings:
-    """Return the common settings, with the rank and alpha for the module called ``name``."""
+    """Return the ``common`` settings, but with the rank and alpha for module ``name``."""
     if not config.rank_pattern and not config.alpha_pattern:
         return common
     return common._replace(r=config.rank_for(name), lora_alpha=config.alpha_for(name))
@@ -481,8 +483,8 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
     kind = layer_kind_of(base, custom)
     if kind is None:
         raise UnsupportedLayerError(
-            f"fastlora supports {', '.join(layer_kind_names())} (also Conv1D of transformers and "
-            "quantized linear layers), and classes that you register with "
+            f"fastlora supports {', '.join(layer_kind_names())} (including transformers' Conv1D "
+            "and quantized linear layers), and classes that you register with "
             f"LoraConfig._register_custom_module; if PEFT supports this class, "
             f"{PEFT_LAYER_ALTERNATIVE}"
         )
@@ -509,5 +511,5 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
 
 
 def to_lora_config(config: Any) -> LoraConfig:
-    """Convert a config of PEFT to a `LoraConfig`. A `LoraConfig` is returned unchanged."""
+    """Convert a PEFT config to a `LoraConfig`. A `LoraConfig` is returned unchanged."""
     return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)

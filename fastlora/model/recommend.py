@@ -49,7 +49,7 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Starting values and search ranges of hyperparameters for training adapters of a base model.
+    """Starting values and search ranges for the hyperparameters of adapter training.
 
     Attributes:
         num_params: The number of parameters of the base model.
@@ -201,8 +201,8 @@ def recommend(
         count = model_or_num_params
     else:
         raise TypeError(
-            f"model_or_num_params is {model_or_num_params!r}, expected a model or an integer "
-            "number of parameters"
+            f"model_or_num_params is {model_or_num_params!r}, expected a model or an int (the "
+            "number of parameters)"
         )
     if count < 1:
         raise ValueError(f"the model has {count} parameters, expected at least 1")
@@ -259,7 +259,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
 
 
 def _excluded(routers: Sequence[str], changes: Mapping[str, Any]) -> list[str] | str | None:
-    """Return the ``exclude_modules`` that exclude routers and what ``changes`` excludes."""
+    """Return the value of ``exclude_modules`` in ``changes``, extended with ``routers``."""
     given = changes.get("exclude_modules")
     if isinstance(given, str) and routers:
         names = "|".join(map(re.escape, routers))

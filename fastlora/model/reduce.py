@@ -82,7 +82,7 @@ def reduce_rank(
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
 ) -> RankReduction:
-    """Add an adapter that approximates another adapter with a given rank.
+    """Add an adapter of a given rank that approximates another adapter.
 
     On each layer, the new update is the best approximation of the old update with the given rank,
     in the Frobenius norm. The factors of the new adapter include the scaling. Biases of ``lora_B``,
@@ -300,7 +300,7 @@ def _reduce_intruders(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute an adapter of reduced rank, and its errors on the layers.
+    """Compute an adapter of reduced rank and its approximation error on each layer.
 
     The model is not changed.
 

@@ -97,7 +97,7 @@ def base_parameters_of(modules: BaseModules) -> list[BaseParameter]:
 
 
 def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
-    """Return those of the parameters that stack the weights of experts.
+    """Return the parameters that hold stacked expert weights.
 
     Other parameters of three dimensions, such as the heads of XLNet's attention, are not experts. A
     module has experts if it has ``num_experts``, or if the name of the module or of its class says
@@ -117,7 +117,7 @@ def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParam
 
 
 def supported_stacks(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
-    """Return those of the parameters that are stacks of experts with a layer of experts.
+    """Return the stacked expert weights whose module has a layer class for experts.
 
     Stacks of other modules, which are computed with their updates as a whole, and quantized stacks
     are left out.
@@ -140,13 +140,16 @@ def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | 
 
 
 def is_quantized(parameter: BaseParameter) -> bool:
-    """Return whether a parameter is quantized: in integers, or in floats of 8 bits or fewer."""
+    """Return whether a parameter is quantized (stored as integers or floats of at most 8 bits)."""
     tensor = parameter.parameter
     return not tensor.is_floating_point() or tensor.itemsize < 2
 
 
 def former_names_of(model_type: object) -> Mapping[str, str]:
-    """Return a dict that maps former names to parameters for a model type. It may be empty."""
+    """Return a dict that maps a model type's former names of linear layers to parameter names.
+
+    The former names are those in transformers 4. The dict may be empty.
+    """
     return FORMER_NAMES.get(model_type, {}) if isinstance(model_type, str) else {}
 
 
@@ -171,7 +174,7 @@ def requested_former_names(
     config: LoraConfig,
     listed: Collection[str],
 ) -> set[str]:
-    """Return the former names of a parameter that ``target_modules`` selects.
+    """Return which of a parameter's former names ``target_modules`` selects.
 
     As in PEFT, ``"all-linear"`` selects all former names, and an entry of a list selects all
     parameters that its last component stands for. The full name of a linear layer selects only this
@@ -204,7 +207,7 @@ def requested_former_names(
 
 
 def without_expert_index(parameter: BaseParameter, old: str) -> str:
-    """Return the whole former name of a parameter, without the index of an expert."""
+    """Return the full former name of a parameter, without the expert index."""
     return parameter.module_name if old == ROUTER else f"{parameter.module_name}.{old}"
 
 
@@ -226,18 +229,18 @@ def check_not_half(
     if named and missing:
         raise ConfigError(
             f"the config {verb} {sorted(named)} but not {missing}, which are fused in "
-            f"{parameter.name!r}; name both or neither. A regular expression that does not match "
-            "experts can select linear layers with these names"
+            f"{parameter.name!r}; name both or neither. To match only linear layers with these "
+            "names, use a regular expression that does not match experts"
         )
 
 
 def unreached_experts(
     stacks: Iterable[BaseParameter], linears: Collection[str], config: LoraConfig
 ) -> list[BaseParameter]:
-    """Return the stacked experts that a config leaves out although it names projections.
+    """Return the stacked experts that a config leaves out although it names feed-forward layers.
 
-    The projections are those of feed-forward layers. A list of names means all layers that
-    ``layers_to_transform`` selects. A regular expression means the blocks in which it matches.
+    A list of names means all layers that ``layers_to_transform`` selects. A regular expression
+    means the blocks in which it matches.
 
     Args:
         stacks: The stacked experts that no target selects and that the config does not exclude.

@@ -71,7 +71,7 @@ def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> se
 
 
 def matches_names(name: str, entries: Collection[str]) -> bool:
-    """Return whether a name equals an entry, or ends with a dot and an entry."""
+    """Return whether a name equals an entry, or ends with a dot followed by an entry."""
     return any(map(entries.__contains__, dotted_suffixes(name)))
 
 
@@ -131,7 +131,7 @@ def in_layers(name: str, config: LoraConfig) -> bool:
 
 
 def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules") -> str:
-    """Return the end of a message that lists names of the model similar to unmatched entries."""
+    """Return a message suffix that suggests names in the model for unmatched entries."""
     for entry in entries[:_MOST_SHOWN]:
         # Compare with names of the same number of components: `attn.q_proj` with
         # `self_attn.q_proj`.

@@ -72,7 +72,7 @@ class SelectedParameters:
         return found
 
     def store_in(self, config: LoraConfig) -> None:
-        """Store the selection in a config: ``target_parameters``, and patterns as PEFT adds them.
+        """Store the selection in a config: set ``target_parameters`` and add patterns as PEFT does.
 
         A pattern doubles the rank and alpha of a parameter that two linear layers were fused in. A
         pattern of the user that matches the parameter has precedence.
@@ -176,7 +176,7 @@ def _pattern_for(name: str, others: Collection[str]) -> str:
 def entries_that_select(
     names: Collection[str], entries: list[str], parameters: Iterable[BaseParameter]
 ) -> list[str]:
-    """Return a value of ``target_parameters`` that selects exactly the given parameters in PEFT.
+    """Return a ``target_parameters`` value with which PEFT selects exactly the given parameters.
 
     Args:
         names: The names of the parameters.
@@ -205,7 +205,7 @@ def _check_entries_match(
 
 
 def _no_targets_at_all(config: LoraConfig) -> str:
-    """Return PEFT's words for a config in which ``target_modules`` is not set either."""
+    """Return PEFT's error text for unset ``target_modules``, or an empty string if it is set."""
     if config.target_modules:
         return ""
     return (
@@ -226,8 +226,8 @@ def _check_parameter(each: BaseParameter) -> None:
         return  # the linear layer is adapted as a whole, also if its weight is quantized
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise UnsupportedLayerError(
-            f"target parameter {each.name!r} has dtype {dtype}; expected a parameter that is not "
-            "quantized, of 16-, 32-, or 64-bit floating-point numbers"
+            f"target parameter {each.name!r} has dtype {dtype}; expected an unquantized "
+            "parameter with a 16-, 32-, or 64-bit floating-point dtype"
         )
     if len(shape) not in (2, 3):
         raise UnsupportedLayerError(

@@ -197,7 +197,7 @@ def _linears_only_in_file(
     named_in_config: Collection[str],
     layers_in_file: Collection[str],
 ) -> list[str]:
-    """Return the names of the linear layers in a file that the config does not select.
+    """Return the names of linear layers that are in a file but not selected by the config.
 
     These layers have names that PEFT converts to experts, and removes from ``target_modules``.
     """
@@ -250,7 +250,7 @@ def _warn_of_unmatched_values(
 
 
 def _hint_of_experts(left: Sequence[BaseParameter]) -> str:
-    """Return the part of a message that says how to adapt experts that no target selects."""
+    """Return a hint that explains how to adapt experts that no target selects."""
     if not left:
         return ""
     entries = sorted({".".join(each.name.split(".")[-2:]) for each in left})
@@ -267,7 +267,7 @@ def _warn_of_all_linear(
     excluded: Collection[str],
     selected: SelectedParameters,
 ) -> None:
-    """Warn of the routers that ``"all-linear"`` selects and of the linears that it leaves out."""
+    """Warn about routers that ``"all-linear"`` selects and linear layers that it leaves out."""
     routers = [each.name for each in selected.parameters if each.parameter.dim() == 2]
     routers = [name for name in routers if name in selected.former]
     if routers:

@@ -261,7 +261,7 @@ class SharedWeightUntier:
 
 
 def _weight_name(layer: Any) -> str:
-    """Return the name of the parameter of a layer's base layer that its adapters change."""
+    """Return the name of the base-layer parameter that a layer's adapters change."""
     name: str = getattr(layer, "parameter_name", "weight")
     return name
 

@@ -113,8 +113,8 @@ def check_trained_once(
         if name in targets:
             raise UnsupportedLayerError(
                 f"ensure_weight_tying makes {name!r} share the input embedding's copy "
-                "(modules_to_save), but target_modules also names that module; expected only one "
-                "of the two"
+                f"(modules_to_save), but target_modules also names {name!r}; expected only one of "
+                "the two"
             )
     for name in tokens:
         copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
@@ -147,8 +147,8 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     for name in found:
         if name in inside:
             raise UnsupportedLayerError(
-                f"trainable_token_indices names {name!r}, which is inside a module of which "
-                "adapters own copies (modules_to_save)"
+                f"trainable_token_indices names {name!r}, which is inside a module that "
+                "adapters own copies of (modules_to_save)"
             )
     return found
 
@@ -172,5 +172,5 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokens) ->
         raise UnsupportedLayerError(
             f"trainable_token_indices: adapters {module.adapter_names} train rows of {name!r} that "
             f"are {'tied' if module.is_tied else 'not tied'} to those of the input embedding; "
-            "this must be the same for all adapters of a model"
+            "expected tied rows for all adapters of a model, or for none"
         )

@@ -184,8 +184,8 @@ class LoraTuner(nn.Module):
             other = next(iter(others))
             raise AdapterStateError(
                 f"adapter {adapter_name!r} was trained on base weights that {init.title} had "
-                f"changed, but adapter {other!r} has already changed them in "
-                f"another way ({others[other].title}); save one of the two as plain LoRA first, "
+                f"changed, but adapter {other!r} has already changed this model's base weights "
+                f"({others[other].title}); save one of the two as plain LoRA first, "
                 "with save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
                 "untrained adapter>)"
             )

@@ -80,7 +80,7 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Compile the kernels that a model launches in inference, so that no request waits for them.
+    """Compile a model's inference kernels in advance, so that no request waits for compilation.
 
     Kernels are compiled into Triton's cache folder, in separate processes. Later starts reuse
     them. Which kernels the model launches is recorded from calls of its own layers, for few
@@ -116,8 +116,8 @@ def warm_up(
         A `WarmUpReport`. Converted to a string, it is a one-line summary.
 
     Raises:
-        ConfigError: An argument is out of range, no adapter has one of the ranks, Triton's cache
-            folder cannot be written, or ``inputs`` is required or contains no tensor.
+        ConfigError: An argument is out of range, no adapter has any of the ranks, Triton's cache
+            folder is not writable, or ``inputs`` is required or contains no tensor.
         UnsupportedLayerError: A layer does not support mixed batches.
         TypeError: The model has no adapters.
     """
@@ -128,7 +128,7 @@ def warm_up(
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     if wanted is not None and (not wanted or wanted[0] < 1):
-        raise ConfigError(f"ranks must be one or more ranks of at least 1, got {wanted}")
+        raise ConfigError(f"ranks must be one or more integers, each at least 1, got {wanted}")
     reason = reason_without_kernels(_first_adapted_device(model))
     if reason:
         _log.warning("warm_up() compiles nothing: %s", reason)
@@ -156,7 +156,7 @@ def warm_up(
 
 
 def reason_without_kernels(device: torch.device) -> str:
-    """Return the reason why no compiled kernels run on a device, or an empty string if they do."""
+    """Return why compiled kernels do not run on a device, or an empty string if they do."""
     if triton_interpreted():
         return "TRITON_INTERPRET=1 is set"
     if execution_mode.auto_selects_kernels(device):
@@ -166,10 +166,10 @@ def reason_without_kernels(device: torch.device) -> str:
 
 
 def check_kernel_cache_writable() -> None:
-    """Check that Triton's cache folder can be written.
+    """Check that Triton's cache folder is writable.
 
     Raises:
-        ConfigError: The cache folder cannot be written.
+        ConfigError: The cache folder is not writable.
     """
     from fastlora.kernels.precompile import cache_folder
 
@@ -182,8 +182,8 @@ def check_kernel_cache_writable() -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"Triton's cache folder {folder} cannot be written ({error.strerror}); set "
-            "TRITON_CACHE_DIR to a folder that can"
+            f"Triton's cache folder {folder} is not writable ({error.strerror}); set "
+            "TRITON_CACHE_DIR to a writable folder"
         ) from error
 
 
@@ -209,13 +209,13 @@ def _default_processes() -> int:
 
 
 class _SharedInputLayers(NamedTuple):
-    """Layers that share an input, in the order of their calls, and the dtype of the input."""
+    """Layers that share an input, in the order in which they are called, and the input's dtype."""
 
     layers: tuple[Any, ...]
     dtype: torch.dtype
 
     def run(self, rows: int) -> None:
-        """Call each layer with the same input of ``rows`` rows, which is uninitialized."""
+        """Call each layer with the same uninitialized input of ``rows`` rows."""
         device = next(iter(self.layers[0].parameters())).device
         x = torch.empty(rows, self.layers[0].in_features, dtype=self.dtype, device=device)
         for layer in self.layers:
@@ -235,7 +235,7 @@ def record_model_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> dict[str, KernelVariant]:
-    """Return the variants of the kernels that a model launches in inference, by their keys.
+    """Return a dict that maps keys to the kernel variants that a model launches during inference.
 
     Nothing is compiled or launched. Arguments are as in `warm_up`.
     """
@@ -246,7 +246,7 @@ def record_model_variants(
     device = _first_adapted_device(model)
     mixed = [] if adapters == 0 else router_of(model).sample_routings(adapters, ranks)
     if ranks is not None and adapters != 0 and not mixed:
-        raise ConfigError(f"no adapter of the model has one of the ranks {list(ranks)}")
+        raise ConfigError(f"no adapter in the model has any of the ranks {list(ranks)}")
     found: dict[str, KernelVariant] = {}
     with (
         _in_evaluation_mode(model),
@@ -322,7 +322,8 @@ def _default_token_ids(model: nn.Module) -> dict[str, torch.Tensor]:
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         raise ConfigError(
-            f"a {type(model).__name__} may not take input_ids; pass the inputs= of a forward pass"
+            f"{type(model).__name__} might not accept input_ids; use inputs= to pass the arguments "
+            "of a forward pass"
         )
     ids = torch.zeros(_SAMPLES, 8, dtype=torch.int64, device=embeddings.weight.device)
     return {"input_ids": ids}
@@ -364,7 +365,7 @@ def _distinct_groups(
 def _launch_for_all_row_counts(
     group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant], before: Sequence[int]
 ) -> list[int]:
-    """Run a group so that it launches each kernel that it launches for 1 to ``rows`` rows.
+    """Run a group with row counts that cover all kernels that it launches for 1 to ``rows`` rows.
 
     Between two powers of two, the numbers of rows at which other kernels begin are found by
     bisection. If two numbers launch equal kernels, those between them are assumed to launch the
@@ -408,7 +409,11 @@ def _launched_by(
 
 @contextlib.contextmanager
 def _rows_sorted_by_pytorch() -> Iterator[None]:
-    """Sort the rows of mixed batches without a kernel, because PyTorch may use them as indices."""
+    """Sort the rows of mixed batches with PyTorch for the duration of a ``with`` block.
+
+    PyTorch may use the result as indices, so it must not be the uninitialized output of a kernel
+    that is only recorded.
+    """
     from fastlora.kernels import mixed_rows_sort
 
     before = mixed_rows_sort.can_sort

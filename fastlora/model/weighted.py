@@ -202,7 +202,7 @@ def _combine_on_layer(
 def _concatenate(
     pairs: Sequence[low_rank.FactorPair], scales: Sequence[float]
 ) -> low_rank.FactorPair:
-    """Return factors with a product that is the weighted sum of the products of all pairs."""
+    """Return factors whose product is the sum of ``scale * lora_b @ lora_a`` over all pairs."""
     lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
     return lora_a, torch.cat([b for _, b in pairs], 1)
 

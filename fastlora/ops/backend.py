@@ -105,7 +105,7 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple (y, s): a layer's output ``[M, N]`` with adapters, and the shrink output.
+        """Return a tuple (output y ``[M, N]`` of a layer with adapters, shrink output s).
 
         Args:
             x: The input.
@@ -127,7 +127,7 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add each row's LoRA update on a stack of weights to ``y [P, N]`` in place, and return s.
+        """For a stack of weights, add each row's LoRA update to ``y [P, N]`` in place and return s.
 
         Args:
             y: The base product, in x's dtype.
@@ -252,7 +252,7 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of the `grouped_forward` inputs, with None for unwanted gradients.
+        """Return the gradients of the `grouped_forward` inputs, with None for those not wanted.
 
         The caller computes the gradients of base weights.
 

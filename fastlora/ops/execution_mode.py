@@ -72,10 +72,9 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_support_and_description(index: int) -> tuple[bool, str]:
-    """Return whether the Triton kernels support a GPU, and a description.
+    """Return a tuple (whether the Triton kernels support a GPU, description).
 
-    The result is a tuple (supported, description). The description is the GPU's name and
-    architecture, or the reason why it is not supported.
+    The description is the GPU's name and architecture, or the reason why it is not supported.
     """
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
@@ -88,9 +87,9 @@ def _gpu_support_and_description(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return whether the Triton kernels can run on a device, and the reason.
+    """Return a tuple (whether the Triton kernels can run on a device, reason).
 
-    The result is a tuple (supported, reason).
+    A reason is also given if they can run.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -124,7 +123,7 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def has_unknown_values(x: torch.Tensor) -> bool:
-    """Return whether the values of x are unknown.
+    """Return whether the values of x cannot be read.
 
     This is the case on the meta device, and if a compiler traces operations on x.
     """
@@ -132,7 +131,7 @@ def has_unknown_values(x: torch.Tensor) -> bool:
 
 
 def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which autocast is off for a device.
+    """Return a context manager that disables autocast for a device.
 
     `torch.autocast` does not support the meta device.
     """
@@ -144,7 +143,7 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether anything observes operators on x, such as a tracer or autograd.
+    """Return whether anything, such as a tracer or autograd, observes operations on x.
 
     Other observers are dispatch modes, functorch transforms, and profilers. If
     ``in_autograd_function`` is set, autograd is ignored, because it records nothing inside an
@@ -239,9 +238,9 @@ class ExecutionMode:
     tracing: bool = False
 
     def raise_if_batch_invariant(self, layer: _Layer, reason: str) -> None:
-        """Raise an error if batch-invariant mode is on, for a layer that cannot run in it.
+        """Raise an `ImplementationError` if batch-invariant mode is on.
 
-        ``reason`` says why the layer cannot run. The error is an `ImplementationError`.
+        This is called for a layer that cannot run in this mode. ``reason`` says why it cannot.
         """
         if self.invariant:
             base = layer.get_base_layer()
@@ -254,7 +253,7 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error if the Triton kernels cannot compute a call in batch-invariant mode.
+        """Raise an error if the Triton kernels cannot run a call in batch-invariant mode.
 
         Raises:
             ImplementationError: The kernels cannot run the call.

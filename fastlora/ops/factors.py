@@ -45,9 +45,9 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """What a forward pass uses for the base layer.
+    """The tensors of a base layer that a forward pass uses.
 
-    It is the base layer's weight and optional bias, or its output if that is already computed.
+    They are the weight and the optional bias, or the output if it has already been computed.
 
     Attributes:
         weight: ``[N, K]``, or None if a module was called.

@@ -174,7 +174,7 @@ class OperatorBackend(Backend):
     def _rows_argument_and_run(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return a tuple (tensors for the ``rows`` argument of a launch, rows per run)."""
+        """Return a tuple (tensors for the ``rows`` argument of a launch, length of a run)."""
         if self.impl != "triton":
             return rows.operator_arguments(), 0
         return gradient_rows_and_run_length(launch, rows, like.dtype, like.shape[1])

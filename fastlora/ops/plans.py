@@ -81,7 +81,7 @@ def _plan_from_table(
     group_n: int | None,
     slots: int,
 ) -> str:
-    """Look up the plan for the sizes of a layer and its input in the chip's table."""
+    """Return the plan that the chip's table gives for the sizes of a layer and its input."""
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
     chips, configs = _import_chips_and_configs()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": group_n or n, "k": k, "r": r}

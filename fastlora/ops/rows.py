@@ -111,7 +111,7 @@ class Rows:
     def segments(self) -> tuple[Segment, ...]:
         """A tuple of segments in slot order, one for each slot that has rows.
 
-        If the ids are on a GPU, the host waits for them.
+        If the ids are on a GPU, the host waits for the GPU.
         """
         if self.ids is None:
             starts = self.slot_start.tolist()
@@ -123,9 +123,9 @@ class Rows:
 
     @functools.cached_property
     def segment_rows(self) -> tuple[slice | torch.Tensor, ...]:
-        """The rows of each segment in their original order.
+        """The row indices of each segment, in ascending order.
 
-        They are a slice if the rows are adjacent, and otherwise an int64 tensor of rows.
+        They are a slice if the rows are adjacent, and otherwise an int64 tensor.
         """
         if not self.segments:
             return ()
@@ -181,7 +181,7 @@ class Rows:
 
     @functools.cached_property
     def slot_index(self) -> torch.Tensor:
-        """The slot of each row, int64 ``[M]``. It is `slots` for rows without an adapter."""
+        """The slot of each row, int64 ``[M]``, or `slots` for a row without an adapter."""
         of_segment = torch.tensor([*self.used_slots, self.slots], device=self.order.device)
         return of_segment[self.segment_index]
 
@@ -216,7 +216,7 @@ class Rows:
 
     @functools.cached_property
     def has_rows_without_slot(self) -> bool:
-        """Whether any row has no slot. If the rows are on a GPU, the host waits for them."""
+        """Whether any row has no slot. If the rows are on a GPU, the host waits for the GPU."""
         return int(self.slot_start[-1]) < self.m
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class StackedOperands(NamedTuple):
         return self.lora_a[0].shape[0]
 
     def per_key(self) -> AdapterOperands:
-        """Return the operands with one adapter for each key, as views of these tensors."""
+        """Return operands with one adapter for each key, with views of this object's factors."""
         count = self.num_matrices
         lora_a = [
             down for own in zip(*(a.unbind() for a in self.lora_a), strict=True) for down in own
@@ -72,7 +72,7 @@ def stack_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return a copy of the rank rows of lora_b ``[N, R * E]``, ``[E, R, N]``.
+    """Return a copy of lora_b ``[N, R * E]`` as rank rows ``[E, R, N]``.
 
     Each row is contiguous. PyTorch copies the transpose of a matrix several times faster than other
     permutations, so the rows of one rank are adjacent in memory.
@@ -82,5 +82,5 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
 
 
 def seeds_of_keys(seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return the dropout seed of each key, int64 ``[E * S]``, given those of S adapters."""
+    """Return the dropout seed of each key, int64 ``[E * S]``, given the seeds of S adapters."""
     return layer_seeds(seeds, range(num_matrices)).reshape(-1)

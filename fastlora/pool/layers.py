@@ -119,7 +119,7 @@ class PoolLayers:
         ]
 
     def _install_batch_size_checks(self) -> None:
-        """Make the model check the size of each batch.
+        """Make the model check that the size of each batch matches the number of adapter ids.
 
         The methods ``forward`` and ``generate`` are wrapped. The number of samples or tokens must
         equal the number of adapter ids. In `generate`, only the batch that the caller passes is
@@ -207,7 +207,7 @@ class PoolLayers:
 
 
 def _parameters_of_experts(model: nn.Module) -> list[str] | None:
-    """Return the names of the stacked experts of a model and of their routers, or None.
+    """Return the names of a model's stacked experts and their routers, or None if it has none.
 
     Routers are parameters with former names. Other modules with stacks are left out, and so are
     quantized stacks.

@@ -281,7 +281,7 @@ class LeaseManager:
             self.changed.wait(left)
 
     def _find_entries_to_read(self, request: LeaseRequest) -> list[RegisteredAdapter]:
-        """Return the records of the adapters that must be read for a request.
+        """Return the records of the adapters that must be read from disk for a request.
 
         ``request.in_memory`` is updated: it then contains the images of the requested adapters that
         are in memory.

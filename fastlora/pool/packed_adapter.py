@@ -32,7 +32,7 @@ _MAGNITUDE_BYTES = 4
 
 
 class TargetWeight(NamedTuple):
-    """A weight that the pool's adapters may adapt: that of a linear layer, or a parameter.
+    """A weight that the pool's adapters can target: a linear layer's weight or a parameter.
 
     Attributes:
         name: Name of the linear layer or of the parameter in the base model.
@@ -231,7 +231,7 @@ class AdapterPacker:
                     raise CheckpointError(
                         f"{source}: {kind} of {self.targets[index].name!r} has a value of "
                         f"magnitude {float(peak):.3g}, which is too large for the pool's "
-                        f"{self.dtype}"
+                        f"dtype {self.dtype}"
                     )
 
     def _layout(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> AdapterLayout:

@@ -165,7 +165,7 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Load an adapter from a folder or a state dict under a name.
+        """Load an adapter from a folder or a state dict, and register it under the given name.
 
         It is loaded onto the device, and replaces any adapter with the same name. The new adapter
         takes over the slot of the replaced adapter. Leases on the replaced adapter remain valid, so

@@ -193,7 +193,7 @@ class AdapterReader:
         return self._convert_and_pack(AdapterContents(Path(source), config, keys, tensors), source)
 
     def _convert_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
-        """Join the factors of single experts in a loaded adapter, and return the packed adapter."""
+        """Convert individual experts' factors to stacked factors, and return the packed adapter."""
         if self._has_stacks:
             file = convert_expert_factors(self._model, file)
         config, tensors = file.config, file.tensors
@@ -330,7 +330,7 @@ class AdapterReader:
         if found != expected:
             raise CheckpointError(
                 f"{source}: {key!r} has shape {shape} {axis}, but this model expects "
-                f"size {expected}, not {found}"
+                f"a dimension of size {expected}, not {found}"
             )
         if kind == "lora_A":
             own = shape[0] if rank is None else rank
@@ -339,7 +339,7 @@ class AdapterReader:
     def _parameters_of_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return a dict that maps layers in a file to the parameters that they adapt.
+        """Return a dict that maps layer names in an adapter file to the parameters that they adapt.
 
         The values are tuples (name of the target, name of the parameter, rank). The target of a
         linear layer is the layer. The names of the layers depend on the parameters that the adapter

@@ -80,7 +80,7 @@ class DoraScaleUpdater:
     def _find_stale_scales_and_stamps(
         self, dora: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
-        """Find the outdated scales of DoRA adapters, and return them with the base weights' stamps.
+        """Return the outdated scales of DoRA adapters, and stamps of the base weights' state.
 
         Args:
             dora: Adapters on the device that use DoRA.

@@ -120,7 +120,7 @@ class StorageTiers:
         self.replaced += 1
 
     def register_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
-        """Register an adapter, or replace the adapter with the same name.
+        """Register an adapter, replacing any existing adapter with the same name.
 
         The adapter is brought to the device if there is room. A new adapter on the device takes
         over the slot of the adapter that it replaces. If leased and pinned adapters leave no room
@@ -200,7 +200,7 @@ class StorageTiers:
         return sum(loaded.packed.nbytes for loaded in self.loaded_adapters)
 
     def leased(self) -> set[LoadedAdapter]:
-        """Return the set of adapters on the device that are leased."""
+        """Return the set of leased adapters on the device."""
         return {loaded for loaded in self.loaded_adapters if loaded.leases}
 
     def fits_beside_pinned_and_held(
@@ -209,7 +209,7 @@ class StorageTiers:
         held: Collection[LoadedAdapter],
         replaced_but_leased: LoadedAdapter | None = None,
     ) -> bool:
-        """Return whether adapters fit on the device alongside the pinned and held adapters.
+        """Return whether the given adapters fit on the device alongside pinned and leased adapters.
 
         Args:
             wanted: Maps the name of each adapter that should fit to its image.

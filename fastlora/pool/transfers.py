@@ -32,7 +32,7 @@ class DeviceTransfers:
     shares_memory = True
 
     def ordered_writes(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager in which writes to adapters and tables run in order."""
+        """Return a context manager that makes writes to adapters and tables run in order."""
         return contextlib.nullcontext()
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
@@ -83,7 +83,7 @@ class AsyncCudaTransfers(DeviceTransfers):
         self._stream = torch.cuda.Stream(device)
 
     def ordered_writes(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager in which writes run in order, on the pool's stream."""
+        """Return a context manager that makes writes run in order on the pool's stream."""
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:

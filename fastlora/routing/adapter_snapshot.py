@@ -42,7 +42,7 @@ class AdapterSnapshot:
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record those of a layer's adapters that are in ``names``.
+        """Record the state of a layer's adapters whose names are in ``names``.
 
         ``scaling`` maps the names to the layer's scalings.
         """
@@ -77,7 +77,7 @@ class AdapterSnapshot:
             self._memory.append(value.untyped_storage())
 
     def is_unchanged(self) -> bool:
-        """Return whether nothing has changed since the record was made.
+        """Return whether the adapters have not changed since their state was recorded.
 
         New hooks on a module are a change too.
         """

@@ -41,7 +41,7 @@ def adapters(
     validate: bool = False,
     unused_gradients: bool | None = None,
 ) -> Iterator[None]:
-    """Context manager in which each row of ``model``'s forward passes uses its own adapter.
+    """Context manager in which each row of a batch passed to ``model`` uses its own adapter.
 
     The block can be used for serving and for training. A backward pass may run after the block has
     ended and in another thread, even if it recomputes activation checkpoints. Blocks may be nested,
@@ -113,7 +113,7 @@ def routing_from_parameters(
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Return a block's routing for adapters that are parameters of the model's layers.
+    """Return a block's routing for adapters stored as parameters of the model's layers.
 
     A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
     `AdapterSource` for a sequence of these names.
@@ -157,7 +157,7 @@ def sample_routings_from_parameters(
     adapters: int | None,
     ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return sample routings for adapters that are parameters of the model's layers.
+    """Return example routings for adapters stored as parameters of the model's layers.
 
     For each rank and dtype, one has a single adapter, and one also has adapters of at most this
     rank, up to ``adapters`` in total. See `fastlora.routing.routers.Router.sample_routings`.

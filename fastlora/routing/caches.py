@@ -37,7 +37,7 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayer(Protocol):
-    """Protocol of layers that use routing, with the attributes that routing needs.
+    """Protocol for layers that use routing, with the attributes that routing needs.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.
@@ -79,7 +79,7 @@ class PackedAdapterSet:
 
     @property
     def has_current_weights_version(self) -> bool:
-        """Whether the packed factors are from the current version of the weights.
+        """Whether the packed factors were built from the current version of the weights.
 
         Only then can they be valid.
         """
@@ -142,7 +142,7 @@ class AdapterSetCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the adapter set for a key, and create it if none is cached.
+        """Return the adapter set for a key, creating the set if it is not cached.
 
         The same happens if the cached set is outdated, which means that its factors have changed.
         ``factors_can_change`` tells whether the factors can change.
@@ -161,7 +161,10 @@ class AdapterSetCache:
             return known
 
     def clear(self) -> None:
-        """Clear all cached sets, as required if factors may change or have changed unnoticed."""
+        """Clear all cached sets.
+
+        This is required if factors may have changed or may change without being detected.
+        """
         weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()

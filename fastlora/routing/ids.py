@@ -73,7 +73,7 @@ def names_and_slots(
 
 
 def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check that integer ids are valid for the slots, and return them on the CPU.
+    """Check that integer ids are valid slots, and return them on the CPU.
 
     An id is valid if it is -1 or names an occupied slot. The result is int64.
 
@@ -116,10 +116,10 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether each id covers whole entries of the leading dimensions of a shape.
+    """Return whether the rows of each id are one slice of a shape's leading dimensions.
 
-    The entries are the id's rows. For example, the result is False for 2 ids and the shape
-    ``[5, 2]``: the first 5 of the 10 flattened rows would cover 2.5 entries of the first dimension.
+    Each id has an equal share of the flattened rows. For example, the result is False for 2 ids and
+    the shape ``[5, 2]``: the first 5 of the 10 rows would cover 2.5 entries of the first dimension.
     """
     for size in shape:
         if size % ids == 0:
@@ -158,7 +158,7 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a check: a flag and the message of the error to raise if it is set.
+        """Add a check, given a flag and the message of the error to raise if the flag is set.
 
         The flag is bool ``[1]``, and true if an id is out of range. Its copy to the host is
         started.

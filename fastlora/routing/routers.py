@@ -16,7 +16,7 @@ from fastlora.routing.routing import Routing
 
 
 class Router(Protocol):
-    """Protocol of objects that route the rows of a model's batches to adapters.
+    """Protocol for objects that route the rows of a model's batches to adapters.
 
     A router creates a `Routing` for each block.
     """
@@ -35,7 +35,7 @@ class Router(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return sample routings for `warm_up`, which launch every kernel of mixed batches.
+        """Return example routings for `warm_up` that cover every kernel of mixed batches.
 
         Each has one id. ``adapters`` is the largest number of adapters in a batch, or None for all
         adapters. ``ranks`` lists the ranks of adapters, or is None for all of them.

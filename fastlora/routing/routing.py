@@ -73,7 +73,7 @@ class RoutingGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard results that this thread has computed for layers that were then not called."""
+        """Discard results that this thread computed for layers that were not called afterwards."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -93,8 +93,8 @@ class RoutingGroup(UncopiedCache):
         if self._open:
             raise AdapterStateError(
                 f"{operation}() was called while {self._open} fastlora.adapters() or "
-                "adapter_names= blocks of this model are open, in this thread or another. The rows "
-                "in these blocks would lose their adapters or use other weights. Call "
+                "adapter_names= blocks of this model are open in this thread or another. This "
+                "would remove, disable, or change adapters or weights that these blocks use. Call "
                 f"{operation}() after the blocks have ended"
             )
 
@@ -187,7 +187,7 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raise an error if the sample dimension of ``x [..., K]`` does not fit the ids.
+        """Raise an error if the sample dimension of ``x [..., K]`` does not match the ids.
 
         The first dimension must be able to be the sample dimension.
 
@@ -251,11 +251,11 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of the adapters that have rows, in slot order."""
+        """Return a tuple of the identities of the adapters used by the rows, in slot order."""
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check of the ids, without waiting for the device.
+        """Defer checking the ids, to avoid waiting for the device.
 
         A later block of the model checks whether the ids are in range.
         """

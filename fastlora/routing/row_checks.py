@@ -112,7 +112,7 @@ class RowChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayer) -> str | None:
-        """Return the reason why a layer is unsupported, or None if it is supported.
+        """Return why a layer is unsupported, or None if it is supported.
 
         An unsupported layer does not support mixed batches.
         """
@@ -121,7 +121,7 @@ class RowChecks:
     def record_tracked_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record which layers ran in a block in which rows were tracked.
+        """Record which layers ran in a block that tracked rows.
 
         The layers that ran got all rows.
 
@@ -171,7 +171,7 @@ class RowChecks:
 
 
 class AllRowsChecker:
-    """Context manager that checks whether layers get all rows in one block.
+    """Context manager that checks whether layers get all rows of a block's batch.
 
     Args:
         checks: The model's checks.
@@ -257,8 +257,9 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
         f"layer {name!r} looks like an expert in a mixture of experts, which would get only some "
-        "rows of the batch. No mixed batch has confirmed yet that the layer gets all rows. Run a "
-        f"mixed batch without torch.compile first. If the layer does not get all rows, {advice}"
+        "rows of the batch. It is not known yet whether the layer gets all rows. To check this, "
+        "run a mixed batch without torch.compile first. If the layer does not get all rows, "
+        f"{advice}"
     )
 
 
@@ -266,7 +267,7 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 
 
 def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
-    """Return the class name of the outermost parent with the layout ``[T, B, K]``, or None."""
+    """Return the class name of a layer's outermost parent with layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -281,7 +282,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _LastPathStep(NamedTuple):
-    """Facts about the last component of a module's path, for the detection of experts.
+    """Facts about the last component of a module's path, used to detect experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,

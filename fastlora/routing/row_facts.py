@@ -99,7 +99,7 @@ class RowFactsTable:
         self._next_drop = _FIRST_DROP
 
     def facts_of(self, tensor: torch.Tensor) -> RowFacts:
-        """Return the `RowFacts` about the rows of a tensor."""
+        """Return the `RowFacts` for a tensor."""
         entry = self._by_storage.get(storage_key(tensor))
         if entry is not None:
             return entry.facts
@@ -150,7 +150,7 @@ class RowFactsTable:
         return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the samples of a result computed from ``source``, or None if unknown.
+        """Return the sample of each row of a result computed from ``source``, or None if unknown.
 
         The result was computed row by row.
         """

@@ -318,10 +318,10 @@ def _write_along(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Return a row index without its expansion across the elements of each row.
+    """Return a row index with one entry per row instead of one per element.
 
-    `gather` requires an expanded index. An index that was not expanded is returned unchanged, as an
-    index of elements.
+    `gather` requires a row index to be expanded to all elements of the rows. An index that was not
+    expanded is returned unchanged, as an index of elements.
     """
     while index.dim() > 1 and (index.stride(-1) == 0 or index.shape[-1] == 1):
         index = index.select(-1, 0)

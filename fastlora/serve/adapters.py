@@ -84,7 +84,7 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Sorted names of the adapters without a known error, which requests can use."""
+        """Sorted names of the adapters that requests can use (those without a known error)."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
@@ -241,7 +241,7 @@ class ServedAdapters:
         with self._lock:
             if name not in self._versions:
                 raise AdapterNotFoundError(
-                    f"no adapter {name!r} is loaded{near_names(name, self._versions)}"
+                    f"adapter {name!r} is not loaded{near_names(name, self._versions)}"
                 )
             own = None if self.root is None else _files_fingerprint(self.root / name)
             self._remove_current(name)

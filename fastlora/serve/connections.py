@@ -172,7 +172,7 @@ class DeadlineProtocol(H11Protocol):
             super().shutdown()
 
     def abort(self) -> None:
-        """Close the connection without waiting for the client to read."""
+        """Close the connection without waiting for the client to read the remaining data."""
         self._leave()
         self.transport.abort()
 
@@ -252,7 +252,7 @@ class SmallChunkLimiter:
 
 
 class LongBacklogServer(uvicorn.Server):
-    """A server with a long backlog of pending connections.
+    """A server that allows a long backlog of pending connections.
 
     It is uvicorn's server, with a kernel queue that is longer than the number of connections that
     are accepted at a time. Connections accepted just before the server shuts down are closed;

@@ -291,10 +291,10 @@ class Engine:
     def _release_adapter_and_report_error(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the error.
+        """Release a request's adapter, and report an error unless the request has ended.
 
-        No error is reported if the request has already ended. Without ``error``, the reported error
-        says that the request was canceled.
+        The error is reported to the request's ``on_chunk`` function. Without ``error``, the
+        reported error says that the request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

@@ -114,8 +114,12 @@ def _read_key_file(option: str, file: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{option}-file {file}: {error.strerror}") from error
     if len(data) > _MOST_BYTES:
-        raise ConfigError(f"{option}-file {file} has more than {_MOST_BYTES} bytes, expected a key")
+        raise ConfigError(
+            f"{option}-file {file} has more than {_MOST_BYTES} bytes, which is too long for a key"
+        )
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
-        raise ConfigError(f"{option}-file {file} is not valid UTF-8, expected a key") from None
+        raise ConfigError(
+            f"{option}-file {file} is not valid UTF-8; it must contain only the key"
+        ) from None

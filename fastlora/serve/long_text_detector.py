@@ -54,7 +54,7 @@ class LongTextDetector:
 def _character_bound_and_vanishing(
     parts: Mapping[str, Any],
 ) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum number of characters per token, and a pattern of droppable characters.
+    """Return the maximum number of characters per token, and a regex for dropped characters.
 
     Returns None if there is no bound. The pattern matches the characters that tokenization may
     drop. It is None if there are none.
@@ -92,10 +92,7 @@ def _character_bound_and_vanishing(
 
 
 def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part of a tokenizer, with nested sequences flattened.
-
-    The part is a normalizer or a pre-tokenizer.
-    """
+    """Yield the steps of a normalizer or pre-tokenizer, with nested sequences flattened."""
     if part is not None and part["type"] == "Sequence":
         for own in part[inner]:
             yield from _flatten_steps(own, inner)

@@ -70,7 +70,7 @@ class PromptTokenizer:
         except Exception as error:  # jinja templates reject roles by raising
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise
-            raise ConfigError(f"the model's chat template rejects messages: {error}") from error
+            raise ConfigError(f"the model's chat template rejects the messages: {error}") from error
         return self._tokens(text, special=False)  # the template adds special tokens
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:

@@ -48,7 +48,7 @@ class PersistentAdaptersBlock:
 
     @contextlib.contextmanager
     def route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Route each row to an adapter of the pool during the ``with`` block."""
+        """Route each row to an adapter in the pool during the ``with`` block."""
         key = (self._pool.replaced, *names)
         if key != self._key:
             self.close()
@@ -116,7 +116,7 @@ class RunningBatch:
         self._block.close()
 
     def prefill_and_decode(self) -> None:
-        """Prefill part of the pending prompts, then decode a token for each prefilled request."""
+        """Prefill some pending prompt tokens, then decode a token for each prefilled request."""
         if self._decoding_count < len(self.jobs):
             self._forward_rows(self._decoding_count, self._next_prefill_requests())
         if self._decoding_count:

@@ -54,7 +54,7 @@ class SamplingParams:
         return self.temperature < _GREEDY
 
     def make_generator(self) -> torch.Generator:
-        """Create the random generator of the request.
+        """Create the request's random number generator.
 
         The generator is always on the CPU.
         """

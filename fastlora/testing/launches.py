@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Dict that maps the launch's argument names to values, without tensors and strides."""
+        """Dict that maps the launch's argument names to values, excluding tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -106,19 +106,15 @@ class _RecordingDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Load a compiled kernel, and return what a Triton driver returns for it.
+        """Return placeholders for the values that a Triton driver returns for a loaded kernel.
 
-        The values are placeholders. The tuple consists of a module handle, a function handle (here,
-        the binary), the numbers of registers and spills, and the maximum number of threads per
-        program.
+        The tuple consists of a module handle, a function handle (here, the binary), the numbers of
+        registers and spills, and the maximum number of threads per program.
         """
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return a launcher for a kernel, which records the launch.
-
-        The launch function records its arguments as a `Launch`.
-        """
+        """Return a launcher that records each launch of a kernel as a `Launch`."""
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)

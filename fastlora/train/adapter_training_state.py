@@ -246,7 +246,7 @@ def _checked_optimizer(
     if not own.issuperset(held):
         raise ValueError(
             f"the optimizer of adapter {name!r} holds parameters that do not belong to the "
-            "adapter; expected only the parameters passed to the factory"
+            f"adapter; expected only the parameters passed to optimizers[{name!r}]"
         )
     return optimizer
 

@@ -177,7 +177,7 @@ def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
 def identity_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
-    """Return a message for each difference between two run identities.
+    """Return a message for each difference between the identities of two runs.
 
     A message has the form ``"batch_size was 8, is 4"``. ``prefix`` is the prefix of the names in
     nested dicts.

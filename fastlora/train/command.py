@@ -190,7 +190,7 @@ def _write_unless_pipe_closed(stream: TextIO, text: str) -> None:
 def _settings_from_arguments(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> dict[str, Any]:
-    """Convert the parsed arguments to a dict of settings, the ``flags`` of `read_settings`."""
+    """Convert the parsed arguments to a dict that `read_settings` accepts as ``flags``."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
     if "init" in given:
@@ -320,11 +320,11 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Estimate a step's memory in bytes; return None if it is unknown.
+    """Return the estimated peak memory of a step in bytes, or None if it cannot be estimated.
 
-    This is the peak memory. The estimate covers one forward and backward pass. It excludes weights
-    and gradients, and is for the base model before quantization. It also excludes dropout, which
-    stores only seeds. The result is None if the model does not run on the meta device.
+    The estimate covers one forward and backward pass. It excludes weights and gradients, and is for
+    the base model before quantization. It also excludes dropout, which stores only seeds. The
+    result is None if the model does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=base_model_dtype(settings))
     base = base_model.build_base_model_on_meta(plain)

@@ -39,7 +39,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder for a training run within a ``with`` block.
+    """Lock the output folder of a training run for the duration of a ``with`` block.
 
     The folder is created if it is missing. On exit, the lock file is removed.
     Each folder that was created on entry is removed too if it is still empty. If the file system

@@ -190,7 +190,7 @@ def causal_lm_losses(
 
 
 def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
-    """Count the tokens of each adapter that contribute to the loss.
+    """For each adapter, count the tokens that contribute to the loss.
 
     The loss is that of `causal_lm_losses`. This causes one host-device synchronization.
 

@@ -61,22 +61,24 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
     """
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
-        raise ValueError(f"no adapter is given; expected one or more of {list(model.peft_config)}")
+        raise ValueError(
+            f"no adapters were given; expected one or more of {list(model.peft_config)}"
+        )
     for name in chosen:
         model.base_model.check_adapter_loaded(name)
     for name in chosen:
         bias = model.peft_config[name].bias
         if bias != "none" and len(chosen) > 1:
             raise AdapterStateError(
-                f"adapter {name!r} has bias={bias!r}, which trains biases of the base model that "
-                "all rows share; use bias='none', or train this adapter alone"
+                f"adapter {name!r} has bias={bias!r}, which trains base model biases that all "
+                "adapters share; use bias='none', or train this adapter alone"
             )
     return chosen
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did for each adapter.
+    """The result of one optimizer step for each adapter.
 
     The report lists the updated and skipped adapters, and their gradient norms.
     `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
@@ -322,8 +324,8 @@ class AdapterOptimizers:
         for name in wanted:
             if not self._adapter_state(name).gradients():
                 raise AdapterStateError(
-                    f"adapter {name!r} has no gradients; run the backward pass for a loss over its "
-                    "rows after zero_grad() and before step()"
+                    f"adapter {name!r} has no gradients; between zero_grad() and step(), run the "
+                    "backward pass for a loss that includes rows of this adapter"
                 )
         # Step in the order of the optimizers, so that the order of the rows has no effect.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]

@@ -60,14 +60,14 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
             f"{settings.model}: not a model folder (it has no config.json); only local folders are "
-            "supported, such as one that huggingface_hub.snapshot_download(repo_id) returns"
+            "supported, such as one downloaded with huggingface_hub.snapshot_download(repo_id)"
         )
     if settings.out.exists() and not settings.out.is_dir():
         raise TrainError(f"{settings.out}: this is a file, expected a folder")
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Return the path of the newest checkpoint, to resume from, or None if there is none.
+    """Return the path of the newest checkpoint, or None if there is none.
 
     Raises:
         TrainError: There is a checkpoint, and ``resume`` is False.
@@ -75,8 +75,8 @@ def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | Non
     found = list_checkpoints(settings.out / "checkpoints")
     if found and not resume:
         raise TrainError(
-            f"{found[-1]} is a checkpoint of an earlier run; resume it (--resume), or choose "
-            "another output folder"
+            f"{found[-1]} is a checkpoint of an earlier run; resume that run with --resume, or "
+            "choose another output folder"
         )
     return found[-1] if found else None
 
@@ -150,7 +150,7 @@ def add_trainable_adapters(
         else:
             model.add_adapter(name, config)
     if model is None:
-        raise ConfigError("no adapter is given")
+        raise ConfigError("no adapters were given")
     train_adapters(model, list(configs))
     _check_no_fp16_trained(model)
     return model

@@ -40,7 +40,7 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedLosses(NamedTuple):
-    """The losses of a batch that all processes agree to use.
+    """The losses that all processes have agreed to use for a batch.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -94,10 +94,9 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedLosses:
-        """Agree with all processes on which losses are finite, and return the result.
+        """Determine which losses are finite in all processes, and return the result.
 
-        A loss must be finite in all processes. The result also contains a weight for each loss of
-        this process.
+        The result also contains a weight for each loss of this process.
         """
         seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
@@ -242,7 +241,7 @@ class RunProcesses:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Close all trackers, which write their pending data first."""
+        """Flush and close all trackers."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 

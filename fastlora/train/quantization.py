@@ -91,7 +91,7 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
 
 
 def prepare_quantized_model(model: PreTrainedModel) -> None:
-    """Prepare a quantized base model for training, including evaluations during training."""
+    """Prepare a quantized base model for training and for evaluation during training."""
     prevent_repacking(model)
     # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in
     # fp16.

@@ -51,7 +51,7 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A value in training became NaN or infinite.
+    """A value became NaN or infinite during training.
 
     The value is a loss, a gradient, or a weight. The run cannot continue.
 
@@ -324,7 +324,7 @@ class Run:
         )
 
     def _open_log_and_check_evaluated(self) -> bool:
-        """Open the log, and return whether an earlier run has evaluated the current step."""
+        """Open the log, and return whether an earlier run evaluated the adapters at this step."""
         checkpoint.remove_old_checkpoints(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
         self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
@@ -354,7 +354,7 @@ class Run:
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
-        """Record a write error in the block instead of raising it.
+        """Record a write error raised in the ``with`` block instead of propagating it.
 
         The run then ends after the current step.
         """
@@ -396,7 +396,7 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _stepped_adapter_folders(self) -> dict[str, Path]:
-        """Return a dict that maps each adapter that has taken a step to its output folder."""
+        """Return a dict with the output folder of each adapter that has taken a step."""
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
@@ -472,10 +472,10 @@ class Run:
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
                 raise self._stopped(
-                    f"adapter {name!r} never took a step: its gradient was non-finite in all "
+                    f"adapter {name!r} was never updated: its gradient was non-finite in all "
                     f"{count.skipped_steps} of its steps (its loss scale is "
-                    f"{self.optimizers.loss_scale(name):g}; dtype 'bfloat16' and 'float32' need no "
-                    "loss scale)",
+                    f"{self.optimizers.loss_scale(name):g}; with dtype 'bfloat16' or 'float32', no "
+                    "loss scaling is needed)",
                     name,
                     self.step,
                 )
@@ -634,7 +634,7 @@ class Run:
         self.processes.run_in_main_and_broadcast(write)
 
     def _save_stepped_adapters(self) -> None:
-        """Save each adapter that has taken a step to its output folder.
+        """Save all adapters that have taken a step, each to its own output folder.
 
         If an adapter cannot be written, the other adapters are still written before
         `CheckpointError` is raised.

@@ -19,7 +19,7 @@ LARGEST_RATE = 3.4e37
 
 
 class SettingType(NamedTuple):
-    """A type of setting value, such as a path, with its validation and its command-line flag.
+    """The type of a setting, which defines how its value is checked and its flag is parsed.
 
     Attributes:
         check: Function that takes a value and its name in error messages. It returns the converted
@@ -101,7 +101,7 @@ def _columns(value: Any, where: str) -> dict[str, str]:
         if ours not in COLUMNS:
             raise ConfigError(
                 f"{where}: unknown column {ours!r}{near_names(ours, COLUMNS)}; expected a table "
-                f"that maps any of {', '.join(COLUMNS)} to the name of that column in the files"
+                f"that maps one or more of {', '.join(COLUMNS)} to column names in the data files"
             )
         if not isinstance(theirs, str) or not theirs:
             raise ConfigError(f"{where}.{ours} must be a column name, got {theirs!r}")

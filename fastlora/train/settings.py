@@ -277,7 +277,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
         if name not in top:
             raise ConfigError(f"{name!r} is missing; expected a folder")
     if not tables:
-        raise ConfigError("no adapter is given; expected at least one table [adapters.NAME]")
+        raise ConfigError("no adapters were given; expected at least one table [adapters.NAME]")
     # An adapter loaded from `init_from` has its own config, so LoRA defaults do not apply.
     of_loaded = {key: value for key, value in defaults.items() if key not in _LORA_FIELDS}
     adapters = []
@@ -286,7 +286,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
         adapters.append(_adapter_settings(name, start | table | forced))
     settings = TrainSettings(adapters=tuple(adapters), **validate_settings(TrainSettings, top, ""))
     if settings.steps is None and not settings.epochs:
-        raise ConfigError(f"epochs must be more than 0, got {settings.epochs}")
+        raise ConfigError(f"epochs must be greater than 0, got {settings.epochs}")
     micro = settings.micro_batch_size
     if micro is not None and micro > settings.batch_size:
         raise ConfigError(
@@ -299,7 +299,8 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     where = f"adapters.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED_NAMES:
         raise ConfigError(
-            f"{where}: invalid adapter name {name!r}; expected letters, digits, _, and -"
+            f"{where}: invalid adapter name {name!r}; use only letters, digits, _, and -, but not "
+            f"the reserved names {' and '.join(RESERVED_NAMES)}"
         )
     with error_prefix(where):
         check_adapter_name(name)
@@ -335,7 +336,7 @@ def _expand_field_aliases(table: Any, where: str) -> dict[str, Any]:
         name = ALIASES.get(key, key)
         if name in result:
             raise ConfigError(
-                f"{where}: {key!r} and another name for {name!r} are both given; keep only one"
+                f"{where}: {name!r} is set under two names, one of which is {key!r}; keep only one"
             )
         result[name] = value
     return result

@@ -244,7 +244,7 @@ WRONG: list[tuple[dict[str, Any], type[FastLoraError], str]] = [
     ({"svd_clamp": 2.0}, ConfigError, "svd_clamp"),
     ({"majority_sign_method": "most"}, ConfigError, "majority_sign_method"),
     ({"adapters": ["a", "c"]}, AdapterStateError, "'c' uses DoRA"),
-    ({"adapters": ["a", "d"]}, AdapterStateError, "not finite"),
+    ({"adapters": ["a", "d"]}, AdapterStateError, "contains NaN or infinite values"),
 ]
 
 

@@ -125,7 +125,7 @@ def test_a_template_that_raises(chat: Chat) -> None:
         + served.TEMPLATE
     )
     lines = said(chat, "/system be kind", "hi")
-    assert lines[-1] == "the model's chat template rejects messages: no system"
+    assert lines[-1] == "the model's chat template rejects the messages: no system"
     assert chat.messages == [] and chat.handle_line("/system") and chat.answer_message("hi")
 
 

@@ -106,7 +106,7 @@ def test_corda_errors(tmp_path: Path) -> None:
         fastlora.preprocess_corda(two_layers(), config, dataloader=[])
     with pytest.raises(InitializationError, match="layer 'q': the calibration data did not reach"):
         fastlora.preprocess_corda(two_layers(), config, run_model=lambda: None)
-    with pytest.raises(InitializationError, match=r"layer 'q': .* not finite"):
+    with pytest.raises(InitializationError, match=r"layer 'q': .* infinite values"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * torch.nan])
     with pytest.raises(InitializationError, match="layer 'q': .* only zero inputs"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * 0])

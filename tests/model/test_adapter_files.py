@@ -369,7 +369,7 @@ def test_a_config_of_a_gigabyte_is_not_read(served: Path) -> None:
     """E6: the size of a config is bounded, and nothing longer is written."""
     with (served / "a" / CONFIG_NAME).open("wb") as file:
         file.truncate(1 << 30)  # a hole: costs no disk
-    with pytest.raises(CheckpointError, match="1073741824 bytes, expected at most 4194304"):
+    with pytest.raises(CheckpointError, match="1073741824 bytes long, expected at most 4194304"):
         read_within(served / "a", served)
     config = LoraConfig(r=2, target_modules=["q", "x" * adapter_files.MAX_CONFIG_BYTES])
     tensors = load_adapter_folder(served / "b").tensors

@@ -284,7 +284,7 @@ def test_scaled_embeddings_and_16_bits() -> None:
     ("tokens", "fields", "error", "words"),
     [
         ([], {}, ConfigError, "must be a list of token ids"),
-        ([1, 1], {}, ConfigError, "each token id once, got 1 twice"),
+        ([1, 1], {}, ConfigError, "each token id at most once, got 1 twice"),
         ([-1], {}, ConfigError, "non-negative token ids, got -1"),
         ({}, {}, ConfigError, "must name at least one module"),
         ({"embed_tokens": 3}, {}, ConfigError, r"\['embed_tokens'\] must be a list"),
@@ -317,7 +317,7 @@ def test_errors_beside_other_adapters() -> None:
     model = get_peft_model(tiny_llama(), config([1]), "a")
     assert isinstance(model.get_input_embeddings(), TrainableTokensWrapper)
     for tokens, fields, words in (
-        ({"lm_head": [1], "embed_tokens": [2]}, {}, "this must be the same for all adapters"),
+        ({"lm_head": [1], "embed_tokens": [2]}, {}, "expected tied rows for all adapters"),
         (None, {"target_modules": ["lm_head"]}, "in which adapters train rows"),
         (
             None,

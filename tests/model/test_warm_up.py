@@ -296,7 +296,7 @@ def test_a_cache_that_cannot_be_written(
     """A folder below a file cannot be made, not even by root."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(fastlora.FastLoraError, match="file/cache cannot be written .*set TRITON_"):
+    with pytest.raises(fastlora.FastLoraError, match="file/cache is not writable .*set TRITON_"):
         fastlora.warm_up(**small)
 
 
@@ -312,14 +312,14 @@ def test_arguments(small: dict[str, Any]) -> None:
     for name, value, error in (
         ("rows", 0, "rows must be at least 1, got 0"),
         ("processes", 0, "processes must be at least 1, got 0"),
-        ("ranks", [], r"ranks must be one or more ranks of at least 1, got \[\]"),
+        ("ranks", [], r"ranks must be one or more integers, each at least 1, got \[\]"),
         ("ranks", [0, 2], r"at least 1, got \[0, 2\]"),
-        ("ranks", [77], r"no adapter of the model has one of the ranks \[77\]"),
+        ("ranks", [77], r"no adapter in the model has any of the ranks \[77\]"),
         ("inputs", {"flag": True}, "inputs must contain a tensor"),
     ):
         with pytest.raises(fastlora.FastLoraError, match=error):
             fastlora.warm_up(**{**small, "adapters": None, name: value})
-    with pytest.raises(fastlora.FastLoraError, match="pass the inputs= of a forward pass"):
+    with pytest.raises(fastlora.FastLoraError, match="use inputs= to pass the arguments of a"):
         fastlora.warm_up(**{**small, "inputs": None})
     with pytest.raises(TypeError, match="expects a model with adapters, got a Linear"):
         fastlora.warm_up(nn.Linear(2, 2))

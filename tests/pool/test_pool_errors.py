@@ -93,11 +93,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no such target": (lambda f: edit_config(f, target_modules=["k"]), "another base"),
     "wider": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(2, 12)})),
-        "expects size 10, not 12",
+        "expects a dimension of size 10, not 12",
     ),
     "taller": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 2)})),
-        "expects size 14, not 15",
+        "expects a dimension of size 14, not 15",
     ),
     "DoRA without magnitudes": (
         lambda f: edit_config(f, use_dora=True),
@@ -311,12 +311,12 @@ def test_configs_are_bounded_by_what_the_modules_need(root: Path) -> None:
     tensors = load_file(root / "a2" / WEIGHTS_NAME)
     config = json.dumps(json.loads(text) | {"revision": "x" * 100_000})
     (root / "a3" / CONFIG_NAME).write_text(config)
-    with pytest.raises(CheckpointError, match=rf"a3.*: the file has {len(config)} bytes, expected"):
+    with pytest.raises(CheckpointError, match=rf"a3.*: the file is {len(config)} bytes long"):
         pool.load("new", root / "a3")
     metadata = {"fastlora.config": config, "fastlora.replaces": hashlib.sha256(text).hexdigest()}
     save_file(tensors, root / "a2" / WEIGHTS_NAME, metadata)
     with pytest.raises(
-        CheckpointError, match=rf"the stored config has {len(config)} bytes, expected"
+        CheckpointError, match=rf"the stored config is {len(config)} bytes long, expected"
     ):
         pool.load("new", root / "a2")
     with pytest.warns(UserWarning, match="a save was interrupted"):

@@ -505,6 +505,6 @@ def test_modules_with_other_outputs_are_refused_by_name() -> None:
             assert torch.equal(model(x), (x @ model[0].base_layer.table).sum(0))
         with (
             fastlora.adapters(pool, ["a", None, None]),
-            pytest.raises(UnsupportedLayerError, match=r"module '0' .*'table'.* without rows"),
+            pytest.raises(UnsupportedLayerError, match=r"module '0' .*'table'.* each input row"),
         ):
             model(x)

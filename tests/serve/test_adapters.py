@@ -202,7 +202,7 @@ def test_load_and_unload(served: Any, tmp_path: Path) -> None:
     post(served, "load", 200, lora_name="mine", lora_path="cedar", load_inplace=True)
     assert said(served, "mine") == served.alone.text("the sea", "cedar", 12)
     assert "removed successfully" in post(served, "unload", 200, lora_name="mine")
-    assert "no adapter 'mine'" in post(served, "unload", 404, lora_name="mine")
+    assert "adapter 'mine' is not loaded" in post(served, "unload", 404, lora_name="mine")
 
     post(served, "unload", 200, lora_name="ash")  # stays away until its files change
     time.sleep(0.3)

@@ -98,7 +98,7 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
         ([{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls: is not supported"),
         ([*HI, {"role": "assistant", "refusal": "no"}], "messages.1.refusal: is not supported"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
-        ([*HI, {"role": "system", "content": "late"}], "chat template rejects messages: system fi"),
+        ([*HI, {"role": "system", "content": "late"}], "template rejects the messages: system fi"),
         ([{"role": "user", "content": "\ud812"}], "content contains an unpaired surrogate"),
         (
             [{"role": "user", "content": "x" * 200}],

@@ -183,8 +183,8 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "# PEFT's own tests",
         "",
         "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts only",
-        "the tests that mention LoRA and the tests that mention no specific method. The tests ran",
-        "on a CPU without access to the Hugging Face Hub. Instead of the models on the Hub, the",
+        "the tests that mention LoRA and the tests that mention no PEFT method. The tests ran on",
+        "a CPU without access to the Hugging Face Hub. Instead of the models on the Hub, the",
         "tests used small, randomly initialized models with the same names and architectures.",
         "",
         "| run | passed | fail, but pass with PEFT alone |",
@@ -218,17 +218,18 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         if any("TestTargetParameters::" in name for name in failed):
             lines += [
                 "",
-                "The tests of `TestTargetParameters` replace PEFT's private method",
-                "`_LoraFactorsProxy.forward`, which fastlora does not call for experts.",
+                "The tests in `TestTargetParameters` fail because they replace PEFT's private",
+                "method `_LoraFactorsProxy.forward`, which fastlora does not call for experts.",
             ]
     lines += [
         "",
         "## Update this page",
         "",
         "The tests are part of PEFT's source distribution. A pytest plugin runs the tests in",
-        "three ways: with PEFT alone, with the four names above replaced by fastlora's versions",
-        "before the tests import them, and with `fastlora.patch` applied to every LoRA model. For",
-        "each run, the plugin writes a file with one JSON object per test. The command",
+        "three ways: with PEFT alone, with PEFT's `LoraConfig`, `get_peft_model`, `PeftModel`,",
+        "and `TaskType` replaced by fastlora's versions before the tests import them, and with",
+        "`fastlora.patch` applied to every LoRA model. For each run, the plugin writes a file",
+        "with one JSON object per test. The command",
         "`python -m tests.support.peft_suite BASE OURS PATCHED` generates this page from the",
         "three files. The module's docstring describes the format of the files.",
     ]

@@ -72,11 +72,11 @@ def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
         assert [sample.text for sample in found.found] == expected
         assert str(found.found[1].source) == f"{tmp_path / name}, row 2"
     with pytest.raises(
-        DataError, match=r"splits: has several splits; choose one of them: .*splits/train"
+        DataError, match=r"this dataset has multiple splits; choose one of them: .*splits/train"
     ):
         read_samples([tmp_path / "splits"])
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="nothing: is not a folder written by datasets"):
+    with pytest.raises(DataError, match="nothing: not a folder written by datasets"):
         read_samples([tmp_path / "nothing"])
     with pytest.raises(DataError, match="x.parquet: not valid Parquet"):
         read_samples([written(tmp_path, "x.parquet", "x")])
@@ -89,7 +89,10 @@ def test_without_the_library(tmp_path: Path, monkeypatch: Any, name: str, module
     written(tmp_path, "folder/state.json", "{}")
     written(tmp_path, "a.parquet", "x")
     monkeypatch.setitem(sys.modules, module, None)
-    message = rf"{name}: needs {module}; install it with: pip install '\.\[data\]' \(in a clone"
+    message = (
+        rf"{name}: reading this data requires {module}; install it with: pip install '\.\[data\]' "
+        r"\(in a clone"
+    )
     with pytest.raises(DataError, match=message):
         read_samples([tmp_path / name])
 
@@ -160,25 +163,25 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.xlsx", "x", r"a.xlsx: expected a file that ends in .jsonl, .json, .csv, .tsv,"),
-        ("a", "x", r"a: expected a file that ends in"),
+        ("a.xlsx", "x", r"a.xlsx: expected .* extensions: .jsonl, .json, .csv, .tsv,"),
+        ("a", "x", r"a: expected a folder written by"),
         ("a.csv", "question,answer\nhi,yo\n", r"\['question', 'answer'\] match no format"),
         ("a.csv", "text,text\na,b\n", r"several columns have the same name: \['text', 'text'\]"),
-        ("a.csv", "prompt,completion\nhi\n", r"a.csv, line 2: expected 2 columns"),
-        ("a.csv", "prompt,completion\nhi,yo,no\n", r"a.csv, line 2: expected 2 columns"),
+        ("a.csv", "prompt,completion\nhi\n", r"a.csv, line 2: wrong .* expected 2,"),
+        ("a.csv", "prompt,completion\nhi,yo,no\n", r"a.csv, line 2: wrong .* expected 2,"),
         ("a.csv", "prompt,completion\nhi,yo\nhi,\n", r"line 3, column 'completion': the text is"),
         ("a.csv", 'prompt,completion\nhi,"yo\n', r"a.csv, line 2: not valid CSV"),
-        ("a.csv", "prompt,completion\n", r"a.csv: is empty"),
-        ("a.csv", "", r"a.csv: is empty"),
+        ("a.csv", "prompt,completion\n", r"a.csv: no samples found"),
+        ("a.csv", "", r"a.csv: no samples found"),
         ("a.csv", "messages\nhi\n", r"a.csv, line 2, column 'messages': not valid JSON"),
-        ("a.json", '[{"text": "x"}, 3]', r"a.json, entry 2: expected an object with columns"),
+        ("a.json", '[{"text": "x"}, 3]', r"a.json, entry 2: expected a JSON object that"),
         ("a.json", '[{"text": "x"}', r"a.json, line 1: not valid JSON"),
-        ("a.json", "[]", r"a.json: is empty"),
+        ("a.json", "[]", r"a.json: no samples found"),
         ("a.jsonl", '{"messages": []}', r"line 1, column 'messages': expected a list of messages"),
         ("a.jsonl", '{"messages": "hi"}', r"column 'messages': expected a list of messages, got"),
         ("a.jsonl", '{"messages": ["hi"]}', r"column 'messages': message 1 is 'hi', expected an"),
-        ("a.jsonl", '{"messages": [{"content": "x"}]}', r"message 1 has no role \(or from\)"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', r"message 1 has no content \(or value\)"),
+        ("a.jsonl", '{"messages": [{"content": "x"}]}', r'message 1 has no "role" \(or "from"\)'),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', r'message 1 has no "content" \(or "val'),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3', expected"),
         ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 has role 'me'"),
         ("a.jsonl", '{"prompt": "x", "completion": [{}]}', r"line 1: one of the columns 'prompt'"),
@@ -188,9 +191,9 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
             r"not valid Unicode",
         ),
         ("a.jsonl", '{"instruction": "x", "output": ""}', r"column 'output': the text is empty"),
-        ("a.jsonl", '\n{"text": "x y"}\n[1, 2]', r"line 3: expected an object with columns, got"),
+        ("a.jsonl", '\n{"text": "x y"}\n[1, 2]', r"line 3: expected a JSON object .*, got"),
         ("a.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
-        ("a.jsonl", "\n  \n", r"a.jsonl: is empty, expected at least one sample"),
+        ("a.jsonl", "\n  \n", r"a.jsonl: no samples found, expected at least one"),
         ("a.jsonl", '{"prompt": "x"}', r"its columns \['prompt'\] match no format"),
         ("a.jsonl", '{"prompt": "x", "completion": 3}', r"column 'completion': expected a string"),
         ("a.jsonl", '{"text": null}', r"line 1, column 'text': expected a string, got 'null'"),

@@ -303,7 +303,7 @@ def test_shared_biases_train_alone() -> None:
     config = fastlora.LoraConfig(r=2, target_modules=["q"], bias="all")
     model = fastlora.get_peft_model(TwoLayers(), config, adapter_name="a")
     model.add_adapter("b", fastlora.LoraConfig(r=2, target_modules=["q"]))
-    with pytest.raises(AdapterStateError, match="'a' has bias='all'.*all rows share"):
+    with pytest.raises(AdapterStateError, match="'a' has bias='all'.*all adapters share"):
         train_adapters(model, ["a", "b"])
     train_adapters(model, "a")
     assert model.base_model.model.head.bias.requires_grad
@@ -312,7 +312,7 @@ def test_shared_biases_train_alone() -> None:
 
 BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "name": ({"optimizers": {"aa": SGD}}, AdapterNotFoundError, "no adapter 'aa'.*close names: a"),
-    "none": ({"optimizers": {}}, ValueError, "no adapter is given"),
+    "none": ({"optimizers": {}}, ValueError, "no adapters were given"),
     "schedule": (
         {"schedulers": {"b": SCHEDULERS["a"]}},
         AdapterNotFoundError,

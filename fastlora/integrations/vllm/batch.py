@@ -24,7 +24,7 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRows(NamedTuple):
-    """The rows of one batch, sorted by slot, with the plans that depend only on them.
+    """The rows of one batch, sorted by slot, and the plans of the batch's matrix products.
 
     Attributes:
         rows: The rows.
@@ -71,7 +71,7 @@ class BatchRows:
                 kept.copy_(new)
 
     def _sort_whole_buffer(self) -> Rows:
-        """Sort all rows of the buffer. Rows after those of the batch have no adapter."""
+        """Sort all rows of the buffer. Rows past the end of the batch have no adapter."""
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
 
@@ -95,10 +95,10 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the first m rows as the ``rows`` argument of an operator, for traced code.
+        """Return an operator's ``rows`` argument for the first m rows.
 
-        If the rows are not sorted ahead, the sort is part of the graph. Compilers merge the sorts
-        of all layers.
+        In traced code, the sort is part of the graph unless the rows were sorted in advance.
+        Compilers merge the sorts of all layers.
         """
         if self._whole is None:
             rows = sort_rows(self.slots[:m], m, self.count, cache_pieces=False)
@@ -110,7 +110,7 @@ class BatchRows:
 
 
 def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
-    """Return the tensors that operators read, with the pieces for each size of a tile."""
+    """Return the tensors that operators read, including the piece starts for each tile size."""
     return [*rows.operator_arguments(), *(rows.piece_starts(size) for size in _PIECE_ROWS)]
 
 

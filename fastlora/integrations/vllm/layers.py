@@ -47,7 +47,7 @@ def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _use_slots(layer: Any) -> None:
-    """Replace the stacks that vLLM has allocated by views of a `LayerSlots`."""
+    """Replace the stacks that vLLM has allocated with views of a `LayerSlots`."""
     stacks_b = _as_list(layer.lora_b_stacked)
     if hasattr(stacks_b[0], "fastlora_slots"):
         return
@@ -162,7 +162,7 @@ def _set_split_slices(
     lora_a: torch.Tensor | Sequence[_Factor],
     lora_b: torch.Tensor | Sequence[_Factor],
 ) -> None:
-    """Set an adapter that may have one lora_a and one lora_b for all slices."""
+    """Load an adapter into a slot. All slices may share one lora_a and one lora_b."""
     if isinstance(lora_b, torch.Tensor):
         sizes = self.base_layer.output_sizes
         parts = [lora_b[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)]
@@ -178,9 +178,10 @@ def _set_split_slices(
 
 
 def keep_scaling_apart(self: Any) -> Any:
-    """Replace ``LoRALayerWeights.optimize``, which multiplies lora_b by the scaling.
+    """Keep the scaling apart from lora_b, unlike ``LoRALayerWeights.optimize``.
 
-    In 16-bit dtypes, this product would be rounded.
+    vLLM's method, which this function replaces, multiplies lora_b by the scaling. In 16-bit dtypes,
+    this product would be rounded.
     """
     if self.scaling != 1:
         _with_scaling(self.lora_b, _scaling(self.lora_b) * self.scaling)
@@ -201,7 +202,7 @@ def _scaling(lora_b: torch.Tensor) -> float:
 
 
 def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``GPUModelRunner._get_prompt_logprobs_dict`` with each request's own adapter.
+    """Wrap ``GPUModelRunner._get_prompt_logprobs_dict`` so that requests use their own adapters.
 
     vLLM computes the logits of one request's prompt at a time, but its LoRA backends only know the
     adapters of the sampled rows.
@@ -236,7 +237,7 @@ def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``WorkerLoRAManager._load_adapter`` with checks of the loaded adapter."""
+    """Wrap ``WorkerLoRAManager._load_adapter`` so that it also checks the adapter."""
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         check_config(lora_request.lora_path, lora_request.lora_name)
@@ -248,7 +249,9 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_config(path: str, name: str) -> None:
-    """Check that vLLM does not ignore a field of an adapter's config, as version 0.31 does.
+    """Check an adapter's config for fields that vLLM ignores.
+
+    vLLM 0.31 ignores ``rank_pattern``, ``alpha_pattern``, and ``lora_bias``.
 
     Raises:
         ValueError: vLLM ignores a field that changes the update.
@@ -293,11 +296,11 @@ def check_adapter(lora: Any, manager: Any, name: str) -> None:
         if expected is not None and (found[0] != expected[0] or found[1] not in expected[1:]):
             outputs = " or ".join(map(str, expected[1:]))
             raise ValueError(
-                f"{where}: adapts a layer with {found[0]} inputs and {found[1]} outputs, but the "
-                f"layer has {expected[0]} inputs and {outputs} outputs"
+                f"{where}: the factors fit a layer with {found[0]} inputs and {found[1]} outputs, "
+                f"but the layer has {expected[0]} inputs and {outputs} outputs"
             )
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise ValueError(f"{where}: a factor is not finite")
+            raise ValueError(f"{where}: a factor contains values that are not finite")
 
 
 def _features_of(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
@@ -333,7 +336,7 @@ def _features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _output_sizes(base: Any) -> list[int]:
-    """Return the output sizes of a layer's slices, before they are split over processes."""
+    """Return the output sizes of a layer's slices, before they are split across processes."""
     if hasattr(base, "total_num_kv_heads"):
         # Processes may have copies of key and value heads, which output_sizes counts.
         heads, kv_heads = base.total_num_heads, base.total_num_kv_heads

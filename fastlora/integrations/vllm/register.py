@@ -60,7 +60,7 @@ _INIT = "self max_num_batched_tokens max_batches device **kwargs"
 
 
 class ReliedOn(NamedTuple):
-    """A function of vLLM that fastlora replaces, implements, or calls.
+    """A vLLM function that fastlora replaces, implements, or calls.
 
     Attributes:
         owner: ``module:class``.
@@ -96,7 +96,7 @@ RELIED_ON = tuple(
 
 
 class NotRegistered(NamedTuple):
-    """The result of `register` if vLLM is left alone.
+    """The result of `register` if it leaves vLLM unchanged.
 
     Attributes:
         reason: Why.
@@ -176,13 +176,15 @@ def _register() -> NotRegistered | None:
     for owner, name, function in _replacements():
         setattr(owner, name, function)
     type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
-    line = "fastlora computes LoRA of %s with %s. Models with LoRA on MoE layers are not supported."
+    line = (
+        "fastlora computes LoRA for %s with %s. Models with LoRA on MoE layers are not supported."
+    )
     _logger().info(line, PARTS, "PyTorch" if platform.is_cpu() else "Triton")
     return None
 
 
 def _refusal(platform: Any) -> NotRegistered | None:
-    """Return why vLLM must be left alone, or None."""
+    """Return why vLLM must be left unchanged, or None if fastlora can be registered."""
     if not (platform.is_cpu() or platform.is_cuda()):
         return NotRegistered(f"platform {platform.device_type} is not supported", False)
     if env.vllm_plugin_disabled():
@@ -198,7 +200,7 @@ def _refusal(platform: Any) -> NotRegistered | None:
 
 
 def differences() -> list[str]:
-    """Return how the imported vLLM differs from what fastlora relies on, one line each."""
+    """Return descriptions of how the imported vLLM differs from what fastlora relies on."""
     found = []
     for owner, name, parameters in RELIED_ON:
         holder = _find_class(owner)
@@ -237,7 +239,7 @@ def _find_class(owner: str) -> Any:
 
 
 def _lora_classes() -> list[type]:
-    """Return the LoRA layer classes of vLLM and their bases, without those of MoE layers."""
+    """Return vLLM's LoRA layer classes and their base classes, except those for MoE layers."""
     layers = importlib.import_module(_LAYERS)
     leaves = importlib.import_module("vllm.lora.utils")._all_lora_classes
     base = layers.BaseLayerWithLoRA
@@ -251,7 +253,7 @@ def _lora_classes() -> list[type]:
 
 
 def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return the parts to replace, as (owner, name, new function)."""
+    """Return the vLLM methods to replace, as tuples (owner, name, new function)."""
     # Imported here: the module needs vLLM. An error leaves vLLM alone.
     from fastlora.integrations.vllm import layers, wrapper
 

@@ -24,7 +24,7 @@ _MOST_SLICES = 4
 
 
 class SlotProducts:
-    """The products of adapters on up to four slices: ``y += scaling * (x @ lora_a.T) @ lora_b``.
+    """Applies adapters to up to four slices: ``y += scaling * (x @ lora_a.T) @ lora_b``.
 
     All slices have the same input x. Their outputs are adjacent columns of y.
 
@@ -98,7 +98,7 @@ class SlotProducts:
 
     @property
     def num_repacks(self) -> int:
-        """Number of times that the current packs were allocated and all slots were copied."""
+        """Number of times that one of the current packs was allocated and filled with all slots."""
         return sum(pack.num_repacks for pack in self._packs.values())
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
@@ -110,7 +110,10 @@ class SlotProducts:
             )
 
     def _packed_slots(self, dtype: torch.dtype) -> PackedSlots:
-        """Return the packed factors in a dtype. All slots are packed if there is no valid pack."""
+        """Return the packed factors in a dtype.
+
+        If there is no valid pack in this dtype, all slots are packed into a new one.
+        """
         self.drop_outdated_packs()
         pack = self._packs.get(dtype)
         if pack is None:
@@ -240,7 +243,7 @@ class LayerSlots:
             self._set_ranks(slot, zeros, zeros, [1.0] * len(self.lora_b))
 
     def _check_shapes(self, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
-        """Raise ValueError if the factors of a slice do not fit."""
+        """Raise `ValueError` if a slice's factors have the wrong shape or too high a rank."""
         width, max_rank = self.lora_b[index].shape[2], self.lora_b[index].shape[1]
         features, max_rank_a = None, max_rank
         if self.lora_a is not None:
@@ -263,7 +266,7 @@ class LayerSlots:
             each.drop_outdated_packs()
 
     def _erase(self, slot: int) -> None:
-        """Write zeros where an adapter has written, so that vLLM's stacks show what is loaded."""
+        """Set a slot's factors to zero, so that vLLM's stacks contain only loaded adapters."""
         if self.is_empty(slot):
             return
         if self.lora_a is not None:

@@ -24,7 +24,7 @@ _TOKENS, _SAMPLED = 0, 1
 
 
 class FastLoraPunicaWrapper(PunicaWrapperBase):
-    """vLLM's interface to LoRA, computed by fastlora.
+    """Implementation of vLLM's LoRA interface that computes the updates with fastlora.
 
     All methods add to y in place. Rows without an adapter are not changed.
     """
@@ -111,7 +111,9 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
     def logits_of_one_request(
         self, adapter: int, adapter_of_slot: Sequence[int | None]
     ) -> Iterator[None]:
-        """Return a context in which all rows of logits belong to one request, as in a prompt.
+        """Apply one request's adapter to all rows of the logits in a ``with`` block.
+
+        This is used for the logits of prompts, which vLLM computes for one request at a time.
 
         Args:
             adapter: ID of the request's adapter. Zero stands for no adapter.
@@ -140,7 +142,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Add the update of an embedding, where x ``[M, R]`` is the lookup in lora_a."""
+        """Add the update of an embedding, where x ``[M, R]`` contains rows looked up in lora_a."""
         slots_of_stack(lora_b_stacked).expand[0].add_(y, x, self._tokens)
 
     def add_shrink(
@@ -151,7 +153,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the unscaled ``x @ lora_a.T`` to ``y[i]`` for each slice i, if ranks are sharded."""
+        """Add the unscaled ``x @ lora_a.T`` to ``y[i]`` for each slice i.
+
+        vLLM calls this method if ``fully_sharded_loras`` is set.
+        """
         _check_scale(scale)
         for own, products in zip(y, slots_of_stack(lora_a_stacked[0]).shrink, strict=True):
             products.add_(own, _as_matrix(x), self._tokens)
@@ -166,7 +171,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Add ``scaling * x[i] @ lora_b.T`` to slice i of y, if ranks are sharded."""
+        """Add ``scaling * x[i] @ lora_b.T`` to each slice i of y.
+
+        vLLM calls this method if ``fully_sharded_loras`` is set.
+        """
         y, start = _as_matrix(y), offset_start
         for own, products in zip(x, slots_of_stack(lora_b_stacked[0]).expand, strict=True):
             products.add_(y[:, start : start + products.width], own, self._tokens)
@@ -180,7 +188,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Replace the rows of adapters that have a classification head of their own.
+        """Set y to the head's output in rows whose adapter has its own classification head.
 
         Args:
             y: ``[M, labels]``.

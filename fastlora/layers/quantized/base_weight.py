@@ -269,11 +269,10 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn``, and return it.
+        """Return the snapshot unchanged.
 
-        As in `MergeTarget.convert_snapshot`, it is a result of `snapshot`. Here, the snapshot is
-        returned unchanged, because ``fn`` may change dtypes. `restore` moves the data to the
-        weight's device.
+        As in `MergeTarget.convert_snapshot`, it is a result of `snapshot`. ``fn`` is not applied,
+        because it may change dtypes. `restore` moves the data to the weight's device.
         """
         return snapshot
 
@@ -375,7 +374,7 @@ def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
 def check_decoded_values(
     decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str
 ) -> None:
-    """Check that decoded values agree with the library's.
+    """Check that the decoded values match those of the quantization library.
 
     Kernels and the library must decode codes to the same fp32 values.
 

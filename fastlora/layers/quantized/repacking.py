@@ -60,10 +60,7 @@ def prevent_repacking(model: nn.Module) -> None:
 
 
 def is_repacking_prevented(module: nn.Module) -> bool:
-    """Return whether repacking of a module's weight is prevented.
-
-    `prevent_repacking` prevents it.
-    """
+    """Return whether `prevent_repacking` prevents the repacking of a module's weight."""
     return _PREVENTED in module.__dict__
 
 
@@ -131,7 +128,7 @@ class RepackedProduct:
 
 
 def _max_rows_when_faster(base: nn.Module) -> int:
-    """Return the largest number of rows for which the repacked product is faster, or 0.
+    """Return the maximum number of rows for which a `RepackedProduct` is faster than the module.
 
     The result is 0 if the product is never faster or is not supported.
     """

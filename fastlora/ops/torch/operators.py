@@ -155,7 +155,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x. If no weight is given, return only the adapters' contribution."""
+    """Return the gradient of x, or only the adapters' contribution to it if weight is None."""
     operands, batch = (
         segments.shrink_operands(replace_missing_with_empty(lora_a, 0), seeds, dropout_p),
         rows_from_tensors(rows),

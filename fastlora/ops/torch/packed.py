@@ -186,7 +186,7 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout |
 
 
 def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether packed factors have the layout for a dtype and a kind of batch.
+    """Return whether packed factors have the layout required for a dtype and a kind of batch.
 
     Factors that were packed for another kind of batch can have the same layout.
     """

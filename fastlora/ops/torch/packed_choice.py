@@ -59,7 +59,7 @@ def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
 
 
 def dense_is_fastest(unit: int, units: int, dtype: torch.dtype) -> bool:
-    """Return whether dense products are fastest.
+    """Return whether dense products are the fastest way to compute the adapters' updates.
 
     Dense products multiply every row by the rank rows of all adapters. There are ``units`` units of
     ``unit`` rank rows each.
@@ -79,7 +79,7 @@ def column_major_is_faster(width: int, dtype: torch.dtype) -> bool:
 
 
 def coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether coalescing is faster for a dtype and a kind of batch.
+    """Return whether coalescing units is faster for a dtype and a kind of batch.
 
     Units of rank rows are coalesced for batched products. This is faster for few rows in a
     16-bit dtype.

@@ -26,7 +26,7 @@ from fastlora.ops.torch.packed_plans import (
 def arrange_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return a tuple (x, s of each slice): the rows as the plan arranges them, and shrink outputs.
+    """Return a tuple (x with its rows arranged by the plan, list of the slices' shrink outputs s).
 
     Each row of s is zero in the columns of other adapters. ``x [M, K]`` is returned as it is, or
     with its rows gathered into blocks. The s of a slice is ``[M, rank rows]``,

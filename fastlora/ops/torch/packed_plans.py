@@ -150,7 +150,7 @@ PlanCache = dict[tuple[PackedLayout, int, bool], Plan]
 def cached_plan(
     rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors, cache: PlanCache
 ) -> Plan:
-    """Return the plan for a batch's matrix products, and store the result in ``cache``.
+    """Return the plan for a batch's matrix products from ``cache``, or make and store it.
 
     Args:
         rows: The rows of the batch.
@@ -214,7 +214,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
 def _mask_outside(
     width: int, first: torch.Tensor, rank: torch.Tensor, device: torch.device
 ) -> torch.Tensor | None:
-    """Return the bool mask ``[M, width]`` of the columns outside ``rank`` columns from ``first``.
+    """Return a bool mask ``[M, width]``, False only in the ``rank`` columns starting at ``first``.
 
     The result is None if no column is outside.
     """

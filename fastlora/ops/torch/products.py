@@ -175,7 +175,7 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether ``a`` has so few rows that PyTorch's own ``a @ b`` is as fast as in fp32."""
+    """Return whether ``a`` has so few rows that converting to fp32 does not speed up ``a @ b``."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few

@@ -281,7 +281,7 @@ def grad_x(
     operands: AdapterOperands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Return the gradient of x. If no weight is given, return only the adapters' contribution.
+    """Return the gradient of x, or only the adapters' contribution to it if weight is None.
 
     ``dy`` is at sorted positions. The rows of dx are in their original order.
     """

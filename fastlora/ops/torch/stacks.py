@@ -159,7 +159,7 @@ def _grouped_factor_gradients(
     dx: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of the only adapter's factors, and add to dx in place.
+    """For one adapter, return the gradients of its factors and add its part of dx to dx in place.
 
     The arguments are those of `gradients`. Each gradient of a factor takes one product for all
     keys.
@@ -221,7 +221,7 @@ def grouped_linear(
 
 
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Return the result of `grouped_linear`, which autograd does not record.
+    """Return the result of `grouped_linear`, without its support for autograd.
 
     ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and the number
     of rows that belong to a matrix.
@@ -249,13 +249,13 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
 
 
 def _supports_dtype(x: torch.Tensor) -> bool:
-    """Return whether `torch.nn.functional.grouped_mm` computes in the dtype of x, and is fast."""
+    """Return whether `torch.nn.functional.grouped_mm` supports x's dtype and is fast for it."""
     emulated = x.dtype in products.EMULATED
     return x.dtype in _GROUPED_DTYPES and hasattr(F, "grouped_mm") and not emulated
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The product of `grouped_linear`, also for operands that `grouped_mm` does not support.
+    """The autograd function of `grouped_linear`, which accepts operands that `grouped_mm` does not.
 
     The backward pass of `torch.nn.functional.grouped_mm` does not support expanded gradients.
     """
@@ -284,7 +284,7 @@ def grouped_gradients(
     wants_x: bool,
     wants_stack: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of x and of the stack of `grouped_products`, if they are wanted.
+    """Return the gradients of `grouped_products` with respect to x and the stack, if wanted.
 
     x may be None if the gradient of the stack is not wanted.
     """
@@ -318,7 +318,7 @@ def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
 
 
 def _spans(starts: torch.Tensor) -> list[tuple[int, slice]]:
-    """Return a list of (matrix, range of rows) for each matrix that has rows."""
+    """Return a list of tuples (matrix, range of rows), one for each matrix that has rows."""
     ends = starts.tolist()
     pairs = enumerate(zip(ends, ends[1:], strict=False))
     return [(matrix, slice(*pair)) for matrix, pair in pairs if pair[0] < pair[1]]

@@ -103,10 +103,10 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Return the largest sum of an adapter's ranks over modules.
+    """Return the largest sum of one adapter's ranks over ``modules`` adjacent modules.
 
-    Each sum is over ``modules`` adjacent modules. The rank on each module is rounded up to a
-    multiple of 4.
+    The maximum is over all adapters and all groups of modules. The rank on each module is rounded
+    up to a multiple of 4.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules * slots)

@@ -85,7 +85,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x. If no weight is given, return only the adapters' contribution."""
+    """Return the gradient of x, or only the adapters' contribution to it if weight is None."""
     downs = replace_missing_with_empty(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
@@ -218,7 +218,7 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Return the result of `_grad_b_one_adapter`, and the partial sums that it still lacks.
+    """Return the result of `_grad_b_one_adapter`, and the partial sums still to be added to it.
 
     One launch reads dy. If several programs contribute to a sum, they write partial sums. If those
     of ds would cost more than another read of dy, a library product computes ds instead.
@@ -275,7 +275,7 @@ def _grad_x_of_group(
     seeds: Sequence[torch.Tensor | None],
     dropout_p: Sequence[float],
 ) -> torch.Tensor | None:
-    """Return the gradient of x of a shared-input group, or None if no module has a ds.
+    """Return the gradient of x for a shared-input group, or None if no module has a ds.
 
     Without dropout, one launch adds the parts of all adapters, and library products accumulate onto
     it. With dropout, every module has its own launch, because it has its own mask.

@@ -127,7 +127,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return the outputs of a shared-input group for a mixed batch.
+    """Return the outputs of a group of modules that share an input, for a mixed batch.
 
     The group has 2 to 4 modules with adjacent table rows. The outputs are computed by two launches,
     a shrink and a linear. If many adapters may share a row tile, they are computed by library
@@ -145,7 +145,7 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of a shared-input group.
+    """Return a list of the outputs of a group of modules that share an input.
 
     See `Backend.grouped_forward`. With dropout, or if a tensor's layout is not supported in a
     shared launch, each module has its own launches.
@@ -199,7 +199,7 @@ def _grouped_linear(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of modules that share a launch, followed by s if requested.
+    """Return a list of the outputs of modules that share kernel launches, plus s if requested.
 
     The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
     library products accumulate into y. If the shrink splits K, the linear or the expand adds its
@@ -258,7 +258,7 @@ def _can_share_launch(
     lora_b: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one kernel launch can compute all of the given modules.
+    """Return whether one kernel launch can compute the outputs of all given modules.
 
     Raises:
         TypeError: The dtype of a weight differs from that of x.
@@ -302,7 +302,7 @@ def _plan_and_base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Choose the plan, and return a tuple (plan, base-layer outputs or None).
+    """Choose the plan for the launches, and return a tuple (plan, base-layer outputs or None).
 
     The outputs are None unless the plan is "split". They are computed before the shrink and the
     expand.
@@ -327,7 +327,7 @@ def _plan_and_base_products(
 
 
 def _linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the name of the fused linear launch for a dense or quantized weight."""
+    """Return the config-table name of the fused linear launch for a dense or quantized weight."""
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
 
@@ -343,9 +343,9 @@ def _mixed_grouped_linear(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Compute a group of modules for a mixed batch, and return a list of the outputs.
+    """Compute the outputs of a group of modules for a mixed batch, and return them as a list.
 
-    One launch computes all modules. ``plan`` and ``ys`` are from `_plan_and_base_products`.
+    One launch computes all outputs. ``plan`` and ``ys`` are from `_plan_and_base_products`.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     """
@@ -373,7 +373,7 @@ def fused_mixed_linear(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Compute all modules with each row's own adapter in one fused launch, and return the outputs.
+    """Return the outputs of all modules, computed in one fused launch with each row's own adapter.
 
     s and ``pdl`` are as in `expand_mixed_`.
     """

@@ -31,7 +31,9 @@ def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
 def gradient_rows_and_run_length(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Return a tuple (tensors for the ``rows`` argument of a gradient operator, rows per run).
+    """Return a tuple (tensors for the ``rows`` argument of a gradient operator, length of a run).
+
+    A run is a range of sorted positions, and no piece is part of two runs.
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

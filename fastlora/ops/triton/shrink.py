@@ -76,7 +76,7 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shrink x with one adapter, and return s ``[M, R]`` with its split-K partial sums.
+    """Shrink x with one adapter, and return a tuple (s ``[M, R]``, s or its split-K partial sums).
 
     The modules are side by side in s.
 
@@ -99,7 +99,7 @@ def shrink_with_partials(
 
 
 def in_usual_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
-    """Return x ``[M, K]``, or a copy if Triton would compile other kernels for the layout of x.
+    """Return x ``[M, K]``, or a copy if its layout would make Triton compile another kernel.
 
     In the usual layout, x begins at a multiple of 16 bytes, rows are contiguous, and the stride
     between rows is a multiple of 16 exactly if K is. A copy is contiguous, and costs one read

@@ -82,7 +82,7 @@ class SampleOrder:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _shuffled_indices(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` shuffled sample indices, from position ``first`` on.
+        """Return ``count`` shuffled sample indices, starting at position ``first``.
 
         The position is in the sequence of all shuffled epochs.
         """

@@ -86,11 +86,11 @@ def read_rows(path: Path) -> FileRows:
     else:
         known = ", ".join((*TABLES, *TEXTS))
         raise DataError(
-            f"{path}: expected a file that ends in {known}, or {PARQUET}, or a folder written by "
-            "datasets.Dataset.save_to_disk"
+            f"{path}: expected a folder written by datasets.Dataset.save_to_disk, or a file with "
+            f"one of these extensions: {known}, {PARQUET}"
         )
     if not rows.found:
-        raise DataError(f"{path}: is empty, expected at least one sample")
+        raise DataError(f"{path}: no samples found, expected at least one")
     return rows
 
 
@@ -104,7 +104,7 @@ def quoted_excerpt(value: object) -> str:
 
 
 def parse_json(source: SampleSource | str, text: str) -> Any:
-    """Parse a JSON text; raise `DataError` if it is invalid."""
+    """Parse JSON text; raise `DataError` if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -156,7 +156,10 @@ def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleSour
         for row in reader:
             source = SampleSource(path, reader.line_num)
             if None in row or None in row.values():
-                raise DataError(f"{source}: expected {len(columns)} columns: {columns}")
+                raise DataError(
+                    f"{source}: wrong number of values, expected {len(columns)}, one for each of "
+                    f"the columns {columns}"
+                )
             rows.append((source, row))
     except csv.Error as error:
         source = SampleSource(path, reader.reader.line_num)
@@ -180,10 +183,10 @@ def _read_saved_dataset(path: Path) -> FileRows:
     if (path / _SPLITS_FILE).is_file():
         splits = sorted(entry.name for entry in path.iterdir() if (entry / _STATE_FILE).is_file())
         named = " or ".join(str(path / name) for name in splits)
-        raise DataError(f"{path}: has several splits; choose one of them: {named}")
+        raise DataError(f"{path}: this dataset has multiple splits; choose one of them: {named}")
     if not (path / _STATE_FILE).is_file():
         raise DataError(
-            f"{path}: is not a folder written by datasets.Dataset.save_to_disk "
+            f"{path}: not a folder written by datasets.Dataset.save_to_disk "
             f"(it has no {_STATE_FILE})"
         )
     datasets = _import_library(path, "datasets")
@@ -207,7 +210,9 @@ def _import_library(path: Path, name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         install = install_command("data")
-        raise DataError(f"{path}: needs {name}; install it with: {install}") from error
+        raise DataError(
+            f"{path}: reading this data requires {name}; install it with: {install}"
+        ) from error
 
 
 def _number_rows(path: Path, entries: Sequence[Any]) -> list[tuple[SampleSource, Any]]:

@@ -222,15 +222,18 @@ def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> 
         )
     known = "; ".join(" and ".join(f.required) for f in FORMATS.values())
     raise DataError(
-        f"{path}: its columns {list(columns)} match no format. Expected {known}. If the columns "
-        "have other names, map them, for example with columns = { prompt = "
+        f"{path}: its columns {list(columns)} match no format. Expected {known}. If your columns "
+        "have different names, map them, for example with columns = { prompt = "
         f"{columns[0] if columns else 'question'!r} }}"
     )
 
 
 def _require_object(source: SampleSource, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{source}: expected an object with columns, got {quoted_excerpt(row)}")
+        raise DataError(
+            f"{source}: expected a JSON object that maps column names to values, got "
+            f"{quoted_excerpt(row)}"
+        )
     return row
 
 
@@ -278,7 +281,7 @@ class _RowValues:
         self.source, self._row, self._names, self._cells = source, row, names, cells
 
     def check_has_columns(self, columns: Sequence[str]) -> None:
-        """Raise `DataError` if the row lacks any of the columns."""
+        """Raise `DataError` if any of the columns is missing from the row."""
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(
@@ -313,7 +316,7 @@ class _RowValues:
         self._check_encodes(column, value)
         if not (value or optional or empty):
             raise self._value_error(
-                column, f"the text is empty in the row {quoted_excerpt(dict(self._row))}"
+                column, f"the text is empty; the row is {quoted_excerpt(dict(self._row))}"
             )
         return value
 
@@ -376,12 +379,12 @@ class _RowValues:
                 )
         if not isinstance(message.get("role"), str):
             raise self._value_error(
-                column, f"{what} has no role (or from): {quoted_excerpt(entry)}"
+                column, f'{what} has no "role" (or "from") string: {quoted_excerpt(entry)}'
             )
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
             raise self._value_error(
-                column, f"{what} has no content (or value): {quoted_excerpt(entry)}"
+                column, f'{what} has no "content" (or "value"): {quoted_excerpt(entry)}'
             )
         if content is not None and not isinstance(content, str | list):
             raise self._value_error(

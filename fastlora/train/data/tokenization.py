@@ -136,7 +136,7 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token contributes to the loss if the document has a row of its own."""
+        """Whether any token would contribute to the loss if the document had a row of its own."""
         return any(self.counts[1:])
 
 
@@ -148,7 +148,7 @@ def tokenize_files(
     *,
     advance: Callable[[int], object] | None = None,
 ) -> TokenizedCorpus:
-    """Read and tokenize the samples of several files.
+    """Read and tokenize the samples in the given files.
 
     A sample longer than ``max_length`` is truncated. A plain text file is instead split into as
     many samples as necessary. The packings ``"bfd_split"`` and ``"wrapped"`` split samples too.
@@ -233,7 +233,7 @@ def tokenize_files(
 def format_and_tokenize_prompt(
     text: str, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Format a prompt like the prompts of a corpus, and return its token ids."""
+    """Format a prompt in the same way as the prompts of a corpus, and return its token ids."""
     example = corpus.example
     if example is not None and example.is_chat:
         return _tokenize_chat(
@@ -297,23 +297,24 @@ def _check_compatible_with_options(
     text = next((sample for sample in samples if not sample.is_chat), None)
     if options.assistant_only_loss and text is not None:
         raise DataError(
-            f"{text.source}: is not a chat, but assistant_only_loss is on; expected messages or "
-            "conversations, or chat = true, which turns prompt and completion into a chat"
+            f"{text.source}: this sample is not a chat, but assistant_only_loss is on; use data "
+            "with a 'messages' or 'conversations' column, or set chat = true to convert prompts "
+            "and completions to chats"
         )
     if chat is None:
         return
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise DataError(
-            f"{chat.source}: is a chat, but the base model's tokenizer has no chat template; pass "
-            "one with chat_template = FILE"
+            f"{chat.source}: this sample is a chat, but the base model's tokenizer has no chat "
+            "template; set chat_template to a file that contains one"
         )
     text_of = template.get("default", "") if isinstance(template, dict) else template
     if options.assistant_only_loss and not _GENERATION.search(text_of):
         raise DataError(
             "assistant_only_loss needs a chat template that marks the assistant's turns with "
             "{% generation %} and {% endgeneration %}, but the base model's template does not; "
-            "pass one with chat_template = FILE"
+            "set chat_template to a file that contains such a template"
         )
 
 
@@ -365,8 +366,8 @@ def _tokenize_chat_sample(
         return found
     if not any(assistant_mask):
         raise DataError(
-            f"{sample.source}: assistant_only_loss is on, but the chat template marks no part of "
-            "this chat as the assistant's"
+            f"{sample.source}: assistant_only_loss is on, but the chat template marks no assistant "
+            "tokens in this chat"
         )
     both = [
         mine and bool(theirs) for mine, theirs in zip(found.counts, assistant_mask, strict=True)

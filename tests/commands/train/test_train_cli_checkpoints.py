@@ -84,7 +84,7 @@ def test_a_second_run_needs_resume(
     shutil.copytree(stopped / "out", tmp_path / "out")
     before = contents(tmp_path / "out")
     for flags in ((), ("--dry-run",)):
-        assert "step-00000004 is a checkpoint of an earlier run; resume it" in fails(given, *flags)
+        assert "step-00000004 is a checkpoint of an earlier run; resume" in fails(given, *flags)
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path), "--dry-run", "--resume"]) == 0
     assert "2 per forward, 1 process; 4 steps already done" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
     given["adapters"]["a"] = {
         **{"data": str(tmp_path / "data" / "a.jsonl"), "eval_data": str(tmp_path / "empty.txt")}
     }
-    assert "empty.txt: is empty" in fails(given)
+    assert "empty.txt: no samples found" in fails(given)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 512, "completion": "y"}))
     given["adapters"]["a"] = {"data": str(tmp_path / "long.jsonl")}
     assert "line 1: no tokens are left to train on in this sample or in any other" in fails(given)
@@ -76,13 +76,13 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
     [
         ("model", None, "'model' is missing; expected a folder"),
         ("out", None, "'out' is missing; expected a folder"),
-        ("adapters", {}, "no adapter is given"),
+        ("adapters", {}, "no adapters were given"),
         ("adapters.a.data", None, "adapters.a: data is missing"),
         ("adapters.a.data", [], "adapters.a.data is empty"),
         ("stepz", 3, "unknown key 'stepz'; close names: steps"),
         ("lr", 3, "unknown key 'lr'; it belongs in [defaults] or in an adapter's table"),
         ("adapters.a.rank", 3, "adapters.a: unknown key 'rank'"),
-        ("adapters.a.learning_rate", 1e-3, "another name for 'learning_rate'"),
+        ("adapters.a.learning_rate", 1e-3, "'learning_rate' is set under two names"),
         ("adapters.a.lr", "fast", "learning_rate must be a number at least 0, got 'fast'"),
         ("adapters.a.lr", -1, "learning_rate must be a number at least 0, got -1"),
         ("adapters.a.lr", 1e39, "learning_rate must be a number from 0 to 3.4e+37, got 1e+39"),
@@ -98,7 +98,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.x/y", {"data": "d"}, "invalid adapter name 'x/y'"),
         ("adapters.checkpoints", {"data": "d"}, "invalid adapter name 'checkpoints'"),
         ("adapters.__base__", {"data": "d"}, "'__base__', which selects the base model"),
-        ("adapters.a.bias", "all", "'a' has bias='all', which trains biases of the base model"),
+        ("adapters.a.bias", "all", "'a' has bias='all', which trains base model biases"),
         (
             "adapters.a.init_lora_weights",
             "pissa",
@@ -172,7 +172,7 @@ def test_dropout_needs_a_float(dtype: torch.dtype) -> None:
     base._parameters["bias"] = None
     x = torch.ones(3, 8).to(dtype)
     before = torch.get_rng_state()
-    with pytest.raises(TypeError, match=f"dropout does not support {dtype}; expected a floating"):
+    with pytest.raises(TypeError, match=f"dropout does not support {dtype}; expected a 16-"):
         tuned(x)
     assert torch.equal(torch.get_rng_state(), before)
     with (

@@ -67,7 +67,7 @@ def test_a_run_that_never_stepped(
 
     monkeypatch.setattr(Run, "_make_model", with_poison)
     error = fails(given, "--save-every", "2")
-    assert "step 3: adapter 'b' never took a step: its gradient was non-finite in all 3" in error
+    assert "step 3: adapter 'b' was never updated: its gradient was non-finite in all 3" in error
     assert "its loss scale is 8192" in error and "b.jsonl, line " in error
     last = tmp_path / "out" / "checkpoints" / "step-00000002"
     assert f"the last good checkpoint is {last}" in error

@@ -270,12 +270,12 @@ def test_a_model_that_mixes_packed_samples_up(
 def test_loss_on_the_assistant_only(fails: Any, given: Any, tmp_path: Path) -> None:
     """No chat, no template, no marks in it: one error each, and nothing is written."""
     given |= {"assistant_only_loss": True}
-    assert "a.jsonl, line 1: is not a chat, but assistant_only_loss is on" in fails(given)
+    assert "a.jsonl, line 1: this sample is not a chat, but assistant_only_loss is" in fails(given)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": chat}))
     given["adapters"] = {"a": {"data": str(path)}}
-    assert "chat.jsonl, line 1: is a chat, but the base model's tokenizer has no" in fails(given)
+    assert "chat.jsonl, line 1: this sample is a chat, but the base model's" in fails(given)
     template = tmp_path / "t.jinja"
     given |= {"chat_template": str(template)}
     assert "t.jinja: cannot be read" in fails(given)
@@ -285,5 +285,5 @@ def test_loss_on_the_assistant_only(fails: Any, given: Any, tmp_path: Path) -> N
     template.write_text("{{ raise_exception('no such turns') }}{% generation %}{% endgeneration %}")
     assert "chat template rejected this chat (no such turns)" in fails(given)
     template.write_text("{% generation %}{% endgeneration %}{{ messages[0].content }}")
-    assert "the chat template marks no part of this chat as the assistant's" in fails(given)
+    assert "the chat template marks no assistant tokens in this chat" in fails(given)
     assert not (tmp_path / "out").exists()

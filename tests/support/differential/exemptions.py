@@ -390,7 +390,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
     ),
     Exemption(
-        "The combined adapter keeps `lora_bias`, module copies that belong to one of the adapters",
+        "The combined adapter keeps `lora_bias`, module copies that only one of the adapters has",
         lambda m: (
             m.of("weighted")
             and any(m.chosen("modules_to_save"))
