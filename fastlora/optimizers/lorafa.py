@@ -223,8 +223,7 @@ def create_lorafa_optimizer(
         if isinstance(module, AdaptedParameter) and any(b.startswith(f"{name}.") for b in lora_b):
             raise ConfigError(
                 f"LoRA-FA does not support adapters on parameters (target_parameters), such as "
-                f"{name!r}; use another optimizer, or remove the parameters from "
-                "target_parameters"
+                f"{name!r}; use another optimizer, or omit target_parameters"
             )
     lora_a = {partners[name] for name in lora_b}
     for name in lora_a:
