@@ -17,7 +17,7 @@ from fastlora.ops.stacks import (
     stack_views,
     transposed_rank_rows,
 )
-from fastlora.ops.torch import reference
+from fastlora.ops.torch import reference, stacks
 from fastlora.ops.torch.stacks import grouped_linear
 
 E, N, K = 5, 24, 16
@@ -132,6 +132,38 @@ def test_the_librarys_grouped_product_and_its_replacement_agree(dtype: torch.dty
     torch.testing.assert_close(
         y.double(), expected, rtol=2e-2, atol=1e-5 if dtype.itemsize == 4 else 5e-2
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", ["one adapter", "one adapter, one matrix", "four adapters"])
+@pytest.mark.parametrize("rows", [40, 3 * stacks._PART_ROWS])
+def test_factors_in_fp32(rows: int, spread: str, dtype: torch.dtype) -> None:
+    """The rows of some keys at a time are converted, and a key may have more rows than that."""
+    torch.manual_seed(1)
+    slots = 4 if spread == "four adapters" else 1
+    matrix = torch.randint(1, E - 1, (rows,)) if "matrix" not in spread else torch.full((rows,), 2)
+    own_rows = sort_rows(matrix * slots + torch.randint(0, slots, (rows,)), rows, E * slots)
+    x, stack = torch.randn(rows, K, dtype=dtype), torch.randn(E, N, K, dtype=dtype)
+    files = [(leaf(E * 4, K, dtype=torch.float32), leaf(N, 4 * E, dtype=torch.float32))] * slots
+    dy, scaling = torch.randn(rows, N, dtype=dtype), torch.rand(slots)
+
+    def run(wide: torch.dtype) -> list[torch.Tensor]:
+        own = [(a.detach().to(wide), b.detach().to(wide)) for a, b in files]
+        leaves = [t.requires_grad_() for pair in own for t in pair]
+        pairs = [(stack_views(a, b, E)[0], transposed_rank_rows(b, E)) for a, b in own]
+        lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
+        as_wide = torch.float64 if wide == torch.float64 else dtype
+        own_x = x.to(as_wide).requires_grad_()
+        numbers = scaling.to(wide)
+        operands = StackedOperands(lora_a, lora_b, numbers, (0.0,) * slots)
+        base = stack.to(as_wide)
+        y = stacked_lora_linear(own_x, base, None, slots, operands, own_rows, "eager")
+        return [y.detach(), *torch.autograd.grad(y, [own_x, *leaves], dy.to(as_wide))]
+
+    for found, truth in zip(run(torch.float32), run(torch.float64), strict=True):
+        bound = 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=bound)
+        assert found.dtype in (dtype, torch.float32)
 
 
 class _LargestTensor(TorchDispatchMode):
