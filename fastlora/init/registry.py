@@ -265,7 +265,7 @@ def check_singular_values_nonzero(
     if usable < given.rank:
         raise InitializationError(
             f"init_lora_weights={given.name!r} uses r={given.rank} singular values, but only "
-            f"{usable} of them are nonzero; the directions of the others would never be trained. "
-            "Use a smaller r for this layer (rank_pattern), or exclude the layer with "
-            "exclude_modules"
+            f"{usable} of them {'is' if usable == 1 else 'are'} nonzero; the directions of the "
+            "others would never be trained. Use a smaller r for this layer (rank_pattern), or "
+            "exclude the layer with exclude_modules"
         )

@@ -61,7 +61,7 @@ def test_tied_lora_beside_other_adapters() -> None:
     model.delete_adapter("default")
     assert list(model.get_base_model().lm_head.r) == ["b"]
     with pytest.raises(
-        UnsupportedLayerError, match="shares the input embedding's LoRA factors for other"
+        UnsupportedLayerError, match="shares the input embedding's LoRA factors in other"
     ):
         model.add_adapter("d", config(target_modules=["lm_head"]))
     with pytest.raises(ConfigError, match="requires use_dora=False"):

@@ -213,7 +213,7 @@ def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
             fastlora.hotswap_adapter(model, tmp_path / "a", "b")
 
     def check_put_raises() -> None:
-        match = rf"'b' is already loaded: {replace}\(\) was called while 1 .* or use other weights"
+        match = rf"'b' is already loaded: {replace}\(\) was called while 1 .* that these blocks use"
         with unchanged(model), pytest.raises(AdapterStateError, match=match):
             put()
 

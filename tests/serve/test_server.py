@@ -256,7 +256,7 @@ def test_a_kernel_cache_that_cannot_be_written_is_said_before_the_model_is_read(
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(serve, "_warms_up", lambda args: True)
-    assert "cannot be written" in error_of(capsys, "serve", "nowhere", "--port", "0")
+    assert "is not writable" in error_of(capsys, "serve", "nowhere", "--port", "0")
 
 
 @pytest.mark.parametrize(
