@@ -39,7 +39,7 @@ from fastlora.model.stacked_experts import (
     stacked_experts_among,
 )
 from fastlora.model.target_names import distinguishing_suffixes, matches_names, matches_targets
-from fastlora.model.target_parameters import entries_that_select
+from fastlora.model.target_parameters import exact_target_entries
 from fastlora.model.targets import model_type_of
 from fastlora.patterns import patterns_matching_no_suffix
 from fastlora.validation import CheckpointError
@@ -124,7 +124,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         keys[f"{KEY_PREFIX}{name}.weight"] = ParsedAdapterKey(layer, kind)
         tensors[f"{KEY_PREFIX}{name}.weight"] = tensor
     own, added = config.target_parameters or [], sorted({stacks[name].leaf for name in ranks})
-    config.target_parameters = entries_that_select(
+    config.target_parameters = exact_target_entries(
         {*ranks, *(each.name for each in parameters if matches_names(each.name, own))},
         [*own, *(entry for entry in added if entry not in own)],
         parameters,

@@ -394,7 +394,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def adapter_names_in_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return the given adapter names that exist on a module.
+    """Return those of the given adapter names that exist on a module.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.
     """

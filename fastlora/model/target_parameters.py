@@ -149,7 +149,7 @@ def select_parameters(
         for new in former.values()
         if new not in own and any(matches_names(name, {new}) for name in by_former_name)
     }
-    stored = entries_that_select(
+    stored = exact_target_entries(
         [each.name for each in selected], [*own, *sorted(added)], parameters
     )
     others = linears.union(each.name for each in selected if each.name not in by_former_name)
@@ -173,7 +173,7 @@ def _pattern_for(name: str, others: Collection[str]) -> str:
     return re.escape(name) if shared else rf".*\.{re.escape(leaf)}"
 
 
-def entries_that_select(
+def exact_target_entries(
     names: Collection[str], entries: list[str], parameters: Iterable[BaseParameter]
 ) -> list[str]:
     """Return a ``target_parameters`` value with which PEFT selects exactly the given parameters.

@@ -150,10 +150,10 @@ class Rows:
 
     @functools.cached_property
     def _keys_on_cpu(self) -> torch.Tensor:
-        """The sort key of each id (`_sort_keys`), int64 on the CPU."""
+        """The sort key of each id (`_make_sort_keys`), int64 on the CPU."""
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
-        return _sort_keys(self.ids.cpu(), self.slots)[0].long()
+        return _make_sort_keys(self.ids.cpu(), self.slots)[0].long()
 
     @functools.cached_property
     def is_sorted(self) -> bool:
@@ -304,7 +304,7 @@ def _rows_sort(
         made = sort_rows_into(ids, slots, _empty_sort_results(m, slots, device, block_m), block_m)
         if made is not None:
             return made
-    keys, bad = _sort_keys(ids, slots)
+    keys, bad = _make_sort_keys(ids, slots)
     per_id = m // max(ids.shape[0], 1)
     keys = keys.view(-1, 1).expand(-1, per_id).reshape(m)
     keys, order = torch.sort(keys, stable=True)
@@ -326,7 +326,7 @@ def _(
     return _empty_sort_results(m, slots, device, block_m)
 
 
-def _sort_keys(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _make_sort_keys(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (int32 keys by which rows are sorted, bool mask of ids out of range).
 
     The key of an id is its slot, ``slots`` if the id is out of range, and ``slots + 1`` for rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -54,24 +55,29 @@ class Model(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Model:
-    """A small Llama with an even number of heads, and SmolLM2's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def padded(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Model:
+    """SmolLM2 with one more group of heads, whose weights are zero, so that two divides them.
 
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    root = tmp_path_factory.mktemp("small")
+    Without adapters, it computes the same as SmolLM2.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    source = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    config = copy.deepcopy(source.config)
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    config.num_key_value_heads += 1
+    config.num_attention_heads += heads_per_group
     model = LlamaForCausalLM(config)
+    state = model.state_dict()
+    for name, values in source.state_dict().items():
+        state[name].zero_()
+        state[name][tuple(slice(size) for size in values.shape)] = values
+    model.load_state_dict(state)
+    ids = torch.arange(300, 340).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-3)
+    root = tmp_path_factory.mktemp("padded")
     model.save_pretrained(root / "model")
     AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(root / "model")
     return Model(root / "model", root, make_adapters(model, root, CONFIGS))
@@ -117,17 +123,17 @@ def check_against_peft(
     assert ends >= 0.9 * len(answers)
 
 
-def test_disabled_and_an_unknown_version_are_stock(small: Model) -> None:
+def test_disabled_and_an_unknown_version_are_stock(padded: Model) -> None:
     """Bit for bit, and with vLLM's own classes.
 
     One slot is free: otherwise vLLM gives base rows the adapter of the last slot, and which one
     that is depends on the order of a set.
     """
-    requests = small.requests([None, *CONFIGS] * 2)
+    requests = padded.requests([None, *CONFIGS] * 2)
 
     def run(**settings: Any) -> dict[str, Any]:
         sampling, llm = {"max_tokens": 4, "logprobs": 2}, {"max_loras": len(CONFIGS) + 1}
-        return run_engine(small.folder, requests, sampling=sampling, llm=llm, **settings)
+        return run_engine(padded.folder, requests, sampling=sampling, llm=llm, **settings)
 
     stock = run(VLLM_PLUGINS="none")
     assert stock["classes"] == [[STOCK]]
@@ -137,10 +143,10 @@ def test_disabled_and_an_unknown_version_are_stock(small: Model) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_tensor_parallel(small: Model, sharded: bool) -> None:
-    requests = small.requests([None, *CONFIGS] * 2)
+def test_tensor_parallel(padded: Model, sharded: bool) -> None:
+    requests = padded.requests([None, *CONFIGS] * 2)
     found = run_engine(
-        small.folder,
+        padded.folder,
         requests,
         llm={"tensor_parallel_size": 2, "fully_sharded_loras": sharded},
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
@@ -148,33 +154,33 @@ def test_tensor_parallel(small: Model, sharded: bool) -> None:
         VLLM_CPU_OMP_THREADS_BIND="auto",
     )
     assert found["classes"] == [[OWN], [OWN]]
-    check_against_peft(small, requests, found["answers"])
+    check_against_peft(padded, requests, found["answers"])
 
 
-def test_engine_core_and_worker_in_processes_of_their_own(small: Model) -> None:
-    requests = small.requests([None, *CONFIGS] * 2)
-    found = run_engine(small.folder, requests, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+def test_engine_core_and_worker_in_processes_of_their_own(padded: Model) -> None:
+    requests = padded.requests([None, *CONFIGS] * 2)
+    found = run_engine(padded.folder, requests, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert found["classes"] == [[OWN]]
-    check_against_peft(small, requests, found["answers"])
+    check_against_peft(padded, requests, found["answers"])
 
 
-def test_bf16_is_as_accurate_as_peft(small: Model) -> None:
+def test_bf16_is_as_accurate_as_peft(padded: Model) -> None:
     """Log-probabilities of prompts in bf16, compared with PEFT in fp32 and in bf16."""
     from transformers import AutoModelForCausalLM
 
     names = [None, *CONFIGS]
-    requests = small.requests(names, length=40)
+    requests = padded.requests(names, length=40)
     sampling = {"max_tokens": 1, "prompt_logprobs": 0}
-    found = run_engine(small.folder, requests, dtype="bfloat16", sampling=sampling)
-    base = AutoModelForCausalLM.from_pretrained(small.folder, dtype=torch.float32)
-    rounded = make_adapters(base, small.adapters / "again", CONFIGS).to(torch.bfloat16)
+    found = run_engine(padded.folder, requests, dtype="bfloat16", sampling=sampling)
+    base = AutoModelForCausalLM.from_pretrained(padded.folder, dtype=torch.float32)
+    rounded = make_adapters(base, padded.adapters / "again", CONFIGS).to(torch.bfloat16)
     own, theirs = [], []
     for name, request, answer in zip(names, requests, found["answers"], strict=True):
         ids = request["ids"]
         chosen = torch.tensor(ids[1:]).unsqueeze(1)
         truth, peft = (
             answer_logits(model, name, ids[:1], ids[1:]).log_softmax(-1).gather(1, chosen)[:, 0]
-            for model in (small.peft, rounded)
+            for model in (padded.peft, rounded)
         )
         got = [answer["logprobs"][at][str(token)] for at, token in enumerate(ids[1:])]
         own.append((torch.tensor(got) - truth).square().mean())
@@ -251,27 +257,28 @@ class Server:
 
 
 @pytest.fixture
-def server(small: Model) -> Iterator[Server]:
+def server(padded: Model) -> Iterator[Server]:
     """A server, killed at the end."""
-    made = Server(small)
+    made = Server(padded)
     yield made
     if made.process.poll() is None:
         made.kill()
 
 
-def test_clients_while_adapters_change(small: Model, server: Server, tmp_path: Path) -> None:
+def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: Path) -> None:
     """Every greedy answer is that of the adapter that had the name during the request.
 
     Answers during which their adapter was replaced in place or unloaded may begin with one adapter
-    and end with another or none, as in vLLM itself. Bad adapters are refused meanwhile.
+    and end with another or none, as in vLLM itself. Bad adapters are refused meanwhile, and so are
+    requests for them.
     """
     bad = [
-        copy_damaged(small.adapters / "r8", tmp_path, each) for each in ("nan", "rank", "inputs")
+        copy_damaged(padded.adapters / "r8", tmp_path, each) for each in ("nan", "rank", "inputs")
     ]
     for name in ("r8", "r16", "r3", "pattern"):
-        assert server.load(name, small.adapters / name).status_code == 200
+        assert server.load(name, padded.adapters / name).status_code == 200
     # A bad adapter is refused, and the server goes on.
-    assert server.load("missing", small.adapters / "nowhere").status_code >= 400
+    assert server.load("missing", padded.adapters / "nowhere").status_code >= 400
     # The adapters that "r8" may have while a request runs.
     versions, seen, failed = ["r8"], list[tuple[str, list[int], list[int], set[str]]](), list[str]()
     unloads = list[int]()
@@ -302,16 +309,17 @@ def test_clients_while_adapters_change(small: Model, server: Server, tmp_path: P
         folder = ("other-r8", "r8")[change % 2]
         # Before the call and after it, answers may come from either.
         versions.append(folder)
-        assert server.load("r8", small.adapters / folder, inplace=True).status_code == 200
+        assert server.load("r8", padded.adapters / folder, inplace=True).status_code == 200
         versions.append(folder)
         unloads.append(change)
         body = {"lora_name": "pattern"}
         assert server.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
         unloads.append(change)  # for requests that began after the first entry, before the unload
-        assert server.load("pattern", small.adapters / "pattern").status_code == 200
+        assert server.load("pattern", padded.adapters / "pattern").status_code == 200
         for folder_of_bad in bad:
             assert server.load(folder_of_bad.name, folder_of_bad).status_code >= 400
             assert server.load("r8", folder_of_bad, inplace=True).status_code >= 400
+            assert server.answer(folder_of_bad.name, [300, 301, 302]).status_code == 404
     done.set()
     for thread in clients:
         thread.join()
@@ -320,27 +328,27 @@ def test_clients_while_adapters_change(small: Model, server: Server, tmp_path: P
     known = [(*case, *own) for *case, own in seen if len(own) == 1]
     assert {version for *_, version in known} == {*names, "other-r8"}
     for name, ids, answer, version in known:
-        logits = answer_logits(small.peft, None if name == "base" else version, ids, answer)
+        logits = answer_logits(padded.peft, None if name == "base" else version, ids, answer)
         first_near_tie(logits, answer)
 
 
 @pytest.fixture
-def server_after_a_killed_one(small: Model) -> Iterator[Server]:
+def server_after_a_killed_one(padded: Model) -> Iterator[Server]:
     """A server that starts after another one was killed. It is killed at the end."""
-    Server(small).kill()
-    made = Server(small)
+    Server(padded).kill()
+    made = Server(padded)
     yield made
     if made.process.poll() is None:
         made.kill()
 
 
 def test_sigterm_drains_and_a_killed_server_serves_again(
-    small: Model, server_after_a_killed_one: Server
+    padded: Model, server_after_a_killed_one: Server
 ) -> None:
     """A request that runs during SIGTERM gets its whole answer, and the exit code is 0."""
     server = server_after_a_killed_one
-    assert server.load("r8", small.adapters / "r8").status_code == 200
-    ids, tokens, found = small.requests(["r8"])[0]["ids"], 96, list[httpx.Response]()
+    assert server.load("r8", padded.adapters / "r8").status_code == 200
+    ids, tokens, found = padded.requests(["r8"])[0]["ids"], 96, list[httpx.Response]()
     client = threading.Thread(target=lambda: found.append(server.answer("r8", ids, tokens)))
     client.start()
     deadline = time.monotonic() + 60
@@ -353,4 +361,4 @@ def test_sigterm_drains_and_a_killed_server_serves_again(
     (response,) = found
     answer = response.json()["choices"][0]["token_ids"]
     assert len(answer) == tokens or response.json()["choices"][0]["finish_reason"] == "stop"
-    assert first_near_tie(answer_logits(small.peft, "r8", ids, answer), answer) > 0
+    assert first_near_tie(answer_logits(padded.peft, "r8", ids, answer), answer) > 0

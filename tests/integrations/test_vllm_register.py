@@ -200,6 +200,18 @@ def test_an_error_leaves_vllm_alone(vllm: StandIn, monkeypatch: pytest.MonkeyPat
     _assert_left_alone(vllm, vllm.parts(), "RuntimeError: not today")
 
 
+def test_an_error_in_between_restores_what_was_replaced(
+    vllm: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replacements = registration._replacements
+
+    def with_one_that_fails() -> list[Any]:
+        return [*replacements(), (int, "real", None)]
+
+    monkeypatch.setattr(registration, "_replacements", with_one_that_fails)
+    _assert_left_alone(vllm, vllm.parts(), "TypeError: cannot set 'real'")
+
+
 @pytest.mark.parametrize(
     ("device", "value", "enabled"),
     [

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -173,9 +174,12 @@ def _register() -> NotRegistered | None:
         log = _logger().warning if refusal.is_problem else _logger().info
         log("fastlora is not used for LoRA: %s", refusal.reason)
         return refusal
-    for owner, name, function in _replacements():
-        setattr(owner, name, function)
-    type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+    with ExitStack() as undo:
+        for owner, name, function in _replacements():
+            undo.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, function)
+        type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+        undo.pop_all()
     line = (
         "fastlora computes LoRA for %s with %s. Models with LoRA on MoE layers are not supported."
     )

@@ -278,7 +278,7 @@ def _add_dx_(
 def grouped_linear(
     x: torch.Tensor, stack: torch.Tensor, rows: Rows, slots: int = 1
 ) -> torch.Tensor:
-    """Return ``x @ stack[matrix].T`` for the matrix of each row, ``[P, N]``.
+    """Multiply each row of x by the transpose of its matrix in the stack, and return ``[P, N]``.
 
     Rows of x that belong to no matrix come last. Their results and the gradients of their x are not
     defined, and may be uninitialized.
