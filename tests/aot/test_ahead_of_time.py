@@ -209,7 +209,8 @@ def test_k_loops_copy_asynchronously(rows: list[Row], arch: str) -> None:
 def test_dependent_launch_where_the_chip_has_it(rows: list[Row], arch: str) -> None:
     expected = "1" if arch in ("sm_90", "sm_100", "sm_120") else "0"
     mixed = ("mixed_lora_shrink", "mixed_lora_linear", "mixed_lora_expand")
-    for kernel in ("lora_shrink", "lora_linear", *mixed, *OVER_CODES):
+    single = ("lora_shrink", "dropout_lora_shrink", "lora_linear")
+    for kernel in (*single, *mixed, *OVER_CODES):
         for row in of(rows, arch=arch, kernel=kernel):
             plain = kernel.endswith("mixed_lora_linear") and row["variant"] == "invariant"
             plain |= "grad" in kernel
@@ -381,7 +382,7 @@ def test_other_operands_compile(rows: list[Row], variant: str) -> None:
     kernels = {row["kernel"] for row in of(rows, variant=variant)}
     single = {"lora_shrink", "lora_linear", "lora_expand"}
     mixed = {f"mixed_{stem}" for stem in single}
-    dropout = {"dropout_lora_shrink"} if variant == "ragged" else set()
+    dropout = {"dropout_lora_shrink"} if variant != "plain" else set()
     assert kernels == {*single, *mixed, *GRADIENTS, "lora_grad_x_add"} | dropout
 
 

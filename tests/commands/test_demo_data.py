@@ -57,7 +57,7 @@ def test_each_style_is_visible(style: str, start: str, end: str) -> None:
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--adapters", "1,65"], "at most 64, .*got 65"),
+        (["--adapters", "1,65"], "at most 64 .*got 65"),
     ],
 )
 def test_numbers_are_checked_before_any_work(options: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora.ops.rows import Rows
+from fastlora.ops.torch import stacks
 from fastlora.testing import assert_within_budget
 from tests.support.moe_models import (
     ExpertBlock,
@@ -59,8 +60,12 @@ def make_model(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("rows", [None, ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernels_compute_the_updates(rows: list[str | None] | None, dtype: torch.dtype) -> None:
+def test_kernels_compute_the_updates(
+    rows: list[str | None] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They round fp32 factors to the dtype of x, as PyTorch's products do here."""
     model = make_model(dtype)
+    monkeypatch.setattr(stacks, "_dtype_of_products", lambda x, _: x.dtype)
     if rows is not None:
         model.base_model.set_adapter(list(RANKS))
     layer = model.base_model.model.experts

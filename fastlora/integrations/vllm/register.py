@@ -176,8 +176,9 @@ def _register() -> NotRegistered | None:
         return refusal
     with ExitStack() as undo:
         for owner, name, function in _replacements():
-            undo.callback(setattr, owner, name, vars(owner)[name])
+            original = vars(owner)[name]
             setattr(owner, name, function)
+            undo.callback(setattr, owner, name, original)
         type(platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
         undo.pop_all()
     line = (

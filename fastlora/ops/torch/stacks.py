@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.library import define_operator, register_fake, register_kernel
-from fastlora.ops.rows import Rows
+from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.stacks import StackedOperands
 from fastlora.ops.torch import products, reference
 from fastlora.validation import UnsupportedLayerError
@@ -23,16 +23,25 @@ from fastlora.validation import UnsupportedLayerError
 # `torch.nn.functional.grouped_mm` requires that every stride is a multiple of this many bytes.
 _ALIGNMENT = 16
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Number of rows that are converted to the dtype of the factors at a time, if a key has no more.
+# Maximum number of rows that are converted to the dtype of the factors at a time. A key with more
+# rows is converted at once.
 _PART_ROWS = 512
 
 
 class _Part(NamedTuple):
-    """Adjacent keys and their rows: the keys, the range of sorted positions, and where keys end."""
+    """Adjacent keys and their rows.
+
+    Attributes:
+        keys: The range of keys.
+        at: The range of the sorted positions of their rows.
+        ends: int32, where the rows of each key end, counted from the first of these positions.
+        segments: The keys that have rows.
+    """
 
     keys: slice
     at: slice
     ends: torch.Tensor
+    segments: Sequence[Segment]
 
 
 class _KeySpan(NamedTuple):
@@ -71,27 +80,26 @@ def add_updates_(
     s is ``[P, R]`` in the dtype of x, for the largest rank R. Columns beyond a row's rank are not
     written.
     """
-    s, dtype = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a)), x.dtype
+    s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a))
+    wide = _dtype_of_products(x, operands)
     if _is_grouped(x, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
-        for part in _parts(rows, lora_a.dtype != dtype):
-            own = reference.cast(x[part.at], lora_a.dtype)
+        for part in _parts(rows, wide != x.dtype):
+            own = reference.cast(x[part.at], wide)
             found = F.grouped_mm(own, lora_a[part.keys].transpose(1, 2), offs=part.ends)
             s[part.at] = found
-            scaled = found.mul_(operands.scaling.to(found.dtype))
-            _add_grouped_(y, scaled, lora_b, rows, part)
+            _add_grouped_(y, found.mul_(operands.scaling.to(wide)), lora_b, part)
         return s
-    dtype = _dtype_of_products(x, operands)
     for its in _key_spans(operands, rows):
         lora_a = operands.lora_a[its.slot][its.matrix]
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         own, scaling = s[its.at, : lora_a.shape[0]], operands.scaling[its.slot]
-        found = reference.lora_shrink(_dropped(x, operands, its, dtype), lora_a)
+        found = reference.lora_shrink(_dropped(x, operands, its, wide), lora_a)
         own.copy_(found)
-        if dtype == x.dtype:
+        if wide == x.dtype:
             reference.lora_expand_(y[its.at], own, lora_b, scaling)
         else:
-            y[its.at].add_(reference.lora_expand(found, lora_b, scaling, dtype))
+            y[its.at].add_(reference.lora_expand(found, lora_b, scaling, wide))
     return s
 
 
@@ -134,7 +142,7 @@ def gradients(
         d_lora_a, d_lora_b = found[2 * its.slot : 2 * its.slot + 2]
         own_dy, own_s = reference.cast(dy[its.at], dtype), s[its.at, : lora_a.shape[0]]
         if d_lora_b is not None:
-            scaled = reference.cast(own_s * scaling, dtype)
+            scaled = reference.cast(own_s, dtype) * scaling
             products.mm_into_(d_lora_b[its.matrix], scaled.t(), own_dy)
         if dx is None and d_lora_a is None:
             continue
@@ -181,29 +189,30 @@ def _is_grouped(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> bool:
 
 
 def _parts(rows: Rows, converts: bool) -> list[_Part]:
-    """Return all keys as one part, or parts of `_PART_ROWS` rows if their rows are converted."""
+    """Return the parts of all keys: one, or several of `_PART_ROWS` rows if rows are converted."""
     ends = rows.slot_start[1:]
     if not converts or rows.m <= _PART_ROWS:
-        return [_Part(slice(0, rows.slots), slice(0, rows.m), ends)]
-    parts, segments = list[_Part](), rows.segments
+        return [_Part(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
+    parts, segments, key = list[_Part](), rows.segments, 0
     while segments:
-        first = segments[0]
-        own = [each for each in segments if each.stop - first.start <= _PART_ROWS] or [first]
-        keys, at = slice(first.slot, own[-1].slot + 1), slice(first.start, own[-1].stop)
-        parts.append(_Part(keys, at, ends[keys] - first.start))
+        start = segments[0].start
+        own = [each for each in segments if each.stop - start <= _PART_ROWS] or [segments[0]]
         segments = segments[len(own) :]
+        keys = slice(key, own[-1].slot + 1 if segments else rows.slots)
+        parts.append(_Part(keys, slice(start, own[-1].stop), ends[keys] - start, own))
+        key = keys.stop
     return parts
 
 
-def _add_grouped_(
-    y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, rows: Rows, part: _Part
-) -> None:
+def _add_grouped_(y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _Part) -> None:
     """Add ``s @ factor[key]`` to the rows of a part's keys in place, for ``s`` of these rows."""
     if y.dtype != s.dtype:
         y[part.at].add_(F.grouped_mm(s, factor[part.keys], offs=part.ends))
         return
-    for key, start, stop in rows.segments:  # A sum of two results would be another pass.
-        y[start:stop].addmm_(s[start:stop], factor[key])
+    own_y = y[part.at]
+    for key, start, stop in part.segments:  # A sum of two results would be another pass.
+        at = slice(start - part.at.start, stop - part.at.start)
+        own_y[at].addmm_(s[at], factor[key])
 
 
 def _grouped_factor_gradients(
@@ -223,30 +232,27 @@ def _grouped_factor_gradients(
     (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
     dtype = lora_a.dtype
     scaling, parts = operands.scaling.to(dtype), _parts(rows, dtype != dy.dtype)
-    has_all_keys = parts[0].keys == slice(0, rows.slots)
-    d_lora_a = torch.zeros_like(lora_a) if wants[0] and not has_all_keys else None
-    d_lora_b = torch.zeros_like(lora_b) if wants[1] and not has_all_keys else None
+    d_lora_a, d_lora_b = list[torch.Tensor](), list[torch.Tensor]()
     for part in parts:
         own_dy = reference.cast(dy[part.at], dtype)
         if wants[1]:
             scaled = reference.cast(s[part.at], dtype) * scaling
-            made = F.grouped_mm(scaled.t(), own_dy, offs=part.ends)
-            d_lora_b = made if d_lora_b is None else _written(d_lora_b, part, made)
+            d_lora_b.append(F.grouped_mm(scaled.t(), own_dy, offs=part.ends))
         if dx is None and not wants[0]:
             continue
         up = lora_b[part.keys].transpose(1, 2)
         ds = F.grouped_mm(own_dy, up, offs=part.ends).mul_(scaling)
         if wants[0] and x is not None:
-            made = F.grouped_mm(ds.t(), reference.cast(x[part.at], dtype), offs=part.ends)
-            d_lora_a = made if d_lora_a is None else _written(d_lora_a, part, made)
+            own_x = reference.cast(x[part.at], dtype)
+            d_lora_a.append(F.grouped_mm(ds.t(), own_x, offs=part.ends))
         if dx is not None:
-            _add_grouped_(dx, ds, lora_a, rows, part)
-    return [d_lora_a, d_lora_b]
+            _add_grouped_(dx, ds, lora_a, part)
+    return [_joined(d_lora_a), _joined(d_lora_b)]
 
 
-def _written(gradient: torch.Tensor, part: _Part, made: torch.Tensor) -> torch.Tensor:
-    gradient[part.keys] = made
-    return gradient
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the gradients of all parts as one, or None if there are none."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
 
 
 def _add_dx_(

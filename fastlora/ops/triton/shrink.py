@@ -86,7 +86,12 @@ def shrink_with_partials(
     otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
-    launch = "lora_shrink" if seed is None else "dropout_lora_shrink"
+    launch = "lora_shrink"
+    if seed is not None:
+        # Of a lora_a with contiguous columns, an instruction of one of the tile's many warps would
+        # read fewer rank rows than the swizzle of shared memory spans.
+        launch = "dropout_lora_shrink"
+        lora_a = [a if a.stride(1) == 1 else a.contiguous() for a in lora_a]
     config = config_of(launch, x, m, k=k, r=r, batch_invariant=batch_invariant)
     s = shrunk = empty(x, m, r)
     if config.splits > 1:

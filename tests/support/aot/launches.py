@@ -93,20 +93,20 @@ def is_wgmma(shipped: Shipped) -> bool:
 def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     """Returns every case: each config in its heaviest variant, and some in others on sm_90.
 
-    "heavy" is fp32 factors, planes, s_out, every bias and dropout, three siblings, at a size that
-    the tiles divide; "plain" has none of these; "light" has none but dropout, at a rank that 8
-    divides but 16 does not, of every tile that sm_90 makes by wgmma. "ragged" is heavy at sizes
-    that 16 divides but no tile does, of the K loops for mixed batches on every chip; "uneven" is
-    heavy at odd sizes, where nothing can be vectorized. "alone" is heavy without siblings, of the
-    shrinks so narrow that they often run so. "invariant" is heavy in the batch-invariant mode,
-    "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients runs
-    it: dropout, lora_b as its parameter lies. "siblings" is that for three modules that share x,
-    which are without dropout; of decode and prefill it is heavy for three modules in one grid, in
-    16 bits; a linear of one adapter has siblings up to 64 rows. "split" is heavy for a linear whose
-    programs share out K. "without_ds" is heavy for a gradient of lora_b where another pass makes
-    ds, on sm_90 where it takes wgmma; of a mixed batch, "adds_ds" is heavy for a part of the
-    columns. "terms" is heavy for an expand that adds the terms of three modules. "dependent" is a
-    sum of one s, launched as a programmatic dependent of the shrink.
+    "heavy" is fp32 factors, planes, s_out, every bias and dropout where the launch has it, three
+    siblings, at a size that the tiles divide; "plain" has none of these; "light" has none but
+    dropout, at a rank that 8 divides but 16 does not, of every tile that sm_90 makes by wgmma.
+    "ragged" is heavy at sizes that 16 divides but no tile does, of the K loops for mixed batches on
+    every chip; "uneven" is heavy at odd sizes, where nothing can be vectorized. "alone" is heavy
+    without siblings, of the shrinks so narrow that they often run so. "invariant" is heavy in the
+    batch-invariant mode, "unshared" the same without siblings. "training" is heavy as a mixed batch
+    with gradients runs it: dropout, lora_b as its parameter lies. "siblings" is that for three
+    modules that share x, which are without dropout; of decode and prefill it is heavy for three
+    modules in one grid, in 16 bits; a linear of one adapter has siblings up to 64 rows. "split" is
+    heavy for a linear whose programs share out K. "without_ds" is heavy for a gradient of lora_b
+    where another pass makes ds, on sm_90 where it takes wgmma; of a mixed batch, "adds_ds" is heavy
+    for a part of the columns. "terms" is heavy for an expand that adds the terms of three modules.
+    "dependent" is a sum of one s, launched as a programmatic dependent of the shrink.
     """
     result = []
     for chip in chips:
@@ -140,16 +140,18 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
                 result.append(Case(chip.arch, shipped, "plain"))
             if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
-                if shipped.kernel != "dropout_lora_shrink":
+                drops = shipped.kernel == "dropout_lora_shrink"
+                if not drops:
                     result.append(Case(chip.arch, shipped, "plain"))
                 result.append(Case(chip.arch, shipped, "ragged"))
-                if shipped.config.block_m == 16 or shipped.kernel.startswith("lora_grad_"):
+                if config.block_m == 16 or drops or shipped.kernel.startswith("lora_grad_"):
                     result.append(Case(chip.arch, shipped, "uneven"))
             elif shipped.kernel in MIXED_K_LOOPS and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "ragged"))
             if shipped.kernel in IN_ONE_GRID and shipped.dtype == torch.bfloat16:
                 decodes = shipped.kernel == "lora_linear" and shipped.config.block_m <= 64
-                runs = decodes or shipped.kernel != "lora_linear"
+                # A shrink of three modules runs the kernel of "heavy".
+                runs = decodes or shipped.kernel not in ("lora_linear", "lora_shrink")
                 if runs and chip.arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
                     result.append(Case(chip.arch, shipped, "siblings"))
                 if decodes and chip.arch in ("sm_80", "sm_90"):
@@ -262,15 +264,16 @@ def operands(case: Case) -> dict[str, Any]:
         common |= {"s": empty(m, count * r), "scaling": fp32(1 if count > 1 else r)}
         if case.variant == "split":
             common |= {"config": replace(config, splits=2), "y": fp32(2, m, n)}
-        alone_shrink = {
+        shrink_of_one = {
             "out": empty(m, count * r) if light else fp32(config.splits, m, count * r),
             "lora_a": [factor(r, k)] * count,
             "config": replace(config, splits=1) if light else config,
-            **{"seed": None, "dropout_p": 0.0},
+            "seed": None,
+            "dropout_p": 0.0,
         }
         own: dict[str, dict[str, Any]] = {
-            "lora_shrink": alone_shrink,
-            "dropout_lora_shrink": {**alone_shrink, **dropped},
+            "lora_shrink": shrink_of_one,
+            "dropout_lora_shrink": {**shrink_of_one, **dropped},
             "lora_linear": {
                 "s": fp32(MAX_SPLITS, m, count * r) if heavy else empty(m, r),
                 "bias": bias,

@@ -104,7 +104,7 @@ class Problem:
 
     def shrink(self, config: KernelConfig | None = None) -> Results:
         """``s``."""
-        config = config or self.config("lora_shrink")
+        config = config or self.config("dropout_lora_shrink" if self.p else "lora_shrink")
         s = self.lab.poisoned(self.m, self.r, dtype=self.dtype)
         self.written = {}
         (written,) = self._outputs({"s": s}, [config.splits])
