@@ -17,7 +17,7 @@ from fastlora.ops.stacks import (
     stack_views,
     transposed_rank_rows,
 )
-from fastlora.ops.torch import reference, stacks
+from fastlora.ops.torch import reference
 from fastlora.ops.torch.stacks import grouped_linear
 
 E, N, K = 5, 24, 16
@@ -134,36 +134,58 @@ def test_the_librarys_grouped_product_and_its_replacement_agree(dtype: torch.dty
     )
 
 
+# Numbers of rows by matrix: few, several parts of several keys, a key larger than a part, and many.
+SPREADS = {
+    "few": (8, 0, 20, 7, 5),
+    "parts": (0, 100, 120, 0, 90, 200, 150, 0, 180, 60, 170, 130, 0, 110, 140, 0),
+    "large": (600, 5, 0, 5, 5, 5),
+    "many": (0, 900, 0, 400),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spread", ["one adapter", "one adapter, one matrix", "four adapters"])
-@pytest.mark.parametrize("rows", [40, 3 * stacks._PART_ROWS])
-def test_factors_in_fp32(rows: int, spread: str, dtype: torch.dtype) -> None:
-    """The rows of some keys at a time are converted, and a key may have more rows than that."""
+@pytest.mark.parametrize(
+    ("wide", "p"),
+    [("w", 0.0), ("w", 0.3), ("wwww", 0.0), ("wwnn", 0.3), ("m", 0.0), ("nm", 0.0)],
+)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_factors_in_fp32(spread: str, wide: str, p: float, dtype: torch.dtype) -> None:
+    """Adapters with wide factors, with narrow ones, or with one of each, ``m``."""
     torch.manual_seed(1)
-    slots = 4 if spread == "four adapters" else 1
-    matrix = torch.randint(1, E - 1, (rows,)) if "matrix" not in spread else torch.full((rows,), 2)
-    own_rows = sort_rows(matrix * slots + torch.randint(0, slots, (rows,)), rows, E * slots)
-    x, stack = torch.randn(rows, K, dtype=dtype), torch.randn(E, N, K, dtype=dtype)
-    files = [(leaf(E * 4, K, dtype=torch.float32), leaf(N, 4 * E, dtype=torch.float32))] * slots
-    dy, scaling = torch.randn(rows, N, dtype=dtype), torch.rand(slots)
+    counts, slots = torch.tensor(SPREADS[spread]), len(wide)
+    e, m = len(counts), int(counts.sum())
+    matrix = torch.arange(e).repeat_interleave(counts)[torch.randperm(m)]
+    keys = matrix * slots + torch.randint(0, slots, (m,))
+    if slots > 1:
+        keys[::7] = -1
+    rows = sort_rows(keys, m, e * slots)
+    x, dy = torch.randn(m, K).to(dtype), torch.randn(m, N).to(dtype)
+    kinds = {"w": (torch.float32,) * 2, "n": (dtype,) * 2, "m": (torch.float32, dtype)}
+    files = [
+        (torch.randn(e * 4, K).to(a), torch.randn(N, 4 * e).to(b))
+        for a, b in (kinds[each] for each in wide)
+    ]
+    scaling = torch.rand(slots) + 0.5
+    seeds = seeds_of_keys(torch.arange(slots), e) if p else None
 
-    def run(wide: torch.dtype) -> list[torch.Tensor]:
-        own = [(a.detach().to(wide), b.detach().to(wide)) for a, b in files]
-        leaves = [t.requires_grad_() for pair in own for t in pair]
-        pairs = [(stack_views(a, b, E)[0], transposed_rank_rows(b, E)) for a, b in own]
-        lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
-        as_wide = torch.float64 if wide == torch.float64 else dtype
-        own_x = x.to(as_wide).requires_grad_()
-        numbers = scaling.to(wide)
-        operands = StackedOperands(lora_a, lora_b, numbers, (0.0,) * slots)
-        base = stack.to(as_wide)
-        y = stacked_lora_linear(own_x, base, None, slots, operands, own_rows, "eager")
-        return [y.detach(), *torch.autograd.grad(y, [own_x, *leaves], dy.to(as_wide))]
+    def run(exact: bool) -> list[torch.Tensor]:
+        leaves = [t.double() if exact else t.clone() for pair in files for t in pair]
+        own_x = (x.double() if exact else x.clone()).requires_grad_()
+        own = [leaf.requires_grad_() for leaf in leaves]
+        pairs = zip(own[::2], own[1::2], strict=True)
+        lora_a, lora_b = zip(
+            *((stack_views(a, b, e)[0], transposed_rank_rows(b, e)) for a, b in pairs), strict=True
+        )
+        numbers = scaling.double() if exact else scaling
+        operands = StackedOperands([*lora_a], [*lora_b], numbers, (p,) * slots, seeds)
+        y = stacked_lora_linear(own_x, None, own_x.new_zeros(m, N), slots, operands, rows, "eager")
+        return [y.detach(), *torch.autograd.grad(y, [own_x, *own], dy.to(y.dtype))]
 
-    for found, truth in zip(run(torch.float32), run(torch.float64), strict=True):
-        bound = 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+    wanted = [dtype, dtype, *(t.dtype for pair in files for t in pair)]
+    for found, truth, own_dtype in zip(run(False), run(True), wanted, strict=True):
+        bound = 6 * torch.finfo(dtype).eps * truth.abs().max().item()
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=bound)
-        assert found.dtype in (dtype, torch.float32)
+        assert found.dtype == own_dtype
 
 
 class _LargestTensor(TorchDispatchMode):
