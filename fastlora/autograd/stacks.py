@@ -161,7 +161,7 @@ def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[tor
     *operands, tensors, impl = given
     y, rows = y.clone(), rows_from_tensors(tensors)
     s = BACKENDS[impl].add_stacked_updates_(y, x, StackedOperands(*operands), rows)
-    return y, s
+    return y, s.to(x.dtype)
 
 
 @register_fake("stacked_updates")

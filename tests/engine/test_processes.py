@@ -267,9 +267,9 @@ def server(padded: Model) -> Iterator[Server]:
 def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: Path) -> None:
     """Every greedy answer is that of the adapter that had the name during the request.
 
-    Answers during which their adapter was replaced in place or unloaded may begin with one adapter
-    and end with another or none, as in vLLM itself. Bad adapters are refused meanwhile, and so are
-    requests for them.
+    As in vLLM itself, an answer during which its adapter was unloaded may end without one, and
+    requests from before and after a replacement in place share one version, the old or the new one.
+    Bad adapters are refused meanwhile, and so are requests for them.
     """
     bad = [
         copy_damaged(padded.adapters / "r8", tmp_path, each) for each in ("nan", "rank", "inputs")
@@ -281,15 +281,24 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
     # The adapters that "r8" may have while a request runs.
     versions, seen, failed = ["r8"], list[tuple[str, list[int], list[int], set[str]]](), list[str]()
     unloads = list[int]()
+    # For each running request for "r8", the place in ``versions`` of the oldest that it may have.
+    running, lock = dict[int, int](), threading.Lock()
     names, done = ("base", "r16", "r3", "pattern", "r8"), threading.Event()
 
     def client(number: int) -> None:
         draw = random.Random(number)
         while not done.is_set():
             name, ids = draw.choice(names), [draw.randrange(300, 4000) for _ in range(6)]
-            # The last entry may be of a load that has not taken effect yet.
-            start, unloaded = max(len(versions) - 2, 0), len(unloads)
+            unloaded = len(unloads)
+            with lock:
+                # The last entry may be of a load that has not taken effect yet.
+                oldest = max(len(versions) - 2, 0)
+                start = min([oldest, *running.values()])
+                if name == "r8":
+                    running[number] = oldest
             response = server.answer(name, ids)
+            with lock:
+                running.pop(number, None)
             if response.status_code != 200:
                 # Only "pattern" is unloaded for a moment.
                 if name != "pattern" or response.status_code != 404:

@@ -79,11 +79,11 @@ def add_updates_(
 ) -> torch.Tensor:
     """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
 
-    s is ``[P, R]`` in the dtype of x, for the largest rank R. Columns beyond a row's rank are not
-    written.
+    s is ``[P, R]`` for the largest rank R, in the dtype of the products. Columns beyond a row's
+    rank are not written.
     """
-    s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a))
     wide = _dtype_of_products(x, operands, rows)
+    s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a), dtype=wide)
     if _is_grouped(x, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
         for part in _parts(rows, wide != x.dtype):
