@@ -23,7 +23,12 @@ from fastlora.ops.library import (
 )
 from fastlora.ops.rows import Rows, rows_from_tensors
 from fastlora.ops.stacks import StackedOperands
-from fastlora.ops.torch.stacks import grouped_gradients, grouped_linear, products_for
+from fastlora.ops.torch.stacks import (
+    dtype_of_s,
+    grouped_gradients,
+    grouped_linear,
+    products_for,
+)
 
 
 def stacked_lora_linear(
@@ -161,16 +166,17 @@ def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[tor
     *operands, tensors, impl = given
     y, rows = y.clone(), rows_from_tensors(tensors)
     s = BACKENDS[impl].add_stacked_updates_(y, x, StackedOperands(*operands), rows)
-    return y, s.to(x.dtype)
+    return y, s
 
 
 @register_fake("stacked_updates")
-def _(
-    y: torch.Tensor, x: torch.Tensor, lora_a: list[torch.Tensor], *given: Any
-) -> tuple[torch.Tensor, ...]:
-    largest = max(a.shape[1] for a in lora_a)
-    columns = rank_to_multiple_of_16(largest) if given[-1] == "triton" else largest
-    return torch.empty_like(y), x.new_empty(x.shape[0], columns)
+def _(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+    *operands, _, impl = given
+    adapters = StackedOperands(*operands)
+    columns, dtype = max(a.shape[1] for a in adapters.lora_a), dtype_of_s(x, adapters)
+    if impl == "triton":
+        columns, dtype = rank_to_multiple_of_16(columns), x.dtype
+    return torch.empty_like(y), x.new_empty(x.shape[0], columns, dtype=dtype)
 
 
 @register_kernel("stacked_gradients")

@@ -79,11 +79,11 @@ def add_updates_(
 ) -> torch.Tensor:
     """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
 
-    s is ``[P, R]`` for the largest rank R, in the dtype of the products. Columns beyond a row's
-    rank are not written.
+    s is ``[P, R]`` for the largest rank R, in `dtype_of_s`. Columns beyond a row's rank are not
+    written.
     """
-    wide = _dtype_of_products(x, operands, rows)
-    s = x.new_empty(x.shape[0], max(a.shape[1] for a in operands.lora_a), dtype=wide)
+    wide, columns = _dtype_of_products(x, operands, rows), max(a.shape[1] for a in operands.lora_a)
+    s = x.new_empty(x.shape[0], columns, dtype=dtype_of_s(x, operands))
     if _is_grouped(x, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
         for part in _parts(rows, wide != x.dtype):
@@ -157,15 +157,20 @@ def gradients(
     return dx, found
 
 
-def _dtype_of_products(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> torch.dtype:
-    """Return the dtype of the products: that of x, or fp32 if a factor is in fp32.
-
-    It is fp32 if x is in 16 bits on a CPU and keys have few rows, which take less time to convert
-    than their factors.
-    """
+def dtype_of_s(x: torch.Tensor, operands: StackedOperands) -> torch.dtype:
+    """Return fp32 if x is in 16 bits on a CPU and a factor is in fp32, otherwise the dtype of x."""
     factors = (*operands.lora_a, *operands.lora_b)
     is_wider = x.is_cpu and x.itemsize == 2 and any(f.dtype == torch.float32 for f in factors)
-    return torch.float32 if is_wider and rows.m <= _FEW_ROWS * len(rows.segments) else x.dtype
+    return torch.float32 if is_wider else x.dtype
+
+
+def _dtype_of_products(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> torch.dtype:
+    """Return `dtype_of_s` if keys have few rows, otherwise the dtype of x.
+
+    A few rows take less time to convert than the factors of their key.
+    """
+    has_few_rows = rows.m <= _FEW_ROWS * len(rows.segments)
+    return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
 def _is_grouped(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> bool:
