@@ -267,9 +267,8 @@ def server(padded: Model) -> Iterator[Server]:
 def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: Path) -> None:
     """Every greedy answer is that of the adapter that had the name during the request.
 
-    As in vLLM itself, an answer during which its adapter was unloaded may end without one, and
-    requests from before and after a replacement in place share one version, the old or the new one.
-    Bad adapters are refused meanwhile, and so are requests for them.
+    An answer during which its adapter was replaced in place may begin with one version and end with
+    the other. Bad adapters are refused meanwhile, and so are requests for them.
     """
     bad = [
         copy_damaged(padded.adapters / "r8", tmp_path, each) for each in ("nan", "rank", "inputs")
@@ -280,49 +279,35 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
     assert server.load("missing", padded.adapters / "nowhere").status_code >= 400
     # The adapters that "r8" may have while a request runs.
     versions, seen, failed = ["r8"], list[tuple[str, list[int], list[int], set[str]]](), list[str]()
-    unloads = list[int]()
-    # For each running request for "r8", the place in ``versions`` of the oldest that it may have.
-    running, lock = dict[int, int](), threading.Lock()
     names, done = ("base", "r16", "r3", "pattern", "r8"), threading.Event()
 
     def client(number: int) -> None:
         draw = random.Random(number)
         while not done.is_set():
             name, ids = draw.choice(names), [draw.randrange(300, 4000) for _ in range(6)]
-            unloaded = len(unloads)
-            with lock:
-                # The last entry may be of a load that has not taken effect yet.
-                oldest = max(len(versions) - 2, 0)
-                start = min([oldest, *running.values()])
-                if name == "r8":
-                    running[number] = oldest
+            # The last entry may be of a load that has not taken effect yet.
+            start = max(len(versions) - 2, 0)
             response = server.answer(name, ids)
-            with lock:
-                running.pop(number, None)
             if response.status_code != 200:
                 # Only "pattern" is unloaded for a moment.
                 if name != "pattern" or response.status_code != 404:
                     failed.append(response.text)
                 continue
             own = {name} if name != "r8" else set(versions[start:])
-            if name == "pattern" and len(unloads) > unloaded:
-                own.add("base")
             seen.append((name, ids, response.json()["choices"][0]["token_ids"], own))
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(32)]
     for thread in clients:
         thread.start()
     for change in range(8):
-        time.sleep(1.0)
+        time.sleep(2.0)  # Longer than most answers take, so that many have one version only.
         folder = ("other-r8", "r8")[change % 2]
         # Before the call and after it, answers may come from either.
         versions.append(folder)
         assert server.load("r8", padded.adapters / folder, inplace=True).status_code == 200
         versions.append(folder)
-        unloads.append(change)
         body = {"lora_name": "pattern"}
         assert server.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
-        unloads.append(change)  # for requests that began after the first entry, before the unload
         assert server.load("pattern", padded.adapters / "pattern").status_code == 200
         for folder_of_bad in bad:
             assert server.load(folder_of_bad.name, folder_of_bad).status_code >= 400

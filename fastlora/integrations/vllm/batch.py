@@ -6,7 +6,6 @@ computed from these IDs on the host and copied to the device once per batch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ from fastlora.ops.rows import NO_SLOT, Rows, sort_rows
 from fastlora.ops.torch.packed_plans import PlanCache
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 
-_log = logging.getLogger("vllm.fastlora")
 # The row tiles of the kernels that work on pieces.
 _PIECE_ROWS = (16, 64, 128)
 
@@ -123,8 +121,8 @@ def slots_of_adapters(
         adapter_ids: Adapter ID of each row. Zero stands for no adapter.
         adapter_of_slot: Adapter ID in each slot, or None for an empty slot.
 
-    As in vLLM's own backend, rows of an adapter that has been unloaded are computed without it. A
-    warning names the adapter.
+    Raises:
+        ValueError: A row's adapter is not in any slot.
     """
     ids = np.fromiter(adapter_ids, dtype=np.int64, count=len(adapter_ids))
     found = np.full(ids.shape, NO_SLOT, dtype=np.int64)
@@ -133,5 +131,5 @@ def slots_of_adapters(
             found[ids == adapter] = slot
     missing = (ids > 0) & (found == NO_SLOT)
     if missing.any():
-        _log.warning("adapter %d is not in any slot; its rows get no update", ids[missing][0])
+        raise ValueError(f"adapter {ids[missing][0]} is not in any slot")
     return found

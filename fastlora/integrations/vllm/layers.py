@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from importlib import import_module
@@ -231,6 +231,56 @@ def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return _get_prompt_logprobs_dict
+
+
+# ----------------------------------------------------------------------- the adapters of a batch
+
+
+def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``InputBatch.make_lora_inputs`` so that it returns one request for each adapter ID.
+
+    vLLM puts the requests into a set, in which those for adapters with the same name are equal. If
+    an adapter is unloaded and another one is loaded under its name, requests for both may run.
+    """
+
+    def make_lora_inputs(
+        self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        sampled, tokens, _ = make(self, num_scheduled_tokens, num_sampled_tokens)
+        return sampled, tokens, tuple(self.lora_id_to_lora_request.values())
+
+    return make_lora_inputs
+
+
+def active_requests_by_adapter_id(get: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``LoraState.get_activate_loras`` in the same way, for model runner V2."""
+
+    def get_activate_loras(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+        found = (self.lora_requests.get(name) for name in req_ids)
+        return tuple({each.lora_int_id: each for each in found if each is not None}.values())
+
+    return get_activate_loras
+
+
+def without_reloading(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``LRUCacheWorkerLoRAManager._apply_adapters`` so that it loads no adapter twice.
+
+    Requests for an adapter that was loaded with ``load_inplace`` have this flag as well, with which
+    vLLM loads the adapter in every step.
+    """
+
+    def _apply_adapters(self: Any, lora_requests: Iterable[Any]) -> None:
+        replace, loaded = import_module("msgspec").structs.replace, self.list_adapters()
+        requests = [
+            replace(each, load_inplace=False)
+            if each.load_inplace and each.lora_int_id in loaded
+            else each
+            for each in lora_requests
+            if each
+        ]
+        apply(self, requests)
+
+    return _apply_adapters
 
 
 # ----------------------------------------------------------------------- checks of a loaded adapter

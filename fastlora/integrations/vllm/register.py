@@ -57,6 +57,9 @@ _WEIGHTS = "vllm.lora.lora_weights:LoRALayerWeights"
 _MANAGER = "vllm.lora.worker_manager:WorkerLoRAManager"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROMPTS = "_get_prompt_logprobs_dict"
+_BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
+_STATE = "vllm.v1.worker.gpu.lora_utils:LoraState"
+_CACHE = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 _INIT = "self max_num_batched_tokens max_batches device **kwargs"
 
 
@@ -89,6 +92,9 @@ def _relied_on() -> Iterator[tuple[str, str, str]]:
     yield _WEIGHTS, "optimize", "self"
     yield _MANAGER, "_load_adapter", "self lora_request"
     yield _RUNNER, _PROMPTS, "self hidden_states num_scheduled_tokens"
+    yield _BATCH, "make_lora_inputs", "self num_scheduled_tokens num_sampled_tokens"
+    yield _STATE, "get_activate_loras", "self req_ids"
+    yield _CACHE, "_apply_adapters", "self lora_requests"
 
 
 RELIED_ON = tuple(
@@ -277,6 +283,9 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.checked_load),
         (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
+        (_BATCH, "make_lora_inputs", layers.requests_by_adapter_id),
+        (_STATE, "get_activate_loras", layers.active_requests_by_adapter_id),
+        (_CACHE, "_apply_adapters", layers.without_reloading),
     ):
         cls = _find_class(owner)
         original = vars(cls)[name]
