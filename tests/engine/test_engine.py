@@ -13,7 +13,6 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
-from vllm.lora.worker_manager import WorkerLoRAManager
 
 from fastlora.integrations.vllm.wrapper import FastLoraPunicaWrapper
 from tests.engine.adapters import (
@@ -214,7 +213,7 @@ def test_running_requests_keep_their_adapters(served: Served, tmp_path: Path) ->
 def test_an_adapter_loaded_again_under_its_name(served: Served) -> None:
     """Requests for the old and the new one run together, and each keeps its own.
 
-    vLLM gives an adapter that is loaded again another ID. Its requests are equal if names are.
+    vLLM gives an adapter that is loaded again a new ID. Requests with one adapter name are equal.
     """
     engine, names = served.llm.llm_engine, ("all-r8", "qkvo-r32")
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
@@ -231,37 +230,6 @@ def test_an_adapter_loaded_again_under_its_name(served: Served) -> None:
         logits = answer_logits(served.model, name, served.prompts[number], tokens)
         assert first_near_tie(logits, tokens) > 0
         assert engine.remove_lora(200 + number)
-
-
-def test_an_adapter_is_replaced_in_place_once(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not in every step of requests with ``load_inplace``. Running requests switch to it."""
-    engine, loads = served.llm.llm_engine, list[str]()
-    load = WorkerLoRAManager._load_adapter
-
-    def counted(self: Any, request: Any) -> Any:
-        loads.append(request.lora_path)
-        return load(self, request)
-
-    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", counted)
-    paths = [str(served.root / name) for name in ("all-r8", "qkvo-r32")]
-    requests = [LoRARequest("placed", 210, path, load_inplace=True) for path in paths]
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    prompt = {"prompt_token_ids": served.prompts[0]}
-    engine.add_lora(requests[0])
-    engine.add_request("old", prompt, params, lora_request=requests[0])
-    engine.step()
-    engine.add_lora(requests[1])
-    engine.add_request("new", prompt, params, lora_request=requests[1])
-    found: dict[str, list[int]] = {}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            found[output.request_id] = list(output.outputs[0].token_ids)
-    assert loads == paths
-    logits = answer_logits(served.model, "qkvo-r32", served.prompts[0], found["new"])
-    assert first_near_tie(logits, found["new"]) > 0
-    assert engine.remove_lora(210)
 
 
 @pytest.mark.parametrize("change", ["use_dora", "lora_bias"])

@@ -299,8 +299,16 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(32)]
     for thread in clients:
         thread.start()
+
+    def wait_for_a_version() -> None:
+        """Wait for an answer of "r8" during which it was not replaced."""
+        count, deadline = len(seen), time.monotonic() + 120
+        while not any(name == "r8" and len(own) == 1 for name, _, _, own in seen[count:]):
+            assert time.monotonic() < deadline and not failed, failed[:3]
+            time.sleep(0.05)
+
     for change in range(8):
-        time.sleep(2.0)  # Longer than most answers take, so that many have one version only.
+        wait_for_a_version()
         folder = ("other-r8", "r8")[change % 2]
         # Before the call and after it, answers may come from either.
         versions.append(folder)
@@ -313,6 +321,7 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
             assert server.load(folder_of_bad.name, folder_of_bad).status_code >= 400
             assert server.load("r8", folder_of_bad, inplace=True).status_code >= 400
             assert server.answer(folder_of_bad.name, [300, 301, 302]).status_code == 404
+    wait_for_a_version()
     done.set()
     for thread in clients:
         thread.join()

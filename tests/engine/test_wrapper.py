@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu.lora_utils import LoraState
 
 from fastlora.integrations.vllm import layers
 from fastlora.testing import assert_within_budget
@@ -388,3 +390,12 @@ def test_a_field_that_vllm_ignores_is_refused(monkeypatch: Any, tmp_path: Path, 
         layers.check_config(str(tmp_path), "a")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, field: None}))
     layers.check_config(str(tmp_path), "a")
+
+
+def test_model_runner_v2_tells_requests_apart_by_adapter_id() -> None:
+    state = LoraState(4)
+    for index in range(2):
+        state.add_request(f"r{index}", index, LoRARequest("same", 200 + index, f"/{index}"))
+    state.add_request("base", 2, None)
+    found = state.get_activate_loras(["r0", "r1", "base", "r0"])
+    assert [each.lora_int_id for each in found] == [200, 201]

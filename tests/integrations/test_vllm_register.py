@@ -145,7 +145,6 @@ def test_register_replaces_every_part_once(vllm: StandIn) -> None:
     others = {
         ("vllm.lora.lora_weights:LoRALayerWeights", "optimize"),
         ("vllm.lora.worker_manager:WorkerLoRAManager", "_load_adapter"),
-        ("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager", "_apply_adapters"),
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", "_get_prompt_logprobs_dict"),
         ("vllm.v1.worker.gpu_input_batch:InputBatch", "make_lora_inputs"),
         ("vllm.v1.worker.gpu.lora_utils:LoraState", "get_activate_loras"),

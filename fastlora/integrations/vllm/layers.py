@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from importlib import import_module
@@ -239,8 +239,9 @@ def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
 def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``InputBatch.make_lora_inputs`` so that it returns one request for each adapter ID.
 
-    vLLM puts the requests into a set, in which those for adapters with the same name are equal. If
-    an adapter is unloaded and another one is loaded under its name, requests for both may run.
+    vLLM puts the requests into a set, in which requests with the same adapter name are equal. If an
+    adapter is unloaded and another one is loaded under its name, requests for both can run
+    together, and vLLM would activate only one of the two adapters.
     """
 
     def make_lora_inputs(
@@ -253,34 +254,13 @@ def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def active_requests_by_adapter_id(get: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``LoraState.get_activate_loras`` in the same way, for model runner V2."""
+    """Replace ``LoraState.get_activate_loras`` of model runner V2 for the same reason."""
 
     def get_activate_loras(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
         found = (self.lora_requests.get(name) for name in req_ids)
         return tuple({each.lora_int_id: each for each in found if each is not None}.values())
 
     return get_activate_loras
-
-
-def without_reloading(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``LRUCacheWorkerLoRAManager._apply_adapters`` so that it loads no adapter twice.
-
-    Requests for an adapter that was loaded with ``load_inplace`` have this flag as well, with which
-    vLLM loads the adapter in every step.
-    """
-
-    def _apply_adapters(self: Any, lora_requests: Iterable[Any]) -> None:
-        replace, loaded = import_module("msgspec").structs.replace, self.list_adapters()
-        requests = [
-            replace(each, load_inplace=False)
-            if each.load_inplace and each.lora_int_id in loaded
-            else each
-            for each in lora_requests
-            if each
-        ]
-        apply(self, requests)
-
-    return _apply_adapters
 
 
 # ----------------------------------------------------------------------- checks of a loaded adapter

@@ -59,7 +59,6 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROMPTS = "_get_prompt_logprobs_dict"
 _BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
 _STATE = "vllm.v1.worker.gpu.lora_utils:LoraState"
-_CACHE = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
 _INIT = "self max_num_batched_tokens max_batches device **kwargs"
 
 
@@ -94,7 +93,6 @@ def _relied_on() -> Iterator[tuple[str, str, str]]:
     yield _RUNNER, _PROMPTS, "self hidden_states num_scheduled_tokens"
     yield _BATCH, "make_lora_inputs", "self num_scheduled_tokens num_sampled_tokens"
     yield _STATE, "get_activate_loras", "self req_ids"
-    yield _CACHE, "_apply_adapters", "self lora_requests"
 
 
 RELIED_ON = tuple(
@@ -285,7 +283,6 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
         (_BATCH, "make_lora_inputs", layers.requests_by_adapter_id),
         (_STATE, "get_activate_loras", layers.active_requests_by_adapter_id),
-        (_CACHE, "_apply_adapters", layers.without_reloading),
     ):
         cls = _find_class(owner)
         original = vars(cls)[name]
