@@ -119,7 +119,7 @@ def _against_stock(rank: int) -> Group:
 
 
 def _sixteen_adapters(rank: int) -> Group:
-    """Stock and fastlora with 16 slots, all of them in use, for a largest rank."""
+    """Stock and fastlora with 16 slots in use, for one ``max_rank``."""
     engines = EngineSettings("stock", 16, rank), EngineSettings("fastlora", 16, rank)
     own = _names(f"r{rank}", 16)
     cases = [Case("decode, 16 adapters", "decode", own)]

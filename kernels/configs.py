@@ -6,7 +6,7 @@ number of rows, the sizes of the layer, and the largest rank, and plans also fro
 slots. Therefore one CUDA graph can be replayed for any mix.
 
 A launch has the name of its kernel, or a name of its own if the kernel does another job: dx of a
-linear layer, a shrink with dropout, whose masks take most of its instructions, or a mixed batch's
+linear layer, a shrink with dropout (the masks take most of its instructions), or a mixed batch's
 forward pass in training, which has many rows, dropout, and factors in the layout of parameters.
 
 In the batch-invariant mode, configs do not depend on the batch either. A launch gets the config

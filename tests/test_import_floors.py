@@ -34,8 +34,8 @@ CODE_LINES = {
     "autograd": 831,
     "commands": 1768,  # vLLM in doctor
     "init": 879,
-    # The backend of vLLM has 880, with the checks of shapes and of the requests of a batch.
-    "integrations": 1788,
+    # The backend of vLLM has 860, with the checks of shapes and of the requests of a batch.
+    "integrations": 1773,
     "layers": 6704,
     "model": 7010,  # warm-up, and experts in recommend
     "ops": 3977,  # packed factors of slots that change one by one, of several slices, and stacks

@@ -161,7 +161,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         if bias is not None:
             up.bias.copy_(bias)
 
-    def _update_factors_for_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors_for_dora_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two factors from which an adapter's DoRA norms are computed.
 
         The norms are those of PEFT. With one group, the two factors are the adapter's own. With
@@ -172,7 +172,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
         if groups == 1:
-            return super()._update_factors_for_norm(name)
+            return super()._factors_for_dora_norm(name)
         r = down.weight.shape[0]
         shares = [self._flatten_kernels(share) for share in down.weight.chunk(groups, dim=1)]
         rows = up.weight.reshape(-1, 1, 1, r)

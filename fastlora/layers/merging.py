@@ -221,7 +221,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             squares = squared_row_norms(base)
         sums = []
         for name in names:
-            factors = *self._update_factors_for_norm(name), self.scaling[name]
+            factors = *self._factors_for_dora_norm(name), self.scaling[name]
             sums.append(squared_norms_with_update(base, squares, *factors))
         return dict(zip(names, self._reduce_row_squared_norms(sums), strict=True))
 
@@ -286,7 +286,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
-    def _update_factors_for_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors_for_dora_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two factors of the update from which an adapter's DoRA norms are computed."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b

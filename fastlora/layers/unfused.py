@@ -254,7 +254,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         """Return an adapter's fp32 DoRA scale g ``[N]``, or None for an adapter without DoRA."""
         if name not in self.lora_magnitude_vector:
             return None
-        lora_a, lora_b = self._update_factors_for_norm(name)
+        lora_a, lora_b = self._factors_for_dora_norm(name)
         compiling = conditions.compiling
         scaling = self._scaling_on_device_of(name, lora_a) if compiling else self.scaling[name]
         squares = adapted_squared_norms(self, lora_a, lora_b, scaling, compiling)

@@ -56,7 +56,9 @@ class Model(NamedTuple):
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Model:
-    """SmolLM2 with one more group of heads, whose weights are zero: 4 groups and 12 heads.
+    """SmolLM2 with a fourth group of three heads that have zero weights.
+
+    Two processes need an even number of heads and of groups.
 
     Without adapters, it computes the same as SmolLM2.
     """
@@ -265,7 +267,7 @@ def server(padded: Model) -> Iterator[Server]:
 
 
 def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: Path) -> None:
-    """Every greedy answer is that of the adapter that had the name during the request.
+    """Every greedy answer comes from the adapter that had the name during the request.
 
     An answer during which its adapter was replaced in place may begin with one version and end with
     the other. Bad adapters are refused meanwhile, and so are requests for them.
@@ -300,7 +302,7 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
     for thread in clients:
         thread.start()
 
-    def wait_for_a_version() -> None:
+    def wait_for_an_answer_of_one_version() -> None:
         """Wait for an answer of "r8" during which it was not replaced."""
         count, deadline = len(seen), time.monotonic() + 120
         while not any(name == "r8" and len(own) == 1 for name, _, _, own in seen[count:]):
@@ -308,7 +310,7 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
             time.sleep(0.05)
 
     for change in range(8):
-        wait_for_a_version()
+        wait_for_an_answer_of_one_version()
         folder = ("other-r8", "r8")[change % 2]
         # Before the call and after it, answers may come from either.
         versions.append(folder)
@@ -321,7 +323,7 @@ def test_clients_while_adapters_change(padded: Model, server: Server, tmp_path: 
             assert server.load(folder_of_bad.name, folder_of_bad).status_code >= 400
             assert server.load("r8", folder_of_bad, inplace=True).status_code >= 400
             assert server.answer(folder_of_bad.name, [300, 301, 302]).status_code == 404
-    wait_for_a_version()
+    wait_for_an_answer_of_one_version()
     done.set()
     for thread in clients:
         thread.join()

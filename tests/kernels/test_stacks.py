@@ -63,7 +63,7 @@ def make_model(dtype: torch.dtype) -> Any:
 def test_kernels_compute_the_updates(
     rows: list[str | None] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They round fp32 factors to the dtype of x, as PyTorch's products do here."""
+    """Here, PyTorch's products round fp32 factors to the dtype of x, as kernels do."""
     model = make_model(dtype)
     monkeypatch.setattr(stacks, "_dtype_of_products", lambda x, *_: x.dtype)
     if rows is not None:

@@ -131,5 +131,5 @@ def slots_of_adapters(
             found[ids == adapter] = slot
     missing = (ids > 0) & (found == NO_SLOT)
     if missing.any():
-        raise ValueError(f"adapter {ids[missing][0]} is not in any slot")
+        raise ValueError(f"adapter {ids[missing][0]} is not in any slot: {list(adapter_of_slot)}")
     return found

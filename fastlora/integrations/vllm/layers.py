@@ -1,4 +1,4 @@
-"""The methods that replace those of vLLM's LoRA layers."""
+"""The functions that replace or wrap methods of vLLM's LoRA layers, batches, and managers."""
 
 from __future__ import annotations
 
@@ -253,14 +253,13 @@ def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
     return make_lora_inputs
 
 
-def active_requests_by_adapter_id(get: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace ``LoraState.get_activate_loras`` of model runner V2 for the same reason."""
+def active_requests_by_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+    """Return one request for each adapter ID, unlike ``LoraState.get_activate_loras``.
 
-    def get_activate_loras(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
-        found = (self.lora_requests.get(name) for name in req_ids)
-        return tuple({each.lora_int_id: each for each in found if each is not None}.values())
-
-    return get_activate_loras
+    This function replaces the method of model runner V2 for the same reason.
+    """
+    found = (self.lora_requests.get(name) for name in req_ids)
+    return tuple({each.lora_int_id: each for each in found if each is not None}.values())
 
 
 # ----------------------------------------------------------------------- checks of a loaded adapter

@@ -278,11 +278,12 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     if importlib.import_module("vllm.platforms").current_platform.is_cpu() and not pinned:
         # A copy of lora_b in pinned memory or on another device would lose its scaling.
         found.append((_find_class(_WEIGHTS), "optimize", layers.keep_scaling_apart))
+    state = _find_class(_STATE)
+    found.append((state, "get_activate_loras", layers.active_requests_by_adapter_id))
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.checked_load),
         (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
         (_BATCH, "make_lora_inputs", layers.requests_by_adapter_id),
-        (_STATE, "get_activate_loras", layers.active_requests_by_adapter_id),
     ):
         cls = _find_class(owner)
         original = vars(cls)[name]

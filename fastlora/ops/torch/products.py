@@ -123,7 +123,9 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add ``a @ b`` to ``y [M, N]`` in place and return y."""
+    """Add ``a @ b`` to ``y [M, N]`` in place and return y, which may have another dtype."""
+    if y.dtype != a.dtype:
+        return y.add_(mm(a, b))
     if y.dtype not in EMULATED or not computes_in_fp32(y, a, b) or _native_is_as_fast(a, b):
         return y.addmm_(a, b)
 

@@ -158,7 +158,10 @@ def gradients(
 
 
 def dtype_of_s(x: torch.Tensor, operands: StackedOperands) -> torch.dtype:
-    """Return fp32 if x is in 16 bits on a CPU and a factor is in fp32, otherwise the dtype of x."""
+    """Return fp32 if x is in 16 bits on a CPU and a factor is in fp32, otherwise the dtype of x.
+
+    The dtype does not depend on the rows, which have no values when a graph is traced.
+    """
     factors = (*operands.lora_a, *operands.lora_b)
     is_wider = x.is_cpu and x.itemsize == 2 and any(f.dtype == torch.float32 for f in factors)
     return torch.float32 if is_wider else x.dtype
@@ -197,7 +200,10 @@ def _is_grouped(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> bool:
 
 
 def _parts(rows: Rows, converts: bool) -> list[_Part]:
-    """Return the parts of all keys: one, or several of `_PART_ROWS` rows if rows are converted."""
+    """Return all keys as one part, or in parts of up to `_PART_ROWS` rows if rows are converted.
+
+    A key with more rows is a part of its own.
+    """
     ends = rows.slot_start[1:]
     if not converts or rows.m <= _PART_ROWS:
         return [_Part(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
@@ -260,7 +266,9 @@ def _grouped_factor_gradients(
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """Return the gradients of all parts as one, or None if there are none."""
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)) if parts else None
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0] if parts else None
 
 
 def _add_dx_(
@@ -276,10 +284,7 @@ def _add_dx_(
     """
     p = operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
-        if dx.dtype == ds.dtype:
-            products.addmm_(dx, ds, lora_a)
-        else:
-            dx.add_(products.mm(ds, lora_a))
+        products.addmm_(dx, ds, lora_a)
         return
     update, seed = products.mm(ds, lora_a), operands.seeds[its.key : its.key + 1].cpu()
     keep = reference.lora_keep_mask(update, seed, p)

@@ -88,10 +88,10 @@ def shrink_with_partials(
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     launch = "lora_shrink"
     if seed is not None:
-        # Of a lora_a with contiguous columns, an instruction of one of the tile's many warps would
-        # read fewer rank rows than the swizzle of shared memory spans.
+        # A lora_a with contiguous columns is copied: otherwise, the instruction of each warp group
+        # would take fewer rank rows than the swizzle of shared memory spans.
         launch = "dropout_lora_shrink"
-        lora_a = [a if a.stride(1) == 1 else a.contiguous() for a in lora_a]
+        lora_a = [a if a.stride(1) == 1 else product(_contiguous_copy, a) for a in lora_a]
     config = config_of(launch, x, m, k=k, r=r, batch_invariant=batch_invariant)
     s = shrunk = empty(x, m, r)
     if config.splits > 1:

@@ -29,7 +29,7 @@ MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
 # Launches that a shared-input group shares in training.
 SHARED_BY_GROUPS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 # Kernels that take a shared-input group in one grid.
-IN_ONE_GRID = ("lora_shrink", "lora_linear", "lora_expand")
+IN_ONE_GRID = ("lora_linear", "lora_expand")
 IN_ONE_GRID += ("mixed_lora_linear", "mixed_lora_expand")
 # Variants of launches over codes, and the kinds that they read.
 QUANTIZED = {
@@ -140,18 +140,21 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
                 result.append(Case(chip.arch, shipped, "plain"))
             if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
-                drops = shipped.kernel == "dropout_lora_shrink"
-                if not drops:
+                is_dropout_shrink = shipped.kernel == "dropout_lora_shrink"
+                if not is_dropout_shrink:
                     result.append(Case(chip.arch, shipped, "plain"))
                 result.append(Case(chip.arch, shipped, "ragged"))
-                if config.block_m == 16 or drops or shipped.kernel.startswith("lora_grad_"):
+                if (
+                    config.block_m == 16
+                    or is_dropout_shrink
+                    or shipped.kernel.startswith("lora_grad_")
+                ):
                     result.append(Case(chip.arch, shipped, "uneven"))
             elif shipped.kernel in MIXED_K_LOOPS and shipped.dtype == torch.bfloat16:
                 result.append(Case(chip.arch, shipped, "ragged"))
             if shipped.kernel in IN_ONE_GRID and shipped.dtype == torch.bfloat16:
                 decodes = shipped.kernel == "lora_linear" and shipped.config.block_m <= 64
-                # A shrink of three modules runs the kernel of "heavy".
-                runs = decodes or shipped.kernel not in ("lora_linear", "lora_shrink")
+                runs = decodes or shipped.kernel != "lora_linear"
                 if runs and chip.arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
                     result.append(Case(chip.arch, shipped, "siblings"))
                 if decodes and chip.arch in ("sm_80", "sm_90"):
