@@ -208,10 +208,10 @@ def _linear(dtype: torch.dtype, m: int, n: int = 64, **changed: Any) -> tuple[An
     x, weight, lora_a, lora_b = (
         torch.zeros(shape, dtype=dtype) for shape in ((m, 2048), (n, 2048), (8, 2048), (n, 8))
     )
-    given = {"x": x, "bias": None, "s": None, "lora_b": lora_b, "seeds": None, "plan": "auto"}
-    given |= changed
+    given = {"x": x, "bias": None, "s": None, "seeds": None, "plan": "auto"}
+    given |= {"lora_a": lora_a, "lora_b": lora_b} | changed
     p = 0.0 if given["seeds"] is None else 0.5
-    factors = [lora_a, given["lora_b"], None]
+    factors = [given["lora_a"], given["lora_b"], None]
     own = given["x"], weight, given["bias"], [], given["s"], factors, torch.ones(1), given["seeds"]
     return *own, [p], given["plan"]
 
@@ -327,6 +327,10 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "linear, b by column": (forward.linear, lambda: _half(5, lora_b=torch.zeros(8, 64).t())),
     "linear, s given": (forward.linear, lambda: _half(5, s=torch.zeros(5, 8).half())),
     "linear, dropout": (forward.linear, lambda: _half(5, seeds=torch.zeros(1).long())),
+    "linear, dropout, a by column": (
+        forward.linear,
+        lambda: _half(5, seeds=torch.zeros(1).long(), lora_a=torch.zeros(2048, 8).half().t()),
+    ),
     "linear, split": (forward.linear, lambda: _half(5, plan="split")),
     "linear, invariant": (forward.linear, lambda: _half(5, plan="invariant")),
     "linear, one row": (forward.linear, lambda: _half(1, plan="invariant")),
