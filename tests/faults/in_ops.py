@@ -350,4 +350,22 @@ FAULTS = (
         after="made = next(iter(self._pieces.values()), None)",
         tests=("tests/ops/test_rows.py::test_groups",),
     ),
+    Fault(
+        sentence="The ends of a part's keys are counted from the first row of all parts.",
+        kind="wrong offset",
+        source="6e8b8f6",
+        path="fastlora/ops/torch/stacks.py",
+        before="ends[keys] - start, own",
+        after="ends[keys], own",
+        tests=("tests/ops/test_stacks.py::test_factors_in_fp32",),
+    ),
+    Fault(
+        sentence="Keys without rows at the end of a stack get no gradient of their factors.",
+        kind="wrong shape",
+        source="9d757fe",
+        path="fastlora/ops/torch/stacks.py",
+        before="own[-1].slot + 1 if segments else rows.slots",
+        after="own[-1].slot + 1",
+        tests=("tests/ops/test_stacks.py::test_factors_in_fp32",),
+    ),
 )
