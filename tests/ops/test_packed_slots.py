@@ -234,9 +234,8 @@ def test_an_adapter_that_cannot_be_copied(ranks: tuple[int, int]) -> None:
     pack, none = PackedSlots(2, K, widths, torch.float32), [None, None]
     adapters = [random_adapter([4, 4], widths, torch.float32), none]
     adapters[1] = random_adapter([other, other], widths, torch.float32)
-    if rank > other:
-        pack.set_slot(0, adapters[0])
-    pack.set_slot(1, adapters[1])
+    for slot, own in enumerate(adapters):
+        pack.set_slot(slot, own)
     given, copied = random_adapter([rank, rank], widths, torch.float32), []
 
     def copy_one(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
@@ -251,7 +250,7 @@ def test_an_adapter_that_cannot_be_copied(ranks: tuple[int, int]) -> None:
     ):
         pack.set_slot(0, given)
     rows, x, y = sort_rows(torch.tensor([0, 1, -1]), 3, 2), torch.randn(3, K), torch.randn(3, 64)
-    # New storage leaves the adapter that was in the slot.
+    # New storage leaves the adapter that was in the slot. Otherwise, a part of it is overwritten.
     expected = [adapters[0] if rank > other else none, adapters[1]]
     wanted = by_row(y, x, [0, 1, -1], expected, widths)
     torch.testing.assert_close(add(pack, y, x, rows)[0], wanted)
