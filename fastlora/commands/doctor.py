@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _vllm_facts() -> dict[str, Any] | None:
-    """Return facts about fastlora's vLLM plugin, or None if vLLM is not installed."""
+    """Return the state of fastlora's vLLM plugin, or None if vLLM is not installed."""
     import torch
 
     from fastlora.integrations.vllm.register import preview_registration

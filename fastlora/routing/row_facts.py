@@ -99,7 +99,7 @@ class RowFactsTable:
         self._next_drop = _FIRST_DROP
 
     def facts_of(self, tensor: torch.Tensor) -> RowFacts:
-        """Return the `RowFacts` for a tensor."""
+        """Return what is known about the rows of a tensor, by its storage."""
         entry = self._by_storage.get(storage_key(tensor))
         if entry is not None:
             return entry.facts

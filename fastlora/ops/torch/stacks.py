@@ -82,26 +82,26 @@ def add_updates_(
     s is ``[P, R]`` for the largest rank R, in `dtype_of_s`. Columns beyond a row's rank are not
     written.
     """
-    wide, columns = _dtype_of_products(x, operands, rows), max(a.shape[1] for a in operands.lora_a)
+    dtype, columns = _dtype_of_products(x, operands, rows), max(a.shape[1] for a in operands.lora_a)
     s = x.new_empty(x.shape[0], columns, dtype=dtype_of_s(x, operands))
-    if _is_grouped(x, operands, rows):
+    if _is_grouped(dtype, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
-        for part in _parts(rows, wide != x.dtype):
-            own = reference.cast(x[part.at], wide)
+        for part in _parts(rows, dtype != x.dtype):
+            own = reference.cast(x[part.at], dtype)
             found = F.grouped_mm(own, lora_a[part.keys].transpose(1, 2), offs=part.ends)
             s[part.at] = found
-            _add_grouped_(y, found.mul_(operands.scaling.to(wide)), lora_b, part)
+            _add_grouped_(y, found.mul_(operands.scaling.to(dtype)), lora_b, part)
         return s
     for its in _key_spans(operands, rows):
         lora_a = operands.lora_a[its.slot][its.matrix]
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         own, scaling = s[its.at, : lora_a.shape[0]], operands.scaling[its.slot]
-        found = reference.lora_shrink(_dropped(x, operands, its, wide), lora_a)
+        found = reference.lora_shrink(_dropped(x, operands, its, dtype), lora_a)
         own.copy_(found)
-        if wide == x.dtype:
+        if dtype == x.dtype:
             reference.lora_expand_(y[its.at], own, lora_b, scaling)
         else:
-            y[its.at].add_(reference.lora_expand(found, lora_b, scaling, wide))
+            y[its.at].add_(reference.lora_expand(found, lora_b, scaling, dtype))
     return s
 
 
@@ -129,9 +129,9 @@ def gradients(
     """
     if wants_x and dx is None:
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[2])
-    if _is_grouped(dy, operands, rows):
-        return dx, _grouped_factor_gradients(dy.contiguous(), x, s, operands, rows, dx, wants)
     dtype = _dtype_of_products(dy, operands, rows)
+    if _is_grouped(dtype, operands, rows):
+        return dx, _grouped_factor_gradients(dy.contiguous(), x, s, operands, rows, dx, wants)
     pairs = zip(operands.lora_a, operands.lora_b, strict=True)
     factors = [factor for pair in pairs for factor in pair]
     found = [
@@ -176,7 +176,7 @@ def _dtype_of_products(x: torch.Tensor, operands: StackedOperands, rows: Rows) -
     return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
-def _is_grouped(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> bool:
+def _is_grouped(dtype: torch.dtype, operands: StackedOperands, rows: Rows) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` computes the products of adjacent keys.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
@@ -189,8 +189,8 @@ def _is_grouped(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> bool:
     return (
         not others
         and operands.seeds is None
-        and x.is_cpu
-        and lora_a.dtype == lora_b.dtype == _dtype_of_products(x, operands, rows)
+        and lora_a.is_cpu
+        and lora_a.dtype == lora_b.dtype == dtype
         and _supports_dtype(lora_a)
         and lora_a.stride(-1) == 1
         and lora_b.stride(-1) == 1
