@@ -117,7 +117,7 @@ def test_stacks_are_views_of_the_slots() -> None:
                 assert torch.equal(layer.lora_a_stacked[index][slot, 0, :rank], down)
                 assert torch.equal(layer.lora_b_stacked[index][slot, 0, :, :rank], up)
         for slot in range(SLOTS):
-            assert slots.lora_a[slot, index].data_ptr() % 16 == 0
+            assert slots.lora_a[index][slot].data_ptr() % 16 == 0
             assert slots.lora_b[index][slot].data_ptr() % 16 == 0
     addresses = [each.data_ptr() for each in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
     vllm_layers.set_adapter(case, 2, 11)
@@ -128,7 +128,7 @@ def test_stacks_are_views_of_the_slots() -> None:
 def test_blocks_of_odd_sizes_are_aligned() -> None:
     case = vllm_layers.linear_case("MergedColumnParallelLinearVariableSliceWithLoRA")
     slots = case.layer.lora_b_stacked[0].fastlora_slots
-    for tensors in (slots.lora_b, slots.lora_a.unbind(1)):
+    for tensors in (slots.lora_b, slots.lora_a):
         assert all(own.data_ptr() % 16 == 0 for each in tensors for own in each)
 
 

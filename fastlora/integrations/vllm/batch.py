@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT, Rows, sort_rows
 from fastlora.ops.torch.packed_plans import PlanCache
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
@@ -72,16 +71,6 @@ class BatchRows:
         """Sort all rows of the buffer. Rows past the end of the batch have no adapter."""
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
-
-    @property
-    def is_unused(self) -> bool:
-        """Whether nothing has to be computed, because no row has an adapter.
-
-        Traced code and captured graphs serve every batch, so it is False for them and on a GPU.
-        """
-        if is_being_compiled() or self.slots.device.type != "cpu":
-            return False
-        return not self.used_slots
 
     def first(self, m: int) -> SortedRows:
         """Return the first m rows in sorted order. The result is cached for the batch."""

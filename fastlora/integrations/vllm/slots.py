@@ -54,7 +54,7 @@ class SlotProducts:
             scaling = torch.ones(len(lora_b), slots, dtype=torch.float32, device=device)
         self.tables = [*addresses, rank, scaling]
         self._packs: dict[torch.dtype, PackedSlots] = {}
-        self._versions = self._current_versions()
+        self._version = self._current_version()
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
@@ -68,7 +68,7 @@ class SlotProducts:
             table[:, slot] = torch.tensor(values, dtype=table.dtype)
         for pack in self._packs.values():
             pack.set_slot(slot, own)
-        self._versions = self._current_versions()
+        self._version = self._current_version()
 
     def is_empty(self, slot: int) -> bool:
         """Return whether a slot has rank 0 in all slices."""
@@ -84,22 +84,23 @@ class SlotProducts:
             x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
             batch: The slots of the rows.
         """
-        if batch.is_unused:
-            return
-        if is_being_compiled() or x.device.type != "cpu":
+        if is_being_compiled() or not x.is_cpu:
             self._add_from_tables(y, x.to(y.dtype), batch)
-            return
-        factors = self._packed_slots(y.dtype).factors
-        if factors is None:
-            return
-        rows, plans = batch.first(x.shape[0])
-        plan = cached_plan(rows, rows.slot_index, factors, plans)
-        packed_forward.add_(y, x.to(y.dtype), rows.slot_index, factors, plan)
+        elif batch.used_slots:
+            self._add_from_pack(y, x.to(y.dtype), batch)
 
     @property
     def num_repacks(self) -> int:
         """Number of times that one of the current packs was allocated and filled with all slots."""
         return sum(pack.num_repacks for pack in self._packs.values())
+
+    def _add_from_pack(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        factors = self._packed_slots(y.dtype).factors
+        if factors is not None:
+            rows, plans = batch.first(x.shape[0])
+            slot_index = rows.slot_index
+            plan = cached_plan(rows, slot_index, factors, plans)
+            packed_forward.add_(y, x, slot_index, factors, plan)
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         rows = batch.operator_arguments(x.shape[0])
@@ -125,9 +126,9 @@ class SlotProducts:
 
     def drop_outdated_packs(self) -> None:
         """Drop all packs if other code has written the factors. vLLM's stacks are views of them."""
-        if self._versions != self._current_versions():
+        if self._version != self._current_version():
             self._packs.clear()
-            self._versions = self._current_versions()
+            self._version = self._current_version()
 
     def _pack_all(self, pack: PackedSlots) -> None:
         # The first slot has the largest rank, so the pack is allocated only once.
@@ -135,9 +136,9 @@ class SlotProducts:
         for slot in ranks.argsort(descending=True).tolist():
             pack.set_slot(slot, self._factors[slot])
 
-    def _current_versions(self) -> list[int]:
-        # The lora_a of all slices are views of one tensor.
-        return [self.lora_a[0]._version, *(each._version for each in self.lora_b)]
+    def _current_version(self) -> int:
+        # All slices of a layer are views of one tensor.
+        return self.lora_a[0]._version + self.lora_b[0]._version
 
 
 class LayerSlots:
@@ -170,19 +171,26 @@ class LayerSlots:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.lora_b = [_zero_blocks(slots, 1, max_rank, n, dtype, device)[:, 0] for n in outputs]
-        self.lora_a: torch.Tensor | None = None
+        shapes_a = [] if features is None else [(rank, features)] * len(outputs)
+        shapes_b = [(max_rank, n) for n in outputs]
+        blocks = _zero_blocks(slots, [*shapes_a, *shapes_b], dtype, device)
+        self.lora_a, self.lora_b = blocks[: len(shapes_a)], blocks[len(shapes_a) :]
+        same_a, same_b = (_identity(slots, each, dtype, device) for each in (rank, max_rank))
+        self.shrink = [SlotProducts([own], [same_a]) for own in self.lora_a]
+        self.expand = [SlotProducts([same_b], [own]) for own in self.lora_b]
         self.linear: list[SlotProducts] = []
-        self.shrink: list[SlotProducts] = []
-        same = _identity(slots, max_rank, dtype, device)
-        self.expand = [SlotProducts([same], [own]) for own in self.lora_b]
-        if features is not None:
-            self.lora_a = _zero_blocks(slots, len(outputs), rank, features, dtype, device)
-            down, same = self.lora_a.unbind(1), _identity(slots, rank, dtype, device)
-            self.shrink = [SlotProducts([own], [same]) for own in down]
-            for start in range(0, len(down), _MOST_SLICES) if rank == max_rank else ():
-                group = slice(start, start + _MOST_SLICES)
-                self.linear.append(SlotProducts(down[group], self.lora_b[group]))
+        for start in range(0, len(self.lora_a), _MOST_SLICES) if rank == max_rank else ():
+            group = slice(start, start + _MOST_SLICES)
+            self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group]))
+
+    def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Add each row's update of all slices to y ``[M, N]``, from the first column on."""
+        start = 0
+        for products in self.linear:
+            is_whole = products.width == y.shape[1]
+            own = y if is_whole else y[:, start : start + products.width]
+            products.add_(own, x, batch)
+            start += products.width
 
     def stacked(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Return vLLM's stacks: lora_a ``[slots, 1, R, K]`` and lora_b ``[slots, 1, N, R]``.
@@ -190,11 +198,11 @@ class LayerSlots:
         Both are tuples with one view per slice. The first one is empty if vLLM keeps lora_a.
         """
         with torch.inference_mode(False):
-            down = () if self.lora_a is None else self.lora_a.unsqueeze(2).unbind(1)
+            down = tuple(own.unsqueeze(1) for own in self.lora_a)
             up = tuple(own.transpose(1, 2).unsqueeze(1) for own in self.lora_b)
         for each in (*down, *up):
             each.fastlora_slots = self  # type: ignore[attr-defined]
-        return tuple(down), up
+        return down, up
 
     def write(
         self,
@@ -224,8 +232,8 @@ class LayerSlots:
             if down is None or up is None:
                 continue
             ranks_a[index], ranks_b[index] = down.shape[0], up.shape[1]
-            if self.lora_a is not None:
-                self.lora_a[slot, index, : down.shape[0]].copy_(down, non_blocking=True)
+            if self.lora_a:
+                self.lora_a[index][slot, : down.shape[0]].copy_(down, non_blocking=True)
             own = self.lora_b[index][slot, : up.shape[1], : up.shape[0]]
             own.copy_(up.t(), non_blocking=True)
         self._set_ranks(slot, ranks_a, ranks_b, scalings)
@@ -246,8 +254,8 @@ class LayerSlots:
         """Raise `ValueError` if a slice's factors have the wrong shape or too high a rank."""
         width, max_rank = self.lora_b[index].shape[2], self.lora_b[index].shape[1]
         features, max_rank_a = None, max_rank
-        if self.lora_a is not None:
-            max_rank_a, features = self.lora_a.shape[2:]
+        if self.lora_a:
+            max_rank_a, features = self.lora_a[index].shape[1:]
         fits = lora_a.dim() == lora_b.dim() == 2 and lora_b.shape[0] == width
         fits = fits and features in (None, lora_a.shape[1])
         fits = fits and lora_a.shape[0] <= max_rank_a and lora_b.shape[1] <= max_rank
@@ -267,12 +275,9 @@ class LayerSlots:
 
     def _erase(self, slot: int) -> None:
         """Set a slot's factors to zero, so that vLLM's stacks contain only loaded adapters."""
-        if self.is_empty(slot):
-            return
-        if self.lora_a is not None:
-            self.lora_a[slot].zero_()
-        for lora_b in self.lora_b:
-            lora_b[slot].zero_()
+        if not self.is_empty(slot):
+            for factors in (*self.lora_a, *self.lora_b):
+                factors[slot].zero_()
 
     def _set_ranks(
         self, slot: int, ranks_a: Sequence[int], ranks_b: Sequence[int], scalings: Sequence[float]
@@ -297,19 +302,23 @@ def slots_of_stack(stack: torch.Tensor) -> LayerSlots:
 
 
 def _zero_blocks(
-    slots: int, slices: int, rank: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Return zeros ``[slots, slices, rank, columns]``.
+    slots: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Return zeros ``[slots, rows, columns]`` for each shape (rows, columns).
 
-    Each block ``[rank, columns]`` is contiguous and starts at a multiple of 16 bytes.
+    They are views of one tensor. Each block ``[rows, columns]`` is contiguous and starts at a
+    multiple of 16 bytes.
     """
     unit = _ALIGNMENT // dtype.itemsize
-    size = -(-rank * columns // unit) * unit
+    sizes = [-(-rows * columns // unit) * unit for rows, columns in shapes]
     # A tensor that is created in inference mode has no version. The version shows whether other
     # code has written the tensor.
     with torch.inference_mode(False):
-        flat = torch.zeros(slots, slices, size, dtype=dtype, device=device)
-        return flat[:, :, : rank * columns].unflatten(2, (rank, columns))
+        parts = torch.zeros(slots, sum(sizes), dtype=dtype, device=device).split(sizes, 1)
+        return [
+            part[:, : rows * columns].unflatten(1, (rows, columns))
+            for part, (rows, columns) in zip(parts, shapes, strict=True)
+        ]
 
 
 def _identity(slots: int, rank: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

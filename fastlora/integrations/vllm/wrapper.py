@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from fastlora.integrations.vllm.batch import BatchRows, slots_of_adapters
-from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
+from fastlora.integrations.vllm.slots import slots_of_stack
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT
 
@@ -84,7 +84,8 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """Add the update of a linear layer. The slices of y are adjacent columns."""
-        _add_linear(y, x, slots_of_stack(lora_b_stacked[0]), scale, self._tokens)
+        _check_scale(scale)
+        slots_of_stack(lora_b_stacked[0]).add_linear_(_as_matrix(y), _as_matrix(x), self._tokens)
 
     def add_lora_logits(
         self,
@@ -105,7 +106,8 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         rows = self._sampled if self._one_request is None else self._one_request
         if rows is self._sampled:
             self._check_sampled_rows(x.shape[0])
-        _add_linear(y, x, slots_of_stack(lora_b_stacked), scale, rows)
+        _check_scale(scale)
+        slots_of_stack(lora_b_stacked).add_linear_(_as_matrix(y), _as_matrix(x), rows)
 
     @contextmanager
     def logits_of_one_request(
@@ -209,19 +211,6 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
             full = F.linear(x, weight_stacked[slot, 0]).float() + bias_stacked[slot].float()
             own = (slots == slot) & module_enabled[slot]
             y.copy_(torch.where(own.unsqueeze(1), full.to(y.dtype), y))
-
-
-def _add_linear(
-    y: torch.Tensor, x: torch.Tensor, slots: LayerSlots, scale: float, batch: BatchRows
-) -> None:
-    """Add the updates of all slices to adjacent columns of y, from the first column on."""
-    if batch.is_unused:
-        return
-    _check_scale(scale)
-    y, x, start = _as_matrix(y), _as_matrix(x), 0
-    for products in slots.linear:
-        products.add_(y[:, start : start + products.width], x, batch)
-        start += products.width
 
 
 def _check_scale(scale: float) -> None:

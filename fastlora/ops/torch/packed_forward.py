@@ -9,6 +9,8 @@ affects another row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastlora.ops.torch import products, reference
@@ -25,19 +27,23 @@ from fastlora.ops.torch.packed_plans import (
 
 def arrange_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Return a tuple (x with its rows arranged by the plan, list of the slices' shrink outputs s).
 
     Each row of s is zero in the columns of other adapters. ``x [M, K]`` is returned as it is, or
     with its rows gathered into blocks. The s of a slice is ``[M, rank rows]``,
     ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
+    slices, unit = len(pack.lora_b), pack.layout.unit
     if isinstance(plan, DensePlan):
+        own_a = pack.lora_a if plan.unit is None else pack.lora_a[plan.unit]
         # [M, K] x [K, slices * rank rows]
-        s = products.mm(x, pack.lora_a if plan.unit is None else pack.lora_a[plan.unit])
+        s = products.mm(x, own_a)
+        s = s.view(s.shape[0], slices, s.shape[1] // slices)
     elif isinstance(plan, PerSamplePlan):
         # [B, T, K] x [B, K, slices * unit]
         s = products.bmm(x.view(-1, plan.tokens, x.shape[1]), _lora_a_of_units(pack, plan.units))
+        s = s.view(-1, plan.tokens, slices, unit)
     else:
         x = x.index_select(0, plan.gather)
         own_a = pack.lora_a[plan.start : plan.start + plan.blocks * plan.coalesced]
@@ -46,16 +52,11 @@ def arrange_and_shrink(
             own_a = rank_rows.transpose(1, 2)
         # [blocks, C, K] x [blocks, K, coalesced * slices * unit]
         s = products.bmm(x.view(plan.blocks, plan.longest, -1), own_a)
-    slices = len(pack.lora_b)
-    if slices == 1:
-        return x, [s if plan.other is None else s.masked_fill_(plan.other, 0.0)]
-    is_packed_densely = pack.lora_a.dim() == 2
-    width = pack.layout.rank_rows if is_packed_densely else pack.layout.unit
-    # [..., coalesced, slices, rank rows of a unit]
-    by_slice = s.view(*s.shape[:-1], -1, slices, width)
+        s = s.view(plan.blocks, plan.longest, plan.coalesced, slices, unit)
     if plan.other is not None:
-        by_slice.masked_fill_(plan.other.unflatten(-1, (-1, 1, width)), 0.0)
-    return x, [own.flatten(-2) for own in by_slice.unbind(-2)]
+        s.masked_fill_(plan.other, 0.0)
+    every_s = s.unbind(-2)
+    return x, [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
 def linear(
@@ -103,7 +104,7 @@ def add_(
         _add_separately(y, x, pack, plan)
         return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
     _, every_s = arrange_and_shrink(x, pack, plan)
-    parts = (y,) if len(pack.widths) == 1 else y.split(pack.widths, 1)
+    parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
     for part, s, lora_b in zip(parts, every_s, pack.lora_b, strict=True):
         if lora_b is None:
             continue

@@ -64,8 +64,8 @@ class DensePlan(NamedTuple):
     """A plan that multiplies every row by the rank rows of all adapters, or by those of one unit.
 
     Attributes:
-        other: bool ``[M, rank rows]``, the rank rows that belong to other adapters than the row's
-            own; None if one adapter applies to every row.
+        other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
+            row's own; None if one adapter applies to every row.
         unit: The only unit that the batch uses, or None if factors are packed for dense products.
     """
 
@@ -83,8 +83,8 @@ class BlockedPlan(NamedTuple):
         coalesced: Number of units in a block.
         gather: The row at each place, ``[blocks * C]``.
         place: The place of each row, ``[M]``.
-        other: bool ``[blocks, C, rank rows]``, the rank rows of the block that belong to other
-            adapters than the row's own; None if there are none.
+        other: bool ``[blocks, C, coalesced, 1, unit]``, the rank rows of the block that belong to
+            other adapters than the row's own; None if there are none.
         exact: Whether each place is for a different row.
     """
 
@@ -105,8 +105,8 @@ class PerSamplePlan(NamedTuple):
         units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
             adapter.
         tokens: T.
-        other: bool ``[B, 1, unit]``, the rank rows that belong to other adapters than the sample's
-            own; None if there are none.
+        other: bool ``[B, 1, 1, unit]``, the rank rows that belong to other adapters than the
+            sample's own; None if there are none.
     """
 
     units: torch.Tensor
@@ -214,12 +214,12 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
 def _mask_outside(
     width: int, first: torch.Tensor, rank: torch.Tensor, device: torch.device
 ) -> torch.Tensor | None:
-    """Return a bool mask ``[M, width]``, False only in the ``rank`` columns starting at ``first``.
+    """Return a mask that is False only in the ``rank`` columns starting at ``first``.
 
-    The result is None if no column is outside.
+    The mask is bool ``[M, 1, width]``. The result is None if no column is outside.
     """
-    at = torch.arange(width)
-    outside = (at < first[:, None]) | (at >= (first + rank)[:, None])
+    at, first, rank = torch.arange(width), first.view(-1, 1, 1), rank.view(-1, 1, 1)
+    outside = (at < first) | (at >= first + rank)
     return outside.to(device) if outside.any() else None
 
 
@@ -298,6 +298,7 @@ def _make_blocked_plan(
     # Results at places without a row are not read.
     others = torch.zeros(blocks * longest, width, dtype=torch.bool)
     others[place] = (at < from_block[:, None]) | (at >= (from_block + rank)[:, None])
-    other = others.view(blocks, longest, width) if others.any() else None
+    shape = (blocks, longest, coalesced, 1, layout.unit)
+    other = others.view(shape) if others.any() else None
     exact = blocks * longest == m
     return BlockedPlan(start, blocks, longest, coalesced, gather, place, other, exact)
