@@ -28,7 +28,7 @@ FAULTS = (
         kind="a version not compared",
         source="c06158b",
         path="fastlora/integrations/vllm/slots.py",
-        before="        if self._version != self._current_version():\n",
+        before="        if self._version != self._storage._version:\n",
         after="        if False:\n",
         tests=(f"{_VLLM_SLOTS}::test_factors_that_other_code_writes_through_a_view",),
     ),

@@ -154,7 +154,7 @@ PLANS = {
 
 @pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("case", PLANS)
-def test_plans(case: str) -> None:
+def test_plans(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each plan is chosen where it is meant to be, and all give the same results."""
     count, rank, samples, tokens, dtype, amx, kind = PLANS[case]
     model = build([rank] * count, dtype, everywhere=True)
@@ -168,13 +168,15 @@ def test_plans(case: str) -> None:
         return chosen[-1]
 
     has_amx = matrix_unit(amx)
+    monkeypatch.setattr(packed_choice, "_HAS_FAST_SUMS", True)
     spied = mock.patch.object(packed_plans, "cached_plan", spy)
     with has_amx, spied:
         outputs = steps(model, x, names)
         assert_alone(outputs, model, x, names)
     assert {type(plan) for plan in chosen} == {kind}
-    if case == "many, fp32":  # nothing to mask, and every place is a row's own
-        assert all(plan.exact and plan.other is None for plan in chosen)
+    if kind in (BlockedPlan, DensePlan):
+        expected = dtype == torch.float32 and 1 < count <= len(x) * tokens <= 8 * count
+        assert {plan.sums is not None for plan in chosen} == {expected}
     if case == "many, bf16":
         assert all(plan.coalesced == 4 for plan in chosen)
 
@@ -189,13 +191,14 @@ def test_calls_do_not_grow_with_the_adapters(
 ) -> None:
     """A packed forward: two products and at most five other calls a layer, for any mix.
 
-    Two of the five are lora_bias's. How long a forward takes is what ``bench/mixed.py`` measures.
+    The second product may be a sum of rank rows. Two of the five are lora_bias's. How long a
+    forward takes is what ``bench/mixed.py`` measures.
     """
     monkeypatch.setattr(products, "EMULATED", {})  # there a product is several
     units = frozenset([torch.bfloat16] if amx else [])
     monkeypatch.setattr(packed_choice, "_MATRIX_UNIT", units)
     x = torch.randn(64, 48).to(dtype)
-    kinds = {"aten::mm", "aten::bmm", "aten::addmm_", "aten::baddbmm_"}
+    kinds = {"aten::mm", "aten::bmm", "aten::addmm_", "aten::baddbmm_", "aten::embedding_bag"}
     for count in (2, 16, 32, 64):
         model = build([16] * count, dtype, everywhere=True)
         names: list[str | None] = [f"a{i % count}" for i in range(64)]
@@ -254,6 +257,24 @@ def test_samples_of_many_tokens(dtype: torch.dtype, amx: bool, kind: type) -> No
     with matrix_unit(amx):
         found = {type(packed_plans.cached_plan(*call.args)) for call in plans.call_args_list}
     assert found == {kind}
+    assert_alone(outputs, model, x, names)
+
+
+def test_few_rows_of_mixed_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terms of adapters that share units, absent modules, lora_bias, base rows, and NaN."""
+    monkeypatch.setattr(packed_choice, "_HAS_FAST_SUMS", True)
+    model = build([RANKS[i % 4] for i in range(9)])
+    names = random_mix(9, 24, seed=2)
+    names[:2] = [None, "a3"]
+    x = torch.randn(24, 48)
+    x[5], x[0, 4] = float("nan"), float("inf")
+    with (
+        matrix_unit(False),
+        mock.patch.object(packed_plans, "cached_plan", wraps=packed_plans.cached_plan) as plans,
+    ):
+        outputs = steps(model, x, names)
+    found = [packed_plans.cached_plan(*call.args) for call in plans.call_args_list]
+    assert all(isinstance(plan, BlockedPlan) and plan.sums is not None for plan in found)
     assert_alone(outputs, model, x, names)
 
 

@@ -23,6 +23,7 @@ from fastlora.ops.torch.packed_plans import (
     DensePlan,
     PerSamplePlan,
     Plan,
+    RankRowSums,
     SeparatePlan,
 )
 from fastlora.ops.torch.packed_slots import PackedSlots
@@ -77,10 +78,11 @@ def add(
 
 MIXES = {
     # slots, slices, ranks of a slot, samples, tokens of each, dtype, plans that must occur
-    "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan}),
-    "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {BlockedPlan, SeparatePlan}),
+    "decode": (4, 3, (8,), 16, 1, torch.float32, {BlockedPlan, DensePlan, RankRowSums}),
+    "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {SeparatePlan, RankRowSums}),
+    "more rows": (4, 3, (8,), 40, 1, torch.float32, {BlockedPlan}),
     "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {SeparatePlan}),
-    "many slots": (16, 1, (8,), 64, 1, torch.float32, {BlockedPlan, SeparatePlan}),
+    "many slots": (16, 1, (8,), 64, 1, torch.float32, {RankRowSums, SeparatePlan}),
     "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {BlockedPlan}),
     "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, SeparatePlan}),
     "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, SeparatePlan}),
@@ -98,7 +100,7 @@ def test_slots_change_one_by_one(case: str) -> None:
     torch.manual_seed(len(case))
     pack, adapters = PackedSlots(count, K, widths, dtype), [[None] * slices for _ in range(count)]
     plans, largest, packs = set(), 0, 0
-    with mock.patch.object(packed_choice, "_MATRIX_UNIT", frozenset()):
+    with mock.patch.multiple(packed_choice, _MATRIX_UNIT=frozenset(), _HAS_FAST_SUMS=True):
         for step in range(20):
             slot = step if step < count else chance.randrange(count)
             if step >= count and chance.random() < 0.3:
@@ -121,7 +123,7 @@ def test_slots_change_one_by_one(case: str) -> None:
             x = torch.randn(samples * tokens, K).to(dtype)
             y = torch.randn(samples * tokens, sum(widths)).to(dtype)
             made, plan = add(pack, y, x, rows)
-            plans.add(type(plan))
+            plans |= {type(plan), type(getattr(plan, "sums", None))}
             base = torch.tensor([slot < 0 for slot in spread])
             assert torch.equal(made[base], y[base])
             assert_within_budget(
@@ -190,14 +192,15 @@ def test_slices_share_the_shrink() -> None:
         assert pack.factors is not None
         plan = packed_plans.cached_plan(rows, rows.slot_index, pack.factors, {})
         names = ("mm", "bmm", "addmm_")
-        with mock.patch.multiple(
-            packed_forward.products,
-            **{name: mock.Mock(wraps=getattr(packed_forward.products, name)) for name in names},
+        counted = {name: mock.Mock(wraps=getattr(packed_forward.products, name)) for name in names}
+        with (
+            mock.patch.multiple(packed_forward.products, **counted),
+            mock.patch.object(torch, "embedding_bag", wraps=torch.embedding_bag) as sums,
         ):
             packed_forward.add_(
                 torch.randn(5, 72), torch.randn(5, K), rows.slot_index, pack.factors, plan
             )
-            calls = [getattr(packed_forward.products, name).call_count for name in names]
+            calls = [each.call_count for each in (*counted.values(), sums)]
         assert sum(calls) == 3, (rank, calls)
 
 

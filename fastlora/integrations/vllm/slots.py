@@ -31,6 +31,8 @@ class SlotProducts:
     Args:
         lora_a: For each slice, ``[slots, R, K]``.
         lora_b: For each slice, ``[slots, R, N]``.
+        storage: The tensor that the factors are views of, except for identity matrices. Its
+            version shows whether other code has written the factors.
 
     Attributes:
         width: The number of columns of y.
@@ -38,8 +40,13 @@ class SlotProducts:
             in `fastlora.ops.factors.AddressTables`. The tables lie at fixed addresses.
     """
 
-    def __init__(self, lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]) -> None:
-        self.lora_a, self.lora_b = list(lora_a), list(lora_b)
+    def __init__(
+        self,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        storage: torch.Tensor,
+    ) -> None:
+        self.lora_a, self.lora_b, self._storage = list(lora_a), list(lora_b), storage
         self.widths = [each.shape[2] for each in lora_b]
         self.width = sum(self.widths)
         slots, device = lora_b[0].shape[0], lora_b[0].device
@@ -54,7 +61,7 @@ class SlotProducts:
             scaling = torch.ones(len(lora_b), slots, dtype=torch.float32, device=device)
         self.tables = [*addresses, rank, scaling]
         self._packs: dict[torch.dtype, PackedSlots] = {}
-        self._version = self._current_version()
+        self._version = storage._version
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
@@ -68,7 +75,7 @@ class SlotProducts:
             table[:, slot] = torch.tensor(values, dtype=table.dtype)
         for pack in self._packs.values():
             pack.set_slot(slot, own)
-        self._version = self._current_version()
+        self._version = self._storage._version
 
     def is_empty(self, slot: int) -> bool:
         """Return whether a slot has rank 0 in all slices."""
@@ -126,19 +133,15 @@ class SlotProducts:
 
     def drop_outdated_packs(self) -> None:
         """Drop all packs if other code has written the factors. vLLM's stacks are views of them."""
-        if self._version != self._current_version():
+        if self._version != self._storage._version:
             self._packs.clear()
-            self._version = self._current_version()
+            self._version = self._storage._version
 
     def _pack_all(self, pack: PackedSlots) -> None:
         # The first slot has the largest rank, so the pack is allocated only once.
         ranks = self.tables[2].max(0).values
         for slot in ranks.argsort(descending=True).tolist():
             pack.set_slot(slot, self._factors[slot])
-
-    def _current_version(self) -> int:
-        # All slices of a layer are views of one tensor.
-        return self.lora_a[0]._version + self.lora_b[0]._version
 
 
 class LayerSlots:
@@ -173,15 +176,15 @@ class LayerSlots:
     ) -> None:
         shapes_a = [] if features is None else [(rank, features)] * len(outputs)
         shapes_b = [(max_rank, n) for n in outputs]
-        blocks = _zero_blocks(slots, [*shapes_a, *shapes_b], dtype, device)
+        storage, blocks = _zero_blocks(slots, [*shapes_a, *shapes_b], dtype, device)
         self.lora_a, self.lora_b = blocks[: len(shapes_a)], blocks[len(shapes_a) :]
         same_a, same_b = (_identity(slots, each, dtype, device) for each in (rank, max_rank))
-        self.shrink = [SlotProducts([own], [same_a]) for own in self.lora_a]
-        self.expand = [SlotProducts([same_b], [own]) for own in self.lora_b]
+        self.shrink = [SlotProducts([own], [same_a], storage) for own in self.lora_a]
+        self.expand = [SlotProducts([same_b], [own], storage) for own in self.lora_b]
         self.linear: list[SlotProducts] = []
         for start in range(0, len(self.lora_a), _MOST_SLICES) if rank == max_rank else ():
             group = slice(start, start + _MOST_SLICES)
-            self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group]))
+            self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group], storage))
 
     def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Add each row's update of all slices to y ``[M, N]``, from the first column on."""
@@ -303,10 +306,10 @@ def slots_of_stack(stack: torch.Tensor) -> LayerSlots:
 
 def _zero_blocks(
     slots: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
-    """Return zeros ``[slots, rows, columns]`` for each shape (rows, columns).
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return a tuple (storage, zeros ``[slots, rows, columns]`` for each shape (rows, columns)).
 
-    They are views of one tensor. Each block ``[rows, columns]`` is contiguous and starts at a
+    The zeros are views of the storage. Each block ``[rows, columns]`` is contiguous and starts at a
     multiple of 16 bytes.
     """
     unit = _ALIGNMENT // dtype.itemsize
@@ -314,11 +317,12 @@ def _zero_blocks(
     # A tensor that is created in inference mode has no version. The version shows whether other
     # code has written the tensor.
     with torch.inference_mode(False):
-        parts = torch.zeros(slots, sum(sizes), dtype=dtype, device=device).split(sizes, 1)
-        return [
+        storage = torch.zeros(slots, sum(sizes), dtype=dtype, device=device)
+        blocks = [
             part[:, : rows * columns].unflatten(1, (rows, columns))
-            for part, (rows, columns) in zip(parts, shapes, strict=True)
+            for part, (rows, columns) in zip(storage.split(sizes, 1), shapes, strict=True)
         ]
+    return storage, blocks
 
 
 def _identity(slots: int, rank: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -101,8 +101,8 @@ class PackedLayerFactors(NamedTuple):
         layout: Position of the rank rows. It applies to each slice.
         lora_a: ``[K, slices * rank rows]`` for dense products, otherwise
             ``[units, K, slices * unit]``, in any memory layout.
-        lora_b: For each slice the scaled lora_b, ``[rank rows, N]`` for dense products, otherwise
-            ``[units, unit, N]``; None if no adapter adapts the slice.
+        lora_b: For each slice the scaled lora_b, ``[rank rows, N]``, or None if no adapter adapts
+            the slice.
         lora_bias: ``[G + 1, N]``, scaled, with zeros in the last row; or None.
         widths: The number of outputs N of each slice.
         is_finite: Whether all factors are finite.
@@ -130,24 +130,23 @@ def pack_layer_factors(
         return None
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
-    lora_a, rank_rows_a = zero_lora_a(layout, 1, k, dtype, device)
-    lora_b = torch.zeros(layout.units, layout.unit, n, dtype=dtype, device=device)
+    is_dense = dense_is_fastest(layout.unit, layout.units, dtype)
+    lora_a, rank_rows_a = zero_lora_a(layout, 1, k, dtype, device, is_dense)
+    lora_b = torch.zeros(layout.rank_rows, n, dtype=dtype, device=device)
     lora_bias = None
     if any(f is not None and f.lora_bias is not None for f in slots):
         lora_bias = torch.zeros(len(slots) + 1, n, dtype=dtype, device=device)
     for at, own in enumerate(slots):
         if own is None:
             continue
-        unit, first = divmod(layout.firsts[at], layout.unit)
-        rows = slice(first, first + layout.ranks[at])
-        rank_rows_a[unit, 0, rows] = own.lora_a
-        lora_b[unit, rows] = scaled_rank_rows(own, dtype)
+        first, rank = layout.firsts[at], layout.ranks[at]
+        unit, in_unit = divmod(first, layout.unit)
+        rank_rows_a[unit, 0, in_unit : in_unit + rank] = own.lora_a
+        lora_b[first : first + rank] = scaled_rank_rows(own, dtype)
         if lora_bias is not None and own.lora_bias is not None:
             lora_bias[at] = own.lora_bias.to(_exact(dtype)) * own.scaling
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
         return None
-    if lora_a.dim() == 2:
-        lora_b = lora_b.flatten(0, 1)
     return PackedLayerFactors(layout, lora_a, (lora_b,), lora_bias, (n,))
 
 
@@ -166,11 +165,19 @@ def scaled_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
 
 
 def zero_lora_a(
-    layout: PackedLayout, slices: int, k: int, dtype: torch.dtype, device: torch.device | None
+    layout: PackedLayout,
+    slices: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    is_dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (zeros for the packed lora_a, a view ``[units, slices, unit, K]`` of them)."""
+    """Return a tuple (zeros for the packed lora_a, a view ``[units, slices, unit, K]`` of them).
+
+    ``is_dense`` states whether the packed factors are for dense products.
+    """
     unit, units = layout.unit, layout.units
-    if dense_is_fastest(unit, units, dtype):
+    if is_dense:
         zeros = torch.zeros(k, slices, units, unit, dtype=dtype, device=device)
         return zeros.flatten(1), zeros.permute(2, 1, 3, 0)
     if column_major_is_faster(slices * unit, dtype):

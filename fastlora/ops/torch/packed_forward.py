@@ -20,43 +20,10 @@ from fastlora.ops.torch.packed_plans import (
     DensePlan,
     PerSamplePlan,
     Plan,
+    RankRowSums,
     SeparateAdapter,
     SeparatePlan,
 )
-
-
-def arrange_and_shrink(
-    x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
-) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Return a tuple (x with its rows arranged by the plan, list of the slices' shrink outputs s).
-
-    Each row of s is zero in the columns of other adapters. ``x [M, K]`` is returned as it is, or
-    with its rows gathered into blocks. The s of a slice is ``[M, rank rows]``,
-    ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
-    """
-    slices, unit = len(pack.lora_b), pack.layout.unit
-    if isinstance(plan, DensePlan):
-        own_a = pack.lora_a if plan.unit is None else pack.lora_a[plan.unit]
-        # [M, K] x [K, slices * rank rows]
-        s = products.mm(x, own_a)
-        s = s.view(s.shape[0], slices, s.shape[1] // slices)
-    elif isinstance(plan, PerSamplePlan):
-        # [B, T, K] x [B, K, slices * unit]
-        s = products.bmm(x.view(-1, plan.tokens, x.shape[1]), _lora_a_of_units(pack, plan.units))
-        s = s.view(-1, plan.tokens, slices, unit)
-    else:
-        x = x.index_select(0, plan.gather)
-        own_a = pack.lora_a[plan.start : plan.start + plan.blocks * plan.coalesced]
-        if plan.coalesced > 1:
-            rank_rows = own_a.transpose(1, 2).view(plan.blocks, -1, x.shape[1])
-            own_a = rank_rows.transpose(1, 2)
-        # [blocks, C, K] x [blocks, K, coalesced * slices * unit]
-        s = products.bmm(x.view(plan.blocks, plan.longest, -1), own_a)
-        s = s.view(plan.blocks, plan.longest, plan.coalesced, slices, unit)
-    if plan.other is not None:
-        s.masked_fill_(plan.other, 0.0)
-    every_s = s.unbind(-2)
-    return x, [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
 def linear(
@@ -71,12 +38,13 @@ def linear(
 
     Each row gets the update of its own adapter. The arguments are those of `add_`.
     """
-    is_one_slice = len(pack.lora_b) == 1
-    if is_one_slice and pack.lora_b[0] is not None and isinstance(plan, BlockedPlan) and plan.exact:
-        gathered, (s,) = arrange_and_shrink(x, pack, plan)
-        y = products.linear(gathered, weight, bias)
+    lora_b = pack.lora_b[0] if len(pack.lora_b) == 1 else None
+    if lora_b is not None and isinstance(plan, BlockedPlan) and plan.exact and plan.sums is None:
+        x, s = _arrange_and_shrink(x, pack, plan)
+        (s,) = _own_columns(s, pack, plan)
+        y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        products.baddbmm_(places, s, _block_b(pack.lora_b[0], plan))
+        products.baddbmm_(places, s, _block_b(lora_b, pack, plan))
         return _add_bias(y.index_select(0, plan.place), adapter, pack)
     return add_(products.linear(x, weight, bias), x, adapter, pack, plan)
 
@@ -100,26 +68,115 @@ def add_(
         pack: The packed factors.
         plan: The result of `packed_plans.cached_plan`.
     """
+    parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
     if isinstance(plan, SeparatePlan):
         _add_separately(y, x, pack, plan)
-        return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
-    _, every_s = arrange_and_shrink(x, pack, plan)
-    parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
-    for part, s, lora_b in zip(parts, every_s, pack.lora_b, strict=True):
-        if lora_b is None:
-            continue
-        if isinstance(plan, DensePlan):
-            # [M, rank rows] x [rank rows, N]
-            products.addmm_(part, s, lora_b if plan.unit is None else lora_b[plan.unit])
-        elif isinstance(plan, PerSamplePlan):
-            # [B, T, unit] x [B, unit, N]
-            own_b = lora_b.index_select(0, plan.units)
-            products.baddbmm_(part.view(-1, plan.tokens, part.shape[1]), s, own_b)
-        else:
-            # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-            update = products.bmm(s, _block_b(lora_b, plan))
-            part.add_(update.view(-1, part.shape[1]).index_select(0, plan.place))
+    elif isinstance(plan, PerSamplePlan) or plan.sums is None:
+        _, s = _arrange_and_shrink(x, pack, plan)
+        for part, own_s, lora_b in zip(
+            parts, _own_columns(s, pack, plan), pack.lora_b, strict=True
+        ):
+            if lora_b is not None:
+                _add_products(part, own_s, lora_b, pack, plan)
+    else:
+        _, s = _arrange_and_shrink(x, pack, plan)
+        _add_sums(parts, s, pack, plan.sums)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
+
+
+def _arrange_and_shrink(
+    x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tuple (x with its rows arranged by the plan, the shrink output s of all slices).
+
+    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
+    ``[M, slices * rank rows]``, ``[blocks, C, coalesced * slices * unit]``, or
+    ``[B, T, slices * unit]``. It also contains products with rank rows of other adapters.
+    """
+    if isinstance(plan, DensePlan):
+        # [M, K] x [K, slices * rank rows]
+        return x, products.mm(x, pack.lora_a if plan.unit is None else pack.lora_a[plan.unit])
+    if isinstance(plan, PerSamplePlan):
+        # [B, T, K] x [B, K, slices * unit]
+        own_a = _lora_a_of_units(pack, plan.units)
+        return x, products.bmm(x.view(-1, plan.tokens, x.shape[1]), own_a)
+    x, units = x.index_select(0, plan.gather), plan.blocks * plan.coalesced
+    is_whole = units == pack.layout.units
+    own_a = pack.lora_a if is_whole else pack.lora_a[plan.start : plan.start + units]
+    if plan.coalesced > 1:
+        rank_rows = own_a.transpose(1, 2).view(plan.blocks, -1, x.shape[1])
+        own_a = rank_rows.transpose(1, 2)
+    # [blocks, C, K] x [blocks, K, coalesced * slices * unit]
+    return x, products.bmm(x.view(plan.blocks, plan.longest, -1), own_a)
+
+
+def _own_columns(
+    s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
+) -> Sequence[torch.Tensor]:
+    """Return s of each slice, with zeros in the columns of other adapters.
+
+    s is overwritten. The results are ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or
+    ``[B, T, unit]``.
+    """
+    is_dense = isinstance(plan, DensePlan) and plan.unit is None
+    width = pack.layout.rank_rows if is_dense else pack.layout.unit
+    if isinstance(plan, BlockedPlan):
+        shape = (plan.blocks, plan.longest, plan.coalesced, len(pack.lora_b), width)
+        s = s.view(shape)
+    else:
+        s = s.view(*s.shape[:-1], len(pack.lora_b), width)
+    if plan.other is not None:
+        s.masked_fill_(plan.other, 0.0)
+    every_s = s.unbind(-2)
+    return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
+
+
+def _add_sums(
+    parts: Sequence[torch.Tensor], s: torch.Tensor, pack: PackedLayerFactors, sums: RankRowSums
+) -> None:
+    """Add each row's sum of rank rows of lora_b, weighted by its own columns of s, to y in place.
+
+    Args:
+        parts: For each slice, y ``[M, N]``.
+        s: The result of `_arrange_and_shrink`.
+        pack: The packed factors.
+        sums: The terms of each row.
+    """
+    slices, s = len(parts), s.view(-1)
+    if slices == 1:
+        weights: Sequence[torch.Tensor] = (s.index_select(0, sums.weights),)
+    else:
+        weights = s.index_select(0, sums.weights_of_slices(slices)).chunk(slices)
+    for part, own, lora_b in zip(parts, weights, pack.lora_b, strict=True):
+        if lora_b is not None:
+            # functional.embedding_bag with mode="sum" checks its arguments for as long as this sum.
+            update, *_ = torch.embedding_bag(
+                lora_b, sums.rank_rows, sums.starts, per_sample_weights=own
+            )
+            part.add_(update)
+
+
+def _add_products(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    lora_b: torch.Tensor,
+    pack: PackedLayerFactors,
+    plan: DensePlan | BlockedPlan | PerSamplePlan,
+) -> None:
+    """Add a slice's matrix products of s and lora_b to y ``[M, N]`` in place."""
+    unit = pack.layout.unit
+    if isinstance(plan, DensePlan):
+        own_b = lora_b if plan.unit is None else lora_b[plan.unit * unit : (plan.unit + 1) * unit]
+        # [M, rank rows] x [rank rows, N]
+        products.addmm_(y, s, own_b)
+    elif isinstance(plan, PerSamplePlan):
+        own_b = lora_b.view(-1, unit, y.shape[1]).index_select(0, plan.units)
+        # [B, T, unit] x [B, unit, N]
+        products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), s, own_b)
+    else:
+        # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
+        update = products.bmm(s, _block_b(lora_b, pack, plan))
+        y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
 
 
 def _add_separately(
@@ -147,22 +204,20 @@ def _add_adapter(
     if not dense and own.rank == pack.layout.unit:
         # [M, K] x [K, slices * rank]
         every_s = products.mm(x, pack.lora_a[unit]).split(own.rank, 1)
-    parts = (y,) if slices == 1 else y.split(pack.widths, 1)
+    parts = (y,) if slices == 1 else y.split_with_sizes(pack.widths, 1)
     for index, (part, lora_b) in enumerate(zip(parts, pack.lora_b, strict=True)):
         if lora_b is None:
             continue
         if every_s is not None:
-            s, own_b = every_s[index], lora_b[unit]
+            s = every_s[index]
         elif dense:
             begin = index * pack.layout.rank_rows + own.first
             s = products.mm(x, pack.lora_a[:, begin : begin + own.rank])
-            own_b = lora_b[own.first : own.first + own.rank]
         else:
             begin = index * pack.layout.unit + first
             s = products.mm(x, pack.lora_a[unit, :, begin : begin + own.rank])
-            own_b = lora_b[unit, first : first + own.rank]
         # [M, rank] x [rank, N]
-        products.addmm_(part, s, own_b)
+        products.addmm_(part, s, lora_b[own.first : own.first + own.rank])
 
 
 def _lora_a_of_units(pack: PackedLayerFactors, units: torch.Tensor) -> torch.Tensor:
@@ -172,10 +227,11 @@ def _lora_a_of_units(pack: PackedLayerFactors, units: torch.Tensor) -> torch.Ten
     return pack.lora_a.transpose(1, 2).index_select(0, units).transpose(1, 2)
 
 
-def _block_b(lora_b: torch.Tensor, plan: BlockedPlan) -> torch.Tensor:
+def _block_b(lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan) -> torch.Tensor:
     """Return the rank rows of lora_b of each block, ``[blocks, rank rows of a block, N]``."""
-    own = lora_b[plan.start : plan.start + plan.blocks * plan.coalesced]
-    return own if plan.coalesced == 1 else own.view(plan.blocks, -1, lora_b.shape[2])
+    unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
+    own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]
+    return own.view(plan.blocks, rank_rows, lora_b.shape[1])
 
 
 def _add_bias(y: torch.Tensor, adapter: torch.Tensor, pack: PackedLayerFactors) -> torch.Tensor:

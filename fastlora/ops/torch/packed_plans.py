@@ -15,6 +15,9 @@ layers whose factors have the same layout:
   not moved. Products of one adapter cannot affect the rows of another adapter, so factors may be
   non-finite.
 
+For few rows per adapter in fp32, dense and blocked plans multiply x by lora_a only. Each row's
+update is then a sum of its own rank rows of lora_b (`RankRowSums`), for which no row is moved back.
+
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
 
@@ -25,6 +28,7 @@ blocks take 4.6 and 2.2.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,7 +44,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
     coalescing_is_faster,
-    dense_is_fastest,
+    summing_rank_rows_is_faster,
 )
 
 # Units are combined until a block has at least this many rows.
@@ -60,17 +64,51 @@ _MOST_PLACES = {BatchKind.FEW: 2.0, BatchKind.MANY: 1.25, BatchKind.SAMPLES: 1.2
 _PLACES_EACH = 4
 
 
+@dataclass(frozen=True, eq=False)
+class RankRowSums:
+    """The terms of each row's update: rank rows of its adapter's lora_b, weighted by s.
+
+    Rank rows of other adapters are not used.
+
+    Attributes:
+        rank_rows: The rank row of each term, int64.
+        starts: The first term of each row, int64 ``[M]``.
+        weights: The position of each term's weight in the flattened s of one slice, int64.
+        width: The number of adjacent columns of s that belong to one slice.
+    """
+
+    rank_rows: torch.Tensor
+    starts: torch.Tensor
+    weights: torch.Tensor
+    width: int
+    _of_slices: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def weights_of_slices(self, slices: int) -> torch.Tensor:
+        """Return the positions of the weights of all slices in the flattened s, int64.
+
+        The result is ``[slices * terms]``, and s is ``[..., slices, width]``.
+        """
+        found = self._of_slices.get(slices)
+        if found is None:
+            at, column = self.weights // self.width, self.weights % self.width
+            first = (at * slices + torch.arange(slices).unsqueeze(1)) * self.width
+            found = self._of_slices[slices] = (first + column).flatten()
+        return found
+
+
 class DensePlan(NamedTuple):
     """A plan that multiplies every row by the rank rows of all adapters, or by those of one unit.
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
-            row's own; None if one adapter applies to every row.
+            row's own; None if one adapter applies to every row, or if ``sums`` is used.
         unit: The only unit that the batch uses, or None if factors are packed for dense products.
+        sums: The terms of the expand, or None if it is a matrix product.
     """
 
     other: torch.Tensor | None
     unit: int | None
+    sums: RankRowSums | None = None
 
 
 class BlockedPlan(NamedTuple):
@@ -84,8 +122,9 @@ class BlockedPlan(NamedTuple):
         gather: The row at each place, ``[blocks * C]``.
         place: The place of each row, ``[M]``.
         other: bool ``[blocks, C, coalesced, 1, unit]``, the rank rows of the block that belong to
-            other adapters than the row's own; None if there are none.
+            other adapters than the row's own; None if there are none, or if ``sums`` is used.
         exact: Whether each place is for a different row.
+        sums: The terms of the expand, or None if it consists of matrix products.
     """
 
     start: int
@@ -96,6 +135,7 @@ class BlockedPlan(NamedTuple):
     place: torch.Tensor
     other: torch.Tensor | None
     exact: bool
+    sums: RankRowSums | None = None
 
 
 class PerSamplePlan(NamedTuple):
@@ -174,10 +214,14 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     first = torch.tensor([*layout.firsts, 0])[adapter]
     rank = torch.tensor([*layout.ranks, 0])[adapter]
     kind = batch_kind(m, rows.each)
-    if pack.is_finite and dense_is_fastest(layout.unit, layout.units, dtype):
-        return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
+    sums_rank_rows = summing_rank_rows_is_faster(m, len(used), dtype, device)
+    if pack.is_finite and pack.lora_a.dim() == 2:
+        if sums_rank_rows:
+            begin = torch.arange(m) * layout.rank_rows + first
+            return DensePlan(None, None, _sum_rank_rows(begin, first, rank, layout.rank_rows))
+        return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
     if not pack.is_finite or not used:
         return _make_separate_plan(rows, adapter, layout)
     if m >= _MANY_ROWS_EACH * len(used):
@@ -206,9 +250,31 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
         )
     if plan.gather.numel() > _MOST_PLACES[kind] * m + _PLACES_EACH * len(used):
         return _make_separate_plan(rows, adapter, layout)
+    if sums_rank_rows:
+        rank_rows = plan.coalesced * layout.unit
+        begin = plan.place * rank_rows + (first - plan.start * layout.unit) % rank_rows
+        sums = _sum_rank_rows(begin, first, rank, layout.unit)
+        return plan._replace(other=None, sums=sums)
     gather, place = plan.gather.to(device), plan.place.to(device)
     masks = None if plan.other is None else plan.other.to(device)
     return plan._replace(gather=gather, place=place, other=masks)
+
+
+def _sum_rank_rows(
+    begin: torch.Tensor, first: torch.Tensor, rank: torch.Tensor, width: int
+) -> RankRowSums:
+    """Return the terms of all rows.
+
+    Args:
+        begin: The position of each row's first weight in the flattened s of one slice.
+        first: The first rank row of each row's adapter.
+        rank: The number of rank rows of each row's adapter, or 0 for a row without an adapter.
+        width: As in `RankRowSums`.
+    """
+    starts = torch.cumsum(rank, 0) - rank
+    within = torch.arange(int(rank.sum())) - torch.repeat_interleave(starts, rank)
+    weights, rank_rows = (torch.repeat_interleave(own, rank) + within for own in (begin, first))
+    return RankRowSums(rank_rows, starts, weights, width)
 
 
 def _mask_outside(

@@ -19,6 +19,7 @@ from fastlora.ops.torch.packed import (
     scaled_rank_rows,
     zero_lora_a,
 )
+from fastlora.ops.torch.packed_choice import dense_is_fastest
 
 
 @functools.lru_cache(maxsize=256)
@@ -38,18 +39,20 @@ class _SlotStorage(NamedTuple):
     Attributes:
         lora_a: As in `PackedLayerFactors`.
         rank_rows_a: A view of lora_a, ``[slots, slices, unit, K]``.
-        lora_b: For each slice ``[slots, unit, N]``.
+        lora_b: For each slice ``[slots * unit, N]``.
+        unit: Number of rank rows of a slot.
     """
 
     lora_a: torch.Tensor
     rank_rows_a: torch.Tensor
     lora_b: tuple[torch.Tensor, ...]
+    unit: int
 
     def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
         """Replace the rank rows of a slot, and return whether all of them are finite."""
         own_a, dtype, is_finite = self.rank_rows_a[slot], self.lora_a.dtype, True
         for a, lora_b, factors in zip(own_a, self.lora_b, slices, strict=True):
-            b, rank = lora_b[slot], 0
+            b, rank = lora_b[slot * self.unit : (slot + 1) * self.unit], 0
             if factors is not None:
                 rank = factors.lora_a.shape[0]
                 a[:rank] = factors.lora_a
@@ -116,7 +119,7 @@ class PackedSlots:
             self.factors = self._storage = None
             return
         storage = self._storage
-        if storage is None or storage.lora_b[0].shape[1] != unit:
+        if storage is None or storage.unit != unit:
             # A tensor that is created in inference mode cannot be written outside of it.
             with torch.inference_mode(False):
                 storage = self._reallocate(unit)
@@ -157,30 +160,28 @@ class PackedSlots:
         """Return new storage for units of ``unit`` rank rows, with the factors of all slots."""
         slots, dtype, device = len(self._ranks), self._dtype, self._device
         layout = one_unit_per_slot(unit, (0,) * slots)
+        is_dense = dense_is_fastest(unit, slots, dtype, every_unit_is_used=False)
         lora_a, rank_rows_a = zero_lora_a(
-            layout, len(self._widths), self._in_features, dtype, device
+            layout, len(self._widths), self._in_features, dtype, device, is_dense
         )
-        shapes = [(slots, unit, n) for n in self._widths]
+        shapes = [(slots * unit, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        made, old = _SlotStorage(lora_a, rank_rows_a, lora_b), self._storage
+        made, old = _SlotStorage(lora_a, rank_rows_a, lora_b, unit), self._storage
         self.num_repacks += 1
         if old is not None:
-            rows = slice(0, min(unit, old.lora_b[0].shape[1]))
+            rows = slice(0, min(unit, old.unit))
             rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]
             for new_b, old_b in zip(lora_b, old.lora_b, strict=True):
-                new_b[:, rows] = old_b[:, rows]
+                by_slot = new_b.view(slots, unit, -1)
+                by_slot[:, rows] = old_b.view(slots, old.unit, -1)[:, rows]
         return made
 
     def _as_packed_factors(self, storage: _SlotStorage) -> PackedLayerFactors:
         """Return the packed factors of the current adapters, as views of the storage."""
-        unit = storage.lora_b[0].shape[1]
-        layout = one_unit_per_slot(unit, tuple(map(max, self._ranks)))
-        dense = storage.lora_a.dim() == 2
+        layout = one_unit_per_slot(storage.unit, tuple(map(max, self._ranks)))
         used = (any(ranks) for ranks in zip(*self._ranks, strict=True))
-        lora_b = tuple(
-            (b.flatten(0, 1) if dense else b) if is_used else None
-            for b, is_used in zip(storage.lora_b, used, strict=True)
-        )
+        pairs = zip(storage.lora_b, used, strict=True)
+        lora_b = tuple(b if is_used else None for b, is_used in pairs)
         return PackedLayerFactors(
             layout, storage.lora_a, lora_b, None, self._widths, all(self._is_finite)
         )
