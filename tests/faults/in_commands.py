@@ -42,6 +42,15 @@ FAULTS = (
         tests=(f"{_VLLM_SLOTS}::test_a_slot_changes_after_other_code_has_written_another",),
     ),
     Fault(
+        sentence="A batch of vLLM that goes on uses packed factors from before a slot changed.",
+        kind="a version not compared",
+        source="issue 32",
+        path="fastlora/integrations/vllm/slots.py",
+        before="            or found.version != self._storage._version\n",
+        after="",
+        tests=(f"{_VLLM_SLOTS}::test_a_slot_and_a_batch_change",),
+    ),
+    Fault(
         sentence="A batch of vLLM is sorted by the slots of the batch before.",
         kind="sorted rows kept too long",
         source="c06158b",

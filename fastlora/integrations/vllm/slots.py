@@ -9,18 +9,38 @@ lora_b.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from fastlora.integrations.vllm.batch import BatchRows
+from fastlora.integrations.vllm.batch import BatchRows, SortedRows
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import Factors
 from fastlora.ops.torch import packed_forward
-from fastlora.ops.torch.packed_plans import cached_plan
+from fastlora.ops.torch.packed import PackedLayerFactors
+from fastlora.ops.torch.packed_plans import Plan, cached_plan
 from fastlora.ops.torch.packed_slots import PackedSlots
 
 _ALIGNMENT = 16  # bytes
 _MOST_SLICES = 4
+
+
+class _Prepared(NamedTuple):
+    """The packed factors for one batch, and the plan of their products.
+
+    Attributes:
+        batch: The rows of the batch.
+        version: The version of the factors' storage when they were packed.
+        dtype: Dtype of the packed factors.
+        factors: The packed factors, or None if no slot has an adapter.
+        plan: The plan. It is None if ``factors`` is None.
+    """
+
+    batch: SortedRows
+    version: int
+    dtype: torch.dtype
+    factors: PackedLayerFactors | None
+    plan: Plan | None
 
 
 class SlotProducts:
@@ -62,6 +82,7 @@ class SlotProducts:
         self.tables = [*addresses, rank, scaling]
         self._packs: dict[torch.dtype, PackedSlots] = {}
         self._version = storage._version
+        self._prepared: _Prepared | None = None
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
@@ -91,23 +112,35 @@ class SlotProducts:
             x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
             batch: The slots of the rows.
         """
+        if x.dtype != y.dtype:
+            x = x.to(y.dtype)
         if is_being_compiled() or not x.is_cpu:
-            self._add_from_tables(y, x.to(y.dtype), batch)
+            self._add_from_tables(y, x, batch)
         elif batch.used_slots:
-            self._add_from_pack(y, x.to(y.dtype), batch)
+            self._add_from_pack(y, x, batch.first(x.shape[0]))
 
     @property
     def num_repacks(self) -> int:
         """Number of times that one of the current packs was allocated and filled with all slots."""
         return sum(pack.num_repacks for pack in self._packs.values())
 
-    def _add_from_pack(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        factors = self._packed_slots(y.dtype).factors
+    def _add_from_pack(self, y: torch.Tensor, x: torch.Tensor, batch: SortedRows) -> None:
+        found = self._prepared
+        if (
+            found is None
+            or found.batch is not batch
+            or found.version != self._storage._version
+            or found.dtype != y.dtype
+        ):
+            found = self._prepared = self._prepare(batch, y.dtype)
+        if found.factors is not None and found.plan is not None:
+            packed_forward.add_(y, x, batch.rows.slot_index, found.factors, found.plan)
+
+    def _prepare(self, batch: SortedRows, dtype: torch.dtype) -> _Prepared:
+        factors, plan = self._packed_slots(dtype).factors, None
         if factors is not None:
-            rows, plans = batch.first(x.shape[0])
-            slot_index = rows.slot_index
-            plan = cached_plan(rows, slot_index, factors, plans)
-            packed_forward.add_(y, x, slot_index, factors, plan)
+            plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)
+        return _Prepared(batch, self._storage._version, dtype, factors, plan)
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         rows = batch.operator_arguments(x.shape[0])

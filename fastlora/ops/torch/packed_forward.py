@@ -142,12 +142,11 @@ def _add_sums(
         pack: The packed factors.
         sums: The terms of each row.
     """
-    slices, s = len(parts), s.view(-1)
-    if slices == 1:
-        weights: Sequence[torch.Tensor] = (s.index_select(0, sums.weights),)
-    else:
-        weights = s.index_select(0, sums.weights_of_slices(slices)).chunk(slices)
-    for part, own, lora_b in zip(parts, weights, pack.lora_b, strict=True):
+    slices = len(parts)
+    # [slices * terms]
+    weights = s.take(sums.weights_of_slices(slices))
+    by_slice = weights.chunk(slices) if slices > 1 else (weights,)
+    for part, own, lora_b in zip(parts, by_slice, pack.lora_b, strict=True):
         if lora_b is not None:
             # functional.embedding_bag with mode="sum" checks its arguments for as long as this sum.
             update, *_ = torch.embedding_bag(

@@ -88,7 +88,7 @@ class RankRowSums:
 
         The result is ``[slices * terms]``, and s is ``[..., slices, width]``.
         """
-        found = self._of_slices.get(slices)
+        found = self.weights if slices == 1 else self._of_slices.get(slices)
         if found is None:
             at, column = self.weights // self.width, self.weights % self.width
             first = (at * slices + torch.arange(slices).unsqueeze(1)) * self.width
