@@ -42,13 +42,13 @@ FAULTS = (
         tests=(f"{_VLLM_SLOTS}::test_a_slot_changes_after_other_code_has_written_another",),
     ),
     Fault(
-        sentence="A batch of vLLM that goes on uses packed factors from before a slot changed.",
+        sentence="A batch of vLLM that goes on uses factors from before other code wrote them.",
         kind="a version not compared",
         source="issue 32",
         path="fastlora/integrations/vllm/slots.py",
         before="            or found.version != self._storage._version\n",
         after="",
-        tests=(f"{_VLLM_SLOTS}::test_a_slot_and_a_batch_change",),
+        tests=(f"{_VLLM_SLOTS}::test_factors_that_other_code_writes_through_a_view",),
     ),
     Fault(
         sentence="A batch of vLLM is sorted by the slots of the batch before.",

@@ -155,6 +155,15 @@ FAULTS = (
         (f"{_SLOTS}test_slots_change_one_by_one[many slots]",),
     ),
     Fault(
+        "Blocks over some of the units are expanded by the first units of the layer.",
+        "wrong adapter",
+        "issue 32",
+        "fastlora/ops/torch/packed_forward.py",
+        "own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]",
+        "own = lora_b[: plan.blocks * rank_rows]",
+        (f"{_SLOTS}test_slots_change_one_by_one[more rows]",),
+    ),
+    Fault(
         "A slot with NaN is in one product with the other slots.",
         "NaN across rows",
         "issue 32",
@@ -177,8 +186,8 @@ FAULTS = (
         "wrong weights",
         "issue 32",
         "fastlora/ops/torch/packed_plans.py",
-        "begin = plan.place * rank_rows + (first - plan.start * layout.unit) % rank_rows",
-        "begin = plan.place * rank_rows",
+        "begin = plan.place * layout.unit + first % layout.unit",
+        "begin = plan.place * layout.unit",
         (f"{_PACKED}test_few_rows_of_mixed_ranks",),
     ),
     Fault(

@@ -25,12 +25,12 @@ _ALIGNMENT = 16  # bytes
 _MOST_SLICES = 4
 
 
-class _Prepared(NamedTuple):
+class _PreparedBatch(NamedTuple):
     """The packed factors for one batch, and the plan of their products.
 
     Attributes:
         batch: The rows of the batch.
-        version: The version of the factors' storage when they were packed.
+        version: The version of the factors' storage when the batch was prepared.
         dtype: Dtype of the packed factors.
         factors: The packed factors, or None if no slot has an adapter.
         plan: The plan. It is None if ``factors`` is None.
@@ -82,7 +82,7 @@ class SlotProducts:
         self.tables = [*addresses, rank, scaling]
         self._packs: dict[torch.dtype, PackedSlots] = {}
         self._version = storage._version
-        self._prepared: _Prepared | None = None
+        self._prepared: _PreparedBatch | None = None
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
@@ -94,6 +94,7 @@ class SlotProducts:
         self._factors[slot] = own
         for table, values in zip(self.tables[2:], (ranks, scalings), strict=True):
             table[:, slot] = torch.tensor(values, dtype=table.dtype)
+        self._prepared = None
         for pack in self._packs.values():
             pack.set_slot(slot, own)
         self._version = self._storage._version
@@ -112,11 +113,10 @@ class SlotProducts:
             x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
             batch: The slots of the rows.
         """
-        if x.dtype != y.dtype:
-            x = x.to(y.dtype)
         if is_being_compiled() or not x.is_cpu:
-            self._add_from_tables(y, x, batch)
+            self._add_from_tables(y, x.to(y.dtype), batch)
         elif batch.used_slots:
+            x = x if x.dtype == y.dtype else x.to(y.dtype)
             self._add_from_pack(y, x, batch.first(x.shape[0]))
 
     @property
@@ -136,11 +136,11 @@ class SlotProducts:
         if found.factors is not None and found.plan is not None:
             packed_forward.add_(y, x, batch.rows.slot_index, found.factors, found.plan)
 
-    def _prepare(self, batch: SortedRows, dtype: torch.dtype) -> _Prepared:
+    def _prepare(self, batch: SortedRows, dtype: torch.dtype) -> _PreparedBatch:
         factors, plan = self._packed_slots(dtype).factors, None
         if factors is not None:
             plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)
-        return _Prepared(batch, self._storage._version, dtype, factors, plan)
+        return _PreparedBatch(batch, self._storage._version, dtype, factors, plan)
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         rows = batch.operator_arguments(x.shape[0])
@@ -168,6 +168,7 @@ class SlotProducts:
         """Drop all packs if other code has written the factors. vLLM's stacks are views of them."""
         if self._version != self._storage._version:
             self._packs.clear()
+            self._prepared = None
             self._version = self._storage._version
 
     def _pack_all(self, pack: PackedSlots) -> None:

@@ -130,7 +130,7 @@ def pack_layer_factors(
         return None
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
-    is_dense = dense_is_fastest(layout.unit, layout.units, dtype)
+    is_dense = dense_is_fastest(layout.unit, layout.units, dtype, every_unit_is_used=True)
     lora_a, rank_rows_a = zero_lora_a(layout, 1, k, dtype, device, is_dense)
     lora_b = torch.zeros(layout.rank_rows, n, dtype=dtype, device=device)
     lora_bias = None

@@ -32,8 +32,10 @@ _WIDE = 16
 # products do. Time of the expand of 16 rows in fp32 with N = 1536, in us, for `embedding_bag` and
 # for the best products (one Zen 5 core). Rank 8: 14 and 8 with 1 adapter, 16 and 22 with 4, 26 and
 # 38 with 16. Rank 64: 63 and 52, 120 and 128, 170 and 249. 64 rows of 4 adapters of rank 64: 325
-# and 230. PyTorch has such kernels for AVX2 and AVX-512.
-_ROWS_PER_SUM = 8
+# and 230. PyTorch's `embedding_bag` is vectorized for AVX2 and AVX-512.
+_SUMMED_ROWS_EACH = 8
+# The same limit for the product of an adapter's rows and its rank.
+_TERMS_EACH = 256
 _HAS_FAST_SUMS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 _CAPABILITIES = torch.cpu.get_capabilities()
 # The dtypes for which this processor has a matrix unit.
@@ -66,14 +68,16 @@ def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
 
 
 def dense_is_fastest(
-    unit: int, units: int, dtype: torch.dtype, every_unit_is_used: bool = True
+    unit: int, units: int, dtype: torch.dtype, *, every_unit_is_used: bool
 ) -> bool:
     """Return whether dense products are the fastest way to compute the adapters' updates.
 
     Dense products multiply every row by the rank rows of all adapters. There are ``units`` units of
-    ``unit`` rank rows each. If a batch does not use every unit, dense products waste time: for 16
+    ``unit`` rank rows each.
+
+    If a batch does not use every unit, dense products waste time, except on a matrix unit: for 16
     rows of one adapter in 4 slots of rank 8, the linears of SmolLM2 take 8.5 ms longer than without
-    adapters, and 6.5 ms with products of the unit in use (one Zen 5 core).
+    adapters, and 5.3 ms longer with products of the used unit alone (one Zen 5 core).
     """
     if dtype in _MATRIX_UNIT:
         return units == 1 or unit * units <= _DENSE_MATRIX_UNIT
@@ -81,15 +85,16 @@ def dense_is_fastest(
 
 
 def summing_rank_rows_is_faster(
-    rows: int, adapters: int, dtype: torch.dtype, device: torch.device
+    rows: int, adapters: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Return whether the expand is faster as sums of rank rows than as matrix products.
 
-    Each of the ``rows`` rows belongs to one of ``adapters`` adapters or to none.
+    Each of the ``rows`` rows belongs to one of ``adapters`` adapters, whose largest rank is
+    ``rank``, or to none.
     """
     has_fast_sums = dtype == torch.float32 and device.type == "cpu" and _HAS_FAST_SUMS
-    few = rows <= min(_ROWS_PER_SUM * adapters, _FEW_ROWS)
-    return has_fast_sums and few and adapters > 1
+    each = min(_SUMMED_ROWS_EACH, _TERMS_EACH // rank)
+    return has_fast_sums and adapters > 1 and rows <= min(each * adapters, _FEW_ROWS)
 
 
 def column_major_is_faster(width: int, dtype: torch.dtype) -> bool:

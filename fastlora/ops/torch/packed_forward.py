@@ -2,9 +2,9 @@
 
 `fastlora.ops.torch.packed_plans` chooses the kind of products.
 
-Columns of s that belong to other adapters are overwritten with zeros rather than multiplied by
-zero, and factors are finite where products serve several adapters. Therefore no row or adapter
-affects another row.
+Columns of s that belong to other adapters are not used, or overwritten with zeros rather than
+multiplied by zero. Factors are finite where products serve several adapters. Therefore no row or
+adapter affects another row.
 """
 
 from __future__ import annotations
@@ -68,19 +68,19 @@ def add_(
         pack: The packed factors.
         plan: The result of `packed_plans.cached_plan`.
     """
-    parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
     if isinstance(plan, SeparatePlan):
         _add_separately(y, x, pack, plan)
-    elif isinstance(plan, PerSamplePlan) or plan.sums is None:
-        _, s = _arrange_and_shrink(x, pack, plan)
-        for part, own_s, lora_b in zip(
-            parts, _own_columns(s, pack, plan), pack.lora_b, strict=True
-        ):
+        return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
+    _, s = _arrange_and_shrink(x, pack, plan)
+    parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
+    sums = None if isinstance(plan, PerSamplePlan) else plan.sums
+    if sums is None:
+        every_s = _own_columns(s, pack, plan)
+        for part, own_s, lora_b in zip(parts, every_s, pack.lora_b, strict=True):
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _, s = _arrange_and_shrink(x, pack, plan)
-        _add_sums(parts, s, pack, plan.sums)
+        _add_sums(parts, s, pack, sums)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
 
 
@@ -90,8 +90,8 @@ def _arrange_and_shrink(
     """Return a tuple (x with its rows arranged by the plan, the shrink output s of all slices).
 
     ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
-    ``[M, slices * rank rows]``, ``[blocks, C, coalesced * slices * unit]``, or
-    ``[B, T, slices * unit]``. It also contains products with rank rows of other adapters.
+    ``[M, slices * rank rows]`` (of all units or one), ``[blocks, C, coalesced * slices * unit]``,
+    or ``[B, T, slices * unit]``. It also contains products with rank rows of other adapters.
     """
     if isinstance(plan, DensePlan):
         # [M, K] x [K, slices * rank rows]
@@ -115,8 +115,8 @@ def _own_columns(
 ) -> Sequence[torch.Tensor]:
     """Return s of each slice, with zeros in the columns of other adapters.
 
-    s is overwritten. The results are ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or
-    ``[B, T, unit]``.
+    s is overwritten. The results are ``[M, rank rows]`` (of all units or one),
+    ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
     is_dense = isinstance(plan, DensePlan) and plan.unit is None
     width = pack.layout.rank_rows if is_dense else pack.layout.unit
@@ -148,7 +148,7 @@ def _add_sums(
     by_slice = weights.chunk(slices) if slices > 1 else (weights,)
     for part, own, lora_b in zip(parts, by_slice, pack.lora_b, strict=True):
         if lora_b is not None:
-            # functional.embedding_bag with mode="sum" checks its arguments for as long as this sum.
+            # F.embedding_bag spends as much time on checking its arguments as on such a sum.
             update, *_ = torch.embedding_bag(
                 lora_b, sums.rank_rows, sums.starts, per_sample_weights=own
             )

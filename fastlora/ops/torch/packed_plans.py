@@ -15,8 +15,9 @@ layers whose factors have the same layout:
   not moved. Products of one adapter cannot affect the rows of another adapter, so factors may be
   non-finite.
 
-For few rows per adapter in fp32, dense and blocked plans multiply x by lora_a only. Each row's
-update is then a sum of its own rank rows of lora_b (`RankRowSums`), for which no row is moved back.
+For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, dense and
+blocked plans multiply x by lora_a only. Each row's update is then a sum of its own rank rows of
+lora_b (`RankRowSums`), and no row is moved back.
 
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
@@ -81,7 +82,7 @@ class RankRowSums:
     starts: torch.Tensor
     weights: torch.Tensor
     width: int
-    _of_slices: dict[int, torch.Tensor] = field(default_factory=dict)
+    _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def weights_of_slices(self, slices: int) -> torch.Tensor:
         """Return the positions of the weights of all slices in the flattened s, int64.
@@ -184,7 +185,7 @@ class SeparatePlan(NamedTuple):
 
 
 Plan = DensePlan | BlockedPlan | PerSamplePlan | SeparatePlan
-PlanCache = dict[tuple[PackedLayout, int, bool], Plan]
+PlanCache = dict[tuple[PackedLayout, torch.dtype, bool], Plan]
 
 
 def cached_plan(
@@ -201,7 +202,7 @@ def cached_plan(
         pack: The packed factors.
         cache: The plans for ``rows`` and ``adapter``.
     """
-    key = (pack.layout, pack.lora_a.dtype.itemsize, pack.is_finite)
+    key = (pack.layout, pack.lora_a.dtype, pack.is_finite)
     plan = cache.get(key)
     if plan is None:
         plan = cache[key] = _make_plan(rows, adapter, pack)
@@ -216,7 +217,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     kind = batch_kind(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
-    sums_rank_rows = summing_rank_rows_is_faster(m, len(used), dtype, device)
+    sums_rank_rows = summing_rank_rows_is_faster(m, len(used), layout.unit, dtype, device)
     if pack.is_finite and pack.lora_a.dim() == 2:
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first
@@ -251,8 +252,8 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     if plan.gather.numel() > _MOST_PLACES[kind] * m + _PLACES_EACH * len(used):
         return _make_separate_plan(rows, adapter, layout)
     if sums_rank_rows:
-        rank_rows = plan.coalesced * layout.unit
-        begin = plan.place * rank_rows + (first - plan.start * layout.unit) % rank_rows
+        # Units are not coalesced in fp32.
+        begin = plan.place * layout.unit + first % layout.unit
         sums = _sum_rank_rows(begin, first, rank, layout.unit)
         return plan._replace(other=None, sums=sums)
     gather, place = plan.gather.to(device), plan.place.to(device)
