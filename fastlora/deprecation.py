@@ -77,7 +77,7 @@ class RenamedAttribute:
         warn_renamed(f"{owner}.{self.name}", f"{owner}.{self.new}", stacklevel=4)
 
 
-def current_names(instance: object, names: Iterable[str]) -> list[str]:
+def without_old_names(instance: object, names: Iterable[str]) -> list[str]:
     """Return ``names`` as a list, without the old names of the instance's renamed attributes."""
     owner = type(instance)
     return [

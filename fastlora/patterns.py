@@ -44,13 +44,13 @@ class _BoundedMatchingState:
     def __init__(self) -> None:
         self.suffix_indexes: dict[int, tuple[Collection[str], _SuffixIndex]] = {}
         self._compiled: dict[str, Any] = {}
-        # CPU seconds: the sum over the outermost `count_matching_time` blocks that have ended, and
+        # CPU seconds: the sum over the outermost `limit_matching_time` blocks that have ended, and
         # the start of the open one.
         self._seconds = 0.0
         self._start: float | None = None
 
     @contextlib.contextmanager
-    def count_matching_time(self, field: str) -> Iterator[None]:
+    def limit_matching_time(self, field: str) -> Iterator[None]:
         """Count the CPU time of a ``with`` block as matching time.
 
         The time of nested blocks is counted only once.
@@ -157,7 +157,7 @@ def bounded_matching() -> Iterator[None]:
         _bounded.reset(token)
 
 
-def count_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
+def limit_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that counts the time of its block as matching time.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
@@ -169,7 +169,7 @@ def count_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
         field: Name of the config field, for error messages.
     """
     bounded = _bounded.get()
-    return contextlib.nullcontext() if bounded is None else bounded.count_matching_time(field)
+    return contextlib.nullcontext() if bounded is None else bounded.limit_matching_time(field)
 
 
 def check_pattern(field: str, pattern: str) -> None:
@@ -183,7 +183,7 @@ def check_pattern(field: str, pattern: str) -> None:
     """
     bounded = _bounded.get()
     if bounded is not None:
-        with bounded.count_matching_time(field):
+        with bounded.limit_matching_time(field):
             if not _PLAIN.fullmatch(pattern):
                 bounded.compile_with_pcre2(field, pattern, pattern)
         return
@@ -232,7 +232,7 @@ def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str 
     """
     if not patterns:
         return None
-    with count_matching_time(field):
+    with limit_matching_time(field):
         return _suffix_index(field, patterns).first_match(name)
 
 
@@ -249,7 +249,7 @@ def patterns_matching_no_suffix(
     if not patterns:
         return []
     names = list(names)
-    with count_matching_time(field):
+    with limit_matching_time(field):
         index = _suffix_index(field, patterns)
         found = {pattern for name in names for pattern in index.matching_plain_patterns(name)}
         found |= {
@@ -274,7 +274,7 @@ class _SuffixIndex:
         # Maps the lengths of the parts between dots to a dict of patterns and their positions.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
-        with count_matching_time(field):
+        with limit_matching_time(field):
             for place, pattern in enumerate(patterns):
                 if _PLAIN.fullmatch(pattern):
                     lengths = tuple(map(len, pattern.split(".")))
@@ -288,7 +288,7 @@ class _SuffixIndex:
         They are the keys of a dict that maps them to their positions in the field.
         """
         found = {}
-        with count_matching_time(self._field):
+        with limit_matching_time(self._field):
             for lengths, patterns in self._plain.items():
                 end = _dotted_suffix_from_lengths(name, lengths)
                 if end in patterns:
@@ -320,21 +320,21 @@ def _suffix_index(field: str, patterns: Collection[str]) -> _SuffixIndex:
     return bounded.suffix_indexes[id(patterns)][1]
 
 
-def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = False) -> Any:
+def _match(field: str, pattern: str, template: str, name: str, *, whole: bool = False) -> Any:
     """Match a module name against a pattern, and return the match object or None.
 
     Args:
         field: Name of the config field, for error messages.
         pattern: The pattern.
-        form: Regular expression of PEFT into which the pattern is inserted at ``{}``.
+        template: Regular expression of PEFT into which the pattern is inserted at ``{}``.
         name: The module name.
         whole: Whether the expression must match the entire name instead of its beginning.
     """
-    with count_matching_time(field):
+    with limit_matching_time(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
         if is_plain and len(pattern) > len(name):
             return None  # keeps `re` from compiling a folder's long pattern
-        expression = form.replace("{}", pattern)
+        expression = template.replace("{}", pattern)
         bounded = _bounded.get()
         if bounded is not None and not is_plain:
             return bounded.match(field, pattern, expression, name, whole=whole)
@@ -354,18 +354,18 @@ def _max_expanded_length(pattern: str, expression: str) -> int:
     return length
 
 
-def _dotted_suffix_from_lengths(name: str, part_lengths: tuple[int, ...]) -> str | None:
+def _dotted_suffix_from_lengths(name: str, part_char_counts: tuple[int, ...]) -> str | None:
     """Return the end of a name as parts of the given lengths, joined with dots.
 
     The character between two parts is replaced by a dot, because a dot in a pattern matches any
     character. Returns None if the first part does not start at the beginning of a component of the
     name.
     """
-    at = start = len(name) - sum(part_lengths) - len(part_lengths) + 1
+    at = start = len(name) - sum(part_char_counts) - len(part_char_counts) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):
         return None
     parts = []
-    for length in part_lengths:
+    for length in part_char_counts:
         parts.append(name[at : at + length])
         at += length + 1
     return ".".join(parts)

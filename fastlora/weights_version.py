@@ -172,7 +172,7 @@ class ProcessWeightsVersions:
         """Invalidate all cached values, including values computed from frozen base weights."""
         self.trained, self.frozen, self.step = WeightsVersion(), WeightsVersion(), WeightsVersion()
 
-    def invalidate_after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def invalidate_stepped_weights(self, optimizer: torch.optim.Optimizer) -> None:
         """Invalidate the cached values of all weights that an optimizer's step may have changed."""
         self.trained, self.step = WeightsVersion(), WeightsVersion()
         # A compiled graph cannot look up weights by their storage.
@@ -210,4 +210,4 @@ weights_versions = ProcessWeightsVersions()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    weights_versions.invalidate_after_step(optimizer)
+    weights_versions.invalidate_stepped_weights(optimizer)

@@ -67,7 +67,7 @@ def run_adapter(
         and conditions.autocast is None
         and not conditions.tracing
         and (lora_bias is None or lora_bias.dtype is x.dtype)
-        and _should_use_native_autograd(x, base_tensor, base.bias, lora_a, lora_b, scaling)
+        and _native_autograd_is_faster(x, base_tensor, base.bias, lora_a, lora_b, scaling)
     ):
         if weight is None:
             return _add_with_native_autograd(base_tensor, x, lora_a, lora_b, scaling, base.inplace)
@@ -98,7 +98,7 @@ def run_adapter(
     return lora_linear.run_adapters(x, base, operands, name, plan, s=s)
 
 
-def _should_use_native_autograd(
+def _native_autograd_is_faster(
     x: torch.Tensor,
     base_tensor: torch.Tensor,
     bias: torch.Tensor | None,

@@ -255,7 +255,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         CheckpointError: The folder is missing or damaged.
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
-    from fastlora.model.expert_files import FactorSizes, factor_sizes_by_module
+    from fastlora.model.expert_files import RankAndScaling, factor_sizes_by_module
 
     header = inspect_adapter_folder(path)
     config = header.config
@@ -276,7 +276,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or FactorSizes(None, None, None))._asdict(),
+                **(size or RankAndScaling(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,

@@ -91,7 +91,7 @@ def run_demo(args: argparse.Namespace) -> int:
     env.set_offline_demo_variables()
     started = time.monotonic()
     files = args.data or [examples_data_path(f"{style}.jsonl") for style in STYLES]
-    adapters = settings_for_data_files(files)
+    adapters = adapter_settings_for_files(files)
     prompts = (
         args.prompt or examples_data_path("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     )
@@ -172,7 +172,7 @@ def examples_data_path(name: str) -> Path:
     return path
 
 
-def settings_for_data_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def adapter_settings_for_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return the adapter settings for each data file.
 
     The result is a dict keyed by the stem of the file name, which becomes the adapter's name.

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _warms_up(args):
         check_kernel_cache_writable()
     limits = connection_limits(args, raise_descriptor_limit())
-    _return_freed_memory_to_os()
+    _make_malloc_return_memory()
     with _listening_socket(args.host, args.port) as listening:
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
@@ -239,7 +239,7 @@ def _warms_up(args: argparse.Namespace) -> bool:
     return not reason_without_kernels(torch.device("cuda"))
 
 
-def _return_freed_memory_to_os() -> None:
+def _make_malloc_return_memory() -> None:
     """Make the memory allocator return freed memory to the operating system.
 
     The allocator is that of glibc, and the memory is that of removed adapters. By default, once a

@@ -42,7 +42,7 @@ class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
     """
 
 
-def find_gguf() -> Path:
+def find_installed_gguf() -> Path:
     """Find the model's GGUF file, and return its path.
 
     The file is part of the installed wheel. The wheel itself is not imported, because this would
@@ -85,7 +85,7 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
     target = root / "smollm2-135m-instruct"
     if (target / _COMPLETE).is_file():
         return target
-    gguf = find_gguf()
+    gguf = find_installed_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise ModelWheelNotFoundError(
             f"package 'gguf' is not installed; install it with: {INSTALL_HINT}"

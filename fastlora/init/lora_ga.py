@@ -112,7 +112,7 @@ def _direction_indices(direction: str, rank: int) -> tuple[torch.Tensor, torch.T
 
 
 @contextlib.contextmanager
-def recording_gradients(
+def recording_mean_gradients(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Record the gradients of the given modules' weights during a ``with`` block.

@@ -76,7 +76,7 @@ def import_object(name: str) -> Any:
             "upgrade with: pip install --upgrade peft"
         )
     if name in AUTO_CLASSES:
-        return _lora_model_auto_class(theirs)
+        return _auto_class_loading_lora_model(theirs)
     return inject_adapter_in_model if name == "inject_adapter_in_model" else theirs
 
 
@@ -116,7 +116,7 @@ def inject_adapter_in_model(
     return adapted
 
 
-def _lora_model_auto_class(theirs: Any) -> Any:
+def _auto_class_loading_lora_model(peft_auto_class: Any) -> Any:
     """Return a subclass of a PEFT auto class that loads a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 
@@ -126,11 +126,12 @@ def _lora_model_auto_class(theirs: Any) -> Any:
         return LoraModel.from_pretrained(model, model_id, **known)
 
     # PEFT compares the name of the class with the one that it expects for the config's task.
-    name = theirs._target_peft_class.__name__
+    name = peft_auto_class._target_peft_class.__name__
     loaded = type(name, (), {"from_pretrained": staticmethod(from_pretrained)})
-    text = f"""PEFT's `{theirs.__name__}` with a `from_pretrained` that returns a `LoraModel`."""
+    own_name = peft_auto_class.__name__
+    text = f"""PEFT's `{own_name}` with a `from_pretrained` that returns a `LoraModel`."""
     return type(
-        theirs.__name__,
-        (theirs,),
+        own_name,
+        (peft_auto_class,),
         {"_target_peft_class": loaded, "__doc__": text, "__module__": "fastlora"},
     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.integrations.report import FusionReport, fusion_report
-from fastlora.routing.routers import Router, register_router
+from fastlora.routing.routers import Router, register_adapter_router
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -57,7 +57,7 @@ def unpatch(peft_model: nn.Module) -> None:
         unpatch_model(peft_model)
 
 
-@register_router
+@register_adapter_router
 def _patched_model_router(model: Any) -> Router | None:
     """Return the router of a patched PEFT model, or None for any other object.
 

@@ -52,9 +52,9 @@ from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.active import activate_routing as routing_in_force
 from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
-from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
+from fastlora.routing.block import example_routings_from_parameters, routing_from_parameters
 from fastlora.routing.ids import BASE, names_and_slots
-from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
+from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -459,7 +459,7 @@ class PatchedModelRouter:
     """
 
     def __init__(self, tuner: FastPeftLoraModel) -> None:
-        self.tuner, self.group = tuner, RoutingGroup()
+        self.tuner, self.group = tuner, RoutedLayerGroup()
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
@@ -505,7 +505,7 @@ class PatchedModelRouter:
         """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
-        return sample_routings_from_parameters(
+        return example_routings_from_parameters(
             group, layers, known, ParameterSource, adapters, ranks
         )
 
@@ -537,7 +537,7 @@ def patch_layer(module: nn.Module) -> None:
         module.__class__ = fast
     if fast is not None and issubclass(fast, _FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_scaling_load_hook()  # type: ignore[operator]  # defined by the new class
+        module._register_scaling_device_hook()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -552,7 +552,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_scaling_load_hook()
+    module._remove_scaling_device_hook()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings

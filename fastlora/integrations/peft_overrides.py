@@ -146,14 +146,14 @@ def _override_functions(
         theirs = getattr(there, ours.__name__, None)
         if theirs is None:
             continue  # older PEFT has no function for the base model's tensors
-        function = _dispatch_by_argument(is_fastlora, ours, theirs)
+        function = _dispatch_by_any_argument(is_fastlora, ours, theirs)
         # Replace it in every PEFT module that has imported it.
         for name, holder in list(sys.modules.items()):
             if name.partition(".")[0] == "peft" and vars(holder).get(ours.__name__) is theirs:
                 setattr(holder, ours.__name__, function)
 
 
-def _dispatch_by_argument(
+def _dispatch_by_any_argument(
     is_fastlora: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Return a function that calls ``ours`` for fastlora models and ``theirs`` otherwise.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute, current_names
+from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.layers import LoraLayer
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.group_members import describe_group_sharing
@@ -49,7 +49,7 @@ class LayerFusion:
     siblings = RenamedAttribute("shared_input")
 
     def __dir__(self) -> list[str]:
-        return current_names(self, super().__dir__())
+        return without_old_names(self, super().__dir__())
 
 
 @dataclass(frozen=True)

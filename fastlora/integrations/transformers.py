@@ -69,13 +69,14 @@ def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 @contextlib.contextmanager
-def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
+def quiet_transformers(*, hide_messages: bool = True) -> Iterator[None]:
     """Hide the messages and progress bars of transformers in a ``with`` block.
 
     FutureWarnings from any library are hidden too.
 
     Args:
-        notes: Whether to hide messages and warnings too. If False, only progress bars are hidden.
+        hide_messages: Whether to hide messages and warnings too. If False, only progress bars are
+            hidden.
     """
     from transformers.utils import logging
 
@@ -83,7 +84,7 @@ def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            if notes:
+            if hide_messages:
                 logging.set_verbosity_error()
                 warnings.simplefilter("ignore", FutureWarning)
             yield

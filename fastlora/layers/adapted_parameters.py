@@ -134,8 +134,8 @@ class AdaptedParameter(LoraLayer):
 
     # -------------------------------------------------------------------------------- factors
 
-    def _factor_reference(self) -> torch.Tensor | None:
-        super()._factor_reference()  # Raises for shards.
+    def _reference_for_new_factors(self) -> torch.Tensor | None:
+        super()._reference_for_new_factors()  # Raises for shards.
         reference: torch.Tensor = self.parameter
         return reference
 
@@ -472,7 +472,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             )
         if not len(x):
             return self.base_layer(x)
-        rows = routing.sorted_rows(len(x), x.device, host=True)
+        rows = routing.sorted_rows(len(x), x.device, read_on_host=True)
         spans = [*rows.segments, Segment(-1, int(rows.slot_start[-1]), len(x))]
         if len(rows.segments) == 1 and not rows.has_rows_without_slot:
             own = self._factors_in_slot(routing, rows.segments[0].slot)

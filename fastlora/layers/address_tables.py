@@ -17,16 +17,14 @@ if TYPE_CHECKING:
     from fastlora.layers.linear_with_adapters import LinearWithAdapters
 
 
-def table_row_of(
-    layer: LinearWithAdapters, routing_index: int, tables: AddressTables
-) -> int | None:
+def table_row_of(layer: LinearWithAdapters, layer_index: int, tables: AddressTables) -> int | None:
     """Return a layer's row in the address tables, or None if the tables were built without it.
 
-    ``routing_index`` is the layer's number in its model. In a pool's tables, the row is the
+    ``layer_index`` is the layer's number in its model. In a pool's tables, the row is the
     layer's ``table_row``.
     """
     if tables.rows is not None:
-        return tables.rows.get(routing_index)
+        return tables.rows.get(layer_index)
     return layer.table_row
 
 

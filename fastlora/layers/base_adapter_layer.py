@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute, current_names
+from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.layers.adapter_factors import factors_from_parameters
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
@@ -46,7 +46,7 @@ class BaseAdapterLayer(LinearWithAdapters):
     note_compiled = RenamedAttribute("record_compiled_fallback")
 
     def __dir__(self) -> list[str]:
-        return current_names(self, super().__dir__())
+        return without_old_names(self, super().__dir__())
 
     _local_factors = factors_from_parameters
     _local_magnitude = dora_magnitude_of
@@ -87,7 +87,7 @@ class BaseAdapterLayer(LinearWithAdapters):
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
 
-    def _register_scaling_load_hook(self) -> None:
+    def _register_scaling_device_hook(self) -> None:
         """Register a ``load_state_dict`` hook for the scalings.
 
         The hook moves scalings to the device of their adapter's factors.
@@ -95,7 +95,7 @@ class BaseAdapterLayer(LinearWithAdapters):
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 
-    def _remove_scaling_load_hook(self) -> None:
+    def _remove_scaling_device_hook(self) -> None:
         hooks = self._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _move_scalings_after_load]:
             del hooks[key]

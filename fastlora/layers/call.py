@@ -64,4 +64,4 @@ class MixedCall:
         # All layers make the same call, so the compiler can merge the calls.
         if self.conditions.compiling:
             return sort_rows(routing.ids, m, len(routing.names), x.device, cache_pieces=False)
-        return routing.sorted_rows(m, x.device, host=read_on_host)
+        return routing.sorted_rows(m, x.device, read_on_host=read_on_host)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.autograd.dora import DoraScale, DoraWithDropout
+from fastlora.autograd.dora import ApplyDoraScale, DoraWithDropout
 from fastlora.autograd.lora_linear import records_gradients
 from fastlora.layers.adapter_factors import (
     DoraScaleTerms,
@@ -98,7 +98,7 @@ def _scale_and_add_bias(
     overwrites u if no autograd graph is recorded.
     """
     if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, magnitude, squares)
+        return ApplyDoraScale.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), dora_scale(magnitude, squares)
     rows = scale_columns(rows, bias, scale, True)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view, so that it is writable.
@@ -132,7 +132,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 # ----------------------------------------------------------------------------- mixed batches
 
 
-class DoraSlots(NamedTuple):
+class DoraSlotIndices(NamedTuple):
     """The slots of a batch whose adapters use DoRA on one layer.
 
     Attributes:
@@ -144,7 +144,7 @@ class DoraSlots(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | None:
+def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotIndices | None:
     """Return the slots whose adapters use DoRA on a layer, or None if there are none.
 
     The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
@@ -153,7 +153,7 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | 
     source = routing.source
     if routing.captured:
         tables = source.tables
-        return None if tables is None or tables.scale_address is None else DoraSlots()
+        return None if tables is None or tables.scale_address is None else DoraSlotIndices()
     if source.loaded_adapters is not None:
         scaled = tuple(
             slot
@@ -163,7 +163,7 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | 
             and (factors := source.factors(layer, slot)) is not None
             and factors.magnitude is not None
         )
-        return DoraSlots(scaled) if scaled else None
+        return DoraSlotIndices(scaled) if scaled else None
     magnitudes = layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules:
         return None
@@ -172,14 +172,14 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | 
         return None
     dropouts = layer._modules["lora_dropout"]._modules
     dropped = tuple(slot for slot in slots if _is_active_dropout(dropouts[routing.names[slot]]))
-    return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
+    return DoraSlotIndices(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
 def _is_active_dropout(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
+def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotIndices) -> torch.Tensor:
     """Apply DoRA to the rows of ``y [..., N]`` that belong to ``slots``, and return the result.
 
     y includes the bias. On entry, the rows of ``slots.dropped`` contain the base layer's output.
@@ -209,7 +209,7 @@ def _needs_gathered_rows(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
-    slots: DoraSlots,
+    slots: DoraSlotIndices,
 ) -> bool:
     """Return whether each adapter's rows must be gathered for DoRA.
 
@@ -305,7 +305,7 @@ def _scale_rows_with_autograd(
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
     parts = zip(u.split(lengths), segments, strict=True)
-    scaled = torch.cat([DoraScale.apply(p, bias, *scales[s.slot]) for p, s in parts])
+    scaled = torch.cat([ApplyDoraScale.apply(p, bias, *scales[s.slot]) for p, s in parts])
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 

@@ -36,7 +36,7 @@ from fastlora.ops.execution_mode import ExecutionMode, disable_autocast_on
 from fastlora.ops.factors import Factors, number_tensor_without_sync
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
-from fastlora.ops.stacks import StackedOperands, seeds_of_keys
+from fastlora.ops.stacks import WeightStackOperands, seeds_of_keys
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
 
@@ -156,11 +156,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         absent = bad.reshape(-1)[order].unsqueeze(-1) if base._is_expert_parallel else None
         up, down = _products(base)
         # Products and their gradients leave rows without an expert uninitialized.
-        y = _with_zeros(self._product(up, _with_zeros(x, absent), call), absent)
+        y = _zero_masked_rows(self._product(up, _zero_masked_rows(x, absent), call), absent)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-        y = _with_zeros(self._product(down, y, call), absent)
+        y = _zero_masked_rows(self._product(down, y, call), absent)
         if base.has_post_expert_norm:
-            y = _with_zeros(base.post_expert_norm(y), absent)
+            y = _zero_masked_rows(base.post_expert_norm(y), absent)
         y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
         with disable_autocast_on(y.device):
@@ -187,7 +187,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 adapters, ids = range(len(routing.names)), routing.ids.to(matrices.device)
                 slot = torch.where(ids < 0, len(adapters), ids)
             else:
-                token_rows = routing.sorted_rows(tokens, matrices.device, host=True)
+                token_rows = routing.sorted_rows(tokens, matrices.device, read_on_host=True)
                 adapters, slot = token_rows.used_slots, token_rows.segment_index
             slots = len(adapters) + 1  # The last slot is for rows without an adapter.
             slot = slot.repeat_interleave(len(keys) // max(len(slot), 1))
@@ -219,7 +219,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             x = x.to(stack.dtype)
             bias = None if bias is None else bias[call.matrix]
             adapters = [] if layer is None else self._operands(layer, x, call)
-            none = StackedOperands([], [], x.new_empty(0), ())
+            none = WeightStackOperands([], [], x.new_empty(0), ())
             first, *others = adapters or [none]
             y = _stacked_linear(x, stack, bias, first, call)
             for operands in others:
@@ -228,7 +228,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _operands(
         self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows
-    ) -> list[StackedOperands]:
+    ) -> list[WeightStackOperands]:
         """Return the adapters of a stack, as operands whose updates are added one after another."""
         if call.routing is None:
             return [self._uniform_operands(layer, n, x, call) for n in layer._applied_adapters()]
@@ -236,25 +236,27 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _uniform_operands(
         self, layer: AdaptedParameter, name: str, x: torch.Tensor, call: _SortedRows
-    ) -> StackedOperands:
+    ) -> WeightStackOperands:
         factors = layer.factors_in_file_shapes(
             name, UniformCall(layer, x, x, call.conditions, [name])
         )
         seeds = None
         if factors.dropout_p:
             seeds = seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
-        lora_a, lora_b = self._rank_rows(layer, name, factors)
+        lora_a, lora_b = self._factors_in_product_order(layer, name, factors)
         scaling = scalings_as_tensor([factors.scaling], x)
-        return StackedOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
+        return WeightStackOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
 
     def _mixed_operands(
         self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows, routing: Routing
-    ) -> list[StackedOperands]:
+    ) -> list[WeightStackOperands]:
         count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
         found = [routing.source.factors(layer, slot, own) for slot in call.adapters]
         pairs = [
-            None if factors is None else self._rank_rows(layer, routing.names[slot], factors)
+            None
+            if factors is None
+            else self._factors_in_product_order(layer, routing.names[slot], factors)
             for slot, factors in zip(call.adapters, found, strict=True)
         ]
         known = [pair for pair in pairs if pair is not None]
@@ -280,9 +282,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
-        return [StackedOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
+        return [WeightStackOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
-    def _rank_rows(
+    def _factors_in_product_order(
         self, layer: AdaptedParameter, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an adapter's factors in the order in which x is multiplied by them.
@@ -302,7 +304,7 @@ def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index) if x.is_cpu else x[index]
 
 
-def _with_zeros(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _zero_masked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return ``x [P, N]`` with zeros in the rows of a bool mask ``[P, 1]``; None masks no row."""
     return x if mask is None else x.masked_fill(mask, 0.0)
 
@@ -316,7 +318,7 @@ def _stacked_linear(
     x: torch.Tensor,
     stack: torch.Tensor | None,
     y: torch.Tensor | None,
-    operands: StackedOperands,
+    operands: WeightStackOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
     """Multiply sorted rows by a stack, and add y and the updates of adapters.
@@ -365,7 +367,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         layer: Any = self.inner_layers().get(name)
         return self._adapted_product(layer, stack, None, x, call)
 
-    def _rank_rows(
+    def _factors_in_product_order(
         self, layer: AdaptedParameter, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lora_a, lora_b = layer.rank_rows(name, factors)

@@ -42,7 +42,7 @@ class FusionStatus(NamedTuple):
 
 
 def fusion_status(
-    layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
+    layer: LinearWithAdapters, names: list[str], base_reason: str, fsdp_gathered: bool
 ) -> FusionStatus:
     """Return whether a layer runs fused with the given adapters and, if not, the reason.
 
@@ -52,11 +52,11 @@ def fusion_status(
         layer: The layer.
         names: The active adapters.
         base_reason: Reason why the base layer is called, or an empty string if it is not called.
-        gathered: Whether FSDP2 replaces shards by plain parameters during the forward pass.
+        fsdp_gathered: Whether FSDP2 replaces shards by plain parameters during the forward pass.
     """
     reason = (
         base_reason
-        or fallback_reason_adapter_called(layer, names, gathered)
+        or fallback_reason_adapter_called(layer, names, fsdp_gathered)
         or reason_dora_prevents_fusion(layer, names)
     )
     drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]

@@ -66,7 +66,7 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
     if magnitudes is None or not magnitudes._modules or not uses_dora(call.layer, call.names):
         return _forward_without_dora(call, base, call.names)
     # Run in sequence, as PEFT does: DoRA scales the sum of all terms before it.
-    for run in _isolate_dora_adapters(call.layer, call.names):
+    for run in _split_at_dora_adapters(call.layer, call.names):
         if uses_dora(call.layer, run):
             y = run_dora(call, base, run[0])
         else:
@@ -75,7 +75,7 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
     return y
 
 
-def _isolate_dora_adapters(layer: LinearWithAdapters, names: list[str]) -> list[list[str]]:
+def _split_at_dora_adapters(layer: LinearWithAdapters, names: list[str]) -> list[list[str]]:
     """Split adapter names into runs, so that each DoRA adapter has a run of its own.
 
     One call computes each run.

@@ -11,7 +11,7 @@ from torch import nn
 from fastlora.layers.shared_input import SharedInputGroup
 from fastlora.ops.factors import Base, Factors
 from fastlora.ops.torch.dora import replace_zeros_with_infinity
-from fastlora.routing.routing import RoutingGroup
+from fastlora.routing.routing import RoutedLayerGroup
 
 if TYPE_CHECKING:
     from fastlora.layers.quantized.base_weight import BaseQuantizedWeight
@@ -70,7 +70,7 @@ class LinearWithAdapters(nn.Module):
     cast_input_dtype_enabled = True
     is_split = False
     is_linear = True
-    routing_group: RoutingGroup | None = None
+    routing_group: RoutedLayerGroup | None = None
     routing_index = 0
     may_see_partial_rows = False
     table_row = 0

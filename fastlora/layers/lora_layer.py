@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute, current_names
+from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.init import InitMethod
 from fastlora.layers import parts
 from fastlora.layers.adapter_init import AdapterInitializer, delete_calibration, find_calibration
@@ -79,7 +79,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_scaling_load_hook()
+        self._register_scaling_device_hook()
 
     # ------------------------------------------- methods that a layer kind overrides
 
@@ -231,7 +231,7 @@ class LoraLayer(Mergeable):
                 "The argument lora_bias=True is not supported for DoRA; expected use_dora=False"
             )
         # This and the calls below may raise; nothing has changed yet.
-        reference = self._factor_reference()
+        reference = self._reference_for_new_factors()
         if use_dora:
             self._local_weight()
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -321,7 +321,7 @@ class LoraLayer(Mergeable):
     refresh = RenamedAttribute("clear_caches")
 
     def __dir__(self) -> list[str]:
-        return current_names(self, super().__dir__())
+        return without_old_names(self, super().__dir__())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from the layer.
@@ -465,7 +465,7 @@ class LoraLayer(Mergeable):
                 f"{near_names(adapter_name, names)}"
             )
 
-    def _factor_reference(self) -> torch.Tensor | None:
+    def _reference_for_new_factors(self) -> torch.Tensor | None:
         """Return a tensor with the device and dtype for new factors, or None for the defaults."""
         base = self.get_base_layer()
         if any(map(is_dtensor, base.parameters(recurse=False))):

@@ -66,7 +66,7 @@ class MergeTarget(Protocol):
         device.
         """
 
-    def convert_snapshot(
+    def snapshot_after_apply(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
         """Return the snapshot to use once ``fn`` has converted the module's tensors.
@@ -129,7 +129,7 @@ class DenseMergeTarget:
         weight: Any = snapshot
         self.weight.copy_(weight)
 
-    def convert_snapshot(
+    def snapshot_after_apply(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
         weight: Any = snapshot

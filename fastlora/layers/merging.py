@@ -83,7 +83,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         matrix = weight.merge_buffer()
         for name in names:
             self._add_delta_weight(matrix, name, 1.0, scales.get(name))
-        self._write_and_record_error(weight, matrix)
+        self._requantize_and_record_error(weight, matrix)
         self._unmerged, self._merged_scales = snapshot, scales
         for name in names:
             self.merged_adapters.append(name)
@@ -91,7 +91,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._when_merged = [] if snapshot is None else self._base_fingerprints()
         clear_weight_dependent_caches(self)
 
-    def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
+    def _requantize_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
         """Write ``matrix [N, K]`` to the weight, and record the quantization error.
 
         The error is stored in `merge_error`. For weights that are merged in place, the
@@ -328,7 +328,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         unwritten = self._unmerged is not None and self._is_unmodified_since_merge()
         if self._unmerged is not None:
             snapshot, bias = self._unmerged
-            snapshot = self._weight_and_bias_to_merge()[0].convert_snapshot(snapshot, fn)
+            snapshot = self._weight_and_bias_to_merge()[0].snapshot_after_apply(snapshot, fn)
             self._unmerged = snapshot, None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:

@@ -94,7 +94,7 @@ def _forward_before_dora(
             call, base, slots, call.sorted_rows(), s=None if shared is None else shared.s
         )
     else:
-        rows = routing.sorted_rows(x.numel() // x.shape[-1], x.device, host=True)
+        rows = routing.sorted_rows(x.numel() // x.shape[-1], x.device, read_on_host=True)
         if is_bare:
             packed = packed_factors.get_packed_factors(call, base, rows)
             if packed is not None:
@@ -206,8 +206,8 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
         return None
     call = replace(call, routing=batch)
     if batch.source.tables is not None:
-        return _forward_pool_in_graph(call, base, batch.source.tables)
-    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlots()
+        return _forward_pool_in_compiled_graph(call, base, batch.source.tables)
+    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlotIndices()
     slots = slot_factors_in_graph(call, layer, dora.dropped)
     if slots is None:
         return None
@@ -249,7 +249,7 @@ def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.
     return made
 
 
-def _forward_pool_in_graph(
+def _forward_pool_in_compiled_graph(
     call: MixedCall, base: Base, tables: AddressTables
 ) -> torch.Tensor | None:
     """Compute a layer's output in a compiled graph, using the adapters of a pool.

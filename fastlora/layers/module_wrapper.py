@@ -12,7 +12,7 @@ from torch import nn
 from fastlora.layers.module_with_adapters import ModuleWithAdapters
 from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.routing.ids import ids_divide_rows
-from fastlora.routing.routing import Routing, RoutingGroup
+from fastlora.routing.routing import RoutedLayerGroup, Routing
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
@@ -41,7 +41,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         super().__init__()
         self.training = original.training
         self._init_adapter_state()
-        self.routing_group: RoutingGroup | None = None
+        self.routing_group: RoutedLayerGroup | None = None
         self.routing_index, self.may_see_partial_rows = 0, False
 
     # ---------------------------------------------------------- methods that subclasses override

@@ -165,12 +165,12 @@ class KernelWeightCache(UncopiedCache):
         """
         known, stamp, entries = self._of
         if entries is not None and stamp is not None and known is module:
-            watched = _stamp_arguments(module, entries[0])
+            watched = _stamp_arguments_unless_replaced(module, entries[0])
             if watched is not None and stamp.matches(*watched):
                 return entries
         self._of, self.repacked = (None, None, None), None
         kind = quantized_weight_of(module)
-        watched = _stamp_arguments(module, kind)
+        watched = _stamp_arguments_unless_replaced(module, kind)
         stamp, entries = None if watched is None else stamp_tensors(*watched), (kind, {})
         self._of = module, stamp, entries
         return None if stamp is None else entries
@@ -285,7 +285,7 @@ def clear_weight_dependent_caches(layer: object, release_captured: bool = False)
             own["_shared_input_group"].launches.clear()  # Launches hold the weights too.
 
 
-def _stamp_arguments(
+def _stamp_arguments_unless_replaced(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
     """Return the arguments of `stamp_tensors` for a weight, or None if the weight was replaced."""

@@ -24,7 +24,7 @@ from torch import nn
 from fastlora.weights_version import UncopiedCache
 
 if TYPE_CHECKING:
-    from fastlora.routing.routing import RoutingGroup
+    from fastlora.routing.routing import RoutedLayerGroup
 
 # The location of a result: the thread, and the ``id`` of the tensor.
 _Location = tuple[int, int]
@@ -91,7 +91,7 @@ class SharedResultCache(UncopiedCache):
         context: tuple[object, ...],
         computed_by: int,
         results: Mapping[int, tuple[object, object]],
-        model: RoutingGroup | None = None,
+        model: RoutedLayerGroup | None = None,
     ) -> None:
         """Store results that layer ``computed_by`` computed from x for other layers.
 

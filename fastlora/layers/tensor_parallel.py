@@ -182,7 +182,7 @@ class TensorParallelLora(FastLoraWrapper):
 
         return Shard(0) if self.style == COLUMN_WISE else Replicate()
 
-    def _factor_reference(self) -> torch.Tensor | None:
+    def _reference_for_new_factors(self) -> torch.Tensor | None:
         weight = self.base_layer.weight
         if weight.device_mesh.ndim != 1:
             raise AdapterStateError(

@@ -182,7 +182,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         Each adapter runs only on its own samples, which form a segment. The host waits for the
         adapter ids if they are on a GPU.
         """
-        rows = routing.sorted_rows(x.shape[0], x.device, host=True)
+        rows = routing.sorted_rows(x.shape[0], x.device, read_on_host=True)
         seeds = (
             routing.layer_dropout_seeds(self.routing_index, torch.device("cpu"))
             if self.training

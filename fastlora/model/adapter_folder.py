@@ -160,7 +160,7 @@ class OpenAdapterFolder:
 
         The file system reports it.
         """
-        return self._weights.size_on_disk
+        return self._weights.file_size
 
     @cached_property
     def header(self) -> AdapterHeader:
@@ -430,7 +430,7 @@ def _check_factor(
     rank = config.rank_for(target_containing_layer(module))
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     differs = bool(rank % max(shape[axis], 1) if grouped else shape[axis] != rank)
-    if differs and not _may_be_rank_of_parameter(config, shape[axis]):
+    if differs and not _may_be_stacked_rank(config, shape[axis]):
         raise CheckpointError(
             f"{key!r} has shape {shape} {expected} and therefore rank {shape[axis]}; "
             f"expected rank {rank}, as set for {module!r} by r and rank_pattern in the config"
@@ -441,7 +441,7 @@ def _check_factor(
                 raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
 
 
-def _may_be_rank_of_parameter(config: LoraConfig, size: int) -> bool:
+def _may_be_stacked_rank(config: LoraConfig, size: int) -> bool:
     """Return whether a factor of a target parameter may have ``size`` rows or columns.
 
     This is the rank multiplied by the number of stacked matrices. Only a model tells which modules

@@ -269,7 +269,11 @@ def estimate_gradients(
     """
     layers = target_linear_layers(model, to_lora_config(lora_config), "LoRA-GA")
     training = temporary_training_mode(model, training=True)
-    with restoring_buffers(model), training, lora_ga.recording_gradients(model, layers) as found:
+    with (
+        restoring_buffers(model),
+        training,
+        lora_ga.recording_mean_gradients(model, layers) as found,
+    ):
         train_step()
     _store_on_layers(layers, lora_ga.DATA, found)
 

@@ -139,7 +139,7 @@ def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank
     return list(zip(lora_a, lora_b.transpose(1, 2), strict=True))
 
 
-def join_matrices(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
+def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
     """Join the factors of a weight's matrices into the layer's factors. See `split_matrices`."""
     lora_a, lora_b = zip(*pairs, strict=True)
     return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)
@@ -188,13 +188,13 @@ def _sole_copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, st
     """Return a dict that maps the name of each copied module to the adapter that owns the copy.
 
     Raises:
-        AdapterStateError: See `check_no_duplicate_copies`.
+        AdapterStateError: See `check_modules_to_save_disjoint`.
     """
-    check_no_duplicate_copies(model, adapters)
-    return {name: owners[0] for name, owners in _copy_owners(model, adapters).items()}
+    check_modules_to_save_disjoint(model, adapters)
+    return {name: owners[0] for name, owners in _adapters_by_copied_module(model, adapters).items()}
 
 
-def check_no_duplicate_copies(model: nn.Module, adapters: Sequence[str]) -> None:
+def check_modules_to_save_disjoint(model: nn.Module, adapters: Sequence[str]) -> None:
     """Check that no two adapters own copies of the same module.
 
     If a name occurs twice in ``adapters``, its copies count twice, as in PEFT.
@@ -202,7 +202,7 @@ def check_no_duplicate_copies(model: nn.Module, adapters: Sequence[str]) -> None
     Raises:
         AdapterStateError: If two adapters own copies of the same module.
     """
-    for name, owners in _copy_owners(model, adapters).items():
+    for name, owners in _adapters_by_copied_module(model, adapters).items():
         if len(owners) > 1:
             raise AdapterStateError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save: "
@@ -210,7 +210,7 @@ def check_no_duplicate_copies(model: nn.Module, adapters: Sequence[str]) -> None
             )
 
 
-def _copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
+def _adapters_by_copied_module(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
     """Return a dict that maps the name of each copied module to the adapters that own a copy.
 
     Only the given adapters are listed.

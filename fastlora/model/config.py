@@ -29,7 +29,7 @@ from fastlora.model.adapter_files import (
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
 from fastlora.model.peft_config_methods import PeftConfigMethods
-from fastlora.patterns import count_matching_time, first_suffix_match
+from fastlora.patterns import first_suffix_match, limit_matching_time
 from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, error_prefix
 
 # Fields that fastlora does not support -> the values that leave the feature switched off.
@@ -374,7 +374,7 @@ class LoraConfig(PeftConfigMethods):
         PEFT.
         """
         weight, entries = f"{name}.weight", self.target_parameters or ()
-        with count_matching_time("target_parameters"):  # a config may list any number of names
+        with limit_matching_time("target_parameters"):  # a config may list any number of names
             return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
 
     def scaling_for(self, name: str) -> float:

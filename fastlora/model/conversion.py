@@ -27,13 +27,15 @@ from fastlora.model.config import LoraConfig
 from fastlora.validation import CheckpointError, ConfigError
 
 
-def load_untrained_adapter(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterContents:
+def load_untrained_adapter(
+    trained_config: LoraConfig, path: str | os.PathLike[str]
+) -> AdapterContents:
     """Load an untrained adapter from a folder.
 
     The result is input for `convert_to_original_base`.
 
     Args:
-        config: The config of the trained adapter.
+        trained_config: The config of the trained adapter.
         path: The folder of the untrained adapter. `convert_to_original_base` uses only its
             tensors, not its config.
 
@@ -41,19 +43,19 @@ def load_untrained_adapter(config: LoraConfig, path: str | os.PathLike[str]) -> 
         CheckpointError: If the folder is missing or damaged.
         ConfigError: If an adapter with this config cannot be converted.
     """
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+    if trained_config.use_rslora and (trained_config.rank_pattern or trained_config.alpha_pattern):
         raise ConfigError(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not "
             "supported when using `rank_pattern` or `alpha_pattern` at the same time as "
             "`use_rslora=True`."
         )
     # PEFT's examples set init_lora_weights to True while they save the untrained adapter.
-    if not config.init.converts and config.init_lora_weights is not True:
+    if not trained_config.init.converts and trained_config.init_lora_weights is not True:
         titles = ", ".join(init.title for init in all_init_methods() if init.converts)
         raise ConfigError(
             "`path_initial_model_for_weight_conversion` supports only initializations that "
             f"subtract the initial update from the base weights ({titles}), got init_lora_weights="
-            f"{config.init_lora_weights!r}; save the adapter without this argument"
+            f"{trained_config.init_lora_weights!r}; save the adapter without this argument"
         )
     return load_adapter_folder(path)
 

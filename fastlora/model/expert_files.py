@@ -33,13 +33,13 @@ from fastlora.model.stacked_experts import (
     ROUTER,
     BaseParameter,
     base_parameters_of,
-    format_parameter_names,
-    former_names_of,
+    format_parameters_with_wildcards,
     former_names_of_parameter,
+    former_to_parameter_names,
     stacked_experts_among,
 )
 from fastlora.model.target_names import distinguishing_suffixes, matches_names, matches_targets
-from fastlora.model.target_parameters import exact_target_entries
+from fastlora.model.target_parameters import entries_or_full_names
 from fastlora.model.targets import model_type_of
 from fastlora.patterns import patterns_matching_no_suffix
 from fastlora.validation import CheckpointError
@@ -47,12 +47,12 @@ from fastlora.validation import CheckpointError
 _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
-def has_former_layers(model: nn.Module, layers: Iterable[str]) -> bool:
+def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
     """Return whether `convert_expert_factors` may convert a file with the given layers.
 
     This is the case if a layer is not a module of the model, and the model has former names.
     """
-    if not former_names_of(model_type_of(model)):
+    if not former_to_parameter_names(model_type_of(model)):
         return False
     names = {name for name, _, _ in named_base_modules(model)}
     return any(layer.replace(".base_layer", "") not in names for layer in layers)
@@ -74,7 +74,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         CheckpointError: If the factors of an expert or of a part of a fused parameter are missing,
             or if the experts of a layer have different ranks.
     """
-    former = former_names_of(model_type_of(model))
+    former = former_to_parameter_names(model_type_of(model))
     if not former:
         return file
     modules = named_base_modules(model)
@@ -124,7 +124,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         keys[f"{KEY_PREFIX}{name}.weight"] = ParsedAdapterKey(layer, kind)
         tensors[f"{KEY_PREFIX}{name}.weight"] = tensor
     own, added = config.target_parameters or [], sorted({stacks[name].leaf for name in ranks})
-    config.target_parameters = exact_target_entries(
+    config.target_parameters = entries_or_full_names(
         {*ranks, *(each.name for each in parameters if matches_names(each.name, own))},
         [*own, *(entry for entry in added if entry not in own)],
         parameters,
@@ -147,7 +147,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         adapter_name: The name of the adapter.
         config: The adapter's config. It is not changed.
     """
-    former = former_names_of(model_type_of(model))
+    former = former_to_parameter_names(model_type_of(model))
     modules = named_base_modules(model) if former and config.target_modules else []
     if not stacked_experts_among(base_parameters_of(modules)):
         return config
@@ -170,7 +170,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         warnings.warn(
             f"PEFT {PEFT_VERSION} ignores the factors of {len(dropped)} linear layers when it "
             f"loads this adapter, because their names mean experts to it: lora_A and lora_B of "
-            f"{format_parameter_names(dropped, len(dropped))}. fastlora loads them",
+            f"{format_parameters_with_wildcards(dropped, len(dropped))}. fastlora loads them",
             stacklevel=3,
         )
     return written
@@ -220,7 +220,7 @@ def _with_current_blocks(
     return with_renamed_modules(file, renamed)
 
 
-class FactorSizes(NamedTuple):
+class RankAndScaling(NamedTuple):
     """The sizes of an adapter's factors on a module or parameter, inferred from the adapter's file.
 
     Attributes:
@@ -236,7 +236,9 @@ class FactorSizes(NamedTuple):
     experts: int | None = None
 
 
-def factor_sizes_by_module(config: LoraConfig, rows: Mapping[str, int]) -> dict[str, FactorSizes]:
+def factor_sizes_by_module(
+    config: LoraConfig, lora_a_rows: Mapping[str, int]
+) -> dict[str, RankAndScaling]:
     """Return the sizes of the factors in a file, keyed by the module names in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is the
@@ -245,13 +247,13 @@ def factor_sizes_by_module(config: LoraConfig, rows: Mapping[str, int]) -> dict[
 
     Args:
         config: The adapter's config.
-        rows: Maps module names to the number of rows of lora_A, which is the rank times the number
-            of experts.
+        lora_a_rows: Maps module names to the number of rows of lora_A, which is the rank times the
+            number of experts.
     """
-    found: dict[str, FactorSizes] = {}
+    found: dict[str, RankAndScaling] = {}
     by_module: dict[str, list[str]] = {}
-    for name in rows:
-        found[name] = FactorSizes(
+    for name in lora_a_rows:
+        found[name] = RankAndScaling(
             config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
         )
         module = name
@@ -267,18 +269,20 @@ def factor_sizes_by_module(config: LoraConfig, rows: Mapping[str, int]) -> dict[
             continue
         parameters = [f"{module}.{leaf}" for leaf in leaves]
         ranks = {config.rank_for(parameter) for parameter in parameters}
-        counts = [{rows[name] // r for r in ranks if rows[name] % r == 0} for name in names]
+        counts = [
+            {lora_a_rows[name] // r for r in ranks if lora_a_rows[name] % r == 0} for name in names
+        ]
         common = set[int].intersection(*counts)
         for name in names:
             if len(common) != 1:
-                found[name] = FactorSizes(None, None, None)
+                found[name] = RankAndScaling(None, None, None)
                 continue
             (count,) = common
-            rank = rows[name] // count
+            rank = lora_a_rows[name] // count
             same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
             values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
             alpha, scaling = values.pop() if len(values) == 1 else (None, None)
-            found[name] = FactorSizes(rank, alpha, scaling, count if count > 1 else None)
+            found[name] = RankAndScaling(rank, alpha, scaling, count if count > 1 else None)
     return found
 
 
@@ -293,7 +297,7 @@ def _layers_by_former_name(
     Args:
         file: The loaded adapter.
         stack: The stacked parameter.
-        former: The result of `former_names_of`.
+        former: The result of `former_to_parameter_names`.
         found: The names of the layers in the file, by former name and expert.
 
     Raises:

@@ -30,7 +30,7 @@ from fastlora.layers.quantized import quantized_weight_of
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.replication import LayerReplication, create_replication, replication_applied
+from fastlora.model.replication import LayerReplicator, create_replication, replication_applied
 from fastlora.model.target_names import saved_modules_and_heads
 from fastlora.model.target_parameters import SelectedParameters
 from fastlora.model.targets import find_modules_to_save, resolve_target_modules, select_targets
@@ -38,7 +38,7 @@ from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
     ModulesAdaptedWithEmbedding,
     SharedWeightUntier,
-    find_adapted_with_embedding,
+    tie_config_to_embedding,
 )
 from fastlora.model.trainable_tokens import (
     TrainableTokens,
@@ -107,7 +107,7 @@ class AdapterPlan:
     tokens: dict[str, TrainableTokens] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
-    replication: LayerReplication | None = None
+    replication: LayerReplicator | None = None
 
     @property
     def module_names_tied_to_embedding(self) -> list[str]:
@@ -173,7 +173,7 @@ def make_adapter_plan(
     config.check_supported("load" if loading else "new")
     replication = create_replication(model, config.layer_replication)
     with replication_applied(replication):
-        ties = find_adapted_with_embedding(model, config)
+        ties = tie_config_to_embedding(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unexpected_target_behavior(plan)

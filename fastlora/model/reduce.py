@@ -28,7 +28,7 @@ from fastlora.model.computed_adapters import (
     ComputedLayerParameters,
     build_computed_adapter,
     factor_matrices,
-    join_matrices,
+    join_per_matrix_factors,
     split_matrices,
 )
 from fastlora.model.inject import lora_layers
@@ -337,7 +337,7 @@ def _compute_reduced_adapter(
         errors[name] = (float(energy[:, cut:].sum()) / total) ** 0.5 if total else 0.0
         full = cut if share else int(rank)
         pairs = [(each.vh[:cut], each.u[:, :cut] * each.s[:cut]) for each in found]
-        lora_a, lora_b = join_matrices(
+        lora_a, lora_b = join_per_matrix_factors(
             [(low_rank.pad_factor(a, full, 0), low_rank.pad_factor(b, full, 1)) for a, b in pairs]
         )
         bias = layer._factors(adapter_name)[2]

@@ -145,7 +145,7 @@ def is_quantized(parameter: BaseParameter) -> bool:
     return not tensor.is_floating_point() or tensor.itemsize < 2
 
 
-def former_names_of(model_type: object) -> Mapping[str, str]:
+def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
     """Return a dict that maps a model type's former names of linear layers to parameter names.
 
     The former names are those in transformers 4. The dict may be empty.
@@ -160,7 +160,7 @@ def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParamete
     has none.
 
     Args:
-        former: The result of `former_names_of`.
+        former: The result of `former_to_parameter_names`.
         parameter: The parameter.
     """
     if isinstance(parameter.module, nn.Linear):
@@ -169,7 +169,7 @@ def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParamete
 
 
 def requested_former_names(
-    names: Collection[str],
+    former_names: Collection[str],
     parameter: BaseParameter,
     config: LoraConfig,
     listed: Collection[str],
@@ -183,32 +183,34 @@ def requested_former_names(
     module.
 
     Args:
-        names: The result of `former_names_of_parameter`.
+        former_names: The result of `former_names_of_parameter`.
         parameter: The parameter.
         config: The adapter's config.
         listed: The last components of the entries of a list, without full names of linear layers.
     """
     targets = config.target_modules
-    if not names or not targets:
+    if not former_names or not targets:
         return set()
     if is_all_linear(targets):
-        return set(names)
+        return set(former_names)
     if not isinstance(targets, str):
-        return {old for old in names if old in listed}
+        return {old for old in former_names if old in listed}
     matched = set()
-    for old in names:
+    for old in former_names:
         experts = range(0 if old == ROUTER else parameter.parameter.shape[0])
         with_index = [f"{parameter.module_name}.{index}.{old}" for index in experts]
-        if matches_targets(without_expert_index(parameter, old), targets, config) or (
+        if matches_targets(full_former_name(parameter, old), targets, config) or (
             with_index and all(matches_targets(name, targets, config) for name in with_index)
         ):
             matched.add(old)
     return matched
 
 
-def without_expert_index(parameter: BaseParameter, old: str) -> str:
+def full_former_name(parameter: BaseParameter, former_name: str) -> str:
     """Return the full former name of a parameter, without the expert index."""
-    return parameter.module_name if old == ROUTER else f"{parameter.module_name}.{old}"
+    return (
+        parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"
+    )
 
 
 def check_not_half(
@@ -269,7 +271,7 @@ def unreached_experts(
     ]
 
 
-def format_parameter_names(names: Iterable[str], most: int = _LISTED) -> str:
+def format_parameters_with_wildcards(names: Iterable[str], most: int = _LISTED) -> str:
     """Format parameter names as a list for a message.
 
     Indices are replaced with ``*``, so that the same parameter of several layers is listed once. A

@@ -19,8 +19,8 @@ from fastlora.model.stacked_experts import (
     BaseParameter,
     check_not_half,
     former_names_of_parameter,
+    full_former_name,
     requested_former_names,
-    without_expert_index,
 )
 from fastlora.model.target_names import (
     dotted_suffixes,
@@ -92,7 +92,7 @@ def select_parameters(
     """Find the parameters that a config selects.
 
     Args:
-        former: The result of `former_names_of` for the base model.
+        former: The result of `former_to_parameter_names` for the base model.
         config: The adapter's config.
         parameters: The parameters of the base model.
         layers_in_file: The names of the layers with LoRA factors in the adapter's file, or None if
@@ -122,7 +122,7 @@ def select_parameters(
             continue
         if layers_in_file is not None and asked and each.module_name not in layers_in_file:
             continue
-        without = [o for o in olds if is_excluded(without_expert_index(each, o), config, saved)]
+        without = [o for o in olds if is_excluded(full_former_name(each, o), config, saved)]
         is_left_out = (
             (bool(olds) and len(without) == len(olds))
             or any(is_excluded(name, config, saved) for name in (each.name, each.module_name))
@@ -149,7 +149,7 @@ def select_parameters(
         for new in former.values()
         if new not in own and any(matches_names(name, {new}) for name in by_former_name)
     }
-    stored = exact_target_entries(
+    stored = entries_or_full_names(
         [each.name for each in selected], [*own, *sorted(added)], parameters
     )
     others = linears.union(each.name for each in selected if each.name not in by_former_name)
@@ -173,7 +173,7 @@ def _pattern_for(name: str, others: Collection[str]) -> str:
     return re.escape(name) if shared else rf".*\.{re.escape(leaf)}"
 
 
-def exact_target_entries(
+def entries_or_full_names(
     names: Collection[str], entries: list[str], parameters: Iterable[BaseParameter]
 ) -> list[str]:
     """Return a ``target_parameters`` value with which PEFT selects exactly the given parameters.
@@ -200,11 +200,11 @@ def _check_entries_match(
         if lost:
             raise TargetNotFoundError(
                 f"target_parameters entries {format_value(lost)} match no parameter"
-                f"{suggest_names(lost, names, 'parameters')}{_no_targets_at_all(config)}"
+                f"{suggest_names(lost, names, 'parameters')}{_unset_target_modules_text(config)}"
             )
 
 
-def _no_targets_at_all(config: LoraConfig) -> str:
+def _unset_target_modules_text(config: LoraConfig) -> str:
     """Return PEFT's error text for unset ``target_modules``, or an empty string if it is set."""
     if config.target_modules:
         return ""

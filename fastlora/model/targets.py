@@ -32,9 +32,9 @@ from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseParameter,
     base_parameters_of,
-    format_parameter_names,
-    former_names_of,
+    format_parameters_with_wildcards,
     former_names_of_parameter,
+    former_to_parameter_names,
     stacked_experts_among,
     unreached_experts,
 )
@@ -131,7 +131,7 @@ def select_targets(
     """
     modules = named_base_modules(model) if modules is None else modules
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
-    former, is_new = former_names_of(model_type_of(model)), layers_in_file is None
+    former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
     base = base_parameters_of(modules) if former or config.target_parameters or is_new else []
     selected = select_parameters(former, config, base, layers_in_file)
@@ -171,7 +171,7 @@ def select_targets(
     for name in found:
         if wrapped[name]:
             raise UnsupportedLayerError(
-                f"target module {name!r} {_invalid_target_message(model, name)}; choose other "
+                f"target module {name!r} {_auxiliary_module_message(model, name)}; choose other "
                 "targets, or exclude this one with exclude_modules"
             )
     # The warning of experts that are left out is about projections too.
@@ -255,8 +255,9 @@ def _hint_of_experts(left: Sequence[BaseParameter]) -> str:
         return ""
     entries = sorted({".".join(each.name.split(".")[-2:]) for each in left})
     return (
-        f" ({format_parameter_names(each.name for each in left)}). Their weights are parameters, "
-        f"not linear layers; adapt them with target_parameters={entries}"
+        f" ({format_parameters_with_wildcards(each.name for each in left)}). "
+        f"Their weights are parameters, not linear layers; adapt them with "
+        f"target_parameters={entries}"
     )
 
 
@@ -273,7 +274,7 @@ def _warn_of_all_linear(
     if routers:
         warnings.warn(
             f"{ALL_LINEAR!r} also adapts the routers of experts "
-            f"({format_parameter_names(routers)}), as in PEFT; leave them out with "
+            f"({format_parameters_with_wildcards(routers)}), as in PEFT; leave them out with "
             "exclude_modules",
             stacklevel=4,
         )
@@ -284,7 +285,7 @@ def _warn_of_all_linear(
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             warnings.warn(
                 f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: "
-                f"it {_invalid_target_message(model, left[0])}",
+                f"it {_auxiliary_module_message(model, left[0])}",
                 stacklevel=4,
             )
 
@@ -298,7 +299,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         TargetNotFoundError: If an entry does not match anything.
     """
-    modules, former = named_base_modules(model), former_names_of(model_type_of(model))
+    modules, former = named_base_modules(model), former_to_parameter_names(model_type_of(model))
     names = [name for name, _, _ in modules if name]
     olds = {
         old
@@ -360,7 +361,8 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for name in found:
         if name in below:
             raise UnsupportedLayerError(
-                f"modules_to_save matches {name!r}, which {_invalid_target_message(model, name)}; "
+                f"modules_to_save matches {name!r}, which "
+                f"{_auxiliary_module_message(model, name)}; "
                 "expected the whole outer module, or a module outside it"
             )
     return found
@@ -488,7 +490,7 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     return next((head for head in heads if head is not None), None)
 
 
-def _invalid_target_message(model: nn.Module, name: str) -> str:
+def _auxiliary_module_message(model: nn.Module, name: str) -> str:
     """Return an error message that explains why a module cannot be a target.
 
     It is part of a longer message. The module called ``name`` is, or is inside, a module that
@@ -549,18 +551,18 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
 
 
 def _format_unmatched_config_values(
-    unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
+    unmatched: list[str], found: list[str], any_excluded: bool, config: LoraConfig
 ) -> list[str]:
     """Format the config values that match no module, for a warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.
         found: The names of the targets.
-        excludes: Whether at least one module is excluded.
+        any_excluded: Whether at least one module is excluded.
         config: The adapter's config.
     """
     unused = [f"target_modules entries {format_value(unmatched)}"] if unmatched else []
-    if config.exclude_modules and not excludes:
+    if config.exclude_modules and not any_excluded:
         unused.append(f"exclude_modules={format_value(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
         lost = patterns_matching_no_suffix(field, getattr(config, field), found)

@@ -98,7 +98,7 @@ class TensorFile:
         except BaseException:
             file.close()
             raise
-        self.metadata = _parse_metadata(self._header)[0]
+        self.metadata = _parse_metadata_and_end(self._header)[0]
 
     def __enter__(self) -> TensorFile:
         return self
@@ -107,7 +107,7 @@ class TensorFile:
         self._file.close()
 
     @property
-    def size_on_disk(self) -> int:
+    def file_size(self) -> int:
         """The size of the file on disk, in bytes."""
         return self._state[0]
 
@@ -130,7 +130,7 @@ class TensorFile:
                 )
             entries.pop(_METADATA, None)
             found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
-            _check_coverage(found, self._start, self.size_on_disk)
+            _check_coverage(found, self._start, self.file_size)
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
@@ -213,13 +213,13 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
     """
     ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
-        written, end = _parse_metadata(_read_header(file)[0])
+        written, end = _parse_metadata_and_end(_read_header(file)[0])
         if written == texts and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
             file.write((_METADATA_START + ordered).encode())
 
 
-def _parse_metadata(header: str) -> tuple[dict[str, str], int]:
+def _parse_metadata_and_end(header: str) -> tuple[dict[str, str], int]:
     """Parse the metadata in a header, and return it and the index of its end.
 
     The metadata is at the beginning of the header. If the header does not begin with valid

@@ -86,9 +86,7 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
     )
 
 
-def find_adapted_with_embedding(
-    model: nn.Module, config: LoraConfig
-) -> ModulesAdaptedWithEmbedding:
+def tie_config_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesAdaptedWithEmbedding:
     """Find the modules to adapt together with the input embedding, to which they are tied.
 
     If there are such modules, the config is changed in place: ``modules_to_save`` or

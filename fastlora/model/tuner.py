@@ -24,10 +24,10 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.tied_weights import SharedWeightUntier
 from fastlora.model.weighted import CombinationOptions, combine_adapters
-from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
+from fastlora.routing.block import example_routings_from_parameters, routing_from_parameters
 from fastlora.routing.ids import check_adapter_name
-from fastlora.routing.routers import register_router
-from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
+from fastlora.routing.routers import register_adapter_router
+from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -71,7 +71,7 @@ class LoraTuner(nn.Module):
         self._weight_layout_set = False
         # The layers of this model refer to the same object. Since it is a separate object, the
         # references remain correct when the model is copied or pickled.
-        self.group = RoutingGroup()
+        self.group = RoutedLayerGroup()
         self._routed: list[nn.Module] | None = None
         # The parameters that `disable_adapter_layers` froze.
         self._frozen: list[nn.Parameter] = []
@@ -529,7 +529,7 @@ class LoraTuner(nn.Module):
         """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
         known = tuple(self.peft_config)
         layers = self.modules_selecting_adapter_per_row
-        return sample_routings_from_parameters(
+        return example_routings_from_parameters(
             self.group, layers, known, ParameterSource, adapters, ranks
         )
 
@@ -684,6 +684,6 @@ def tuner_of(model: object) -> LoraTuner | None:
     return tuner if isinstance(tuner, LoraTuner) else None
 
 
-@register_router
+@register_adapter_router
 def _router(model: Any) -> LoraTuner | None:
     return tuner_of(model)

@@ -261,7 +261,7 @@ def record_model_variants(
             around: Any = contextlib.nullcontext() if routing is None else activate_routing(routing)
             with around:
                 for group in _distinct_groups(groups, rows, launched):
-                    searched += _launch_for_all_row_counts(group, rows, launched, searched)
+                    searched += _bisect_variant_changes(group, rows, launched, searched)
                 found |= launched
                 launched.clear()
     with record_variants(chip_of(device)) as launched:
@@ -362,17 +362,20 @@ def _distinct_groups(
     return list(found.values())
 
 
-def _launch_for_all_row_counts(
-    group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant], before: Sequence[int]
+def _bisect_variant_changes(
+    group: _SharedInputLayers,
+    rows: int,
+    launched: dict[str, KernelVariant],
+    earlier_changes: Sequence[int],
 ) -> list[int]:
     """Run a group with row counts that cover all kernels that it launches for 1 to ``rows`` rows.
 
     Between two powers of two, the numbers of rows at which other kernels begin are found by
     bisection. If two numbers launch equal kernels, those between them are assumed to launch the
-    same. Returns the last number of rows before each change. ``before`` lists such numbers of
-    other groups.
+    same. Returns the last number of rows before each change. ``earlier_changes`` lists such numbers
+    of other groups.
     """
-    marks = {1, rows, *(mark for mark in before if mark <= rows)}
+    marks = {1, rows, *(mark for mark in earlier_changes if mark <= rows)}
     power = 2
     while power < rows:
         marks |= {power, power + 1}

@@ -15,14 +15,14 @@ from fastlora.model.computed_adapters import (
     ComputedAdapter,
     ComputedLayerParameters,
     build_computed_adapter,
-    check_no_duplicate_copies,
+    check_modules_to_save_disjoint,
     factor_matrices,
-    join_matrices,
+    join_per_matrix_factors,
     split_matrices,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
-from fastlora.model.stacked_experts import former_names_of
+from fastlora.model.stacked_experts import former_to_parameter_names
 from fastlora.model.targets import model_type_of
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
 
@@ -72,9 +72,9 @@ def combine_adapters(
     """
     _check_combination(configs, adapters, weights, options)
     # Where PEFT means experts by names of layers, the files of adapters with a pattern have a list.
-    if not former_names_of(model_type_of(model)):
-        _check_target_kinds(configs)
-    check_no_duplicate_copies(model, adapters)
+    if not former_to_parameter_names(model_type_of(model)):
+        _check_same_target_modules_type(configs)
+    check_modules_to_save_disjoint(model, adapters)
     if len(adapters) == 1:
         options = options._replace(combination_type="linear")
     chosen = [
@@ -139,7 +139,7 @@ def _check_combination(
             )
 
 
-def _check_target_kinds(configs: Mapping[str, LoraConfig]) -> None:
+def _check_same_target_modules_type(configs: Mapping[str, LoraConfig]) -> None:
     """Raise ConfigError if some target_modules are patterns and others are lists."""
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
@@ -181,7 +181,9 @@ def _combine_on_layer(
             made = [_concatenate(own, scales) for own in by_matrix]
         else:
             made = [_combine_by_svd(own, scalings, weights, options, rank) for own in by_matrix]
-        return ComputedLayerParameters(*join_matrices(made), bias, None, layer.num_matrices)
+        return ComputedLayerParameters(
+            *join_per_matrix_factors(made), bias, None, layer.num_matrices
+        )
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"All adapters must have the same r value when using combination_type {kind!r}, got "

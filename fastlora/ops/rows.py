@@ -116,7 +116,7 @@ class Rows:
         if self.ids is None:
             starts = self.slot_start.tolist()
         else:
-            counts = torch.bincount(self._keys_on_cpu, minlength=self.slots + 2) * self.each
+            counts = torch.bincount(self._sort_keys_on_cpu, minlength=self.slots + 2) * self.each
             starts = [0, *counts.cumsum(0)[: self.slots].tolist()]
         pairs = enumerate(zip(starts, starts[1:], strict=False))
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
@@ -134,7 +134,7 @@ class Rows:
         if self.ids is None:
             rows = order[ends].tolist()
         else:  # The host does not wait for the device.
-            order_of_ids = torch.argsort(self._keys_on_cpu, stable=True).tolist()
+            order_of_ids = torch.argsort(self._sort_keys_on_cpu, stable=True).tolist()
             rows = [order_of_ids[at // self.each] * self.each + at % self.each for at in ends]
         found = list[slice | torch.Tensor]()
         pairs = zip(self.segments, rows[::2], rows[1::2], strict=True)
@@ -149,18 +149,18 @@ class Rows:
         return tuple(segment.slot for segment in self.segments)
 
     @functools.cached_property
-    def _keys_on_cpu(self) -> torch.Tensor:
-        """The sort key of each id (`_make_sort_keys`), int64 on the CPU."""
+    def _sort_keys_on_cpu(self) -> torch.Tensor:
+        """The sort key of each id (`_sort_keys_and_invalid_mask`), int64 on the CPU."""
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
-        return _make_sort_keys(self.ids.cpu(), self.slots)[0].long()
+        return _sort_keys_and_invalid_mask(self.ids.cpu(), self.slots)[0].long()
 
     @functools.cached_property
     def is_sorted(self) -> bool:
         """Whether the rows are already in sorted order."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
-        keys = self._keys_on_cpu
+        keys = self._sort_keys_on_cpu
         return bool((keys[1:] >= keys[:-1]).all())
 
     @functools.cached_property
@@ -304,7 +304,7 @@ def _rows_sort(
         made = sort_rows_into(ids, slots, _empty_sort_results(m, slots, device, block_m), block_m)
         if made is not None:
             return made
-    keys, bad = _make_sort_keys(ids, slots)
+    keys, bad = _sort_keys_and_invalid_mask(ids, slots)
     per_id = m // max(ids.shape[0], 1)
     keys = keys.view(-1, 1).expand(-1, per_id).reshape(m)
     keys, order = torch.sort(keys, stable=True)
@@ -326,7 +326,7 @@ def _(
     return _empty_sort_results(m, slots, device, block_m)
 
 
-def _make_sort_keys(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (int32 keys by which rows are sorted, bool mask of ids out of range).
 
     The key of an id is its slot, ``slots`` if the id is out of range, and ``slots + 1`` for rows

@@ -62,7 +62,7 @@ _Factors = list[Factor]
 _DIRECT: Any = SimpleNamespace()
 
 
-def define_operator_with_fake(
+def define_and_register_fake(
     schema: str, impl: str | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
     """Define an operator, and return a decorator that registers its fake implementation.
@@ -127,7 +127,7 @@ def launch_module(backward: bool) -> ModuleType:
 _DROP = "Tensor? seeds, float[] dropout_p"
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     f"lora_shrink(Tensor x, Tensor[] rows, Tensor?[] lora_a, int modules, {_DROP}, str impl)"
     " -> Tensor"
 )
@@ -146,7 +146,7 @@ def lora_shrink_fake(
     )
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] rows, Tensor? s,"
     f" Tensor?[] factors, Tensor scaling, {_DROP}, str impl, str plan) -> Tensor[]"
 )
@@ -166,7 +166,7 @@ def lora_linear_fake(
     return [y, x.new_empty(x.shape[0], rank_to_multiple_of_16(largest) if rows else largest)]
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     "lora_expand_(Tensor(a!) y, Tensor s, Tensor[] rows, Tensor?[] lora_b, Tensor?[] lora_bias,"
     " Tensor scaling, str impl) -> ()"
 )
@@ -174,7 +174,7 @@ def lora_expand_fake(*_: object) -> None:
     """Do nothing. The operator adds ``scaling * (s @ lora_b.T + lora_bias)`` to y in place."""
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     "lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton"
 )
 def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -182,7 +182,7 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
 def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -198,7 +198,7 @@ def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- backward
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     "lora_grad_b(Tensor dy, Tensor s, Tensor[] rows, SymInt run, Tensor?[] lora_b,"
     " bool[] with_bias, Tensor scaling, bool with_factors, str impl) -> (Tensor, Tensor, Tensor)"
 )
@@ -232,7 +232,7 @@ def lora_grad_b_fake(
     return dy.new_empty(m, up.shape[1]), dy.new_empty(up.shape, dtype=up.dtype), sums
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     f"lora_grad_x(Tensor dy, Tensor? weight, Tensor ds, Tensor[] rows, Tensor?[] lora_a, {_DROP},"
     " str impl, str plan) -> Tensor"
 )
@@ -251,7 +251,7 @@ def lora_grad_x_fake(
     return dy.new_empty(dy.shape[0], replace_missing_with_empty(lora_a, 0)[0].shape[1])
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     f"lora_grad_a(Tensor x, Tensor[] ds, Tensor[] rows, SymInt run, Tensor?[] lora_a, {_DROP},"
     " str impl) -> Tensor[]"
 )
@@ -275,7 +275,7 @@ def lora_grad_a_fake(
 _TABLES = "Tensor[] tables, int index, int max_rank, ScalarType factor_dtype"
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     f"lora_linear_at(Tensor x, Tensor weight, Tensor? bias, Tensor[] rows, Tensor? s, {_TABLES},"
     " str plan, int[]? shrink_range=None) -> Tensor[]",
     "triton",
@@ -307,14 +307,14 @@ def lora_linear_at_fake(
     return [y, x.new_empty(shape, dtype=torch.float32)]
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()"
 )
 def lora_add_at_fake(*_: object) -> None:
     """Do nothing. The operator adds the update of each row's own adapter to y in place."""
 
 
-@define_operator_with_fake(
+@define_and_register_fake(
     "lora_scale_(Tensor(a!) y, Tensor? bias, Tensor[] rows, Tensor scale_address, int index,"
     " str impl) -> ()"
 )

@@ -17,7 +17,7 @@ from fastlora.ops.factors import AdapterOperands
 from fastlora.ops.seeds import layer_seeds
 
 
-class StackedOperands(NamedTuple):
+class WeightStackOperands(NamedTuple):
     """The adapters of a stack of E weights.
 
     Attributes:

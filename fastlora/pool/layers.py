@@ -21,8 +21,8 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
     base_parameters_of,
-    former_names_of,
     former_names_of_parameter,
+    former_to_parameter_names,
     is_quantized,
     supported_stacks,
 )
@@ -34,7 +34,7 @@ from fastlora.routing.active import (
     discard_unused_results,
     skip_batch_checks,
 )
-from fastlora.routing.routing import RoutingGroup, add_to_group
+from fastlora.routing.routing import RoutedLayerGroup, add_to_group
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
@@ -78,7 +78,7 @@ class PoolLayers:
                 "AdapterPool that added them first"
             )
         if target_parameters is None and is_all_linear(target_modules):
-            target_parameters = _parameters_of_experts(model)
+            target_parameters = _expert_and_router_parameters(model)
         config = LoraConfig(target_modules=target_modules, target_parameters=target_parameters)
         found = plan_target_modules(model, config).targets
         if "" in found:
@@ -90,7 +90,7 @@ class PoolLayers:
                     "pool only supports linear layers and parameters; exclude this module, or load "
                     "the adapters into a LoraModel and route them with fastlora.adapters"
                 )
-        self.group = RoutingGroup()
+        self.group = RoutedLayerGroup()
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
@@ -193,7 +193,7 @@ class PoolLayers:
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
         """
-        found = [layer._factor_reference() for layer in self.layers]
+        found = [layer._reference_for_new_factors() for layer in self.layers]
         modules = (module for module, _ in self._replaced.values())
         devices = {p.device for module in modules for p in itertools.islice(module.parameters(), 1)}
         if len(devices) > 1:
@@ -206,14 +206,14 @@ class PoolLayers:
         return device, dtypes[0] if dtypes else torch.get_default_dtype()
 
 
-def _parameters_of_experts(model: nn.Module) -> list[str] | None:
+def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
     """Return the names of a model's stacked experts and their routers, or None if it has none.
 
     Routers are parameters with former names. Other modules with stacks are left out, and so are
     quantized stacks.
     """
     parameters = base_parameters_of(named_base_modules(model))
-    former = former_names_of(model_type_of(model))
+    former = former_to_parameter_names(model_type_of(model))
     stacks = {each.name for each in supported_stacks(parameters)}
     return [
         each.name

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fastlora.deprecation import RenamedAttribute, current_names, renamed_arguments
+from fastlora.deprecation import RenamedAttribute, renamed_arguments, without_old_names
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
@@ -47,7 +47,7 @@ class Lease:
     residents = RenamedAttribute("loaded_adapters")
 
     def __dir__(self) -> list[str]:
-        return current_names(self, super().__dir__())
+        return without_old_names(self, super().__dir__())
 
     def release(self) -> None:
         """End the lease. Later calls do nothing."""
@@ -267,7 +267,7 @@ class LeaseManager:
             ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
-            if not self._can_eventually_grant(request) or (left is not None and left <= 0):
+            if not self._can_grant_without_deadlock(request) or (left is not None and left <= 0):
                 nbytes = sum(image.nbytes for image in request.in_memory.values())
                 raise PoolFullError(
                     f"a batch needs {len(request.in_memory)} adapters ({nbytes} bytes in total) "
@@ -371,7 +371,7 @@ class LeaseManager:
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
-    def _can_eventually_grant(self, request: LeaseRequest) -> bool:
+    def _can_grant_without_deadlock(self, request: LeaseRequest) -> bool:
         """Return whether a request can be granted once other threads have ended their leases.
 
         The method is Dijkstra's banker's algorithm. It assumes that running threads will end their

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute, current_names
+from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.layers import PoolLayers
@@ -31,7 +31,7 @@ from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
 from fastlora.routing.block import adapters
 from fastlora.routing.ids import BASE
-from fastlora.routing.routers import register_router
+from fastlora.routing.routers import register_adapter_router
 from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError, CheckpointError, ConfigError, check_rank
 
@@ -358,7 +358,7 @@ class AdapterPool:
             return list(self._tiers.entries)
 
     def __dir__(self) -> list[str]:
-        return current_names(self, super().__dir__())
+        return without_old_names(self, super().__dir__())
 
     resident = RenamedAttribute("loaded_names")
     lease_resident = RenamedAttribute("lease_loaded")
@@ -602,7 +602,7 @@ def _check_limit(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-@register_router
+@register_adapter_router
 def _router(model: Any) -> AdapterPool | None:
     if isinstance(model, nn.Module):
         return pool_of(model)

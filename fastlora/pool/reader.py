@@ -25,7 +25,7 @@ from fastlora.model.adapter_folder import (
 )
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import convert_expert_factors, has_former_layers
+from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
 from fastlora.model.stacked_experts import base_parameters_of
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
@@ -51,7 +51,7 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class TensorLocation(NamedTuple):
+class PackedTensorLocation(NamedTuple):
     """The location of a tensor in a packed adapter.
 
     Attributes:
@@ -141,8 +141,8 @@ class AdapterReader:
         with self._open_checked(folder) as opened:
             header = opened.header
             layers = {module for module, _ in header.keys.values()}
-            if self._has_stacks and has_former_layers(self._model, layers):
-                return self._convert_and_pack(opened.load(), str(folder))
+            if self._has_stacks and may_need_expert_conversion(self._model, layers):
+                return self._convert_experts_and_pack(opened.load(), str(folder))
             locations = self._locations_in_packed_adapter(
                 header.config, header.keys, header.tensor_infos, str(folder)
             )
@@ -190,9 +190,11 @@ class AdapterReader:
         self._check_config(config, source)
         self._check_bytes(sum(tensor.nbytes for tensor in tensors.values()), source)
         keys = parse_and_check_tensors(config, tensors, source)
-        return self._convert_and_pack(AdapterContents(Path(source), config, keys, tensors), source)
+        return self._convert_experts_and_pack(
+            AdapterContents(Path(source), config, keys, tensors), source
+        )
 
-    def _convert_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
+    def _convert_experts_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
         """Convert individual experts' factors to stacked factors, and return the packed adapter."""
         if self._has_stacks:
             file = convert_expert_factors(self._model, file)
@@ -239,7 +241,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, TensorLocation]:
+    ) -> dict[str, PackedTensorLocation]:
         """Return a dict that maps each tensor's key to its location in the packed adapter.
 
         In the config, the selected parameters are stored (see `SelectedParameters.store_in`).
@@ -248,11 +250,11 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, TensorLocation] = {}
+        locations: dict[str, PackedTensorLocation] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
-            parameters = self._parameters_of_layers(config, selected)
+            parameters = self._parameters_of_file_layers(config, selected)
         for key, (module, kind) in keys.items():
             if kind in _UNSUPPORTED:
                 raise CheckpointError(
@@ -267,7 +269,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = TensorLocation(index, _BLOCK_OF[kind], name)
+            locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_no_missing_factors(selected, {each.name for each in locations.values()})
@@ -281,7 +283,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, TensorLocation],
+        locations: Mapping[str, PackedTensorLocation],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:
@@ -336,7 +338,7 @@ class AdapterReader:
             own = shape[0] if rank is None else rank
             self._check_rank(f"{source}: {key!r} has rank {own}, which", own)
 
-    def _parameters_of_layers(
+    def _parameters_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
         """Return a dict that maps layer names in an adapter file to the parameters that they adapt.

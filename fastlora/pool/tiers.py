@@ -307,7 +307,7 @@ class StorageTiers:
             try:
                 self._tables.write_column(column, uploaded)
                 if old is not None:  # a captured graph that still runs may look up the slot
-                    self._transfers.wait_for_reads(old.reads.values())
+                    self._transfers.order_writes_after_reads(old.reads.values())
                 self._tables.assign(slot, column)
             except BaseException:  # the column stays free, although the slot may refer to it
                 self._tables.assign(slot, NO_COLUMN if old is None else old.column)
@@ -379,7 +379,7 @@ class StorageTiers:
 
     def _free(self, loaded: LoadedAdapter) -> None:
         # Later writes to this memory are ordered after the reads.
-        self._transfers.wait_for_reads(loaded.reads.values())
+        self._transfers.order_writes_after_reads(loaded.reads.values())
         with self._transfers.ordered_writes():
             self._tables.clear_column(loaded.column)
         self._free_columns.append(loaded.column)

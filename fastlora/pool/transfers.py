@@ -63,7 +63,7 @@ class DeviceTransfers:
         """
         return None
 
-    def wait_for_reads(self, events: Iterable[Any]) -> None:
+    def order_writes_after_reads(self, events: Iterable[Any]) -> None:
         """Make later writes to adapters and tables wait for the given read events."""
 
 
@@ -135,7 +135,7 @@ class AsyncCudaTransfers(DeviceTransfers):
         event.record(stream)
         return event, stream.cuda_stream
 
-    def wait_for_reads(self, events: Iterable[torch.cuda.Event]) -> None:
+    def order_writes_after_reads(self, events: Iterable[torch.cuda.Event]) -> None:
         """Make the pool's stream wait for the given read events."""
         for event in events:
             self._stream.wait_event(event)

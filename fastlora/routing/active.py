@@ -10,7 +10,7 @@ import torch
 
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.routing.caches import RoutedLayer
-from fastlora.routing.routing import Routing, RoutingGroup
+from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
 class _ThreadRoutings(threading.local):
@@ -22,7 +22,7 @@ class _ThreadRoutings(threading.local):
     def __init__(self) -> None:
         self.unchecked = False
         self.open: tuple[Routing, ...] = ()
-        self.by_group: dict[RoutingGroup, Routing] = {}
+        self.by_group: dict[RoutedLayerGroup, Routing] = {}
 
 
 _thread = _ThreadRoutings()
@@ -75,7 +75,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.block_checker_unless_all_checked(routing.ids.numel())
+        None if checks is None else checks.adapters_block_checker(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:
@@ -122,14 +122,14 @@ def skip_batch_checks() -> Iterator[None]:
         _thread.unchecked = before
 
 
-def discard_unused_results(group: RoutingGroup) -> None:
+def discard_unused_results(group: RoutedLayerGroup) -> None:
     """Discard a group's results for layers that the model's forward pass did not call."""
     if not is_being_compiled() and group.unfinished:
         group.discard_unused_results()
 
 
 def check_batch_matches_ids(
-    group: RoutingGroup,
+    group: RoutedLayerGroup,
     args: Sequence[object],
     kwargs: Mapping[str, object],
     *,

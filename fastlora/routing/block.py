@@ -23,7 +23,7 @@ from fastlora.routing.ids import (
     names_and_slots,
 )
 from fastlora.routing.routers import Router, router_of
-from fastlora.routing.routing import Routing, RoutingGroup
+from fastlora.routing.routing import RoutedLayerGroup, Routing
 from fastlora.sharding import has_multiple_processes, unwrap_ddp
 from fastlora.validation import AdapterStateError
 
@@ -105,7 +105,7 @@ def adapters(
 
 
 def routing_from_parameters(
-    group: RoutingGroup,
+    group: RoutedLayerGroup,
     layers: Sequence[RoutedLayer],
     known: Sequence[str],
     source: Callable[[Sequence[str]], AdapterSource],
@@ -149,8 +149,8 @@ def routing_from_parameters(
     return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
 
 
-def sample_routings_from_parameters(
-    group: RoutingGroup,
+def example_routings_from_parameters(
+    group: RoutedLayerGroup,
     layers: Sequence[RoutedLayer],
     known: Sequence[str],
     source: Callable[[Sequence[str]], AdapterSource],

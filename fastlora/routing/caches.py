@@ -1,7 +1,7 @@
 """Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
-A `Routing` is immutable and refers to one `PerBlockCache`. A model's `RoutingGroup` refers to one
-`AdapterSetCache`.
+A `Routing` is immutable and refers to one `PerBlockCache`. A model's `RoutedLayerGroup` refers to
+one `AdapterSetCache`.
 `AdapterSetCache.clear` invalidates everything that is cached for the LoRA factors.
 """
 
@@ -20,7 +20,7 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, pack_fits
 from fastlora.ops.torch.packed_choice import BatchKind
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
-from fastlora.routing.row_checks import AllRowsChecker
+from fastlora.routing.row_checks import PartialBatchChecker
 from fastlora.weights_version import weights_versions
 
 # Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
@@ -214,4 +214,4 @@ class PerBlockCache:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
-    row_checker: AllRowsChecker | None = None
+    row_checker: PartialBatchChecker | None = None

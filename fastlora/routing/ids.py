@@ -31,15 +31,15 @@ def check_adapter_name(name: object) -> None:
 
 
 def names_and_slots(
-    known: Sequence[str] | None, ids: Sequence[str | None]
+    loaded_names: Sequence[str] | None, ids: Sequence[str | None]
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Return the distinct adapter names in the ids, and the slot of each id.
 
     The result is a tuple (names, slots). The order of the names does not depend on the batch.
 
     Args:
-        known: Names of the model's adapters, which determine the order. None for alphabetical
-            order, if other code checks the names.
+        loaded_names: Names of the model's adapters, which determine the order. None for
+            alphabetical order, if other code checks the names.
         ids: For each sample a name, or None or ``"__base__"``.
 
     Raises:
@@ -56,15 +56,15 @@ def names_and_slots(
         )
     wanted = [None if name == BASE else name for name in ids]
     present = {name for name in wanted if name is not None}
-    if known is None:
+    if loaded_names is None:
         names = tuple(sorted(present))
     else:
-        place = {name: index for index, name in enumerate(known)}
+        place = {name: index for index, name in enumerate(loaded_names)}
         for name in wanted:
             if name is not None and name not in place:
                 raise AdapterNotFoundError(
                     f"no adapter {name!r}; the loaded adapters are "
-                    f"{list(known)[:20]}{near_names(str(name), known)}"
+                    f"{list(loaded_names)[:20]}{near_names(str(name), loaded_names)}"
                 )
         names = tuple(sorted(present, key=place.__getitem__))
     slot_of = {name: slot for slot, name in enumerate(names)}

@@ -45,7 +45,7 @@ class Router(Protocol):
 _FINDERS: list[Callable[[Any], Router | None]] = []
 
 
-def register_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
+def register_adapter_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
     """Register a function that finds a model's router, and return the function.
 
     The function returns the router, or None if it finds none. Functions are tried in the order of

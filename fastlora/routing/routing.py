@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fastlora.layers.adapter_factors import AdapterSource
 
 
-class RoutingGroup(UncopiedCache):
+class RoutedLayerGroup(UncopiedCache):
     """A group of routed layers, with the state that they share.
 
     The group contains all routed layers of one model. A copied or unpickled model gets a new group,
@@ -119,7 +119,7 @@ class Routing:
         cache: The cache of the block.
     """
 
-    group: RoutingGroup
+    group: RoutedLayerGroup
     names: tuple[str, ...]
     ids: torch.Tensor
     seeds: torch.Tensor
@@ -130,7 +130,7 @@ class Routing:
     captured: bool = False
     cache: PerBlockCache = field(default_factory=PerBlockCache, repr=False)
 
-    def sorted_rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
+    def sorted_rows(self, m: int, device: torch.device, *, read_on_host: bool = False) -> Rows:
         """Return the ``m`` rows of a layer input, sorted by adapter.
 
         The results are cached by ``m`` and stream.
@@ -138,11 +138,11 @@ class Routing:
         Args:
             m: Number of rows of the input.
             device: Device of the input.
-            host: Whether the caller reads the rows on the host. The ids are then checked
+            read_on_host: Whether the caller reads the rows on the host. The ids are then checked
                 immediately.
 
         Raises:
-            AdapterNotFoundError: ``host`` is set and an id is out of range.
+            AdapterNotFoundError: ``read_on_host`` is set and an id is out of range.
             ValueError: ``m`` is not a multiple of the number of ids.
         """
         cache = self.cache
@@ -158,7 +158,7 @@ class Routing:
             # Clone the ids: rows read them later too, when the caller may have overwritten them.
             ids = self.ids if self.ids.is_cuda else self.ids.clone()
             known = cache.rows[key] = sort_rows(ids, m, len(self.names), device)
-        if host and not cache.is_checked:
+        if read_on_host and not cache.is_checked:
             if self.ids.numel() and self.ids.min() < NO_ADAPTER:
                 raise AdapterNotFoundError(self._out_of_range())
             cache.is_checked = True
@@ -288,7 +288,7 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
 
 
 def add_to_group(
-    group: RoutingGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]
+    group: RoutedLayerGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]
 ) -> None:
     """Add named layers to a model's group. Layers already in the group keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routing_group is not group]

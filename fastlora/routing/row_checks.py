@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.routing.row_facts import RowOrigin
+from fastlora.routing.row_facts import RowOriginKind
 from fastlora.routing.row_tracking import RowTrackingMode
 from fastlora.validation import UnsupportedLayerError
 
@@ -84,18 +84,18 @@ class RowChecks:
         self._unsupported: dict[int, str] = {}
         self._root = weakref.ref(root)
         for name, layer in layers:
-            holder = _sequence_first_parent_class(root, name)
+            holder = _outermost_sequence_first_class(root, name)
             if holder is not None:
                 self._unsupported[layer.routing_index] = _SEQUENCE_FIRST.format(holder)
             layer.may_see_partial_rows = holder is not None or experts.looks_like_expert(
                 root, name, layer
             )
 
-    def block_checker_unless_all_checked(self, count: int) -> AllRowsChecker | None:
+    def adapters_block_checker(self, num_ids: int) -> PartialBatchChecker | None:
         """Return the context manager that checks a block's rows, or None if all layers are checked.
 
         Args:
-            count: Number of adapter ids of the block.
+            num_ids: Number of adapter ids of the block.
         """
         if self._first is None:
             return None
@@ -104,8 +104,8 @@ class RowChecks:
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return AllRowsChecker(self, mode, None)
-        return AllRowsChecker(self, mode, RowTrackingMode(count, root.buffers()))
+            return PartialBatchChecker(self, mode, None)
+        return PartialBatchChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayer) -> str:
         """Return the name of a layer in the model."""
@@ -170,7 +170,7 @@ class RowChecks:
         )
 
 
-class AllRowsChecker:
+class PartialBatchChecker:
     """Context manager that checks whether layers get all rows of a block's batch.
 
     Args:
@@ -186,7 +186,7 @@ class AllRowsChecker:
         self._ran: dict[int, RoutedLayer] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> AllRowsChecker:
+    def __enter__(self) -> PartialBatchChecker:
         if self.order is not None:
             self.order.__enter__()
         return self
@@ -205,7 +205,7 @@ class AllRowsChecker:
     def record_model_inputs_in_order(self, inputs: Iterable[object]) -> None:
         """Record that the rows of a model's input tensors are in the order of the batch."""
         if self.order is not None:
-            self.order.record_in_order(inputs)
+            self.order.record_in_batch_order(inputs)
 
     def stop_tracking(self) -> None:
         """Stop tracking rows.
@@ -224,11 +224,13 @@ class AllRowsChecker:
         if self.order is not None and self.order.is_recording:
             kind = self.order.row_origin(x)
             # For an expert, a selection that fits this batch is a coincidence.
-            if kind is RowOrigin.CHOSEN or (kind is RowOrigin.EVEN and layer.may_see_partial_rows):
+            if kind is RowOriginKind.CHOSEN or (
+                kind is RowOriginKind.EVEN and layer.may_see_partial_rows
+            ):
                 self._checks.always_raise_for(layer, _SELECTED)
             if self.order.is_shared_table(x):
                 self._checks.always_raise_for(layer, _LONE_TABLE)
-            if kind is RowOrigin.EVEN:
+            if kind is RowOriginKind.EVEN:
                 self._even.add(layer.routing_index)
             self._ran[layer.routing_index] = layer
         # A checkpoint may run the layer again in another thread.
@@ -266,7 +268,7 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 # --------------------------------------------------------------------------------------- structure
 
 
-def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
+def _outermost_sequence_first_class(root: nn.Module, name: str) -> str | None:
     """Return the class name of a layer's outermost parent with layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
@@ -281,7 +283,7 @@ def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _LastPathStep(NamedTuple):
+class _ExpertEvidence(NamedTuple):
     """Facts about the last component of a module's path, used to detect experts.
 
     Attributes:
@@ -308,7 +310,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._steps: dict[tuple[str, bool], _LastPathStep] = {}
+        self._steps: dict[tuple[str, bool], _ExpertEvidence] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert.
@@ -329,39 +331,39 @@ class _ExpertDetector:
             key = at, child is layer
             step = self._steps.get(key)
             if step is None:
-                step = self._steps[key] = self._last_path_step(modules, names, child is layer)
+                step = self._steps[key] = self._expert_evidence(modules, names, child is layer)
             if step.alike > 1 and (step.is_named or (step.alike, width) in step.beside):
                 return True
         return False
 
-    def _last_path_step(
+    def _expert_evidence(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
-    ) -> _LastPathStep:
+    ) -> _ExpertEvidence:
         """Return facts about the last component of a module's path.
 
         ``at_layer`` tells whether the path ends at a layer.
         """
         holder, child = modules[-2:]
-        alike = self._count_same_structure(holder)[names[-1]]
+        alike = self._count_alike_by_child(holder)[names[-1]]
         if alike == 1:
-            return _LastPathStep(alike, False, set())
+            return _ExpertEvidence(alike, False, set())
         words = [names[-1], _class_name(child)]
         if not at_layer or isinstance(holder, _LISTS):
             words += [names[-2], _class_name(holder)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
-        return _LastPathStep(alike, "expert" in " ".join(words).lower(), beside)
+        return _ExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
-    def _count_same_structure(self, holder: nn.Module) -> dict[str, int]:
+    def _count_alike_by_child(self, parent: nn.Module) -> dict[str, int]:
         """Map each child's name to the number of children with the same structure."""
-        known = self._counts.get(id(holder))
+        known = self._counts.get(id(parent))
         if known is None:
             numbers: dict[str, int] = {}
-            for name, child in holder._modules.items():
+            for name, child in parent._modules.items():
                 if child is not None:
                     numbers[name] = self._structure_number(child)
             counts = Counter(numbers.values())
             known = {name: counts[number] for name, number in numbers.items()}
-            self._counts[id(holder)] = known
+            self._counts[id(parent)] = known
         return known
 
     def _structure_number(self, module: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastlora.routing import row_samples
 
 
-class RowOrigin(enum.Enum):
+class RowOriginKind(enum.Enum):
     """The kinds of origin that a tensor's rows can have.
 
     Attributes:
@@ -57,7 +57,7 @@ class RowFacts(NamedTuple):
             them: constants chose and placed them, or they are back where data took them from.
     """
 
-    kind: RowOrigin
+    kind: RowOriginKind
     origin: int | None = None
     inverse: int | None = None
     samples: torch.Tensor | None = None
@@ -75,13 +75,18 @@ class StorageFacts(NamedTuple):
 
 
 ROWS, TABLE, CONSTANT = (
-    RowFacts(RowOrigin.ROWS),
-    RowFacts(RowOrigin.TABLE),
-    RowFacts(RowOrigin.CONSTANT),
+    RowFacts(RowOriginKind.ROWS),
+    RowFacts(RowOriginKind.TABLE),
+    RowFacts(RowOriginKind.CONSTANT),
 )
 # Kinds with rows in the order of the batch, and kinds without rows of the batch.
-ORDERED = (RowOrigin.ROWS, RowOrigin.EVEN)
-TABLES = (RowOrigin.TABLE, RowOrigin.CONSTANT, RowOrigin.COUNTED, RowOrigin.IDENTITY)
+ORDERED = (RowOriginKind.ROWS, RowOriginKind.EVEN)
+TABLES = (
+    RowOriginKind.TABLE,
+    RowOriginKind.CONSTANT,
+    RowOriginKind.COUNTED,
+    RowOriginKind.IDENTITY,
+)
 # With this number of entries, the entries of freed storages are dropped for the first time.
 _FIRST_DROP = 4096
 
@@ -119,8 +124,8 @@ class RowFactsTable:
             if not isinstance(tensor, torch.Tensor):
                 continue
             own = facts
-            unknown = own.kind is RowOrigin.CHOSEN and own.samples is None
-            if (unknown or own.kind is RowOrigin.CHOICE) and not tensor.is_floating_point():
+            unknown = own.kind is RowOriginKind.CHOSEN and own.samples is None
+            if (unknown or own.kind is RowOriginKind.CHOICE) and not tensor.is_floating_point():
                 own = ROWS  # An index or a mask is never a layer's input.
             key = storage_key(tensor)
             if not key:
@@ -180,15 +185,16 @@ class RowFactsTable:
             fixed: See `RowFacts`.
         """
         if samples is not None and row_samples.is_in_order(samples, self.count):
-            return ROWS if fixed else RowFacts(RowOrigin.EVEN)
+            return ROWS if fixed else RowFacts(RowOriginKind.EVEN)
         found = None if samples is None else samples.flatten()
-        return RowFacts(RowOrigin.CHOSEN, origin, None, found, fixed)
+        return RowFacts(RowOriginKind.CHOSEN, origin, None, found, fixed)
 
-    def are_fixed(self, *tensors: torch.Tensor) -> bool:
+    def same_in_every_batch(self, *tensors: torch.Tensor) -> bool:
         """Return whether the rows of all given tensors are fixed (the same in every batch)."""
         found = map(self.facts_of, tensors)
         return all(
-            facts.fixed or facts.kind not in (RowOrigin.EVEN, RowOrigin.CHOSEN) for facts in found
+            facts.fixed or facts.kind not in (RowOriginKind.EVEN, RowOriginKind.CHOSEN)
+            for facts in found
         )
 
     def are_data_independent(self, *indices: torch.Tensor | None) -> bool:

@@ -22,7 +22,7 @@ from fastlora.routing.row_facts import (
     TABLES,
     RowFacts,
     RowFactsTable,
-    RowOrigin,
+    RowOriginKind,
     tensors_in,
 )
 from fastlora.routing.row_samples import Indices
@@ -62,10 +62,10 @@ def _default_rule(
     facts = known.facts_of(operand)
     kind = facts.kind
     is_copy = getattr(func, "overloadpacket", None) in _COPIES
-    if kind in (RowOrigin.COUNTED, RowOrigin.IDENTITY) and not is_copy:
-        kind = RowOrigin.CONSTANT
+    if kind in (RowOriginKind.COUNTED, RowOriginKind.IDENTITY) and not is_copy:
+        kind = RowOriginKind.CONSTANT
     origin = facts.origin if operand.is_floating_point() else known.origin_key(operand)
-    samples = known.samples_of_result(operand, out) if kind is RowOrigin.CHOSEN else None
+    samples = known.samples_of_result(operand, out) if kind is RowOriginKind.CHOSEN else None
     return RowFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
 
@@ -78,19 +78,21 @@ def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: obj
         for tensor, kind in zip(operands, kinds, strict=True)
         if kind in ORDERED and tensor.shape == shape and tensor.is_floating_point()
     ]
-    if RowOrigin.CHOSEN in kinds:
-        chosen = operands[kinds.index(RowOrigin.CHOSEN)]
+    if RowOriginKind.CHOSEN in kinds:
+        chosen = operands[kinds.index(RowOriginKind.CHOSEN)]
         samples = known.samples_of_result(chosen, out)
         # Rows that the rules have lost are taken to be in order if they are added to rows of the
         # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
             return RowFacts(full[0])
-        fixed = known.are_fixed(*operands)
-        return RowFacts(RowOrigin.CHOSEN, known.facts_of(chosen).origin, None, samples, fixed)
+        fixed = known.same_in_every_batch(*operands)
+        return RowFacts(RowOriginKind.CHOSEN, known.facts_of(chosen).origin, None, samples, fixed)
     if all(kind in TABLES for kind in kinds):
-        return TABLE if RowOrigin.TABLE in kinds else CONSTANT
+        return TABLE if RowOriginKind.TABLE in kinds else CONSTANT
     return (
-        RowFacts(RowOrigin.EVEN) if RowOrigin.EVEN in kinds and RowOrigin.ROWS not in full else ROWS
+        RowFacts(RowOriginKind.EVEN)
+        if RowOriginKind.EVEN in kinds and RowOriginKind.ROWS not in full
+        else ROWS
     )
 
 
@@ -108,16 +110,20 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     own = known.facts_of(index)
     # A first dimension of one entry is not a dimension of samples: `x[None, index]` makes one.
     first = indices[0] is not None or source.shape[0] == 1
-    if not first and facts.kind is not RowOrigin.CHOSEN:
+    if not first and facts.kind is not RowOriginKind.CHOSEN:
         return facts
     if first and facts.kind in ORDERED and _counts_up_through_all_rows(known, index, source):
         return facts
-    if facts.kind is RowOrigin.CHOSEN and own.inverse is not None and own.inverse == facts.origin:
+    if (
+        facts.kind is RowOriginKind.CHOSEN
+        and own.inverse is not None
+        and own.inverse == facts.origin
+    ):
         return ROWS  # This restores the order from before the choice.
     samples = known.samples(source, row_samples.indexed_dimensions(indices))
     if samples is not None:
         samples = row_samples.selected_samples(samples, indices)
-    fixed = known.are_data_independent(*indices) and known.are_fixed(source)
+    fixed = known.are_data_independent(*indices) and known.same_in_every_batch(source)
     return known.facts_from_samples(samples, known.origin_key(index), fixed=fixed)
 
 
@@ -125,25 +131,25 @@ def _counts_up_through_all_rows(
     known: RowFactsTable, index: torch.Tensor, rows: torch.Tensor
 ) -> bool:
     """Return whether ``index`` lists all indices of the first dimension of ``rows`` in order."""
-    if known.facts_of(index).kind is not RowOrigin.COUNTED or index.shape[:1] != rows.shape[:1]:
+    if known.facts_of(index).kind is not RowOriginKind.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
     return not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())
 
 
-def _table_lookup_facts(known: RowFactsTable, kind: RowOrigin, indices: Indices) -> RowFacts:
+def _table_lookup_facts(known: RowFactsTable, kind: RowOriginKind, indices: Indices) -> RowFacts:
     """Return the facts about rows looked up in a table, based on the facts about the indices."""
     if known.are_data_independent(*indices):
-        return TABLE if kind is RowOrigin.TABLE else CONSTANT
-    if kind is RowOrigin.IDENTITY:
-        return RowFacts(RowOrigin.CHOICE)
+        return TABLE if kind is RowOriginKind.TABLE else CONSTANT
+    if kind is RowOriginKind.IDENTITY:
+        return RowFacts(RowOriginKind.CHOICE)
     for index in indices:
         own = ROWS if index is None else known.facts_of(index)
-        if own.kind is RowOrigin.CHOSEN and index is not None:
+        if own.kind is RowOriginKind.CHOSEN and index is not None:
             samples = known.samples(index, index.dim())
             found = None if samples is None else samples.flatten()
             return RowFacts(own.kind, own.origin, None, found, own.fixed)
-        if own.kind is RowOrigin.EVEN:
-            return RowFacts(RowOrigin.EVEN)
+        if own.kind is RowOriginKind.EVEN:
+            return RowFacts(RowOriginKind.EVEN)
     return ROWS
 
 
@@ -164,33 +170,36 @@ def _facts_after_write(
     if index is None:
         return facts
     origin = known.origin_key(index)
-    if brought.kind is RowOrigin.COUNTED and first:
-        return RowFacts(RowOrigin.CONSTANT, None, origin)  # The result is the inverse of the index.
+    if brought.kind is RowOriginKind.COUNTED and first:
+        return RowFacts(
+            RowOriginKind.CONSTANT, None, origin
+        )  # The result is the inverse of the index.
     if facts.kind not in TABLES and facts.samples is None:
         return facts
     if brought.kind in TABLES:
         if facts.samples is not None:
             return facts
         # Numbers at places that data chose are the weights of a choice.
-        return facts if known.are_data_independent(*indices) else RowFacts(RowOrigin.CHOICE)
+        return facts if known.are_data_independent(*indices) else RowFacts(RowOriginKind.CHOICE)
     if not first:
         return RowFacts(brought.kind, brought.origin)
-    if brought.kind is RowOrigin.CHOICE:
+    if brought.kind is RowOriginKind.CHOICE:
         return brought
-    if brought.kind is RowOrigin.ROWS and _counts_up_through_all_rows(known, index, dest):
+    if brought.kind is RowOriginKind.ROWS and _counts_up_through_all_rows(known, index, dest):
         return ROWS
-    back = brought.kind is RowOrigin.CHOSEN and brought.origin == origin
+    back = brought.kind is RowOriginKind.CHOSEN and brought.origin == origin
     samples = _samples_after_write(known, dest, facts.samples, indices, values, adds)
     if samples is None:
-        return ROWS if back else RowFacts(RowOrigin.CHOSEN, origin)
-    fixed = known.are_fixed(dest) and (
-        back or (known.are_data_independent(*indices) and known.are_fixed(*tensors_in(values)))
+        return ROWS if back else RowFacts(RowOriginKind.CHOSEN, origin)
+    fixed = known.same_in_every_batch(dest) and (
+        back
+        or (known.are_data_independent(*indices) and known.same_in_every_batch(*tensors_in(values)))
     )
     if not row_samples.is_in_order(samples, known.count, blanks=True):
-        return RowFacts(RowOrigin.CHOSEN, origin, None, samples.flatten(), fixed)
+        return RowFacts(RowOriginKind.CHOSEN, origin, None, samples.flatten(), fixed)
     if fixed and row_samples.is_in_order(samples, known.count):
         return ROWS  # Every row is back where it came from.
-    return RowFacts(RowOrigin.EVEN, None, None, samples.flatten(), fixed)
+    return RowFacts(RowOriginKind.EVEN, None, None, samples.flatten(), fixed)
 
 
 def _samples_after_write(
@@ -229,11 +238,11 @@ def _rows_from_argument(which: int) -> Rule:
         others = [tensor for tensor in tensors_in(args) if tensor is not source]
         if facts.kind in TABLES:
             return _combined_facts(known, others or [source], out)
-        if facts.kind is RowOrigin.CHOICE:
+        if facts.kind is RowOriginKind.CHOICE:
             # One product for the whole batch chooses rows; a product for each sample does not.
             whole = source.dim() == 2 or source.shape[0] == 1
             rows = any(known.facts_of(tensor).kind in ORDERED for tensor in others)
-            return RowFacts(RowOrigin.CHOSEN) if whole and rows else ROWS
+            return RowFacts(RowOriginKind.CHOSEN) if whole and rows else ROWS
         return RowFacts(
             facts.kind, facts.origin, None, known.samples_of_result(source, out), facts.fixed
         )
@@ -251,8 +260,8 @@ def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowFac
     whole = not (source.is_floating_point() or source.is_complex())
     is_float = isinstance(out, torch.Tensor) and out.is_floating_point()
     if whole and is_float and facts.kind in ORDERED:
-        return RowFacts(RowOrigin.CHOICE)
-    samples = known.samples_of_result(source, out) if facts.kind is RowOrigin.CHOSEN else None
+        return RowFacts(RowOriginKind.CHOICE)
+    samples = known.samples_of_result(source, out) if facts.kind is RowOriginKind.CHOSEN else None
     return facts._replace(samples=samples)
 
 
@@ -328,11 +337,13 @@ def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
     return index
 
 
-def _select_elements(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _take_or_masked_select(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
     """Apply the rule for `take` and `masked_select`, which select elements rather than rows."""
     source, index = args[:2]
     facts = known.facts_of(source)
-    return facts if facts.kind in TABLES else RowFacts(RowOrigin.CHOSEN, known.origin_key(index))
+    return (
+        facts if facts.kind in TABLES else RowFacts(RowOriginKind.CHOSEN, known.origin_key(index))
+    )
 
 
 def _masked_scatter(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
@@ -398,7 +409,7 @@ def _cat_or_stack(stacks: bool) -> Rule:
         facts = _combined_facts(known, parts, out)
         dim = args[1] if len(args) > 1 else 0
         if (
-            facts.kind is not RowOrigin.CHOSEN
+            facts.kind is not RowOriginKind.CHOSEN
             or not isinstance(out, torch.Tensor)
             or dim % out.dim()
         ):
@@ -421,8 +432,8 @@ def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> 
     """
     operands = list(tensors_in(args))
     kinds = [known.facts_of(tensor).kind for tensor in operands]
-    if RowOrigin.CHOICE in kinds and RowOrigin.CHOSEN not in kinds:
-        return RowFacts(RowOrigin.CHOICE)
+    if RowOriginKind.CHOICE in kinds and RowOriginKind.CHOSEN not in kinds:
+        return RowFacts(RowOriginKind.CHOICE)
     return _combined_facts(known, operands, out)
 
 
@@ -435,35 +446,36 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
     if known.facts_of(condition).kind in ORDERED and known.are_data_independent(
         *tensors_in(branches)
     ):
-        return RowFacts(RowOrigin.CHOICE)
+        return RowFacts(RowOriginKind.CHOICE)
     return _combined_facts(known, list(tensors_in(args)), out)
 
 
-def _constant_rule(kind: RowOrigin) -> Rule:
+def _constant_rule(kind: RowOriginKind) -> Rule:
     """Return the rule for operators that always return rows whose origin is ``kind``."""
     return lambda known, args, out: RowFacts(kind)
 
 
 _RULES: dict[Any, Rule] = {
-    aten.arange: _constant_rule(RowOrigin.COUNTED),
-    aten.eye: _constant_rule(RowOrigin.IDENTITY),
+    aten.arange: _constant_rule(RowOriginKind.COUNTED),
+    aten.eye: _constant_rule(RowOriginKind.IDENTITY),
     **dict.fromkeys(
         (aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like),
-        _constant_rule(RowOrigin.CONSTANT),
+        _constant_rule(RowOriginKind.CONSTANT),
     ),
     **dict.fromkeys(
         (aten.rand_like, aten.randn_like, aten.new_zeros, aten.new_ones),
-        _constant_rule(RowOrigin.CONSTANT),
+        _constant_rule(RowOriginKind.CONSTANT),
     ),
     **dict.fromkeys(
-        (aten.new_empty, aten.new_full, aten.new_empty_strided), _constant_rule(RowOrigin.CONSTANT)
+        (aten.new_empty, aten.new_full, aten.new_empty_strided),
+        _constant_rule(RowOriginKind.CONSTANT),
     ),
     aten.copy_: _copy,
     aten.index: _index,
     aten._unsafe_index: _index,
     aten.index_select: _index_select,
     aten.gather: _gather,
-    **dict.fromkeys((aten.take, aten.masked_select), _select_elements),
+    **dict.fromkeys((aten.take, aten.masked_select), _take_or_masked_select),
     aten.embedding: _embedding,
     **dict.fromkeys((aten.index_put, aten.index_put_, aten._index_put_impl_), _index_put),
     **dict.fromkeys((aten.index_add, aten.index_add_), _write_along(True)),

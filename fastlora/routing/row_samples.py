@@ -23,17 +23,17 @@ SEVERAL_SAMPLES = -2
 Indices = Sequence["torch.Tensor | None"]
 
 
-def samples_in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
+def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
     """Return the sample of each row, given that the rows are in order.
 
     The rows are in the order of the batch. Row r of R belongs to sample ``r * count // R``, as a
     layer in a mixed batch assumes. Returns None if R, the number of elements of ``shape``, is zero
-    or is not a multiple of ``count``.
+    or is not a multiple of ``num_samples``.
     """
     rows = math.prod(shape)
-    if not rows or rows % count:
+    if not rows or rows % num_samples:
         return None
-    return (torch.arange(rows, device="cpu") * count // rows).view(*shape)
+    return (torch.arange(rows, device="cpu") * num_samples // rows).view(*shape)
 
 
 def no_samples(shape: Sequence[int]) -> torch.Tensor:
@@ -103,7 +103,7 @@ def indexed_dimensions(indices: Indices) -> int:
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
-def read_indices(indices: Indices) -> list[torch.Tensor | None] | None:
+def copy_indices_to_cpu(indices: Indices) -> list[torch.Tensor | None] | None:
     """Return a list of the indices on the CPU, or None if any index cannot be read."""
     if not all(index is None or host_can_read_values(index) for index in indices):
         return None
@@ -122,7 +122,7 @@ def host_can_read_values(tensor: torch.Tensor) -> bool:
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
     """Return the samples of the rows at ``indices``, or None if the indices cannot be read."""
-    values = read_indices(indices)
+    values = copy_indices_to_cpu(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
 
@@ -134,7 +134,7 @@ def samples_after_write(
     ``values`` are the samples of the written rows. If ``adds`` is set, the written rows are added
     to the existing rows. Returns None if the indices cannot be read.
     """
-    values_of_indices = read_indices(indices)
+    values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:
         return None
     before = torch.ops.aten.index(samples, values_of_indices)

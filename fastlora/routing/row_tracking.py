@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import (
 )
 
 from fastlora.routing import row_samples
-from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOrigin
+from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOriginKind
 from fastlora.routing.row_rules import Arguments, Keywords, apply_rule
 
 
@@ -101,8 +101,8 @@ class RowTrackingMode(TorchDispatchMode):
         finally:
             self._rests = before
 
-    def row_origin(self, x: torch.Tensor) -> RowOrigin:
-        """Return the `RowOrigin` that says where a tensor's rows come from."""
+    def row_origin(self, x: torch.Tensor) -> RowOriginKind:
+        """Return the `RowOriginKind` that says where a tensor's rows come from."""
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
@@ -111,7 +111,7 @@ class RowTrackingMode(TorchDispatchMode):
         Such a table comes from parameters alone and is not repeated per sample. With fewer than 3
         dimensions, the values show whether all samples have the same rows.
         """
-        if self._known.facts_of(x).kind is not RowOrigin.TABLE or not x.is_floating_point():
+        if self._known.facts_of(x).kind is not RowOriginKind.TABLE or not x.is_floating_point():
             return False
         if x.dim() > 2 and x.shape[0] == self._known.count:
             return False
@@ -123,7 +123,7 @@ class RowTrackingMode(TorchDispatchMode):
         parts = x.detach().reshape(self._known.count, -1)
         return not bool((parts == parts[:1]).all())
 
-    def record_in_order(self, tensors: Iterable[object]) -> None:
+    def record_in_batch_order(self, tensors: Iterable[object]) -> None:
         """Record that the rows of tensors, such as a model's inputs, are in batch order."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and self.is_recording:

@@ -30,7 +30,7 @@ _QUEUE = 1024  # connections; the kernel drops further ones, and clients retry a
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-class AwaitedEvent(enum.Enum):
+class AwaitedEventKind(enum.Enum):
     """A kind of event that a connection can wait for."""
 
     HEADERS = enum.auto()  # of the first request, or the rest of the headers of a later one
@@ -60,11 +60,11 @@ class ConnectionLimits:
     idle_seconds: float = 60.0
     backlog: int = 128
 
-    def timeout_for(self, waiting: AwaitedEvent) -> float:
+    def timeout_for(self, waiting: AwaitedEventKind) -> float:
         """Return the maximum time, in seconds, that a connection may wait for an event."""
-        if waiting is AwaitedEvent.HEADERS:
+        if waiting is AwaitedEventKind.HEADERS:
             return self.header_seconds
-        return self.body_seconds if waiting is AwaitedEvent.BODY else self.idle_seconds
+        return self.body_seconds if waiting is AwaitedEventKind.BODY else self.idle_seconds
 
 
 class OpenConnections:
@@ -84,10 +84,10 @@ class OpenConnections:
         self._idle: dict[DeadlineProtocol, None] = {}
         self._unread: dict[DeadlineProtocol, None] = {}
         self.waiting = {
-            AwaitedEvent.HEADERS: self._unfinished,
-            AwaitedEvent.BODY: self._unfinished,
-            AwaitedEvent.REQUEST: self._idle,
-            AwaitedEvent.READER: self._unread,
+            AwaitedEventKind.HEADERS: self._unfinished,
+            AwaitedEventKind.BODY: self._unfinished,
+            AwaitedEventKind.REQUEST: self._idle,
+            AwaitedEventKind.READER: self._unread,
         }
 
     def create_protocol(self, **given: Any) -> DeadlineProtocol:
@@ -166,7 +166,9 @@ class DeadlineProtocol(H11Protocol):
         self._update_deadline()
 
     def shutdown(self) -> None:
-        if self._deadline.waits is AwaitedEvent.BODY:  # the request is incomplete and cannot finish
+        if (
+            self._deadline.waits is AwaitedEventKind.BODY
+        ):  # the request is incomplete and cannot finish
             self.abort()
         else:
             super().shutdown()
@@ -179,13 +181,13 @@ class DeadlineProtocol(H11Protocol):
     def _update_deadline(self) -> None:
         self._deadline.restart_if_event_changed(self._waits_for())
 
-    def _waits_for(self) -> AwaitedEvent | None:
+    def _waits_for(self) -> AwaitedEventKind | None:
         if self.transport.is_closing() or self.flow.write_paused:
-            return AwaitedEvent.READER
+            return AwaitedEventKind.READER
         if self.conn.their_state is h11.IDLE:
             is_between = self.cycle is not None and not self.conn.trailing_data[0]
-            return AwaitedEvent.REQUEST if is_between else AwaitedEvent.HEADERS
-        return AwaitedEvent.BODY if self.conn.their_state is h11.SEND_BODY else None
+            return AwaitedEventKind.REQUEST if is_between else AwaitedEventKind.HEADERS
+        return AwaitedEventKind.BODY if self.conn.their_state is h11.SEND_BODY else None
 
     def _leave(self) -> None:
         self._deadline.restart_if_event_changed(None)
@@ -204,10 +206,10 @@ class Deadline:
 
     def __init__(self, connection: DeadlineProtocol, every: OpenConnections) -> None:
         self._connection, self._every = connection, every
-        self.waits: AwaitedEvent | None = None
+        self.waits: AwaitedEventKind | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def restart_if_event_changed(self, waits: AwaitedEvent | None) -> None:
+    def restart_if_event_changed(self, waits: AwaitedEventKind | None) -> None:
         """Restart the deadline if the connection now waits for a different event."""
         if waits is self.waits:
             return

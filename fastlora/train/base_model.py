@@ -74,7 +74,7 @@ def load_base_model(
     """
     transformers = _transformers()
     options: dict[str, Any] = {"dtype": base_model_dtype(settings), "local_files_only": True}
-    bars = contextlib.nullcontext() if progress else quiet_transformers(notes=False)
+    bars = contextlib.nullcontext() if progress else quiet_transformers(hide_messages=False)
     with convert_to_checkpoint_error(settings.model), bars:
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         bits = bitsandbytes_config(settings, config)
@@ -86,7 +86,7 @@ def load_base_model(
 
 
 def build_base_model_on_meta(
-    settings: TrainSettings, *, as_stored: bool = False
+    settings: TrainSettings, *, keep_stored_quantization: bool = False
 ) -> PreTrainedModel:
     """Build the base model on the meta device, without weights.
 
@@ -101,7 +101,7 @@ def build_base_model_on_meta(
         own, wanted = getattr(config, "dtype", None) or torch.float32, base_model_dtype(settings)
         dtype = own if wanted == "auto" else getattr(torch, wanted)
         bits = bitsandbytes_config(settings, config)
-        if bits is None and as_stored:
+        if bits is None and keep_stored_quantization:
             bits = stored_bitsandbytes_config(config)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if bits is not None:

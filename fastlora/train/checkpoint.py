@@ -43,7 +43,7 @@ class CheckpointState:
     Attributes:
         step: Number of completed steps.
         identity: Dict of everything that determines the results of the run; see
-            `identity_differences`.
+            `describe_identity_differences`.
         optimizers: State from `AdapterOptimizers.state_dict`.
     """
 
@@ -174,7 +174,7 @@ def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def identity_differences(
+def describe_identity_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
     """Return a message for each difference between the identities of two runs.
@@ -187,7 +187,7 @@ def identity_differences(
         path = f"{prefix}.{key}" if prefix else str(key)
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += identity_differences(old, new, path)
+            found += describe_identity_differences(old, new, path)
         elif old != new:
             found.append(f"{path} was {_shortened(old)}, is {_shortened(new)}")
     return found

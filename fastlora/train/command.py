@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parse_arguments(parser, argv)
-    settings = read_settings(args.config, _settings_from_arguments(args, parser))
+    settings = read_settings(args.config, _flags_from_arguments(args, parser))
     main_process = os.environ.get("RANK", "0") == "0"
     try:
         if args.dry_run:
@@ -187,7 +187,7 @@ def _write_unless_pipe_closed(stream: TextIO, text: str) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def _settings_from_arguments(
+def _flags_from_arguments(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> dict[str, Any]:
     """Convert the parsed arguments to a dict that `read_settings` accepts as ``flags``."""
@@ -252,7 +252,7 @@ def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
     prepare.check_model_and_out_folders(settings)
     found = prepare.checkpoint_to_resume(settings, resume=resume)
     check_trackers(settings.track)
-    base = base_model.build_base_model_on_meta(settings, as_stored=True)
+    base = base_model.build_base_model_on_meta(settings, keep_stored_quantization=True)
     advice = recommend(base)
     configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}

@@ -250,7 +250,9 @@ class Run:
     def _resume(self, path: Path, state: checkpoint.CheckpointState) -> None:
         steps, before = self.schedule.steps, state.identity.get("steps")
         # Only the number of steps may change; the learning rates follow it.
-        found = checkpoint.identity_differences({**state.identity, "steps": steps}, self.identity)
+        found = checkpoint.describe_identity_differences(
+            {**state.identity, "steps": steps}, self.identity
+        )
         if found:
             raise CheckpointError(
                 f"{path} is from a different run: {_join_first_and_count_rest(found, 5, '; ')}"
@@ -288,7 +290,7 @@ class Run:
             self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
         self._write_log_and_trackers({"step": self.step, **where})
-        self.processes.run_in_main_and_broadcast(self._raise_recorded_error)
+        self.processes.run_in_main_and_broadcast(self._raise_recorded_write_error)
         saved = None
         self._signals.defer_first_signal()
         # A run interrupted after this step has not evaluated yet; a finished run evaluates again.
@@ -303,7 +305,7 @@ class Run:
                 if self.step == steps:
                     self._check_no_adapter_skipped_all()
                 evaluated = self._evaluate_if_due()
-                if self._is_due(settings.save_every):
+                if self._is_due_or_last(settings.save_every):
                     self.save_adapters_and_checkpoint()
                     saved = self.step
         if saved != self.step and not self._no_step_completed():
@@ -318,7 +320,7 @@ class Run:
         if self._signals.received is not None or self._run_should_stop():
             raise self._interrupted(f"after its last step, {steps}", saved=True)
         losses, skipped = dict(self.losses), self._skipped_step_counts()
-        folders = self._stepped_adapter_folders()
+        folders = self._trained_adapter_folders()
         return TrainResult(
             self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
         )
@@ -349,7 +351,7 @@ class Run:
                 ]
         with self._record_write_error("trackers"):
             self.processes.end_trackers()
-        self._raise_recorded_error()
+        self._raise_recorded_write_error()
         return _MeanLossesAndFiles(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
@@ -364,11 +366,11 @@ class Run:
         except TrainError as error:
             self._failure = self._failure or error
 
-    def _raise_recorded_error(self) -> None:
+    def _raise_recorded_write_error(self) -> None:
         """Raise the first recorded write error, if there is one."""
         if self._failure is not None:
             raise self._with_recovery_hint(
-                self._failure, self._stepped_adapter_folders()
+                self._failure, self._trained_adapter_folders()
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
@@ -392,10 +394,10 @@ class Run:
         if not saved:
             return RunInterrupted(text, number)
         folder = checkpoint.checkpoint_path(self.root, self.step)
-        adapters = ", ".join(map(str, self._stepped_adapter_folders().values()))
+        adapters = ", ".join(map(str, self._trained_adapter_folders().values()))
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
-    def _stepped_adapter_folders(self) -> dict[str, Path]:
+    def _trained_adapter_folders(self) -> dict[str, Path]:
         """Return a dict with the output folder of each adapter that has taken a step."""
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
@@ -407,7 +409,7 @@ class Run:
         is due, the result is an empty dict. A run that stops leaves the evaluation to the run that
         resumes it.
         """
-        if self._run_should_stop() or not self._is_due(self.settings.eval_every):
+        if self._run_should_stop() or not self._is_due_or_last(self.settings.eval_every):
             return {}
         evaluated = self.evaluate() if self.held_out else {}
         if not self._run_should_stop():
@@ -421,7 +423,7 @@ class Run:
         """
         return self.resumed_from == self.step < self.schedule.steps
 
-    def _is_due(self, every: int) -> bool:
+    def _is_due_or_last(self, every: int) -> bool:
         """Return whether an action is due now: every ``every`` steps, and after the last step."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
@@ -629,7 +631,7 @@ class Run:
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_recovery_hint(error, self._stepped_adapter_folders()) from error
+                raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
 
         self.processes.run_in_main_and_broadcast(write)
 
@@ -640,7 +642,7 @@ class Run:
         `CheckpointError` is raised.
         """
         saved, failures = [], []
-        for name, folder in self._stepped_adapter_folders().items():
+        for name, folder in self._trained_adapter_folders().items():
             try:
                 save_adapter(self.model, name, folder)
                 saved.append(name)

@@ -77,7 +77,7 @@ def test_two_files_of_one_name_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
     with pytest.raises(DataError, match="already defines adapter 'robot'"):
-        demo.settings_for_data_files(twice)
+        demo.adapter_settings_for_files(twice)
 
 
 def test_a_turn_of_the_data_is_one_of_the_demos(smollm2_tokenizer: Any) -> None:
@@ -115,7 +115,7 @@ def test_the_converted_model_answers(smollm2_tokenizer: Any, fresh_smollm2: Any)
 
 
 def _fake_conversion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, convert: Any) -> None:
-    monkeypatch.setattr(smollm2, "find_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(smollm2, "find_installed_gguf", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(smollm2, "_convert", convert)
 
 

@@ -37,7 +37,7 @@ FAULTS = (
         kind="a version compared too late",
         source="4a78b89",
         path="fastlora/integrations/vllm/slots.py",
-        before="        self._drop_outdated_packs()\n        self._erase(slot)\n",
+        before="        self._drop_packs_if_outdated()\n        self._erase(slot)\n",
         after="        self._erase(slot)\n",
         tests=(f"{_VLLM_SLOTS}::test_a_slot_changes_after_other_code_has_written_another",),
     ),

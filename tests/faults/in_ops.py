@@ -195,7 +195,10 @@ FAULTS = (
         "copies",
         "1f559c1",
         "fastlora/ops/torch/packed.py",
-        "first_fit_layout(pack.layout.ranks, coalescing_is_faster(dtype, kind)) is pack.layout",
+        (
+            "first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) "
+            "is pack.layout"
+        ),
         "False",
         (f"{_PACKED}test_batches_of_a_set_share_its_packs",),
     ),

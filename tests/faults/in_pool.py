@@ -17,7 +17,7 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="""\
                 if old is not None:  # a captured graph that still runs may look up the slot
-                    self._transfers.wait_for_reads(old.reads.values())
+                    self._transfers.order_writes_after_reads(old.reads.values())
 """,
         after="",
         tests=(f"{_THREADS}::test_a_slot_changes_its_meaning_behind_its_readers",),
@@ -309,7 +309,10 @@ FAULTS = (
         kind="memory reused before its readers end",
         source="M10",
         path="fastlora/pool/tiers.py",
-        before="        self._transfers.wait_for_reads(loaded.reads.values())\n        with self",
+        before=(
+            "        self._transfers.order_writes_after_reads(loaded.reads.values())\n"
+            "        with self"
+        ),
         after="        with self",
         tests=(
             "tests/pool/test_pool_threads.py::test_memory_on_the_device_is_reused_behind_its_readers",
@@ -348,8 +351,8 @@ FAULTS = (
         kind="wrong scaling",
         source="issue 31",
         path="fastlora/pool/reader.py",
-        before="locations[key] = TensorLocation(index, _BLOCK_OF[kind], name)",
-        after="locations[key] = TensorLocation(index, _BLOCK_OF[kind], target)",
+        before="locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)",
+        after="locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], target)",
         tests=("tests/model/test_expert_files.py::test_files_of_peft_load",),
     ),
     Fault(

@@ -133,7 +133,7 @@ FAULTS = (
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_recovery_hint(error, self._stepped_adapter_folders()) from error
+                raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
 """,
         after="""\
             if checkpoint.checkpoint_path(self.root, self.step).exists():
@@ -143,7 +143,7 @@ FAULTS = (
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_recovery_hint(error, self._stepped_adapter_folders()) from error
+                raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
             self._save_stepped_adapters()
 """,
         tests=(f"{_CLI}/test_train_cli_interrupt.py::test_adapters_are_saved_first",),

@@ -23,7 +23,7 @@ from fastlora.ops.torch.packed_plans import (
     BlockedPlan,
     DensePlan,
     PerSamplePlan,
-    RankRowSums,
+    RowUpdateTerms,
     SeparatePlan,
 )
 from fastlora.testing import assert_within_budget
@@ -182,7 +182,7 @@ def test_plans(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {type(plan) for plan in chosen} == {kind}
     if kind in (BlockedPlan, DensePlan):
         expected = dtype == torch.float32 and 1 < count <= len(x) * tokens <= 8 * count
-        assert {plan.sums is not None for plan in chosen} == {expected}
+        assert {plan.terms is not None for plan in chosen} == {expected}
     if case == "many, bf16":
         assert all(plan.coalesced == 4 for plan in chosen)
 
@@ -280,7 +280,7 @@ def test_few_rows_of_mixed_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         outputs = steps(model, x, names)
     found = [packed_plans.cached_plan(*call.args) for call in plans.call_args_list]
-    assert {(type(plan), type(plan.sums)) for plan in found} == {(BlockedPlan, RankRowSums)}
+    assert {(type(plan), type(plan.terms)) for plan in found} == {(BlockedPlan, RowUpdateTerms)}
     assert_alone(outputs, model, x, names)
 
 

@@ -24,7 +24,7 @@ from fastlora.ops.torch.packed_plans import (
     DensePlan,
     PerSamplePlan,
     Plan,
-    RankRowSums,
+    RowUpdateTerms,
     SeparatePlan,
 )
 from fastlora.ops.torch.packed_slots import PackedSlots
@@ -79,11 +79,11 @@ def add(
 
 MIXES = {
     # slots, slices, ranks of a slot, samples, tokens of each, dtype, plans that must occur
-    "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan, RankRowSums}),
+    "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan, RowUpdateTerms}),
     "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {BlockedPlan, SeparatePlan}),
     "more rows": (4, 3, (8,), 40, 1, torch.float32, {BlockedPlan, NoneType}),
     "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {SeparatePlan}),
-    "many slots": (16, 1, (8,), 64, 1, torch.float32, {RankRowSums, SeparatePlan}),
+    "many slots": (16, 1, (8,), 64, 1, torch.float32, {RowUpdateTerms, SeparatePlan}),
     "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {BlockedPlan}),
     "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, SeparatePlan}),
     "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, SeparatePlan}),
@@ -126,7 +126,7 @@ def test_slots_change_one_by_one(case: str) -> None:
             made, plan = add(pack, y, x, rows)
             plans.add(type(plan))
             if isinstance(plan, BlockedPlan):
-                plans.add(type(plan.sums))
+                plans.add(type(plan.terms))
             base = torch.tensor([slot < 0 for slot in spread])
             assert torch.equal(made[base], y[base])
             assert_within_budget(
@@ -248,10 +248,10 @@ def test_an_adapter_that_cannot_be_copied(ranks: tuple[int, int]) -> None:
         if copied:
             raise torch.OutOfMemoryError("planted")
         copied.append(factors)
-        return packed.scaled_rank_rows(factors, dtype)
+        return packed.scaled_lora_b_rank_rows(factors, dtype)
 
     with (
-        mock.patch.object(packed_slots, "scaled_rank_rows", copy_one),
+        mock.patch.object(packed_slots, "scaled_lora_b_rank_rows", copy_one),
         pytest.raises(torch.OutOfMemoryError, match="planted"),
     ):
         pack.set_slot(0, given)

@@ -15,7 +15,7 @@ from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.routing import active, block
 from fastlora.routing.caches import PerBlockCache
-from fastlora.routing.routing import RoutingGroup, number_layers
+from fastlora.routing.routing import RoutedLayerGroup, number_layers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -56,7 +56,7 @@ def test_a_batch_has_an_id_for_each_sample_or_token(
             active.check_batch_matches_ids(group, (), {"input_ids": x}, per_sample=per_sample)
         with active.skip_batch_checks():
             active.check_batch_matches_ids(group, (x,), {}, per_sample=per_sample)
-        active.check_batch_matches_ids(RoutingGroup(), (torch.empty(7, D),), {})
+        active.check_batch_matches_ids(RoutedLayerGroup(), (torch.empty(7, D),), {})
     active.check_batch_matches_ids(group, (torch.empty(7, D),), {})
 
 
@@ -94,7 +94,7 @@ def test_ids_are_checked_where_the_host_reads_rows() -> None:
         routing.sorted_rows(4, cpu)
         wrong = pytest.raises(AdapterNotFoundError, match="^an adapter id is out of range")
         with wrong if invalid else nullcontext():
-            routing.sorted_rows(4, cpu, host=True)
+            routing.sorted_rows(4, cpu, read_on_host=True)
 
 
 def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
@@ -174,7 +174,7 @@ def test_a_forward_ends_what_it_made_for_layers_that_were_not_called() -> None:
         def discard_untaken(self) -> None:
             self.is_discarded = True
 
-    group, own, others = RoutingGroup(), Results(), Results()
+    group, own, others = RoutedLayerGroup(), Results(), Results()
     thread = threading.get_ident()
     group.unfinished = {(thread, 0, 1): own, (thread + 1, 0, 1): others}
     active.discard_unused_results(group)

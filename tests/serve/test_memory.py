@@ -31,7 +31,7 @@ def mapped():
     return (libc.mallinfo2().n4 - before) >> 20
 
 print(mapped())
-serve._return_freed_memory_to_os()
+serve._make_malloc_return_memory()
 print(mapped())
 """
 
@@ -55,7 +55,7 @@ def test_a_users_own_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("looks for mallopt")
 
     monkeypatch.setattr(serve.ctypes, "CDLL", load)
-    serve._return_freed_memory_to_os()
+    serve._make_malloc_return_memory()
     monkeypatch.delenv("MALLOC_ARENA_MAX")
     with pytest.raises(AssertionError, match="mallopt"):
-        serve._return_freed_memory_to_os()
+        serve._make_malloc_return_memory()

@@ -271,7 +271,7 @@ class RecordingTransfers(DeviceTransfers):
         self.log.append(("forward", self.marks))
         return self.marks, threading.get_ident()
 
-    def wait_for_reads(self, marks: Iterable[Any]) -> None:
+    def order_writes_after_reads(self, marks: Iterable[Any]) -> None:
         self.log += [("pool waits for", mark) for mark in marks]
 
     def kinds(self) -> list[str]:

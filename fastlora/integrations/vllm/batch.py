@@ -20,7 +20,7 @@ from fastlora.ops.triton.rows_argument import rows_for_address_tables
 _PIECE_ROWS = (16, 64, 128)
 
 
-class SortedRows(NamedTuple):
+class SortedRowsAndPlans(NamedTuple):
     """The rows of one batch, sorted by slot, and the plans of the batch's matrix products.
 
     Attributes:
@@ -51,7 +51,7 @@ class BatchRows:
         self.slots = slots
         self.count = count
         self.used_slots: list[int] = []
-        self._sorted: dict[int, SortedRows] = {}
+        self._sorted: dict[int, SortedRowsAndPlans] = {}
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def start(self, slots: np.ndarray) -> None:
@@ -72,13 +72,13 @@ class BatchRows:
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
 
-    def first(self, m: int) -> SortedRows:
+    def first(self, m: int) -> SortedRowsAndPlans:
         """Return the first m rows in sorted order. The result is cached for the batch."""
         found = self._sorted.get(m)
         if found is None:
             # The ids are copied: the buffer is overwritten by the next batch.
             rows = sort_rows(self.slots[:m].clone(), m, self.count)
-            found = self._sorted[m] = SortedRows(rows, {})
+            found = self._sorted[m] = SortedRowsAndPlans(rows, {})
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:

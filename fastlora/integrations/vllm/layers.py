@@ -253,7 +253,7 @@ def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
     return make_lora_inputs
 
 
-def active_requests_by_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
     """Return one request for each adapter ID, unlike ``LoraState.get_activate_loras``.
 
     This function replaces the method of model runner V2 for the same reason.
@@ -269,15 +269,15 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``WorkerLoRAManager._load_adapter`` so that it also checks the adapter."""
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        check_config(lora_request.lora_path, lora_request.lora_name)
+        check_no_ignored_fields(lora_request.lora_path, lora_request.lora_name)
         lora = load(self, lora_request)
-        check_adapter(lora, self._adapter_manager, lora_request.lora_name)
+        check_adapter_factors(lora, self._adapter_manager, lora_request.lora_name)
         return lora
 
     return _load_adapter
 
 
-def check_config(path: str, name: str) -> None:
+def check_no_ignored_fields(path: str, name: str) -> None:
     """Check an adapter's config for fields that vLLM ignores.
 
     vLLM 0.31 ignores ``rank_pattern``, ``alpha_pattern``, and ``lora_bias``.
@@ -297,13 +297,13 @@ def check_config(path: str, name: str) -> None:
         raise ValueError(f"adapter {name!r}: this version of vLLM ignores {', '.join(ignored)}")
 
 
-def check_adapter(lora: Any, manager: Any, name: str) -> None:
+def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
     """Check the factors of an adapter before it is loaded into a slot.
 
     Raises:
         ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
     """
-    shapes = _features_by_module(manager)
+    shapes = _in_out_features_by_module(manager)
     for module, weights in lora.loras.items():
         if ".experts" in module:
             continue
@@ -337,7 +337,7 @@ def _features_of(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, 
     return shapes.get(module, shapes.get(f"model.{module}"))
 
 
-def _features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
+def _in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
     """Return (in_features, out_features...) of each module that an adapter's file can name.
 
     Several values of out_features are allowed for an output layer with a padded vocabulary, and for

@@ -224,7 +224,7 @@ def differences() -> list[str]:
     unknown = set(getattr(abstract, "__abstractmethods__", ())) - set(_WRAPPER_METHODS)
     found += [f"{_ABSTRACT}.{name} is new" for name in sorted(unknown)]
     known = {(owner, name) for owner, names in _LAYER_CLASSES.items() for name in names}
-    for cls in _lora_classes():
+    for cls in _non_moe_lora_classes():
         for name in _LAYER_METHODS:
             owner = f"{cls.__module__}:{cls.__qualname__}"
             if name in vars(cls) and (owner, name) not in known:
@@ -247,7 +247,7 @@ def _find_class(owner: str) -> Any:
         return None
 
 
-def _lora_classes() -> list[type]:
+def _non_moe_lora_classes() -> list[type]:
     """Return vLLM's LoRA layer classes and their base classes, except those for MoE layers."""
     layers = importlib.import_module(_LAYERS)
     leaves = importlib.import_module("vllm.lora.utils")._all_lora_classes
@@ -279,7 +279,7 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         # A copy of lora_b in pinned memory or on another device would lose its scaling.
         found.append((_find_class(_WEIGHTS), "optimize", layers.keep_scaling_apart))
     state = _find_class(_STATE)
-    found.append((state, "get_activate_loras", layers.active_requests_by_adapter_id))
+    found.append((state, "get_activate_loras", layers.one_request_per_adapter_id))
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.checked_load),
         (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),

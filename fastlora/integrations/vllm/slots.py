@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.integrations.vllm.batch import BatchRows, SortedRows
+from fastlora.integrations.vllm.batch import BatchRows, SortedRowsAndPlans
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import Factors
 from fastlora.ops.torch import packed_forward
@@ -25,7 +25,7 @@ _ALIGNMENT = 16  # bytes
 _MOST_SLICES = 4
 
 
-class _PreparedBatch(NamedTuple):
+class _PreparedFactors(NamedTuple):
     """The packed factors for one batch, and the plan of their products.
 
     Attributes:
@@ -36,7 +36,7 @@ class _PreparedBatch(NamedTuple):
         plan: The plan. It is None if ``factors`` is None.
     """
 
-    batch: SortedRows
+    batch: SortedRowsAndPlans
     version: int
     dtype: torch.dtype
     factors: PackedLayerFactors | None
@@ -82,7 +82,7 @@ class SlotProducts:
         self.tables = [*addresses, rank, scaling]
         self._packs: dict[torch.dtype, PackedSlots] = {}
         self._version = storage._version
-        self._prepared: _PreparedBatch | None = None
+        self._prepared: _PreparedFactors | None = None
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
@@ -124,7 +124,7 @@ class SlotProducts:
         """Number of times that one of the current packs was allocated and filled with all slots."""
         return sum(pack.num_repacks for pack in self._packs.values())
 
-    def _add_from_pack(self, y: torch.Tensor, x: torch.Tensor, batch: SortedRows) -> None:
+    def _add_from_pack(self, y: torch.Tensor, x: torch.Tensor, batch: SortedRowsAndPlans) -> None:
         found = self._prepared
         if (
             found is None
@@ -136,11 +136,11 @@ class SlotProducts:
         if found.factors is not None and found.plan is not None:
             packed_forward.add_(y, x, batch.rows.slot_index, found.factors, found.plan)
 
-    def _prepare(self, batch: SortedRows, dtype: torch.dtype) -> _PreparedBatch:
+    def _prepare(self, batch: SortedRowsAndPlans, dtype: torch.dtype) -> _PreparedFactors:
         factors, plan = self._packed_slots(dtype).factors, None
         if factors is not None:
             plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)
-        return _PreparedBatch(batch, self._storage._version, dtype, factors, plan)
+        return _PreparedFactors(batch, self._storage._version, dtype, factors, plan)
 
     def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         rows = batch.operator_arguments(x.shape[0])
@@ -155,7 +155,7 @@ class SlotProducts:
 
         If there is no valid pack in this dtype, all slots are packed into a new one.
         """
-        self.drop_outdated_packs()
+        self.drop_packs_if_outdated()
         pack = self._packs.get(dtype)
         if pack is None:
             with torch.inference_mode(False):
@@ -164,7 +164,7 @@ class SlotProducts:
                 self._pack_all(pack)
         return pack
 
-    def drop_outdated_packs(self) -> None:
+    def drop_packs_if_outdated(self) -> None:
         """Drop all packs if other code has written the factors. vLLM's stacks are views of them."""
         if self._version != self._storage._version:
             self._packs.clear()
@@ -262,7 +262,7 @@ class LayerSlots:
         for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
             if down is not None and up is not None:
                 self._check_shapes(index, down, up)
-        self._drop_outdated_packs()
+        self._drop_packs_if_outdated()
         self._erase(slot)
         ranks_a, ranks_b = [0] * len(self.lora_b), [0] * len(self.lora_b)
         for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
@@ -282,17 +282,17 @@ class LayerSlots:
     def clear(self, slot: int) -> None:
         """Set a slot's ranks to 0."""
         if not self.is_empty(slot):
-            self._drop_outdated_packs()
+            self._drop_packs_if_outdated()
             self._erase(slot)
             zeros = [0] * len(self.lora_b)
             self._set_ranks(slot, zeros, zeros, [1.0] * len(self.lora_b))
 
-    def _check_shapes(self, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    def _check_shapes(self, slice_index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         """Raise `ValueError` if a slice's factors have the wrong shape or too high a rank."""
-        width, max_rank = self.lora_b[index].shape[2], self.lora_b[index].shape[1]
+        width, max_rank = self.lora_b[slice_index].shape[2], self.lora_b[slice_index].shape[1]
         features, max_rank_a = None, max_rank
         if self.lora_a:
-            max_rank_a, features = self.lora_a[index].shape[1:]
+            max_rank_a, features = self.lora_a[slice_index].shape[1:]
         fits = lora_a.dim() == lora_b.dim() == 2 and lora_b.shape[0] == width
         fits = fits and features in (None, lora_a.shape[1])
         fits = fits and lora_a.shape[0] <= max_rank_a and lora_b.shape[1] <= max_rank
@@ -301,14 +301,14 @@ class LayerSlots:
             fits = lora_a.shape[0] == lora_b.shape[1]
         if not fits:
             raise ValueError(
-                f"slice {index}: lora_A has shape {tuple(lora_a.shape)} and lora_B "
+                f"slice {slice_index}: lora_A has shape {tuple(lora_a.shape)} and lora_B "
                 f"{tuple(lora_b.shape)}, expected [rank, {features or 'in_features'}] and "
                 f"[{width}, rank] with a rank of at most {max_rank}"
             )
 
-    def _drop_outdated_packs(self) -> None:
+    def _drop_packs_if_outdated(self) -> None:
         for each in (*self.linear, *self.shrink, *self.expand):
-            each.drop_outdated_packs()
+            each.drop_packs_if_outdated()
 
     def _erase(self, slot: int) -> None:
         """Set a slot's factors to zero, so that vLLM's stacks contain only loaded adapters."""

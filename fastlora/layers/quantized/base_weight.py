@@ -266,13 +266,13 @@ class BaseQuantizedWeight(MergeTarget):
     def fingerprint(self) -> Fingerprint:
         return tuple(total for part in self.stored_tensors() for total in bit_sums(part))
 
-    def convert_snapshot(
+    def snapshot_after_apply(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
         """Return the snapshot unchanged.
 
-        As in `MergeTarget.convert_snapshot`, it is a result of `snapshot`. ``fn`` is not applied,
-        because it may change dtypes. `restore` moves the data to the weight's device.
+        As in `MergeTarget.snapshot_after_apply`, it is a result of `snapshot`. ``fn`` is not
+        applied, because it may change dtypes. `restore` moves the data to the weight's device.
         """
         return snapshot
 

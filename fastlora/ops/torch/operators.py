@@ -211,14 +211,16 @@ def add_at_(
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
     batch, k, n = rows_from_tensors(rows), x.shape[1], y.shape[1]
     slots = tuple(slot for slot in batch.used_slots if ranks[slot])
-    lora_a = [tensor_at_address(a_address[slot], (ranks[slot], k), factor_dtype) for slot in slots]
+    lora_a = [
+        cpu_tensor_at_address(a_address[slot], (ranks[slot], k), factor_dtype) for slot in slots
+    ]
     lora_b = [
-        tensor_at_address(b_address[slot], (ranks[slot], n), factor_dtype).t() for slot in slots
+        cpu_tensor_at_address(b_address[slot], (ranks[slot], n), factor_dtype).t() for slot in slots
     ]
     lora_bias: list[Factor] = [None] * len(slots)
     for place, slot in enumerate(slots):
         if biases and biases[0][slot]:
-            lora_bias[place] = tensor_at_address(biases[0][slot], (n,), factor_dtype)
+            lora_bias[place] = cpu_tensor_at_address(biases[0][slot], (n,), factor_dtype)
     scaling, none = tables[3][index, list(slots)], (0.0,) * len(slots)
     _add_(y, x, AdapterOperands(lora_a, lora_b, lora_bias, scaling, none, None, slots), batch)
 
@@ -242,14 +244,14 @@ def scale_(
         if address == PENDING:
             y[own] = float("nan")
         elif address:
-            scale, part = tensor_at_address(address, (y.shape[1],), torch.float32), y[own]
+            scale, part = cpu_tensor_at_address(address, (y.shape[1],), torch.float32), y[own]
             part = part if shift is None else part - shift
             # Without a wider copy of the rows, and rounded once.
             scaled = torch.mul(part, scale, out=torch.empty_like(part))
             y[own] = scaled if shift is None else scaled.add_(shift)
 
 
-def tensor_at_address(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def cpu_tensor_at_address(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor that is a view of the process's memory at an address."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

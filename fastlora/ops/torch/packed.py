@@ -21,9 +21,9 @@ import torch
 from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import (
     BatchKind,
-    coalescing_is_faster,
-    column_major_is_faster,
+    column_major_lora_a_is_faster,
     dense_is_fastest,
+    unit_coalescing_is_faster,
 )
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
@@ -61,13 +61,13 @@ class PackedLayout:
 
 
 @functools.lru_cache(maxsize=256)
-def first_fit_layout(ranks: tuple[int, ...], coalesced: bool = False) -> PackedLayout:
+def first_fit_layout(ranks: tuple[int, ...], round_to_blocks: bool = False) -> PackedLayout:
     """Return a layout that assigns each adapter to the first unit with enough free rank rows.
 
     The largest adapters are assigned first.
 
-    If ``coalesced`` is set, units will be combined into blocks, and a large number of units is
-    rounded up to full blocks.
+    If ``round_to_blocks`` is set, units will be combined into blocks, and a large number of units
+    is rounded up to full blocks.
     """
     unit = max(ranks)
     used: list[int] = []
@@ -84,7 +84,7 @@ def first_fit_layout(ranks: tuple[int, ...], coalesced: bool = False) -> PackedL
         firsts[index] = at * unit + used[at]
         used[at] += rank
     units = len(used)
-    if not coalesced:
+    if not round_to_blocks:
         return PackedLayout(unit, units, tuple(firsts), ranks)
     rounded = units
     if units >= ROUNDED_UNITS:
@@ -142,22 +142,22 @@ def pack_layer_factors(
         first, rank = layout.firsts[at], layout.ranks[at]
         unit, in_unit = divmod(first, layout.unit)
         rank_rows_a[unit, 0, in_unit : in_unit + rank] = own.lora_a
-        lora_b[first : first + rank] = scaled_rank_rows(own, dtype)
+        lora_b[first : first + rank] = scaled_lora_b_rank_rows(own, dtype)
         if lora_bias is not None and own.lora_bias is not None:
-            lora_bias[at] = own.lora_bias.to(_exact(dtype)) * own.scaling
+            lora_bias[at] = own.lora_bias.to(_scaling_dtype(dtype)) * own.scaling
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
         return None
     return PackedLayerFactors(layout, lora_a, (lora_b,), lora_bias, (n,))
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def _scaling_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which factors are scaled before they are rounded to ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scaled_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+def scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
     """Return the scaled rank rows of lora_b, ``[R, N]``, before they are rounded to ``dtype``."""
-    rows = factors.lora_b.t().to(_exact(dtype))
+    rows = factors.lora_b.t().to(_scaling_dtype(dtype))
     scaling = factors.scaling
     if isinstance(scaling, torch.Tensor) and scaling.dim():
         scaling = scaling.unsqueeze(1)
@@ -180,7 +180,7 @@ def zero_lora_a(
     if is_dense:
         zeros = torch.zeros(k, slices, units, unit, dtype=dtype, device=device)
         return zeros.flatten(1), zeros.permute(2, 1, 3, 0)
-    if column_major_is_faster(slices * unit, dtype):
+    if column_major_lora_a_is_faster(slices * unit, dtype):
         zeros = torch.zeros(units, k, slices, unit, dtype=dtype, device=device)
         return zeros.flatten(2), zeros.permute(0, 2, 3, 1)
     zeros = torch.zeros(units, slices, unit, k, dtype=dtype, device=device)
@@ -189,7 +189,7 @@ def zero_lora_a(
 
 def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
-    return first_fit_layout(ranks, coalescing_is_faster(dtype, kind)) if any(ranks) else None
+    return first_fit_layout(ranks, unit_coalescing_is_faster(dtype, kind)) if any(ranks) else None
 
 
 def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
@@ -197,4 +197,6 @@ def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> 
 
     Factors that were packed for another kind of batch can have the same layout.
     """
-    return first_fit_layout(pack.layout.ranks, coalescing_is_faster(dtype, kind)) is pack.layout
+    return (
+        first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) is pack.layout
+    )

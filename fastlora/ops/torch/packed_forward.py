@@ -20,8 +20,8 @@ from fastlora.ops.torch.packed_plans import (
     DensePlan,
     PerSamplePlan,
     Plan,
-    RankRowSums,
-    SeparateAdapter,
+    RowUpdateTerms,
+    SeparateAdapterRows,
     SeparatePlan,
 )
 
@@ -39,9 +39,9 @@ def linear(
     Each row gets the update of its own adapter. The arguments are those of `add_`.
     """
     lora_b = pack.lora_b[0] if len(pack.lora_b) == 1 else None
-    if lora_b is not None and isinstance(plan, BlockedPlan) and plan.exact and plan.sums is None:
+    if lora_b is not None and isinstance(plan, BlockedPlan) and plan.exact and plan.terms is None:
         x, s = _arrange_and_shrink(x, pack, plan)
-        (s,) = _own_columns(s, pack, plan)
+        (s,) = _zero_other_columns(s, pack, plan)
         y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
         products.baddbmm_(places, s, _block_b(lora_b, pack, plan))
@@ -73,14 +73,14 @@ def add_(
         return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
     _, s = _arrange_and_shrink(x, pack, plan)
     parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
-    sums = None if isinstance(plan, PerSamplePlan) else plan.sums
-    if sums is None:
-        every_s = _own_columns(s, pack, plan)
+    terms = None if isinstance(plan, PerSamplePlan) else plan.terms
+    if terms is None:
+        every_s = _zero_other_columns(s, pack, plan)
         for part, own_s, lora_b in zip(parts, every_s, pack.lora_b, strict=True):
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _add_sums(parts, s, pack, sums)
+        _add_weighted_rank_rows(parts, s, pack, terms)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
 
 
@@ -110,7 +110,7 @@ def _arrange_and_shrink(
     return x, products.bmm(x.view(plan.blocks, plan.longest, -1), own_a)
 
 
-def _own_columns(
+def _zero_other_columns(
     s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> Sequence[torch.Tensor]:
     """Return s of each slice, with zeros in the columns of other adapters.
@@ -131,26 +131,30 @@ def _own_columns(
     return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
-def _add_sums(
-    parts: Sequence[torch.Tensor], s: torch.Tensor, pack: PackedLayerFactors, sums: RankRowSums
+def _add_weighted_rank_rows(
+    y_slices: Sequence[torch.Tensor],
+    s: torch.Tensor,
+    pack: PackedLayerFactors,
+    terms: RowUpdateTerms,
 ) -> None:
     """Add each row's sum of rank rows of lora_b, weighted by its own columns of s, to y in place.
 
     Args:
-        parts: For each slice, y ``[M, N]``.
+        y_slices: For each slice, y ``[M, N]``.
         s: The result of `_arrange_and_shrink`.
         pack: The packed factors.
-        sums: The terms of each row.
+        terms: The terms of each row.
     """
-    slices = len(parts)
+    slices = len(y_slices)
+    at = terms.weight_positions if slices == 1 else terms.weight_positions_of_slices(slices)
     # [slices * terms]
-    weights = s.take(sums.weights_of_slices(slices))
+    weights = s.take(at)
     by_slice = weights.chunk(slices) if slices > 1 else (weights,)
-    for part, own, lora_b in zip(parts, by_slice, pack.lora_b, strict=True):
+    for part, own, lora_b in zip(y_slices, by_slice, pack.lora_b, strict=True):
         if lora_b is not None:
             # F.embedding_bag spends as much time on checking its arguments as on such a sum.
             update, *_ = torch.embedding_bag(
-                lora_b, sums.rank_rows, sums.starts, per_sample_weights=own
+                lora_b, terms.rank_rows, terms.starts, per_sample_weights=own
             )
             part.add_(update)
 
@@ -195,7 +199,7 @@ def _add_separately(
 
 
 def _add_adapter(
-    y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, own: SeparateAdapter
+    y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, own: SeparateAdapterRows
 ) -> None:
     """Add the update of one adapter to its rows of y in place."""
     (unit, first), slices = divmod(own.first, pack.layout.unit), len(pack.lora_b)

@@ -17,7 +17,7 @@ layers whose factors have the same layout:
 
 For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, dense and
 blocked plans multiply x by lora_a only. Each row's update is then a sum of its own rank rows of
-lora_b (`RankRowSums`), and no row is moved back.
+lora_b (`RowUpdateTerms`), and no row is moved back.
 
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
@@ -44,8 +44,8 @@ from fastlora.ops.torch.packed import (
 from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
-    coalescing_is_faster,
     summing_rank_rows_is_faster,
+    unit_coalescing_is_faster,
 )
 
 # Units are combined until a block has at least this many rows.
@@ -66,7 +66,7 @@ _PLACES_EACH = 4
 
 
 @dataclass(frozen=True, eq=False)
-class RankRowSums:
+class RowUpdateTerms:
     """The terms of each row's update: rank rows of its adapter's lora_b, weighted by s.
 
     Rank rows of other adapters are not used.
@@ -74,24 +74,24 @@ class RankRowSums:
     Attributes:
         rank_rows: The rank row of each term, int64.
         starts: The first term of each row, int64 ``[M]``.
-        weights: The position of each term's weight in the flattened s of one slice, int64.
+        weight_positions: The position of each term's weight in the flattened s of one slice, int64.
         width: The number of adjacent columns of s that belong to one slice.
     """
 
     rank_rows: torch.Tensor
     starts: torch.Tensor
-    weights: torch.Tensor
+    weight_positions: torch.Tensor
     width: int
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def weights_of_slices(self, slices: int) -> torch.Tensor:
+    def weight_positions_of_slices(self, slices: int) -> torch.Tensor:
         """Return the positions of the weights of all slices in the flattened s, int64.
 
         The result is ``[slices * terms]``, and s is ``[..., slices, width]``.
         """
-        found = self.weights if slices == 1 else self._of_slices.get(slices)
+        found = self._of_slices.get(slices)
         if found is None:
-            at, column = self.weights // self.width, self.weights % self.width
+            at, column = self.weight_positions // self.width, self.weight_positions % self.width
             first = (at * slices + torch.arange(slices).unsqueeze(1)) * self.width
             found = self._of_slices[slices] = (first + column).flatten()
         return found
@@ -102,14 +102,14 @@ class DensePlan(NamedTuple):
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
-            row's own; None if one adapter applies to every row, or if ``sums`` is used.
+            row's own; None if one adapter applies to every row, or if ``terms`` is used.
         unit: The only unit that the batch uses, or None if factors are packed for dense products.
-        sums: The terms of the expand, or None if it is a matrix product.
+        terms: The terms of the expand, or None if it is a matrix product.
     """
 
     other: torch.Tensor | None
     unit: int | None
-    sums: RankRowSums | None = None
+    terms: RowUpdateTerms | None = None
 
 
 class BlockedPlan(NamedTuple):
@@ -123,9 +123,9 @@ class BlockedPlan(NamedTuple):
         gather: The row at each place, ``[blocks * C]``.
         place: The place of each row, ``[M]``.
         other: bool ``[blocks, C, coalesced, 1, unit]``, the rank rows of the block that belong to
-            other adapters than the row's own; None if there are none, or if ``sums`` is used.
+            other adapters than the row's own; None if there are none, or if ``terms`` is used.
         exact: Whether each place is for a different row.
-        sums: The terms of the expand, or None if it consists of matrix products.
+        terms: The terms of the expand, or None if it consists of matrix products.
     """
 
     start: int
@@ -136,7 +136,7 @@ class BlockedPlan(NamedTuple):
     place: torch.Tensor
     other: torch.Tensor | None
     exact: bool
-    sums: RankRowSums | None = None
+    terms: RowUpdateTerms | None = None
 
 
 class PerSamplePlan(NamedTuple):
@@ -155,7 +155,7 @@ class PerSamplePlan(NamedTuple):
     other: torch.Tensor | None
 
 
-class SeparateAdapter(NamedTuple):
+class SeparateAdapterRows(NamedTuple):
     """The rows of one adapter in a `SeparatePlan`.
 
     Attributes:
@@ -180,7 +180,7 @@ class SeparatePlan(NamedTuple):
         gather: Rows of adapters with rows that are not adjacent, int64, by adapter.
     """
 
-    adapters: tuple[SeparateAdapter, ...]
+    adapters: tuple[SeparateAdapterRows, ...]
     gather: torch.Tensor
 
 
@@ -221,7 +221,9 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     if pack.is_finite and pack.lora_a.dim() == 2:
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first
-            return DensePlan(None, None, _sum_rank_rows(begin, first, rank, layout.rank_rows))
+            return DensePlan(
+                None, None, _make_row_update_terms(begin, first, rank, layout.rank_rows)
+            )
         return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
     if not pack.is_finite or not used:
         return _make_separate_plan(rows, adapter, layout)
@@ -229,8 +231,8 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
         separate = _make_separate_plan(rows, adapter, layout)
         if not separate.gather.numel():
             return separate
-    coalesces = coalescing_is_faster(dtype, kind)
-    start, stop = _used_units(used, layout, coalesces)
+    coalesces = unit_coalescing_is_faster(dtype, kind)
+    start, stop = _used_unit_range(used, layout, coalesces)
     unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
     if unused > _UNUSED_RANK_ROWS_EACH * len(used):
         return _make_separate_plan(rows, adapter, layout)
@@ -254,28 +256,28 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     if sums_rank_rows:
         # Units are not coalesced in fp32.
         begin = plan.place * layout.unit + first % layout.unit
-        sums = _sum_rank_rows(begin, first, rank, layout.unit)
-        return plan._replace(other=None, sums=sums)
+        terms = _make_row_update_terms(begin, first, rank, layout.unit)
+        return plan._replace(other=None, terms=terms)
     gather, place = plan.gather.to(device), plan.place.to(device)
     masks = None if plan.other is None else plan.other.to(device)
     return plan._replace(gather=gather, place=place, other=masks)
 
 
-def _sum_rank_rows(
+def _make_row_update_terms(
     begin: torch.Tensor, first: torch.Tensor, rank: torch.Tensor, width: int
-) -> RankRowSums:
+) -> RowUpdateTerms:
     """Return the terms of all rows.
 
     Args:
         begin: The position of each row's first weight in the flattened s of one slice.
         first: The first rank row of each row's adapter.
         rank: The number of rank rows of each row's adapter, or 0 for a row without an adapter.
-        width: As in `RankRowSums`.
+        width: As in `RowUpdateTerms`.
     """
     starts = torch.cumsum(rank, 0) - rank
     within = torch.arange(int(rank.sum())) - torch.repeat_interleave(starts, rank)
-    weights, rank_rows = (torch.repeat_interleave(own, rank) + within for own in (begin, first))
-    return RankRowSums(rank_rows, starts, weights, width)
+    positions, rank_rows = (torch.repeat_interleave(own, rank) + within for own in (begin, first))
+    return RowUpdateTerms(rank_rows, starts, positions, width)
 
 
 def _mask_outside(
@@ -290,7 +292,7 @@ def _mask_outside(
     return outside.to(device) if outside.any() else None
 
 
-def _used_units(used: list[int], layout: PackedLayout, coalesces: bool) -> tuple[int, int]:
+def _used_unit_range(used: list[int], layout: PackedLayout, coalesces: bool) -> tuple[int, int]:
     """Return the range of units that contains the adapters in ``used``.
 
     If units may be coalesced, a large range is extended to full blocks where there is room.
@@ -307,18 +309,18 @@ def _used_units(used: list[int], layout: PackedLayout, coalesces: bool) -> tuple
 
 def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
     """Make a `SeparatePlan`."""
-    found, gathered, place = list[SeparateAdapter](), list[torch.Tensor](), 0
+    found, gathered, place = list[SeparateAdapterRows](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])
         first, rank = layout.firsts[index], layout.ranks[index]
         if not rank:
             continue
         if isinstance(own, slice):
-            found.append(SeparateAdapter(first, rank, own, False))
+            found.append(SeparateAdapterRows(first, rank, own, False))
         else:
             gathered.append(own)
             place += len(own)
-            found.append(SeparateAdapter(first, rank, slice(place - len(own), place), True))
+            found.append(SeparateAdapterRows(first, rank, slice(place - len(own), place), True))
     gather = torch.cat(gathered) if gathered else rows.order.new_empty(0, dtype=torch.int64)
     return SeparatePlan(tuple(found), gather)
 
@@ -335,7 +337,7 @@ def _make_blocked_plan(
     first: torch.Tensor,
     rank: torch.Tensor,
     layout: PackedLayout,
-    units: tuple[int, int],
+    unit_range: tuple[int, int],
     coalesced: int,
 ) -> BlockedPlan:
     """Make a `BlockedPlan` over a range of units.
@@ -343,7 +345,7 @@ def _make_blocked_plan(
     The plan assigns each row a place in its adapter's block. Rows without an adapter fill free
     places.
     """
-    (start, stop), m = units, first.numel()
+    (start, stop), m = unit_range, first.numel()
     blocks, width = (stop - start) // coalesced, coalesced * layout.unit
     first = first - start * layout.unit
     own = rank > 0

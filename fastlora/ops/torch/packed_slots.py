@@ -16,7 +16,7 @@ from fastlora.ops.factors import Factors
 from fastlora.ops.torch.packed import (
     PackedLayerFactors,
     PackedLayout,
-    scaled_rank_rows,
+    scaled_lora_b_rank_rows,
     zero_lora_a,
 )
 from fastlora.ops.torch.packed_choice import dense_is_fastest
@@ -56,7 +56,7 @@ class _SlotStorage(NamedTuple):
             if factors is not None:
                 rank = factors.lora_a.shape[0]
                 a[:rank] = factors.lora_a
-                b[:rank] = scaled_rank_rows(factors, dtype)
+                b[:rank] = scaled_lora_b_rank_rows(factors, dtype)
                 is_finite &= bool(torch.isfinite(a[:rank]).all() and torch.isfinite(b[:rank]).all())
             a[rank:] = 0.0
             b[rank:] = 0.0

@@ -81,7 +81,7 @@ def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductLimits]:
 EMULATED = _emulated_dtypes()
 
 
-def computes_in_fp32(*operands: torch.Tensor) -> bool:
+def can_compute_in_fp32(*operands: torch.Tensor) -> bool:
     """Return whether this module can compute the product of the given operands in fp32.
 
     The functions of this module still call PyTorch's own product if it is as fast.
@@ -102,7 +102,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     operands = (x, weight) if bias is None else (x, weight, bias)
     if (
         x.dtype not in EMULATED
-        or not computes_in_fp32(*operands)
+        or not can_compute_in_fp32(*operands)
         or _native_is_as_fast(x, weight.t())
     ):
         return F.linear(x, weight, bias)
@@ -111,7 +111,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
-    if a.dtype not in EMULATED or not computes_in_fp32(a, b) or _native_is_as_fast(a, b):
+    if a.dtype not in EMULATED or not can_compute_in_fp32(a, b) or _native_is_as_fast(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
 
@@ -126,7 +126,7 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to ``y [M, N]`` in place and return y, which may have another dtype."""
     if y.dtype != a.dtype:
         return y.add_(mm(a, b))
-    if y.dtype not in EMULATED or not computes_in_fp32(y, a, b) or _native_is_as_fast(a, b):
+    if y.dtype not in EMULATED or not can_compute_in_fp32(y, a, b) or _native_is_as_fast(a, b):
         return y.addmm_(a, b)
 
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -150,7 +150,7 @@ def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
-    if not computes_in_fp32(a, b) or _native_is_as_fast(a, b):
+    if not can_compute_in_fp32(a, b) or _native_is_as_fast(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for part in _groups(a, b):
@@ -161,7 +161,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to ``y [G, M, N]`` in place and return y."""
-    if not computes_in_fp32(y, a, b) or _native_is_as_fast(a, b):
+    if not can_compute_in_fp32(y, a, b) or _native_is_as_fast(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):
         y[part] = y[part].float().baddbmm_(a[part].float(), b[part].float())

@@ -120,7 +120,7 @@ def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> to
     return products.mm(dy, cast(lora_b, dy.dtype)).mul_(scaling)
 
 
-def lora_d_b(
+def lora_b_grad(
     dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
     """Return ``d_lora_b = dy.T @ (scaling * s)``, the gradient of lora_b, shape ``[N, R]``."""

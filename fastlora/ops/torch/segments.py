@@ -268,7 +268,7 @@ def grad_b(
         if wants_ds:
             share.part(ds).copy_(reference.lora_ds(own, lora_b, scaling))
         if wants[3 * place + 1]:
-            d_lora_b[place] = reference.lora_d_b(own, share.part(s), lora_b, scaling)
+            d_lora_b[place] = reference.lora_b_grad(own, share.part(s), lora_b, scaling)
         if wants[3 * place + 2] and lora_bias is not None:
             d_lora_bias[place] = (reference.column_sums(own) * scaling).to(lora_bias.dtype)
     return ds, d_lora_b, d_lora_bias

@@ -73,6 +73,6 @@ def gradients(given: BackwardArguments) -> Gradients:
         kept = x if keep is None else reference.select_into_mask_(keep, x)
         d_lora_a = reference.cast(products.mm(inner.t(), kept), lora_a.dtype)
     if wants_b and s is not None:
-        d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)
+        d_lora_b = reference.lora_b_grad(dy, s, lora_b, scaling)
     d_bias = reference.column_sums(dy) if wants_bias else None
     return dx, d_bias, ds, [d_lora_a, d_lora_b, None]

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.library import define_operator, register_fake, register_kernel
 from fastlora.ops.rows import Rows, Segment
-from fastlora.ops.stacks import StackedOperands
+from fastlora.ops.stacks import WeightStackOperands
 from fastlora.ops.torch import products, reference
 from fastlora.validation import UnsupportedLayerError
 
@@ -30,7 +30,7 @@ _FEW_ROWS = 128
 _PART_ROWS = 512
 
 
-class _Part(NamedTuple):
+class _KeyChunk(NamedTuple):
     """Adjacent keys and their rows.
 
     Attributes:
@@ -55,7 +55,7 @@ class _KeySpan(NamedTuple):
     key: int
 
 
-def _key_spans(operands: StackedOperands, rows: Rows) -> Iterator[_KeySpan]:
+def _key_spans(operands: WeightStackOperands, rows: Rows) -> Iterator[_KeySpan]:
     """Yield the rows of each key that has rows and an adapter of rank 1 or more."""
     slots = len(operands.lora_a)
     for key, start, stop in rows.segments:
@@ -64,8 +64,8 @@ def _key_spans(operands: StackedOperands, rows: Rows) -> Iterator[_KeySpan]:
             yield _KeySpan(matrix, slot, slice(start, stop), key)
 
 
-def _dropped(
-    x: torch.Tensor, operands: StackedOperands, its: _KeySpan, dtype: torch.dtype
+def _key_rows_after_dropout(
+    x: torch.Tensor, operands: WeightStackOperands, its: _KeySpan, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the rows of a key in a dtype, with dropout. Every call uses the same mask."""
     own, p = reference.cast(x[its.at], dtype), operands.dropout_p[its.slot]
@@ -75,7 +75,7 @@ def _dropped(
 
 
 def add_updates_(
-    y: torch.Tensor, x: torch.Tensor, operands: StackedOperands, rows: Rows
+    y: torch.Tensor, x: torch.Tensor, operands: WeightStackOperands, rows: Rows
 ) -> torch.Tensor:
     """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
 
@@ -96,7 +96,7 @@ def add_updates_(
         lora_a = operands.lora_a[its.slot][its.matrix]
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         own, scaling = s[its.at, : lora_a.shape[0]], operands.scaling[its.slot]
-        found = reference.lora_shrink(_dropped(x, operands, its, dtype), lora_a)
+        found = reference.lora_shrink(_key_rows_after_dropout(x, operands, its, dtype), lora_a)
         own.copy_(found)
         if dtype == x.dtype:
             reference.lora_expand_(y[its.at], own, lora_b, scaling)
@@ -109,7 +109,7 @@ def gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
-    operands: StackedOperands,
+    operands: WeightStackOperands,
     rows: Rows,
     wants_x: bool,
     wants: Sequence[bool],
@@ -151,13 +151,15 @@ def gradients(
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         ds = reference.lora_ds(own_dy, lora_b, scaling)
         if d_lora_a is not None and x is not None:
-            products.mm_into_(d_lora_a[its.matrix], ds.t(), _dropped(x, operands, its, dtype))
+            products.mm_into_(
+                d_lora_a[its.matrix], ds.t(), _key_rows_after_dropout(x, operands, its, dtype)
+            )
         if dx is not None:
             _add_dx_(dx[its.at], ds, reference.cast(lora_a, dtype), operands, its)
     return dx, found
 
 
-def dtype_of_s(x: torch.Tensor, operands: StackedOperands) -> torch.dtype:
+def dtype_of_s(x: torch.Tensor, operands: WeightStackOperands) -> torch.dtype:
     """Return fp32 if x is in 16 bits on a CPU and a factor is in fp32, otherwise the dtype of x.
 
     The dtype does not depend on the rows, which have no values when a graph is traced.
@@ -167,7 +169,7 @@ def dtype_of_s(x: torch.Tensor, operands: StackedOperands) -> torch.dtype:
     return torch.float32 if is_wider else x.dtype
 
 
-def _dtype_of_products(x: torch.Tensor, operands: StackedOperands, rows: Rows) -> torch.dtype:
+def _dtype_of_products(x: torch.Tensor, operands: WeightStackOperands, rows: Rows) -> torch.dtype:
     """Return `dtype_of_s` if keys have few rows, otherwise the dtype of x.
 
     A few rows take less time to convert than the factors of their key.
@@ -176,7 +178,7 @@ def _dtype_of_products(x: torch.Tensor, operands: StackedOperands, rows: Rows) -
     return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
-def _is_grouped(dtype: torch.dtype, operands: StackedOperands, rows: Rows) -> bool:
+def _is_grouped(dtype: torch.dtype, operands: WeightStackOperands, rows: Rows) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` computes the products of adjacent keys.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
@@ -191,7 +193,7 @@ def _is_grouped(dtype: torch.dtype, operands: StackedOperands, rows: Rows) -> bo
         and operands.seeds is None
         and lora_a.is_cpu
         and lora_a.dtype == lora_b.dtype == dtype
-        and _supports_dtype(lora_a)
+        and _grouped_mm_supports_dtype(lora_a)
         and lora_a.stride(-1) == 1
         and lora_b.stride(-1) == 1
         and all(size and size * lora_a.itemsize % _ALIGNMENT == 0 for size in sizes)
@@ -199,26 +201,26 @@ def _is_grouped(dtype: torch.dtype, operands: StackedOperands, rows: Rows) -> bo
     )
 
 
-def _parts(rows: Rows, converts: bool) -> list[_Part]:
+def _parts(rows: Rows, converts: bool) -> list[_KeyChunk]:
     """Return all keys as one part, or in parts of up to `_PART_ROWS` rows if rows are converted.
 
     A key with more rows is a part of its own.
     """
     ends = rows.slot_start[1:]
     if not converts or rows.m <= _PART_ROWS:
-        return [_Part(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
-    parts, segments, key = list[_Part](), rows.segments, 0
+        return [_KeyChunk(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
+    parts, segments, key = list[_KeyChunk](), rows.segments, 0
     while segments:
         start = segments[0].start
         own = [each for each in segments if each.stop - start <= _PART_ROWS] or [segments[0]]
         segments = segments[len(own) :]
         keys = slice(key, own[-1].slot + 1 if segments else rows.slots)
-        parts.append(_Part(keys, slice(start, own[-1].stop), ends[keys] - start, own))
+        parts.append(_KeyChunk(keys, slice(start, own[-1].stop), ends[keys] - start, own))
         key = keys.stop
     return parts
 
 
-def _add_grouped_(y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _Part) -> None:
+def _add_grouped_(y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _KeyChunk) -> None:
     """Add ``s @ factor[key]`` to the rows of a part's keys in place, for ``s`` of these rows."""
     if y.dtype != s.dtype:
         y[part.at].add_(F.grouped_mm(s, factor[part.keys], offs=part.ends))
@@ -233,7 +235,7 @@ def _grouped_factor_gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
-    operands: StackedOperands,
+    operands: WeightStackOperands,
     rows: Rows,
     dx: torch.Tensor | None,
     wants: Sequence[bool],
@@ -275,7 +277,7 @@ def _add_dx_(
     dx: torch.Tensor,
     ds: torch.Tensor,
     lora_a: torch.Tensor,
-    operands: StackedOperands,
+    operands: WeightStackOperands,
     its: _KeySpan,
 ) -> None:
     """Add the gradient of a key's rows of x to dx in place.
@@ -333,14 +335,14 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
     It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
     """
     is_dense = stack.is_contiguous() or stack.transpose(1, 2).is_contiguous()
-    if not _supports_dtype(x) or not x.is_contiguous() or not is_dense:
+    if not _grouped_mm_supports_dtype(x) or not x.is_contiguous() or not is_dense:
         return False
     sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
     widths = x.itemsize, x.itemsize, 1, 1
     return all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
 
 
-def _supports_dtype(x: torch.Tensor) -> bool:
+def _grouped_mm_supports_dtype(x: torch.Tensor) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` supports x's dtype and is fast for it."""
     emulated = x.dtype in products.EMULATED
     return x.dtype in _GROUPED_DTYPES and hasattr(F, "grouped_mm") and not emulated

@@ -102,16 +102,16 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
     return number_tensor_without_sync(values, torch.int64, device)
 
 
-def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Return the largest sum of one adapter's ranks over ``modules`` adjacent modules.
+def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
+    """Return the largest sum of one adapter's ranks over ``modules_per_group`` adjacent modules.
 
     The maximum is over all adapters and all groups of modules. The rank on each module is rounded
     up to a multiple of 4.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
-    starts = range(0, len(filled), modules * slots)
+    starts = range(0, len(filled), modules_per_group * slots)
     sums = [
-        sum(filled[start + slot : start + modules * slots : slots])
+        sum(filled[start + slot : start + modules_per_group * slots : slots])
         for start in starts
         for slot in range(slots)
     ]

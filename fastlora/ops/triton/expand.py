@@ -20,9 +20,9 @@ from fastlora.ops.triton.address_tables import (
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import (
-    add_partial_sums,
     in_usual_layout,
     mixed_shrink_partials,
+    reduce_split_k,
 )
 
 _Tensors = Sequence[torch.Tensor]
@@ -104,7 +104,7 @@ def expand_mixed_(
     y_bytes = y.itemsize * m * sum(own.shape[1] for own in ys)
     if sums_s_once(chip_of(y), m, r, splits, tiles, y_bytes):
         partials, s = s, empty(y, 1, *s.shape[1:])
-        add_partial_sums(s[0], partials, after_shrink=pdl)
+        reduce_split_k(s[0], partials, after_shrink=pdl)
         pdl = False
     mixed_lora_expand.launch_mixed_lora_expand(
         *(ys, s, rows, up),

@@ -29,10 +29,10 @@ from fastlora.ops.triton.address_tables import (
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import (
-    add_partial_sums,
     in_usual_layout,
     mixed_shrink,
     mixed_shrink_partials,
+    reduce_split_k,
     shrink_with_partials,
 )
 from fastlora.quantized_tensor import QuantizedData
@@ -222,7 +222,7 @@ def _grouped_linear(
     if shrunk is not own and not fused:
         tiles = sum(cdiv(size, config.block_n) for size in sizes)
         if sums_s_once(chip_of(x), m, r, shrunk.shape[0], tiles):
-            add_partial_sums(own, shrunk)
+            reduce_split_k(own, shrunk)
             shrunk = own
     s_out = own if with_s and shrunk is not own else None
     ys = [empty(x, m, size) for size in sizes]

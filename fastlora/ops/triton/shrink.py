@@ -56,11 +56,11 @@ def shrink_one_adapter(
     """
     s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
-        add_partial_sums(s, shrunk)
+        reduce_split_k(s, shrunk)
     return s
 
 
-def add_partial_sums(s: torch.Tensor, partials: torch.Tensor, after_shrink: bool = True) -> None:
+def reduce_split_k(s: torch.Tensor, partials: torch.Tensor, after_shrink: bool = True) -> None:
     """Write the sum of a shrink's partial sums into s, in one launch.
 
     ``after_shrink`` means that the previous launch is the shrink.
@@ -168,5 +168,5 @@ def mixed_shrink(
         partials = x.new_empty(splits, *s.shape, dtype=torch.float32)
     lora_shrink.launch_mixed_lora_shrink(partials, x, rows, down, config=config, dropout=dropout)
     if splits > 1:
-        add_partial_sums(s, partials)
+        reduce_split_k(s, partials)
     return s, splits == 1

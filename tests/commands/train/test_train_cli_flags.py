@@ -52,7 +52,7 @@ def test_flags_go_over_every_adapter(given: Any, tmp_path: Path, fails: Any) -> 
     """What was not given stays the file's; what is wrong together is named with its adapter."""
     parser = command.argparse.ArgumentParser()
     command.add_arguments(parser)
-    flags = command._settings_from_arguments(
+    flags = command._flags_from_arguments(
         parser.parse_args(["--lora-bias", "--init", "true"]), parser
     )
     assert flags["defaults"] == {"lora_bias": True, "init_lora_weights": True}

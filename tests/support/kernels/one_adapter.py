@@ -234,7 +234,7 @@ class Problem:
         if name == "ds":
             return reference.lora_ds(dy, to(self.lora_b), scaling)
         if name == "d_lora_b":
-            return reference.lora_d_b(dy, to(self.s), to(self.lora_b), scaling)
+            return reference.lora_b_grad(dy, to(self.s), to(self.lora_b), scaling)
         if name == "d_bias":
             return reference.column_sums(dy)
         if name == "dx":
