@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlora.integrations.vllm.batch import BatchRows
-from fastlora.integrations.vllm.slots import LayerSlots
+from fastlora.integrations.vllm.slots import LayerSlots, SlotProducts
 from fastlora.ops.torch import packed_forward
 from fastlora.testing import assert_within_budget
 
@@ -56,7 +56,7 @@ def _check(
     (products,) = slots.linear
     with torch.no_grad():
         products.add_(own, x, batch)
-        products._add_from_tables(tables, x, batch)
+        products.add_from_tables_(tables, x, batch)
     for result in (own, tables):
         assert_within_budget(result, same, truth)
         for row, slot in enumerate(rows):
@@ -170,10 +170,11 @@ def test_a_batch_without_adapters_computes_nothing(monkeypatch: pytest.MonkeyPat
     _load(slots, 1, 4)
     (products,) = slots.linear
     monkeypatch.setattr(packed_forward, "add_", fail)
-    monkeypatch.setattr(products, "_add_from_tables", fail)
+    monkeypatch.setattr(SlotProducts, "add_from_tables_", fail)
     y = torch.randn(3, sum(WIDTHS))
     before = y.clone()
-    products.add_(y, torch.randn(3, K), _batch((-1, -1, -1)))
-    assert torch.equal(y, before)
-    with pytest.raises(AssertionError, match="an update was computed"):
-        products.add_(y, torch.randn(3, K), _batch((-1, 1, -1)))
+    for add in (products.add_, slots.add_linear_):
+        add(y, torch.randn(3, K), _batch((-1, -1, -1)))
+        assert torch.equal(y, before)
+        with pytest.raises(AssertionError, match="an update was computed"):
+            add(y, torch.randn(3, K), _batch((-1, 1, -1)))

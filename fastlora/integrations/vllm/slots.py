@@ -8,7 +8,7 @@ lora_b.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,28 +113,28 @@ class SlotProducts:
             x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
             batch: The slots of the rows.
         """
-        if is_being_compiled() or not x.is_cpu:
-            self._add_from_tables(y, x.to(y.dtype), batch)
-        elif batch.used_slots:
-            x = x if x.dtype == y.dtype else x.to(y.dtype)
-            self._add_from_pack(y, x, batch.first(x.shape[0]))
+        add = _chosen_implementation(x, batch)
+        if add is not None:
+            add(self, y, x, batch)
 
     @property
     def num_repacks(self) -> int:
         """Number of times that one of the current packs was allocated and filled with all slots."""
         return sum(pack.num_repacks for pack in self._packs.values())
 
-    def _add_from_pack(self, y: torch.Tensor, x: torch.Tensor, batch: SortedRowsAndPlans) -> None:
-        found = self._prepared
+    def add_from_pack_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Do what `add_` does, with packed factors."""
+        rows, found = batch.first(x.shape[0]), self._prepared
         if (
             found is None
-            or found.batch is not batch
+            or found.batch is not rows
             or found.version != self._storage._version
             or found.dtype != y.dtype
         ):
-            found = self._prepared = self._prepare(batch, y.dtype)
+            found = self._prepared = self._prepare(rows, y.dtype)
         if found.factors is not None and found.plan is not None:
-            packed_forward.add_(y, x, batch.rows.slot_index, found.factors, found.plan)
+            x = x if x.dtype == y.dtype else x.to(y.dtype)
+            packed_forward.add_(y, x, rows.rows.slot_index, found.factors, found.plan)
 
     def _prepare(self, batch: SortedRowsAndPlans, dtype: torch.dtype) -> _PreparedFactors:
         factors, plan = self._packed_slots(dtype).factors, None
@@ -142,8 +142,9 @@ class SlotProducts:
             plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)
         return _PreparedFactors(batch, self._storage._version, dtype, factors, plan)
 
-    def _add_from_tables(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        rows = batch.operator_arguments(x.shape[0])
+    def add_from_tables_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Do what `add_` does, with an operator that reads the tables."""
+        x, rows = x.to(y.dtype), batch.operator_arguments(x.shape[0])
         impl = "eager" if x.device.type == "cpu" else "triton"
         for index, part in enumerate(y.split(self.widths, 1)):
             torch.ops.fastlora.lora_add_at_(
@@ -176,6 +177,18 @@ class SlotProducts:
         ranks = self.tables[2].max(0).values
         for slot in ranks.argsort(descending=True).tolist():
             pack.set_slot(slot, self._factors[slot])
+
+
+def _chosen_implementation(
+    x: torch.Tensor, batch: BatchRows
+) -> Callable[[SlotProducts, torch.Tensor, torch.Tensor, BatchRows], None] | None:
+    """Return the method that adds updates, or None if no row has an adapter.
+
+    Traced code and captured graphs serve every batch, so they read tables.
+    """
+    if is_being_compiled() or not x.is_cpu:
+        return SlotProducts.add_from_tables_
+    return SlotProducts.add_from_pack_ if batch.used_slots else None
 
 
 class LayerSlots:
@@ -222,11 +235,13 @@ class LayerSlots:
 
     def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Add each row's update of all slices to y ``[M, N]``, from the first column on."""
-        start = 0
+        add, start = _chosen_implementation(x, batch), 0
+        if add is None:
+            return
         for products in self.linear:
             is_whole = products.width == y.shape[1]
             own = y if is_whole else y[:, start : start + products.width]
-            products.add_(own, x, batch)
+            add(products, own, x, batch)
             start += products.width
 
     def stacked(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
