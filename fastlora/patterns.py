@@ -44,19 +44,19 @@ class _BoundedMatchingState:
     def __init__(self) -> None:
         self.suffix_indexes: dict[int, tuple[Collection[str], _SuffixIndex]] = {}
         self._compiled: dict[str, Any] = {}
-        # CPU seconds: the sum over the outermost `limit_matching_time` blocks that have ended, and
-        # the start of the open one.
+        # CPU seconds: the sum over the outermost `count_toward_matching_time_limit` blocks that
+        # have ended, and the start of the open one.
         self._seconds = 0.0
         self._start: float | None = None
 
     @contextlib.contextmanager
-    def limit_matching_time(self, field: str) -> Iterator[None]:
+    def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
         """Count the CPU time of a ``with`` block as matching time.
 
         The time of nested blocks is counted only once.
 
         Args:
-            field: Name of the config field, for error messages.
+            config_field: Name of the config field, for error messages.
 
         Raises:
             CheckpointError: The time limit is exceeded at the end of the block.
@@ -66,7 +66,7 @@ class _BoundedMatchingState:
             self._start = time.thread_time()
         try:
             yield
-            self._check_time(field)
+            self._check_time(config_field)
         finally:
             if outermost:
                 self._seconds, self._start = self._passed(), None
@@ -157,7 +157,7 @@ def bounded_matching() -> Iterator[None]:
         _bounded.reset(token)
 
 
-def limit_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
+def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that counts the time of its block as matching time.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
@@ -166,10 +166,14 @@ def limit_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
     the context manager does nothing.
 
     Args:
-        field: Name of the config field, for error messages.
+        config_field: Name of the config field, for error messages.
     """
     bounded = _bounded.get()
-    return contextlib.nullcontext() if bounded is None else bounded.limit_matching_time(field)
+    return (
+        contextlib.nullcontext()
+        if bounded is None
+        else bounded.count_toward_matching_time_limit(config_field)
+    )
 
 
 def check_pattern(field: str, pattern: str) -> None:
@@ -183,7 +187,7 @@ def check_pattern(field: str, pattern: str) -> None:
     """
     bounded = _bounded.get()
     if bounded is not None:
-        with bounded.limit_matching_time(field):
+        with bounded.count_toward_matching_time_limit(field):
             if not _PLAIN.fullmatch(pattern):
                 bounded.compile_with_pcre2(field, pattern, pattern)
         return
@@ -232,7 +236,7 @@ def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str 
     """
     if not patterns:
         return None
-    with limit_matching_time(field):
+    with count_toward_matching_time_limit(field):
         return _suffix_index(field, patterns).first_match(name)
 
 
@@ -249,7 +253,7 @@ def patterns_matching_no_suffix(
     if not patterns:
         return []
     names = list(names)
-    with limit_matching_time(field):
+    with count_toward_matching_time_limit(field):
         index = _suffix_index(field, patterns)
         found = {pattern for name in names for pattern in index.matching_plain_patterns(name)}
         found |= {
@@ -274,7 +278,7 @@ class _SuffixIndex:
         # Maps the lengths of the parts between dots to a dict of patterns and their positions.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
-        with limit_matching_time(field):
+        with count_toward_matching_time_limit(field):
             for place, pattern in enumerate(patterns):
                 if _PLAIN.fullmatch(pattern):
                     lengths = tuple(map(len, pattern.split(".")))
@@ -288,7 +292,7 @@ class _SuffixIndex:
         They are the keys of a dict that maps them to their positions in the field.
         """
         found = {}
-        with limit_matching_time(self._field):
+        with count_toward_matching_time_limit(self._field):
             for lengths, patterns in self._plain.items():
                 end = _dotted_suffix_from_lengths(name, lengths)
                 if end in patterns:
@@ -330,7 +334,7 @@ def _match(field: str, pattern: str, template: str, name: str, *, whole: bool = 
         name: The module name.
         whole: Whether the expression must match the entire name instead of its beginning.
     """
-    with limit_matching_time(field):
+    with count_toward_matching_time_limit(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
         if is_plain and len(pattern) > len(name):
             return None  # keeps `re` from compiling a folder's long pattern

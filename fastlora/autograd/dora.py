@@ -38,7 +38,7 @@ from fastlora.ops.torch.dora import (
 )
 
 
-class ApplyDoraScale(torch.autograd.Function):
+class ApplyDoraScaleAndAddBias(torch.autograd.Function):
     """Autograd function that applies DoRA's scale and adds the bias.
 
     It computes the DoRA output ``y = g * u + bias`` from the LoRA output u, which is without bias.

@@ -22,7 +22,7 @@ from fastlora.ops.library import (
     register_kernel,
 )
 from fastlora.ops.rows import Rows, rows_from_tensors
-from fastlora.ops.stacks import WeightStackOperands
+from fastlora.ops.stacks import StackAdapterOperands
 from fastlora.ops.torch.stacks import (
     dtype_of_s,
     grouped_gradients,
@@ -36,7 +36,7 @@ def stacked_lora_linear(
     weight_stack: torch.Tensor | None,
     y: torch.Tensor | None,
     slots: int,
-    operands: WeightStackOperands,
+    operands: StackAdapterOperands,
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
@@ -56,7 +56,7 @@ def stacked_lora_linear(
     factors = list(chain.from_iterable(zip(operands.lora_a, operands.lora_b, strict=True)))
     given = [tensor for tensor in (x, weight_stack, y, *factors) if tensor is not None]
     if records_gradients(*given) or has_unknown_values(x):
-        made: torch.Tensor = StackedLoraLinear.apply(
+        made: torch.Tensor = WeightStackLoraLinear.apply(
             x, weight_stack, y, slots, *operands[2:], rows, impl, *factors
         )
         return made
@@ -66,7 +66,7 @@ def stacked_lora_linear(
     return y
 
 
-class StackedLoraLinear(torch.autograd.Function):
+class WeightStackLoraLinear(torch.autograd.Function):
     """Compute `stacked_lora_linear`.
 
     Saves x, the stack, s, and the factors. Dropout masks are computed again from the seeds. The
@@ -87,7 +87,7 @@ class StackedLoraLinear(torch.autograd.Function):
         impl: str,
         *factors: Any,  # lora_a and lora_b of each adapter in turn
     ) -> torch.Tensor:
-        operands = WeightStackOperands(
+        operands = StackAdapterOperands(
             list(factors[::2]), list(factors[1::2]), scaling, dropout_p, seeds
         )
         adds_to_y = y is not None
@@ -109,7 +109,7 @@ class StackedLoraLinear(torch.autograd.Function):
     @once_differentiable_without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, stack, s, scaling, seeds, *factors = ctx.saved_tensors
-        operands = WeightStackOperands(factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds)
+        operands = StackAdapterOperands(factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds)
         (needs_x, needs_stack, needs_y), wants = ctx.needs_input_grad[:3], ctx.needs_input_grad[9:]
         dx = d_stack = None
         if stack is not None:
@@ -152,7 +152,7 @@ def _stacked_linear(
     there may be no adapters.
     """
     *operands, tensors, impl = given
-    rows, adapters = rows_from_tensors(tensors), WeightStackOperands(*operands)
+    rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)
     if stack is not None:
         product = stacked_lora_linear(x, stack, None, slots, adapters, rows, impl)
         return product if y is None else product + y
@@ -165,14 +165,14 @@ def _stacked_linear(
 def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, tensors, impl = given
     y, rows = y.clone(), rows_from_tensors(tensors)
-    s = BACKENDS[impl].add_stacked_updates_(y, x, WeightStackOperands(*operands), rows)
+    s = BACKENDS[impl].add_stacked_updates_(y, x, StackAdapterOperands(*operands), rows)
     return y, s
 
 
 @register_fake("stacked_updates")
 def _(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, _, impl = given
-    adapters = WeightStackOperands(*operands)
+    adapters = StackAdapterOperands(*operands)
     columns, dtype = max(a.shape[1] for a in adapters.lora_a), dtype_of_s(x, adapters)
     if impl == "triton":
         columns, dtype = rank_to_multiple_of_16(columns), x.dtype
@@ -184,7 +184,7 @@ def _stacked_gradients(
     dy: torch.Tensor, x: torch.Tensor | None, s: torch.Tensor, *given: Any
 ) -> list[torch.Tensor]:
     *operands, tensors, impl, wants_x, wants, dx = given
-    rows, adapters = rows_from_tensors(tensors), WeightStackOperands(*operands)
+    rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)
     dx = None if dx is None else dx.clone()
     dx, found = BACKENDS[impl].stacked_gradients(dy, x, s, adapters, rows, wants_x, wants, dx)
     return [gradient.contiguous() for gradient in (dx, *found) if gradient is not None]

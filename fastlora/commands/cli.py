@@ -255,7 +255,10 @@ def adapter_facts(path: str) -> dict[str, Any]:
         CheckpointError: The folder is missing or damaged.
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
-    from fastlora.model.expert_files import RankAndScaling, factor_sizes_by_module
+    from fastlora.model.expert_files import (
+        InferredRankAndExperts,
+        infer_ranks_and_experts_by_module,
+    )
 
     header = inspect_adapter_folder(path)
     config = header.config
@@ -264,7 +267,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         for key, (module, kind) in header.keys.items()
         if kind.endswith("_A")
     }
-    sizes = factor_sizes_by_module(config, rows)
+    sizes = infer_ranks_and_experts_by_module(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]
@@ -276,7 +279,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or RankAndScaling(None, None, None))._asdict(),
+                **(size or InferredRankAndExperts(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,

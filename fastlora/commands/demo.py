@@ -124,7 +124,10 @@ def run_demo(args: argparse.Namespace) -> int:
         _heading("2  Unseen prompts, each in one mixed batch: the base model and every adapter")
         model.eval()
         columns = [None, *adapters]
-        answers = [answer_with_adapters(model, tokenizer, prompt, columns) for prompt in prompts]
+        answers = [
+            answer_with_adapters_in_one_batch(model, tokenizer, prompt, columns)
+            for prompt in prompts
+        ]
         _print_message(
             format_side_by_side([name or "base model" for name in columns], prompts, answers)
         )
@@ -212,7 +215,7 @@ def open_demo_run(
 
 
 @torch.no_grad()
-def answer_with_adapters(
+def answer_with_adapters_in_one_batch(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
     """Generate an answer to a prompt with each of several adapters.

@@ -172,10 +172,15 @@ def describe_auto_implementations() -> Iterator[dict[str, Any]]:
     for name in names:
         device = torch.device(name)
         chosen, reason = auto_implementation(device)
-        yield {"device": name, "implementation": chosen, "why": reason, **_gpu_facts(device)}
+        yield {
+            "device": name,
+            "implementation": chosen,
+            "why": reason,
+            **_gpu_arch_and_config_table(device),
+        }
 
 
-def _gpu_facts(device: torch.device) -> dict[str, Any]:
+def _gpu_arch_and_config_table(device: torch.device) -> dict[str, Any]:
     """Return a dict of facts about a GPU.
 
     The facts are its architecture, its processor count, and the architecture of its config table.

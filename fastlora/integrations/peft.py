@@ -537,7 +537,7 @@ def patch_layer(module: nn.Module) -> None:
         module.__class__ = fast
     if fast is not None and issubclass(fast, _FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_scaling_device_hook()  # type: ignore[operator]  # defined by the new class
+        module._register_hook_moving_scalings()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -552,7 +552,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_scaling_device_hook()
+    module._remove_hook_moving_scalings()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings

@@ -25,17 +25,17 @@ from fastlora.model.base_state import base_state_dict, load_base_state_dict
 from fastlora.optimizers import create_loraplus_optimizer
 
 
-def unwrap_lora_model(model: object) -> Any:
+def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
     """Return the `LoraModel` inside a model's wrappers, or None if there is none.
 
     The wrappers are those of torch.compile, FSDP1, and DDP. A `LoraModel` without a wrapper is
     returned unchanged.
     """
-    while model is not None and not isinstance(model, LoraModel):
-        inner: Any = getattr(model, "_modules", {})
+    while possibly_wrapped_model is not None and not isinstance(possibly_wrapped_model, LoraModel):
+        inner: Any = getattr(possibly_wrapped_model, "_modules", {})
         names = ("_orig_mod", "_fsdp_wrapped_module", "module")
-        model = next((inner[name] for name in names if name in inner), None)
-    return model
+        possibly_wrapped_model = next((inner[name] for name in names if name in inner), None)
+    return possibly_wrapped_model
 
 
 def has_lora_layers(argument: object) -> bool:
@@ -61,7 +61,7 @@ def get_peft_model_state_dict(
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.adapter_file_state_dict(
-        unwrap_lora_model(model), adapter_name, source, save_embedding_layers
+        find_wrapped_lora_model(model), adapter_name, source, save_embedding_layers
     )
 
 
@@ -78,13 +78,13 @@ def set_peft_model_state_dict(
     those of PEFT's adapter files. See `adapter_state.set_adapter_tensors`.
     """
     return adapter_state.set_adapter_tensors(
-        unwrap_lora_model(model), adapter_name, peft_model_state_dict
+        find_wrapped_lora_model(model), adapter_name, peft_model_state_dict
     )
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the base model's state dict, with the same keys as in a model without adapters."""
-    return base_state_dict(unwrap_lora_model(model).get_base_model())
+    return base_state_dict(find_wrapped_lora_model(model).get_base_model())
 
 
 def set_base_model_state_dict(
@@ -94,7 +94,7 @@ def set_base_model_state_dict(
 
     The tensors are copied. See `load_base_state_dict`.
     """
-    return load_base_state_dict(unwrap_lora_model(model).get_base_model(), state_dict, strict)
+    return load_base_state_dict(find_wrapped_lora_model(model).get_base_model(), state_dict, strict)
 
 
 # PEFT's module, the predicate that recognizes a fastlora model among the arguments, and the
@@ -102,7 +102,7 @@ def set_base_model_state_dict(
 PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any], ...]], ...] = (
     (
         "peft.utils.save_and_load",
-        unwrap_lora_model,
+        find_wrapped_lora_model,
         (
             get_peft_model_state_dict,
             set_peft_model_state_dict,

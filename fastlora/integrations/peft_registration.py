@@ -45,7 +45,7 @@ def register_classes_with_peft() -> None:
         LoraConfig._custom_modules = {nn.Module: _create_patched_layer}
     ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
     LoraModel.__bases__ = (*ours, peft.PeftModel)
-    theirs.LoraLayer.__subclasshook__ = classmethod(_exclude_adapted_parameters)
+    theirs.LoraLayer.__subclasshook__ = classmethod(_subclasshook_excluding_adapted_parameters)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
     if hasattr(theirs.layer, "ParamWrapper"):  # older versions do not adapt parameters
@@ -54,7 +54,7 @@ def register_classes_with_peft() -> None:
     override_peft_functions()
 
 
-def _exclude_adapted_parameters(abstract: type, subclass: type) -> Any:
+def _subclasshook_excluding_adapted_parameters(abstract: type, subclass: type) -> Any:
     """Return False for layers without factors of their own, and NotImplemented for all others.
 
     The factors of `FastLoraAdaptedParameters` are in its inner layers, which are PEFT's

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.autograd.dora import ApplyDoraScale, DoraWithDropout
+from fastlora.autograd.dora import ApplyDoraScaleAndAddBias, DoraWithDropout
 from fastlora.autograd.lora_linear import records_gradients
 from fastlora.layers.adapter_factors import (
     DoraScaleTerms,
@@ -98,7 +98,7 @@ def _scale_and_add_bias(
     overwrites u if no autograd graph is recorded.
     """
     if records_gradients(u, bias, magnitude):
-        return ApplyDoraScale.apply(u, bias, magnitude, squares)
+        return ApplyDoraScaleAndAddBias.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), dora_scale(magnitude, squares)
     rows = scale_columns(rows, bias, scale, True)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view, so that it is writable.
@@ -305,7 +305,7 @@ def _scale_rows_with_autograd(
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
     parts = zip(u.split(lengths), segments, strict=True)
-    scaled = torch.cat([ApplyDoraScale.apply(p, bias, *scales[s.slot]) for p, s in parts])
+    scaled = torch.cat([ApplyDoraScaleAndAddBias.apply(p, bias, *scales[s.slot]) for p, s in parts])
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 

@@ -79,7 +79,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_scaling_device_hook()
+        self._register_hook_moving_scalings()
 
     # ------------------------------------------- methods that a layer kind overrides
 

@@ -83,7 +83,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         matrix = weight.merge_buffer()
         for name in names:
             self._add_delta_weight(matrix, name, 1.0, scales.get(name))
-        self._requantize_and_record_error(weight, matrix)
+        self._requantize_and_measure_error(weight, matrix)
         self._unmerged, self._merged_scales = snapshot, scales
         for name in names:
             self.merged_adapters.append(name)
@@ -91,7 +91,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._when_merged = [] if snapshot is None else self._base_fingerprints()
         clear_weight_dependent_caches(self)
 
-    def _requantize_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
+    def _requantize_and_measure_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
         """Write ``matrix [N, K]`` to the weight, and record the quantization error.
 
         The error is stored in `merge_error`. For weights that are merged in place, the

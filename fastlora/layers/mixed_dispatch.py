@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def choose_mixed_implementation(
-    call: MixedCall, base: Base, excluded: Sequence[int]
+    call: MixedCall, base: Base, excluded_slots: Sequence[int]
 ) -> tuple[bool, AddressTables | None, Slots | None]:
     """Choose the implementation that runs a layer's forward pass in a mixed batch.
 
@@ -41,7 +41,8 @@ def choose_mixed_implementation(
     Args:
         call: The call of the layer.
         base: The base layer.
-        excluded: Slots to leave out, because DoRA with dropout computes their rows separately.
+        excluded_slots: Slots to leave out, because DoRA with dropout computes their rows
+            separately.
 
     Raises:
         AdapterStateError: An adapter is merged, or a CUDA graph capture over a pool would need
@@ -76,7 +77,7 @@ def choose_mixed_implementation(
     if not bare and fits:
         slots = None
         if conditions.impl == "triton":
-            slots = slot_factors_for_kernels(call, layer, excluded)
+            slots = slot_factors_for_kernels(call, layer, excluded_slots)
         if slots is not None:
             return False, None, slots
     elif not bare and base.y is not None and layer.impl == "triton":

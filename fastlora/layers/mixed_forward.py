@@ -77,15 +77,15 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 
 
 def _forward_before_dora(
-    call: MixedCall, base: Base, excluded: tuple[int, ...]
+    call: MixedCall, base: Base, excluded_slots: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
     """Compute a layer's output ``[..., N]`` for a mixed batch, before DoRA is applied.
 
     Returns a tuple (output, whether kernels found the factors by address). Rows of the slots in
-    ``excluded`` get the base layer's output.
+    ``excluded_slots`` get the base layer's output.
     """
     layer, x, routing = call.layer, call.x, call.routing
-    is_bare, found, slots = choose_mixed_implementation(call, base, excluded)
+    is_bare, found, slots = choose_mixed_implementation(call, base, excluded_slots)
     if found is not None:
         return _forward_by_address(call, base, found), True
     if slots is not None:
@@ -99,7 +99,7 @@ def _forward_before_dora(
             packed = packed_factors.get_packed_factors(call, base, rows)
             if packed is not None:
                 return packed_factors.run_packed(call, base, *packed), False
-        own = factors_in_slots(routing.source, layer, rows.used_slots, excluded)
+        own = factors_in_slots(routing.source, layer, rows.used_slots, excluded_slots)
         check_factor_devices(own, x)
         y = _forward_with_factor_lists(call, base, own, rows, rows.used_slots)
     if routing.unused_gradients and torch.is_grad_enabled():

@@ -29,7 +29,7 @@ from fastlora.model.adapter_files import (
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
 from fastlora.model.peft_config_methods import PeftConfigMethods
-from fastlora.patterns import first_suffix_match, limit_matching_time
+from fastlora.patterns import count_toward_matching_time_limit, first_suffix_match
 from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, error_prefix
 
 # Fields that fastlora does not support -> the values that leave the feature switched off.
@@ -356,25 +356,27 @@ class LoraConfig(PeftConfigMethods):
     def rank_for(self, name: str) -> int:
         """Return the rank for the module or target parameter called ``name``."""
         patterns = self.rank_pattern
-        name = self._name_for_patterns(name) if patterns else name
+        name = self._weight_name_if_target_parameter(name) if patterns else name
         key = first_suffix_match("rank_pattern", patterns, name) if patterns else None
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
         """Return ``lora_alpha`` for the module or target parameter called ``name``."""
         patterns = self.alpha_pattern
-        name = self._name_for_patterns(name) if patterns else name
+        name = self._weight_name_if_target_parameter(name) if patterns else name
         key = first_suffix_match("alpha_pattern", patterns, name) if patterns else None
         return self.lora_alpha if key is None else patterns[key]
 
-    def _name_for_patterns(self, name: str) -> str:
+    def _weight_name_if_target_parameter(self, name: str) -> str:
         """Return the name that ``rank_pattern`` and ``alpha_pattern`` are matched against.
 
         This is the name of the weight if the weight of the module is a target parameter, as in
         PEFT.
         """
         weight, entries = f"{name}.weight", self.target_parameters or ()
-        with limit_matching_time("target_parameters"):  # a config may list any number of names
+        with count_toward_matching_time_limit(
+            "target_parameters"
+        ):  # a config may list any number of names
             return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
 
     def scaling_for(self, name: str) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastlora.init import find_init_method
-from fastlora.patterns import check_pattern, limit_matching_time
+from fastlora.patterns import check_pattern, count_toward_matching_time_limit
 from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
 
 
@@ -238,7 +238,7 @@ def _check_names(name: str, values: Any, expected: str = "module names") -> None
 
 
 def _check_regexes(name: str, values: Iterable[Any]) -> None:
-    with limit_matching_time(name):
+    with count_toward_matching_time_limit(name):
         for value in values:
             _check_regex(name, value)
 

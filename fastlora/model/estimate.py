@@ -147,7 +147,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _ParameterBytes(NamedTuple):
+class _ValueAndScaleBytes(NamedTuple):
     """The sizes, in bytes, of a parameter's values and scales.
 
     Attributes:
@@ -161,7 +161,7 @@ class _ParameterBytes(NamedTuple):
     dense: int = 0
 
 
-def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterBytes:
+def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
     """Return the sizes, in bytes, of a parameter's values and scales.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
@@ -179,15 +179,15 @@ def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterBytes:
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _ParameterBytes(values, scales, numel * compute.itemsize)
+        return _ValueAndScaleBytes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _ParameterBytes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _ValueAndScaleBytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _ParameterBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _ParameterBytes(parameter.nbytes)
+        return _ValueAndScaleBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _ValueAndScaleBytes(parameter.nbytes)
 
 
 def _quant_state_bytes(state: object) -> int:

@@ -321,7 +321,7 @@ def _apply_eva_state_dict(
         if name in found:
             rank = len(found[name])
             if rank == 0:
-                _remove_adapter_from_layer(tuner, name, layer, adapter_name)
+                _remove_adapter_and_unwrap_empty_layer(tuner, name, layer, adapter_name)
                 continue
             if settings.adjust_scaling_factors:
                 alpha *= rank / new_settings.r
@@ -364,7 +364,7 @@ def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> 
         layer.widen(adapter_name)
 
 
-def _remove_adapter_from_layer(
+def _remove_adapter_and_unwrap_empty_layer(
     tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str
 ) -> None:
     """Remove an adapter from a LoRA layer.

@@ -31,7 +31,7 @@ from fastlora.model.replication import clear_replication_record
 from fastlora.model.tied_weights import (
     SharedWeightUntier,
     input_embedding_name,
-    update_tie_word_embeddings,
+    untie_config_if_weights_untied,
 )
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix
 
@@ -193,7 +193,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             "Please unmerge them first."
         )
     for _, module in found:
-        if adapter_names_in_module(
+        if keep_adapter_names_on_module(
             module, [adapter_name]
         ):  # tied rows were deleted together with their source
             module._remove_adapter(adapter_name)
@@ -260,7 +260,7 @@ def base_biases_trained_by(
     modules = [
         module
         for _, module in modules_with_adapters(model)
-        if adapter_names_in_module(module, [adapter_name])
+        if keep_adapter_names_on_module(module, [adapter_name])
     ]
     targets = [module for module in modules if isinstance(module, LoraLayer)]
     copied = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
@@ -349,13 +349,13 @@ def unload(
                 if dequantize
                 else contextlib.nullcontext()
             ):
-                module.check_merge(safe_merge, adapter_names_in_module(module, adapter_names))
+                module.check_merge(safe_merge, keep_adapter_names_on_module(module, adapter_names))
     dtype = dtype_after_dequantization(model) if dequantize else None
     shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
-            names = adapter_names_in_module(module, adapter_names)
+            names = keep_adapter_names_on_module(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
                 shared.untie_if_shared(name, module)
@@ -370,7 +370,7 @@ def unload(
         model = dequantize_linears(model, dtype)
     shared.warn_of_untied()
     warn_of_requantization_errors(errors)
-    update_tie_word_embeddings(model)
+    untie_config_if_weights_untied(model)
     clear_replication_record(model)
     return model
 
@@ -393,7 +393,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
         )
 
 
-def adapter_names_in_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
+def keep_adapter_names_on_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
     """Return those of the given adapter names that exist on a module.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.

@@ -30,7 +30,11 @@ from fastlora.layers.quantized import quantized_weight_of
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.replication import LayerReplicator, create_replication, replication_applied
+from fastlora.model.replication import (
+    RevertibleLayerReplication,
+    create_replication,
+    replication_applied,
+)
 from fastlora.model.target_names import saved_modules_and_heads
 from fastlora.model.target_parameters import SelectedParameters
 from fastlora.model.targets import find_modules_to_save, resolve_target_modules, select_targets
@@ -107,7 +111,7 @@ class AdapterPlan:
     tokens: dict[str, TrainableTokens] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
-    replication: LayerReplicator | None = None
+    replication: RevertibleLayerReplication | None = None
 
     @property
     def module_names_tied_to_embedding(self) -> list[str]:
@@ -211,7 +215,7 @@ def plan_target_modules(
     """Find the target modules of a config, check them, and return them as a plan.
 
     The model is not changed. In the config, the selected parameters are stored (see
-    `SelectedParameters.store_in`).
+    `SelectedParameters.store_targets_and_patterns_in`).
 
     Args:
         model: The base model, with or without adapters.
@@ -230,7 +234,7 @@ def plan_target_modules(
     meant = resolve_target_modules(model, config, modules)
     selected = select_targets(model, config, meant, modules, layers_in_file)
     targets = selected.modules
-    selected.parameters.store_in(config)
+    selected.parameters.store_targets_and_patterns_in(config)
     if selected.only_in_file:
         named = targets if isinstance(meant, str) else {*meant, *selected.only_in_file}
         meant = set(named)

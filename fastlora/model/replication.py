@@ -27,7 +27,7 @@ _BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 Ranges = Sequence[Sequence[int]]
 
 
-class LayerReplicator:
+class RevertibleLayerReplication:
     """A replication of a model's layers that can be applied and undone.
 
     It replaces the model's list of layers with a longer list that contains copies of the layers.
@@ -89,7 +89,7 @@ class LayerReplicator:
 
 
 @contextlib.contextmanager
-def replication_applied(replication: LayerReplicator | None) -> Iterator[None]:
+def replication_applied(replication: RevertibleLayerReplication | None) -> Iterator[None]:
     """Apply a replication during a ``with`` block. If ``replication`` is None, do nothing."""
     if replication is None:
         yield
@@ -101,7 +101,9 @@ def replication_applied(replication: LayerReplicator | None) -> Iterator[None]:
         replication.undo()
 
 
-def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplicator | None:
+def create_replication(
+    model: nn.Module, ranges: Ranges | None
+) -> RevertibleLayerReplication | None:
     """Create the layer replication of a model for the given ranges.
 
     The ranges are those in an adapter's config. The result is None if the config requires no
@@ -113,7 +115,7 @@ def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplicat
 
     Raises:
         ConfigError: If the model's layers are already replicated with different ranges.
-        ConfigError, UnsupportedLayerError, AdapterStateError: See `LayerReplicator`.
+        ConfigError, UnsupportedLayerError, AdapterStateError: See `RevertibleLayerReplication`.
     """
     there = _recorded_ranges(model)
     asked = [list(pair) for pair in ranges or ()]
@@ -124,7 +126,7 @@ def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplicat
                 f"replicated with {there}; expected the same value for all adapters"
             )
         return None
-    return LayerReplicator(model, asked) if asked else None
+    return RevertibleLayerReplication(model, asked) if asked else None
 
 
 def clear_replication_record(model: nn.Module) -> None:

@@ -81,7 +81,7 @@ class BaseParameter(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def base_parameters_of(modules: BaseModules) -> list[BaseParameter]:
+def base_parameters_outside_auxiliary_modules(modules: BaseModules) -> list[BaseParameter]:
     """Return a list of the parameters of the base model.
 
     Modules that adapters own copies of or train rows of are left out.
@@ -199,14 +199,14 @@ def requested_former_names(
     for old in former_names:
         experts = range(0 if old == ROUTER else parameter.parameter.shape[0])
         with_index = [f"{parameter.module_name}.{index}.{old}" for index in experts]
-        if matches_targets(full_former_name(parameter, old), targets, config) or (
+        if matches_targets(full_former_name_without_index(parameter, old), targets, config) or (
             with_index and all(matches_targets(name, targets, config) for name in with_index)
         ):
             matched.add(old)
     return matched
 
 
-def full_former_name(parameter: BaseParameter, former_name: str) -> str:
+def full_former_name_without_index(parameter: BaseParameter, former_name: str) -> str:
     """Return the full former name of a parameter, without the expert index."""
     return (
         parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"

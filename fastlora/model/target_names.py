@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastlora.patterns import (
+    count_toward_matching_time_limit,
     layer_index_after_match,
-    limit_matching_time,
     matches_consecutive_components,
     matches_whole_name,
 )
@@ -91,7 +91,7 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
         return True
     # Here, an entry matches whole path components and everything below them. In
     # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
-    with limit_matching_time("modules_to_save"):
+    with count_toward_matching_time_limit("modules_to_save"):
         return any(
             matches_consecutive_components("modules_to_save", entry, name) for entry in saved
         )
@@ -118,7 +118,7 @@ def in_layers(name: str, config: LoraConfig) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     # The first number in the name is the layer's index. Later numbers may be indices of experts.
     if patterns:
-        with limit_matching_time("layers_pattern"):
+        with count_toward_matching_time_limit("layers_pattern"):
             found = (
                 layer_index_after_match("layers_pattern", pattern, name) for pattern in patterns
             )
@@ -126,7 +126,9 @@ def in_layers(name: str, config: LoraConfig) -> bool:
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         index = None if match is None else int(match[1])
-    with limit_matching_time("layers_to_transform"):  # a config may list any number of layers
+    with count_toward_matching_time_limit(
+        "layers_to_transform"
+    ):  # a config may list any number of layers
         return index in layers if isinstance(layers, list) else index == layers
 
 

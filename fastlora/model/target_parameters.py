@@ -19,7 +19,7 @@ from fastlora.model.stacked_experts import (
     BaseParameter,
     check_not_half,
     former_names_of_parameter,
-    full_former_name,
+    full_former_name_without_index,
     requested_former_names,
 )
 from fastlora.model.target_names import (
@@ -71,7 +71,7 @@ class SelectedParameters:
             found.setdefault(each.module_name, []).append(each.leaf)
         return found
 
-    def store_in(self, config: LoraConfig) -> None:
+    def store_targets_and_patterns_in(self, config: LoraConfig) -> None:
         """Store the selection in a config: set ``target_parameters`` and add patterns as PEFT does.
 
         A pattern doubles the rank and alpha of a parameter that two linear layers were fused in. A
@@ -122,7 +122,9 @@ def select_parameters(
             continue
         if layers_in_file is not None and asked and each.module_name not in layers_in_file:
             continue
-        without = [o for o in olds if is_excluded(full_former_name(each, o), config, saved)]
+        without = [
+            o for o in olds if is_excluded(full_former_name_without_index(each, o), config, saved)
+        ]
         is_left_out = (
             (bool(olds) and len(without) == len(olds))
             or any(is_excluded(name, config, saved) for name in (each.name, each.module_name))
@@ -200,11 +202,12 @@ def _check_entries_match(
         if lost:
             raise TargetNotFoundError(
                 f"target_parameters entries {format_value(lost)} match no parameter"
-                f"{suggest_names(lost, names, 'parameters')}{_unset_target_modules_text(config)}"
+                f"{suggest_names(lost, names, 'parameters')}"
+                f"{_error_text_if_target_modules_unset(config)}"
             )
 
 
-def _unset_target_modules_text(config: LoraConfig) -> str:
+def _error_text_if_target_modules_unset(config: LoraConfig) -> str:
     """Return PEFT's error text for unset ``target_modules``, or an empty string if it is set."""
     if config.target_modules:
         return ""

@@ -31,7 +31,7 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseParameter,
-    base_parameters_of,
+    base_parameters_outside_auxiliary_modules,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -133,7 +133,11 @@ def select_targets(
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
-    base = base_parameters_of(modules) if former or config.target_parameters or is_new else []
+    base = (
+        base_parameters_outside_auxiliary_modules(modules)
+        if former or config.target_parameters or is_new
+        else []
+    )
     selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
         return SelectedTargets([], selected)
@@ -187,7 +191,7 @@ def select_targets(
             stacklevel=3,
         )
     if is_all_linear(config.target_modules):
-        _warn_of_all_linear(model, modules, config, excluded, selected)
+        _warn_of_routers_and_skipped_linears(model, modules, config, excluded, selected)
     return SelectedTargets(found, selected, only_in_file)
 
 
@@ -238,7 +242,7 @@ def _warn_of_unmatched_values(
         config: The adapter's config.
     """
     names = [*found, *selected.names]
-    unused = _format_unmatched_config_values(unmatched, names, excludes, config)
+    unused = _unmatched_config_values_for_warning(unmatched, names, excludes, config)
     if selected.parameters and not found and unmatched:  # in PEFT's words
         warnings.warn(
             f"target_modules={config.target_modules} were set but no module was matched.",
@@ -261,7 +265,7 @@ def _hint_of_experts(left: Sequence[BaseParameter]) -> str:
     )
 
 
-def _warn_of_all_linear(
+def _warn_of_routers_and_skipped_linears(
     model: nn.Module,
     modules: BaseModules,
     config: LoraConfig,
@@ -303,7 +307,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     names = [name for name, _, _ in modules if name]
     olds = {
         old
-        for each in base_parameters_of(modules)
+        for each in base_parameters_outside_auxiliary_modules(modules)
         for old in former_names_of_parameter(former, each)
     }
     lost = [
@@ -550,7 +554,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
     return sorted(entry for entry in targets if entry not in known)
 
 
-def _format_unmatched_config_values(
+def _unmatched_config_values_for_warning(
     unmatched: list[str], found: list[str], any_excluded: bool, config: LoraConfig
 ) -> list[str]:
     """Format the config values that match no module, for a warning.

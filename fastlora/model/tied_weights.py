@@ -264,7 +264,7 @@ def _weight_name(layer: Any) -> str:
     return name
 
 
-def update_tie_word_embeddings(model: nn.Module) -> None:
+def untie_config_if_weights_untied(model: nn.Module) -> None:
     """Set ``tie_word_embeddings`` in a model's config to False if the weights are no longer tied.
 
     The weights are those of the input and output embeddings. A warning is emitted if the value

@@ -248,7 +248,7 @@ class LoraTuner(nn.Module):
         """
         names = self._as_loaded_names(adapter_name)
         for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
-            owners = inject.adapter_names_in_module(wrapper, names) or []
+            owners = inject.keep_adapter_names_on_module(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(
                     f"adapters {owners} each own {wrapper.owns} of the same module "
@@ -587,7 +587,8 @@ class LoraTuner(nn.Module):
             )
         shared = SharedWeightUntier(self.model)
         chosen = {
-            name: inject.adapter_names_in_module(layer, wanted) for name, layer in layers.items()
+            name: inject.keep_adapter_names_on_module(layer, wanted)
+            for name, layer in layers.items()
         }
         anything = False
         for layer, names in zip(layers.values(), chosen.values(), strict=True):

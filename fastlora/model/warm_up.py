@@ -136,7 +136,9 @@ def warm_up(
     check_kernel_cache_writable()
     from fastlora.kernels.precompile import compile_in_processes, is_cached
 
-    variants = list(record_model_variants(model, rows, adapters, wanted, inputs).values())
+    variants = list(
+        record_kernel_variants_without_launching(model, rows, adapters, wanted, inputs).values()
+    )
     missing = [variant for variant in variants if not is_cached(variant)]
     failed: list[tuple[str, str]] = []
     if missing:
@@ -228,7 +230,7 @@ class _SharedInputLayers(NamedTuple):
 
 
 @torch.no_grad()
-def record_model_variants(
+def record_kernel_variants_without_launching(
     model: nn.Module,
     rows: int,
     adapters: int | None = None,

@@ -17,7 +17,7 @@ from fastlora.validation import check_dropout_dtype
 if TYPE_CHECKING:
     from fastlora.ops.factors import AdapterOperands
     from fastlora.ops.rows import Rows
-    from fastlora.ops.stacks import WeightStackOperands
+    from fastlora.ops.stacks import StackAdapterOperands
 
 _Gradient = torch.Tensor | None
 
@@ -125,7 +125,7 @@ class Backend(ABC):
     # ------------------------------------------------------------------------- stacks of weights
 
     def add_stacked_updates_(
-        self, y: torch.Tensor, x: torch.Tensor, operands: WeightStackOperands, rows: Rows
+        self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
         """For a stack of weights, add each row's LoRA update to ``y [P, N]`` in place and return s.
 
@@ -143,7 +143,7 @@ class Backend(ABC):
         dy: torch.Tensor,
         x: torch.Tensor | None,
         s: torch.Tensor,
-        operands: WeightStackOperands,
+        operands: StackAdapterOperands,
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],

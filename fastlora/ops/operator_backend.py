@@ -39,7 +39,7 @@ class OperatorBackend(Backend):
     def __init__(self, impl: str) -> None:
         self.impl = impl
 
-    def _select_operators(
+    def _registered_or_direct_operators(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
     ) -> schema.Operators:
         """Return the operators to call for x and a weight.
@@ -62,7 +62,7 @@ class OperatorBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         weight, bias, y, inplace = base
-        drop, operators = (seeds, list(dropout_p)), self._select_operators(x, weight)
+        drop, operators = (seeds, list(dropout_p)), self._registered_or_direct_operators(x, weight)
         biases, pieces = lora_bias if rows is not None else [None], self._rows_argument(rows)
         if weight is not None:
             factors = [lora_a[0], lora_b[0], None]
@@ -116,7 +116,10 @@ class OperatorBackend(Backend):
         return rows_for_factor_lists(rows) if self.impl == "triton" else rows.operator_arguments()
 
     def gradients(self, given: BackwardArguments) -> Gradients:
-        operators, function = self._select_operators(given.dy), OperatorBackend._gradients
+        operators, function = (
+            self._registered_or_direct_operators(given.dy),
+            OperatorBackend._gradients,
+        )
         read: torch.Tensor | QuantizedData | None = None
         if given.weight is not None and given.wants_x:
             dy, ups, launch = given.dy, given.operands.lora_b, "coded_lora_grad_x"
@@ -208,7 +211,10 @@ class OperatorBackend(Backend):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        operator, flat = self._select_operators(x).lora_shrink, [a for own in lora_a for a in own]
+        operator, flat = (
+            self._registered_or_direct_operators(x).lora_shrink,
+            [a for own in lora_a for a in own],
+        )
         if rows is not None:
             none = [0.0] * len(flat)
             s = operator(x, self._rows_argument(rows), flat, len(lora_a), None, none, self.impl)
@@ -277,7 +283,7 @@ class OperatorBackend(Backend):
         elif any(seed is not None for seed in seeds):
             any_seed = next(seed for seed in seeds if seed is not None)
             all_seeds = torch.cat([any_seed if seed is None else seed for seed in seeds])
-        operator = self._select_operators(x).lora_grad_a
+        operator = self._registered_or_direct_operators(x).lora_grad_a
         return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows, operator)]
 
 

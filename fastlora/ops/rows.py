@@ -116,7 +116,10 @@ class Rows:
         if self.ids is None:
             starts = self.slot_start.tolist()
         else:
-            counts = torch.bincount(self._sort_keys_on_cpu, minlength=self.slots + 2) * self.each
+            counts = (
+                torch.bincount(self._sort_key_of_each_id_on_cpu, minlength=self.slots + 2)
+                * self.each
+            )
             starts = [0, *counts.cumsum(0)[: self.slots].tolist()]
         pairs = enumerate(zip(starts, starts[1:], strict=False))
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
@@ -134,7 +137,7 @@ class Rows:
         if self.ids is None:
             rows = order[ends].tolist()
         else:  # The host does not wait for the device.
-            order_of_ids = torch.argsort(self._sort_keys_on_cpu, stable=True).tolist()
+            order_of_ids = torch.argsort(self._sort_key_of_each_id_on_cpu, stable=True).tolist()
             rows = [order_of_ids[at // self.each] * self.each + at % self.each for at in ends]
         found = list[slice | torch.Tensor]()
         pairs = zip(self.segments, rows[::2], rows[1::2], strict=True)
@@ -149,7 +152,7 @@ class Rows:
         return tuple(segment.slot for segment in self.segments)
 
     @functools.cached_property
-    def _sort_keys_on_cpu(self) -> torch.Tensor:
+    def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
         """The sort key of each id (`_sort_keys_and_invalid_mask`), int64 on the CPU."""
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
@@ -160,7 +163,7 @@ class Rows:
         """Whether the rows are already in sorted order."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
-        keys = self._sort_keys_on_cpu
+        keys = self._sort_key_of_each_id_on_cpu
         return bool((keys[1:] >= keys[:-1]).all())
 
     @functools.cached_property

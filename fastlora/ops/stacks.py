@@ -17,7 +17,7 @@ from fastlora.ops.factors import AdapterOperands
 from fastlora.ops.seeds import layer_seeds
 
 
-class WeightStackOperands(NamedTuple):
+class StackAdapterOperands(NamedTuple):
     """The adapters of a stack of E weights.
 
     Attributes:

@@ -20,7 +20,7 @@ from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
-    base_parameters_of,
+    base_parameters_outside_auxiliary_modules,
     former_names_of_parameter,
     former_to_parameter_names,
     is_quantized,
@@ -125,11 +125,13 @@ class PoolLayers:
         equal the number of adapter ids. In `generate`, only the batch that the caller passes is
         checked, because beam search adds rows to it later.
         """
-        self._add_adapter_names_argument("forward", contextlib.nullcontext)
+        self._accept_adapter_names_and_check_batch("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
-            self._add_adapter_names_argument("generate", skip_batch_checks, per_sample=True)
+            self._accept_adapter_names_and_check_batch(
+                "generate", skip_batch_checks, per_sample=True
+            )
 
-    def _add_adapter_names_argument(
+    def _accept_adapter_names_and_check_batch(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
         """Wrap a model method so that it accepts the argument ``adapter_names=``.
@@ -212,7 +214,7 @@ def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
     Routers are parameters with former names. Other modules with stacks are left out, and so are
     quantized stacks.
     """
-    parameters = base_parameters_of(named_base_modules(model))
+    parameters = base_parameters_outside_auxiliary_modules(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))
     stacks = {each.name for each in supported_stacks(parameters)}
     return [

@@ -11,11 +11,11 @@ import torch
 from fastlora.layers.adapter_factors import PoolSource
 from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
 from fastlora.ops.seeds import draw_seeds
-from fastlora.pool.address_tables import lookup_or_negative
+from fastlora.pool.address_tables import lookup_or_negative_if_out_of_range
 from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.routing.ids import (
     OUT_OF_RANGE,
-    check_integer_ids,
+    check_one_dimensional_integer_ids,
     check_slots_on_cpu,
     names_and_slots,
 )
@@ -49,11 +49,11 @@ def lease_batch_routing(
         lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank or 1  # if no row has an adapter, the kernels for small ranks run
         columns = torch.tensor([loaded.column for loaded in lease.loaded_adapters])
-        columns = lookup_or_negative(columns.to(torch.int64), places)
+        columns = lookup_or_negative_if_out_of_range(columns.to(torch.int64), places)
     elif is_capturing_cuda_graph(ids):
         return graph_capture_routing(pool, ids)
     else:
-        check_integer_ids(ids)
+        check_one_dimensional_integer_ids(ids)
         lease = exit_stack.enter_context(pool.lease_loaded())
         # A block with slot ids may be the warmup for the capture of a CUDA graph, whose buffers
         # have the size for the largest rank.
@@ -66,7 +66,7 @@ def lease_batch_routing(
             in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
             check_slots_on_cpu(ids, in_slots)
-        columns = lookup_or_negative(table, ids)
+        columns = lookup_or_negative_if_out_of_range(table, ids)
     loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
     for loaded in lease.loaded_adapters:
         loaded_adapters[loaded.column] = loaded
@@ -117,7 +117,7 @@ def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:
     Raises:
         AdapterStateError: The pool has no ``max_rank``.
     """
-    check_integer_ids(ids)
+    check_one_dimensional_integer_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(
             "a CUDA graph that uses a pool needs AdapterPool(max_rank=...), because the graph's "

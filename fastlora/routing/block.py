@@ -18,7 +18,7 @@ from fastlora.routing.caches import RoutedLayer
 from fastlora.routing.ids import (
     NO_ADAPTER,
     OUT_OF_RANGE,
-    check_integer_ids,
+    check_one_dimensional_integer_ids,
     check_slots_on_cpu,
     names_and_slots,
 )
@@ -133,7 +133,7 @@ def routing_from_parameters(
     if not isinstance(ids, torch.Tensor):
         names, slots = names_and_slots(known, ids)
     elif is_capturing_cuda_graph(ids) or (ids.is_cuda and not validate):
-        check_integer_ids(ids)
+        check_one_dimensional_integer_ids(ids)
         ids = ids.to(torch.int64)
         outside = (ids < NO_ADAPTER) | (ids >= len(known))
         names, slots = known, ids.masked_fill(outside, OUT_OF_RANGE)

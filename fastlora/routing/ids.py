@@ -86,7 +86,7 @@ def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.
         ValueError, TypeError: ``ids`` does not have exactly one dimension, or does not have an
             integer dtype.
     """
-    check_integer_ids(ids)
+    check_one_dimensional_integer_ids(ids)
     numbers = ids.to(device="cpu", dtype=torch.int64)
     for slot in torch.unique(numbers).tolist():
         known = NO_ADAPTER <= slot < len(slots)
@@ -99,7 +99,7 @@ def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.
     return numbers
 
 
-def check_integer_ids(ids: torch.Tensor) -> None:
+def check_one_dimensional_integer_ids(ids: torch.Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless the ids are a 1-dimensional integer tensor."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")

@@ -140,7 +140,7 @@ class RowChecks:
                 self._shown[bool(layer.training)].add(layer.routing_index)
                 layer.may_see_partial_rows = False
 
-    def always_raise_for(self, layer: RoutedLayer, reason: str) -> None:
+    def raise_now_and_always_for(self, layer: RoutedLayer, reason: str) -> None:
         """Make a layer always raise an error with the given reason.
 
         It raises the error in this and all later mixed batches, and in compiled code too.
@@ -227,9 +227,9 @@ class PartialBatchChecker:
             if kind is RowOriginKind.CHOSEN or (
                 kind is RowOriginKind.EVEN and layer.may_see_partial_rows
             ):
-                self._checks.always_raise_for(layer, _SELECTED)
+                self._checks.raise_now_and_always_for(layer, _SELECTED)
             if self.order.is_shared_table(x):
-                self._checks.always_raise_for(layer, _LONE_TABLE)
+                self._checks.raise_now_and_always_for(layer, _LONE_TABLE)
             if kind is RowOriginKind.EVEN:
                 self._even.add(layer.routing_index)
             self._ran[layer.routing_index] = layer
@@ -283,7 +283,7 @@ def _outermost_sequence_first_class(root: nn.Module, name: str) -> str | None:
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _ExpertEvidence(NamedTuple):
+class _FactsToDetectExperts(NamedTuple):
     """Facts about the last component of a module's path, used to detect experts.
 
     Attributes:
@@ -310,7 +310,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._steps: dict[tuple[str, bool], _ExpertEvidence] = {}
+        self._steps: dict[tuple[str, bool], _FactsToDetectExperts] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert.
@@ -331,14 +331,16 @@ class _ExpertDetector:
             key = at, child is layer
             step = self._steps.get(key)
             if step is None:
-                step = self._steps[key] = self._expert_evidence(modules, names, child is layer)
+                step = self._steps[key] = self._facts_to_detect_experts(
+                    modules, names, child is layer
+                )
             if step.alike > 1 and (step.is_named or (step.alike, width) in step.beside):
                 return True
         return False
 
-    def _expert_evidence(
+    def _facts_to_detect_experts(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
-    ) -> _ExpertEvidence:
+    ) -> _FactsToDetectExperts:
         """Return facts about the last component of a module's path.
 
         ``at_layer`` tells whether the path ends at a layer.
@@ -346,12 +348,12 @@ class _ExpertDetector:
         holder, child = modules[-2:]
         alike = self._count_alike_by_child(holder)[names[-1]]
         if alike == 1:
-            return _ExpertEvidence(alike, False, set())
+            return _FactsToDetectExperts(alike, False, set())
         words = [names[-1], _class_name(child)]
         if not at_layer or isinstance(holder, _LISTS):
             words += [names[-2], _class_name(holder)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
-        return _ExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
+        return _FactsToDetectExperts(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count_alike_by_child(self, parent: nn.Module) -> dict[str, int]:
         """Map each child's name to the number of children with the same structure."""

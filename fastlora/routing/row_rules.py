@@ -38,7 +38,7 @@ Rule = Callable[[RowFactsTable, Arguments, Any], "RowFacts | None"]
 _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 
 
-def apply_rule(
+def result_row_facts_if_changed(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowFacts | None:
     """Apply an operator's rule; return the facts about the result, or None if nothing changes."""

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import (
 
 from fastlora.routing import row_samples
 from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOriginKind
-from fastlora.routing.row_rules import Arguments, Keywords, apply_rule
+from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_changed
 
 
 class RowTrackingMode(TorchDispatchMode):
@@ -140,7 +140,7 @@ class RowTrackingMode(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._rests:
-            facts = apply_rule(self._known, func, args, kwargs, out)
+            facts = result_row_facts_if_changed(self._known, func, args, kwargs, out)
             if facts is not None:
                 self._known.put(out, facts)
         return out

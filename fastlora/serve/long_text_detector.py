@@ -74,7 +74,9 @@ def _character_bound_and_vanishing(
         return None
     vanishing = ""
     if any(step["type"] == "ByteLevel" for step in (*normalizers, *splits)):
-        lacking = {byte for byte, letter in _byte_level_characters() if letter not in vocabulary}
+        lacking = {
+            byte for byte, letter in _byte_level_characters_below_0xc0() if letter not in vocabulary
+        }
         if any(0x80 <= byte < 0xC0 for byte in lacking):  # all non-ASCII characters contain these
             return None
         characters = {chr(byte) for byte in lacking if byte < 0x80}
@@ -100,7 +102,7 @@ def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mappi
         yield part
 
 
-def _byte_level_characters() -> Iterator[tuple[int, str]]:
+def _byte_level_characters_below_0xc0() -> Iterator[tuple[int, str]]:
     """Yield each byte with the character that byte-level vocabularies use for it.
 
     Only bytes below 0xC0 are included.

@@ -84,9 +84,11 @@ def test_each_adapter_learns_its_own_style(
     assert turn == f"{smollm2.chat_prompt(prompt)}BEEP.{smollm2_tokenizer.eos_token}"
     assert corpus.num_loss_tokens(0) == len(smollm2_tokenizer("BEEP.").input_ids) + 1  # and its end
     names = ["robot", None, "json_answer"]
-    robot, alone, answer = demo.answer_with_adapters(model, smollm2_tokenizer, prompt, names)
+    robot, alone, answer = demo.answer_with_adapters_in_one_batch(
+        model, smollm2_tokenizer, prompt, names
+    )
     assert robot.startswith("BEEP.") and answer.startswith("{}")
-    assert [alone] == demo.answer_with_adapters(base, smollm2_tokenizer, prompt)
+    assert [alone] == demo.answer_with_adapters_in_one_batch(base, smollm2_tokenizer, prompt)
 
 
 @pytest.mark.parametrize(("change", "agrees"), [(0.0, True), (0.01, False), (float("nan"), False)])

@@ -104,9 +104,9 @@ def test_the_converted_model_answers(smollm2_tokenizer: Any, fresh_smollm2: Any)
     model = fresh_smollm2()
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert demo.answer_with_adapters(model, smollm2_tokenizer, "What is the capital of Italy?") == [
-        "The capital of Italy is Rome."
-    ]
+    assert demo.answer_with_adapters_in_one_batch(
+        model, smollm2_tokenizer, "What is the capital of Italy?"
+    ) == ["The capital of Italy is Rome."]
     other = fresh_smollm2(torch.bfloat16)
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
     with torch.no_grad():  # models must not share memory through the file

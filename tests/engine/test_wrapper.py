@@ -387,9 +387,9 @@ def test_a_field_that_vllm_ignores_is_refused(monkeypatch: Any, tmp_path: Path, 
     older = dataclasses.make_dataclass("PEFTHelper", ["r", "lora_alpha"])
     monkeypatch.setattr("vllm.lora.peft_helper.PEFTHelper", older)
     with pytest.raises(ValueError, match=f"adapter 'a': this version of vLLM ignores {field}"):
-        layers.check_no_ignored_fields(str(tmp_path), "a")
+        layers.check_no_config_fields_vllm_ignores(str(tmp_path), "a")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, field: None}))
-    layers.check_no_ignored_fields(str(tmp_path), "a")
+    layers.check_no_config_fields_vllm_ignores(str(tmp_path), "a")
 
 
 def test_model_runner_v2_tells_requests_apart_by_adapter_id() -> None:

@@ -314,7 +314,7 @@ FAULTS = (
         kind="a time not counted",
         source="b5c43c7",
         path="fastlora/patterns.py",
-        before="    with limit_matching_time(field):\n"
+        before="    with count_toward_matching_time_limit(field):\n"
         "        return _suffix_index(field, patterns).first_match(name)\n",
         after="    return _suffix_index(field, patterns).first_match(name)\n",
         tests=(f"{_PATTERNS}::test_the_bound_covers_the_loop_over_many_patterns",),

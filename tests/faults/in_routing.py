@@ -180,7 +180,7 @@ FAULTS = (
         "5037054",
         "fastlora/routing/row_checks.py",
         "            if self.order.is_shared_table(x):\n"
-        "                self._checks.always_raise_for(layer, _LONE_TABLE)\n",
+        "                self._checks.raise_now_and_always_for(layer, _LONE_TABLE)\n",
         "",
         (f"{_SELECTED}test_a_layer_over_a_table_of_the_model_raises",),
     ),

@@ -150,7 +150,7 @@ def selected(kind: str, **fields: Any) -> Sizes:
     """Returns the names that a config selects, with their ranks and alphas."""
     config = LoraConfig(r=2, lora_alpha=6, **fields)
     found = select_targets(kept(kind), config)
-    found.parameters.store_in(config)
+    found.parameters.store_targets_and_patterns_in(config)
     names = {name: name for name in found.modules}
     for each in found.parameters.parameters:
         # fastlora adapts a linear layer as a whole
@@ -202,7 +202,7 @@ def test_restrictions_are_honored(kind: str, fields: dict[str, Any], names: list
     assert sorted(selected(kind, **fields)) == sorted(names)
     config = LoraConfig(**fields)
     found = select_targets(kept(kind), config).parameters
-    found.store_in(config)
+    found.store_targets_and_patterns_in(config)
     if found.names:  # a subset of the model's: full names
         assert config.target_parameters == sorted(found.names)
     again = select_targets(kept(kind), config)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from fastlora.routing.row_facts import ROWS, RowFacts, RowFactsTable, RowOriginKind
-from fastlora.routing.row_rules import apply_rule
+from fastlora.routing.row_rules import result_row_facts_if_changed
 from fastlora.routing.row_tracking import RowTrackingMode
 
 aten = torch.ops.aten
@@ -252,7 +252,9 @@ def test_a_product_has_the_rows_of_one_argument(operator: Any) -> None:
         known = RowFactsTable(2)
         operands = [torch.randn(2, 4, D) for _ in range(3)]
         known.put(operands[chosen], RowFacts(RowOriginKind.CHOSEN))
-        facts = apply_rule(known, operator.default, (*operands, True), {}, torch.empty(1))
+        facts = result_row_facts_if_changed(
+            known, operator.default, (*operands, True), {}, torch.empty(1)
+        )
         assert facts is not None
         assert (facts.kind is RowOriginKind.CHOSEN) == (chosen == ROWS_FROM[operator])
 
@@ -260,7 +262,9 @@ def test_a_product_has_the_rows_of_one_argument(operator: Any) -> None:
 def test_an_operator_of_operators_keeps_what_chose_its_rows() -> None:
     known, rows = RowFactsTable(2), torch.randn(2, D)
     known.put(rows, RowFacts(RowOriginKind.CHOSEN))
-    facts = apply_rule(known, torch.ops.higher_order.cond, (rows,), {}, torch.empty(2, D))
+    facts = result_row_facts_if_changed(
+        known, torch.ops.higher_order.cond, (rows,), {}, torch.empty(2, D)
+    )
     assert facts is not None and facts.kind is RowOriginKind.CHOSEN
 
 
@@ -274,7 +278,7 @@ def test_weights_of_a_choice_choose_rows_of_the_whole_batch_alone() -> None:
         weights, rows = torch.ones(shape), torch.ones(*shape[:-2], shape[-1], D)
         known.put(weights, RowFacts(RowOriginKind.CHOICE))
         operator = aten.mm.default if len(shape) == 2 else aten.bmm.default
-        facts = apply_rule(known, operator, (weights, rows), {}, torch.empty(1))
+        facts = result_row_facts_if_changed(known, operator, (weights, rows), {}, torch.empty(1))
         assert facts is not None and facts.kind is kind, shape
 
 

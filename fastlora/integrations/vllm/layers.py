@@ -269,7 +269,7 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``WorkerLoRAManager._load_adapter`` so that it also checks the adapter."""
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        check_no_ignored_fields(lora_request.lora_path, lora_request.lora_name)
+        check_no_config_fields_vllm_ignores(lora_request.lora_path, lora_request.lora_name)
         lora = load(self, lora_request)
         check_adapter_factors(lora, self._adapter_manager, lora_request.lora_name)
         return lora
@@ -277,7 +277,7 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
     return _load_adapter
 
 
-def check_no_ignored_fields(path: str, name: str) -> None:
+def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
     """Check an adapter's config for fields that vLLM ignores.
 
     vLLM 0.31 ignores ``rank_pattern``, ``alpha_pattern``, and ``lora_bias``.
@@ -287,14 +287,16 @@ def check_no_ignored_fields(path: str, name: str) -> None:
     """
     helper = import_module("vllm.lora.peft_helper").PEFTHelper
     known = {field.name for field in fields(helper)}
-    absolute = import_module("vllm.lora.utils").get_adapter_absolute_path(path)
+    absolute = import_module("vllm.lora.utils").get_adapter_absolute_path(lora_path)
     file = Path(absolute) / "adapter_config.json"
     if known >= _UPDATE_FIELDS or not file.is_file():
         return
     config = json.loads(file.read_text(encoding="utf-8"))
     ignored = sorted(field for field in _UPDATE_FIELDS - known if config.get(field))
     if ignored:
-        raise ValueError(f"adapter {name!r}: this version of vLLM ignores {', '.join(ignored)}")
+        raise ValueError(
+            f"adapter {lora_name!r}: this version of vLLM ignores {', '.join(ignored)}"
+        )
 
 
 def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
@@ -303,7 +305,7 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
     Raises:
         ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
     """
-    shapes = _in_out_features_by_module(manager)
+    shapes = _allowed_in_out_features_by_module(manager)
     for module, weights in lora.loras.items():
         if ".experts" in module:
             continue
@@ -337,7 +339,7 @@ def _features_of(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, 
     return shapes.get(module, shapes.get(f"model.{module}"))
 
 
-def _in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
+def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
     """Return (in_features, out_features...) of each module that an adapter's file can name.
 
     Several values of out_features are allowed for an output layer with a padded vocabulary, and for

@@ -224,7 +224,7 @@ def differences() -> list[str]:
     unknown = set(getattr(abstract, "__abstractmethods__", ())) - set(_WRAPPER_METHODS)
     found += [f"{_ABSTRACT}.{name} is new" for name in sorted(unknown)]
     known = {(owner, name) for owner, names in _LAYER_CLASSES.items() for name in names}
-    for cls in _non_moe_lora_classes():
+    for cls in _non_moe_lora_classes_and_bases():
         for name in _LAYER_METHODS:
             owner = f"{cls.__module__}:{cls.__qualname__}"
             if name in vars(cls) and (owner, name) not in known:
@@ -247,7 +247,7 @@ def _find_class(owner: str) -> Any:
         return None
 
 
-def _non_moe_lora_classes() -> list[type]:
+def _non_moe_lora_classes_and_bases() -> list[type]:
     """Return vLLM's LoRA layer classes and their base classes, except those for MoE layers."""
     layers = importlib.import_module(_LAYERS)
     leaves = importlib.import_module("vllm.lora.utils")._all_lora_classes

@@ -25,7 +25,7 @@ _ALIGNMENT = 16  # bytes
 _MOST_SLICES = 4
 
 
-class _PreparedFactors(NamedTuple):
+class _PackedFactorsAndPlan(NamedTuple):
     """The packed factors for one batch, and the plan of their products.
 
     Attributes:
@@ -82,7 +82,7 @@ class SlotProducts:
         self.tables = [*addresses, rank, scaling]
         self._packs: dict[torch.dtype, PackedSlots] = {}
         self._version = storage._version
-        self._prepared: _PreparedFactors | None = None
+        self._prepared: _PackedFactorsAndPlan | None = None
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Set a slot's ranks and scalings for each slice, after its factors have been written."""
@@ -136,11 +136,11 @@ class SlotProducts:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
             packed_forward.add_(y, x, rows.rows.slot_index, found.factors, found.plan)
 
-    def _prepare(self, batch: SortedRowsAndPlans, dtype: torch.dtype) -> _PreparedFactors:
+    def _prepare(self, batch: SortedRowsAndPlans, dtype: torch.dtype) -> _PackedFactorsAndPlan:
         factors, plan = self._packed_slots(dtype).factors, None
         if factors is not None:
             plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)
-        return _PreparedFactors(batch, self._storage._version, dtype, factors, plan)
+        return _PackedFactorsAndPlan(batch, self._storage._version, dtype, factors, plan)
 
     def add_from_tables_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Do what `add_` does, with an operator that reads the tables."""

@@ -20,8 +20,8 @@ from fastlora.ops.torch.packed_plans import (
     DensePlan,
     PerSamplePlan,
     Plan,
+    RowsOfOneAdapter,
     RowUpdateTerms,
-    SeparateAdapterRows,
     SeparatePlan,
 )
 
@@ -146,7 +146,7 @@ def _add_weighted_rank_rows(
         terms: The terms of each row.
     """
     slices = len(y_slices)
-    at = terms.weight_positions if slices == 1 else terms.weight_positions_of_slices(slices)
+    at = terms.weight_positions if slices == 1 else terms.weight_positions_in_flattened_s(slices)
     # [slices * terms]
     weights = s.take(at)
     by_slice = weights.chunk(slices) if slices > 1 else (weights,)
@@ -199,7 +199,7 @@ def _add_separately(
 
 
 def _add_adapter(
-    y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, own: SeparateAdapterRows
+    y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, own: RowsOfOneAdapter
 ) -> None:
     """Add the update of one adapter to its rows of y in place."""
     (unit, first), slices = divmod(own.first, pack.layout.unit), len(pack.lora_b)

@@ -84,7 +84,7 @@ class RowUpdateTerms:
     width: int
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def weight_positions_of_slices(self, slices: int) -> torch.Tensor:
+    def weight_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
         """Return the positions of the weights of all slices in the flattened s, int64.
 
         The result is ``[slices * terms]``, and s is ``[..., slices, width]``.
@@ -155,7 +155,7 @@ class PerSamplePlan(NamedTuple):
     other: torch.Tensor | None
 
 
-class SeparateAdapterRows(NamedTuple):
+class RowsOfOneAdapter(NamedTuple):
     """The rows of one adapter in a `SeparatePlan`.
 
     Attributes:
@@ -180,7 +180,7 @@ class SeparatePlan(NamedTuple):
         gather: Rows of adapters with rows that are not adjacent, int64, by adapter.
     """
 
-    adapters: tuple[SeparateAdapterRows, ...]
+    adapters: tuple[RowsOfOneAdapter, ...]
     gather: torch.Tensor
 
 
@@ -292,12 +292,14 @@ def _mask_outside(
     return outside.to(device) if outside.any() else None
 
 
-def _used_unit_range(used: list[int], layout: PackedLayout, coalesces: bool) -> tuple[int, int]:
-    """Return the range of units that contains the adapters in ``used``.
+def _used_unit_range(
+    used_adapters: list[int], layout: PackedLayout, coalesces: bool
+) -> tuple[int, int]:
+    """Return the range of units that contains the adapters in ``used_adapters``.
 
     If units may be coalesced, a large range is extended to full blocks where there is room.
     """
-    units = [layout.firsts[index] // layout.unit for index in used]
+    units = [layout.firsts[index] // layout.unit for index in used_adapters]
     start, stop = min(units), max(units) + 1
     if coalesces and stop - start >= ROUNDED_UNITS:
         count = stop - start
@@ -309,18 +311,18 @@ def _used_unit_range(used: list[int], layout: PackedLayout, coalesces: bool) -> 
 
 def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
     """Make a `SeparatePlan`."""
-    found, gathered, place = list[SeparateAdapterRows](), list[torch.Tensor](), 0
+    found, gathered, place = list[RowsOfOneAdapter](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])
         first, rank = layout.firsts[index], layout.ranks[index]
         if not rank:
             continue
         if isinstance(own, slice):
-            found.append(SeparateAdapterRows(first, rank, own, False))
+            found.append(RowsOfOneAdapter(first, rank, own, False))
         else:
             gathered.append(own)
             place += len(own)
-            found.append(SeparateAdapterRows(first, rank, slice(place - len(own), place), True))
+            found.append(RowsOfOneAdapter(first, rank, slice(place - len(own), place), True))
     gather = torch.cat(gathered) if gathered else rows.order.new_empty(0, dtype=torch.int64)
     return SeparatePlan(tuple(found), gather)
 

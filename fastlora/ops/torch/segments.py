@@ -49,7 +49,7 @@ def expand_operands(
     return AdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
-class _AdapterPositions(NamedTuple):
+class _PositionsOfOneAdapter(NamedTuple):
     """The positions of one adapter's rows and of its part of s and ds.
 
     Attributes:
@@ -71,16 +71,16 @@ class _AdapterPositions(NamedTuple):
         return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
-def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_AdapterPositions]:
+def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_PositionsOfOneAdapter]:
     """Return a list of the positions of each adapter's rows.
 
-    It contains one `_AdapterPositions` per adapter in the batch, in slot order. Adapters without
-    rows and adapters of rank 0 are omitted.
+    It contains one `_PositionsOfOneAdapter` per adapter in the batch, in slot order. Adapters
+    without rows and adapters of rank 0 are omitted.
     """
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
-    found, end = list[_AdapterPositions](), 0
+    found, end = list[_PositionsOfOneAdapter](), 0
     for segment, (slot, start, stop) in enumerate(rows.segments):
         place = place_of.get(slot)
         if place is None:
@@ -89,7 +89,7 @@ def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_AdapterPo
         if rank:
             first, end = end, end + (stop - start) * rank
             own = slice(first, end)
-            found.append(_AdapterPositions(place, segment, slice(start, stop), rank, own))
+            found.append(_PositionsOfOneAdapter(place, segment, slice(start, stop), rank, own))
     return found
 
 
@@ -123,21 +123,29 @@ def forward(
         raise ValueError("neither a base weight nor a base output is given")
     elif not base.inplace:
         y = y.clone(memory_format=torch.contiguous_format)
-    return y, _add_adapter_updates(y, x, operands, rows, s)
+    return y, _add_adapter_updates_and_return_s(y, x, operands, rows, s)
 
 
-def _add_adapter_updates(
-    y: torch.Tensor, x: torch.Tensor, operands: AdapterOperands, rows: Rows, s: torch.Tensor | None
+def _add_adapter_updates_and_return_s(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    operands: AdapterOperands,
+    rows: Rows,
+    known_s: torch.Tensor | None,
 ) -> torch.Tensor:
     """Add each adapter's update to that adapter's rows of y in place, and return s.
 
     The rows of x and y are in their original order. Those of s are sorted.
     """
-    made, drops, shares = s is None, operands.seeds is not None, _adapter_positions(operands, rows)
-    if s is None:
-        s = x.new_empty(shares[-1].own.stop if shares else 0)
+    made, drops, shares = (
+        known_s is None,
+        operands.seeds is not None,
+        _adapter_positions(operands, rows),
+    )
+    if known_s is None:
+        known_s = x.new_empty(shares[-1].own.stop if shares else 0)
     batches = x.dtype.itemsize == 2 or not x.is_cpu
-    by_rank: dict[int, list[_AdapterPositions]] = {}
+    by_rank: dict[int, list[_PositionsOfOneAdapter]] = {}
     for share in shares:
         # A dropout mask belongs to the rows of one adapter, so adapters with dropout run one by
         # one.
@@ -145,11 +153,11 @@ def _add_adapter_updates(
         by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
     for group in by_rank.values():
         if batches and len(group) >= _BATCHED_SHARES:
-            _add_batched_same_rank(y, x, operands, group, rows, s)
+            _add_batched_same_rank(y, x, operands, group, rows, known_s)
             continue
         for share in group:
             place, mine = share.place, rows.segment_rows[share.segment]
-            scaling, own = operands.scaling[place], share.part(s)
+            scaling, own = operands.scaling[place], share.part(known_s)
             if made:
                 x_rows = x[mine] if isinstance(mine, slice) else x.index_select(0, mine)
                 x_rows = _apply_dropout(x_rows, operands, place) if drops else x_rows
@@ -163,14 +171,14 @@ def _add_adapter_updates(
                 update += (lora_bias * scaling).to(y.dtype)
             if not isinstance(mine, slice):
                 reference.add_rows_(y, mine, update)
-    return s
+    return known_s
 
 
 def _add_batched_same_rank(
     y: torch.Tensor,
     x: torch.Tensor,
     operands: AdapterOperands,
-    group: list[_AdapterPositions],
+    group: list[_PositionsOfOneAdapter],
     rows: Rows,
     s: torch.Tensor,
 ) -> None:
@@ -185,7 +193,7 @@ def _add_batched_same_rank(
     lora_b = torch.stack([operands.lora_b[place] for place in places]).to(x.dtype)
     scaling = torch.stack([operands.scaling[place] for place in places]).view(-1, 1, 1)
     spans = tuple((share.at.start, share.at.stop) for share in group)
-    gather, own, targets = _padded_gather_indices(spans, x.device)
+    gather, own, targets = _padded_gather_and_scatter_positions(spans, x.device)
     if not rows.is_sorted:
         gather, targets = rows.order[gather], rows.order[targets].long()
     spread = x.index_select(0, gather).view(len(group), -1, x.shape[1])
@@ -204,7 +212,7 @@ def _add_batched_same_rank(
 
 
 @functools.lru_cache(maxsize=8)
-def _padded_gather_indices(
+def _padded_gather_and_scatter_positions(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the indices that gather G spans of rows into a padded batch ``[G, C]``.

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.library import define_operator, register_fake, register_kernel
 from fastlora.ops.rows import Rows, Segment
-from fastlora.ops.stacks import WeightStackOperands
+from fastlora.ops.stacks import StackAdapterOperands
 from fastlora.ops.torch import products, reference
 from fastlora.validation import UnsupportedLayerError
 
@@ -30,7 +30,7 @@ _FEW_ROWS = 128
 _PART_ROWS = 512
 
 
-class _KeyChunk(NamedTuple):
+class _KeyRangeWithRows(NamedTuple):
     """Adjacent keys and their rows.
 
     Attributes:
@@ -55,7 +55,7 @@ class _KeySpan(NamedTuple):
     key: int
 
 
-def _key_spans(operands: WeightStackOperands, rows: Rows) -> Iterator[_KeySpan]:
+def _key_spans(operands: StackAdapterOperands, rows: Rows) -> Iterator[_KeySpan]:
     """Yield the rows of each key that has rows and an adapter of rank 1 or more."""
     slots = len(operands.lora_a)
     for key, start, stop in rows.segments:
@@ -65,7 +65,7 @@ def _key_spans(operands: WeightStackOperands, rows: Rows) -> Iterator[_KeySpan]:
 
 
 def _key_rows_after_dropout(
-    x: torch.Tensor, operands: WeightStackOperands, its: _KeySpan, dtype: torch.dtype
+    x: torch.Tensor, operands: StackAdapterOperands, its: _KeySpan, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the rows of a key in a dtype, with dropout. Every call uses the same mask."""
     own, p = reference.cast(x[its.at], dtype), operands.dropout_p[its.slot]
@@ -74,8 +74,8 @@ def _key_rows_after_dropout(
     return reference.lora_dropout(own, operands.seeds[its.key : its.key + 1].cpu(), p)
 
 
-def add_updates_(
-    y: torch.Tensor, x: torch.Tensor, operands: WeightStackOperands, rows: Rows
+def add_updates_and_return_s_(
+    y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
 ) -> torch.Tensor:
     """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
 
@@ -109,7 +109,7 @@ def gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
-    operands: WeightStackOperands,
+    operands: StackAdapterOperands,
     rows: Rows,
     wants_x: bool,
     wants: Sequence[bool],
@@ -120,7 +120,7 @@ def gradients(
     Args:
         dy: ``[P, N]``.
         x: ``[P, K]``, or None if no gradient of a lora_a is wanted.
-        s: The result of `add_updates_`.
+        s: The result of `add_updates_and_return_s_`.
         operands: The adapters.
         rows: The sorted rows.
         wants_x: Whether dx is wanted.
@@ -159,7 +159,7 @@ def gradients(
     return dx, found
 
 
-def dtype_of_s(x: torch.Tensor, operands: WeightStackOperands) -> torch.dtype:
+def dtype_of_s(x: torch.Tensor, operands: StackAdapterOperands) -> torch.dtype:
     """Return fp32 if x is in 16 bits on a CPU and a factor is in fp32, otherwise the dtype of x.
 
     The dtype does not depend on the rows, which have no values when a graph is traced.
@@ -169,7 +169,7 @@ def dtype_of_s(x: torch.Tensor, operands: WeightStackOperands) -> torch.dtype:
     return torch.float32 if is_wider else x.dtype
 
 
-def _dtype_of_products(x: torch.Tensor, operands: WeightStackOperands, rows: Rows) -> torch.dtype:
+def _dtype_of_products(x: torch.Tensor, operands: StackAdapterOperands, rows: Rows) -> torch.dtype:
     """Return `dtype_of_s` if keys have few rows, otherwise the dtype of x.
 
     A few rows take less time to convert than the factors of their key.
@@ -178,7 +178,7 @@ def _dtype_of_products(x: torch.Tensor, operands: WeightStackOperands, rows: Row
     return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
-def _is_grouped(dtype: torch.dtype, operands: WeightStackOperands, rows: Rows) -> bool:
+def _is_grouped(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` computes the products of adjacent keys.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
@@ -193,7 +193,7 @@ def _is_grouped(dtype: torch.dtype, operands: WeightStackOperands, rows: Rows) -
         and operands.seeds is None
         and lora_a.is_cpu
         and lora_a.dtype == lora_b.dtype == dtype
-        and _grouped_mm_supports_dtype(lora_a)
+        and _grouped_mm_is_fast_for_dtype(lora_a)
         and lora_a.stride(-1) == 1
         and lora_b.stride(-1) == 1
         and all(size and size * lora_a.itemsize % _ALIGNMENT == 0 for size in sizes)
@@ -201,26 +201,28 @@ def _is_grouped(dtype: torch.dtype, operands: WeightStackOperands, rows: Rows) -
     )
 
 
-def _parts(rows: Rows, converts: bool) -> list[_KeyChunk]:
+def _parts(rows: Rows, converts: bool) -> list[_KeyRangeWithRows]:
     """Return all keys as one part, or in parts of up to `_PART_ROWS` rows if rows are converted.
 
     A key with more rows is a part of its own.
     """
     ends = rows.slot_start[1:]
     if not converts or rows.m <= _PART_ROWS:
-        return [_KeyChunk(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
-    parts, segments, key = list[_KeyChunk](), rows.segments, 0
+        return [_KeyRangeWithRows(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
+    parts, segments, key = list[_KeyRangeWithRows](), rows.segments, 0
     while segments:
         start = segments[0].start
         own = [each for each in segments if each.stop - start <= _PART_ROWS] or [segments[0]]
         segments = segments[len(own) :]
         keys = slice(key, own[-1].slot + 1 if segments else rows.slots)
-        parts.append(_KeyChunk(keys, slice(start, own[-1].stop), ends[keys] - start, own))
+        parts.append(_KeyRangeWithRows(keys, slice(start, own[-1].stop), ends[keys] - start, own))
         key = keys.stop
     return parts
 
 
-def _add_grouped_(y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _KeyChunk) -> None:
+def _add_grouped_(
+    y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _KeyRangeWithRows
+) -> None:
     """Add ``s @ factor[key]`` to the rows of a part's keys in place, for ``s`` of these rows."""
     if y.dtype != s.dtype:
         y[part.at].add_(F.grouped_mm(s, factor[part.keys], offs=part.ends))
@@ -235,7 +237,7 @@ def _grouped_factor_gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
-    operands: WeightStackOperands,
+    operands: StackAdapterOperands,
     rows: Rows,
     dx: torch.Tensor | None,
     wants: Sequence[bool],
@@ -277,7 +279,7 @@ def _add_dx_(
     dx: torch.Tensor,
     ds: torch.Tensor,
     lora_a: torch.Tensor,
-    operands: WeightStackOperands,
+    operands: StackAdapterOperands,
     its: _KeySpan,
 ) -> None:
     """Add the gradient of a key's rows of x to dx in place.
@@ -297,7 +299,7 @@ def _add_dx_(
 
 
 def grouped_linear(
-    x: torch.Tensor, stack: torch.Tensor, rows: Rows, slots: int = 1
+    x: torch.Tensor, stack: torch.Tensor, rows: Rows, num_adapter_slots: int = 1
 ) -> torch.Tensor:
     """Multiply each row of x by the transpose of its matrix in the stack, and return ``[P, N]``.
 
@@ -308,9 +310,9 @@ def grouped_linear(
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
         stack: ``[E, N, K]``, any strides.
         rows: The sorted rows.
-        slots: Number of adapters S, with which keys were made.
+        num_adapter_slots: Number of adapters S, with which keys were made.
     """
-    made: torch.Tensor = _GroupedLinear.apply(x, stack, rows.slot_start[::slots])
+    made: torch.Tensor = _GroupedLinear.apply(x, stack, rows.slot_start[::num_adapter_slots])
     return made
 
 
@@ -335,14 +337,14 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
     It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
     """
     is_dense = stack.is_contiguous() or stack.transpose(1, 2).is_contiguous()
-    if not _grouped_mm_supports_dtype(x) or not x.is_contiguous() or not is_dense:
+    if not _grouped_mm_is_fast_for_dtype(x) or not x.is_contiguous() or not is_dense:
         return False
     sizes = (x.shape[1], stack.shape[1], x.data_ptr(), stack.data_ptr())
     widths = x.itemsize, x.itemsize, 1, 1
     return all(size * width % _ALIGNMENT == 0 for size, width in zip(sizes, widths, strict=True))
 
 
-def _grouped_mm_supports_dtype(x: torch.Tensor) -> bool:
+def _grouped_mm_is_fast_for_dtype(x: torch.Tensor) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` supports x's dtype and is fast for it."""
     emulated = x.dtype in products.EMULATED
     return x.dtype in _GROUPED_DTYPES and hasattr(F, "grouped_mm") and not emulated

@@ -177,7 +177,9 @@ def grouped_gradients(
             x,
             [ds[i] for i in some],
             [lora_a[i].dtype for i in some],
-            None if drawn == [None] * len(some) else product(_fill_and_concat_seeds, *drawn),
+            None
+            if drawn == [None] * len(some)
+            else product(_concat_seeds_with_arbitrary_fill, *drawn),
             [dropout_p[i] for i in some],
         )
         for i, gradient in zip(some, d_lora_a, strict=True):
@@ -185,7 +187,7 @@ def grouped_gradients(
     return [dx, *found]
 
 
-def _fill_and_concat_seeds(*seeds: torch.Tensor | None) -> torch.Tensor:
+def _concat_seeds_with_arbitrary_fill(*seeds: torch.Tensor | None) -> torch.Tensor:
     """Concatenate dropout seeds into an int64 tensor ``[G]``.
 
     Each None is replaced by an arbitrary number.

@@ -242,7 +242,7 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> Training
 
     If ``chat`` is True, a text prompt becomes a user turn.
     """
-    values.check_has_columns(FORMATS[format_name].required)
+    values.check_row_has_columns(FORMATS[format_name].required)
     source = values.source
     if format_name == "text":
         return TrainingSample(source, None, values.get_text("text"))
@@ -280,7 +280,7 @@ class _RowValues:
     ) -> None:
         self.source, self._row, self._names, self._cells = source, row, names, cells
 
-    def check_has_columns(self, columns: Sequence[str]) -> None:
+    def check_row_has_columns(self, columns: Sequence[str]) -> None:
         """Raise `DataError` if any of the columns is missing from the row."""
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
