@@ -50,7 +50,7 @@ def register_classes_with_peft() -> None:
         abstract.register(LoraLayer)
     if hasattr(theirs.layer, "ParamWrapper"):  # older versions do not adapt parameters
         theirs.layer.ParamWrapper.register(AdaptedParameter)
-    _override_from_pretrained(peft)
+    _make_from_pretrained_accept_lora_model(peft)
     override_peft_functions()
 
 
@@ -78,7 +78,7 @@ def _create_patched_layer(
     return layer
 
 
-def _override_from_pretrained(peft: Any) -> None:
+def _make_from_pretrained_accept_lora_model(peft: Any) -> None:
     """Override PEFT's ``from_pretrained`` so that it also accepts a `LoraModel`.
 
     The method is that of `peft.PeftModel`. If it is called with a `LoraModel`, fastlora loads the

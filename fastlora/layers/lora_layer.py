@@ -418,7 +418,7 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
+        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
 
         Both names are relative to this layer. The tensors of inner layers are included.
         """

@@ -56,7 +56,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
+        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
 
         The names in files are suffixes of the file keys.
         """

@@ -69,7 +69,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
+        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
 
         The names in files are those in the adapter's copy.
         """

@@ -93,7 +93,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
+        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
 
         The dict is empty, because the embedding saves the shared factors.
         """

@@ -180,7 +180,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the names of an adapter's tensors in files to state dict names.
+        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
 
         Its only entry is for the adapter's rows. The dict is empty if another module owns the rows.
         """

@@ -323,7 +323,7 @@ def _new_layer_tensors(
 
 
 def _prefixes_of_loaded_parameters(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return a dict that maps the names of an adapter's parameters to prefixes of file keys."""
+    """Return a dict that maps an adapter's parameter names to the prefixes of their file keys."""
     by_module: dict[str, list[str]] = {}
     for name, layer in adapted_layers(model, adapter_name).items():
         if not layer.replaces_module:
