@@ -306,7 +306,7 @@ class MeasuredEngine:
             firsts = [each if isinstance(each, torch.Tensor) else each[0] for each in stacks]
             found = {id(each.fastlora_slots): each.fastlora_slots for each in firsts}
             return sum(
-                products.num_repacks
+                products.num_full_packings
                 for slots in found.values()
                 for products in (*slots.linear, *slots.shrink, *slots.expand)
             )
@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--out", type=Path, help="folder of the CSV")
     args = parser.parse_args(argv)
-    model, failed = smollm2.model_dir(), list[str]()
+    model, failed = smollm2.converted_model_dir(), list[str]()
     with ExitStack() as stack:
         adapters = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_adapters(adapters, model)

@@ -27,7 +27,7 @@ from fastlora.ops.torch.stacks import (
     dtype_of_s,
     grouped_gradients,
     grouped_linear,
-    products_for,
+    grouped_products_or_operator,
 )
 
 
@@ -92,7 +92,7 @@ class WeightStackLoraLinear(torch.autograd.Function):
         )
         adds_to_y = y is not None
         if stack is not None:
-            y = products_for(x)(x, stack, rows.slot_start[::slots])
+            y = grouped_products_or_operator(x)(x, stack, rows.slot_start[::slots])
         if has_unknown_values(x):
             arguments = (*operands, rows.operator_arguments(), impl)
             y, s = torch.ops.fastlora.stacked_updates(y, x, *arguments)

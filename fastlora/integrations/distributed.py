@@ -22,7 +22,7 @@ from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clip the total norm of the parameters' gradients, and return the norm.
+    """Clip the gradients by their total norm, and return the norm before clipping.
 
     Plain tensors and DTensors may be mixed. For plain tensors, the function is equivalent to
     `torch.nn.utils.clip_grad_norm_`. Every process must call it.

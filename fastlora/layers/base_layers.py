@@ -35,7 +35,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
-    """Return why a module is not a plain `nn.Linear`, or an empty string if it is one.
+    """Return the reason why a module is not a plain `nn.Linear`, or an empty string if it is one.
 
     ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
 
@@ -207,7 +207,7 @@ def stores_weight_transposed(module: nn.Module) -> bool:
 
 
 def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> str:
-    """Return why a module's weight cannot be replaced, or an empty string if it can.
+    """Return the reason why a module's weight cannot be replaced, or an empty string if it can.
 
     If ``allow_quantized`` is set, a quantized weight may be replaced by quantizing again.
 

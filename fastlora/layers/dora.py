@@ -132,7 +132,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 # ----------------------------------------------------------------------------- mixed batches
 
 
-class DoraSlotIndices(NamedTuple):
+class DoraSlotsOfBatch(NamedTuple):
     """The slots of a batch whose adapters use DoRA on one layer.
 
     Attributes:
@@ -144,7 +144,7 @@ class DoraSlotIndices(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotIndices | None:
+def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotsOfBatch | None:
     """Return the slots whose adapters use DoRA on a layer, or None if there are none.
 
     The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
@@ -153,7 +153,7 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotIndi
     source = routing.source
     if routing.captured:
         tables = source.tables
-        return None if tables is None or tables.scale_address is None else DoraSlotIndices()
+        return None if tables is None or tables.scale_address is None else DoraSlotsOfBatch()
     if source.loaded_adapters is not None:
         scaled = tuple(
             slot
@@ -163,7 +163,7 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotIndi
             and (factors := source.factors(layer, slot)) is not None
             and factors.magnitude is not None
         )
-        return DoraSlotIndices(scaled) if scaled else None
+        return DoraSlotsOfBatch(scaled) if scaled else None
     magnitudes = layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules:
         return None
@@ -172,14 +172,14 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotIndi
         return None
     dropouts = layer._modules["lora_dropout"]._modules
     dropped = tuple(slot for slot in slots if _is_active_dropout(dropouts[routing.names[slot]]))
-    return DoraSlotIndices(tuple(slot for slot in slots if slot not in dropped), dropped)
+    return DoraSlotsOfBatch(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
 def _is_active_dropout(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotIndices) -> torch.Tensor:
+def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch) -> torch.Tensor:
     """Apply DoRA to the rows of ``y [..., N]`` that belong to ``slots``, and return the result.
 
     y includes the bias. On entry, the rows of ``slots.dropped`` contain the base layer's output.
@@ -209,7 +209,7 @@ def _needs_gathered_rows(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
-    slots: DoraSlotIndices,
+    slots: DoraSlotsOfBatch,
 ) -> bool:
     """Return whether each adapter's rows must be gathered for DoRA.
 

@@ -122,7 +122,7 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 def mixed_batch_fallback_reason(
     without_gradients_or_dropout: bool, autocast_dtype: torch.dtype | None
 ) -> str:
-    """Return why a mixed batch falls back to PyTorch's GEMMs.
+    """Return the reason why a mixed batch falls back to PyTorch's GEMMs.
 
     This function is called only for batches that fall back although kernels are available.
     """
@@ -139,7 +139,7 @@ def mixed_batch_fallback_reason(
 
 
 def fallback_reason_for_factors(routing: Routing, slots: Slots) -> str:
-    """Return why kernels do not support a batch's factors, or an empty string if they do."""
+    """Return the reason why kernels do not support a batch's factors, or an empty string."""
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):
         for tensor in () if factors is None else (*factors[:2], factors.lora_bias):

@@ -144,7 +144,7 @@ def group_forward(
 
 
 def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
-    """Return why a call cannot share results with other layers, or an empty string if it can."""
+    """Return the reason why a call cannot share results with others, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run

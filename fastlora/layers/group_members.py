@@ -289,7 +289,7 @@ def _factors_or_reason(
 def _reason_for_separate_pass(
     layer: LinearWithAdapters, slots: Slots, own: Slots, call: UniformCall | MixedCall
 ) -> str:
-    """Return why a layer needs its own pass over x, or an empty string if it does not."""
+    """Return the reason why a layer needs its own pass over x, or an empty string."""
     x, mixed = call.original_x, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
     for factors in slots:

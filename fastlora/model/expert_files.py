@@ -220,7 +220,7 @@ def _with_current_blocks(
     return with_renamed_modules(file, renamed)
 
 
-class InferredRankAndExperts(NamedTuple):
+class InferredRankScalingAndExperts(NamedTuple):
     """The sizes of an adapter's factors on a module or parameter, inferred from the adapter's file.
 
     Attributes:
@@ -238,7 +238,7 @@ class InferredRankAndExperts(NamedTuple):
 
 def infer_ranks_and_experts_by_module(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
-) -> dict[str, InferredRankAndExperts]:
+) -> dict[str, InferredRankScalingAndExperts]:
     """Return the sizes of the factors in a file, keyed by the module names in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is the
@@ -250,10 +250,10 @@ def infer_ranks_and_experts_by_module(
         lora_a_rows: Maps module names to the number of rows of lora_A, which is the rank times the
             number of experts.
     """
-    found: dict[str, InferredRankAndExperts] = {}
+    found: dict[str, InferredRankScalingAndExperts] = {}
     by_module: dict[str, list[str]] = {}
     for name in lora_a_rows:
-        found[name] = InferredRankAndExperts(
+        found[name] = InferredRankScalingAndExperts(
             config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
         )
         module = name
@@ -275,14 +275,16 @@ def infer_ranks_and_experts_by_module(
         common = set[int].intersection(*counts)
         for name in names:
             if len(common) != 1:
-                found[name] = InferredRankAndExperts(None, None, None)
+                found[name] = InferredRankScalingAndExperts(None, None, None)
                 continue
             (count,) = common
             rank = lora_a_rows[name] // count
             same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
             values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
             alpha, scaling = values.pop() if len(values) == 1 else (None, None)
-            found[name] = InferredRankAndExperts(rank, alpha, scaling, count if count > 1 else None)
+            found[name] = InferredRankScalingAndExperts(
+                rank, alpha, scaling, count if count > 1 else None
+            )
     return found
 
 

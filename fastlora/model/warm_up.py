@@ -158,7 +158,7 @@ def warm_up(
 
 
 def reason_without_kernels(device: torch.device) -> str:
-    """Return why compiled kernels do not run on a device, or an empty string if they do."""
+    """Return the reason why compiled kernels do not run on a device, or an empty string."""
     if triton_interpreted():
         return "TRITON_INTERPRET=1 is set"
     if execution_mode.auto_selects_kernels(device):

@@ -20,7 +20,7 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
-from fastlora.ops.triton.rows_argument import gradient_rows_and_run_length, rows_for_factor_lists
+from fastlora.ops.triton.rows_argument import rows_argument_and_run_length, rows_for_factor_lists
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -180,7 +180,7 @@ class OperatorBackend(Backend):
         """Return a tuple (tensors for the ``rows`` argument of a launch, length of a run)."""
         if self.impl != "triton":
             return rows.operator_arguments(), 0
-        return gradient_rows_and_run_length(launch, rows, like.dtype, like.shape[1])
+        return rows_argument_and_run_length(launch, rows, like.dtype, like.shape[1])
 
     def _grad_a(
         self,
@@ -192,7 +192,7 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Return a list of the lora_a gradients of all layers, given one ds per layer."""
+        """Return a list of the lora_a gradients of all layers, given ``ds`` of each layer."""
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)

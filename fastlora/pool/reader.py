@@ -51,7 +51,7 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class PoolTargetAndBlockKind(NamedTuple):
+class PackedAdapterPlace(NamedTuple):
     """The location of a tensor in a packed adapter.
 
     Attributes:
@@ -241,7 +241,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, PoolTargetAndBlockKind]:
+    ) -> dict[str, PackedAdapterPlace]:
         """Return a dict that maps each tensor's key to its location in the packed adapter.
 
         In the config, the selected parameters are stored (see
@@ -251,7 +251,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, PoolTargetAndBlockKind] = {}
+        locations: dict[str, PackedAdapterPlace] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
@@ -270,7 +270,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = PoolTargetAndBlockKind(index, _BLOCK_OF[kind], name)
+            locations[key] = PackedAdapterPlace(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_no_missing_factors(selected, {each.name for each in locations.values()})
@@ -284,7 +284,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, PoolTargetAndBlockKind],
+        locations: Mapping[str, PackedAdapterPlace],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:

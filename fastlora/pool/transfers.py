@@ -56,7 +56,7 @@ class DeviceTransfers:
         On a CPU, do nothing.
         """
 
-    def record_read_event(self) -> tuple[Any, Any] | None:
+    def record_read_event_unless_capturing(self) -> tuple[Any, Any] | None:
         """Record an event after the reads so far, and return it with its stream.
 
         On a CPU, return None.
@@ -122,7 +122,7 @@ class AsyncCudaTransfers(DeviceTransfers):
                 )
             stream.wait_event(event)
 
-    def record_read_event(self) -> tuple[torch.cuda.Event, int] | None:
+    def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
         """Record an event on the current stream, and return a tuple (event, id of the stream).
 
         While a CUDA graph is being captured, only return None, because a captured forward pass has

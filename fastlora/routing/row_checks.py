@@ -84,7 +84,7 @@ class RowChecks:
         self._unsupported: dict[int, str] = {}
         self._root = weakref.ref(root)
         for name, layer in layers:
-            holder = _outermost_sequence_first_class(root, name)
+            holder = _outermost_sequence_first_class_name(root, name)
             if holder is not None:
                 self._unsupported[layer.routing_index] = _SEQUENCE_FIRST.format(holder)
             layer.may_see_partial_rows = holder is not None or experts.looks_like_expert(
@@ -112,7 +112,7 @@ class RowChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayer) -> str | None:
-        """Return why a layer is unsupported, or None if it is supported.
+        """Return the reason why a layer is unsupported, or None if it is supported.
 
         An unsupported layer does not support mixed batches.
         """
@@ -268,7 +268,7 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 # --------------------------------------------------------------------------------------- structure
 
 
-def _outermost_sequence_first_class(root: nn.Module, name: str) -> str | None:
+def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | None:
     """Return the class name of a layer's outermost parent with layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):

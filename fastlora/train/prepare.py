@@ -277,8 +277,8 @@ def make_sample_schedule(
     if math.ceil(size / micro) < processes:
         raise ConfigError(
             f"a step of {size} samples has {math.ceil(size / micro)} forward passes of {micro} "
-            f"samples, but each of the {processes} processes needs at least one; set batch_size to "
-            f"at least {processes * micro}, or micro_batch_size to at most "
+            f"samples, but each of the {processes} processes needs at least one forward pass; "
+            f"set batch_size to at least {processes * micro}, or micro_batch_size to at most "
             f"{max(size // processes, 1)}"
         )
     order = SampleOrder(

@@ -319,7 +319,7 @@ class Run:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
         if self._signals.received is not None or self._run_should_stop():
             raise self._interrupted(f"after its last step, {steps}", saved=True)
-        losses, skipped = dict(self.losses), self._skipped_step_counts()
+        losses, skipped = dict(self.losses), self._skipped_step_counts_by_adapter()
         folders = self._trained_adapter_folders()
         return TrainResult(
             self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
@@ -464,7 +464,7 @@ class Run:
             entry["skipped"] = list(report.skipped)
         self._write_log_and_trackers({"step": self.step, **entry})
 
-    def _skipped_step_counts(self) -> dict[str, int]:
+    def _skipped_step_counts_by_adapter(self) -> dict[str, int]:
         """Return the number of skipped steps for each adapter that has skipped any."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
@@ -677,7 +677,7 @@ class Run:
             self.processes.log_to_trackers(numbers, self.step)
 
     def _progress_text(self) -> str:
-        skipped = self._skipped_step_counts()
+        skipped = self._skipped_step_counts_by_adapter()
         shown = [
             f"{name} {value:.3f}" + (f" ({skipped[name]} skipped)" if name in skipped else "")
             for name, value in self.losses.items()

@@ -89,13 +89,13 @@ def test_only_the_slot_that_changes_is_packed() -> None:
     adapters = {slot: _load(slots, slot, rank) for slot, rank in ((0, 8), (1, 3), (3, 8))}
     batch, (products,) = _batch(ROWS), slots.linear
     _check(slots, adapters, batch, ROWS)
-    assert products.num_repacks == 1
+    assert products.num_full_packings == 1
     adapters[1] = _load(slots, 1, 7)
     _check(slots, adapters, batch, ROWS)
-    assert products.num_repacks == 1
+    assert products.num_full_packings == 1
     adapters[1] = _load(slots, 1, 9)
     _check(slots, adapters, batch, ROWS)
-    assert products.num_repacks == 2
+    assert products.num_full_packings == 2
 
 
 def test_factors_that_other_code_writes_through_a_view() -> None:

@@ -115,7 +115,7 @@ def test_slots_change_one_by_one(case: str) -> None:
             present = [f.lora_a.shape[0] for a in adapters for f in a if f is not None]
             packs += max(present, default=0) not in (0, largest)
             largest = max(present, default=0)
-            assert pack.num_repacks == packs
+            assert pack.num_full_packings == packs
             ids = [chance.randint(-1, count - 1) for _ in range(samples)]
             if step % 4 == 3:  # one adapter and rows without an adapter
                 ids = [-1 if slot < 0 else ids[0] for slot in ids]
@@ -276,7 +276,7 @@ def test_factors_that_do_not_fit_are_named() -> None:
     for field in ({"lora_bias": torch.zeros(40)}, {"dropout_p": 0.1}):
         with pytest.raises(ValueError, match="lora_bias, dropout, or a magnitude"):
             pack.set_slot(0, [own._replace(**field)])
-    assert pack.factors is None and pack.num_repacks == 0
+    assert pack.factors is None and pack.num_full_packings == 0
 
 
 def test_slots_change_inside_and_outside_of_inference_mode() -> None:
@@ -289,7 +289,7 @@ def test_slots_change_inside_and_outside_of_inference_mode() -> None:
     with torch.inference_mode():
         pack.set_slot(1, adapters[1])
     pack.set_slot(0, adapters[2])
-    assert pack.num_repacks == 2
+    assert pack.num_full_packings == 2
     x, y, ids = torch.randn(5, K), torch.randn(5, 40), [0, 1, -1, 1, 0]
     rows = sort_rows(torch.tensor(ids), 5, 2)
     expected = by_row(y, x, ids, [adapters[2], adapters[1]], [40])

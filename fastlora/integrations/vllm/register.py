@@ -100,7 +100,7 @@ RELIED_ON = tuple(
 )
 
 
-class NotRegistered(NamedTuple):
+class NotRegisteredReason(NamedTuple):
     """The result of `register` if it leaves vLLM unchanged.
 
     Attributes:
@@ -112,7 +112,7 @@ class NotRegistered(NamedTuple):
     is_problem: bool
 
 
-def register() -> NotRegistered | None:
+def register() -> NotRegisteredReason | None:
     """Make fastlora the LoRA backend of vLLM in this process.
 
     The function may be called several times. If vLLM cannot be taken over, nothing is changed, and
@@ -126,7 +126,7 @@ def register() -> NotRegistered | None:
     except Exception as error:  # noqa: BLE001  vLLM runs without the plugin.
         reason = f"registration failed: {type(error).__name__}: {error}"
         _logger().warning("fastlora is not used for LoRA: %s", reason)
-        return NotRegistered(reason, True)
+        return NotRegisteredReason(reason, True)
 
 
 def public_version(version: str) -> str:
@@ -169,7 +169,7 @@ def _logger() -> Any:
     return importlib.import_module("vllm.logger").init_logger("vllm.fastlora")
 
 
-def _register() -> NotRegistered | None:
+def _register() -> NotRegisteredReason | None:
     platform = importlib.import_module("vllm.platforms").current_platform
     if platform.get_punica_wrapper() == WRAPPER:
         return None
@@ -192,20 +192,22 @@ def _register() -> NotRegistered | None:
     return None
 
 
-def _refusal(platform: Any) -> NotRegistered | None:
-    """Return why vLLM must be left unchanged, or None if fastlora can be registered."""
+def _refusal(platform: Any) -> NotRegisteredReason | None:
+    """Return the reason why vLLM must be left unchanged, or None if fastlora can be registered."""
     if not (platform.is_cpu() or platform.is_cuda()):
-        return NotRegistered(f"platform {platform.device_type} is not supported", False)
+        return NotRegisteredReason(f"platform {platform.device_type} is not supported", False)
     if env.vllm_plugin_disabled():
-        return NotRegistered("FASTLORA_VLLM=0 disables it", False)
+        return NotRegisteredReason("FASTLORA_VLLM=0 disables it", False)
     if not env.vllm_plugin_enabled(platform.device_type):
-        return NotRegistered("not measured on a GPU yet; FASTLORA_VLLM=1 enables it", False)
+        return NotRegisteredReason("not measured on a GPU yet; FASTLORA_VLLM=1 enables it", False)
     version = public_version(importlib.import_module("vllm").__version__)
     found = differences() if version in KNOWN_VERSIONS else ["this version is unknown"]
     if not found:
         return None
     known = ", ".join(KNOWN_VERSIONS)
-    return NotRegistered(f"vLLM {version}: {'; '.join(found)}; known versions are {known}", True)
+    return NotRegisteredReason(
+        f"vLLM {version}: {'; '.join(found)}; known versions are {known}", True
+    )
 
 
 def differences() -> list[str]:

@@ -118,9 +118,9 @@ class SlotProducts:
             add(self, y, x, batch)
 
     @property
-    def num_repacks(self) -> int:
+    def num_full_packings(self) -> int:
         """Number of times that one of the current packs was allocated and filled with all slots."""
-        return sum(pack.num_repacks for pack in self._packs.values())
+        return sum(pack.num_full_packings for pack in self._packs.values())
 
     def add_from_pack_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Do what `add_` does, with packed factors."""

@@ -79,7 +79,7 @@ class PackedSlots:
     Attributes:
         factors: The packed factors, or None if no slot has an adapter. The index of an adapter is
             its slot.
-        num_repacks: Number of times that the factors of all slots were allocated and copied.
+        num_full_packings: Number of times that the factors of all slots were allocated and copied.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PackedSlots:
         device: torch.device | None = None,
     ) -> None:
         self.factors: PackedLayerFactors | None = None
-        self.num_repacks = 0
+        self.num_full_packings = 0
         self._in_features, self._widths = in_features, tuple(out_features)
         self._dtype, self._device = dtype, device
         self._ranks = [(0,) * len(self._widths)] * num_slots
@@ -167,7 +167,7 @@ class PackedSlots:
         shapes = [(slots * unit, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         made, old = _SlotStorage(lora_a, rank_rows_a, lora_b, unit), self._storage
-        self.num_repacks += 1
+        self.num_full_packings += 1
         if old is not None:
             rows = slice(0, min(unit, old.unit))
             rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]

@@ -361,7 +361,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x if stack.requires_grad else None, stack, starts)
-        return products_for(x)(x, stack, starts)
+        return grouped_products_or_operator(x)(x, stack, starts)
 
     @staticmethod
     @once_differentiable
@@ -385,7 +385,7 @@ def grouped_gradients(
     x may be None if the gradient of the stack is not wanted.
     """
     dy = dy.contiguous()
-    dx = products_for(dy)(dy, stack.transpose(1, 2), starts) if wants_x else None
+    dx = grouped_products_or_operator(dy)(dy, stack.transpose(1, 2), starts) if wants_x else None
     if not wants_stack or x is None:
         return dx, None
     if has_unknown_values(dy):
@@ -398,7 +398,7 @@ def grouped_gradients(
     return dx, d_stack
 
 
-def products_for(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+def grouped_products_or_operator(x: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Return `grouped_products`, or its operator if a compiler traces operations on x."""
     registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
     return registered if has_unknown_values(x) else grouped_products

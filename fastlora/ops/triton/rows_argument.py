@@ -21,14 +21,14 @@ def rows_for_address_tables(rows: Rows, batch_invariant: bool = False) -> list[t
 def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that receive lists of factors.
 
-    For operators that work on runs, use `gradient_rows_and_run_length`.
+    For operators that work on runs, use `rows_argument_and_run_length`.
     """
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
     return [*rows.operator_arguments(), rows.piece_starts(TRAIN_PIECE_ROWS)]
 
 
-def gradient_rows_and_run_length(
+def rows_argument_and_run_length(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
     """Return a tuple (tensors for the ``rows`` argument of a gradient operator, length of a run).

@@ -103,7 +103,7 @@ class DataOptions:
     packing: str | None = None
 
 
-class SamplesAndFileInfo(NamedTuple):
+class SamplesWithFileInfo(NamedTuple):
     """The samples of several files.
 
     Attributes:
@@ -119,7 +119,7 @@ class SamplesAndFileInfo(NamedTuple):
     notes: list[str]
 
 
-def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesAndFileInfo:
+def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesWithFileInfo:
     """Read the samples of several files.
 
     Args:
@@ -153,7 +153,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> S
             samples.append(_row_to_sample(name, values, options.chat))
         formats.append(name)
         notes.append(_describe_file_format(path, name, names, columns))
-    return SamplesAndFileInfo(samples, digest.hexdigest(), formats, notes)
+    return SamplesWithFileInfo(samples, digest.hexdigest(), formats, notes)
 
 
 def single_message_chat(role: str, text: str) -> Messages:
