@@ -110,7 +110,7 @@ class _BoundedMatchingState:
                 "pcre2; install it with: pip install pcre2"
             ) from error
         # PCRE2 accepts limits only at the start of a pattern, so later ones cannot override these.
-        steps = min(_STEPS, _CHARACTERS // _max_expanded_length(pattern, expression))
+        steps = min(_STEPS, _CHARACTERS // _max_length_with_repeats_expanded(pattern, expression))
         limits = f"(*LIMIT_MATCH={steps})(*LIMIT_HEAP={_HEAP_KIB})"
         try:
             found = pcre2.compile(f"{limits}(?:{expression})", jit=False)
@@ -345,7 +345,7 @@ def _match(field: str, pattern: str, template: str, name: str, *, whole: bool = 
         return re.fullmatch(expression, name) if whole else re.match(expression, name)
 
 
-def _max_expanded_length(pattern: str, expression: str) -> int:
+def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
     """Return an upper bound on the length of an expression after PCRE2 has expanded its repeats.
 
     For example, PCRE2 expands ``a{3}`` to ``aaa``.

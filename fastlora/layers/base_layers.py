@@ -74,7 +74,7 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor with the device and dtype for new factors, or None for the defaults.
+    """Return a tensor whose device and dtype new factors get, or None for the defaults.
 
     As in PEFT, new factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes'
     4-bit layers, HQQ).

@@ -466,7 +466,7 @@ class LoraLayer(Mergeable):
             )
 
     def _reference_for_new_factors(self) -> torch.Tensor | None:
-        """Return a tensor with the device and dtype for new factors, or None for the defaults."""
+        """Return a tensor whose device and dtype new factors get, or None for the defaults."""
         base = self.get_base_layer()
         if any(map(is_dtensor, base.parameters(recurse=False))):
             raise AdapterStateError(

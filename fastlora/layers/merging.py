@@ -87,7 +87,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._unmerged, self._merged_scales = snapshot, scales
         for name in names:
             self.merged_adapters.append(name)
-            self._add_last_adapter_bias(bias, self.merged_adapters, 1.0, scales)
+            self._add_bias_change_of_last_adapter(bias, self.merged_adapters, 1.0, scales)
         self._when_merged = [] if snapshot is None else self._base_fingerprints()
         clear_weight_dependent_caches(self)
 
@@ -131,7 +131,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             scales = self._merged_scales | self._dora_scales_by_name(names)
             for place, name in enumerate(names, 1):
                 self._add_delta_weight(matrix, name, 1.0, scales.get(name))
-                self._add_last_adapter_bias(new_bias, [*merged, *names[:place]], 1.0, scales)
+                self._add_bias_change_of_last_adapter(
+                    new_bias, [*merged, *names[:place]], 1.0, scales
+                )
                 if not self._true_in_all_processes(_is_finite(matrix, new_bias)):
                     raise AdapterStateError(
                         "NaNs detected in the merged weights. The adapter "
@@ -185,7 +187,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             name = merged[place]
             scale = self._merged_scales.get(name)
             self._add_delta_weight(weight, name, -1.0, None if scale is None else 1.0 / scale)
-            self._add_last_adapter_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
+            self._add_bias_change_of_last_adapter(
+                bias, merged[: place + 1], -1.0, self._merged_scales
+            )
 
     def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return a dict that maps each DoRA adapter's name to its scale g ``[N]``."""
@@ -253,7 +257,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
                 rows.copy_(wide)
 
     @torch.no_grad()
-    def _add_last_adapter_bias(
+    def _add_bias_change_of_last_adapter(
         self,
         bias: torch.Tensor | None,
         names: list[str],

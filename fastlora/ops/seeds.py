@@ -48,7 +48,7 @@ def draw_seeds(
     return seeds
 
 
-def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+def dropout_seeds_of_layers(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
     """Return the dropout seeds of L layers, int64 ``[L, S]``, derived from the seeds of S adapters.
 
     ``layers`` are the numbers of the layers.
@@ -61,7 +61,7 @@ def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
 def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
     """Return the dropout seeds of one layer, int64 ``[S]``, derived from the seeds of S adapters.
 
-    See `layer_seeds`.
+    See `dropout_seeds_of_layers`.
     """
     return _mixed_bits(seeds + _to_int64((layer + 1) * _INCREMENT))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.factors import AdapterOperands
-from fastlora.ops.seeds import layer_seeds
+from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
 class StackAdapterOperands(NamedTuple):
@@ -83,4 +83,4 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
 
 def seeds_of_keys(seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
     """Return the dropout seed of each key, int64 ``[E * S]``, given the seeds of S adapters."""
-    return layer_seeds(seeds, range(num_matrices)).reshape(-1)
+    return dropout_seeds_of_layers(seeds, range(num_matrices)).reshape(-1)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.seeds import derive_seeds_of_layer, layer_seeds
+from fastlora.ops.seeds import derive_seeds_of_layer, dropout_seeds_of_layers
 from fastlora.routing.caches import (
     AdapterSetCache,
     PackedAdapterSet,
@@ -228,7 +228,7 @@ class Routing:
             numbers = [layer.routing_index for layer in self.layers if hasattr(layer, "lora_A")]
             # Autograd functions save them for a backward pass.
             with torch.inference_mode(False):
-                made = layer_seeds(self.seeds, numbers)
+                made = dropout_seeds_of_layers(self.seeds, numbers)
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
             known = self.cache.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))

@@ -75,7 +75,9 @@ class AdapterTrainingState:
             )
         self.name = name
         self.max_grad_norm = max_grad_norm
-        self.parameters = _trainable_parameters_or_raise(model, name, needs_fp32=scaler is not None)
+        self.parameters = _trainable_parameters_or_raise(
+            model, name, rejects_fp16=scaler is not None
+        )
         self.optimizer = _checked_optimizer(name, optimizer(self.parameters), self.parameters)
         self.scheduler = (
             None if scheduler is None else _checked_scheduler(name, scheduler(self.optimizer))
@@ -215,17 +217,17 @@ def _frozen(name: str) -> str:
 
 
 def _trainable_parameters_or_raise(
-    model: LoraModel, name: str, needs_fp32: bool
+    model: LoraModel, name: str, rejects_fp16: bool
 ) -> list[nn.Parameter]:
     """Return an adapter's trainable parameters, or raise an error if it has none.
 
-    An error is also raised if ``needs_fp32`` is set and one of them is fp16.
+    An error is also raised if ``rejects_fp16`` is set and one of them is fp16.
     """
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:
         raise AdapterStateError(_frozen(name))
     for key, parameter in named.items():
-        if needs_fp32 and parameter.dtype == torch.float16:
+        if rejects_fp16 and parameter.dtype == torch.float16:
             raise TypeError(
                 f"{key} is {parameter.dtype}, expected torch.float32: a scaler cannot unscale the "
                 "gradients of fp16 parameters"

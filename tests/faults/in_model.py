@@ -324,7 +324,10 @@ FAULTS = (
         kind="a pattern unbounded",
         source="1bba3e8",
         path="fastlora/patterns.py",
-        before="steps = min(_STEPS, _CHARACTERS // _max_expanded_length(pattern, expression))",
+        before=(
+            "steps = min(_STEPS, _CHARACTERS // "
+            "_max_length_with_repeats_expanded(pattern, expression))"
+        ),
         after="steps = _STEPS",
         tests=(f"{_PATTERNS}::test_a_long_way_between_two_steps_is_bounded[long]",),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.ops.seeds import derive_seeds_of_layer, draw_seeds, layer_seeds
+from fastlora.ops.seeds import derive_seeds_of_layer, draw_seeds, dropout_seeds_of_layers
 
 MASK = 2**64 - 1
 
@@ -23,7 +23,7 @@ def test_layers_seeds_are_splitmix64() -> None:
     seeds, layers = (0, 7, 2**62 - 1, 123456789), (0, 3, 2**32 - 1)
     given = torch.tensor(seeds)
     expected = [[splitmix(seed, layer) for seed in seeds] for layer in layers]
-    assert layer_seeds(given, layers).tolist() == expected
+    assert dropout_seeds_of_layers(given, layers).tolist() == expected
     assert [derive_seeds_of_layer(given, layer).tolist() for layer in layers] == expected
 
 

@@ -61,13 +61,13 @@ class PackedLayout:
 
 
 @functools.lru_cache(maxsize=256)
-def first_fit_layout(ranks: tuple[int, ...], round_to_blocks: bool = False) -> PackedLayout:
+def first_fit_layout(ranks: tuple[int, ...], round_units_to_blocks: bool = False) -> PackedLayout:
     """Return a layout that assigns each adapter to the first unit with enough free rank rows.
 
     The largest adapters are assigned first.
 
-    If ``round_to_blocks`` is set, units will be combined into blocks, and a large number of units
-    is rounded up to full blocks.
+    If ``round_units_to_blocks`` is set, units will be combined into blocks, and a large number of
+    units is rounded up to full blocks.
     """
     unit = max(ranks)
     used: list[int] = []
@@ -84,7 +84,7 @@ def first_fit_layout(ranks: tuple[int, ...], round_to_blocks: bool = False) -> P
         firsts[index] = at * unit + used[at]
         used[at] += rank
     units = len(used)
-    if not round_to_blocks:
+    if not round_units_to_blocks:
         return PackedLayout(unit, units, tuple(firsts), ranks)
     rounded = units
     if units >= ROUNDED_UNITS:
