@@ -28,7 +28,7 @@ from fastlora.bench.mixed_strategies import (
     segments,
 )
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
-from fastlora.ops.rows import Rows as SortedRowsAndPlans
+from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 
@@ -57,7 +57,7 @@ class MixedProblem:
     factors: list[torch.Tensor]
     slots: torch.Tensor
     rows: Rows
-    groups: SortedRowsAndPlans
+    groups: SortedRows
     impl: str
 
     @classmethod

@@ -26,7 +26,7 @@ from fastlora.bench.modes import Mode
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
 from fastlora.ops.factors import AdapterOperands, Base
 from fastlora.ops.operator_backend import mixed_grouped_forward
-from fastlora.ops.rows import Rows as SortedRowsAndPlans
+from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 
@@ -63,7 +63,7 @@ class Problem:
     layers: list[Layer]
     scaling: torch.Tensor
     sorted_by_hand: Rows | None
-    rows: SortedRowsAndPlans | None
+    rows: SortedRows | None
     tables: list[torch.Tensor]
     y: torch.Tensor
 

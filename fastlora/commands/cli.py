@@ -256,8 +256,8 @@ def adapter_facts(path: str) -> dict[str, Any]:
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
     from fastlora.model.expert_files import (
-        InferredRankScalingAndExperts,
-        infer_ranks_and_experts_by_module,
+        InferredFactorSettings,
+        infer_factor_settings,
     )
 
     header = inspect_adapter_folder(path)
@@ -267,7 +267,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         for key, (module, kind) in header.keys.items()
         if kind.endswith("_A")
     }
-    sizes = infer_ranks_and_experts_by_module(config, rows)
+    sizes = infer_factor_settings(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]
@@ -279,7 +279,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or InferredRankScalingAndExperts(None, None, None))._asdict(),
+                **(size or InferredFactorSettings(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,

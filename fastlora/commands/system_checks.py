@@ -176,11 +176,11 @@ def describe_auto_implementations() -> Iterator[dict[str, Any]]:
             "device": name,
             "implementation": chosen,
             "why": reason,
-            **_gpu_arch_and_config_table(device),
+            **_gpu_facts(device),
         }
 
 
-def _gpu_arch_and_config_table(device: torch.device) -> dict[str, Any]:
+def _gpu_facts(device: torch.device) -> dict[str, Any]:
     """Return a dict of facts about a GPU.
 
     The facts are its architecture, its processor count, and the architecture of its config table.

@@ -52,7 +52,7 @@ from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.active import activate_routing as routing_in_force
 from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
-from fastlora.routing.block import example_routings_from_parameters, routing_from_parameters
+from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import BASE, names_and_slots
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
 from fastlora.validation import UnsupportedLayerError
@@ -505,7 +505,7 @@ class PatchedModelRouter:
         """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
-        return example_routings_from_parameters(
+        return sample_routings_from_parameters(
             group, layers, known, ParameterSource, adapters, ranks
         )
 

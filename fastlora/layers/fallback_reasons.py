@@ -119,16 +119,14 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
     )
 
 
-def mixed_batch_fallback_reason(
-    without_gradients_or_dropout: bool, autocast_dtype: torch.dtype | None
-) -> str:
+def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
     """Return the reason why a mixed batch falls back to PyTorch's GEMMs.
 
     This function is called only for batches that fall back although kernels are available.
     """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"
-    if not without_gradients_or_dropout:
+    if not inference_only:
         return (
             "with gradients, the kernels of mixed batches choose their tiles by batch; call "
             "eval() and use torch.no_grad(), or train one adapter at a time"

@@ -374,9 +374,8 @@ class LoraConfig(PeftConfigMethods):
         PEFT.
         """
         weight, entries = f"{name}.weight", self.target_parameters or ()
-        with count_toward_matching_time_limit(
-            "target_parameters"
-        ):  # a config may list any number of names
+        # A config may list any number of names.
+        with count_toward_matching_time_limit("target_parameters"):
             return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
 
     def scaling_for(self, name: str) -> float:

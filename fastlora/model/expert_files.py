@@ -32,7 +32,7 @@ from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.stacked_experts import (
     ROUTER,
     BaseParameter,
-    base_parameters_outside_auxiliary_modules,
+    adaptable_parameters,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -78,7 +78,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     if not former:
         return file
     modules = named_base_modules(model)
-    parameters = base_parameters_outside_auxiliary_modules(modules)
+    parameters = adaptable_parameters(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -149,7 +149,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     """
     former = former_to_parameter_names(model_type_of(model))
     modules = named_base_modules(model) if former and config.target_modules else []
-    if not stacked_experts_among(base_parameters_outside_auxiliary_modules(modules)):
+    if not stacked_experts_among(adaptable_parameters(modules)):
         return config
     names = [name for name, _, _ in modules]
     linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]
@@ -220,8 +220,8 @@ def _with_current_blocks(
     return with_renamed_modules(file, renamed)
 
 
-class InferredRankScalingAndExperts(NamedTuple):
-    """The sizes of an adapter's factors on a module or parameter, inferred from the adapter's file.
+class InferredFactorSettings(NamedTuple):
+    """The settings of an adapter's factors on a module or parameter, inferred from its file.
 
     Attributes:
         rank: The rank.
@@ -236,10 +236,10 @@ class InferredRankScalingAndExperts(NamedTuple):
     experts: int | None = None
 
 
-def infer_ranks_and_experts_by_module(
+def infer_factor_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
-) -> dict[str, InferredRankScalingAndExperts]:
-    """Return the sizes of the factors in a file, keyed by the module names in the file.
+) -> dict[str, InferredFactorSettings]:
+    """Return the settings of the factors in a file, keyed by the module names in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is the
     one with which all factors of a module have a rank that the config gives to a parameter. Values
@@ -250,10 +250,10 @@ def infer_ranks_and_experts_by_module(
         lora_a_rows: Maps module names to the number of rows of lora_A, which is the rank times the
             number of experts.
     """
-    found: dict[str, InferredRankScalingAndExperts] = {}
+    found: dict[str, InferredFactorSettings] = {}
     by_module: dict[str, list[str]] = {}
     for name in lora_a_rows:
-        found[name] = InferredRankScalingAndExperts(
+        found[name] = InferredFactorSettings(
             config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
         )
         module = name
@@ -275,16 +275,14 @@ def infer_ranks_and_experts_by_module(
         common = set[int].intersection(*counts)
         for name in names:
             if len(common) != 1:
-                found[name] = InferredRankScalingAndExperts(None, None, None)
+                found[name] = InferredFactorSettings(None, None, None)
                 continue
             (count,) = common
             rank = lora_a_rows[name] // count
             same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
             values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
             alpha, scaling = values.pop() if len(values) == 1 else (None, None)
-            found[name] = InferredRankScalingAndExperts(
-                rank, alpha, scaling, count if count > 1 else None
-            )
+            found[name] = InferredFactorSettings(rank, alpha, scaling, count if count > 1 else None)
     return found
 
 

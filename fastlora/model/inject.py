@@ -193,9 +193,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             "Please unmerge them first."
         )
     for _, module in found:
-        if keep_adapter_names_on_module(
-            module, [adapter_name]
-        ):  # tied rows were deleted together with their source
+        # Tied rows were deleted together with their source.
+        if adapter_names_on_module(module, [adapter_name]):
             module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
@@ -260,7 +259,7 @@ def base_biases_trained_by(
     modules = [
         module
         for _, module in modules_with_adapters(model)
-        if keep_adapter_names_on_module(module, [adapter_name])
+        if adapter_names_on_module(module, [adapter_name])
     ]
     targets = [module for module in modules if isinstance(module, LoraLayer)]
     copied = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
@@ -349,13 +348,13 @@ def unload(
                 if dequantize
                 else contextlib.nullcontext()
             ):
-                module.check_merge(safe_merge, keep_adapter_names_on_module(module, adapter_names))
+                module.check_merge(safe_merge, adapter_names_on_module(module, adapter_names))
     dtype = dtype_after_dequantization(model) if dequantize else None
     shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
-            names = keep_adapter_names_on_module(module, adapter_names)
+            names = adapter_names_on_module(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
                 shared.untie_if_shared(name, module)
@@ -393,7 +392,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
         )
 
 
-def keep_adapter_names_on_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
+def adapter_names_on_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
     """Return those of the given adapter names that exist on a module.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.

@@ -42,7 +42,7 @@ from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
     ModulesAdaptedWithEmbedding,
     SharedWeightUntier,
-    tie_config_to_embedding,
+    find_ties_and_update_config,
 )
 from fastlora.model.trainable_tokens import (
     TrainableTokens,
@@ -177,7 +177,7 @@ def make_adapter_plan(
     config.check_supported("load" if loading else "new")
     replication = create_replication(model, config.layer_replication)
     with replication_applied(replication):
-        ties = tie_config_to_embedding(model, config)
+        ties = find_ties_and_update_config(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unexpected_target_behavior(plan)

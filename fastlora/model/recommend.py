@@ -16,7 +16,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 from fastlora.model.stacked_experts import (
-    base_parameters_outside_auxiliary_modules,
+    adaptable_parameters,
     experts_layer_class,
     stacked_experts_among,
     supported_stacks,
@@ -229,7 +229,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
-    parameters = base_parameters_outside_auxiliary_modules(named_base_modules(model))
+    parameters = adaptable_parameters(named_base_modules(model))
     stacks = [
         each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]

@@ -81,7 +81,7 @@ class BaseParameter(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def base_parameters_outside_auxiliary_modules(modules: BaseModules) -> list[BaseParameter]:
+def adaptable_parameters(modules: BaseModules) -> list[BaseParameter]:
     """Return a list of the parameters of the base model.
 
     Modules that adapters own copies of or train rows of are left out.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def run_and_measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
+def measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
     """Run a function, and return the peak memory, in bytes, of the tensors that it creates.
 
     Attention is counted as in a fused kernel, which does not store the matrix of scores.

@@ -126,9 +126,8 @@ def in_layers(name: str, config: LoraConfig) -> bool:
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         index = None if match is None else int(match[1])
-    with count_toward_matching_time_limit(
-        "layers_to_transform"
-    ):  # a config may list any number of layers
+    # A config may list any number of layers.
+    with count_toward_matching_time_limit("layers_to_transform"):
         return index in layers if isinstance(layers, list) else index == layers
 
 

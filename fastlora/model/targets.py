@@ -31,7 +31,7 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseParameter,
-    base_parameters_outside_auxiliary_modules,
+    adaptable_parameters,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -133,11 +133,7 @@ def select_targets(
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
-    base = (
-        base_parameters_outside_auxiliary_modules(modules)
-        if former or config.target_parameters or is_new
-        else []
-    )
+    base = adaptable_parameters(modules) if former or config.target_parameters or is_new else []
     selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
         return SelectedTargets([], selected)
@@ -307,7 +303,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     names = [name for name, _, _ in modules if name]
     olds = {
         old
-        for each in base_parameters_outside_auxiliary_modules(modules)
+        for each in adaptable_parameters(modules)
         for old in former_names_of_parameter(former, each)
     }
     lost = [

@@ -86,7 +86,9 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
     )
 
 
-def tie_config_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesAdaptedWithEmbedding:
+def find_ties_and_update_config(
+    model: nn.Module, config: LoraConfig
+) -> ModulesAdaptedWithEmbedding:
     """Find the modules to adapt together with the input embedding, to which they are tied.
 
     If there are such modules, the config is changed in place: ``modules_to_save`` or

@@ -24,7 +24,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.tied_weights import SharedWeightUntier
 from fastlora.model.weighted import CombinationOptions, combine_adapters
-from fastlora.routing.block import example_routings_from_parameters, routing_from_parameters
+from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_adapter_router
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
@@ -248,7 +248,7 @@ class LoraTuner(nn.Module):
         """
         names = self._as_loaded_names(adapter_name)
         for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
-            owners = inject.keep_adapter_names_on_module(wrapper, names) or []
+            owners = inject.adapter_names_on_module(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(
                     f"adapters {owners} each own {wrapper.owns} of the same module "
@@ -529,7 +529,7 @@ class LoraTuner(nn.Module):
         """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
         known = tuple(self.peft_config)
         layers = self.modules_selecting_adapter_per_row
-        return example_routings_from_parameters(
+        return sample_routings_from_parameters(
             self.group, layers, known, ParameterSource, adapters, ranks
         )
 
@@ -587,8 +587,7 @@ class LoraTuner(nn.Module):
             )
         shared = SharedWeightUntier(self.model)
         chosen = {
-            name: inject.keep_adapter_names_on_module(layer, wanted)
-            for name, layer in layers.items()
+            name: inject.adapter_names_on_module(layer, wanted) for name, layer in layers.items()
         }
         anything = False
         for layer, names in zip(layers.values(), chosen.values(), strict=True):

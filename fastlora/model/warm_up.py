@@ -136,9 +136,7 @@ def warm_up(
     check_kernel_cache_writable()
     from fastlora.kernels.precompile import compile_in_processes, is_cached
 
-    variants = list(
-        record_kernel_variants_without_launching(model, rows, adapters, wanted, inputs).values()
-    )
+    variants = list(record_kernel_variants(model, rows, adapters, wanted, inputs).values())
     missing = [variant for variant in variants if not is_cached(variant)]
     failed: list[tuple[str, str]] = []
     if missing:
@@ -230,7 +228,7 @@ class _SharedInputLayers(NamedTuple):
 
 
 @torch.no_grad()
-def record_kernel_variants_without_launching(
+def record_kernel_variants(
     model: nn.Module,
     rows: int,
     adapters: int | None = None,

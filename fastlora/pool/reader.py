@@ -27,7 +27,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
-from fastlora.model.stacked_experts import base_parameters_outside_auxiliary_modules
+from fastlora.model.stacked_experts import adaptable_parameters
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
@@ -51,7 +51,7 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class PackedAdapterPlace(NamedTuple):
+class PackedTensorLocation(NamedTuple):
     """The location of a tensor in a packed adapter.
 
     Attributes:
@@ -241,7 +241,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, PackedAdapterPlace]:
+    ) -> dict[str, PackedTensorLocation]:
         """Return a dict that maps each tensor's key to its location in the packed adapter.
 
         In the config, the selected parameters are stored (see
@@ -251,7 +251,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, PackedAdapterPlace] = {}
+        locations: dict[str, PackedTensorLocation] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
@@ -270,7 +270,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = PackedAdapterPlace(index, _BLOCK_OF[kind], name)
+            locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_no_missing_factors(selected, {each.name for each in locations.values()})
@@ -284,7 +284,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, PackedAdapterPlace],
+        locations: Mapping[str, PackedTensorLocation],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:
@@ -429,10 +429,7 @@ class AdapterReader:
         found, names = cached
         if not names:
             return found
-        parameters = {
-            e.name: e
-            for e in base_parameters_outside_auxiliary_modules(named_base_modules(self._model))
-        }
+        parameters = {e.name: e for e in adaptable_parameters(named_base_modules(self._model))}
         current = replace(found.parameters, parameters=[parameters[name] for name in names])
         return found._replace(parameters=current)
 

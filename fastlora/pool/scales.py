@@ -71,9 +71,8 @@ class DoraScaleUpdater:
                 )
             with pool_lock:
                 events = [event for loaded, _ in stale for event in loaded.reads.values()]
-            here = (
-                self._transfers.record_read_event_unless_capturing()
-            )  # this stream may have written base weights
+            # This stream may have written base weights.
+            here = self._transfers.record_read_event_unless_capturing()
             self._transfers.order_writes_after_reads(events if here is None else [*events, here[0]])
             with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered_writes():
                 for loaded, rows in stale:

@@ -149,7 +149,7 @@ def routing_from_parameters(
     return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
 
 
-def example_routings_from_parameters(
+def sample_routings_from_parameters(
     group: RoutedLayerGroup,
     layers: Sequence[RoutedLayer],
     known: Sequence[str],

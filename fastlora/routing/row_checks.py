@@ -84,10 +84,10 @@ class RowChecks:
         self._unsupported: dict[int, str] = {}
         self._root = weakref.ref(root)
         for name, layer in layers:
-            holder = _outermost_sequence_first_class_name(root, name)
-            if holder is not None:
-                self._unsupported[layer.routing_index] = _SEQUENCE_FIRST.format(holder)
-            layer.may_see_partial_rows = holder is not None or experts.looks_like_expert(
+            parent = _outermost_sequence_first_class_name(root, name)
+            if parent is not None:
+                self._unsupported[layer.routing_index] = _SEQUENCE_FIRST.format(parent)
+            layer.may_see_partial_rows = parent is not None or experts.looks_like_expert(
                 root, name, layer
             )
 
@@ -283,7 +283,7 @@ def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | No
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _FactsToDetectExperts(NamedTuple):
+class _ExpertFacts(NamedTuple):
     """Facts about the last component of a module's path, used to detect experts.
 
     Attributes:
@@ -310,7 +310,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._steps: dict[tuple[str, bool], _FactsToDetectExperts] = {}
+        self._facts: dict[tuple[str, bool], _ExpertFacts] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert.
@@ -329,31 +329,29 @@ class _ExpertDetector:
             names.append(part)
             at = f"{at}.{part}"
             key = at, child is layer
-            step = self._steps.get(key)
-            if step is None:
-                step = self._steps[key] = self._facts_to_detect_experts(
-                    modules, names, child is layer
-                )
-            if step.alike > 1 and (step.is_named or (step.alike, width) in step.beside):
+            facts = self._facts.get(key)
+            if facts is None:
+                facts = self._facts[key] = self._expert_facts(modules, names, child is layer)
+            if facts.alike > 1 and (facts.is_named or (facts.alike, width) in facts.beside):
                 return True
         return False
 
-    def _facts_to_detect_experts(
+    def _expert_facts(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
-    ) -> _FactsToDetectExperts:
+    ) -> _ExpertFacts:
         """Return facts about the last component of a module's path.
 
         ``at_layer`` tells whether the path ends at a layer.
         """
-        holder, child = modules[-2:]
-        alike = self._count_alike_by_child(holder)[names[-1]]
+        parent, child = modules[-2:]
+        alike = self._count_alike_by_child(parent)[names[-1]]
         if alike == 1:
-            return _FactsToDetectExperts(alike, False, set())
+            return _ExpertFacts(alike, False, set())
         words = [names[-1], _class_name(child)]
-        if not at_layer or isinstance(holder, _LISTS):
-            words += [names[-2], _class_name(holder)]
+        if not at_layer or isinstance(parent, _LISTS):
+            words += [names[-2], _class_name(parent)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
-        return _FactsToDetectExperts(alike, "expert" in " ".join(words).lower(), beside)
+        return _ExpertFacts(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count_alike_by_child(self, parent: nn.Module) -> dict[str, int]:
         """Map each child's name to the number of children with the same structure."""
@@ -389,15 +387,15 @@ class _ExpertDetector:
             self._known[id(module)] = known
         return known
 
-    def _parameter_shapes(self, holder: nn.Module) -> set[tuple[int, ...]]:
+    def _parameter_shapes(self, parent: nn.Module) -> set[tuple[int, ...]]:
         """Return the set of the shapes of a module's parameters.
 
         The parameters of its children are included. Adapters are excluded.
         """
-        known = self._shapes.get(id(holder))
+        known = self._shapes.get(id(parent))
         if known is None:
-            known = self._shapes[id(holder)] = set()
-            for module in (holder, *holder._modules.values()):
+            known = self._shapes[id(parent)] = set()
+            for module in (parent, *parent._modules.values()):
                 parameters = () if module is None else _base_layer_of(module)._parameters.values()
                 for parameter in parameters:
                     if parameter is not None:

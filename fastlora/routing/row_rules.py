@@ -171,9 +171,8 @@ def _facts_after_write(
         return facts
     origin = known.origin_key(index)
     if brought.kind is RowOriginKind.COUNTED and first:
-        return RowFacts(
-            RowOriginKind.CONSTANT, None, origin
-        )  # The result is the inverse of the index.
+        # The result is the inverse of the index.
+        return RowFacts(RowOriginKind.CONSTANT, None, origin)
     if facts.kind not in TABLES and facts.samples is None:
         return facts
     if brought.kind in TABLES:

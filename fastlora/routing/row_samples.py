@@ -26,9 +26,9 @@ Indices = Sequence["torch.Tensor | None"]
 def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
     """Return the sample of each row, given that the rows are in order.
 
-    The rows are in the order of the batch. Row r of R belongs to sample ``r * count // R``, as a
-    layer in a mixed batch assumes. Returns None if R, the number of elements of ``shape``, is zero
-    or is not a multiple of ``num_samples``.
+    The rows are in the order of the batch. Row r of R belongs to sample ``r * num_samples // R``,
+    as a layer in a mixed batch assumes. Returns None if R, the number of elements of ``shape``, is
+    zero or is not a multiple of ``num_samples``.
     """
     rows = math.prod(shape)
     if not rows or rows % num_samples:

@@ -166,9 +166,8 @@ class DeadlineProtocol(H11Protocol):
         self._update_deadline()
 
     def shutdown(self) -> None:
-        if (
-            self._deadline.waits is AwaitedEventKind.BODY
-        ):  # the request is incomplete and cannot finish
+        # An incomplete request cannot finish.
+        if self._deadline.waits is AwaitedEventKind.BODY:
             self.abort()
         else:
             super().shutdown()

@@ -92,8 +92,8 @@ def build_base_model_on_meta(
 
     No weights are read or allocated. If `load_in` is set, the linear layers are replaced with
     quantized layers of bitsandbytes, but their weights are not quantized yet. With
-    ``as_stored=True``, this also applies to a model that bitsandbytes had already quantized when it
-    was saved.
+    ``keep_stored_quantization=True``, this also applies to a model that bitsandbytes had already
+    quantized when it was saved.
     """
     transformers = _transformers()
     with convert_to_checkpoint_error(settings.model), torch.device("meta"):

@@ -29,7 +29,7 @@ from fastlora.integrations.report import auto_implementation, fusion_report
 from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, format_bytes
 from fastlora.model.recommend import Recommendation, recommend
-from fastlora.model.step_memory import run_and_measure_peak_of_created_tensors
+from fastlora.model.step_memory import measure_peak_of_created_tensors
 from fastlora.model.target_names import ALL_LINEAR
 from fastlora.routing.block import adapters
 from fastlora.train import base_model, checkpoint, prepare
@@ -347,7 +347,7 @@ def _estimate_step_memory(
         cross_entropy(shifted, ids[:, 1:].flatten()).backward()
 
     try:
-        return run_and_measure_peak_of_created_tensors(step)
+        return measure_peak_of_created_tensors(step)
     except (RuntimeError, NotImplementedError):
         return None
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 from fastlora.model.estimate import format_bytes
-from fastlora.model.step_memory import run_and_measure_peak_of_created_tensors
+from fastlora.model.step_memory import measure_peak_of_created_tensors
 from fastlora.train import train_adapters
 from fastlora.train.quantization import quantize_meta_model
 from fastlora.validation import ConfigError, TargetNotFoundError
@@ -211,9 +211,7 @@ def test_what_a_step_holds(checkpointing: bool) -> None:
 
         if device == "cpu":
             step()
-        found.append(
-            (run_and_measure_peak_of_created_tensors if device == "meta" else peak_bytes)(step)
-        )
+        found.append((measure_peak_of_created_tensors if device == "meta" else peak_bytes)(step))
     assert found[0] == pytest.approx(found[1], rel=0.15)
 
 
@@ -242,7 +240,5 @@ def test_what_a_step_of_experts_holds(kind: str) -> None:
 
         if device == "cpu":
             step()
-        found.append(
-            (run_and_measure_peak_of_created_tensors if device == "meta" else peak_bytes)(step)
-        )
+        found.append((measure_peak_of_created_tensors if device == "meta" else peak_bytes)(step))
     assert found[0] == pytest.approx(found[1], rel=0.15)

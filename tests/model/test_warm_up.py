@@ -21,7 +21,7 @@ from fastlora.bench.host import LINEARS, Layer, Shape
 from fastlora.env import triton_interpreted
 from fastlora.kernels import chips, precompile
 from fastlora.kernels.precompile import KernelVariant, record_variants
-from fastlora.model.warm_up import record_kernel_variants_without_launching
+from fastlora.model.warm_up import record_kernel_variants
 from fastlora.ops.torch import products
 from fastlora.ops.triton import expand, linear
 from fastlora.testing import stubbed_launches
@@ -98,7 +98,7 @@ def warmed() -> tuple[Any, dict[str, KernelVariant]]:
     """The tiny model, and the kernels that a warm-up compiles for it."""
     model, inputs = tiny_model(), torch.zeros(2, TINY.hidden).bfloat16()
     with stubbed_launches(*H100):
-        return model, record_kernel_variants_without_launching(model, ROWS, inputs=inputs)
+        return model, record_kernel_variants(model, ROWS, inputs=inputs)
 
 
 def test_random_batches_launch_only_kernels_that_are_warm(
@@ -114,7 +114,7 @@ def test_a_rank_that_is_left_out_is_missed(warmed: tuple[Any, dict[str, KernelVa
     model, known = warmed
     inputs = torch.zeros(2, TINY.hidden).bfloat16()
     with stubbed_launches(*H100):
-        some = record_kernel_variants_without_launching(model, ROWS, ranks=[16], inputs=inputs)
+        some = record_kernel_variants(model, ROWS, ranks=[16], inputs=inputs)
     assert some.keys() < known.keys()
     assert run_random_batches(model, 100, some.keys()) - some.keys()
 
@@ -135,7 +135,7 @@ def test_parameters_at_odd_addresses_are_recorded() -> None:
     def kernels_of(model: Any) -> tuple[set[str], set[str]]:
         """What a warm-up compiles, and what batches launch."""
         with stubbed_launches(*H100):
-            known = record_kernel_variants_without_launching(model, ROWS, inputs=inputs)
+            known = record_kernel_variants(model, ROWS, inputs=inputs)
         with stubbed_launches(*H100), record_variants(chips.Chip(*H100)) as found, torch.no_grad():
             for rows in (1, 3, 20, 100, ROWS):
                 x = torch.zeros(rows, TINY.hidden).bfloat16()
@@ -204,9 +204,7 @@ def test_a_llama_8b_needs_few_kernels(
     for i in range(1, 6):  # with more, no other kernels run
         model.add_adapter(f"a{i}", config)
     with stubbed_launches(*chip):
-        found = record_kernel_variants_without_launching(
-            model, 4096, inputs=torch.empty(2, 4096).bfloat16()
-        )
+        found = record_kernel_variants(model, 4096, inputs=torch.empty(2, 4096).bfloat16())
     kinds = Counter(variant.name for variant in found.values())
     assert kinds.total() == count
     assert kinds["mixed_rows_sort"] == 2
@@ -220,9 +218,7 @@ def test_a_pool_is_warm_for_every_rank() -> None:
     layer = Layer(TINY, dtype=torch.bfloat16).eval()
     pool = fastlora.AdapterPool(layer, max_adapters=2, max_rank=40)
     with stubbed_launches(*H100):
-        known = record_kernel_variants_without_launching(
-            layer, ROWS, inputs=torch.zeros(2, TINY.hidden).bfloat16()
-        )
+        known = record_kernel_variants(layer, ROWS, inputs=torch.zeros(2, TINY.hidden).bfloat16())
     sizes = {f"base_model.model.{name}": getattr(layer, name) for name in LINEARS}
     with stubbed_launches(*H100), record_variants(chips.Chip(*H100)) as found, torch.no_grad():
         for rank in (1, 6, 17, 40):
@@ -270,9 +266,7 @@ def test_the_second_start_finds_every_kernel(
     assert report.compiled == report.kernels - 1 >= 1
     assert model.training
     # A kernel that does not compile is named, and its process goes on with the next one.
-    variants = record_kernel_variants_without_launching(
-        model, small["rows"], 0, inputs=inputs
-    ).values()
+    variants = record_kernel_variants(model, small["rows"], 0, inputs=inputs).values()
     (missing,) = (variant for variant in variants if not precompile.is_cached(variant))
     broken = missing._replace(signature={**missing.signature, "x_ptr": "*nothing"})
     answers = dict.fromkeys(("broken", "missing"), "")

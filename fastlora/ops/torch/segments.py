@@ -135,15 +135,12 @@ def _add_adapter_updates_and_return_s(
 ) -> torch.Tensor:
     """Add each adapter's update to that adapter's rows of y in place, and return s.
 
-    The rows of x and y are in their original order. Those of s are sorted.
+    The rows of x and y are in their original order. Those of s are sorted. ``known_s`` is s if it
+    has already been computed, or None.
     """
-    made, drops, shares = (
-        known_s is None,
-        operands.seeds is not None,
-        _adapter_positions(operands, rows),
-    )
-    if known_s is None:
-        known_s = x.new_empty(shares[-1].own.stop if shares else 0)
+    made, drops = known_s is None, operands.seeds is not None
+    shares = _adapter_positions(operands, rows)
+    s = x.new_empty(shares[-1].own.stop if shares else 0) if known_s is None else known_s
     batches = x.dtype.itemsize == 2 or not x.is_cpu
     by_rank: dict[int, list[_PositionsOfOneAdapter]] = {}
     for share in shares:
@@ -153,11 +150,11 @@ def _add_adapter_updates_and_return_s(
         by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
     for group in by_rank.values():
         if batches and len(group) >= _BATCHED_SHARES:
-            _add_batched_same_rank(y, x, operands, group, rows, known_s)
+            _add_batched_same_rank(y, x, operands, group, rows, s)
             continue
         for share in group:
             place, mine = share.place, rows.segment_rows[share.segment]
-            scaling, own = operands.scaling[place], share.part(known_s)
+            scaling, own = operands.scaling[place], share.part(s)
             if made:
                 x_rows = x[mine] if isinstance(mine, slice) else x.index_select(0, mine)
                 x_rows = _apply_dropout(x_rows, operands, place) if drops else x_rows
@@ -171,7 +168,7 @@ def _add_adapter_updates_and_return_s(
                 update += (lora_bias * scaling).to(y.dtype)
             if not isinstance(mine, slice):
                 reference.add_rows_(y, mine, update)
-    return known_s
+    return s
 
 
 def _add_batched_same_rank(

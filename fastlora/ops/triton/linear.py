@@ -315,7 +315,7 @@ def _plan_and_base_products(
         plan = "split"  # for many rows, dense weights are best
     else:
         launch, n = (
-            _linear_config_table_name(stem, weights[0]),
+            _fused_linear_launch_name(stem, weights[0]),
             sum(weight.shape[0] for weight in weights),
         )
         plan = choose_plan(plan, x, weights[0], up.largest, launch, n=n, slots=slots)
@@ -326,7 +326,7 @@ def _plan_and_base_products(
     return plan, [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
 
 
-def _linear_config_table_name(stem: str, weight: Weight) -> str:
+def _fused_linear_launch_name(stem: str, weight: Weight) -> str:
     """Return the config-table name of the fused linear launch for a dense or quantized weight."""
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
@@ -355,7 +355,7 @@ def _mixed_grouped_linear(
         expand_mixed_(ys, s, rows, up, config=config, pdl=after_shrink)
         return ys
     invariant = plan == "invariant"
-    launch = _linear_config_table_name(stem, weights[0])
+    launch = _fused_linear_launch_name(stem, weights[0])
     config = config_of(launch, x, m, n, k, up.largest, batch_invariant=invariant)
     base = weights, biases
     return fused_mixed_linear(x, *base, s, rows, up, config=config, pdl=after_shrink)
