@@ -182,7 +182,7 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model's adapters, and freeze lora_A in the trained adapters.
+    """Create a LoRA-FA optimizer for a model's adapters, and freeze their lora_A.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.

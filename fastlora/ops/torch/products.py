@@ -123,7 +123,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add ``a @ b`` to ``y [M, N]`` in place and return y, which may have another dtype."""
+    """Add ``a @ b`` to ``y [M, N]`` in place and return y. Its dtype may differ from theirs."""
     if y.dtype != a.dtype:
         return y.add_(mm(a, b))
     if y.dtype not in EMULATED or not can_compute_in_fp32(y, a, b) or _native_is_as_fast(a, b):
@@ -169,7 +169,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's matrix product in a dtype can be slow for this many rows.
+    """Return whether PyTorch's matrix product can be slow for a dtype and a number of rows.
 
     Whether it is slow also depends on the memory layout of the operands.
     """
