@@ -271,8 +271,8 @@ class BaseQuantizedWeight(MergeTarget):
     ) -> object:
         """Return the snapshot unchanged.
 
-        As in `MergeTarget.snapshot_after_apply`, it is a result of `snapshot`. ``fn`` is not
-        applied, because it may change dtypes. `restore` moves the data to the weight's device.
+        ``fn`` is not applied to it, because ``fn`` may change dtypes. `restore` moves the data to
+        the weight's device.
         """
         return snapshot
 
