@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from vllm.model_executor.layers.linear import RowParallelLinear
 
-from fastlora.integrations.vllm.batch import BatchRows
+from fastlora.ops.slots import BatchRows
 from tests.engine import vllm_layers
 from tests.engine.vllm_layers import MIX, Case, K
 

@@ -243,7 +243,7 @@ def test_sharded_ranks_in_two_shards() -> None:
     rank, sizes, shards = vllm_layers.MAX_RANK, (12, 8), 2
     local = rank // shards
     parts = [
-        LayerSlots(SLOTS, local, K, rank, sizes, torch.float32, torch.device("cpu"))
+        LayerSlots(torch.empty(SLOTS, 1, local, K), [torch.empty(SLOTS, 1, n, rank) for n in sizes])
         for _ in range(shards)
     ]
     case = vllm_layers.Case(None, sizes)

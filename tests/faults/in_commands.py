@@ -12,52 +12,13 @@ _VLLM_REGISTER = "tests/integrations/test_vllm_register.py"
 
 FAULTS = (
     Fault(
-        sentence="An adapter in a slot of vLLM answers with packed factors of the adapter before.",
-        kind="a pack not rewritten",
-        source="c06158b",
-        path="fastlora/integrations/vllm/slots.py",
-        before="""\
-        for pack in self._packs.values():
-            pack.set_slot(slot, own)
-""",
-        after="",
-        tests=(f"{_VLLM_SLOTS}::test_a_slot_and_a_batch_change",),
-    ),
-    Fault(
-        sentence="Factors that other code writes through vLLM's stacks are not packed again.",
-        kind="a version not compared",
-        source="c06158b",
-        path="fastlora/integrations/vllm/slots.py",
-        before="        if self._version != self._storage._version:\n",
-        after="        if False:\n",
-        tests=(f"{_VLLM_SLOTS}::test_factors_that_other_code_writes_through_a_view",),
-    ),
-    Fault(
         sentence="What other code has written in vLLM's stacks is lost when another slot changes.",
         kind="a version compared too late",
         source="4a78b89",
         path="fastlora/integrations/vllm/slots.py",
-        before="        self._drop_packs_if_outdated()\n        self._erase(slot)\n",
-        after="        self._erase(slot)\n",
+        before="            products.drop_packs_if_outdated()\n",
+        after="            pass\n",
         tests=(f"{_VLLM_SLOTS}::test_a_slot_changes_after_other_code_has_written_another",),
-    ),
-    Fault(
-        sentence="A batch of vLLM that goes on uses factors from before other code wrote them.",
-        kind="a version not compared",
-        source="issue 32",
-        path="fastlora/integrations/vllm/slots.py",
-        before="            or found.version != self._storage._version\n",
-        after="",
-        tests=(f"{_VLLM_SLOTS}::test_factors_that_other_code_writes_through_a_view",),
-    ),
-    Fault(
-        sentence="A batch of vLLM is sorted by the slots of the batch before.",
-        kind="sorted rows kept too long",
-        source="c06158b",
-        path="fastlora/integrations/vllm/batch.py",
-        before="        self._sorted.clear()\n",
-        after="",
-        tests=(f"{_VLLM_SLOTS}::test_a_slot_and_a_batch_change",),
     ),
     Fault(
         sentence="vLLM is taken over although a class that fastlora does not know sets adapters.",

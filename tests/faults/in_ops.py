@@ -7,6 +7,7 @@ from tests.faults.fault import Fault
 _PACKED = "tests/ops/test_packed.py::"
 _CONFORMS = "tests/conformance/test_conformance.py::test_conformance"
 _SLOTS = "tests/ops/test_packed_slots.py::"
+_ENGINE_SLOTS = "tests/integrations/test_vllm_slots.py::"
 _NODE = "tests/kernels/test_shared_input_node.py::"
 
 FAULTS = (
@@ -201,6 +202,46 @@ FAULTS = (
         ),
         "False",
         (f"{_PACKED}test_batches_of_a_set_share_its_packs",),
+    ),
+    # ---------------------------------------------------------------------- an engine's slots
+    Fault(
+        sentence="An adapter in a slot of vLLM answers with packed factors of the adapter before.",
+        kind="a pack not rewritten",
+        source="c06158b",
+        path="fastlora/ops/slots.py",
+        before="""\
+        for pack in self._packs.values():
+            pack.set_slot(slot, own)
+""",
+        after="",
+        tests=(f"{_ENGINE_SLOTS}test_a_slot_and_a_batch_change",),
+    ),
+    Fault(
+        sentence="Factors that other code writes through vLLM's stacks are not packed again.",
+        kind="a version not compared",
+        source="c06158b",
+        path="fastlora/ops/slots.py",
+        before="        if self._version != self._storage._version:\n",
+        after="        if False:\n",
+        tests=(f"{_ENGINE_SLOTS}test_factors_that_other_code_writes_through_a_view",),
+    ),
+    Fault(
+        sentence="A batch of vLLM that goes on uses factors from before other code wrote them.",
+        kind="a version not compared",
+        source="issue 32",
+        path="fastlora/ops/slots.py",
+        before="            or found.version != self._storage._version\n",
+        after="",
+        tests=(f"{_ENGINE_SLOTS}test_factors_that_other_code_writes_through_a_view",),
+    ),
+    Fault(
+        sentence="A batch of vLLM is sorted by the slots of the batch before.",
+        kind="sorted rows kept too long",
+        source="c06158b",
+        path="fastlora/ops/slots.py",
+        before="        self._sorted.clear()\n",
+        after="",
+        tests=(f"{_ENGINE_SLOTS}test_a_slot_and_a_batch_change",),
     ),
     # ------------------------------------------------------------------------------ reference
     Fault(

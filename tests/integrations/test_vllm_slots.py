@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from fastlora.integrations.vllm.batch import BatchRows
-from fastlora.integrations.vllm.slots import LayerSlots, SlotProducts
+from fastlora.integrations.vllm.slots import LayerSlots
+from fastlora.ops.slots import BatchRows, SlotProducts
 from fastlora.ops.torch import packed_forward
 from fastlora.testing import assert_within_budget
 
 SLOTS, RANK, K, WIDTHS = 4, 16, 24, (12, 8)
 Adapter = list[tuple[torch.Tensor, torch.Tensor, float]]
 ROWS = (3, -1, 0, 0, 1, -1, 3, 1, 0)
+
+
+def _empty_slots() -> LayerSlots:
+    stacks_b = [torch.empty(SLOTS, 1, n, RANK) for n in WIDTHS]
+    return LayerSlots(torch.empty(SLOTS, 1, RANK, K), stacks_b)
 
 
 def _load(slots: LayerSlots, slot: int, rank: int) -> Adapter:
@@ -67,7 +72,7 @@ def _check(
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_slot_and_a_batch_change(captured: bool) -> None:
     """By the packed factors and by the tables, with the largest rank kept and changed."""
-    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    slots = _empty_slots()
     adapters = {slot: _load(slots, slot, rank) for slot, rank in ((0, 8), (1, 3), (3, 8))}
     batch = _batch(ROWS, captured)
     _check(slots, adapters, batch, ROWS)
@@ -85,7 +90,7 @@ def test_a_slot_and_a_batch_change(captured: bool) -> None:
 
 def test_only_the_slot_that_changes_is_packed() -> None:
     """Unless the largest rank changes."""
-    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    slots = _empty_slots()
     adapters = {slot: _load(slots, slot, rank) for slot, rank in ((0, 8), (1, 3), (3, 8))}
     batch, (products,) = _batch(ROWS), slots.linear
     _check(slots, adapters, batch, ROWS)
@@ -99,7 +104,7 @@ def test_only_the_slot_that_changes_is_packed() -> None:
 
 
 def test_factors_that_other_code_writes_through_a_view() -> None:
-    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    slots = _empty_slots()
     adapters = {0: _load(slots, 0, 8)}
     batch = _batch(ROWS)
     _check(slots, adapters, batch, ROWS)
@@ -114,7 +119,7 @@ def test_factors_that_other_code_writes_through_a_view() -> None:
 @pytest.mark.parametrize("change", ["load", "clear"])
 def test_a_slot_changes_after_other_code_has_written_another(change: str) -> None:
     """What was written is used, although no forward has run between the two changes."""
-    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    slots = _empty_slots()
     adapters = {0: _load(slots, 0, 8), 1: _load(slots, 1, 4)}
     batch = _batch(ROWS)
     _check(slots, adapters, batch, ROWS)
@@ -148,7 +153,7 @@ def test_factors_that_do_not_fit_are_refused_and_nothing_changes(
     shape_a: tuple[int, ...], shape_b: tuple[int, ...]
 ) -> None:
     """The error is in the second slice, and the first slice of the slot is not changed either."""
-    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    slots = _empty_slots()
     adapters = {0: _load(slots, 0, 4), 1: _load(slots, 1, 3)}
     batch = _batch(ROWS)
     _check(slots, adapters, batch, ROWS)
@@ -166,7 +171,7 @@ def test_a_batch_without_adapters_computes_nothing(monkeypatch: pytest.MonkeyPat
     def fail(*_: object) -> None:
         raise AssertionError("an update was computed")
 
-    slots = LayerSlots(SLOTS, RANK, K, RANK, WIDTHS, torch.float32, torch.device("cpu"))
+    slots = _empty_slots()
     _load(slots, 1, 4)
     (products,) = slots.linear
     monkeypatch.setattr(packed_forward, "add_", fail)

@@ -53,16 +53,7 @@ def _use_slots(layer: Any) -> None:
         return
     # An embedding looks rows up in its lora_a, [slots, vocabulary, rank].
     stack_a = _as_list(layer.lora_a_stacked)[0]
-    rank, features = stack_a.shape[2:] if stack_a.dim() == 4 else (0, None)
-    slots = LayerSlots(
-        stacks_b[0].shape[0],
-        rank,
-        features,
-        stacks_b[0].shape[3],
-        [each.shape[2] for each in stacks_b],
-        stacks_b[0].dtype,
-        stacks_b[0].device,
-    )
+    slots = LayerSlots(stack_a if stack_a.dim() == 4 else None, stacks_b)
     stacked_a, stacked_b = slots.stacked()
     single = isinstance(layer.lora_b_stacked, torch.Tensor)
     layer.lora_b_stacked = stacked_b[0] if single else stacked_b
@@ -83,10 +74,8 @@ def _reset_lora(self: Any, index: int) -> None:
 
 
 def _reset_embedding(self: Any, index: int) -> None:
-    slots = _slots(self)
-    if not slots.is_empty(index):
-        self.lora_a_stacked[index] = 0
-    slots.clear(index)
+    _reset_lora(self, index)
+    self.lora_a_stacked[index] = 0
 
 
 def _set_one_slice(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
@@ -323,7 +312,9 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
                 f"{where}: rank {down.shape[0]} is greater than max_lora_rank, "
                 f"{manager.lora_config.max_lora_rank}"
             )
-        found, expected = (down.shape[1], up.shape[0]), _features_of(shapes, module)
+        # The names in a pooling model's adapters may lack the prefix.
+        expected = shapes.get(module, shapes.get(f"model.{module}"))
+        found = down.shape[1], up.shape[0]
         if expected is not None and (found[0] != expected[0] or found[1] not in expected[1:]):
             outputs = " or ".join(map(str, expected[1:]))
             raise ValueError(
@@ -332,11 +323,6 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
             )
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise ValueError(f"{where}: a factor contains values that are not finite")
-
-
-def _features_of(shapes: dict[str, tuple[int, ...]], module: str) -> tuple[int, ...] | None:
-    # The names in a pooling model's adapters may lack the prefix.
-    return shapes.get(module, shapes.get(f"model.{module}"))
 
 
 def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ PARTS = "linear layers, logits, embeddings, and classification heads"
 
 _LAYERS = "vllm.lora.layers"
 _COLUMN = f"{_LAYERS}.column_parallel_linear"
+_MERGED = f"{_COLUMN}:MergedColumnParallelLinearWithLoRA"
 _PUNICA = "vllm.lora.punica_wrapper"
 _CREATE, _RESET, _SET = "create_lora_weights", "reset_lora", "set_lora"
 _LAYER_METHODS = {
@@ -38,7 +39,7 @@ _LAYER_CLASSES = {
     f"{_LAYERS}.classifier:ClassificationHeadWithLoRA": (_CREATE,),
     f"{_LAYERS}.logits_processor:LogitsProcessorWithLoRA": (_CREATE, _RESET, _SET),
     f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA": (_CREATE, _RESET, _SET),
-    f"{_COLUMN}:MergedColumnParallelLinearWithLoRA": (_CREATE, _SET),
+    _MERGED: (_CREATE, _SET),
     f"{_COLUMN}:MergedQKVParallelLinearWithLoRA": (_CREATE,),
     f"{_COLUMN}:MergedColumnParallelLinearVariableSliceWithLoRA": (_SET,),
 }
@@ -81,11 +82,7 @@ def _relied_on() -> Iterator[tuple[str, str, str]]:
         yield from ((owner, name, _LAYER_METHODS[name]) for name in names)
     yield from ((_ABSTRACT, name, parameters) for name, parameters in _WRAPPER_METHODS.items())
     yield f"{_PUNICA}.punica_base:PunicaWrapperBase", "__init__", _INIT
-    yield (
-        f"{_COLUMN}:MergedColumnParallelLinearWithLoRA",
-        "expand_packed_lora",
-        "self lora_a lora_b",
-    )
+    yield _MERGED, "expand_packed_lora", "self lora_a lora_b"
     yield f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_a", "self lora_a"
     yield f"{_LAYERS}.base:BaseLayerWithLoRA", "slice_lora_b", "self lora_b"
     yield _WEIGHTS, "optimize", "self"

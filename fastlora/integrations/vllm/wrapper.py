@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-from fastlora.integrations.vllm.batch import BatchRows, slots_of_adapters
+from fastlora.integrations.vllm.batch import slots_of_adapters
 from fastlora.integrations.vllm.slots import slots_of_stack
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT
+from fastlora.ops.slots import BatchRows
 
 # vLLM's sampler and its layers have separate rows.
 _TOKENS, _SAMPLED = 0, 1
@@ -79,8 +80,6 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         lora_b_stacked: tuple[torch.Tensor, ...],
         scale: float,
         output_slices: tuple[int, ...],
-        *,
-        buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
         """Add the update of a linear layer. The slices of y are adjacent columns."""
@@ -94,8 +93,6 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         lora_a_stacked: torch.Tensor,
         lora_b_stacked: torch.Tensor,
         scale: float,
-        *,
-        buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         """Add the update of the output layer to the first columns of the logits.
@@ -137,12 +134,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         raise ValueError(f"got {m} rows, expected the {sampled} sampled rows of the batch")
 
     def add_lora_embedding(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_b_stacked: torch.Tensor,
-        add_inputs: bool = True,
-        **kwargs: Any,
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, **kwargs: Any
     ) -> None:
         """Add the update of an embedding, where x ``[M, R]`` contains rows looked up in lora_a."""
         slots_of_stack(lora_b_stacked).expand[0].add_(y, x, self._tokens)
@@ -170,7 +162,6 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         lora_b_stacked: tuple[torch.Tensor, ...],
         output_slices: tuple[int, ...],
         offset_start: int = 0,
-        add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
         """Add ``scaling * x[i] @ lora_b.T`` to each slice i of y.

@@ -1,0 +1,262 @@
+"""Adapters in slots at fixed addresses, for engines that load and evict adapters between batches.
+
+`BatchRows` has the slot of each row of the current batch. `SlotProducts` adds the updates of the
+slots' adapters. On a CPU, it uses packed factors. In traced code and on a GPU, an operator reads
+tables of addresses, so that one graph serves every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastlora.ops.execution_mode import is_being_compiled
+from fastlora.ops.factors import Factors
+from fastlora.ops.rows import Rows, sort_rows
+from fastlora.ops.torch import packed_forward
+from fastlora.ops.torch.packed import PackedLayerFactors
+from fastlora.ops.torch.packed_plans import Plan, PlanCache, cached_plan
+from fastlora.ops.torch.packed_slots import PackedSlots
+from fastlora.ops.triton.rows_argument import rows_for_address_tables
+
+# The row tiles of the kernels that work on pieces.
+_PIECE_ROWS = (16, 64, 128)
+
+
+class SortedRowsAndPlans(NamedTuple):
+    """The rows of one batch, sorted by slot, and the plans of the batch's matrix products.
+
+    Attributes:
+        rows: The rows.
+        plans: The plans of the matrix products.
+    """
+
+    rows: Rows
+    plans: PlanCache
+
+
+class BatchRows:
+    """The slot of each row of the current batch.
+
+    Args:
+        slots: int64 ``[max rows]``, the slot of each row, or -1 for a row without an adapter. Its
+            address never changes.
+        count: Number of slots.
+        for_captured_graphs: Whether each batch is sorted as a whole into tensors at fixed
+            addresses, which graphs of every size read.
+
+    Attributes:
+        slots: As above.
+        used_slots: The slots that have rows in the current batch, as a list on the host.
+    """
+
+    def __init__(self, slots: torch.Tensor, count: int, for_captured_graphs: bool) -> None:
+        self.slots = slots
+        self.count = count
+        self.used_slots: list[int] = []
+        self._sorted: dict[int, SortedRowsAndPlans] = {}
+        self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
+
+    def start(self, slots: np.ndarray) -> None:
+        """Start a new batch with the given slots, which the caller has copied to the device."""
+        self.used_slots = np.unique(slots[slots >= 0]).tolist()
+        self._sorted.clear()
+        if self._whole is not None:
+            pairs = zip(
+                _operator_tensors(self._whole),
+                _operator_tensors(self._sort_whole_buffer()),
+                strict=True,
+            )
+            for kept, new in pairs:
+                kept.copy_(new)
+
+    def _sort_whole_buffer(self) -> Rows:
+        """Sort all rows of the buffer. Rows past the end of the batch have no adapter."""
+        with torch.inference_mode(False):
+            return sort_rows(self.slots, self.slots.shape[0], self.count)
+
+    def first(self, m: int) -> SortedRowsAndPlans:
+        """Return the first m rows in sorted order. The result is cached for the batch."""
+        found = self._sorted.get(m)
+        if found is None:
+            # The ids are copied: the buffer is overwritten by the next batch.
+            rows = sort_rows(self.slots[:m].clone(), m, self.count)
+            found = self._sorted[m] = SortedRowsAndPlans(rows, {})
+        return found
+
+    def operator_arguments(self, m: int) -> list[torch.Tensor]:
+        """Return an operator's ``rows`` argument for the first m rows.
+
+        In traced code, the sort is part of the graph unless the rows were sorted in advance.
+        Compilers merge the sorts of all layers.
+        """
+        if self._whole is None:
+            rows = sort_rows(self.slots[:m], m, self.count, cache_pieces=False)
+        else:
+            rows = self._whole.first_rows(m)
+        if self.slots.device.type == "cpu":
+            return rows.operator_arguments()
+        return rows_for_address_tables(rows)
+
+
+def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
+    """Return the tensors that operators read, including the piece starts for each tile size."""
+    return [*rows.operator_arguments(), *(rows.piece_starts(size) for size in _PIECE_ROWS)]
+
+
+class _PackedFactorsAndPlan(NamedTuple):
+    """The packed factors for one batch, and the plan of their products.
+
+    Attributes:
+        batch: The rows of the batch.
+        version: The version of the factors' storage when the batch was prepared.
+        dtype: Dtype of the packed factors.
+        factors: The packed factors, or None if no slot has an adapter.
+        plan: The plan. It is None if ``factors`` is None.
+    """
+
+    batch: SortedRowsAndPlans
+    version: int
+    dtype: torch.dtype
+    factors: PackedLayerFactors | None
+    plan: Plan | None
+
+
+class SlotProducts:
+    """Applies adapters to up to four slices: ``y += scaling * (x @ lora_a.T) @ lora_b``.
+
+    All slices have the same input x. Their outputs are adjacent columns of y.
+
+    Args:
+        lora_a: For each slice, ``[slots, R, K]``.
+        lora_b: For each slice, ``[slots, R, N]``.
+        storage: The tensor that the factors are views of, except for identity matrices. Its
+            version shows whether other code has written the factors.
+
+    Attributes:
+        width: The number of columns of y.
+        tables: The ``tables`` argument of operators: addresses, ranks, and scalings, as described
+            in `fastlora.ops.factors.AddressTables`. The tables lie at fixed addresses.
+    """
+
+    def __init__(
+        self,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        storage: torch.Tensor,
+    ) -> None:
+        self.lora_a, self.lora_b, self._storage = list(lora_a), list(lora_b), storage
+        self.widths = [each.shape[2] for each in lora_b]
+        self.width = sum(self.widths)
+        slots, device = lora_b[0].shape[0], lora_b[0].device
+        self.max_rank, self.dtype = lora_b[0].shape[1], lora_b[0].dtype
+        self._factors: list[list[Factors | None]] = [[None] * len(lora_b) for _ in range(slots)]
+        with torch.inference_mode(False):
+            addresses = [
+                torch.tensor([[own.data_ptr() for own in each] for each in factors], device=device)
+                for factors in (lora_a, lora_b)
+            ]
+            rank = torch.zeros(len(lora_b), slots, dtype=torch.int32, device=device)
+            scaling = torch.ones(len(lora_b), slots, dtype=torch.float32, device=device)
+        self.tables = [*addresses, rank, scaling]
+        self._packs: dict[torch.dtype, PackedSlots] = {}
+        self._version = storage._version
+        self._prepared: _PackedFactorsAndPlan | None = None
+
+    def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
+        """Set a slot's ranks and scalings for each slice, after its factors have been written."""
+        own: list[Factors | None] = [None] * len(ranks)
+        for index, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
+            if rank:
+                lora_a, lora_b = self.lora_a[index][slot], self.lora_b[index][slot]
+                own[index] = Factors(lora_a[:rank], lora_b[:rank].t(), scaling)
+        self._factors[slot] = own
+        for table, values in zip(self.tables[2:], (ranks, scalings), strict=True):
+            table[:, slot] = torch.tensor(values, dtype=table.dtype)
+        self._prepared = None
+        for pack in self._packs.values():
+            pack.set_slot(slot, own)
+        self._version = self._storage._version
+
+    def is_empty(self, slot: int) -> bool:
+        """Return whether a slot has rank 0 in all slices."""
+        return all(factors is None for factors in self._factors[slot])
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Add each row's update to y in place.
+
+        Traced code and captured graphs serve every batch, so an operator reads the tables there.
+
+        Args:
+            y: ``[M, width]``. It may consist of columns of a larger tensor.
+            x: ``[M, K]``, in any dtype. The products are computed in the dtype of y.
+            batch: The slots of the rows.
+        """
+        if is_being_compiled() or not x.is_cpu:
+            self.add_from_tables_(y, x, batch)
+        elif batch.used_slots:
+            self.add_from_pack_(y, x, batch)
+
+    @property
+    def num_full_packings(self) -> int:
+        """Number of times that one of the current packs was allocated and filled with all slots."""
+        return sum(pack.num_full_packings for pack in self._packs.values())
+
+    def add_from_pack_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Do what `add_` does, with packed factors."""
+        rows, found = batch.first(x.shape[0]), self._prepared
+        if (
+            found is None
+            or found.batch is not rows
+            or found.version != self._storage._version
+            or found.dtype != y.dtype
+        ):
+            found = self._prepared = self._prepare(rows, y.dtype)
+        if found.factors is not None and found.plan is not None:
+            x = x if x.dtype == y.dtype else x.to(y.dtype)
+            packed_forward.add_(y, x, rows.rows.slot_index, found.factors, found.plan)
+
+    def _prepare(self, batch: SortedRowsAndPlans, dtype: torch.dtype) -> _PackedFactorsAndPlan:
+        factors, plan = self._packed_slots(dtype).factors, None
+        if factors is not None:
+            plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)
+        return _PackedFactorsAndPlan(batch, self._storage._version, dtype, factors, plan)
+
+    def add_from_tables_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
+        """Do what `add_` does, with an operator that reads the tables."""
+        x, rows = x.to(y.dtype), batch.operator_arguments(x.shape[0])
+        impl = "eager" if x.device.type == "cpu" else "triton"
+        for index, part in enumerate(y.split(self.widths, 1)):
+            torch.ops.fastlora.lora_add_at_(
+                part, x, rows, self.tables, index, self.max_rank, self.dtype, impl
+            )
+
+    def _packed_slots(self, dtype: torch.dtype) -> PackedSlots:
+        """Return the packed factors in a dtype.
+
+        If there is no valid pack in this dtype, all slots are packed into a new one.
+        """
+        self.drop_packs_if_outdated()
+        pack = self._packs.get(dtype)
+        if pack is None:
+            with torch.inference_mode(False):
+                pack = PackedSlots(len(self._factors), self.lora_a[0].shape[2], self.widths, dtype)
+                self._packs[dtype] = pack
+                self._pack_all(pack)
+        return pack
+
+    def drop_packs_if_outdated(self) -> None:
+        """Drop all packs if other code has written the factors."""
+        if self._version != self._storage._version:
+            self._packs.clear()
+            self._prepared = None
+            self._version = self._storage._version
+
+    def _pack_all(self, pack: PackedSlots) -> None:
+        # The first slot has the largest rank, so the pack is allocated only once.
+        ranks = self.tables[2].max(0).values
+        for slot in ranks.argsort(descending=True).tolist():
+            pack.set_slot(slot, self._factors[slot])
