@@ -116,7 +116,7 @@ else:
             _warn_renamed("fastlora.refresh", "fastlora.clear_caches")
             return clear_caches
         if name in _from_peft.NAMES:
-            globals()[name] = found = _from_peft.import_object(name)
+            globals()[name] = found = _from_peft.import_from_peft(name)
             return found
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message, name=name, obj=_sys.modules[__name__])

@@ -108,7 +108,7 @@ def server_admin_key() -> str | None:
 
 
 def user_configured_malloc() -> bool:
-    """Return whether the user has configured glibc's malloc in the environment."""
+    """Return whether an environment variable that configures glibc's malloc is set."""
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
 

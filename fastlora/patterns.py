@@ -34,7 +34,9 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedMatchingState:
-    """The state of a `bounded_matching` block: the time spent and the compiled patterns.
+    """The state of a `bounded_matching` block.
+
+    It consists of the CPU time spent on matching so far, and of the compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -78,7 +80,7 @@ class _BoundedMatchingState:
         if self._passed() > MATCHING_SECONDS:
             raise CheckpointError(
                 f"{field}: matching the config's patterns took longer than the limit of "
-                f"{MATCHING_SECONDS:g} s"
+                f"{MATCHING_SECONDS} s"
             )
 
     def compile_with_pcre2(self, field: str, pattern: str, expression: str) -> Any:
@@ -158,7 +160,7 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts the time of its block as matching time.
+    """Return a context manager that counts the time spent in its block as matching time.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
     the block also checks the limit. A block around a loop over patterns therefore counts the time
@@ -294,7 +296,7 @@ class _SuffixIndex:
         found = {}
         with count_toward_matching_time_limit(self._field):
             for lengths, patterns in self._plain.items():
-                end = _dotted_suffix_from_lengths(name, lengths)
+                end = _pattern_matching_suffix(name, lengths)
                 if end in patterns:
                     found[end] = patterns[end]
         return found
@@ -304,7 +306,7 @@ class _SuffixIndex:
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
     def first_match(self, name: str) -> str | None:
-        """Return the first pattern of the field that matches the end of a module name, or None."""
+        """Return the field's first pattern that matches the end of a module name, or None."""
         plain = self.matching_plain_patterns(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():
@@ -358,12 +360,13 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
     return length
 
 
-def _dotted_suffix_from_lengths(name: str, part_char_counts: tuple[int, ...]) -> str | None:
-    """Return the end of a name as parts of the given lengths, joined with dots.
+def _pattern_matching_suffix(name: str, part_char_counts: tuple[int, ...]) -> str | None:
+    """Return the plain pattern that matches the end of a name.
 
-    The character between two parts is replaced by a dot, because a dot in a pattern matches any
-    character. Returns None if the first part does not start at the beginning of a component of the
-    name.
+    The parts of the pattern have the given lengths. In the result, a dot replaces the character
+    that the name has between two parts, because a dot in a pattern matches any character. Returns
+    None if the name is too short, or if the first part does not start at the beginning of a
+    component of the name.
     """
     at = start = len(name) - sum(part_char_counts) - len(part_char_counts) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):

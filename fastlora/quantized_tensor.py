@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 
 class QuantizedData(NamedTuple):
-    """The quantized data of a weight ``[N, K]``, in the layout that kernels read.
+    """The data of a quantized weight ``[N, K]``: its values, and what is needed to decode them.
+
+    The layout is the one that kernels read.
 
     Attributes:
         kind: Name of the function in `fastlora.kernels.weights` that loads this format.
@@ -42,7 +44,10 @@ class QuantizedData(NamedTuple):
         return (self.k, self.n) if self.transposed else (self.n, self.k)
 
     def t(self) -> QuantizedData:
-        """Return the transpose of the matrix, which shares the quantized data."""
+        """Return the transpose of the matrix.
+
+        The result shares the quantized data of this object.
+        """
         return self._replace(transposed=not self.transposed)
 
 

@@ -42,10 +42,10 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
-    """Return a parameter's local tensor; the backward pass sums the gradients of replicas.
+    """Return a parameter's local tensor, whose gradients the backward pass sums across replicas.
 
-    The parameter is a DTensor. The result is its local shard, a plain tensor. The gradients of a
-    replicated DTensor are summed over all processes in the backward pass.
+    The parameter is a DTensor. The result is its local shard, a plain tensor. If the parameter is
+    replicated, the backward pass sums its gradients over all processes.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
@@ -67,7 +67,7 @@ def has_multiple_processes() -> bool:
 
 
 def unwrap_ddp(model: Any) -> Any:
-    """Return the model that DistributedDataParallel wraps, or ``model`` itself if not wrapped."""
+    """Return the model wrapped by DistributedDataParallel, or ``model`` if it is not wrapped."""
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 
@@ -227,7 +227,7 @@ def copy_full_tensor_(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(copies.redistribute(mesh, any_target.placements))
 
 
-def uses_fsdp2() -> bool:
+def process_uses_fsdp2() -> bool:
     """Return whether FSDP2 is in use in this process.
 
     It is in use if `fully_shard` has been called. If so, a parameter that FSDP2 gathers again may

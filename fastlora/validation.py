@@ -53,10 +53,10 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint cannot be read or written.
+    """A checkpoint is invalid, or cannot be read or written.
 
-    This includes adapter folders. For example, a file is missing, damaged, or unsafe, or does not
-    match the model.
+    Adapter folders are checkpoints too. For example, a file is missing, damaged, or unsafe, or does
+    not match the model.
     """
 
 
@@ -158,7 +158,7 @@ def check_same_device(reference: torch.Tensor, **tensors: torch.Tensor | None) -
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != reference.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, expected {reference.device}, the device of x"
+                f"{name} is on {tensor.device}, expected {reference.device} (the device of x)"
             )
 
 

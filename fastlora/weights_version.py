@@ -117,7 +117,7 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A version of this process's weights.
+    """A unique object that stands for one version of this process's weights.
 
     A cached value records the version that the weights had when it was cached. Versions are
     compared by identity. A version is an object rather than a number because a compiler that traces
@@ -146,7 +146,10 @@ class ProcessWeightsVersions:
         self._hooked = False
 
     def for_trained_weights(self) -> WeightsVersion:
-        """Return the weights version to store with values computed from trainable weights."""
+        """Return the current version of the trainable weights.
+
+        The version is stored with cached values that were computed from these weights.
+        """
         self._watch_steps()
         return self.trained
 

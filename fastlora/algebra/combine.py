@@ -20,9 +20,10 @@ SVD = "_svd"
 
 
 class CombinationMethod(NamedTuple):
-    """A method for combining several tensors into one.
+    """A method for combining adapters, such as ``"linear"`` or ``"ties"``.
 
-    The tensors have the same shape, and the result is a weighted sum.
+    It combines several tensors of the same shape, the adapters' factors or updates, into one. The
+    result is a weighted sum.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its
@@ -90,9 +91,10 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> torch.Tensor:
-    """Combine weighted tensors into one with the named method.
+    """Use the given method to combine weighted tensors into one tensor.
 
-    The tensors have the same shape, and the result is a weighted sum.
+    The tensors must have the same shape. For ``ties`` and ``dare_ties``, the result is the mean of
+    the weighted values that have the majority sign. For other methods, it is the weighted sum.
 
     Args:
         method: Name of the method, a key of `METHODS`.

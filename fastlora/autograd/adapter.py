@@ -106,7 +106,7 @@ def _native_autograd_is_faster(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether a layer should use PyTorch's built-in autograd, not a custom function.
+    """Return whether a layer should use PyTorch's built-in autograd rather than a custom function.
 
     The result is True only for a few rows on a CPU. The layer has no active dropout.
 

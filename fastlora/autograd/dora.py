@@ -163,10 +163,10 @@ def _allocate_gradients(
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the output of DoRA adapters with dropout, and s and z for the backward pass.
+    """Compute the output of DoRA adapters with dropout, and the intermediate results s and z.
 
     Returns a tuple (output, s, z). The output is y with the adapters applied. s is
-    ``dropout(x) @ lora_a.T``, and z is ``dropout(x) @ weight.T``.
+    ``dropout(x) @ lora_a.T``, and z is ``dropout(x) @ weight.T``. The backward pass needs s and z.
     """
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])

@@ -134,9 +134,9 @@ def grouped_shrink(
     impl: str,
     rows: Rows | None = None,
 ) -> list[PrecomputedResult]:
-    """Compute the LoRA shrink of layers that share the input x, and return the results.
+    """Compute the LoRA shrink outputs s of layers that share the input x, and return them.
 
-    The shrink multiplies x by a layer's lora_a, which gives the layer's s. The result is a list of
+    A layer's s is the product of x and the transpose of the layer's lora_a. The result is a list of
     `PrecomputedResult`, one for each of the G layers. Dropout seeds are drawn in the order in which
     the layers would draw them.
 

@@ -40,7 +40,9 @@ def stacked_lora_linear(
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack of weights, add the LoRA updates, and return ``[P, N]``.
+    """Multiply sorted rows by a stack of weights, and return the products plus the LoRA updates.
+
+    The result is a tensor ``[P, N]``.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -146,10 +148,10 @@ define_operator(
 def _stacked_linear(
     x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack of weights, and add y and the LoRA updates.
+    """Multiply sorted rows by a stack of weights, and add y and the LoRA updates to the products.
 
     The operator decomposes when autograd is traced. y ``[P, N]`` or the stack may be None, and
-    there may be no adapters.
+    there may be no adapters. Without a stack, the LoRA updates are added to y.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)

@@ -165,7 +165,7 @@ class Chat:
         elif word.startswith("/"):
             self._print(f"unknown command {word}\n{_HELP}")
         elif word:
-            self.answer_message(line.strip())
+            self.try_answer(line.strip())
         return True
 
     def select_adapter(self, name: str) -> None:
@@ -182,7 +182,7 @@ class Chat:
                 f"no adapter {name!r}; expected one of {', '.join(known)}{near_names(name, known)}"
             )
 
-    def answer_message(self, message: str) -> bool:
+    def try_answer(self, message: str) -> bool:
         """Answer a message, and return whether an answer was generated.
 
         One answer is streamed, or the answers of all adapters are shown in turn. The conversation
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--system needs a chat template; remove it, or use a model that has a chat template"
         )
     if args.prompt:
-        answered = [chat.answer_message(prompt) for prompt in args.prompt]
+        answered = [chat.try_answer(prompt) for prompt in args.prompt]
         return int(not all(answered))
     for line in _read_user_lines(chat):
         if not chat.handle_line(line):
@@ -325,13 +325,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """Load the model with its adapters, and the tokenizer, and return both.
+    """Load the model, its adapters, and the tokenizer.
 
-    The model is in evaluation mode.
+    Returns a tuple (model, tokenizer). The model contains the adapters, and is in evaluation mode.
     """
     import fastlora
 
-    model, tokenizer = models.load_model_and_tokenizer(args)
+    model, tokenizer = models.load_base_model_and_tokenizer(args)
     adapted: Any = None
     for name, folder in folders.items():
         if adapted is None:
@@ -342,7 +342,7 @@ def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path])
 
 
 def _read_user_lines(chat: Chat) -> Iterator[str]:
-    """Yield the lines that the user enters, read from the terminal or from a pipe."""
+    """Yield the lines of the user's input, which comes from the terminal or a pipe."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()

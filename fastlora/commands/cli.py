@@ -247,9 +247,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def adapter_facts(path: str) -> dict[str, Any]:
-    """Return a dict of facts about the adapter in a folder.
+    """Return a dict with information about the adapter in a folder.
 
-    ``fastlora inspect --json`` prints them.
+    ``fastlora inspect --json`` prints this dict.
 
     Raises:
         CheckpointError: The folder is missing or damaged.

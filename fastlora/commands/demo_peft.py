@@ -15,7 +15,7 @@ from fastlora.testing import error_budget
 from fastlora.train.data import TrainBatch
 
 
-class PeftComparison(NamedTuple):
+class PeftLogitsComparison(NamedTuple):
     """A comparison of a model's logits in fastlora and in PEFT.
 
     Attributes:
@@ -31,7 +31,7 @@ class PeftComparison(NamedTuple):
 
 def load_in_peft_and_compare_logits(
     model: Any, fresh_base: Callable[[], Any], folder: Path, batch: TrainBatch
-) -> PeftComparison:
+) -> PeftLogitsComparison:
     """Load the saved adapters with PEFT, compare the logits, and return the comparison.
 
     The logits are those of a mixed batch. The tolerance is derived, not chosen: it is twice the sum
@@ -87,7 +87,7 @@ def load_in_peft_and_compare_logits(
         f"  allowed                   {budget:.2e}  (2 x (PEFT's error + fp32 eps x largest))\n"
         f"  {'equal within fp32 rounding' if agrees else 'NOT EQUAL'}"
     )
-    return PeftComparison(peft_model, agrees, text)
+    return PeftLogitsComparison(peft_model, agrees, text)
 
 
 def compare_step_time_and_memory(

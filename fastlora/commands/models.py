@@ -17,7 +17,7 @@ class CommandError(FastLoraError):
     """Raised if a command cannot do what was requested."""
 
 
-# The options that `load_model_and_tokenizer` reads.
+# The options that `load_base_model_and_tokenizer` reads.
 OPTIONS = (
     Option("model", "folder of the base model", metavar="MODEL"),
     Option("--dtype", "dtype of the base model (default: the dtype of its weights)", "auto"),
@@ -25,7 +25,7 @@ OPTIONS = (
 )
 
 
-def load_model_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_base_model_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
     """Load the base model and the tokenizer that the options specify, and return both.
 
     See `OPTIONS`. The model is in evaluation mode.

@@ -65,5 +65,6 @@ def parse_options(
         value = getattr(args, option.flag.lstrip("-").replace("-", "_"))
         minimum = option.minimum
         if minimum is not None and value is not None and not minimum <= value < math.inf:
-            raise ConfigError(f"{option.flag} must be at least {minimum:g}, got {value}")
+            least = f"{minimum:g}"
+            raise ConfigError(f"{option.flag} must be at least {least}, got {value}")
     return args

@@ -306,7 +306,7 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
     from fastlora.serve.prompt_tokenizer import PromptTokenizer
     from fastlora.serve.running_batch import PREFILL_TOKENS
 
-    model, tokenizer = models.load_model_and_tokenizer(args)
+    model, tokenizer = models.load_base_model_and_tokenizer(args)
     pool = fastlora.AdapterPool(
         model,
         max_adapters=args.max_adapters,

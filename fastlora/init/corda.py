@@ -60,14 +60,14 @@ class CordaEigens:
     settings=InitConfigField("corda_config", CordaConfig),
 )
 def corda(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with CorDA.
+    """Use CorDA to compute the initial factors of a layer.
 
     B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
     `CordaEigens`. The new base weight is the old one minus the update of these factors.
 
     Raises:
-        InitializationError: The decomposition has the wrong shapes, values that are not finite, or
-            a rank below R.
+        InitializationError: The tensors of the decomposition have the wrong shapes or contain
+            values that are not finite, or the rank of the decomposition is below R.
     """
     weight = given.base_weight()
     eigens: Any = given.data  # fastlora's or PEFT's `CordaEigens`
@@ -75,9 +75,10 @@ def corda(given: InitInputs) -> InitResult:
     (n, k), rank = weight.shape, given.rank
     if (tuple(s.shape), tuple(u.shape), tuple(v.shape)) != ((rank,), (n, rank), (k, rank)):
         raise InitializationError(
-            f"init_lora_weights='corda': the decomposition has shapes {tuple(u.shape)}, "
-            f"{tuple(s.shape)} and {tuple(v.shape)}, expected {(n, rank)}, {(rank,)} and "
-            f"{(k, rank)}; run preprocess_corda on this model with the adapter's config"
+            "init_lora_weights='corda': the tensors of the decomposition have shapes "
+            f"{tuple(u.shape)}, {tuple(s.shape)}, and {tuple(v.shape)}, expected {(n, rank)}, "
+            f"{(rank,)}, and {(k, rank)}; run preprocess_corda on this model with the adapter's "
+            "config"
         )
     for name, part in (("S_WC", s), ("U_WC", u), ("V_WC", v)):
         check_finite_for_init(part, f"init_lora_weights='corda': {name} from preprocess_corda")
@@ -139,9 +140,9 @@ class CovarianceAccumulator:
         return product
 
     def pop_covariances(self) -> dict[str, torch.Tensor]:
-        """Return the accumulated covariance matrices by layer name, and clear the sums.
+        """Return the accumulated covariance matrices, and clear the sums.
 
-        The result is a dict.
+        The result is a dict that maps each layer name to the layer's covariance matrix.
 
         Raises:
             InitializationError: The data did not reach one of the layers.
@@ -182,8 +183,8 @@ def corda_decompose(
     check_finite_for_init(covariance, "the covariance")
     if rank > min(weight.shape):
         raise InitializationError(
-            f"r={rank}, expected at most {min(weight.shape)}, the smaller dimension of a weight "
-            f"of shape {tuple(weight.shape)}"
+            f"r={rank} is too large for a weight of shape {tuple(weight.shape)}: it can be at most "
+            f"{min(weight.shape)}, the smaller dimension"
         )
     mean = covariance.diagonal().mean()
     if not mean > 0:

@@ -53,7 +53,9 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
+        """Return the base weight as a matrix ``[N, K]``, dequantized if necessary.
+
+        The dtype is fp32, or fp64 if the weight is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -156,9 +158,9 @@ class InitMethod:
     supports_convolutions: bool = False
 
     def changes_base_randomly(self, value: bool | str) -> bool:
-        """Return whether the method changes the base weight randomly.
+        """Return whether the method makes random changes to the base weight.
 
-        The change then differs from run to run.
+        Random changes differ from run to run.
 
         Args:
             value: Value of ``init_lora_weights`` that selected this method.
@@ -222,7 +224,7 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
     if bad:
         raise InitializationError(
             f"{what} contains NaN or infinite values ({bad} of {tensor.numel()}); make all values "
-            "finite, or choose another init_lora_weights"
+            "finite, or choose another value for init_lora_weights"
         )
 
 
@@ -258,7 +260,7 @@ def check_singular_values_nonzero(
     if not given.scaling > 0:
         raise InitializationError(
             f"init_lora_weights={given.name!r} needs a positive scaling, got lora_alpha / r = "
-            f"{given.scaling:g}"
+            f"{given.scaling}"
         )
     tolerance = float(values[0]) * larger_dimension * torch.finfo(values.dtype).eps
     usable = int((values > tolerance).sum())

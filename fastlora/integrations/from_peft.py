@@ -48,14 +48,18 @@ NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
 def peft_names_if_installed() -> tuple[str, ...]:
-    """Return the names that fastlora imports from PEFT, or no names if PEFT is not installed."""
+    """Return the names of PEFT's classes and functions that fastlora also provides.
+
+    If PEFT is not installed, the result is empty.
+    """
     return NAMES if importlib.util.find_spec("peft") is not None else ()
 
 
-def import_object(name: str) -> Any:
+def import_from_peft(name: str) -> Any:
     """Import an object from PEFT by name.
 
-    The name is one of `NAMES`.
+    The name is one of `NAMES`. For an auto class and for ``inject_adapter_in_model``, the result is
+    fastlora's version of PEFT's object.
 
     Raises:
         ImportError: PEFT is not installed, or the installed version does not have the name.
@@ -117,7 +121,7 @@ def inject_adapter_in_model(
 
 
 def _auto_class_loading_lora_model(peft_auto_class: Any) -> Any:
-    """Return a subclass of a PEFT auto class that loads a `LoraModel`."""
+    """Return a PEFT auto class's subclass whose ``from_pretrained`` returns a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 
     def from_pretrained(model: nn.Module, model_id: str, **options: Any) -> LoraModel:

@@ -52,9 +52,10 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the spec of the given module with the import hook added, or None for any other.
+        """Return the spec of the module ``name`` with the import hook added.
 
-        The spec is found with the other finders.
+        The other finders in ``sys.meta_path`` find the spec. The result is None if the hook is for
+        another module, or if no finder finds the spec.
         """
         if name != self.name:
             return None

@@ -23,7 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.adapted_parameters import AdaptedParameter, FastLoraAdaptedParameters
+from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, ParameterLoraLayer
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.base_layers import fallback_reason_not_plain_linear
@@ -94,10 +94,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _base_weight_or_output(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight, or the base layer's output for ``x``.
+        """Return the base layer's weight and bias or, if necessary, its output for ``x``.
 
-        A weight is returned with the bias. The output is computed only if the base layer is called
-        with further arguments, or if fastlora cannot read the base layer's weight directly.
+        The output is returned if the base layer is called with further arguments, or if fastlora
+        cannot read the base layer's weight directly.
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
@@ -242,7 +242,7 @@ class FastPeftParamWrapper(PeftParamWrapper):
             trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
             layer = self.__dict__["_fastlora_layer"] = layer_class(base)
             for wrapper in wrappers:
-                made = AdaptedParameter(base, wrapper.parameter_name)
+                made = ParameterLoraLayer(base, wrapper.parameter_name)
                 layer.parameters_with_adapters[wrapper.parameter_name] = made
             for parameter in trained:  # A new layer freezes its module.
                 parameter.requires_grad_(True)
@@ -310,9 +310,9 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's ``LoraModel`` (the LoRA tuner) with patched LoRA layers and support for mixed batches.
+    """Subclass of PEFT's ``LoraModel`` (the LoRA tuner) that uses fastlora's patched LoRA layers.
 
-    Each new LoRA layer is patched when the tuner creates it.
+    Each new LoRA layer is patched when the tuner creates it. The model supports mixed batches.
     """
 
     @staticmethod
@@ -531,20 +531,25 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
 
 def patch_layer(module: nn.Module) -> None:
-    """Replace the class of a PEFT LoRA layer with the patched class. Ignore other modules."""
+    """Patch a PEFT LoRA layer in place, so that fastlora computes its output.
+
+    The class of the layer is replaced with the patched class. Other modules are ignored.
+    """
     fast = _patched_class_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
         module.__class__ = fast
     if fast is not None and issubclass(fast, _FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_hook_moving_scalings()  # type: ignore[operator]  # defined by the new class
+        module._register_scalings_load_hook()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
-    """Restore the class that a layer had before `patch_layer`. Ignore modules that are not patched.
+    """Restore the class that a layer had before `patch_layer` was called.
+
+    Modules that are not patched are ignored.
 
     Raises:
-        UnsupportedLayerError: Other code has replaced the layer's class after `patch_layer`.
+        UnsupportedLayerError: Other code replaced the layer's class after `patch_layer` was called.
     """
     if isinstance(module, FastPeftParamWrapper):
         module.__dict__.pop("_fastlora_layer", None)
@@ -552,7 +557,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_hook_moving_scalings()
+    module._remove_scalings_load_hook()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings
@@ -581,8 +586,8 @@ def check_can_unpatch(module: nn.Module) -> None:
     if isinstance(module, _FusedForwardMixin) and _FusedForwardMixin not in type(module).__bases__:
         raise UnsupportedLayerError(
             "cannot unpatch a layer, because other code changed its class to "
-            f"{type(module).__name__}, based on {type(module).__mro__[1].__qualname__}; undo that "
-            "change first"
+            f"{type(module).__name__}, which is a subclass of "
+            f"{type(module).__mro__[1].__qualname__}; undo that change first"
         )
 
 

@@ -57,7 +57,7 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's state dict, with the keys of PEFT's adapter files."""
+    """Return an adapter's state dict, with the key names that PEFT's adapter files use."""
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.adapter_file_state_dict(
@@ -72,7 +72,7 @@ def set_peft_model_state_dict(
     *_: Any,
     **__: Any,
 ) -> Any:
-    """Load a state dict into an adapter, and return the missing and unexpected keys.
+    """Load a state dict into an adapter of a `LoraModel`, and return missing and unexpected keys.
 
     The tensors are copied into the adapter's parameters. The keys of ``peft_model_state_dict`` are
     those of PEFT's adapter files. See `adapter_state.set_adapter_tensors`.
@@ -127,7 +127,7 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
 
 
 def override_peft_functions() -> None:
-    """Override PEFT functions with functions that also accept fastlora's models.
+    """Replace PEFT functions with fastlora's versions, which also accept fastlora's models.
 
     `PEFT_OVERRIDES` lists the functions. If a PEFT module is not imported yet, its functions are
     replaced when it is imported.

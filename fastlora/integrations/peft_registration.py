@@ -20,16 +20,17 @@ from torch import nn
 from fastlora.integrations.import_hooks import call_when_imported
 from fastlora.integrations.peft_overrides import override_peft_functions
 from fastlora.layers import LoraLayer
-from fastlora.layers.adapted_parameters import AdaptedParameter, FastLoraAdaptedParameters
+from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, ParameterLoraLayer
 from fastlora.model import LoraModel
 from fastlora.model.config import LoraConfig
 
 
 @functools.cache
 def register_classes_with_peft() -> None:
-    """Register fastlora's classes with PEFT.
+    """Register fastlora's classes as subclasses of PEFT's classes.
 
-    PEFT's functions are overridden, so that they also accept fastlora's models.
+    `isinstance` then treats instances of fastlora's classes as instances of PEFT's classes. PEFT's
+    functions are overridden, so that they also accept fastlora's models.
     """
     theirs: Any = importlib.import_module("peft.tuners.lora")
     layers: Any = importlib.import_module("peft.tuners.tuners_utils")
@@ -49,15 +50,16 @@ def register_classes_with_peft() -> None:
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
     if hasattr(theirs.layer, "ParamWrapper"):  # older versions do not adapt parameters
-        theirs.layer.ParamWrapper.register(AdaptedParameter)
+        theirs.layer.ParamWrapper.register(ParameterLoraLayer)
     _make_from_pretrained_accept_lora_model(peft)
     override_peft_functions()
 
 
 def _subclasshook_excluding_adapted_parameters(abstract: type, subclass: type) -> Any:
-    """Return False for layers without factors of their own, and NotImplemented for all others.
+    """Exclude `FastLoraAdaptedParameters` from the subclasses of PEFT's ``LoraLayer``.
 
-    The factors of `FastLoraAdaptedParameters` are in its inner layers, which are PEFT's
+    The result is False for this class, and NotImplemented for all others, which are checked as
+    usual. The factors of `FastLoraAdaptedParameters` are in its inner layers, which are PEFT's
     `ParamWrapper`. PEFT has no layer around its wrappers.
     """
     return False if issubclass(subclass, FastLoraAdaptedParameters) else NotImplemented

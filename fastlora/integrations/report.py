@@ -54,7 +54,7 @@ class LayerFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A report on which LoRA layers of a model are fused.
+    """A report that shows which LoRA layers of a model are fused.
 
     The report has one row for each LoRA layer. ``str()`` formats it as a table.
 
@@ -125,7 +125,7 @@ def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Return a report on which LoRA layers of a model are fused.
+    """Return a report that shows which LoRA layers of a model are fused.
 
     Args:
         model: A fastlora model, a PEFT model (patched or not), or any other module, with or without

@@ -1,6 +1,6 @@
 """Adapters on the parameters of a module, which ``target_parameters`` selects.
 
-`AdaptedParameter` holds the adapters of one parameter. `FastLoraAdaptedParameters` replaces the
+`ParameterLoraLayer` holds the adapters of one parameter. `FastLoraAdaptedParameters` replaces the
 module. It runs the module with each parameter replaced by ``parameter + scaling * B @ A``, because
 it does not know what the module computes. `fastlora.layers.experts` avoids this for the experts of
 transformers' models.
@@ -45,11 +45,11 @@ from fastlora.ops.execution_mode import (
 )
 from fastlora.ops.factors import Factors
 from fastlora.ops.rows import Segment
-from fastlora.ops.stacks import stack_views, transposed_rank_rows
+from fastlora.ops.stacks import rank_row_views, transposed_rank_rows
 from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
-from fastlora.sharding import is_dtensor, uses_fsdp2
+from fastlora.sharding import is_dtensor, process_uses_fsdp2
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
@@ -58,7 +58,7 @@ _INITS = (True, False, "gaussian")
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Return E, N, and K of a module's parameter, which has two or three dimensions."""
+    """Return the sizes E, N, and K of a module's parameter, which has two or three dimensions."""
     shape = module._parameters[name].shape  # type: ignore[union-attr]
     if len(shape) == 2:
         return 1, shape[0], shape[1]
@@ -71,8 +71,10 @@ def is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-class RankRowsCache(UncopiedCache):
-    """Cache for the rank rows of lora_B, used while gradients are disabled.
+class LoraBRankRowsCache(UncopiedCache):
+    """Cache for the rank rows of lora_B.
+
+    It is used while gradients are disabled.
 
     Attributes:
         entries: Maps an adapter name to a stamp of its lora_B and the rank rows ``[E, R, N]``.
@@ -82,7 +84,7 @@ class RankRowsCache(UncopiedCache):
         self.entries: dict[str, tuple[TensorStamp, torch.Tensor]] = {}
 
 
-class AdaptedParameter(LoraLayer):
+class ParameterLoraLayer(LoraLayer):
     """LoRA layer that holds the adapters of one parameter.
 
     It is never called. `FastLoraAdaptedParameters` runs the module of the parameter.
@@ -119,7 +121,10 @@ class AdaptedParameter(LoraLayer):
         return self.get_base_layer()._parameters[self.parameter_name]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return a `FusionStatus` that states why this layer never runs fused."""
+        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+
+        A layer of this class is never fused.
+        """
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
@@ -127,7 +132,7 @@ class AdaptedParameter(LoraLayer):
         return self.num_matrices if part == "lora_A" else 1
 
     def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the parameter's shape as a view ``[E, N, K]``."""
+        """Return a view ``[E, N, K]`` of a tensor that has the parameter's shape."""
         if parameter.dim() == 2:
             return parameter.unsqueeze(0)
         return parameter.transpose(1, 2) if is_transposed(self.get_base_layer()) else parameter
@@ -162,23 +167,23 @@ class AdaptedParameter(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple of an adapter's lora_a ``[E, R, K]`` and the rank rows of lora_b.
+        """Return an adapter's lora_a ``[E, R, K]`` and transposed lora_b ``[E, R, N]`` as a tuple.
 
-        The rank rows ``[E, R, N]`` are a copy, which is cached while gradients are disabled. If
-        lora_b is stored as rank rows, as in a pool, they are a view of it.
-        ``name`` identifies the adapter in the cache.
+        The rows of the transposed lora_b are called rank rows. They are a copy, which is cached
+        while gradients are disabled. If lora_b is stored as rank rows, as in a pool, they are a
+        view of lora_b. ``name`` identifies the adapter in the cache.
         """
-        lora_a, _ = stack_views(factors.lora_a, factors.lora_b, self.num_matrices)
+        lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
         if (
             torch.is_grad_enabled()
             or watched.t().is_contiguous()  # Nothing is copied.
-            or uses_fsdp2()  # A newly gathered tensor may reuse the last one's memory.
+            or process_uses_fsdp2()  # A newly gathered tensor may reuse the last one's memory.
             or is_being_compiled()
             or not may_cache_tensors(watched.device)
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
-        cache = self.__dict__.setdefault("_rank_rows", RankRowsCache()).entries
+        cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
         context = (id(watched), weights_versions.for_trained_weights())
         known = cache.get(name)
         if known is None or not known[0].matches((watched,), context):
@@ -191,9 +196,10 @@ class AdaptedParameter(LoraLayer):
         return lora_a, known[1]
 
     def own_factors(self, name: str) -> Factors:
-        """Return an adapter's factors in the shapes used in adapter files, ignoring hooks.
+        """Return an adapter's own factors and scaling.
 
-        The scaling is a tensor on the device of the parameter.
+        The factors have the shapes used in adapter files. Hooks of the adapter's modules are not
+        run. The scaling is a tensor on the device of the parameter.
         """
         lora_a, lora_b, _ = self._factors(name)
         scaling = self.__dict__["_scaling"].tensors[name].to(self.parameter.device)
@@ -222,7 +228,7 @@ class AdaptedParameter(LoraLayer):
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
         """Add ``sign * scaling * B @ A`` to the stack ``weight [E, N, K]``, matrix by matrix."""
-        factors = stack_views(*self._factors(name)[:2], self.num_matrices)
+        factors = rank_row_views(*self._factors(name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
         alpha = sign * float(self.scaling[name])
         for matrix, lora_a, lora_b in zip(weight, *factors, strict=True):
@@ -243,13 +249,17 @@ class AdaptedParameter(LoraLayer):
         return delta.requires_grad_(False)
 
     def adapted(self, adapters: Sequence[Factors]) -> torch.Tensor:
-        """Return the parameter plus the updates of adapters, rounded once to its dtype."""
+        """Return the sum of the parameter and the adapters' updates.
+
+        The sum is rounded once, to the parameter's dtype. ``adapters`` contains the factors of each
+        adapter.
+        """
         parameter: torch.Tensor = self.parameter
         wide = torch.promote_types(torch.float32, parameter.dtype)
         with disable_autocast_on(parameter.device):
             made = self.as_stack(parameter.to(wide))
             for each in adapters:
-                lora_a, lora_b = stack_views(each.lora_a, each.lora_b, self.num_matrices)
+                lora_a, lora_b = rank_row_views(each.lora_a, each.lora_b, self.num_matrices)
                 made = torch.baddbmm(
                     made, lora_b.transpose(1, 2).to(wide) * each.scaling, lora_a.to(wide)
                 )
@@ -275,30 +285,32 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self.parameters_with_adapters = nn.ModuleDict()
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of the `AdaptedParameter` layers by parameter name.
+        """Return a dict of the `ParameterLoraLayer` layers, keyed by parameter name.
 
         The dict has the order of ``named_parameters()``.
         """
         layers: Any = self._modules["parameters_with_adapters"]
         return {name: layers[name] for name in self.base_layer._parameters if name in layers}
 
-    def adapted_parameters(self) -> list[AdaptedParameter]:
-        """Return a list of the `AdaptedParameter` layers, one for each parameter with adapters."""
+    def adapted_parameters(self) -> list[ParameterLoraLayer]:
+        """Return a list of `ParameterLoraLayer` layers, one for each parameter with adapters."""
         return list(self.inner_layers().values())  # type: ignore[arg-type]
 
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers of the parameters that get a new adapter, with the adapter's settings.
+        """Return the layers to which a new adapter is added, and the arguments for adding it.
 
-        See `LoraLayer._layers_to_adapt`.
+        There is one layer for each parameter that the adapter adapts. See
+        `LoraLayer._layers_to_adapt`.
         """
         common = {name: value for name, value in settings.items() if name != "parameters"}
         parameters: Any = settings["parameters"]
         if not parameters:
             raise UnsupportedLayerError(
-                f"other adapters adapt parameters of this {type(self.base_layer).__name__} "
-                "(target_parameters); expected the same kind of target for all adapters"
+                "other adapters use target_parameters to adapt parameters of this "
+                f"{type(self.base_layer).__name__}; expected the same kind of target for all "
+                "adapters"
             )
         layers = self.add_parameters([name for name, *_ in parameters])
         return [
@@ -306,8 +318,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             for layer, (_, r, lora_alpha) in zip(layers, parameters, strict=True)
         ]
 
-    def add_parameters(self, names: Sequence[str]) -> list[AdaptedParameter]:
-        """Return the layers of the named parameters, after adding those that are missing.
+    def add_parameters(self, names: Sequence[str]) -> list[ParameterLoraLayer]:
+        """Return the layers for the named parameters, creating any layers that do not exist yet.
 
         Raises:
             UnsupportedLayerError: The name of a parameter cannot be used.
@@ -317,11 +329,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             if name not in holder:
                 if hasattr(nn.ModuleDict, name):
                     raise UnsupportedLayerError(
-                        f"parameter {name!r} of a {type(self.base_layer).__name__} has the name of "
-                        "an attribute of nn.ModuleDict, so its adapters cannot be stored under "
-                        "this name; rename the parameter"
+                        f"parameter {name!r} of a {type(self.base_layer).__name__} has the same "
+                        "name as an attribute of nn.ModuleDict, so its adapters cannot be stored "
+                        "under this name; rename the parameter"
                     )
-                made = AdaptedParameter(self.base_layer, name)
+                made = ParameterLoraLayer(self.base_layer, name)
                 made._active_adapters, made._disabled = list(self._active_adapters), self._disabled
                 holder[name] = made
         return [holder[name] for name in names]
@@ -329,7 +341,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def file_names(self, adapter_name: str) -> dict[str, str]:
         layers = {n: layer for n, layer in self.inner_layers().items() if adapter_name in layer.r}
         names: dict[str, str] = {}
-        for name, prefix in nested_prefixes(list(layers)).items():
+        for name, prefix in file_prefixes_by_parameter(list(layers)).items():
             for disk, key in layers[name].file_names(adapter_name).items():
                 names[prefix + disk] = f"parameters_with_adapters.{name}.{key}"
         return names
@@ -338,8 +350,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, parts.Factor]:
         raise UnsupportedLayerError(
-            f"this {type(self.base_layer).__name__} has adapters on its parameters; select the "
-            "parameters of a new adapter with target_parameters"
+            f"this {type(self.base_layer).__name__} has adapters on its parameters; use "
+            "target_parameters to select the parameters to which a new adapter applies"
         )
 
     def _check_has_adapter(self, adapter_name: str) -> None:
@@ -467,8 +479,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         ):
             raise UnsupportedLayerError(
                 f"{self._description()} cannot run separately for each adapter of a mixed batch: "
-                "this requires a single input that has one row for each sample or token, and is "
-                "not supported in torch.compile; run one adapter at a time"
+                "separate runs require a single input that has one row for each sample or token, "
+                "and are not supported under torch.compile; run one adapter at a time"
             )
         if not len(x):
             return self.base_layer(x)
@@ -514,7 +526,7 @@ def _as_tuple(outputs: torch.Tensor | Iterable[torch.Tensor]) -> tuple[torch.Ten
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
-def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
+def file_prefixes_by_parameter(names: Sequence[str]) -> dict[str, str]:
     """Return a dict that maps the names of an adapter's parameters to prefixes in adapter files.
 
     The prefixes are relative to the module of the parameters.
@@ -527,8 +539,11 @@ def nested_prefixes(names: Sequence[str]) -> dict[str, str]:
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return the shapes of an adapter's tensors for a module, by their names in adapter files."""
-    prefixes = nested_prefixes([each.name for each in settings.parameters])
+    """Return a dict of the shapes of an adapter's tensors for a module.
+
+    The dict is keyed by the tensors' names in adapter files.
+    """
+    prefixes = file_prefixes_by_parameter([each.name for each in settings.parameters])
     shapes: TensorShapes = {}
     for name, r, _ in settings.parameters:
         count, n, k = stack_shape(module, name)
@@ -538,18 +553,19 @@ def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) 
 
 
 def check_parameter_settings(module: nn.Module, settings: LayerAdapterSettings) -> None:
-    """Raise `UnsupportedLayerError` if a module's parameters do not support the settings."""
+    """Raise `UnsupportedLayerError` if the settings are not supported for a parameter."""
     for name, *_ in settings.parameters:
         for field, value in (("use_dora", settings.use_dora), ("lora_bias", settings.lora_bias)):
             if value:
                 raise UnsupportedLayerError(
-                    f"{field}=True is not supported for its parameter {name!r} "
-                    f"(target_parameters), as in PEFT; set {field}=False"
+                    f"{field}=True is not supported for the parameter {name!r}, which is selected "
+                    f"by target_parameters (PEFT has the same restriction); set {field}=False"
                 )
         if settings.init_lora_weights not in _INITS and not settings.from_file:
             raise UnsupportedLayerError(
-                f"init_lora_weights={settings.init_lora_weights!r} is not supported for its "
-                f"parameter {name!r} (target_parameters); use True, False, or 'gaussian'"
+                f"init_lora_weights={settings.init_lora_weights!r} is not supported for the "
+                f"parameter {name!r}, which is selected by target_parameters; use True, False, or "
+                "'gaussian'"
             )
 
 

@@ -133,7 +133,7 @@ def promoted_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_adapter_called(
     layer: LinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the fallback reason if the adapters' modules must be called, or an empty string.
+    """Return the reason why adapters' modules must be called, or an empty string if there is none.
 
     Hooks, parametrizations, shards, and replaced modules take effect only if the modules are
     called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward

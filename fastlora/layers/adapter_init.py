@@ -134,7 +134,7 @@ class AdapterInitializer:
         if not linear and not self.init.supports_convolutions:
             raise UnsupportedLayerError(
                 f"init_lora_weights={self.name!r} supports only linear layers, as in PEFT; use "
-                "True, False or 'gaussian' for this layer, or exclude it (exclude_modules)"
+                "True, False, or 'gaussian' for this layer, or exclude it with exclude_modules"
             )
         weight = self.base._parameters.get("weight")
         floating = weight is not None and weight.is_floating_point()
@@ -165,7 +165,7 @@ class AdapterInitializer:
         if layer.is_split:
             raise UnsupportedLayerError(
                 f"init_lora_weights={name!r} needs the full base weight, but this weight is split "
-                "across processes; use True, False, 'gaussian' or 'orthogonal'"
+                "across processes; use True, False, 'gaussian', or 'orthogonal'"
             )
         if self.init.changes_base:
             reason = reason_weight_not_replaceable(self.base, self.init.supports_quantized)

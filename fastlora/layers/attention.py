@@ -51,7 +51,10 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return a `FusionStatus` that states why this layer never runs fused."""
+        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+
+        A layer of this class is never fused.
+        """
         return FusionStatus(False, _FALLBACK_REASON)
 
 
@@ -91,7 +94,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict that maps the relative name of out_proj to its LoRA layer."""
+        """Return the LoRA layers inside this layer as a dict, keyed by relative name.
+
+        The only one is the LoRA layer of out_proj.
+        """
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
@@ -176,12 +182,14 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     base: Any = module
     if not base._qkv_same_embed_dim:
         raise UnsupportedLayerError(
-            f"its queries, keys and values have separate weights (embed_dim={base.embed_dim}, "
-            f"kdim={base.kdim}, vdim={base.vdim}); expected equal sizes, as in PEFT"
+            "its query, key, and value projections have separate weights "
+            f"(embed_dim={base.embed_dim}, kdim={base.kdim}, vdim={base.vdim}); expected equal "
+            "sizes (PEFT has the same restriction)"
         )
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, LoraLayer):
         raise UnsupportedLayerError(
-            f"its out_proj is a {type(base.out_proj).__name__}, expected an nn.Linear, as in PEFT"
+            "out_proj must be an nn.Linear (PEFT has the same restriction), but it is a "
+            f"{type(base.out_proj).__name__}"
         )
     for field, value in (("use_dora", settings.use_dora), ("lora_bias", settings.lora_bias)):
         if value:

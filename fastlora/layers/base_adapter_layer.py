@@ -87,7 +87,7 @@ class BaseAdapterLayer(LinearWithAdapters):
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
 
-    def _register_hook_moving_scalings(self) -> None:
+    def _register_scalings_load_hook(self) -> None:
         """Register a ``load_state_dict`` hook for the scalings.
 
         The hook moves scalings to the device of their adapter's factors.
@@ -95,7 +95,7 @@ class BaseAdapterLayer(LinearWithAdapters):
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 
-    def _remove_hook_moving_scalings(self) -> None:
+    def _remove_scalings_load_hook(self) -> None:
         hooks = self._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _move_scalings_after_load]:
             del hooks[key]

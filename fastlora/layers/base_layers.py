@@ -44,7 +44,7 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
     called.
     """
     if type(module) is not nn.Linear:
-        return f"its base layer is {type(module).__name__}, which runs unchanged"
+        return f"its base layer is {type(module).__name__}, whose own forward pass is used"
     reason = fallback_reason_hooked(module)
     if reason:
         return reason
@@ -60,7 +60,7 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
 
 
 def fallback_reason_hooked(module: nn.Module) -> str:
-    """Return the fallback reason for a module with hooks, or an empty string.
+    """Return the fallback reason if a module has hooks, or an empty string if it has none.
 
     A replaced ``forward`` counts as a hook.
     """
@@ -74,10 +74,10 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor whose device and dtype new factors get, or None for the defaults.
+    """Return a tensor whose device and dtype new factors should have.
 
-    As in PEFT, new factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes'
-    4-bit layers, HQQ).
+    Returns None if new factors should have the default device and dtype. As in PEFT, new factors
+    use the ``compute_dtype`` of a base layer that has one (bitsandbytes' 4-bit layers, HQQ).
     """
     own = list(base.parameters(recurse=False))
     compute = getattr(base, "compute_dtype", None)

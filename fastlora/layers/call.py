@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class UniformCall:
-    """A call of a LoRA layer in which the same adapters apply to all rows.
+    """A call to a LoRA layer in which the same adapters apply to all rows.
 
     Attributes:
         layer: The layer with the adapters.
@@ -40,7 +40,7 @@ class UniformCall:
 
 @dataclass(slots=True, eq=False)
 class MixedCall:
-    """A call of a LoRA layer in a mixed batch, where each row has its own adapter or none.
+    """A call to a LoRA layer for a mixed batch, where each row uses its own adapter or none.
 
     Attributes:
         layer: The layer. The adapters belong to it or to a pool.

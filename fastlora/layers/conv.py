@@ -84,9 +84,9 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._align_with_channel_dimension(norms).unsqueeze(0)
 
     def _align_with_channel_dimension(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Reshape per-channel numbers so that they align with the channel dimension.
+        """Reshape per-channel values so that they align with the channel dimension.
 
-        Numbers ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions
+        Values ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions
         of y.
         """
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
@@ -135,7 +135,10 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Reshape a matrix in the layout of `_flatten_kernels` to kernels of shape ``shape``."""
+        """Reshape a matrix into kernels of shape ``shape``.
+
+        The matrix has the layout of a result of `_flatten_kernels`.
+        """
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
@@ -145,7 +148,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias, which may be None.
+        """Return an adapter's lora_a, lora_b, and lora_bias, where lora_bias may be None.
 
         The factors are matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
@@ -234,14 +237,15 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
         )
     if settings.r % base.groups:
         raise UnsupportedLayerError(
-            f"rank {settings.r} is not divisible by the module's groups={base.groups}; choose a "
-            "divisible rank (rank_pattern), or other target modules"
+            f"rank {settings.r} is not divisible by the module's groups={base.groups}; use "
+            "rank_pattern to set a rank for this module that is divisible by groups, or choose "
+            "other target modules"
         )
     init = settings.init_lora_weights
     if init != "lora_ga" and not find_init_method(init).supports_convolutions:
         raise UnsupportedLayerError(
-            f"init_lora_weights={init!r} supports only linear layers, as in PEFT; use True, False "
-            "or 'gaussian' for this layer, or exclude it (exclude_modules)"
+            f"init_lora_weights={init!r} supports only linear layers, as in PEFT; use True, "
+            "False, or 'gaussian' for this layer, or exclude it with exclude_modules"
         )
 
 

@@ -133,7 +133,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlotsOfBatch(NamedTuple):
-    """The slots of a batch whose adapters use DoRA on one layer.
+    """The slots of a batch that hold adapters with DoRA on a given layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
@@ -186,7 +186,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._local_base_bias(), None
-    if not compiling and _needs_gathered_rows(layer, y, bias, routing, slots):
+    if not compiling and _must_gather_adapter_rows(layer, y, bias, routing, slots):
         rows = call.sorted_rows(read_on_host=True)
         scaled = tuple(slot for slot in scaled if slot in rows.used_slots)
         dropped = tuple(slot for slot in dropped if slot in rows.used_slots)
@@ -204,7 +204,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch
     return _scale_rows_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
 
 
-def _needs_gathered_rows(
+def _must_gather_adapter_rows(
     layer: LinearWithAdapters,
     y: torch.Tensor,
     bias: torch.Tensor | None,
@@ -226,7 +226,7 @@ def _needs_gathered_rows(
 def _apply_dora_with_dropout(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
 ) -> torch.Tensor:
-    """Apply the DoRA adapters with active dropout to their rows of ``y [..., N]``."""
+    """Apply the DoRA adapters that have active dropout to their rows of ``y [..., N]``."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
         seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index)
@@ -313,12 +313,13 @@ def _scale_rows_with_autograd(
 
 
 def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of DoRA adapters in place, using the scales in a pool's tables.
+    """Scale the rows of y that use a DoRA adapter, and return y.
 
-    y is ``[..., N]``. The same operator runs in a compiled graph, in a captured graph, and without
-    a graph, because a new batch, a load, or a hot swap changes only the contents of tensors. The
-    function does nothing until the pool has had a DoRA adapter. The first DoRA adapter causes
-    compiled graphs to recompile.
+    y is ``[..., N]``. Its rows are scaled in place by the scales in a pool's tables. The same
+    operator runs in a compiled graph, in a captured graph, and without a graph, because a new
+    batch, a load, or a hot swap changes only the contents of tensors. The function does nothing
+    until the pool has had a DoRA adapter. The first DoRA adapter causes compiled graphs to
+    recompile.
     """
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:

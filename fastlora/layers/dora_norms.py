@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.ops.torch.dora import RowChunkedWeight, squared_norms_with_update, squared_row_norms
-from fastlora.sharding import is_dtensor, local_shard, uses_fsdp2
+from fastlora.sharding import is_dtensor, local_shard, process_uses_fsdp2
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def may_cache_tensors(device: torch.device) -> bool:
 
 
 def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
-    """Return a stamp that detects changes to a layer's base weight, or None if no stamp can.
+    """Return a stamp of the current state of a layer's base weight.
 
-    The same object is returned until the weight changes or
-    `clear_weight_dependent_caches` clears it.
+    Returns None if changes to the weight cannot be detected. The same stamp is returned until the
+    weight changes or `clear_weight_dependent_caches` clears the stamp.
     """
     watched = _base_stamp_arguments(layer)
     if watched is None:
@@ -137,11 +137,11 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: LinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return the squared norms of an adapter's adapted weight, from the cache if possible.
+    """Return the squared norms of the weight with an adapter applied, from the cache if possible.
 
-    They are those of `local_adapted_squared_norms`. If gradients are enabled, the sums are computed
-    in every forward pass, because an optimizer may be about to step, and not all optimizers change
-    the versions of tensors.
+    The norms are the row norms that `local_adapted_squared_norms` computes. If gradients are
+    enabled, the norms are computed in every forward pass, because an optimizer may be about to
+    step, and not all optimizers change the versions of tensors.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight
@@ -171,14 +171,14 @@ def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
             return None
         return watched[0], (*watched[1], weights_versions.for_base_weight(weight))
     return found.tensor_dependencies(), (
-        found.other_dependencies(),
+        found.non_tensor_dependencies(),
         weights_versions.for_base_weight(weight),
     )
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments of `stamp_tensors`, or None if a stamp cannot detect changes."""
-    if uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
+    """Return the arguments to pass to `stamp_tensors`, or None if no stamp detects changes."""
+    if process_uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
     # Another parameter over the same memory has its own version.

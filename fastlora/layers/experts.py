@@ -20,8 +20,8 @@ from torch import nn
 
 from fastlora.autograd.stacks import stacked_lora_linear
 from fastlora.layers.adapted_parameters import (
-    AdaptedParameter,
     FastLoraAdaptedParameters,
+    ParameterLoraLayer,
     check_parameter_settings,
     parameter_adapter_shapes,
     stack_shape,
@@ -67,12 +67,16 @@ class _SortedRows(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """The number of slots S, which is 1 if the same adapters apply to all rows."""
+        """The number of adapter slots S for each expert.
+
+        It is 1 if the same adapters apply to all rows. Otherwise, the last slot is for rows without
+        an adapter.
+        """
         return 1 if self.routing is None else len(self.adapters) + 1
 
 
 def _products(module: nn.Module) -> tuple[str, str]:
-    """Return the names of the weight stacks of a module's first and second product."""
+    """Return the names of the weight stacks that a module's first and second products use."""
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
@@ -95,7 +99,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def fusion(self, gathered: bool = False) -> FusionStatus:
         """Return the layer's fusion status.
 
-        A layer of this class never runs fused.
+        A layer of this class is never fused.
         """
         base = self.base_layer
         config = getattr(base, "config", None)
@@ -122,7 +126,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     ) -> Any:
         if has_module_hooks(self.base_layer):
             raise UnsupportedLayerError(
-                f"{self._description()} has forward hooks or a replaced forward, so it does not "
+                f"{self._description()} has hooks or a replaced forward method, so it does not "
                 "support mixed batches; run one adapter at a time"
             )
         return self._forward(routing, conditions, *args, **kwargs)
@@ -135,7 +139,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the output ``[T, H]`` of the experts with the adapters of a batch."""
+        """Return the output ``[T, H]`` of the experts, with the adapters applied."""
         base, k = self.base_layer, top_k_index.shape[-1]
         bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
         if not base._is_expert_parallel:
@@ -197,7 +201,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return _SortedRows(rows, matrix, routing, adapters, conditions)
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
-        """Return the product of sorted rows and a stack, plus the bias and the adapter updates."""
+        """Return the product of the sorted rows ``x`` and the weight stack called ``name``.
+
+        The bias and the adapters' updates are added to the product.
+        """
         base = self.base_layer
         stack = base._parameters[name]
         stack = stack.transpose(1, 2) if base.is_transposed else stack
@@ -207,13 +214,16 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _adapted_product(
         self,
-        layer: AdaptedParameter | None,
+        layer: ParameterLoraLayer | None,
         stack: torch.Tensor,
         bias: torch.Tensor | None,
         x: torch.Tensor,
         call: _SortedRows,
     ) -> torch.Tensor:
-        """Return ``x @ stack[expert].T + bias[expert]`` with adapters, for ``stack [E, N, K]``."""
+        """Return ``x @ stack[expert].T + bias[expert]`` with the adapters applied.
+
+        The shape of ``stack`` is ``[E, N, K]``.
+        """
         # As in transformers, products are computed in the dtype of the weights under autocast.
         with disable_autocast_on(x.device):
             x = x.to(stack.dtype)
@@ -227,7 +237,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             return y
 
     def _operands(
-        self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows
+        self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows
     ) -> list[StackAdapterOperands]:
         """Return the adapters of a stack, as operands whose updates are added one after another."""
         if call.routing is None:
@@ -235,7 +245,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return self._mixed_operands(layer, x, call, call.routing)
 
     def _uniform_operands(
-        self, layer: AdaptedParameter, name: str, x: torch.Tensor, call: _SortedRows
+        self, layer: ParameterLoraLayer, name: str, x: torch.Tensor, call: _SortedRows
     ) -> StackAdapterOperands:
         factors = layer.factors_in_file_shapes(
             name, UniformCall(layer, x, x, call.conditions, [name])
@@ -248,7 +258,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return StackAdapterOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
 
     def _mixed_operands(
-        self, layer: AdaptedParameter, x: torch.Tensor, call: _SortedRows, routing: Routing
+        self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows, routing: Routing
     ) -> list[StackAdapterOperands]:
         count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
@@ -285,7 +295,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return [StackAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
     def _factors_in_product_order(
-        self, layer: AdaptedParameter, name: str, factors: Factors
+        self, layer: ParameterLoraLayer, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an adapter's factors in the order in which x is multiplied by them.
 
@@ -305,12 +315,15 @@ def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _zero_masked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return ``x [P, N]`` with zeros in the rows of a bool mask ``[P, 1]``; None masks no row."""
+    """Return ``x [P, N]`` with zeros in the rows where a bool mask ``[P, 1]`` is True.
+
+    If the mask is None, x is returned unchanged.
+    """
     return x if mask is None else x.masked_fill(mask, 0.0)
 
 
 def _inverse(order: torch.Tensor) -> torch.Tensor:
-    """Return the inverse of a permutation, int64."""
+    """Return the inverse of a permutation as an int64 tensor."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -321,9 +334,10 @@ def _stacked_linear(
     operands: StackAdapterOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack, and add y and the updates of adapters.
+    """Multiply sorted rows by a stack of matrices, and add y and the adapters' updates.
 
-    y or the stack may be None. Without a stack, the updates may be added to y in place.
+    Returns the sum. ``y`` or ``stack`` may be None. If ``stack`` is None, the updates may be added
+    to y in place.
     """
     rows, impl = call.rows, call.conditions.backend
     if call.conditions.compiling:
@@ -349,7 +363,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
     def _forward(  # type: ignore[override]  # these experts get no choices of a router
         self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
     ) -> torch.Tensor:
-        """Return the output ``[E * T, H]`` of the experts with the adapters of a batch."""
+        """Return the output ``[E * T, H]`` of the experts, with the adapters applied."""
         base = self.base_layer
         count = base.num_experts
         tokens = len(x) // count
@@ -368,7 +382,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         return self._adapted_product(layer, stack, None, x, call)
 
     def _factors_in_product_order(
-        self, layer: AdaptedParameter, name: str, factors: Factors
+        self, layer: ParameterLoraLayer, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lora_a, lora_b = layer.rank_rows(name, factors)
         return lora_b, lora_a
@@ -393,7 +407,8 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     for name, *_ in settings.parameters:
         if name not in known:
             raise UnsupportedLayerError(
-                f"its parameter {name!r} is not one of its stacks of weights, {' and '.join(known)}"
+                f"parameter {name!r} is not one of the module's weight stacks "
+                f"({' and '.join(known)})"
             )
     config = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) == "deepgemm":

@@ -30,11 +30,11 @@ DORA_WITH_DROPOUT = (
 
 
 class FusionStatus(NamedTuple):
-    """Whether a layer runs fused, and the fallback reason if it does not.
+    """Whether a layer is fused, and the fallback reason if it is not.
 
     Attributes:
         fused: Whether the layer computes the base GEMM and the LoRA update in one call.
-        fallback_reason: Reason why the layer does not run fused, or an empty string if it does.
+        fallback_reason: Reason why the layer is not fused, or an empty string if it is.
     """
 
     fused: bool
@@ -44,7 +44,7 @@ class FusionStatus(NamedTuple):
 def fusion_status(
     layer: LinearWithAdapters, names: list[str], base_reason: str, fsdp_gathered: bool
 ) -> FusionStatus:
-    """Return whether a layer runs fused with the given adapters and, if not, the reason.
+    """Return whether a layer is fused for the given adapters and, if not, the reason.
 
     A fused layer computes the base GEMM and the active adapters in one call.
 
@@ -76,7 +76,7 @@ def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
 
 
 def reason_dora_prevents_fusion(layer: LinearWithAdapters, names: list[str]) -> str:
-    """Return the fallback reason if DoRA prevents fusing the adapters, or an empty string."""
+    """Return the reason why DoRA prevents fusing adapters, or an empty string if it does not."""
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:
@@ -137,7 +137,10 @@ def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtyp
 
 
 def fallback_reason_for_factors(routing: Routing, slots: Slots) -> str:
-    """Return the reason why kernels do not support a batch's factors, or an empty string."""
+    """Return the reason why kernels do not support a batch's factors.
+
+    The reason is an empty string if the kernels support the factors.
+    """
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):
         for tensor in () if factors is None else (*factors[:2], factors.lora_bias):

@@ -73,10 +73,12 @@ _LayerFactors = Factors | Slots | TableLaunchArguments
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
 ) -> PrecomputedResult | None:
-    """Compute a layer together with its shared-input group, and return the layer's result.
+    """Return a layer's result from a call that computes the results of several layers.
 
-    The result contains y, or the s from which the layer computes y. The function is called only if
-    kernels run.
+    The layers belong to the same shared-input group. The result contains y, or the s from which the
+    layer computes y. If an earlier call has already computed the result, the layer takes it.
+    Otherwise, one call computes the results of this layer and of other layers in its group. The
+    function is called only if kernels run.
 
     Args:
         call: The call of the layer.
@@ -144,7 +146,7 @@ def group_forward(
 
 
 def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
-    """Return the reason why a call cannot share results with others, or an empty string."""
+    """Return the reason that a call cannot share results, or an empty string if it can."""
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
@@ -207,10 +209,10 @@ def _operand_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key for a stream, a dropout probability, and tensors, or None.
+    """Return a cache key for a stream, a dropout probability, and tensors.
 
-    The key changes with the tensors. It is None for inference tensors, because PyTorch does not
-    count writes to them.
+    The key changes with the tensors. It is None if any of them is an inference tensor, because
+    PyTorch does not count writes to inference tensors.
     """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
@@ -221,7 +223,7 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for ``s = x @ lora_a.T``, or None if a lora_a is an inference tensor.
+    """Return a cache key for ``s = x @ lora_a.T``, or None if any lora_a is an inference tensor.
 
     The key contains the stream, the dropout probabilities, and the state of every lora_a.
     """
@@ -334,7 +336,7 @@ def _compute_s_together(
 
 
 def _active_dropout_p(slots: Slots) -> float:
-    """Return the active dropout probability of a layer's slots, or 0 without dropout.
+    """Return the active dropout probability of a layer's slots, or 0 if dropout is not active.
 
     `select_sharing_layers` ensures that at most one adapter of the layer has active dropout.
     """
@@ -388,9 +390,10 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> Precomput
 def _compute_outputs_with_neighbors(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Use one launch to compute the outputs of a layer and its neighbors in the address tables.
+    """Compute the outputs of a layer and its neighbors in one launch.
 
-    Returns the layer's own result, or None if one launch cannot compute all of them.
+    The neighbors are the layers next to it in the address tables. Returns the layer's own result,
+    or None if one launch cannot compute all outputs.
     """
     if own.group is None or own.invariant or len(own.members) > MAX_LAYERS_PER_LAUNCH:
         return None
@@ -420,9 +423,10 @@ def _compute_outputs_with_neighbors(
 def _compute_output_and_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Use one call to compute a layer's output, and s for its neighbors in the address tables.
+    """Compute a layer's output and its neighbors' ``s = x @ lora_a.T`` in one call.
 
-    Returns the layer's own result, or None if it has no neighbors.
+    The neighbors are the layers next to it in the address tables. Returns the layer's own result,
+    or None if it has no neighbors.
     """
     if own.group is None:
         return None

@@ -22,7 +22,7 @@ from fastlora.layers.adapter_factors import (
 )
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora import find_dora_slots
-from fastlora.layers.mixed_dispatch import slot_factors_for_kernels, slot_factors_in_graph
+from fastlora.layers.mixed_dispatch import slot_factors_for_compiled_graph, slot_factors_for_kernels
 from fastlora.layers.shared_input import SharedInputGroup, known_group
 from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
 from fastlora.ops.execution_mode import constant_when_compiled
@@ -111,9 +111,9 @@ class PreparedGroupLaunch:
 def prepare_group_launch(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PreparedGroupLaunch:
-    """Prepare one launch for a layer and other members of its shared-input group.
+    """Return a `PreparedGroupLaunch` for a layer and other members of its shared-input group.
 
-    Members that are called after the layer are preferred.
+    Only members that are called after the layer are included.
     """
     layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []
@@ -163,12 +163,12 @@ def prepare_group_launch(
 def _groupable_operands(
     member: LinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return a member's base and factors, or None if it cannot join the first layer's launch.
+    """Return a member's `Base` and `Factors`, or None if it cannot join the first layer's launch.
 
-    It can join if one call can compute both layers. With gradients there are two more conditions.
-    No parameter may have hooks, because the shared node calls them, with None, for a y that was
-    never used. If x needs no gradient, both layers must train or neither, because autograd treats
-    every output of a node as one that needs a gradient.
+    It can join if one call can compute the outputs of both layers. With gradients there are two
+    more conditions. No parameter may have hooks, because the shared node calls them, with None, for
+    a y that was never used. If x needs no gradient, both layers must train or neither, because
+    autograd treats every output of a node as one that needs a gradient.
     """
     records, x = torch.is_grad_enabled(), call.original_x
     hooked = records and has_module_hooks(member)
@@ -191,10 +191,11 @@ def _groupable_operands(
 
 
 def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether one call can compute a layer together with other layers.
+    """Return whether one call can compute a layer's output together with other layers' outputs.
 
-    The layer must be plain and have x's dtype. With dropout it must not be split, because a split
-    layer does not use the drawn seed.
+    The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its
+    base weight and bias must have x's dtype. With dropout, the layer must not be split, because a
+    split layer does not use the drawn seed.
     """
     weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
     if own.lora_bias is not None or own.magnitude is not None or weight is None:
@@ -211,9 +212,9 @@ def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: F
 
 
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return a list of the tensors in a layer's base and factors.
+    """Return a list of a layer's factors, scaling, base weight, and bias.
 
-    The layer's output depends on these tensors and on x.
+    The layer's output depends on these tensors and on x. A weight or bias of None is left out.
     """
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
@@ -230,10 +231,10 @@ def select_sharing_layers(
 ) -> tuple[list[tuple[Any, Slots]], str]:
     """Select the layers of a group that can share the calling layer's pass over x.
 
-    Returns a tuple (pairs, reason). Each pair is a layer and a list of its factors by slot. If the
-    calling layer itself cannot share, the list of pairs is empty and the reason explains it.
-    Otherwise it is the reason why the last layer that was left out cannot share, or empty if none
-    was left out.
+    Returns a tuple (pairs, reason). Each pair is a layer and a list of its factors for each slot.
+    If the calling layer itself cannot share, the list of pairs is empty and the reason explains it.
+    Otherwise, the reason explains why the last layer that was left out cannot share. It is empty if
+    no layer was left out.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""
@@ -255,9 +256,9 @@ def select_sharing_layers(
 def _factors_or_reason(
     member: LinearWithAdapters, call: UniformCall | MixedCall
 ) -> tuple[Slots | None, str]:
-    """Return a member's factors by slot, or the reason if they cannot be used.
+    """Return a member's factors for each slot, or the reason why they cannot be used.
 
-    The reason states why the layer cannot share a pass over x. The result is a tuple (slots,
+    The reason states why the member cannot share a pass over x. The result is a tuple (slots,
     reason). The reason applies only if slots is None.
     """
     if member.impl != call.layer.impl:
@@ -278,7 +279,7 @@ def _factors_or_reason(
     dora = find_dora_slots(member, call.routing)
     dropped = () if dora is None else dora.dropped
     if call.conditions.compiling:
-        return slot_factors_in_graph(call, member, dropped), "a layer is not in the graph"
+        return slot_factors_for_compiled_graph(call, member, dropped), "a layer is not in the graph"
     try:
         slots = slot_factors_for_kernels(call, member, dropped)
     except (FastLoraError, ValueError):  # The layer's own call will raise it.
@@ -345,10 +346,10 @@ def record_compiled_fallback(self: Any, reason: str) -> None:
 
 
 def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:
-    """Describe whether a layer shares its pass over x with its shared-input group.
+    """Return a message that says whether a layer and its shared-input group share a pass over x.
 
-    The text is for the fusion report, and describes training. ``uses_kernels`` tells whether Triton
-    kernels compute the layer.
+    The message is for the fusion report, and describes training. ``uses_kernels`` tells whether
+    Triton kernels compute the layer's output.
     """
     if not uses_kernels:
         return _IN_PYTORCH

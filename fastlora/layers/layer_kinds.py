@@ -24,7 +24,9 @@ PEFT_LAYER_ALTERNATIVE = (
 
 
 class ParameterSettings(NamedTuple):
-    """The rank and alpha of an adapter on one parameter of a module.
+    """Settings of an adapter on one parameter of a module.
+
+    Settings that are not listed here are the same for all parameters of the module.
 
     Attributes:
         name: The name of the parameter, relative to the module.
@@ -88,7 +90,10 @@ _KINDS: list[LayerKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register a layer kind, which takes precedence over earlier ones, and return it."""
+    """Register a layer kind, and return it.
+
+    The kind takes precedence over the kinds that were registered before it.
+    """
     _KINDS.insert(0, kind)
     return kind
 
@@ -120,7 +125,11 @@ def layer_kind_names() -> list[str]:
 
 
 def linear_adapter_shapes(k: int, n: int, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return an adapter's tensor shapes on a linear layer with ``k`` inputs and ``n`` outputs."""
+    """Return a dict of the shapes of an adapter's tensors for a linear layer.
+
+    The layer has ``k`` input features and ``n`` output features. The dict is keyed by the tensors'
+    names in adapter files.
+    """
     shapes: TensorShapes = {"lora_A.weight": (settings.r, k), "lora_B.weight": (n, settings.r)}
     if settings.lora_bias:
         shapes["lora_B.bias"] = (n,)

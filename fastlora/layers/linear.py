@@ -141,9 +141,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return it.
+        """Release the base layer from this layer, and return the base layer.
 
-        The `nn.Linear` replaces this layer when its adapters are removed.
+        The base layer is an `nn.Linear`. It replaces this layer when the adapters are removed.
         """
         return self.to_linear()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LinearWithAdapters(nn.Module):
-    """Interface of a linear layer with named adapters.
+    """Base class that defines the interface of linear layers with named adapters.
 
     `fastlora.layers.base_adapter_layer` implements it. The attributes have PEFT's names. Names that
     start with ``_local`` refer to the whole layer. For a layer that is split over processes
@@ -103,7 +103,10 @@ class LinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share ``[N]`` of the base bias, or None."""
+        """Return this process's share ``[N]`` of the base bias.
+
+        Returns None if the base layer has no bias.
+        """
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
 

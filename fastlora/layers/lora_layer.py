@@ -79,7 +79,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_hook_moving_scalings()
+        self._register_scalings_load_hook()
 
     # ------------------------------------------- methods that a layer kind overrides
 
@@ -135,7 +135,7 @@ class LoraLayer(Mergeable):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers that get a module's new adapter, with the arguments for adding it.
+        """Return the layers to which a new adapter is added, and the arguments for adding it.
 
         By default, these are this layer and its inner layers. The adapter has the same settings on
         all of them.
@@ -160,7 +160,10 @@ class LoraLayer(Mergeable):
         return [(layer, arguments) for layer in (self, *self.inner_layers().values())]
 
     def _has_adapter(self, adapter_name: str) -> bool:
-        """Return whether this layer or one of its inner layers has an adapter."""
+        """Return whether this layer has an adapter.
+
+        An adapter on one of the inner layers counts too.
+        """
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
     def _rank_blocks(self, part: str) -> int:
@@ -258,7 +261,7 @@ class LoraLayer(Mergeable):
                 replace_weight(self.get_base_layer(), start.weight)
                 self.clear_caches()
             self._move_scalings_to_factors([adapter_name])
-            self._prepare_new_factors(adapter_name)
+            self._on_factors_added(adapter_name)
             if use_dora:
                 self.reset_magnitude(adapter_name)
         except BaseException:
@@ -287,10 +290,11 @@ class LoraLayer(Mergeable):
 
         return undo
 
-    def _prepare_new_factors(self, adapter_name: str) -> None:
-        """Prepare a new adapter's factors.
+    def _on_factors_added(self, adapter_name: str) -> None:
+        """Hook that is called after an adapter's factors are added to the layer.
 
-        The method runs before the magnitude is computed. By default, it does nothing.
+        Subclasses can override it to prepare the factors. It runs before the magnitude of a new
+        adapter is computed. By default, it does nothing.
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
@@ -418,9 +422,9 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
+        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
 
-        Both names are relative to this layer. The tensors of inner layers are included.
+        The names and the keys are relative to this layer. The tensors of inner layers are included.
         """
         names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
         for below, layer in self.inner_layers().items():
@@ -466,7 +470,10 @@ class LoraLayer(Mergeable):
             )
 
     def _reference_for_new_factors(self) -> torch.Tensor | None:
-        """Return a tensor whose device and dtype new factors get, or None for the defaults."""
+        """Return a tensor whose device and dtype new factors should have.
+
+        Returns None if new factors should have the default device and dtype.
+        """
         base = self.get_base_layer()
         if any(map(is_dtensor, base.parameters(recurse=False))):
             raise AdapterStateError(

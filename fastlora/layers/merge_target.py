@@ -66,12 +66,14 @@ class MergeTarget(Protocol):
         device.
         """
 
-    def snapshot_after_apply(
+    def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return the snapshot to use once ``fn`` has converted the module's tensors.
+        """Convert a snapshot for use after ``nn.Module._apply`` has converted the module.
 
-        ``snapshot`` is a result of the method `snapshot`. ``fn`` may be applied to its tensors.
+        ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
+        ``nn.Module._apply`` applies to the module's tensors. Returns the converted snapshot, or
+        ``snapshot`` itself if `restore` can use it as it is.
         """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
@@ -129,7 +131,7 @@ class DenseMergeTarget:
         weight: Any = snapshot
         self.weight.copy_(weight)
 
-    def snapshot_after_apply(
+    def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
         weight: Any = snapshot

@@ -49,7 +49,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return base
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return the base weight and bias to merge into.
+        """Return the base weight and bias, into which adapters are merged.
 
         If the weight or the bias does not support merging, an error states the reason.
         """
@@ -264,10 +264,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add ``sign`` times the bias change of the last adapter in ``names`` to the bias in place.
+        """Add the bias change of the last adapter in ``names`` to the bias in place.
 
-        Adapters are merged in the order of ``names``.
-
+        The change is first multiplied by ``sign``. Adapters are merged in the order of ``names``.
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
         before: torch.Tensor | None = None
@@ -332,7 +331,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         unwritten = self._unmerged is not None and self._is_unmodified_since_merge()
         if self._unmerged is not None:
             snapshot, bias = self._unmerged
-            snapshot = self._weight_and_bias_to_merge()[0].snapshot_after_apply(snapshot, fn)
+            snapshot = self._weight_and_bias_to_merge()[0].convert_snapshot(snapshot, fn)
             self._unmerged = snapshot, None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:

@@ -124,7 +124,9 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list of each slot's factors for kernels, or None if PyTorch operators run.
+    """Return a list of each slot's factors for the kernels.
+
+    Returns None if PyTorch operators are used instead of the kernels.
 
     Args:
         call: The call of a layer.
@@ -150,7 +152,7 @@ def slot_factors_for_kernels(
     return slots
 
 
-def slot_factors_in_graph(
+def slot_factors_for_compiled_graph(
     call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
     """Return a list of each slot's factors for a graph that is being compiled.

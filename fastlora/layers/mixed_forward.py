@@ -30,7 +30,7 @@ from fastlora.layers.group_forward import group_forward
 from fastlora.layers.mixed_dispatch import (
     check_factor_devices,
     choose_mixed_implementation,
-    slot_factors_in_graph,
+    slot_factors_for_compiled_graph,
 )
 from fastlora.layers.table_launch import get_table_launch, linear_from_tables, output_from_tables
 from fastlora.layers.unused_adapters import attach_unused_parameters
@@ -196,10 +196,11 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
 
 
 def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
-    """Return a layer's output in a graph that is being compiled, or None if unsupported.
+    """Compute a layer's output in a graph that is being compiled.
 
-    Graphs do not support factors with hooks, the batch-invariant mode, or gradients through a pool.
-    In these cases the forward pass runs outside the graph, which fails with ``fullgraph=True``.
+    Returns None if the graph does not support the call. Graphs do not support factors with hooks,
+    the batch-invariant mode, or gradients through a pool. In these cases the forward pass runs
+    outside the graph, which fails with ``fullgraph=True``.
     """
     layer, batch, x = call.layer, call.routing.whole, call.x
     if batch is None or (base.y is not None and base.y.dtype != x.dtype):
@@ -208,7 +209,7 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     if batch.source.tables is not None:
         return _forward_pool_in_compiled_graph(call, base, batch.source.tables)
     dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlotsOfBatch()
-    slots = slot_factors_in_graph(call, layer, dora.dropped)
+    slots = slot_factors_for_compiled_graph(call, layer, dora.dropped)
     if slots is None:
         return None
     # At most DoRA adapters with dropout remain.
@@ -218,9 +219,10 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
 
 
 def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Compute the output ``[..., N]`` in a compiled graph from the factors of each slot.
+    """Compute the output ``[..., N]`` from the factors of each slot.
 
-    At least one slot must have factors on the layer.
+    The computation is part of a graph that is being compiled. At least one slot must have factors
+    on the layer.
     """
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
     if promoted_factor_dtype(slots) not in KERNEL_DTYPES and layer.impl != "triton":

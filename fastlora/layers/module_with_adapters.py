@@ -58,7 +58,10 @@ class ModuleWithAdapters:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters, including adapters that this module lacks."""
+        """Names of the active adapters.
+
+        Active adapters that this module lacks are included.
+        """
         return list(self._active_adapters)
 
     @property

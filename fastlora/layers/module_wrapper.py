@@ -19,8 +19,9 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
     """Module that wraps another module.
 
-    This is a base class. Each adapter has its own copy of the wrapped module or of some rows. A
-    subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
+    This is a base class. Each adapter has its own copy of the wrapped module or of some of its
+    rows. A subclass defines what an adapter trains. Names of parameters and of file keys follow
+    PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -56,9 +57,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
+        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
 
-        The names in files are suffixes of the file keys.
+        The names and the keys are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -92,7 +93,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters that have their own copy of this module or of some rows."""
+        """Names of all adapters that have their own copy of this module or of some of its rows."""
         return list(self._trained_modules_or_rows_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -102,7 +103,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained_copy(self, adapter_name: str) -> None:
-        """Remove an adapter's own copy of the module or rows."""
+        """Remove an adapter's own copy of the module or of its rows."""
         del self._trained_modules_or_rows_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
@@ -131,8 +132,8 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     def _remove_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this module.
 
-        The adapter's copy of the module or rows is removed too. Unlike `delete_adapter`, this
-        method checks nothing. A failed addition of an adapter calls this method, for example.
+        The adapter's copy of the module or of its rows is removed too. Unlike `delete_adapter`,
+        this method checks nothing. A failed addition of an adapter calls this method, for example.
         """
         self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
@@ -148,7 +149,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters that have their own copy of this module or of some rows."""
+        """Names of the active adapters.
+
+        Only adapters that have their own copy of this module or of its rows are included.
+        """
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
@@ -162,7 +166,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     def acting(self) -> str | None:
         """Return the name of the adapter that a forward pass applies, or None if there is none.
 
-        It is the first active adapter that has its own copy of this module or of some rows.
+        It is the first active adapter that has its own copy of this module or of some of its rows.
         """
         if self._disabled:
             return None

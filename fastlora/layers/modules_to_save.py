@@ -52,7 +52,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str, tied_to: nn.Module | None = None) -> None:
-        """Add an adapter by copying the original module for it.
+        """Add an adapter, and give it its own copy of the original module.
 
         Args:
             adapter_name: The adapter that gets the copy.
@@ -69,9 +69,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
+        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
 
-        The names in files are those in the adapter's copy.
+        The names in the file are the keys in the state dict of the adapter's copy.
         """
         if adapter_name not in self.modules_to_save:
             return {}
@@ -97,7 +97,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the current module or, in a mixed batch, each adapter's copy on its own rows."""
+        """Call the current module.
+
+        In a mixed batch, each adapter's copy of the module is called on the rows that use the
+        adapter. The original module is called on the rows without an adapter.
+        """
         routing = active_routing(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
@@ -152,8 +156,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
             kind = type(self.original_module).__name__
             raise UnsupportedLayerError(
                 f"a {kind} in modules_to_save returned a tensor of shape "
-                f"{tuple(tensors[0].shape)} for {sizes[0]} rows, which a mixed batch cannot "
-                "split; expected the rows along the first dimension, or one adapter per batch"
+                f"{tuple(tensors[0].shape)} for an input of {sizes[0]} rows; expected one entry "
+                "per row along the first dimension, so that the outputs of a mixed batch can be "
+                "combined; return the rows along the first dimension, or use one adapter per batch"
             )
         result = tensors[0].new_zeros(sum(sizes), *tensors[0].shape[1:])
         for index, tensor in zip(indices, tensors, strict=True):

@@ -28,15 +28,17 @@ class DoraMagnitude(nn.Module):
         self.weight = nn.Parameter(magnitude)
 
 
-def freeze_and_convert(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
+def freeze_and_convert(
+    factor: Factor, reference: torch.Tensor | None, training_mode: bool
+) -> Factor:
     """Freeze a factor, convert it to the device and dtype of ``reference``, and return it.
 
-    ``training`` sets the mode of a factor that is a module.
+    ``training_mode`` sets the mode of a factor that is a module.
     """
     if isinstance(factor, nn.Module):
         if reference is not None:
             factor.to(device=reference.device, dtype=reference.dtype)
-        return factor.train(training).requires_grad_(False)
+        return factor.train(training_mode).requires_grad_(False)
     if reference is not None:
         factor = nn.Parameter(factor.detach().to(reference.device, reference.dtype))
     factor.requires_grad_(False)
@@ -62,7 +64,7 @@ def upcast_to_fp32(factor: Factor) -> Factor:
 def file_to_state_dict_names(
     factors_by_part: Mapping[str, Factor], adapter_name: str
 ) -> dict[str, str]:
-    """Return a dict that maps the names of an adapter's tensors in files to ``state_dict()`` names.
+    """Return a dict that maps the tensor names in an adapter's file to ``state_dict()`` names.
 
     Both names are relative to the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``.
     ``factors_by_part`` maps each part, such as ``"lora_A"``, to the adapter's factor.

@@ -77,10 +77,10 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for kernels, or the fallback reason.
+        """Return a module's weight in the form that kernels read, or the fallback reason.
 
-        With a fallback reason, the module must be called. The weight is for x in ``dtype``. If
-        ``dtype`` is None, the dtype that the module computes in is used.
+        If the result is a fallback reason, the module must be called. The weight is for x in
+        ``dtype``. If ``dtype`` is None, the dtype that the module computes in is used.
         """
         if dtype is not None:
             self.dtype = dtype
@@ -99,7 +99,8 @@ class KernelWeightCache(UncopiedCache):
         if kernel_weight is None:
             if kind is None:
                 kernel_weight = (
-                    fallback_reason_not_plain_linear(module) or "its base layer runs unchanged"
+                    fallback_reason_not_plain_linear(module)
+                    or "its base layer's own forward pass is used"
                 )
             elif not may_cache_tensors(kind.codes().device):
                 return _CAPTURED
@@ -133,9 +134,10 @@ class KernelWeightCache(UncopiedCache):
             self._captured.clear()
 
     def output_from_repacked_codes(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Compute a module's output from repacked codes, or return None if unsupported.
+        """Compute a module's output from repacked codes.
 
-        The module is one for which `is_repacking_prevented` is true.
+        Returns None if the module must be called, or if calling it is faster. The module is one for
+        which `is_repacking_prevented` is true.
         """
         try:
             if self._get_or_create_entries(module) is None:
@@ -152,12 +154,11 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _get_or_create_entries(self, module: nn.Module) -> _Found | None:
-        """Return the entries of a module's weight, and create them if needed.
+        """Return the cache entries for a module's weight, creating them if needed.
 
-        The entries are a tuple (kind, dict). Returns None for a weight without a stamp, which
-        cannot be cached.
-
-        Entries of another weight, or from before a write, are dropped.
+        The entries are a tuple (kind, dict). Returns None for a weight without a stamp, because
+        such a weight cannot be cached. Entries for another weight, or from before a write to the
+        weight, are dropped.
 
         Raises:
             UnsupportedLayerError: The weight is not quantized yet.
@@ -177,7 +178,10 @@ class KernelWeightCache(UncopiedCache):
 
 
 def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
-    """Return a `Base` with a call's quantized weight, or None if the base layer must be called."""
+    """Return a `Base` with the quantized weight to use for a call.
+
+    Returns None if the base layer itself must be called.
+    """
     conditions, x = call.conditions, call.x
     # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
     runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
@@ -230,9 +234,9 @@ def quantized_base_of_layer(layer: LinearWithAdapters) -> Base | None:
 
 
 def fallback_reason_base_called(layer: LinearWithAdapters) -> str:
-    """Return the fallback reason if a layer's base layer must be called, or an empty string.
+    """Return the reason why a layer's base layer must be called, or an empty string.
 
-    The base layer is not a plain linear.
+    The string is empty if the base layer need not be called. The base layer is not a plain linear.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
@@ -269,11 +273,10 @@ def to_base_output_dtype(
 
 
 def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear the caches of a layer that depend on its weights.
+    """Clear the caches that depend on a layer's weights.
 
     These are the DoRA norms, the rank rows of a stack's adapters, and the quantized weight for
-    kernels. If ``release_captured`` is set,
-    weights that CUDA graphs read are released too.
+    kernels. If ``release_captured`` is set, weights that CUDA graphs read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)
@@ -295,7 +298,7 @@ def _stamp_arguments_unless_replaced(
         return (), identity
     try:
         return (
-            (kind.tensor_dependencies(), (kind.other_dependencies(),))
+            (kind.tensor_dependencies(), (kind.non_tensor_dependencies(),))
             if kind.refers_to_current_weight()
             else None
         )

@@ -72,9 +72,10 @@ class Scalings(dict[str, Scaling]):
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """Set and return a scaling, as `dict.setdefault` does.
+        """Return a scaling, setting it first if it is missing, as `dict.setdefault` does.
 
-        A new scaling of None raises `TypeError`.
+        Raises:
+            TypeError: The scaling is missing, and ``value`` is None.
         """
         if name not in self:
             if value is None:

@@ -93,9 +93,10 @@ class SharedResultCache(UncopiedCache):
         results: Mapping[int, tuple[object, object]],
         model: RoutedLayerGroup | None = None,
     ) -> None:
-        """Store results that layer ``computed_by`` computed from x for other layers.
+        """Store results that one layer has computed from x, so that other layers can use them.
 
-        ``results`` maps each of these layers to a cache key and its result.
+        ``computed_by`` is the layer that has computed the results. ``results`` maps each of the
+        other layers to a tuple (cache key, result).
         """
         thread, version = get_ident(), 0 if x.is_inference() else x._version
         location = thread, id(x)
@@ -146,9 +147,10 @@ class SharedResultCache(UncopiedCache):
         return found
 
     def discard_untaken(self) -> set[int]:
-        """Discard the results that no layer has taken, and return the layers they were for.
+        """Discard the results that no layer has taken.
 
-        Only this thread's results are discarded.
+        Returns the layers for which these results were computed. Only this thread's results are
+        discarded.
         """
         untaken: set[int] = set()
         if self.entries:
@@ -159,10 +161,7 @@ class SharedResultCache(UncopiedCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the cache.
-
-        The results of every thread are dropped.
-        """
+        """Clear the cached results of all threads."""
         for location in [*self.entries]:
             self._drop(location)
 
@@ -203,10 +202,11 @@ class SharedInputGroup(SharedResultCache):
         self.idle: set[int] = set()
 
     def discard_untaken(self) -> set[int]:
-        """Discard the results that no layer has taken, and return the layers they were for.
+        """Discard the results that no layer has taken.
 
-        Only this thread's results are discarded. The layers are also recorded as idle. Nothing is
-        computed for an idle layer until it is called again.
+        Returns the layers for which these results were computed. Only this thread's results are
+        discarded. The layers are also recorded as idle. Nothing is computed for an idle layer until
+        it is called again.
         """
         untaken = super().discard_untaken()
         if untaken:
@@ -225,9 +225,9 @@ class SharedInputGroup(SharedResultCache):
 
 
 class _CallSequence:
-    """Sequence of layers called with the same tensor.
+    """A sequence of layers that are called with the same tensor.
 
-    One thread has called them one after another.
+    One thread calls them one after another.
     """
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
@@ -247,8 +247,8 @@ class _CallSequence:
             return False
         return all(member() is not layer for member in self.members)
 
-    def append_layer(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append the layer that has been called with x.
+    def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
+        """Append a layer that is called with x to the sequence.
 
         Also record whether x has been written to since the first call.
         """
@@ -305,7 +305,7 @@ def observe_group(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
     with _sequences_lock:
         for sequence in [*_open_sequences]:
             if sequence.is_continued_by(layer, x):
-                sequence.append_layer(layer, x)
+                sequence.append_call(layer, x)
                 return None
             # A thread that calls another layer, or uses another tensor, has ended its last
             # sequence.

@@ -1,4 +1,4 @@
-"""`TableLaunchArguments`, the arguments of launches that read a layer's factors from the tables.
+"""`TableLaunchArguments`, the arguments of kernels that read a layer's factors from the tables.
 
 They include the layer's row in the address tables, and its neighbors: the layers of its
 shared-input group with adjacent rows. One launch serves a layer and its neighbors.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TableLaunchArguments(NamedTuple):
-    """Arguments of a layer's kernel launches that read address tables.
+    """Arguments for launching the kernels that read a layer's factors from address tables.
 
     All forward passes with the same rows reuse them.
 
@@ -109,7 +109,7 @@ def get_table_launch(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output ``[M, N]`` from address tables.
+    """Compute a layer's output ``[M, N]``, reading the adapters through address tables.
 
     It is the base output plus the update of each row's adapter. ``impl`` may differ from
     ``"triton"`` only if the base layer's output is given.
@@ -132,7 +132,7 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Compute a layer's output from its base weight and the adapters in address tables.
+    """Compute a layer's output from its base weight, reading adapters through address tables.
 
     The result is a list with y ``[M, N]``. ``s`` is given if a neighbor has computed it. If
     ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains it
@@ -165,9 +165,10 @@ def linear_from_tables(
 def run_launch_with_neighbors(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunchArguments
 ) -> list[torch.Tensor] | None:
-    """Use one launch to compute y ``[M, N]`` for a layer and for each neighbor in the tables.
+    """Compute y ``[M, N]`` for a layer and for each of its neighbors, in one launch.
 
-    Returns None if one launch cannot compute all of them.
+    The neighbors are the layers next to it in the address tables. Returns None if one launch cannot
+    compute all outputs.
     """
     flat, biases = _to_2d(x), [base.bias for base in bases]
     weights = [base.weight for base in bases if base.weight is not None]

@@ -124,7 +124,7 @@ class TensorParallelLora(FastLoraWrapper):
         self._active_adapters, self._disabled = layer.active_adapters, layer.disable_adapters
         self.impl = layer.impl
         for name in self.lora_A:
-            self._prepare_new_factors(name)
+            self._on_factors_added(name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
         super()._remove_adapter(adapter_name)
@@ -138,7 +138,7 @@ class TensorParallelLora(FastLoraWrapper):
             self._handle = None
         return self.base_layer
 
-    def _prepare_new_factors(self, name: str) -> None:
+    def _on_factors_added(self, name: str) -> None:
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         mesh = self.base_layer.weight.device_mesh
@@ -161,9 +161,9 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
+        """Recompute an adapter's DoRA magnitude.
 
-        All processes must call this method.
+        It is set to the row norms of the adapted weight. All processes must call this method.
         """
         from torch.distributed.tensor import DTensor
 
@@ -186,8 +186,9 @@ class TensorParallelLora(FastLoraWrapper):
         weight = self.base_layer.weight
         if weight.device_mesh.ndim != 1:
             raise AdapterStateError(
-                f"FSDP2 also shards this layer's weight (a DTensor over {weight.device_mesh}), "
-                "but would not shard new factors; add adapters before fully_shard()"
+                "this layer's weight is sharded by tensor parallelism and by FSDP2 (a DTensor over "
+                f"{weight.device_mesh}), but FSDP2 would not shard new factors; add adapters "
+                "before fully_shard()"
             )
         return weight.to_local() if weight.is_floating_point() and weight.itemsize >= 2 else None
 
@@ -255,7 +256,9 @@ class TensorParallelLora(FastLoraWrapper):
     def _local_factors(
         self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
-        """Return this process's share of an adapter's factors as plain, unscaled tensors.
+        """Return this process's share of an adapter's factors.
+
+        They are plain tensors. The scaling is returned with them but is not multiplied into them.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called.
@@ -338,13 +341,16 @@ class TensorParallelLora(FastLoraWrapper):
         return FusionStatus(False, reason)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return this process's shards of the base weight and bias to merge into."""
+        """Return this process's shards of the base weight and bias.
+
+        Adapters are merged into these shards.
+        """
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(
-                "cannot merge into this layer: FSDP2 also shards its weight (a DTensor over "
-                f"{weight.device_mesh}); save the adapter and merge it into an unsharded base "
-                "model"
+                "cannot merge into this layer: its weight is sharded by tensor parallelism and by "
+                f"FSDP2 (a DTensor over {weight.device_mesh}); save the adapter and merge it into "
+                "an unsharded base model"
             )
         return DenseMergeTarget(local_shard(weight)), None if bias is None else local_shard(bias)
 

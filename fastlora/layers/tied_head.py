@@ -34,7 +34,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The transpose of the embedding's factor."""
+        """The module's weight, which is the transpose of the embedding's factor."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -93,7 +93,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
+        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
 
         The dict is empty, because the embedding saves the shared factors.
         """

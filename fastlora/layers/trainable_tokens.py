@@ -176,13 +176,14 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def _trained_modules_or_rows_by_adapter(self) -> nn.ParameterDict:
-        """The trained copies of the rows, keyed by adapter name."""
+        """The trained token rows, keyed by adapter name."""
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to its state dict keys.
+        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
 
-        Its only entry is for the adapter's rows. The dict is empty if another module owns the rows.
+        Its only entry is for the adapter's rows. The dict is empty if another module owns the rows,
+        or if the module does not have the adapter.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -335,7 +336,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Return y ``[..., V]`` with an adapter's trained columns computed from x ``[..., D]``."""
+        """Return y ``[..., V]`` with the columns of an adapter's trained tokens replaced.
+
+        The new columns are computed from x ``[..., D]`` and the adapter's trained rows.
+        """
         base: Any = self.get_base_layer()
         index, places = self._token_keys_and_row_indices([name], x.device)
         delta = self._trained_modules_or_rows_by_adapter[name].to(base.weight.dtype)[places]
@@ -367,10 +371,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         for name in (*merged, *names):
             both = taken.intersection(known[name])
             if both:
+                # PEFT raises an error with the first part of this message, which its tests compare.
                 raise AdapterStateError(
                     f"Token indices of adapter {name!r} are already defined and would result in "
-                    f"undefined merging behavior: {sorted(both)[:5]} also belong to another "
-                    "adapter; expected adapters that have no tokens in common"
+                    f"undefined merging behavior: tokens {sorted(both)[:5]} also belong to another "
+                    "adapter; merge only adapters that have no tokens in common"
                 )
             taken.update(known[name])
             delta = self._trained_modules_or_rows_by_adapter[name]
@@ -410,7 +415,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _rows_before_merge_by_adapter(self) -> dict[str, torch.Tensor]:
-        """Return the weight rows from before each merge, keyed by the merged adapter.
+        """Return the weight rows as they were before each merge, keyed by the merged adapter.
 
         Modules that share the weight share the dict.
         """

@@ -80,7 +80,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
     def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
-        """Return the execution mode for x, or raise an error if the layer does not support it.
+        """Return the execution mode for x, after checking that the layer supports the mode.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.

@@ -30,10 +30,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a base layer and calls it unchanged.
+    """LoRA layer that wraps a linear-like base layer.
 
-    The base layer is linear-like. The layer computes ``y = base_layer(x) + scaling * dropout(x) @
-    lora_A.T @ lora_B.T``.
+    The base layer is called unchanged. The layer computes ``y = base_layer(x) + scaling *
+    dropout(x) @ lora_A.T @ lora_B.T``.
 
     The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
     layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
@@ -83,7 +83,10 @@ class FastLoraWrapper(LoraLayer):
         return forward(call, Base(y=y, inplace=inplace))
 
     def _check_no_adapter_applies(self, call: UniformCall | MixedCall, y: object) -> None:
-        """Raise `UnsupportedLayerError` if an adapter applies, because y is not a tensor."""
+        """Raise `UnsupportedLayerError` if an adapter applies to the layer.
+
+        An update cannot be added to y, because y is not a tensor.
+        """
         if isinstance(call, MixedCall):
             slots = range(len(call.routing.names))
             if all(call.routing.source.factors(self, slot) is None for slot in slots):
@@ -103,7 +106,10 @@ class FastLoraWrapper(LoraLayer):
         return quantized_base_of_layer(self)
 
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether y may be overwritten in place, because nothing else references it."""
+        """Return whether y may be overwritten in place.
+
+        This is safe only if nothing else references y.
+        """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (
             hooked or y is x or y._is_view()

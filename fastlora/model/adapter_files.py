@@ -52,11 +52,11 @@ class ConfigAndHeaderSizeLimits:
 
 @dataclass(frozen=True)
 class ConfigAndOpenWeightsFile:
-    """The config and the open weights file of an adapter folder.
+    """The config of an adapter folder, and the folder's weights file, opened for reading.
 
     Attributes:
         config: The fields of the config that belongs to the weights. The values are not checked.
-        weights: The open weights file. Its header has been read.
+        weights: The weights file, opened for reading. Its header has been read.
     """
 
     config: dict[str, Any]
@@ -99,7 +99,7 @@ def open_adapter_files(
     )
 
 
-def read_config_of_weights(folder: Path) -> dict[str, Any]:
+def read_config_matching_weights(folder: Path) -> dict[str, Any]:
     """Read the config that matches the weights in a folder, and return a dict of its fields.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
@@ -149,12 +149,12 @@ def make_weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
 
 
 def config_bytes_to_write_without_weights(folder: Path, text: bytes) -> bytes:
-    """Return the content to write to a config file when it is saved without weights.
+    """Return the content to write for a config that is saved without weights.
 
-    The result is ``text``, with one exception. The weights file contains a hash of the config file
-    that was replaced when the weights were saved. If the hash of ``text`` is the same, readers
-    would conclude that saving the weights was interrupted, and would ignore the config file. In
-    this case, a newline is appended to ``text``.
+    The weights file in the folder contains a hash of the config file that was replaced when the
+    weights were saved. If ``text`` has the same hash, readers would conclude that saving the
+    weights was interrupted, and would ignore the config file. In this case, a newline is appended
+    to ``text``. Otherwise, ``text`` is returned unchanged.
 
     Args:
         folder: The folder that the config is saved into.

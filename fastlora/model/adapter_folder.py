@@ -96,7 +96,7 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The checked contents of an adapter folder without the tensor data.
+    """The validated contents of an adapter folder, excluding the tensor data.
 
     Attributes:
         path: The folder.
@@ -114,7 +114,7 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The checked contents of an adapter folder, including the tensor data.
+    """The validated contents of an adapter folder, including the tensor data.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
@@ -166,8 +166,8 @@ class OpenAdapterFolder:
     def header(self) -> AdapterHeader:
         """The adapter's header.
 
-        It is the checked contents of the folder without the tensor data. The header of the weights
-        file is checked against the config. No tensor data is read.
+        It consists of the validated contents of the folder, excluding the tensor data. The header
+        of the weights file is checked against the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -179,7 +179,7 @@ class OpenAdapterFolder:
     def load(self) -> AdapterContents:
         """Load and return the adapter's contents.
 
-        The adapter is checked.
+        The contents are validated.
 
         Raises:
             CheckpointError: If the weights file is damaged, contradicts the config, or changes
@@ -235,7 +235,7 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Read and return the header of a local adapter folder, without its tensors.
+    """Read and return the header of the adapter in a local folder, without reading its tensors.
 
     The folder is checked as in `load_adapter_folder`.
     """
@@ -427,7 +427,7 @@ def _check_factor(
     if not 2 <= len(shape) <= 5:  # convolutions have more than 2 dimensions
         raise CheckpointError(f"{key!r} has shape {shape}, expected 2 to 5 dimensions")
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
-    rank = config.rank_for(target_containing_layer(module))
+    rank = config.rank_for(target_module_name_of_layer(module))
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     differs = bool(rank % max(shape[axis], 1) if grouped else shape[axis] != rank)
     if differs and not _may_be_stacked_rank(config, shape[axis]):
@@ -452,7 +452,7 @@ def _may_be_stacked_rank(config: LoraConfig, size: int) -> bool:
     return size > 0 and any(size % rank == 0 for rank in ranks)
 
 
-def target_containing_layer(layer_name: str) -> str:
+def target_module_name_of_layer(layer_name: str) -> str:
     """Return the name of the target module that contains a LoRA layer, given the layer's name.
 
     Some targets consist of several LoRA layers. In adapter files, the inner layers have names that

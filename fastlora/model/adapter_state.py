@@ -33,7 +33,7 @@ from fastlora.model.inject import (
     modules_with_adapters,
 )
 from fastlora.model.plan import AdapterPlan
-from fastlora.model.replication import replication_applied
+from fastlora.model.replication import temporary_replication
 from fastlora.model.tied_weights import input_embedding_name
 from fastlora.sharding import copy_full_tensor_
 from fastlora.validation import CheckpointError
@@ -108,7 +108,7 @@ def check_adapter_fits_model(
             shape and ``ignore_mismatched_sizes`` is False.
     """
     tensors, path, other = file.tensors, file.path, dict[str, str]()
-    with replication_applied(plan.replication):
+    with temporary_replication(plan.replication):
         expected = _expected_shapes(model, plan)
         shapes = _file_shapes_of_tied_heads(model, expected, plan) | expected
         biases = _base_biases(model) if plan.config.bias != "none" else {}
@@ -171,18 +171,17 @@ def check_overwritable_from_file(
         for name, layer in adapted_layers(model, adapter_name).items()
         if not isinstance(layer, TiedLoraHead)
     }
-    if layers.keys() != set(plan.adapted_names):
-        differing = sorted(layers.keys() ^ set(plan.adapted_names))
+    if layers.keys() != set(plan.adapted_module_and_parameter_names):
+        differing = sorted(layers.keys() ^ set(plan.adapted_module_and_parameter_names))
         raise CheckpointError(
             f"{path} does not adapt the same modules as the loaded adapter {adapter_name!r} "
-            f"(one of the two adapts {differing[0]}, the other does not); load it under another "
-            "name"
+            f"(only one of the two adapts {differing[0]}); load the new adapter under another name"
         )
     dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
     if dora != config.use_dora:
         raise CheckpointError(
             f"{path}: use_dora={config.use_dora}, but the loaded adapter {adapter_name!r} has "
-            f"use_dora={dora}; load it under another name"
+            f"use_dora={dora}; load the new adapter under another name"
         )
     rows = {
         name: module.token_indices[adapter_name]
@@ -192,22 +191,22 @@ def check_overwritable_from_file(
     if rows != {name: tokens.indices for name, tokens in plan.tokens.items()}:
         raise CheckpointError(
             f"{path}: trainable_token_indices={config.trainable_token_indices}, but the loaded "
-            f"adapter {adapter_name!r} has {rows}; load it under another name"
+            f"adapter {adapter_name!r} has {rows}; load the new adapter under another name"
         )
     for name in layers:
         found = (config.rank_for(name), config.scaling_for(name))
         loaded = (layers[name].r[adapter_name], loaded_config.scaling_for(name))
         if found != loaded:
             raise CheckpointError(
-                f"{path}: rank and scaling on {name} are {found}, but the loaded adapter "
-                f"{adapter_name!r} has {loaded}; load it under another name"
+                f"{path}: rank and scaling on {name} are {found}, but those of the loaded adapter "
+                f"{adapter_name!r} are {loaded}; load the new adapter under another name"
             )
 
 
 def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, target in plan.targets.items():
-        for key, shape in target.tensor_shapes().items():
+        for key, shape in target.tensor_shapes_by_key_suffix().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
     for name in (*plan.modules_to_save, *plan.tied_copies):
         for key, tensor in base_module_of(model.get_submodule(name)).state_dict().items():
@@ -220,18 +219,19 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 
 
 def _file_shapes_of_tied_heads(
-    model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
+    model: nn.Module, other_shapes: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return a dict that maps the file keys of the tied output heads to tensor shapes.
+    """Return a dict that maps the file keys of the tied output heads to the tensors' shapes.
 
-    A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
-    time, transposed, under the head's name.
+    The dict contains no other file keys. A tied head uses the LoRA factors of the input embedding.
+    PEFT may save these factors a second time, transposed, under the head's name. ``other_shapes``
+    must contain the shapes of the embedding's factors, and is not changed.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding_name(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected[f"{at}.{own}"][::-1]
+            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = other_shapes[f"{at}.{own}"][::-1]
     return shapes
 
 

@@ -42,12 +42,12 @@ def atomic_replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield the paths of temporary files that replace the given paths after the ``with`` block.
+    """Yield the paths of temporary files that replace the given files when the ``with`` block ends.
 
-    The block must write all files. The files are renamed in the order of the arguments. All paths
-    must be in the same folder. All files are flushed to disk before the first file is renamed, and
-    each rename is flushed to disk before the next rename. If the block or the flush of a file
-    raises an error, no path has been changed.
+    The block must write all files. The temporary files are renamed in the order of the arguments.
+    All paths must be in the same folder. All files are flushed to disk before the first file is
+    renamed, and each rename is flushed to disk before the next rename. If the block or the flush of
+    a file raises an error, none of the given files has been changed.
     """
     paths = (first, *others)
     with _locked_temp_folder(first) as work:
@@ -89,7 +89,7 @@ def atomic_remove_folder(path: Path) -> None:
 
 
 def remove_abandoned_temp_folders(folder: Path) -> None:
-    """Remove the temporary folders in a folder that were left behind by killed processes."""
+    """Remove temporary folders left behind in a folder by processes that were killed."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # removed by another writer, or no permission

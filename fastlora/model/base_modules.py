@@ -138,7 +138,9 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
 def peft_function_or_raise(
     model: nn.Module, module: str, name: str, no_peft_layers_error: Exception
 ) -> Any:
-    """Return the named PEFT function if the model has PEFT layers, or raise an error.
+    """Return the PEFT function with the given name.
+
+    Raise ``no_peft_layers_error`` if the model has no PEFT adapter layers.
 
     Args:
         model: The model.

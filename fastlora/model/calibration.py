@@ -60,7 +60,7 @@ def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> di
         reason = reason_weight_not_replaceable(base, allow_quantized=False)
         if reason or hasattr(base, "quant_state"):
             raise InitializationError(
-                f"{title} does not support quantized models. Found quantized module: {name!r}: "
+                f"{title} does not support quantized models and cannot be used on module {name!r}: "
                 f"{reason or 'it has a quant_state'}"
             )
         found[name] = base
@@ -97,7 +97,8 @@ def _make_calibration_run(
         return run
     if dataloader is None:
         raise ConfigError(
-            f"no cache file contains the result: expected {name} or dataloader, got neither"
+            f"no cached result was found, and {name} and dataloader are both None; pass one of "
+            "them so that the result can be computed"
         )
     loader = dataloader
 

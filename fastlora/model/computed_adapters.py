@@ -18,7 +18,7 @@ from fastlora.layers import LoraLayer
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers, modules_with_adapters
 from fastlora.model.plan import AdapterPlan, plan_target_modules
-from fastlora.ops.stacks import stack_views
+from fastlora.ops.stacks import rank_row_views
 from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
@@ -135,7 +135,7 @@ def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank
     """
     if layer.num_matrices == 1:
         return [pair]
-    lora_a, lora_b = stack_views(*pair, layer.num_matrices)
+    lora_a, lora_b = rank_row_views(*pair, layer.num_matrices)
     return list(zip(lora_a, lora_b.transpose(1, 2), strict=True))
 
 
@@ -174,7 +174,7 @@ def build_computed_adapter(
     parameters = {name for name in factors if not layers[name].replaces_module}
     inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
     outer = set(factors) - inner
-    if set(plan.adapted_names) != outer | parameters:
+    if set(plan.adapted_module_and_parameter_names) != outer | parameters:
         # The configs select layers in different ways. Only a list of names describes all layers.
         config.target_modules = outer
         config.target_parameters = sorted(parameters) or None
@@ -206,7 +206,7 @@ def check_modules_to_save_disjoint(model: nn.Module, adapters: Sequence[str]) ->
         if len(owners) > 1:
             raise AdapterStateError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save: "
-                f"adapters {owners} own copies of {name!r}"
+                f"adapters {owners} each have a copy of {name!r}"
             )
 
 

@@ -24,7 +24,7 @@ from fastlora.model.adapter_files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     config_bytes_to_write_without_weights,
-    read_config_of_weights,
+    read_config_matching_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
@@ -251,9 +251,9 @@ class LoraConfig(PeftConfigMethods):
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
-        """Check that the config sets no field that fastlora does not support.
+        """Check that fastlora supports every field that the config sets.
 
-        All of these fields must have their default values.
+        Fields that fastlora does not support must have their default values.
 
         Args:
             stage: ``"new"`` if the adapter is about to be initialized, ``"load"`` if its weights
@@ -273,7 +273,7 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter is a plain LoRA adapter.
+        """Check that the adapter does not depend on changes to the base weights.
 
         A plain adapter is for the original base weights. Some initialization methods change the
         base weights, and the adapter is then trained on the changed weights. If the change must be
@@ -319,7 +319,7 @@ class LoraConfig(PeftConfigMethods):
         )
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config that is used only to determine an adapter's shapes.
+        """Return a copy of the config, for use only in determining an adapter's shapes.
 
         The copy uses the default initialization method.
 
@@ -356,18 +356,18 @@ class LoraConfig(PeftConfigMethods):
     def rank_for(self, name: str) -> int:
         """Return the rank for the module or target parameter called ``name``."""
         patterns = self.rank_pattern
-        name = self._weight_name_if_target_parameter(name) if patterns else name
+        name = self._name_for_rank_and_alpha_patterns(name) if patterns else name
         key = first_suffix_match("rank_pattern", patterns, name) if patterns else None
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
         """Return ``lora_alpha`` for the module or target parameter called ``name``."""
         patterns = self.alpha_pattern
-        name = self._weight_name_if_target_parameter(name) if patterns else name
+        name = self._name_for_rank_and_alpha_patterns(name) if patterns else name
         key = first_suffix_match("alpha_pattern", patterns, name) if patterns else None
         return self.lora_alpha if key is None else patterns[key]
 
-    def _weight_name_if_target_parameter(self, name: str) -> str:
+    def _name_for_rank_and_alpha_patterns(self, name: str) -> str:
         """Return the name that ``rank_pattern`` and ``alpha_pattern`` are matched against.
 
         This is the name of the weight if the weight of the module is a target parameter, as in
@@ -456,10 +456,11 @@ class LoraConfig(PeftConfigMethods):
         layout = data.get(_LAYOUT_OF_UNSLOTH, _LAYOUT_OF_PEFT)
         if config.target_parameters and layout != _LAYOUT_OF_PEFT:
             raise ConfigError(
-                f"{_LAYOUT_OF_UNSLOTH}={layout!r}: lora_B of the parameters "
-                f"{config.target_parameters} is stored in a different order than in PEFT, expected "
-                f"{_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E experts and rank r, replace "
-                "each lora_B with lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
+                f"{_LAYOUT_OF_UNSLOTH}={layout!r}: the lora_B of the parameters "
+                f"{config.target_parameters} is stored in a different order than in PEFT; the only "
+                f"supported value is {_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E experts "
+                "and rank r, replace each lora_B with "
+                "lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
             )
         unknown = sorted(set(data) - set(fields) - {_LAYOUT_OF_UNSLOTH})
         if unknown:
@@ -536,6 +537,6 @@ class LoraConfig(PeftConfigMethods):
             CheckpointError: If the config file is missing or is not a JSON object.
             ConfigError: If a value is not accepted.
         """
-        data = read_config_of_weights(Path(folder))
+        data = read_config_matching_weights(Path(folder))
         with error_prefix(Path(folder) / CONFIG_NAME):
             return cls.from_dict(data, for_loading=for_loading)

@@ -33,7 +33,10 @@ class PeftType(str, enum.Enum):
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """Raised if a configuration value has a type for which PEFT raises `TypeError`."""
+    """Raised if a configuration value has the wrong type.
+
+    It is only used where PEFT raises `TypeError`. Elsewhere, `ConfigError` is raised.
+    """
 
 
 # The PEFT version that the fields, the defaults, and the file format follow.
@@ -71,8 +74,12 @@ def check_and_normalize_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["init_lora_weights"] = fields["init_lora_weights"].lower()
     if fields["peft_type"] is None:
         fields["peft_type"] = "LORA"
-    fields["layer_replication"] = _normalize_layer_replication(fields["layer_replication"])
-    fields["trainable_token_indices"] = _normalize_token_indices(fields["trainable_token_indices"])
+    fields["layer_replication"] = _check_and_normalize_layer_replication(
+        fields["layer_replication"]
+    )
+    fields["trainable_token_indices"] = _check_and_normalize_token_indices(
+        fields["trainable_token_indices"]
+    )
     _check_values(fields)
     return fields | {
         "peft_type": PeftType(fields["peft_type"]),
@@ -113,7 +120,7 @@ def _check_values(fields: Mapping[str, Any]) -> None:
     parameters = fields["target_parameters"]
     if parameters is not None and not isinstance(parameters, list):
         raise ConfigTypeError(
-            "`target_parameters` must be a list of strings or None. Got the value "
+            "`target_parameters` must be a list of strings or None; got "
             f"target_parameters={parameters!r}"
         )
     _check_names("target_parameters", parameters or [], "parameter names")
@@ -126,13 +133,13 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         )
     if fields["lora_bias"] and init not in (True, False):
         raise ConfigError(
-            "The argument lora_bias=True is only supported with init_lora_weights True or False, "
+            "The argument lora_bias=True is only supported if init_lora_weights is True or False, "
             f"got init_lora_weights={init!r}"
         )
 
 
-def _normalize_layer_replication(given: Any) -> Any:
-    """Return a normalized copy of ``layer_replication``, or raise an error if it is invalid.
+def _check_and_normalize_layer_replication(given: Any) -> Any:
+    """Check the value of ``layer_replication``, and return a normalized copy.
 
     The copy is a list.
 
@@ -153,8 +160,8 @@ def _normalize_layer_replication(given: Any) -> Any:
     return None if given is None else pairs
 
 
-def _normalize_token_indices(given: Any) -> Any:
-    """Return a normalized copy of ``trainable_token_indices``, or raise an error if it is invalid.
+def _check_and_normalize_token_indices(given: Any) -> Any:
+    """Check the value of ``trainable_token_indices``, and return a normalized copy.
 
     Raises:
         ConfigError: If the value is invalid.
@@ -202,7 +209,9 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
                 f"{name}={value!r} needs target_modules to be a list, got the string {targets!r}"
             )
     if pattern and layers is None:
-        raise ConfigError(f"layers_pattern={pattern!r} needs layers_to_transform, got None")
+        raise ConfigError(
+            f"layers_pattern={pattern!r} requires layers_to_transform, which is not set"
+        )
 
 
 def _check_pattern(name: str, patterns: Any) -> None:
@@ -245,5 +254,5 @@ def _check_regexes(name: str, values: Iterable[Any]) -> None:
 
 def _check_regex(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise ConfigError(f"{name} must contain strings, got {value!r}")
+        raise ConfigError(f"{name} must contain only strings, got {value!r}")
     check_pattern(name, value)

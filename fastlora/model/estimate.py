@@ -18,7 +18,7 @@ from fastlora.layers.base_layers import factor_reference
 from fastlora.model import inject
 from fastlora.model.base_modules import base_module_of
 from fastlora.model.plan import AdapterPlan, make_adapter_plan
-from fastlora.model.replication import replication_applied
+from fastlora.model.replication import temporary_replication
 
 # In bitsandbytes: the size of a table of 16 values in bytes, and the block size of nested scales,
 # which is the number of absmax values that share one scale.
@@ -61,7 +61,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The ratio of the number of trainable parameters to the number of base parameters."""
+        """The number of trainable parameters as a fraction of the base model's parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -113,7 +113,7 @@ def estimate(
     if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
         model = base  # a LoraModel; the names of targets are relative to its base model
     plan = make_adapter_plan(model, "estimate", config)
-    with replication_applied(plan.replication):
+    with temporary_replication(plan.replication):
         trained = list(_trained_tensor_sizes(model, plan, autocast_adapter_dtype))
     weights = sum(numel * itemsize for numel, itemsize in trained)
     own = unique_base_parameters(model)
@@ -147,7 +147,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _ValueAndScaleBytes(NamedTuple):
+class _ParameterByteSizes(NamedTuple):
     """The sizes, in bytes, of a parameter's values and scales.
 
     Attributes:
@@ -161,7 +161,7 @@ class _ValueAndScaleBytes(NamedTuple):
     dense: int = 0
 
 
-def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
+def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterByteSizes:
     """Return the sizes, in bytes, of a parameter's values and scales.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
@@ -179,15 +179,15 @@ def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _ValueAndScaleBytes(values, scales, numel * compute.itemsize)
+        return _ParameterByteSizes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _ValueAndScaleBytes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _ParameterByteSizes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _ValueAndScaleBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _ValueAndScaleBytes(parameter.nbytes)
+        return _ParameterByteSizes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _ParameterByteSizes(parameter.nbytes)
 
 
 def _quant_state_bytes(state: object) -> int:
@@ -216,14 +216,14 @@ def format_bytes(count: int) -> str:
 def _trained_tensor_sizes(
     model: nn.Module, plan: AdapterPlan, autocast: bool
 ) -> Iterator[tuple[int, int]]:
-    """Yield a tuple ``(numel, itemsize)`` for each tensor that the adapter would train.
+    """Yield a tuple ``(numel, itemsize)`` for each tensor that would be trained with the adapter.
 
-    ``itemsize`` is in bytes.
+    ``itemsize`` is in bytes. The tensors include base-model biases that the config selects.
     """
     config = plan.config
     for target in plan.targets.values():
         itemsize = _factor_itemsize(target.base, autocast)
-        for shape in target.tensor_shapes().values():
+        for shape in target.tensor_shapes_by_key_suffix().values():
             yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
         for parameter in base_module_of(model.get_submodule(name)).parameters():

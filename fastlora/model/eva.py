@@ -38,10 +38,10 @@ _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Prepare a batch of language model inputs for EVA.
+    """Prepare a batch of a language model's inputs for use by EVA.
 
-    The result selects the tokens to use. A token is used if it is not masked by the attention mask
-    and, with ``use_label_mask``, its label is not ``label_mask_value``.
+    The result selects the tokens that EVA uses. A token is used if it is not masked by the
+    attention mask and, with ``use_label_mask``, its label is not ``label_mask_value``.
 
     Args:
         model_input: The batch.
@@ -66,9 +66,9 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Prepare the inputs to a layer of a language model for EVA.
+    """Prepare the inputs of a language model's layer for use by EVA.
 
-    The rows that belong to the tokens to use are selected.
+    The result contains only the rows of the tokens that EVA uses.
 
     Args:
         layer_input: The input of the layer, or the tuple of its inputs.
@@ -203,7 +203,7 @@ def _prepare_fn_by_layer(
     lost = sorted(set(prepare) - set(layers))
     if lost:
         raise ConfigError(
-            f"prepare_layer_inputs_fn has keys that are not layers to initialize: {lost}"
+            f"prepare_layer_inputs_fn has keys that do not name layers to initialize: {lost}"
         )
     return {name: prepare.get(name, flatten_first_input) for name in layers}
 

@@ -32,14 +32,14 @@ from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.stacked_experts import (
     ROUTER,
     BaseParameter,
-    adaptable_parameters,
+    base_parameters_of_modules,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
     stacked_experts_among,
 )
 from fastlora.model.target_names import distinguishing_suffixes, matches_names, matches_targets
-from fastlora.model.target_parameters import entries_or_full_names
+from fastlora.model.target_parameters import target_parameters_selecting_exactly
 from fastlora.model.targets import model_type_of
 from fastlora.patterns import patterns_matching_no_suffix
 from fastlora.validation import CheckpointError
@@ -48,9 +48,11 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
-    """Return whether `convert_expert_factors` may convert a file with the given layers.
+    """Return whether an adapter file may need to be converted with `convert_expert_factors`.
 
-    This is the case if a layer is not a module of the model, and the model has former names.
+    ``layers`` contains the names of the layers in the file. The file may need to be converted if at
+    least one of these layers is not a module of the model, and `former_to_parameter_names` has
+    former names for the model's type.
     """
     if not former_to_parameter_names(model_type_of(model)):
         return False
@@ -78,7 +80,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     if not former:
         return file
     modules = named_base_modules(model)
-    parameters = adaptable_parameters(modules)
+    parameters = base_parameters_of_modules(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -124,7 +126,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
         keys[f"{KEY_PREFIX}{name}.weight"] = ParsedAdapterKey(layer, kind)
         tensors[f"{KEY_PREFIX}{name}.weight"] = tensor
     own, added = config.target_parameters or [], sorted({stacks[name].leaf for name in ranks})
-    config.target_parameters = entries_or_full_names(
+    config.target_parameters = target_parameters_selecting_exactly(
         {*ranks, *(each.name for each in parameters if matches_names(each.name, own))},
         [*own, *(entry for entry in added if entry not in own)],
         parameters,
@@ -135,11 +137,13 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return a config with which PEFT adapts the same parameters as fastlora, if possible.
+    """Return a config that makes PEFT adapt the same parameters as fastlora does.
 
     Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
-    experts, and no linear layer with a former name. The returned config has no former names. A
-    warning names the linear layers that PEFT does not adapt. fastlora recognizes them by their
+    experts, and no linear layer with a former name. The returned config has no former names.
+
+    PEFT cannot adapt some linear layers that fastlora adapts. If the adapter has such layers, a
+    warning names them. When fastlora loads the adapter, it recognizes these layers by their
     tensors.
 
     Args:
@@ -149,7 +153,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     """
     former = former_to_parameter_names(model_type_of(model))
     modules = named_base_modules(model) if former and config.target_modules else []
-    if not stacked_experts_among(adaptable_parameters(modules)):
+    if not stacked_experts_among(base_parameters_of_modules(modules)):
         return config
     names = [name for name, _, _ in modules]
     linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]
@@ -221,7 +225,7 @@ def _with_current_blocks(
 
 
 class InferredFactorSettings(NamedTuple):
-    """The settings of an adapter's factors on a module or parameter, inferred from its file.
+    """The settings of an adapter's factors on a module or parameter, inferred from a file.
 
     Attributes:
         rank: The rank.
@@ -292,7 +296,10 @@ def _layers_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return a list of the experts' layer names for each former name of a stacked parameter.
+    """Return the names of the experts' layers, as one list for each former name of a parameter.
+
+    Each list contains one layer name per expert. The lists are in the order of
+    `former_names_of_parameter`.
 
     Args:
         file: The loaded adapter.
@@ -311,16 +318,16 @@ def _layers_by_former_name(
         if missing:
             raise CheckpointError(
                 f"{file.path} has factors for {sorted(found)} in the experts of "
-                f"{stack.module_name!r}, but does not have factors for {old} in exactly {count} "
-                f"experts (first mismatch: expert {missing[0]}); {stack.name!r} needs factors for "
-                f"{names} in each expert"
+                f"{stack.module_name!r}, but the set of experts with factors for {old} differs "
+                f"from the module's {count} experts (first mismatch: expert {missing[0]}); "
+                f"{stack.name!r} requires factors for {names} in every expert"
             )
         layers.append([experts[index] for index in range(count)])
         ranks = {file.config.rank_for(layer) for layer in layers[-1]}
         if len(ranks) > 1:
             raise CheckpointError(
-                f"{file.path} has factors of different ranks {sorted(ranks)} for {old} in the "
-                f"experts of {stack.module_name!r}; expected the same rank for all experts"
+                f"in {file.path}, the factors for {old} have different ranks across the experts of "
+                f"{stack.module_name!r} ({sorted(ranks)}); all experts must have the same rank"
             )
     return layers
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.adapted_parameters import nested_prefixes
+from fastlora.layers.adapted_parameters import file_prefixes_by_parameter
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
@@ -117,13 +117,14 @@ def prepare_model_for_compiled_hotswap(
     for name, layer in layers.items():
         for adapter, r in layer.r.items():
             if r > target_rank:
-                raise ConfigError(
+                raise ConfigError(  # the first sentence is PEFT's
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original "
-                    f"rank is larger ({r}): adapter {adapter!r} on {name!r}"
+                    f"rank is larger ({r}). Adapter {adapter!r} has this rank on {name!r}; choose "
+                    f"a target rank of at least {r}"
                 )
             groups = int(getattr(layer.get_base_layer(), "groups", 1))
             if target_rank % groups:
-                raise ConfigError(
+                raise ConfigError(  # the first two sentences are PEFT's
                     f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank "
                     f"{target_rank}, but the target rank is not divisible by {groups}. Please "
                     f"choose a target rank that is divisible by {groups}. The layer is {name!r}."
@@ -258,14 +259,14 @@ def _check_and_write_tensors(
             )
     keys = adapter_state.file_key_to_state_key(model, adapter_name)
     tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
-    prefixes = _prefixes_of_loaded_parameters(tuner.model, adapter_name)
+    prefixes = _file_key_prefixes_by_loaded_parameter(tuner.model, adapter_name)
     tensors = _rename_parameters_as_loaded(tuner.model, tensors, config, prefixes)
     unexpected = [key for key in tensors if key not in keys]
     if unexpected:
         names = ", ".join(_insert_adapter_name(key, adapter_name) for key in unexpected)
-        raise HotswapError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. To "
-            "load an adapter that targets different layers, load it under another name"
+        raise HotswapError(  # the first sentence is PEFT's
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. If the "
+            "new adapter targets different layers, load it under another name"
         )
     given = {
         name: _new_layer_tensors(name, layer, tensors, config, prefixes.get(name, f"{name}."))
@@ -322,25 +323,28 @@ def _new_layer_tensors(
     return found
 
 
-def _prefixes_of_loaded_parameters(model: nn.Module, adapter_name: str) -> dict[str, str]:
+def _file_key_prefixes_by_loaded_parameter(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Return a dict that maps an adapter's parameter names to the prefixes of their file keys."""
     by_module: dict[str, list[str]] = {}
     for name, layer in adapted_layers(model, adapter_name).items():
         if not layer.replaces_module:
             module, _, parameter = name.rpartition(".")
             by_module.setdefault(module, []).append(parameter)
-    return _prefixes_of_parameters(by_module)
+    return _file_key_prefixes_by_parameter(by_module)
 
 
-def _prefixes_of_parameters(by_module: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _file_key_prefixes_by_parameter(
+    parameters_by_module: Mapping[str, Sequence[str]],
+) -> dict[str, str]:
     """Return a dict that maps the full names of parameters to prefixes of their file keys.
 
-    ``by_module`` maps the names of modules to the names of an adapter's parameters in them.
+    ``parameters_by_module`` maps the names of modules to the names of an adapter's parameters in
+    the modules.
     """
     return {
         f"{module}.{name}": f"{module}.{prefix}"
-        for module, names in by_module.items()
-        for name, prefix in nested_prefixes(names).items()
+        for module, names in parameters_by_module.items()
+        for name, prefix in file_prefixes_by_parameter(names).items()
     }
 
 
@@ -350,7 +354,7 @@ def _rename_parameters_as_loaded(
     config: LoraConfig,
     loaded: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
-    """Return a new adapter's tensors with the keys that a file of the loaded adapter would have.
+    """Return a new adapter's tensors, keyed as they would be in a file of the loaded adapter.
 
     The names in a file depend on the parameters that its adapter adapts.
 
@@ -358,14 +362,14 @@ def _rename_parameters_as_loaded(
         model: The base model with its adapters.
         tensors: The tensors of the new adapter, with the keys of its file.
         config: The config of the new adapter.
-        loaded: The result of `_prefixes_of_loaded_parameters`.
+        loaded: The result of `_file_key_prefixes_by_loaded_parameter`.
     """
     if not loaded:
         return dict(tensors)
     names = (key.partition(".lora_")[0].removeprefix(KEY_PREFIX) for key in tensors)
     layers = {name.replace(".base_layer", "") for name in names}
     plan = plan_target_modules(model, copy.deepcopy(config), from_file=True, layers_in_file=layers)
-    given = _prefixes_of_parameters(
+    given = _file_key_prefixes_by_parameter(
         {
             name: [p.name for p in target.settings.parameters]
             for name, target in plan.targets.items()

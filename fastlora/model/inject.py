@@ -125,7 +125,9 @@ def add_adapter(
                     adapter_name
                 )
             embedding = (
-                str(input_embedding_name(model)) if plan.module_names_tied_to_embedding else ""
+                str(input_embedding_name(model))
+                if plan.module_names_sharing_embedding_adapter
+                else ""
             )
             source: Any = model.get_submodule(embedding)
             for name in plan.tied_heads:
@@ -225,7 +227,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return a dict of the LoRA layers that have an adapter, keyed by name.
 
     The names are those of the modules and parameters that the adapter adapts, as in
-    `AdapterPlan.adapted_names`. Other inner layers are not included.
+    `AdapterPlan.adapted_module_and_parameter_names`. Other inner layers are not included.
     """
     found: dict[str, LoraLayer] = {}
     for name, module in modules_with_adapters(model, inner_layers=False):
@@ -247,7 +249,7 @@ def freeze_base(model: nn.Module) -> None:
 def base_biases_trained_by(
     model: nn.Module, adapter_name: str, bias: str
 ) -> dict[str, nn.Parameter]:
-    """Return a dict of the base-model biases that an adapter trains, keyed by name.
+    """Return a dict, keyed by name, of the base-model biases that are trained with an adapter.
 
     Args:
         model: The base model with its adapters.
@@ -269,7 +271,7 @@ def base_biases_trained_by(
 def base_biases_to_train(
     model: nn.Module, bias: str, targets: Iterable[nn.Module], copied: Iterable[nn.Module]
 ) -> dict[str, nn.Parameter]:
-    """Return a dict of the base-model biases that an adapter would train, keyed by name.
+    """Return a dict, keyed by name, of the base-model biases that would be trained with an adapter.
 
     A bias that has several names is returned once. The biases of modules that the adapter owns a
     copy of are not included.
@@ -393,7 +395,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def adapter_names_on_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return those of the given adapter names that exist on a module.
+    """Return a list of those names in ``adapter_names`` for which the module has an adapter.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.
     """

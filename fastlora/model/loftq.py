@@ -130,7 +130,7 @@ def _open_unquantized_weights(
     Raises:
         CheckpointError: If a weight is missing or has a different shape.
     """
-    place = Path(_model_folder(model) if path is None else path)
+    place = Path(_local_model_folder(model) if path is None else path)
     place = place if place.name.endswith(_WEIGHTS) else place / _WEIGHTS
     index = place.with_name(f"{_WEIGHTS}.index.json")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -144,8 +144,8 @@ def _open_unquantized_weights(
         files = {place.parent / part for key, part in parts.items() if key in keys}
     else:
         raise CheckpointError(
-            f"Could not find file for {place}, ensure that there is a (sharded) safetensors "
-            "file of the model."
+            f"Could not find a file for {place}; make sure that the model has a safetensors file, "
+            "which may be sharded."
         )
     holders: dict[str, Any] = {}
     for file in files:
@@ -167,7 +167,7 @@ def _open_unquantized_weights(
     return found
 
 
-def _model_folder(model: nn.Module) -> str:
+def _local_model_folder(model: nn.Module) -> str:
     """Return the path of the folder from which a model was loaded.
 
     It is the local folder that contains the files of a transformers model. If the model was loaded

@@ -131,7 +131,7 @@ class LoraModel(PeftModelMethods, nn.Module):
     def _wrap_with_active_adapter(
         self, model: nn.Module, plan: AdapterPlan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
-        """Wrap ``model`` in a `LoraTuner` with a new, active adapter."""
+        """Wrap a model in a `LoraTuner`, add an adapter to it, and make the adapter active."""
         nn.Module.__init__(self)
         self.base_model = LoraTuner(model)
         self.base_model.add_adapter(
@@ -200,7 +200,7 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> LoraModel:
         """Load a saved adapter from a local folder into a model, and return a `LoraModel`.
 
-        The folder is a PEFT adapter folder.
+        The folder is a PEFT adapter folder. Nothing is downloaded from the Hugging Face Hub.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -453,8 +453,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters, the total number of parameters, and the ratio.
+        """Print the number of trainable parameters.
 
+        The total number of parameters and the percentage of trainable parameters are printed too.
         The output has the same format as in PEFT.
         """
         trainable, total = self.get_nb_trainable_parameters()

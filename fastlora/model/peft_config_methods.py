@@ -78,15 +78,18 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config with the given fields. PEFT defines the name of this method."""
+        """Create a config of this class with the given fields.
+
+        PEFT defines the name of this method. In PEFT, ``peft_type`` determines the class.
+        """
         return cls(**fields)
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the keyword arguments for creating a config.
+        """Return the keyword arguments for creating a config, without checking them.
 
-        They are not checked here. PEFT's method of the same name checks the fields. `LoraConfig`
-        checks them when a config is created.
+        PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
+        created.
         """
         return fields
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
-from fastlora.layers.adapted_parameters import AdaptedParameter
+from fastlora.layers.adapted_parameters import ParameterLoraLayer
 from fastlora.layers.base_layers import linear_features, stores_weight_transposed
 from fastlora.layers.layer_kinds import (
     PEFT_LAYER_ALTERNATIVE,
@@ -33,7 +33,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.replication import (
     RevertibleLayerReplication,
     create_replication,
-    replication_applied,
+    temporary_replication,
 )
 from fastlora.model.target_names import saved_modules_and_heads
 from fastlora.model.target_parameters import SelectedParameters
@@ -45,7 +45,7 @@ from fastlora.model.tied_weights import (
     find_ties_and_update_config,
 )
 from fastlora.model.trainable_tokens import (
-    TrainableTokens,
+    TrainableTokensOfModule,
     check_trained_once,
     find_trainable_tokens,
 )
@@ -74,7 +74,7 @@ class TargetModule(NamedTuple):
     kind: LayerKind
     settings: LayerAdapterSettings
 
-    def tensor_shapes(self) -> TensorShapes:
+    def tensor_shapes_by_key_suffix(self) -> TensorShapes:
         """Return a dict that maps key suffixes to the shapes of the adapter's tensors.
 
         A key suffix is the part of a key in an adapter file that follows the module's name.
@@ -108,13 +108,13 @@ class AdapterPlan:
     target_modules: set[str] | str
     from_file: bool = False
     parameters: list[str] = field(default_factory=list)
-    tokens: dict[str, TrainableTokens] = field(default_factory=dict)
+    tokens: dict[str, TrainableTokensOfModule] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
     replication: RevertibleLayerReplication | None = None
 
     @property
-    def module_names_tied_to_embedding(self) -> list[str]:
+    def module_names_sharing_embedding_adapter(self) -> list[str]:
         """The names of the modules that share the input embedding's adapter.
 
         These modules share either the embedding's LoRA factors or the adapter's copy of its weight.
@@ -122,7 +122,7 @@ class AdapterPlan:
         return [*self.tied_copies, *self.tied_heads]
 
     @property
-    def adapted_names(self) -> list[str]:
+    def adapted_module_and_parameter_names(self) -> list[str]:
         """The names of all modules and parameters that the adapter adapts with LoRA.
 
         A module is left out if the adapter adapts its parameters.
@@ -139,7 +139,7 @@ class AdapterPlan:
         return [
             *self.targets,
             *self.modules_to_save,
-            *self.module_names_tied_to_embedding,
+            *self.module_names_sharing_embedding_adapter,
             *self.tokens,
         ]
 
@@ -176,7 +176,7 @@ def make_adapter_plan(
     config = copy.deepcopy(to_lora_config(peft_config))
     config.check_supported("load" if loading else "new")
     replication = create_replication(model, config.layer_replication)
-    with replication_applied(replication):
+    with temporary_replication(replication):
         ties = find_ties_and_update_config(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
@@ -250,7 +250,7 @@ def plan_target_modules(
         ]
         targets = [name for name in targets if name not in heads]
         targets += [name for name in tied if name not in (*heads, *targets)]
-        _check_factors_tied_to_embedding(model, config, targets, heads)
+        _check_can_share_embedding_factors(model, config, targets, heads)
     tokens = find_trainable_tokens(model, config)
     check_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
@@ -314,10 +314,11 @@ def _check_targets(
 def check_targets_of_parameters(
     model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check the modules with selected parameters, and return a dict that maps names to targets.
+    """Check the modules that contain selected parameters, and return them as targets.
 
-    A linear layer with a selected weight is adapted as a whole, unless its class has its own
-    ``forward``, as the routers of Llama 4 have.
+    The result is a dict that maps the name of each module to a `TargetModule`. A linear layer with
+    a selected weight is adapted as a whole, unless its class defines its own ``forward``. For
+    example, the class of the routers of Llama 4 does.
 
     Raises:
         UnsupportedLayerError: See `plan_target_modules`.
@@ -353,7 +354,7 @@ def check_targets_of_parameters(
 
 
 def _has_own_forward(linear: nn.Linear) -> bool:
-    """Return whether a linear layer may compute something other than `nn.Linear.forward` does.
+    """Return whether a linear layer's output may differ from that of `nn.Linear.forward`.
 
     The result is always False for layers with quantized weights.
     """
@@ -386,7 +387,7 @@ def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
                 warnings.warn(f"{name!r} is a {type(base).__name__}: {note}", stacklevel=4)
 
 
-def _check_factors_tied_to_embedding(
+def _check_can_share_embedding_factors(
     model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
 ) -> None:
     """Check that tied modules can share the LoRA factors of the input embedding.
@@ -413,9 +414,9 @@ def _check_factors_tied_to_embedding(
         module = model.get_submodule(name)
         if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
             raise UnsupportedLayerError(
-                f"ensure_weight_tying makes {name!r} share the input embedding's LoRA factors, but "
-                f"it is a {type(module).__name__}; expected an nn.Linear without its own LoRA "
-                "factors"
+                f"ensure_weight_tying makes {name!r} share the input embedding's LoRA factors, so "
+                "the module must be an nn.Linear without its own LoRA factors; got a "
+                f"{type(module).__name__}"
             )
     if tied and (config.use_dora or config.init.frozen):
         raise ConfigError(
@@ -441,8 +442,8 @@ def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Seq
         if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of target "
-                f"module {name!r}, which is shared with {other!r}; leave the target out "
-                "(exclude_modules), or untie the two weights first"
+                f"module {name!r}, which is shared with {other!r}; exclude the module with "
+                "exclude_modules, or untie the two weights first"
             )
 
 
@@ -472,7 +473,10 @@ def _settings_without_patterns(config: LoraConfig, from_file: bool = False) -> L
 def _settings_with_module_rank(
     name: str, config: LoraConfig, common: LayerAdapterSettings
 ) -> LayerAdapterSettings:
-    """Return the ``common`` settings, but with the rank and alpha for module ``name``."""
+    """Return the ``common`` settings with the rank and alpha that the config sets for a module.
+
+    ``name`` is the name of the module.
+    """
     if not config.rank_pattern and not config.alpha_pattern:
         return common
     return common._replace(r=config.rank_for(name), lora_alpha=config.alpha_for(name))
@@ -506,7 +510,7 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
         config: The adapter's config.
     """
     settings = adapter_settings_for(name, config)
-    if isinstance(module, AdaptedParameter):
+    if isinstance(module, ParameterLoraLayer):
         rows = settings._replace(r=settings.r * module.num_matrices)
         return linear_adapter_shapes(module.in_features, module.out_features, rows)
     base = base_module_of(module)

@@ -16,7 +16,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 from fastlora.model.stacked_experts import (
-    adaptable_parameters,
+    base_parameters_of_modules,
     experts_layer_class,
     stacked_experts_among,
     supported_stacks,
@@ -49,7 +49,7 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Starting values and search ranges for the hyperparameters of adapter training.
+    """Recommended hyperparameters for training an adapter: starting values and search ranges.
 
     Attributes:
         num_params: The number of parameters of the base model.
@@ -87,7 +87,7 @@ class Recommendation:
 
     @property
     def expert_r(self) -> int:
-        """The rank of the adapters on experts: ``r / experts_per_token``, at least 1."""
+        """The rank of the adapters on experts: ``r // experts_per_token``, with a minimum of 1."""
         return _expert_rank(self.r, self.experts_per_token)
 
     @property
@@ -229,7 +229,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
-    parameters = adaptable_parameters(named_base_modules(model))
+    parameters = base_parameters_of_modules(named_base_modules(model))
     stacks = [
         each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]

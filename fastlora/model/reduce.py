@@ -194,7 +194,7 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Add a copy of an adapter with reduced intruder dimensions.
+    """Add a copy of an adapter, and reduce the intruder dimensions of the copy.
 
     The copy is activated. An intruder dimension is one of the leading singular vectors of the
     adapted weight that is not similar to any singular vector of the base weight. Intruder
@@ -264,7 +264,7 @@ def _reduce_intruders(
     scaling: float,
     options: tuple[int, float, float],
 ) -> tuple[low_rank.FactorPair, int] | None:
-    """Reduce the intruder dimensions of an adapter on one layer.
+    """Weaken or remove the intruder dimensions of an adapter on one layer.
 
     Args:
         weight: The base weight, ``[N, K]``.
@@ -274,8 +274,8 @@ def _reduce_intruders(
             `reduce_intruder_dimension`.
 
     Returns:
-        A tuple of the new factors and the number of intruder dimensions, or None if there are no
-        intruder dimensions.
+        A tuple of the new factors and the number of intruder dimensions found, or None if there are
+        none.
     """
     lora_a, lora_b = pair
     top, threshold, left = options
@@ -315,7 +315,7 @@ def _compute_reduced_adapter(
         )
     if share and rank > 1:
         raise ConfigError(
-            "If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but "
+            "If rank is a float, it is interpreted as a threshold, which must be between 0 and 1; "
             f"got {rank}."
         )
     factors, errors = {}, {}
@@ -328,8 +328,8 @@ def _compute_reduced_adapter(
         most = min(pair[0].shape[1], pair[1].shape[0])
         if not share and rank > most:
             raise ConfigError(
-                f"The chosen rank {rank} is larger than the weight shape ({most}) of {name!r}, "
-                "please choose a lower rank."
+                f"The chosen rank {rank} is larger than the smaller dimension ({most}) of the "
+                f"weight matrix of {name!r}; choose a lower rank."
             )
         cut = max(each.singular_values_to_keep(rank) for each in found)
         energy = torch.stack([each.s.double().square() for each in found])
@@ -366,8 +366,8 @@ def _layers_with_adapter(model: LoraModel, adapter_name: str) -> Iterator[tuple[
     tuner.check_adapter_loaded(adapter_name)
     if tuner.peft_config[adapter_name].trainable_token_indices:
         raise AdapterStateError(
-            f"adapter {adapter_name!r} trains tokens (trainable_token_indices), which have no rank "
-            "to reduce"
+            f"adapter {adapter_name!r} trains token embeddings (trainable_token_indices), which "
+            "have no rank to reduce"
         )
     for name, layer in lora_layers(tuner.model).items():
         if adapter_name in layer.r:

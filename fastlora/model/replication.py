@@ -49,8 +49,8 @@ class RevertibleLayerReplication:
         order = [i for start, end in _checked(ranges, len(self._old)) for i in range(start, end)]
         if any(is_lora_layer(m) or is_auxiliary_wrapper(m) for m in self._old.modules()):
             raise AdapterStateError(
-                f"layer_replication={list(ranges)} needs layers without adapters; set it "
-                "for the model's first adapter, or unload() the adapters first"
+                f"layer_replication={list(ranges)} needs layers without adapters; set it when you "
+                "add the model's first adapter, or call unload() to remove the existing adapters"
             )
         self._new = nn.ModuleList(
             _copy_layer_sharing_parameters(self._old[i], at) for at, i in enumerate(order)
@@ -89,8 +89,11 @@ class RevertibleLayerReplication:
 
 
 @contextlib.contextmanager
-def replication_applied(replication: RevertibleLayerReplication | None) -> Iterator[None]:
-    """Apply a replication during a ``with`` block. If ``replication`` is None, do nothing."""
+def temporary_replication(replication: RevertibleLayerReplication | None) -> Iterator[None]:
+    """Apply a replication for the duration of a ``with`` block, and undo it at the end.
+
+    If ``replication`` is None, do nothing.
+    """
     if replication is None:
         yield
         return
@@ -104,7 +107,7 @@ def replication_applied(replication: RevertibleLayerReplication | None) -> Itera
 def create_replication(
     model: nn.Module, ranges: Ranges | None
 ) -> RevertibleLayerReplication | None:
-    """Create the layer replication of a model for the given ranges.
+    """Create a `RevertibleLayerReplication` that replicates the given ranges of a model's layers.
 
     The ranges are those in an adapter's config. The result is None if the config requires no
     replication, or if the model's layers are already replicated with the same ranges.
@@ -187,7 +190,9 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
 
 
 def _copy_layer_sharing_parameters(layer: nn.Module, place: int) -> nn.Module:
-    """Return a copy of a layer that shares the parameters, buffers, and configs of the original.
+    """Return a copy of a layer.
+
+    The copy shares the parameters, buffers, and configs of the original.
 
     Args:
         layer: The layer to copy.

@@ -81,8 +81,8 @@ class BaseParameter(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def adaptable_parameters(modules: BaseModules) -> list[BaseParameter]:
-    """Return a list of the parameters of the base model.
+def base_parameters_of_modules(modules: BaseModules) -> list[BaseParameter]:
+    """Return a list of the parameters of the base model's modules.
 
     Modules that adapters own copies of or train rows of are left out.
     """
@@ -117,10 +117,10 @@ def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParam
 
 
 def supported_stacks(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
-    """Return the stacked expert weights whose module has a layer class for experts.
+    """Return the stacked expert weights of modules for which an expert layer class exists.
 
-    Stacks of other modules, which are computed with their updates as a whole, and quantized stacks
-    are left out.
+    Quantized stacks are left out. Stacks of other modules are left out too, because such modules
+    run with each entire stack replaced by the sum of the stack and its update.
     """
     return [
         each
@@ -132,7 +132,7 @@ def supported_stacks(parameters: Iterable[BaseParameter]) -> list[BaseParameter]
 def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | None:
     """Return the layer class for the adapters on a module of stacked experts.
 
-    The result is None for modules without a layer of experts.
+    The result is None for modules for which no expert layer class exists.
     """
     kind = parameter_kind_of(module)
     found: Any = None if kind is None else kind.wrap
@@ -146,7 +146,7 @@ def is_quantized(parameter: BaseParameter) -> bool:
 
 
 def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
-    """Return a dict that maps a model type's former names of linear layers to parameter names.
+    """Return a dict that maps the former names of a model type's linear layers to parameter names.
 
     The former names are those in transformers 4. The dict may be empty.
     """
@@ -168,11 +168,11 @@ def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParamete
     return [old for old, new in former.items() if parameter.name.endswith(f".{new}")]
 
 
-def requested_former_names(
+def former_names_selected_by_target_modules(
     former_names: Collection[str],
     parameter: BaseParameter,
     config: LoraConfig,
-    listed: Collection[str],
+    listed_last_components: Collection[str],
 ) -> set[str]:
     """Return which of a parameter's former names ``target_modules`` selects.
 
@@ -186,7 +186,8 @@ def requested_former_names(
         former_names: The result of `former_names_of_parameter`.
         parameter: The parameter.
         config: The adapter's config.
-        listed: The last components of the entries of a list, without full names of linear layers.
+        listed_last_components: The last components of the entries of a list, without full names of
+            linear layers.
     """
     targets = config.target_modules
     if not former_names or not targets:
@@ -194,7 +195,7 @@ def requested_former_names(
     if is_all_linear(targets):
         return set(former_names)
     if not isinstance(targets, str):
-        return {old for old in former_names if old in listed}
+        return {old for old in former_names if old in listed_last_components}
     matched = set()
     for old in former_names:
         experts = range(0 if old == ROUTER else parameter.parameter.shape[0])
@@ -207,16 +208,16 @@ def requested_former_names(
 
 
 def full_former_name_without_index(parameter: BaseParameter, former_name: str) -> str:
-    """Return the full former name of a parameter, without the expert index."""
+    """Return the full name that a parameter had in transformers 4, without the expert index."""
     return (
         parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"
     )
 
 
-def check_not_half(
+def check_fused_parameter_not_split(
     names: Collection[str], parameter: BaseParameter, named: Collection[str], *, verb: str
 ) -> None:
-    """Check that a config does not select or exclude only a part of a fused parameter.
+    """Check that a config does not select or exclude only part of a fused parameter.
 
     Args:
         names: The result of `former_names_of_parameter`.
@@ -230,9 +231,9 @@ def check_not_half(
     missing = sorted(set(names).difference(named))
     if named and missing:
         raise ConfigError(
-            f"the config {verb} {sorted(named)} but not {missing}, which are fused in "
-            f"{parameter.name!r}; name both or neither. To match only linear layers with these "
-            "names, use a regular expression that does not match experts"
+            f"the config {verb} {sorted(named)} but not {missing}; all of these are fused in "
+            f"{parameter.name!r}, so name all or none of them. To match only linear layers with "
+            "these names, use a regular expression that does not match experts"
         )
 
 

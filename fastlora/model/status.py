@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
-from fastlora.layers.adapted_parameters import AdaptedParameter, FastLoraAdaptedParameters
+from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, ParameterLoraLayer
 from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.rank_padding import factor_parameters
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
@@ -113,7 +113,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         if isinstance(module, FastLoraAdaptedParameters):  # PEFT nests the layers of parameters.
             layers = reversed(module.adapted_parameters())
             found += [_status(name + ".base_layer" * d, layer) for d, layer in enumerate(layers)]
-        elif not isinstance(module, AdaptedParameter):
+        elif not isinstance(module, ParameterLoraLayer):
             own = _status(name, module)
             if f"{name.removeprefix('model.')}.weight" in parameters:
                 own.module_type = "lora.ParamWrapper"  # fastlora adapts the linear layer as a whole
@@ -224,7 +224,7 @@ def _peft_module_type(module: Any, found: BaseQuantizedWeight | None) -> str:
         return "TrainableTokensLayer"
     if not isinstance(module, LoraLayer):
         return type(module).__name__
-    if isinstance(module, AdaptedParameter):
+    if isinstance(module, ParameterLoraLayer):
         return "lora.ParamWrapper"
     if found is not None and found.peft_layer is not None:
         return f"lora.{found.peft_layer[1]}"

@@ -25,13 +25,13 @@ def measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
     Args:
         step: A function that runs the forward and the backward pass of a model on the meta device.
     """
-    counter = _StorageTracker()
+    counter = _NewStoragePeakTracker()
     with _emulate_fused_attention(), counter:
         step()
     return counter.peak
 
 
-class _StorageTracker(TorchDispatchMode):
+class _NewStoragePeakTracker(TorchDispatchMode):
     """Tracks the peak memory of the tensor storages created while this mode is active.
 
     A storage is counted until it is freed.

@@ -51,7 +51,10 @@ def is_all_linear(targets: object) -> bool:
 
 
 def dotted_suffixes(name: str) -> list[str]:
-    """Return a list of the suffixes of a dotted name, from the last component to the whole name."""
+    """Return a list of the suffixes of a dotted name.
+
+    The list is ordered from the last component to the whole name.
+    """
     found, at = [], len(name)
     while at >= 0:
         at = name.rfind(".", 0, at)
@@ -76,7 +79,7 @@ def matches_names(name: str, entries: Collection[str]) -> bool:
 
 
 def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
-    """Return whether ``exclude_modules`` or the modules to save match a name.
+    """Return whether a name matches ``exclude_modules`` or one of the modules to save.
 
     Args:
         name: The name of a module or parameter.
@@ -100,7 +103,8 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
 def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
     """Return whether a list of names or a regular expression matches a name.
 
-    A name that a list matches must also be in one of the config's ``layers_to_transform``.
+    If a list matches the name, the name must also belong to one of the layers in the config's
+    ``layers_to_transform``. A full name in the list is exempt from this rule.
     """
     if isinstance(targets, str):
         return matches_whole_name("target_modules", targets, name)
@@ -110,7 +114,10 @@ def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> b
 
 
 def in_layers(name: str, config: LoraConfig) -> bool:
-    """Return whether a name is in one of the config's ``layers_to_transform``."""
+    """Return whether a name belongs to one of the layers in the config's ``layers_to_transform``.
+
+    If ``layers_to_transform`` is not set, the result is True.
+    """
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True

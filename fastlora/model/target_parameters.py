@@ -17,10 +17,10 @@ from torch import nn
 
 from fastlora.model.stacked_experts import (
     BaseParameter,
-    check_not_half,
+    check_fused_parameter_not_split,
     former_names_of_parameter,
+    former_names_selected_by_target_modules,
     full_former_name_without_index,
-    requested_former_names,
 )
 from fastlora.model.target_names import (
     dotted_suffixes,
@@ -117,7 +117,11 @@ def select_parameters(
     for each in parameters:
         olds = former_names_of_parameter(former, each)
         explicit = matches_names(each.name, entries)
-        asked = set() if explicit else requested_former_names(olds, each, config, listed)
+        asked = (
+            set()
+            if explicit
+            else former_names_selected_by_target_modules(olds, each, config, listed)
+        )
         if not explicit and not asked:
             continue
         if layers_in_file is not None and asked and each.module_name not in layers_in_file:
@@ -134,9 +138,9 @@ def select_parameters(
             excluded.add(each.name)
             continue
         if layers_in_file is None:
-            check_not_half(olds, each, without, verb="excludes")
+            check_fused_parameter_not_split(olds, each, without, verb="excludes")
             if not explicit:
-                check_not_half(olds, each, asked, verb="selects")
+                check_fused_parameter_not_split(olds, each, asked, verb="selects")
         _check_parameter(each)
         selected.append(each)
         if not explicit:
@@ -151,7 +155,7 @@ def select_parameters(
         for new in former.values()
         if new not in own and any(matches_names(name, {new}) for name in by_former_name)
     }
-    stored = entries_or_full_names(
+    stored = target_parameters_selecting_exactly(
         [each.name for each in selected], [*own, *sorted(added)], parameters
     )
     others = linears.union(each.name for each in selected if each.name not in by_former_name)
@@ -175,20 +179,22 @@ def _pattern_for(name: str, others: Collection[str]) -> str:
     return re.escape(name) if shared else rf".*\.{re.escape(leaf)}"
 
 
-def entries_or_full_names(
-    names: Collection[str], entries: list[str], parameters: Iterable[BaseParameter]
+def target_parameters_selecting_exactly(
+    names: Collection[str], preferred_entries: list[str], parameters: Iterable[BaseParameter]
 ) -> list[str]:
-    """Return a ``target_parameters`` value with which PEFT selects exactly the given parameters.
+    """Return a ``target_parameters`` value that selects exactly the given parameters.
+
+    PEFT selects the same parameters with this value.
 
     Args:
         names: The names of the parameters.
-        entries: The value to return if it selects these parameters. Otherwise, the full names of
-            the parameters are returned.
+        preferred_entries: The value to return if it selects these parameters. Otherwise, the full
+            names of the parameters are returned.
         parameters: All parameters of the base model.
     """
-    known = set(entries)
+    known = set(preferred_entries)
     matched = {each.name for each in parameters if matches_names(each.name, known)}
-    return entries if matched == set(names) else sorted(names)
+    return preferred_entries if matched == set(names) else sorted(names)
 
 
 def _check_entries_match(
@@ -208,7 +214,11 @@ def _check_entries_match(
 
 
 def _error_text_if_target_modules_unset(config: LoraConfig) -> str:
-    """Return PEFT's error text for unset ``target_modules``, or an empty string if it is set."""
+    """Return the text to append to an error message if ``target_modules`` is not set.
+
+    The text is PEFT's. The error message is about ``target_parameters`` that match no parameter. If
+    ``target_modules`` is set, the result is an empty string.
+    """
     if config.target_modules:
         return ""
     return (

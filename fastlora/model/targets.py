@@ -31,7 +31,7 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseParameter,
-    adaptable_parameters,
+    base_parameters_of_modules,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -99,11 +99,11 @@ def select_targets(
     modules: BaseModules | None = None,
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedTargets:
-    """Find the modules and the parameters that a config selects.
+    """Find the targets that a config selects.
 
-    The modules may include LoRA layers that already have other adapters, but no modules inside a
-    LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
-    (``modules_to_save``), and all modules inside it.
+    Targets are modules and parameters. The modules may include LoRA layers that already have other
+    adapters, but no modules inside a LoRA layer. ``"all-linear"`` leaves out every module that
+    adapters own copies of (``modules_to_save``), and all modules inside it.
 
     A warning is emitted in each of these cases: some entries match no module while others do;
     ``"all-linear"`` leaves out a linear layer other than the output head because adapters own
@@ -133,7 +133,9 @@ def select_targets(
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
-    base = adaptable_parameters(modules) if former or config.target_parameters or is_new else []
+    base = (
+        base_parameters_of_modules(modules) if former or config.target_parameters or is_new else []
+    )
     selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
         return SelectedTargets([], selected)
@@ -152,10 +154,12 @@ def select_targets(
     ]
     by_module = selected.by_module()
     named_in_config = {*found, *by_module}
-    only_in_file = _linears_only_in_file(former, modules, named_in_config, layers_in_file or ())
+    only_in_file = _linears_in_file_not_in_config(
+        former, modules, named_in_config, layers_in_file or ()
+    )
     if only_in_file:
         found = [name for name in names if name in {*found, *only_in_file}]
-    _check_selected_once(found, by_module)
+    _check_no_target_has_selected_parameters(found, by_module)
     left = [
         each
         for each in (stacked_experts_among(base) if is_new else ())
@@ -191,7 +195,7 @@ def select_targets(
     return SelectedTargets(found, selected, only_in_file)
 
 
-def _linears_only_in_file(
+def _linears_in_file_not_in_config(
     former: Collection[str],
     modules: BaseModules,
     named_in_config: Collection[str],
@@ -210,14 +214,16 @@ def _linears_only_in_file(
     ]
 
 
-def _check_selected_once(found: Collection[str], by_module: Mapping[str, list[str]]) -> None:
+def _check_no_target_has_selected_parameters(
+    target_modules: Collection[str], parameters_by_module: Mapping[str, list[str]]
+) -> None:
     """Raise `ConfigError` if a target module also has a selected parameter."""
-    twice = sorted(by_module.keys() & set(found))
+    twice = sorted(parameters_by_module.keys() & set(target_modules))
     if twice:
-        raise ConfigError(
+        raise ConfigError(  # the first sentence is PEFT's
             f"Trying to wrap an `nn.Parameter` of layer {twice[0]!r} of type Linear, which is not "
-            "a valid target. target_modules selects this layer as a whole, and target_parameters "
-            f"selects {by_module[twice[0]]}; expected one of the two"
+            "a valid target. target_modules selects the whole layer, and target_parameters selects "
+            f"{parameters_by_module[twice[0]]}; select the layer with only one of these fields"
         )
 
 
@@ -228,7 +234,10 @@ def _warn_of_unmatched_values(
     excludes: bool,
     config: LoraConfig,
 ) -> None:
-    """Emit a warning if values of a config match no module.
+    """Emit a warning about any config values that match no module.
+
+    These values are entries of ``target_modules`` and ``exclude_modules``, and keys of
+    ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.
@@ -238,7 +247,7 @@ def _warn_of_unmatched_values(
         config: The adapter's config.
     """
     names = [*found, *selected.names]
-    unused = _unmatched_config_values_for_warning(unmatched, names, excludes, config)
+    unused = _format_unmatched_config_values(unmatched, names, excludes, config)
     if selected.parameters and not found and unmatched:  # in PEFT's words
         warnings.warn(
             f"target_modules={config.target_modules} were set but no module was matched.",
@@ -268,7 +277,10 @@ def _warn_of_routers_and_skipped_linears(
     excluded: Collection[str],
     selected: SelectedParameters,
 ) -> None:
-    """Warn about routers that ``"all-linear"`` selects and linear layers that it leaves out."""
+    """Warn about routers that are selected, and about linear layers that are skipped.
+
+    Both warnings are for ``target_modules="all-linear"``.
+    """
     routers = [each.name for each in selected.parameters if each.parameter.dim() == 2]
     routers = [name for name in routers if name in selected.former]
     if routers:
@@ -291,7 +303,7 @@ def _warn_of_routers_and_skipped_linears(
 
 
 def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
-    """Check that every entry of ``target_modules`` matches a module or experts.
+    """Check that every entry of ``target_modules`` matches at least one module or stack of experts.
 
     This check is stricter than `find_targets`, which only emits a warning for such an entry if
     other entries match.
@@ -303,7 +315,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     names = [name for name, _, _ in modules if name]
     olds = {
         old
-        for each in adaptable_parameters(modules)
+        for each in base_parameters_of_modules(modules)
         for old in former_names_of_parameter(former, each)
     }
     lost = [
@@ -422,8 +434,8 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
         return set(defaults)
     if config.layers_to_transform is not None:
         raise ConfigError(
-            f"layers_to_transform={config.layers_to_transform!r} needs a list of target_modules; "
-            f"the default for {model_type!r} is a regular expression"
+            f"layers_to_transform={config.layers_to_transform!r} requires target_modules to be a "
+            f"list; the default for {model_type!r} is a regular expression"
         )
     return defaults
 
@@ -550,10 +562,13 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
     return sorted(entry for entry in targets if entry not in known)
 
 
-def _unmatched_config_values_for_warning(
+def _format_unmatched_config_values(
     unmatched: list[str], found: list[str], any_excluded: bool, config: LoraConfig
 ) -> list[str]:
-    """Format the config values that match no module, for a warning.
+    """Format the config values that match no module.
+
+    The result is a list of texts, one for each field that has such values. The texts are used in a
+    warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.

@@ -220,7 +220,7 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _parse_metadata_and_end(header: str) -> tuple[dict[str, str], int]:
-    """Parse the metadata in a header, and return it and the index of its end.
+    """Parse the metadata in a header, and return the metadata and the index at which it ends.
 
     The metadata is at the beginning of the header. If the header does not begin with valid
     metadata, the result is an empty dict and 0.

@@ -208,7 +208,9 @@ class SharedWeightUntier:
         if no other module shares the weight.
         """
         return self.find_module_sharing_weight(
-            module.get_base_layer(), self._modules_sharing_factors(module), _weight_name(module)
+            module.get_base_layer(),
+            self._modules_sharing_factors(module),
+            _adapted_parameter_name(module),
         )
 
     def _modules_sharing_factors(self, module: Any) -> set[nn.Module]:
@@ -234,7 +236,7 @@ class SharedWeightUntier:
         other = self.other_module_sharing_weight(module)
         if other is None:
             return
-        base, weight = module.get_base_layer(), _weight_name(module)
+        base, weight = module.get_base_layer(), _adapted_parameter_name(module)
         old, family = getattr(base, weight), self._modules_sharing_factors(module)
         own = nn.Parameter(old.detach().clone(), requires_grad=False)
         for part in family:
@@ -260,7 +262,7 @@ class SharedWeightUntier:
         )
 
 
-def _weight_name(layer: Any) -> str:
+def _adapted_parameter_name(layer: Any) -> str:
     """Return the name of the base-layer parameter that a layer's adapters change."""
     name: str = getattr(layer, "parameter_name", "weight")
     return name

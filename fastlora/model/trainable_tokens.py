@@ -30,7 +30,7 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 
 @dataclass(frozen=True)
-class TrainableTokens:
+class TrainableTokensOfModule:
     """The tokens that an adapter trains in a module, as rows of the module's weight.
 
     Attributes:
@@ -42,7 +42,9 @@ class TrainableTokens:
     tied_to: str | None = None
 
 
-def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokens]:
+def find_trainable_tokens(
+    model: nn.Module, config: LoraConfig
+) -> dict[str, TrainableTokensOfModule]:
     """Find the tokens that an adapter trains, and return them in a dict keyed by module name.
 
     Tokens are rows of a module's weight. If ``trainable_token_indices`` is a list, it refers to the
@@ -85,10 +87,10 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
             f"layers: trainable_token_indices gives {of_tied}; expected the same indices for all "
             "tied layers, or ensure_weight_tying=False"
         )
-    tokens = {name: TrainableTokens(indices) for name, indices in found.items()}
+    tokens = {name: TrainableTokensOfModule(indices) for name, indices in found.items()}
     if embedding in found and not differ:
         rows = tokens.pop(embedding)
-        tied_rows = {name: TrainableTokens(rows.indices, embedding) for name in tied}
+        tied_rows = {name: TrainableTokensOfModule(rows.indices, embedding) for name in tied}
         tokens = {embedding: rows, **tokens, **tied_rows}
     for name, rows in tokens.items():
         _check_rows_trainable(model, name, rows)
@@ -112,9 +114,9 @@ def check_trained_once(
     for name in tied:
         if name in targets:
             raise UnsupportedLayerError(
-                f"ensure_weight_tying makes {name!r} share the input embedding's copy "
-                f"(modules_to_save), but target_modules also names {name!r}; expected only one of "
-                "the two"
+                f"ensure_weight_tying makes {name!r} share the copy of the input embedding that "
+                f"modules_to_save creates, but target_modules also names {name!r}; train the "
+                "module in only one of these two ways"
             )
     for name in tokens:
         copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
@@ -122,9 +124,9 @@ def check_trained_once(
             how = "adapted with LoRA (target_modules)"
             if copied:
                 how = "marked to be trained fully (modules_to_save)"
-            raise UnsupportedLayerError(
-                f"trainable_token_indices trains rows of {name!r}. The embedding layer is already "
-                f"{how}; expected only one of the two"
+            raise UnsupportedLayerError(  # the second sentence begins as in PEFT
+                f"trainable_token_indices selects rows of {name!r} for training. The embedding "
+                f"layer is already {how}; use only one of these two fields for the layer"
             )
 
 
@@ -136,9 +138,10 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
         named = [name for name in names if name.endswith(key)]
         if not named:
             ends = {name.rpartition(".")[2] for name in names}
-            raise TargetNotFoundError(
-                f"Target modules {{{key!r}}} not found in the base model. They are named in "
-                f"trainable_token_indices{near_names(key, sorted(ends))}"
+            raise TargetNotFoundError(  # the first sentence is PEFT's
+                f"Target modules {{{key!r}}} not found in the base model. Each name in "
+                "trainable_token_indices must match a module of the model"
+                f"{near_names(key, sorted(ends))}"
             )
         found |= dict.fromkeys(named, indices)
     inside = {
@@ -147,13 +150,13 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     for name in found:
         if name in inside:
             raise UnsupportedLayerError(
-                f"trainable_token_indices names {name!r}, which is inside a module that "
-                "adapters own copies of (modules_to_save)"
+                f"trainable_token_indices names {name!r}, which is inside a module listed in "
+                "modules_to_save; adapters have their own copies of that module"
             )
     return found
 
 
-def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokens) -> None:
+def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokensOfModule) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:
@@ -164,13 +167,13 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokens) ->
     if isinstance(module, LoraLayer) or is_modules_to_save_wrapper(module):
         how = "LoRA factors" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
         raise UnsupportedLayerError(
-            f"trainable_token_indices trains rows of {name!r}, but another adapter adapts this "
-            f"module with {how}"
+            f"trainable_token_indices selects rows of {name!r} for training, but another adapter "
+            f"already adapts this module with {how}"
         )
     check_tokens_trainable(original_module_of(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
-            f"trainable_token_indices: adapters {module.adapter_names} train rows of {name!r} that "
-            f"are {'tied' if module.is_tied else 'not tied'} to those of the input embedding; "
-            "expected tied rows for all adapters of a model, or for none"
+            f"trainable_token_indices: the trainable rows of {name!r} in adapters "
+            f"{module.adapter_names} are {'tied' if module.is_tied else 'not tied'} to those of "
+            "the input embedding; expected tied rows for all adapters of a model, or for none"
         )

@@ -112,9 +112,10 @@ class LoraTuner(nn.Module):
     def add_adapter(
         self, adapter_name: str, plan: AdapterPlan, *, autocast_adapter_dtype: bool = True
     ) -> None:
-        """Add an adapter. The new adapter is frozen and inactive.
+        """Add an adapter to the model.
 
-        If it is the model's first adapter, the base model is frozen.
+        The new adapter is frozen and inactive. If it is the model's first adapter, the base model
+        is frozen.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -250,8 +251,8 @@ class LoraTuner(nn.Module):
         for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
             owners = inject.adapter_names_on_module(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
-                raise AdapterStateError(
-                    f"adapters {owners} each own {wrapper.owns} of the same module "
+                raise AdapterStateError(  # the second sentence begins as in PEFT
+                    f"adapters {owners} each have their own {wrapper.owns} of the same module "
                     f"({wrapper.field}). Only one adapter can be set at a time for "
                     f"{type(wrapper).__name__}"
                 )
@@ -455,7 +456,10 @@ class LoraTuner(nn.Module):
         return list({id(parameter): parameter for parameter in (*owned, *biases)}.values())
 
     def _freeze_adapters(self) -> list[nn.Parameter]:
-        """Freeze all trainable parameters of adapters, and return a list of these parameters."""
+        """Freeze all trainable adapter parameters, and return a list of them.
+
+        These include the biases of the base model that active adapters train.
+        """
         trained = [p for p in self._trainable_parameters(self.peft_config) if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -235,9 +235,10 @@ def record_kernel_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> dict[str, KernelVariant]:
-    """Return a dict that maps keys to the kernel variants that a model launches during inference.
+    """Return the kernel variants that a model launches during inference, as a dict.
 
-    Nothing is compiled or launched. Arguments are as in `warm_up`.
+    The dict is indexed by `KernelVariant.key`. Nothing is compiled or launched. Arguments are as in
+    `warm_up`.
     """
     from fastlora.kernels.chips import chip_of
     from fastlora.kernels.mixed_rows_sort import MAX_IDS
@@ -355,7 +356,7 @@ def _distinct_groups(
     """
     found: dict[object, _SharedInputLayers] = {}
     for group in groups:
-        kernels = tuple(_launched_by(group, count, launched) for count in (1, rows))
+        kernels = tuple(_run_and_list_kernels(group, count, launched) for count in (1, rows))
         if not any(kernels):
             continue
         found.setdefault((group.sizes, group.dtype, kernels), group)
@@ -368,19 +369,28 @@ def _bisect_variant_changes(
     launched: dict[str, KernelVariant],
     earlier_changes: Sequence[int],
 ) -> list[int]:
-    """Run a group with row counts that cover all kernels that it launches for 1 to ``rows`` rows.
+    """Find the row counts at which a group's kernels change, and record the launched kernels.
 
-    Between two powers of two, the numbers of rows at which other kernels begin are found by
-    bisection. If two numbers launch equal kernels, those between them are assumed to launch the
-    same. Returns the last number of rows before each change. ``earlier_changes`` lists such numbers
-    of other groups.
+    The group is run with enough row counts to launch all of its kernels for 1 to ``rows`` rows. The
+    row counts at which the kernels change are found by bisection between powers of two. If two row
+    counts launch the same kernels, the row counts between them are assumed to launch these kernels
+    too.
+
+    Args:
+        group: The layers to run.
+        rows: The largest row count.
+        launched: The dict in which launches are recorded.
+        earlier_changes: The results for other groups. The group is run with these row counts too.
+
+    Returns:
+        The last tested row count before each change.
     """
     marks = {1, rows, *(mark for mark in earlier_changes if mark <= rows)}
     power = 2
     while power < rows:
         marks |= {power, power + 1}
         power *= 2
-    known = {mark: _launched_by(group, mark, launched) for mark in sorted(marks)}
+    known = {mark: _run_and_list_kernels(group, mark, launched) for mark in sorted(marks)}
     ordered = sorted(known)
     changes: list[int] = []
     pairs = list(zip(ordered, ordered[1:], strict=False))
@@ -393,12 +403,12 @@ def _bisect_variant_changes(
         if not low < middle < high:
             changes.append(low)
             continue
-        known[middle] = _launched_by(group, middle, launched)
+        known[middle] = _run_and_list_kernels(group, middle, launched)
         pairs += [(low, middle), (middle, high)]
     return changes
 
 
-def _launched_by(
+def _run_and_list_kernels(
     group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant]
 ) -> frozenset[str]:
     """Run a group, and return the keys of the kernels that it launches."""
@@ -412,7 +422,7 @@ def _launched_by(
 
 @contextlib.contextmanager
 def _rows_sorted_by_pytorch() -> Iterator[None]:
-    """Sort the rows of mixed batches with PyTorch for the duration of a ``with`` block.
+    """Use PyTorch to sort the rows of mixed batches for the duration of a ``with`` block.
 
     PyTorch may use the result as indices, so it must not be the uninitialized output of a kernel
     that is only recorded.

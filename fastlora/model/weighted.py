@@ -134,8 +134,8 @@ def _check_combination(
             )
         if config.trainable_token_indices:
             raise AdapterStateError(
-                f"adapter {name!r} trains tokens (trainable_token_indices), which cannot be "
-                "combined with those of other adapters"
+                f"adapter {name!r} trains token embeddings (trainable_token_indices), which cannot "
+                "be combined with the token embeddings of other adapters"
             )
 
 
@@ -143,7 +143,7 @@ def _check_same_target_modules_type(configs: Mapping[str, LoraConfig]) -> None:
     """Raise ConfigError if some target_modules are patterns and others are lists."""
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
-            "all adapter configs should follow the same target modules type: some of "
+            "the target_modules of all adapter configs must have the same type: some of "
             f"{list(configs)} specify a string and others a list; use lists for all of them"
         )
 
@@ -243,7 +243,7 @@ def _combine_by_svd(
 def _combine_biases(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor | None:
-    """Return the combined bias of ``lora_b``, ``[N]``, or None if no adapter has this bias."""
+    """Return the combined ``lora_b`` bias ``[N]``, or None if no adapter has a ``lora_b`` bias."""
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:
         return None

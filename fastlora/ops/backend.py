@@ -105,7 +105,9 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple (output y ``[M, N]`` of a layer with adapters, shrink output s).
+        """Return a tuple (y, s) for a layer with adapters.
+
+        y ``[M, N]`` is the output of the layer, and s is the shrink output.
 
         Args:
             x: The input.
@@ -120,14 +122,14 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Return the gradients of a layer's inputs, in the order of `Gradients`."""
+        """Return the gradients of a layer's inputs as a `Gradients` tuple."""
 
     # ------------------------------------------------------------------------- stacks of weights
 
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """For a stack of weights, add each row's LoRA update to ``y [P, N]`` in place and return s.
+        """Add the LoRA updates of a stack of weights to ``y [P, N]`` in place, and return s.
 
         Args:
             y: The base product, in x's dtype.
@@ -149,10 +151,11 @@ class Backend(ABC):
         wants: Sequence[bool],
         dx: torch.Tensor | None = None,
     ) -> tuple[_Gradient, list[_Gradient]]:
-        """Return a tuple (dx ``[P, K]``, the gradients of the factors).
+        """Return a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients.
 
-        ``wants`` and the list of gradients have lora_a and lora_b of each adapter in turn. If dx is
-        given, it is the dx of the base product, to which the dx of the LoRA update is added.
+        Both ``wants`` and the list of gradients have one item for lora_a and one for lora_b of each
+        adapter in turn. If dx is given, it is the dx of the base product, to which the dx of the
+        LoRA update is added.
         """
         count, none = operands.num_matrices, [False]
         each = [
@@ -252,9 +255,9 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of the `grouped_forward` inputs, with None for those not wanted.
+        """Return the gradients of the inputs of `grouped_forward`.
 
-        The caller computes the gradients of base weights.
+        A gradient that is not wanted is None. The caller computes the gradients of base weights.
 
         Args:
             dys: dy of each layer, with any strides, or None if the layer's y was not used.

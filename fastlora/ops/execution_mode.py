@@ -72,7 +72,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_support_and_description(index: int) -> tuple[bool, str]:
-    """Return a tuple (whether the Triton kernels support a GPU, description).
+    """Return a tuple (supported, description) that tells whether the kernels support a GPU.
 
     The description is the GPU's name and architecture, or the reason why it is not supported.
     """
@@ -87,9 +87,10 @@ def _gpu_support_and_description(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return a tuple (whether the Triton kernels can run on a device, reason).
+    """Return a tuple (runs, reason) that tells whether the Triton kernels can run on a device.
 
-    A reason is also given if they can run.
+    A reason is given in both cases. If the kernels can run, it describes the GPU, or says that they
+    run in Triton's interpreter.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -143,11 +144,11 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether anything, such as a tracer or autograd, observes operations on x.
+    """Return whether anything, such as autograd, a tracer, or a profiler, observes operators on x.
 
-    Other observers are dispatch modes, functorch transforms, and profilers. If
-    ``in_autograd_function`` is set, autograd is ignored, because it records nothing inside an
-    autograd function. If ``by_profiler`` is False, profilers are ignored.
+    Other observers are dispatch modes and functorch transforms. If ``in_autograd_function`` is
+    set, autograd is ignored, because it records nothing inside an autograd function. If
+    ``by_profiler`` is False, profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -253,10 +254,10 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error if the Triton kernels cannot run a call in batch-invariant mode.
+        """Raise an error if the Triton kernels cannot handle a call in batch-invariant mode.
 
         Raises:
-            ImplementationError: The kernels cannot run the call.
+            ImplementationError: The kernels cannot handle the call in this mode.
             ValueError: The requested implementation does not exist.
         """
         impl = self.impl

@@ -32,7 +32,7 @@ def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
 
 
 def rank_to_multiple_of_16(largest_rank: int) -> int:
-    """Return the largest rank rounded up to a multiple of 16, and at least 16.
+    """Return the largest rank, rounded up to a multiple of 16, with a minimum of 16.
 
     In a mixed batch, operators give s and ds this number of columns.
     """

@@ -20,7 +20,10 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
-from fastlora.ops.triton.rows_argument import rows_argument_and_run_length, rows_for_factor_lists
+from fastlora.ops.triton.rows_argument import (
+    rows_and_run_length_for_gradients,
+    rows_for_factor_lists,
+)
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -177,10 +180,14 @@ class OperatorBackend(Backend):
     def _rows_argument_and_run(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return a tuple (tensors for the ``rows`` argument of a launch, length of a run)."""
+        """Return the tensors for the ``rows`` argument of a launch, and the run length.
+
+        The result is a tuple. A run is a range of sorted positions, and its length is the number of
+        rows in it. Only Triton kernels work on runs. In other implementations, the length is 0.
+        """
         if self.impl != "triton":
             return rows.operator_arguments(), 0
-        return rows_argument_and_run_length(launch, rows, like.dtype, like.shape[1])
+        return rows_and_run_length_for_gradients(launch, rows, like.dtype, like.shape[1])
 
     def _grad_a(
         self,
@@ -192,7 +199,7 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Return a list of the lora_a gradients of all layers, given ``ds`` of each layer."""
+        """Return a list of the lora_a gradients of all layers, given each layer's ``ds``."""
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
@@ -297,7 +304,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Return a list of a shared-input group's outputs for a mixed batch, or None if unsupported.
+    """Return a list of the outputs of a shared-input group for a mixed batch.
 
     The modules have adjacent rows in the address tables, starting at ``first``. The result is None
     if something observes operators, or if one launch cannot read all of the weights.

@@ -81,7 +81,10 @@ def _plan_from_table(
     group_n: int | None,
     slots: int,
 ) -> str:
-    """Return the plan that the chip's table gives for the sizes of a layer and its input."""
+    """Return the plan for the sizes of a layer and its input, using the chip's table.
+
+    If the table lists no plan for these sizes, the plan depends on the number of rows and slots.
+    """
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
     chips, configs = _import_chips_and_configs()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": group_n or n, "k": k, "r": r}

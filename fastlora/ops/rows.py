@@ -153,7 +153,10 @@ class Rows:
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """The sort key of each id (`_sort_keys_and_invalid_mask`), int64 on the CPU."""
+        """The sort key of each id, as an int64 tensor on the CPU.
+
+        See `_sort_keys_and_invalid_mask`.
+        """
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
         return _sort_keys_and_invalid_mask(self.ids.cpu(), self.slots)[0].long()
@@ -168,14 +171,17 @@ class Rows:
 
     @functools.cached_property
     def inverse_order(self) -> torch.Tensor:
-        """The inverse of `order`: the position of each row in sorted order, int64 ``[M]``."""
+        """The inverse of `order`, as an int64 tensor ``[M]``.
+
+        It contains the sorted position of each row.
+        """
         inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
         inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
         return inverse
 
     @functools.cached_property
     def segment_index(self) -> torch.Tensor:
-        """The segment index of each row, int64 ``[M]``.
+        """The segment index of each row, as an int64 tensor ``[M]``.
 
         Rows without an adapter have the index ``len(segments)``.
         """
@@ -184,7 +190,10 @@ class Rows:
 
     @functools.cached_property
     def slot_index(self) -> torch.Tensor:
-        """The slot of each row, int64 ``[M]``, or `slots` for a row without an adapter."""
+        """The slot of each row, as an int64 tensor ``[M]``.
+
+        Rows without an adapter have the value `slots`.
+        """
         of_segment = torch.tensor([*self.used_slots, self.slots], device=self.order.device)
         return of_segment[self.segment_index]
 
@@ -212,7 +221,7 @@ class Rows:
         )
 
     def in_sorted_order(self) -> Rows:
-        """Return the `Rows` of a tensor whose rows have been put in sorted order."""
+        """Return the `Rows` of a tensor whose rows have been sorted."""
         m, device = self.m, self.order.device
         order = torch.arange(m, dtype=torch.int32, device=device)
         return replace(self, order=order, each=1, ids=None)
@@ -286,13 +295,13 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Sort the rows of a batch by slot, and return the tensors of a `Rows` and the pieces.
+    """Sort the rows of a batch by slot, and return a tuple of tensors that describes them.
 
-    The result is a tuple of the first five fields of `Rows` and the pieces for ``block_m``. If
-    ``block_m`` is 0, the tensor of pieces is empty.
+    The tuple consists of the first five fields of `Rows`, and a tensor with the start positions of
+    the pieces for ``block_m``. If ``block_m`` is 0, the last tensor is empty.
     """
     if slots < 0:
-        raise ValueError(f"slots must be 0 or more, got {slots}")
+        raise ValueError(f"the number of slots must be non-negative, got {slots}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
@@ -304,7 +313,9 @@ def _rows_sort(
     if auto_selects_kernels(device):
         from fastlora.ops.triton.sorting import sort_rows_into
 
-        made = sort_rows_into(ids, slots, _empty_sort_results(m, slots, device, block_m), block_m)
+        made = sort_rows_into(
+            ids, slots, _allocate_sort_results(m, slots, device, block_m), block_m
+        )
         if made is not None:
             return made
     keys, bad = _sort_keys_and_invalid_mask(ids, slots)
@@ -326,14 +337,14 @@ def _rows_sort(
 def _(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    return _empty_sort_results(m, slots, device, block_m)
+    return _allocate_sort_results(m, slots, device, block_m)
 
 
 def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (int32 keys by which rows are sorted, bool mask of ids out of range).
+    """Return a tuple of the int32 sort keys of ids and a bool mask of the out-of-range ids.
 
-    The key of an id is its slot, ``slots`` if the id is out of range, and ``slots + 1`` for rows
-    without an adapter.
+    Rows are sorted by these keys. The key of an id is its slot, ``slots`` if the id is out of
+    range, and ``slots + 1`` for rows without an adapter.
     """
     bad = (ids < NO_SLOT) | (ids >= slots)
     # int32 sorts twice as fast as int64, and the kernels read int32.
@@ -341,10 +352,10 @@ def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Te
     return keys.masked_fill(ids == NO_SLOT, slots + 1), bad
 
 
-def _empty_sort_results(
+def _allocate_sort_results(
     m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return uninitialized tensors with the shapes and dtypes that `_rows_sort` returns."""
+    """Allocate the tensors that `_rows_sort` returns, with uninitialized values."""
     present, entries = torch.sym_min(m, slots + 2), piece_starts_length(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)

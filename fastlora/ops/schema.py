@@ -258,11 +258,11 @@ def lora_grad_x_fake(
 def lora_grad_a_fake(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return a list of empty tensors for the lora_a gradients of G modules, given a ds for each.
+    """Return a list of empty tensors for the lora_a gradients of G modules.
 
-    With active dropout, x is read once for each module. With one slot, the list contains one tensor
-    for each module. With rows, which are in runs of ``run`` rows, it contains one buffer for
-    `layout.split_grad_a`.
+    ``ds`` contains one tensor for each module. With active dropout, x is read once for each module.
+    With one slot, the result contains one tensor for each module. With rows, which are in runs of
+    ``run`` rows, the result contains one buffer for `layout.split_grad_a`.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     if rows:
@@ -293,7 +293,9 @@ def lora_linear_at_fake(
     plan: str,
     shrink_range: list[int] | None = None,
 ) -> _Tensors:
-    """Return a list of empty tensors: the output y of one module and, if needed, a shared s.
+    """Return empty tensors for the results of the operator ``lora_linear_at``.
+
+    The results are the output y of one module and, if needed, a shared s.
 
     ``shrink_range`` has the modules that share a shrink, as a range of table rows: the first row,
     and the row after the last one. Their s, which the list omits if it is given, consists of

@@ -49,9 +49,9 @@ def draw_seeds(
 
 
 def dropout_seeds_of_layers(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Return the dropout seeds of L layers, int64 ``[L, S]``, derived from the seeds of S adapters.
+    """Return the dropout seeds of L layers, derived from the seeds of S adapters.
 
-    ``layers`` are the numbers of the layers.
+    The result is an int64 tensor ``[L, S]``. ``layers`` contains the numbers of the layers.
     """
     steps = [_to_int64((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
@@ -59,9 +59,9 @@ def dropout_seeds_of_layers(seeds: torch.Tensor, layers: Sequence[int]) -> torch
 
 
 def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return the dropout seeds of one layer, int64 ``[S]``, derived from the seeds of S adapters.
+    """Return the dropout seeds of one layer, derived from the seeds of S adapters.
 
-    See `dropout_seeds_of_layers`.
+    The result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
     """
     return _mixed_bits(seeds + _to_int64((layer + 1) * _INCREMENT))
 

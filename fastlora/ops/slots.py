@@ -61,7 +61,10 @@ class BatchRows:
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def start(self, slots: np.ndarray) -> None:
-        """Start a new batch with the given slots, which the caller has copied to the device."""
+        """Start a new batch whose rows have the given slots.
+
+        The caller has already copied the slots to the device.
+        """
         self.used_slots = np.unique(slots[slots >= 0]).tolist()
         self._sorted.clear()
         if self._whole is not None:
@@ -88,7 +91,9 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return an operator's ``rows`` argument for the first m rows.
+        """Return the list of tensors to pass to an operator as its ``rows`` argument.
+
+        The tensors describe the first m rows.
 
         In traced code, the sort is part of the graph unless the rows were sorted in advance.
         Compilers merge the sorts of all layers.
@@ -103,12 +108,15 @@ class BatchRows:
 
 
 def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
-    """Return the tensors that operators read, including the piece starts for each tile size."""
+    """Return the tensors of ``rows`` that the operators read.
+
+    The start positions of the pieces are included for each tile size in `_PIECE_ROWS`.
+    """
     return [*rows.operator_arguments(), *(rows.piece_starts(size) for size in _PIECE_ROWS)]
 
 
 class _PackedFactorsAndPlan(NamedTuple):
-    """The packed factors for one batch, and the plan of their products.
+    """The packed factors for one batch, and the plan for the matrix products with them.
 
     Attributes:
         batch: The rows of the batch.
@@ -126,15 +134,17 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """Applies adapters to up to four slices: ``y += scaling * (x @ lora_a.T) @ lora_b``.
+    """The factors of a layer's slots, and the methods that add each row's update to y.
 
-    All slices have the same input x. Their outputs are adjacent columns of y.
+    The update of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's
+    slot. There are up to four slices with the same input x. Their outputs are adjacent columns of
+    y.
 
     Args:
         lora_a: For each slice, ``[slots, R, K]``.
         lora_b: For each slice, ``[slots, R, N]``.
         storage: The tensor that the factors are views of, except for identity matrices. Its
-            version shows whether other code has written the factors.
+            version shows whether other code has modified the factors.
 
     Attributes:
         width: The number of columns of y.
@@ -167,7 +177,10 @@ class SlotProducts:
         self._prepared: _PackedFactorsAndPlan | None = None
 
     def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
-        """Set a slot's ranks and scalings for each slice, after its factors have been written."""
+        """Set the rank and the scaling of each slice of a slot.
+
+        The slot's factors must have been written before.
+        """
         own: list[Factors | None] = [None] * len(ranks)
         for index, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
             if rank:
@@ -202,11 +215,17 @@ class SlotProducts:
 
     @property
     def num_full_packings(self) -> int:
-        """Number of times that one of the current packs was allocated and filled with all slots."""
+        """Total number of times that the current packs have been packed in full.
+
+        A full packing allocates new storage and copies the factors of all slots into it.
+        """
         return sum(pack.num_full_packings for pack in self._packs.values())
 
     def add_from_pack_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        """Do what `add_` does, with packed factors."""
+        """Add each row's update to y in place, using packed factors.
+
+        The arguments are those of `add_`.
+        """
         rows, found = batch.first(x.shape[0]), self._prepared
         if (
             found is None
@@ -226,7 +245,10 @@ class SlotProducts:
         return _PackedFactorsAndPlan(batch, self._storage._version, dtype, factors, plan)
 
     def add_from_tables_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        """Do what `add_` does, with an operator that reads the tables."""
+        """Add each row's update to y in place, using an operator that reads the tables.
+
+        The arguments are those of `add_`.
+        """
         x, rows = x.to(y.dtype), batch.operator_arguments(x.shape[0])
         impl = "eager" if x.device.type == "cpu" else "triton"
         for index, part in enumerate(y.split(self.widths, 1)):
@@ -249,7 +271,7 @@ class SlotProducts:
         return pack
 
     def drop_packs_if_outdated(self) -> None:
-        """Drop all packs if other code has written the factors."""
+        """Drop all packed factors if other code has modified the factors."""
         if self._version != self._storage._version:
             self._packs.clear()
             self._prepared = None

@@ -40,7 +40,10 @@ class StackAdapterOperands(NamedTuple):
         return self.lora_a[0].shape[0]
 
     def per_key(self) -> AdapterOperands:
-        """Return operands with one adapter for each key, with views of this object's factors."""
+        """Return operands that have one adapter for each key.
+
+        Their factors are views of this object's factors.
+        """
         count = self.num_matrices
         lora_a = [
             down for own in zip(*(a.unbind() for a in self.lora_a), strict=True) for down in own
@@ -54,10 +57,12 @@ class StackAdapterOperands(NamedTuple):
         )
 
 
-def stack_views(
+def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors of an adapter file as views ``[E, R, K]`` and ``[E, R, N]``.
+    """Return the factors of an adapter file as rank rows ``[E, R, K]`` and ``[E, R, N]``.
+
+    Both results are views.
 
     The layout is that of PEFT 0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper.get_delta_factors`):
     the matrix index varies slowest in the rows of lora_a, and fastest in the columns of lora_b.
@@ -82,5 +87,8 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
 
 
 def seeds_of_keys(seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return the dropout seed of each key, int64 ``[E * S]``, given the seeds of S adapters."""
+    """Return the dropout seed of each key, derived from the seeds of S adapters.
+
+    The result is an int64 tensor ``[E * S]``.
+    """
     return dropout_seeds_of_layers(seeds, range(num_matrices)).reshape(-1)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastlora.layers.adapted_parameters import AdaptedParameter
+from fastlora.layers.adapted_parameters import ParameterLoraLayer
 from fastlora.sharding import local_shard
 from fastlora.validation import ConfigError
 from fastlora.weights_version import TensorStamp, stamp_tensors
@@ -61,11 +61,11 @@ class LoraFAOptimizer(Optimizer):
         correct_bias: bool = True,
     ) -> None:
         if lr < 0.0:
-            raise ConfigError(f"Invalid learning rate: {lr} - should be >= 0.0")
+            raise ConfigError(f"Invalid learning rate: {lr}; expected a value >= 0.0")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ConfigError(f"Invalid beta parameter: {betas} - should be in [0.0, 1.0)")
+            raise ConfigError(f"Invalid beta parameter: {betas}; expected values in [0.0, 1.0)")
         if eps < 0.0:
-            raise ConfigError(f"Invalid epsilon value: {eps} - should be >= 0.0")
+            raise ConfigError(f"Invalid epsilon value: {eps}; expected a value >= 0.0")
         # The first dict maps each lora_B to its lora_A. The second dict maps each lora_A to a tuple
         # (stamp of lora_A, inverse of ``lora_A @ lora_A.T``).
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
@@ -139,7 +139,7 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
     def _inverse_gram_matrix(self, lora_a: nn.Parameter) -> torch.Tensor:
-        """Return the inverse of ``lora_a @ lora_a.T``, ``[R, R]``.
+        """Return the inverse ``[R, R]`` of ``lora_a @ lora_a.T``.
 
         The inverse is cached until lora_a changes.
         """
@@ -182,7 +182,7 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model's adapters, and freeze their lora_A.
+    """Create a LoRA-FA optimizer for a model's adapters, and freeze the adapters' lora_A factors.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
@@ -220,7 +220,7 @@ def create_lorafa_optimizer(
     if not lora_b:
         raise ConfigError("no lora_B is trainable; call set_adapter() or train_adapters() first")
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedParameter) and any(b.startswith(f"{name}.") for b in lora_b):
+        if isinstance(module, ParameterLoraLayer) and any(b.startswith(f"{name}.") for b in lora_b):
             raise ConfigError(
                 f"LoRA-FA does not support adapters on parameters (target_parameters), such as "
                 f"{name!r}; use another optimizer, or omit target_parameters"

@@ -55,7 +55,7 @@ class PoolTables:
         self.a_address, self.b_address, self.bias_address, self.scale_address = self._addresses
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
 
-    def to_kernel_tables(self, max_rank: int, dtype: torch.dtype) -> AddressTables:
+    def as_kernel_tables(self, max_rank: int, dtype: torch.dtype) -> AddressTables:
         """Return the tables as an `AddressTables` object, which can be passed to kernels.
 
         The addresses of scales are included once a DoRA adapter has been added to the pool.

@@ -11,10 +11,9 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Clear the caches of a model.
+    """Clear all cached values that were computed from a model's weights.
 
-    These are all cached values that were computed from the model's weights. Call this function only
-    after writes to weights that fastlora cannot detect:
+    Call this function only after writes to weights that fastlora cannot detect:
 
     * writes through ``.data`` or ``set_``, such as those of PEFT's `hotswap_adapter`;
     * writes by compiled code that does not use a `torch.optim.Optimizer`;

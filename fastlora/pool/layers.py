@@ -20,7 +20,7 @@ from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
-    adaptable_parameters,
+    base_parameters_of_modules,
     former_names_of_parameter,
     former_to_parameter_names,
     is_quantized,
@@ -28,7 +28,7 @@ from fastlora.model.stacked_experts import (
 )
 from fastlora.model.target_names import is_all_linear
 from fastlora.model.targets import model_type_of
-from fastlora.pool.packed_adapter import TargetWeight
+from fastlora.pool.packed_adapter import TargetBaseWeight
 from fastlora.routing.active import (
     check_batch_matches_ids,
     discard_unused_results,
@@ -114,7 +114,7 @@ class PoolLayers:
         for row, weight in enumerate(self.layers):
             weight.table_row = row
         self.targets = [
-            TargetWeight(name, own.in_features, own.out_features, own.num_matrices)
+            TargetBaseWeight(name, own.in_features, own.out_features, own.num_matrices)
             for name, own in by_name.items()
         ]
 
@@ -170,9 +170,10 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def restore_model(self) -> None:
-        """Restore the model's original modules, methods, and ``requires_grad`` flags.
+        """Undo the changes that installing the layers made to the model.
 
-        Parameters that required gradients when the layers were installed require gradients again.
+        The model's original modules and methods are restored, and parameters that required
+        gradients when the layers were installed require gradients again.
         """
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
@@ -214,7 +215,7 @@ def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
     Routers are parameters with former names. Other modules with stacks are left out, and so are
     quantized stacks.
     """
-    parameters = adaptable_parameters(named_base_modules(model))
+    parameters = base_parameters_of_modules(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))
     stacks = {each.name for each in supported_stacks(parameters)}
     return [

@@ -118,7 +118,7 @@ class LeaseManager:
         self._workers: ThreadPoolExecutor | None = None
         self._prefetching: set[int] = set()  # thread ids
 
-    def check_open(self) -> None:
+    def check_pool_open(self) -> None:
         """Raise `PoolClosedError` if the pool is closed or closing."""
         if self.closed:
             raise PoolClosedError("the pool is closed")
@@ -133,7 +133,7 @@ class LeaseManager:
             PoolClosedError: The pool is closed or closing.
         """
         with self.changed:
-            self.check_open()
+            self.check_pool_open()
             known = self._tiers.entries
             lost = next((name for name in names if name not in known), None)
             if lost is None:
@@ -167,15 +167,18 @@ class LeaseManager:
             if not self.changed.wait_for(lambda: not (self.held or self._prefetching), wait):
                 held = sum(map(len, self.held.values()))
                 raise AdapterStateError(
-                    f"after {wait:g} seconds, {held} leases are still held and "
-                    f"{len(self._prefetching)} threads are still reading adapters; the pool "
-                    "accepts no new leases, and you can call close() again to close it"
+                    f"after {wait} seconds, {held} leases are still held and "
+                    f"{len(self._prefetching)} threads are still reading adapters. The pool "
+                    "accepts no new leases; call close() again to finish closing it"
                 )
 
     def acquire_all_resident(self) -> Lease:
-        """Return a lease on all adapters that are on the device now, without waiting for room."""
+        """Return a lease on all adapters that are currently on the device.
+
+        This method never waits for space on the device.
+        """
         with self.changed:
-            self.check_open()
+            self.check_pool_open()
             self.hits += len(self._tiers.device)
             lease = self._create_lease(tuple(self._tiers.device.values()))
         return self._make_stream_wait_for_lease(lease)
@@ -225,7 +228,7 @@ class LeaseManager:
         Adapters that were replaced or removed are included while they are leased.
         """
         with self.changed:
-            self.check_open()
+            self.check_pool_open()
             lease = self._create_lease(tuple(self._tiers.loaded_adapters))
         self._make_stream_wait_for_lease(lease).release()
 
@@ -251,7 +254,7 @@ class LeaseManager:
         """
         tiers = self._tiers
         while True:
-            self.check_open()
+            self.check_pool_open()
             missing = self._find_entries_to_read(request)
             mine = [entry for entry in missing if not entry.reading]
             if mine:
@@ -267,7 +270,7 @@ class LeaseManager:
             ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
-            if not self._can_grant_without_deadlock(request) or (left is not None and left <= 0):
+            if not self._can_grant_eventually(request) or (left is not None and left <= 0):
                 nbytes = sum(image.nbytes for image in request.in_memory.values())
                 raise PoolFullError(
                     f"a batch needs {len(request.in_memory)} adapters ({nbytes} bytes in total) "
@@ -371,7 +374,7 @@ class LeaseManager:
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
-    def _can_grant_without_deadlock(self, request: LeaseRequest) -> bool:
+    def _can_grant_eventually(self, request: LeaseRequest) -> bool:
         """Return whether a request can be granted once other threads have ended their leases.
 
         The method is Dijkstra's banker's algorithm. It assumes that running threads will end their
@@ -411,7 +414,7 @@ class LeaseManager:
             A future that is done when all of the adapters have been processed.
         """
         with self.changed:
-            self.check_open()
+            self.check_pool_open()
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastlora-prefetch")
             return self._workers.submit(self._prefetch, names)

@@ -31,8 +31,8 @@ _MAGNITUDE = BLOCK_KINDS.index("magnitude")
 _MAGNITUDE_BYTES = 4
 
 
-class TargetWeight(NamedTuple):
-    """A weight that the pool's adapters can target: a linear layer's weight or a parameter.
+class TargetBaseWeight(NamedTuple):
+    """A base weight that the pool's adapters can target: a linear layer's weight or a parameter.
 
     Attributes:
         name: Name of the linear layer or of the parameter in the base model.
@@ -73,7 +73,7 @@ class AdapterLayout:
         numel: Number of elements in the image.
     """
 
-    targets: Sequence[TargetWeight]
+    targets: Sequence[TargetBaseWeight]
     blocks: Sequence[tuple[int, Sequence[int]]]
     numel: int
 
@@ -171,7 +171,7 @@ class AdapterPacker:
     """
 
     def __init__(
-        self, targets: Sequence[TargetWeight], dtype: torch.dtype, *, pin_memory: bool
+        self, targets: Sequence[TargetBaseWeight], dtype: torch.dtype, *, pin_memory: bool
     ) -> None:
         self.targets, self.dtype, self._pin_memory = tuple(targets), dtype, pin_memory
         self._layouts: WeakValueDictionary[tuple[tuple[int, tuple[str, ...]], ...], AdapterLayout]

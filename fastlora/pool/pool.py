@@ -135,7 +135,7 @@ class AdapterPool:
             # for a new image, which is written before the old image is removed, so that the old
             # image is still available if the write fails.
             columns = max_adapters + max(4, max_adapters // 8) + 1
-            with transfers.ordered_writes():
+            with transfers.use_write_stream():
                 self.tables = PoolTables(
                     len(self._layers.targets), columns, max_adapters, self.device
                 )
@@ -220,7 +220,7 @@ class AdapterPool:
 
     def _put(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
         with self._changed:
-            self._lease_manager.check_open()
+            self._lease_manager.check_pool_open()
             self._tiers.register_or_replace(entry, image)
             self._lease_manager.loads += 1
             self._changed.notify_all()
@@ -291,7 +291,7 @@ class AdapterPool:
         folders = [_folder_of(entry) for entry in entries]
         uses_dora = [self._reader.check_folder(folder).use_dora for folder in folders]
         with self._changed:
-            self._lease_manager.check_open()
+            self._lease_manager.check_pool_open()
             self._tiers.register(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
@@ -304,7 +304,7 @@ class AdapterPool:
             AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
-            self._lease_manager.check_open()
+            self._lease_manager.check_pool_open()
             self._tiers.remove(name)
             self._changed.notify_all()
         self.group.packs.clear()
@@ -329,7 +329,7 @@ class AdapterPool:
             AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
-            self._lease_manager.check_open()
+            self._lease_manager.check_pool_open()
             self._tiers.entry(name).pinned = False
             self._changed.notify_all()
 
@@ -377,10 +377,10 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that have been replaced so far.
+        """Number of adapters that have been replaced or unloaded so far.
 
-        An adapter that `unload` has removed counts as replaced. As long as this number does not
-        change, each name in an open `fastlora.adapters` block still refers to the same adapter.
+        As long as this number does not change, each name in an open `fastlora.adapters` block still
+        refers to the same adapter.
         """
         return self._tiers.replaced
 
@@ -399,11 +399,11 @@ class AdapterPool:
             return None if loaded is None else loaded.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Split a batch into smaller batches, each with adapters that fit in the pool together.
+        """Split a batch into smaller batches that each fit in the pool.
 
-        The adapters of each of these batches fit on the device. Only the number of adapters is
-        considered. A lease for one of the batches may still wait or raise an error because of pins,
-        leases of other threads, or ``device_bytes``.
+        All adapters of a smaller batch fit on the device at the same time. Only the number of
+        adapters is considered. A lease for one of the batches may still wait or raise an error
+        because of pins, leases of other threads, or ``device_bytes``.
 
         Args:
             names: Name of the adapter of each sample, or None for the base model.
@@ -450,11 +450,12 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
-        """Bring adapters to the device, and return a lease that keeps them there unchanged.
+        """Load adapters onto the device, and return a lease that keeps them there.
 
-        The adapters stay on the device until the lease ends. All of them are leased together. While
-        leases of other threads leave too little room, this method waits without reserving any room.
-        Leases of the calling thread do not end while it waits.
+        The adapters stay on the device until the lease ends, and they do not change during this
+        time. All of them are leased together. While leases of other threads leave too little room
+        on the device, this method waits without reserving any room. Leases of the calling thread do
+        not end while it waits.
 
         Args:
             names: Names of registered adapters, which may repeat.
@@ -496,9 +497,9 @@ class AdapterPool:
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Close the pool, and restore the original modules of the model.
+        """Close the pool, removing its adapters from memory and its layers from the model.
 
-        All adapters are removed from the pool. If ``wait`` is given, new leases and
+        The model's original modules are restored. If ``wait`` is given, new leases and
         `fastlora.adapters` blocks raise `PoolClosedError` in every thread from now on, and other
         threads have ``wait`` seconds to end their leases. Prefetch threads finish the adapter that
         they are reading and then stop. Closing a closed pool does nothing.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.layers.adapted_parameters import nested_prefixes
+from fastlora.layers.adapted_parameters import file_prefixes_by_parameter
 from fastlora.layers.base_layers import dense_weight
 from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, ConfigAndHeaderSizeLimits
 from fastlora.model.adapter_folder import (
@@ -27,7 +27,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
-from fastlora.model.stacked_experts import adaptable_parameters
+from fastlora.model.stacked_experts import base_parameters_of_modules
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
@@ -175,7 +175,9 @@ class AdapterReader:
         """
         source = f"the state dict of {name!r}"
         if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):
-            raise ConfigError(f"{source} requires config: expected a LoraConfig, got {config!r}")
+            raise ConfigError(
+                f"{source} requires a LoraConfig in the config argument, got {config!r}"
+            )
         fields = config if isinstance(config, Mapping) else config.to_dict()
         config = LoraConfig.from_dict(fields, for_loading=True)
         for key, value in tensors.items():
@@ -223,12 +225,12 @@ class AdapterReader:
             raise CheckpointError(f"{source}: {error}") from error
         if config.modules_to_save:
             raise CheckpointError(
-                f"{source}: modules_to_save={config.modules_to_save} is not supported by an "
-                "adapter pool: the rows of a batch share everything except the LoRA factors"
+                f"{source}: adapter pools do not support modules_to_save={config.modules_to_save}, "
+                "because all rows of a batch share everything except the LoRA factors"
             )
         if config.bias != "none":
             raise CheckpointError(
-                f"{source}: bias={config.bias!r} is not supported by an adapter pool: the rows of "
+                f"{source}: adapter pools do not support bias={config.bias!r}, because all rows of "
                 "a batch share the base model's biases; expected bias='none'"
             )
         # If a pattern changes ranks, they are checked on the factors instead.
@@ -260,7 +262,7 @@ class AdapterReader:
             if kind in _UNSUPPORTED:
                 raise CheckpointError(
                     f"{source}: {key!r} is {_UNSUPPORTED[kind]}, which an adapter pool does not "
-                    "support: all rows of a batch would share it"
+                    "support because all rows of a batch would share the tensor"
                 )
             target, name, rank = parameters.get(module, (module, module, None))
             index = self._index.get(target)
@@ -361,7 +363,7 @@ class AdapterReader:
         found = {}
         for module, leaves in selected.parameters.by_module().items():
             of_module = targets[module].settings.parameters
-            prefixes = nested_prefixes([each.name for each in of_module])
+            prefixes = file_prefixes_by_parameter([each.name for each in of_module])
             ranks = {each.name: each.r for each in of_module}
             for leaf in leaves:
                 layer = f"{module}.{prefixes.get(leaf, '')}".removesuffix(".")
@@ -429,7 +431,9 @@ class AdapterReader:
         found, names = cached
         if not names:
             return found
-        parameters = {e.name: e for e in adaptable_parameters(named_base_modules(self._model))}
+        parameters = {
+            e.name: e for e in base_parameters_of_modules(named_base_modules(self._model))
+        }
         current = replace(found.parameters, parameters=[parameters[name] for name in names])
         return found._replace(parameters=current)
 

@@ -16,7 +16,7 @@ from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.routing.ids import (
     OUT_OF_RANGE,
     check_one_dimensional_integer_ids,
-    check_slots_on_cpu,
+    check_slots_and_move_to_cpu,
     names_and_slots,
 )
 from fastlora.routing.routing import Routing
@@ -65,14 +65,14 @@ def lease_batch_routing(
             table[loaded.slot] = loaded.column
             in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
-            check_slots_on_cpu(ids, in_slots)
+            check_slots_and_move_to_cpu(ids, in_slots)
         columns = lookup_or_negative(table, ids)
     loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
     for loaded in lease.loaded_adapters:
         loaded_adapters[loaded.column] = loaded
     by_column = tuple("" if loaded is None else loaded.name for loaded in loaded_adapters)
     source, fixed = (
-        PoolSource(tuple(loaded_adapters), pool.tables.to_kernel_tables(rank, pool.dtype))
+        PoolSource(tuple(loaded_adapters), pool.tables.as_kernel_tables(rank, pool.dtype))
         for rank in (max_rank, pool.max_rank or lease.max_rank or 1)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
@@ -84,10 +84,11 @@ def lease_batch_routing(
 
 
 def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
-    """Return one routing for each range of ranks that share kernel configs, largest rank first.
+    """Return example routings of a pool for `warm_up`.
 
-    Each has as many slots as a batch of the pool, and all slots are empty. A launch processes the
-    rank rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of two.
+    There is one routing for each range of ranks that share kernel configs, largest rank first. Each
+    has as many slots as a batch of the pool, and all slots are empty. A launch processes the rank
+    rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of two.
 
     Args:
         pool: The `AdapterPool`.
@@ -103,7 +104,7 @@ def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing
     nobody = (None,) * pool.tables.rank.shape[1]
     found = []
     for rank in sorted(ranks, reverse=True):
-        source = PoolSource(nobody, pool.tables.to_kernel_tables(rank, pool.dtype))
+        source = PoolSource(nobody, pool.tables.as_kernel_tables(rank, pool.dtype))
         ids, seeds = torch.zeros(1, dtype=torch.int64), draw_seeds(nobody, None, draw=False)
         found.append(Routing(pool.group, ("",) * len(nobody), ids, seeds, source))
     return found
@@ -124,7 +125,7 @@ def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:
             "buffers are sized for the largest rank that may be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
-    source = PoolSource(nobody, pool.tables.to_kernel_tables(pool.max_rank, pool.dtype))
+    source = PoolSource(nobody, pool.tables.as_kernel_tables(pool.max_rank, pool.dtype))
     seeds = draw_seeds(nobody, None, draw=False)
     columns = pool.tables.columns_of_slots(ids)
     return Routing(pool.group, nobody, columns, seeds, source, captured=True)

@@ -74,22 +74,22 @@ class DoraScaleUpdater:
             # This stream may have written base weights.
             here = self._transfers.record_read_event_unless_capturing()
             self._transfers.order_writes_after_reads(events if here is None else [*events, here[0]])
-            with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered_writes():
+            with torch.inference_mode(False), torch.no_grad(), self._transfers.use_write_stream():
                 for loaded, rows in stale:
                     self._compute_scales(loaded, rows, stamps)
 
     def _find_stale_scales_and_stamps(
         self, dora: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
-        """Return the outdated scales of DoRA adapters, and stamps of the base weights' state.
+        """Return the outdated scales of DoRA adapters, and the version stamps of the base weights.
 
         Args:
             dora: Adapters on the device that use DoRA.
 
         Returns:
             A tuple (stale, stamps). ``stale`` contains a tuple (adapter, indices of the modules
-            that need new scales) for each of these adapters. ``stamps`` contains a record of the
-            current state of each module's base weight.
+            that need new scales) for each of these adapters. ``stamps`` contains a version stamp
+            for each module. The stamp identifies the current state of the module's base weight.
         """
         # DoRA is on linear layers only.
         stamps: list[Any] = [base_weight_stamp(x) if x.is_linear else () for x in self._layers]

@@ -187,10 +187,9 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """All loaded adapters.
+        """List of all adapters on the device.
 
-        These are the adapters on the device. Adapters that were replaced or removed are included
-        while they are leased.
+        Adapters that were replaced or removed are included while they are leased.
         """
         return [*self.device.values(), *self.retired]
 
@@ -302,7 +301,7 @@ class StorageTiers:
         """
         old, column = self.device.get(name), self._free_columns[-1]
         slot = self._free_slots[-1] if old is None else old.slot
-        with self._transfers.ordered_writes():
+        with self._transfers.use_write_stream():
             uploaded = self._transfers.upload(image)
             try:
                 self._tables.write_column(column, uploaded)
@@ -363,7 +362,7 @@ class StorageTiers:
         if loaded is not None:
             # Retire it first: captured graphs that still run look up its slot.
             self._free_memory_when_unleased(loaded)
-            with self._transfers.ordered_writes():
+            with self._transfers.use_write_stream():
                 self._tables.assign(loaded.slot, NO_COLUMN)
             self._free_slots.append(loaded.slot)
 
@@ -380,7 +379,7 @@ class StorageTiers:
     def _free(self, loaded: LoadedAdapter) -> None:
         # Later writes to this memory are ordered after the reads.
         self._transfers.order_writes_after_reads(loaded.reads.values())
-        with self._transfers.ordered_writes():
+        with self._transfers.use_write_stream():
             self._tables.clear_column(loaded.column)
         self._free_columns.append(loaded.column)
 

@@ -31,8 +31,11 @@ class DeviceTransfers:
 
     shares_memory = True
 
-    def ordered_writes(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that makes writes to adapters and tables run in order."""
+    def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager that selects the stream for writes to adapters and tables.
+
+        On a CPU, it does nothing.
+        """
         return contextlib.nullcontext()
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
@@ -40,7 +43,7 @@ class DeviceTransfers:
         return image
 
     def record_write_event(self) -> Any:
-        """Record an event after all writes so far, and return it.
+        """Record an event after all writes issued so far, and return the event.
 
         On a CPU, which needs no events, return None.
         """
@@ -57,7 +60,7 @@ class DeviceTransfers:
         """
 
     def record_read_event_unless_capturing(self) -> tuple[Any, Any] | None:
-        """Record an event after the reads so far, and return it with its stream.
+        """Record an event after all reads issued so far, and return the event and its stream.
 
         On a CPU, return None.
         """
@@ -82,8 +85,11 @@ class AsyncCudaTransfers(DeviceTransfers):
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def ordered_writes(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that makes writes run in order on the pool's stream."""
+    def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager that makes the pool's stream the current stream.
+
+        All writes to adapters and tables run on this stream, so they run in order.
+        """
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
@@ -93,7 +99,10 @@ class AsyncCudaTransfers(DeviceTransfers):
         return dataclasses.replace(image, data=data)
 
     def record_write_event(self) -> torch.cuda.Event:
-        """Record an event on the pool's stream, and return the event."""
+        """Record an event after all writes issued so far, and return the event.
+
+        The event is recorded on the pool's stream.
+        """
         event = torch.cuda.Event()
         event.record(self._stream)
         return event

@@ -28,7 +28,10 @@ def patch_activation_checkpointing() -> None:
     other = torch_checkpoint._checkpoint_without_reentrant_generator
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
-        """A `CheckpointFunction` that recomputes with the routing of the original forward pass."""
+        """A `CheckpointFunction` that recomputes activations with the original routing.
+
+        This is the routing that was active in the original forward pass.
+        """
 
         @classmethod
         def apply(cls, function: Callable[..., Any], *args: Any) -> Any:

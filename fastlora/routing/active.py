@@ -75,7 +75,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.adapters_block_checker(routing.ids.numel())
+        None if checks is None else checks.block_checker_if_needed(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:
@@ -114,7 +114,10 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def skip_batch_checks() -> Iterator[None]:
-    """Context manager that disables `check_batch_matches_ids` in this thread."""
+    """Context manager that skips checking whether a model's batch matches the adapter ids.
+
+    It disables `check_batch_matches_ids` in this thread.
+    """
     before, _thread.unchecked = _thread.unchecked, True
     try:
         yield
@@ -135,20 +138,22 @@ def check_batch_matches_ids(
     *,
     per_sample: bool = False,
 ) -> None:
-    """Raise `ValueError` unless the batch in a model's arguments matches the ids of the routing.
+    """Raise `ValueError` unless the number of adapter ids matches the size of a model's batch.
 
-    If ``per_sample`` is set, ids per token raise too, because the model will process further tokens
-    later, as in ``generate()``.
+    The size of the batch is read from the model's arguments. The ids are those of the active
+    routing of ``group``. If ``per_sample`` is set, one id per token is an error too, because the
+    model will process further tokens later, as in ``generate()``.
 
     Raises:
-        ValueError: The number of ids is neither the number of samples nor the number of tokens.
+        ValueError: The number of ids is neither the number of samples nor the number of tokens, or
+            ``per_sample`` is set and the number of ids is not the number of samples.
     """
     routing = _thread.by_group.get(group)
     if routing is None or _thread.unchecked:
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
     if not is_being_compiled() and routing.cache.row_checker is not None:
-        routing.cache.row_checker.record_model_inputs_in_order((*args, *kwargs.values()))
+        routing.cache.row_checker.mark_inputs_as_batch_ordered((*args, *kwargs.values()))
     x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
     if x is None or not x.dim():
         return

@@ -42,9 +42,10 @@ class AdapterSnapshot:
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record the state of a layer's adapters whose names are in ``names``.
+        """Record the state of a layer's adapters.
 
-        ``scaling`` maps the names to the layer's scalings.
+        ``names`` lists the adapters to record. Adapters that do not exist on the layer are skipped.
+        ``scaling`` maps the name of each adapter to its scaling in the layer.
         """
         modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -77,9 +78,9 @@ class AdapterSnapshot:
             self._memory.append(value.untyped_storage())
 
     def is_unchanged(self) -> bool:
-        """Return whether the adapters have not changed since their state was recorded.
+        """Return whether the adapters are unchanged since their state was recorded.
 
-        New hooks on a module are a change too.
+        A new forward hook on a module also counts as a change.
         """
         # One pass reads both: a tensor that was just read is still in the processor's cache.
         tensors = self._parameters

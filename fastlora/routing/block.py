@@ -19,7 +19,7 @@ from fastlora.routing.ids import (
     NO_ADAPTER,
     OUT_OF_RANGE,
     check_one_dimensional_integer_ids,
-    check_slots_on_cpu,
+    check_slots_and_move_to_cpu,
     names_and_slots,
 )
 from fastlora.routing.routers import Router, router_of
@@ -138,7 +138,7 @@ def routing_from_parameters(
         outside = (ids < NO_ADAPTER) | (ids >= len(known))
         names, slots = known, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
-        names, slots = known, check_slots_on_cpu(ids, known)
+        names, slots = known, check_slots_and_move_to_cpu(ids, known)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     whole = Routing(

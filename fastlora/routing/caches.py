@@ -20,7 +20,7 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, pack_fits
 from fastlora.ops.torch.packed_choice import BatchKind
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
-from fastlora.routing.row_checks import PartialBatchChecker
+from fastlora.routing.row_checks import AllRowsChecker
 from fastlora.weights_version import weights_versions
 
 # Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
@@ -95,15 +95,20 @@ class PackedAdapterSet:
         )
 
     def get_or_should_pack(
-        self, number: int, dtype: torch.dtype, kind: BatchKind
+        self, layer_number: int, dtype: torch.dtype, kind: BatchKind
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return a tuple (packed factors or None, whether the caller should pack them now)."""
-        key = (number, dtype, kind)
+        """Return the packed factors of a layer, and whether the caller should pack the factors now.
+
+        The result is a tuple. Its first item is None if no packed factors are stored, or if the
+        factors cannot be packed. Its second item is True only if none are stored and the same
+        factors were requested before.
+        """
+        key = (layer_number, dtype, kind)
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
             return pack, False
         for other in BatchKind:
-            pack = self._packs.get((number, dtype, other))
+            pack = self._packs.get((layer_number, dtype, other))
             if pack is not None and pack_fits(pack, dtype, kind):
                 self._packs[key] = pack
                 return pack, False
@@ -113,10 +118,14 @@ class PackedAdapterSet:
         return None, False
 
     def put(
-        self, number: int, dtype: torch.dtype, kind: BatchKind, pack: PackedLayerFactors | None
+        self,
+        layer_number: int,
+        dtype: torch.dtype,
+        kind: BatchKind,
+        pack: PackedLayerFactors | None,
     ) -> None:
         """Store the packed factors of a layer; ``pack`` is None if they cannot be packed."""
-        self._packs[(number, dtype, kind)] = pack
+        self._packs[(layer_number, dtype, kind)] = pack
 
     @property
     def packed_factors_nbytes(self) -> int:
@@ -131,7 +140,7 @@ class PackedAdapterSet:
 
 
 class AdapterSetCache:
-    """A model's cache of recently used adapter sets.
+    """A model's cache of the packed factors and address tables of recently used adapter sets.
 
     The cache also keeps references to objects that CUDA graphs read.
     """
@@ -214,4 +223,4 @@ class PerBlockCache:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
-    row_checker: PartialBatchChecker | None = None
+    row_checker: AllRowsChecker | None = None

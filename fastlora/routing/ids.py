@@ -27,7 +27,10 @@ def check_adapter_name(name: object) -> None:
             f"adapter_name cannot be {name!r}, which selects the base model without an adapter"
         )
     if hasattr(nn.ModuleDict, name):
-        raise ConfigError(f"adapter_name cannot be {name!r}, a method of nn.ModuleDict")
+        raise ConfigError(
+            f"adapter_name cannot be {name!r}, because nn.ModuleDict has an attribute of that "
+            "name; choose another name"
+        )
 
 
 def names_and_slots(
@@ -52,7 +55,8 @@ def names_and_slots(
     odd = next((name for name in ids if not (name is None or isinstance(name, str))), None)
     if odd is not None:
         raise TypeError(
-            f"ids contains {odd!r}, expected names or None values, or a tensor of slots"
+            f"ids contains {odd!r}; expected ids to contain only names and None, or to be a tensor "
+            "of slots"
         )
     wanted = [None if name == BASE else name for name in ids]
     present = {name for name in wanted if name is not None}
@@ -63,7 +67,7 @@ def names_and_slots(
         for name in wanted:
             if name is not None and name not in place:
                 raise AdapterNotFoundError(
-                    f"no adapter {name!r}; the loaded adapters are "
+                    f"there is no adapter named {name!r}; the loaded adapters are "
                     f"{list(loaded_names)[:20]}{near_names(str(name), loaded_names)}"
                 )
         names = tuple(sorted(present, key=place.__getitem__))
@@ -72,7 +76,7 @@ def names_and_slots(
     return names, torch.tensor(slots, dtype=torch.int64)
 
 
-def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
+def check_slots_and_move_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
     """Check that integer ids are valid slots, and return them on the CPU.
 
     An id is valid if it is -1 or names an occupied slot. The result is int64.
@@ -116,10 +120,11 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether the rows of each id are one slice of a shape's leading dimensions.
+    """Return whether each id's rows are consecutive, complete slices along one dimension.
 
-    Each id has an equal share of the flattened rows. For example, the result is False for 2 ids and
-    the shape ``[5, 2]``: the first 5 of the 10 rows would cover 2.5 entries of the first dimension.
+    ``shape`` contains the leading dimensions of a tensor. Each id has an equal share of the
+    flattened rows. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5
+    of the 10 rows would cover 2.5 slices along the first dimension.
     """
     for size in shape:
         if size % ids == 0:
@@ -131,11 +136,11 @@ def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
 
 
 class _PendingIdCheck(NamedTuple):
-    """A check of a batch's ids whose result has not been read yet.
+    """A pending check of a batch's adapter ids.
 
-    ``flag`` is true if an id is out of range, and ``message`` is the error message for this case.
-    ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
-    was on the CPU.
+    The result of the check has not been read yet. ``flag`` is true if an id is out of range, and
+    ``message`` is the error message for this case. ``arrived`` is the CUDA event recorded after the
+    flag's copy to the host, or None if the flag was on the CPU.
     """
 
     flag: torch.Tensor
@@ -144,9 +149,10 @@ class _PendingIdCheck(NamedTuple):
 
 
 class DeferredIdChecks:
-    """Checks of ids that are deferred to avoid synchronizing with the device.
+    """Deferred checks of adapter ids that are stored on the GPU.
 
-    They are the pending checks of batch ids on the GPU, collected without blocking the host.
+    Checks are deferred to avoid synchronizing with the device. Their results are read later,
+    without blocking the host.
     """
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,
@@ -158,10 +164,10 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a check, given a flag and the message of the error to raise if the flag is set.
+        """Add a check that fails with the given message if the given flag is set.
 
-        The flag is bool ``[1]``, and true if an id is out of range. Its copy to the host is
-        started.
+        The flag is a bool tensor ``[1]``. It is set if an id is out of range. If the flag is on
+        the GPU, this method starts to copy it to the host, and `check` reads the copy.
         """
         arrived = None
         if flag.is_cuda:

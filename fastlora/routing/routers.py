@@ -35,10 +35,10 @@ class Router(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return example routings for `warm_up` that cover every kernel of mixed batches.
+        """Return example routings for `warm_up` that cover every kernel used for mixed batches.
 
-        Each has one id. ``adapters`` is the largest number of adapters in a batch, or None for all
-        adapters. ``ranks`` lists the ranks of adapters, or is None for all of them.
+        Each routing has one id. ``adapters`` is the largest number of adapters in a batch, or None
+        for all adapters. ``ranks`` lists the ranks of adapters, or is None for all ranks.
         """
 
 
@@ -70,5 +70,5 @@ def router_of(model: object) -> Router:
             return router
     raise TypeError(
         "adapters() expects a LoraModel, a model with an AdapterPool, or a patched PEFT model, "
-        f"got a {type(model).__name__}"
+        f"but got a {type(model).__name__}"
     )

@@ -73,7 +73,7 @@ class RoutedLayerGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard results that this thread computed for layers that were not called afterwards."""
+        """Discard results that this thread computed in advance for layers that were not called."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -92,10 +92,10 @@ class RoutedLayerGroup(UncopiedCache):
         """
         if self._open:
             raise AdapterStateError(
-                f"{operation}() was called while {self._open} fastlora.adapters() or "
-                "adapter_names= blocks of this model are open in this thread or another. This "
-                "would remove, disable, or change adapters or weights that these blocks use. Call "
-                f"{operation}() after the blocks have ended"
+                f"{operation}() cannot be called while {self._open} fastlora.adapters() or "
+                "adapter_names= blocks for this model are open across all threads, because the "
+                "call would remove, disable, or change adapters or weights that these blocks use. "
+                f"Call {operation}() after the blocks have ended"
             )
 
 
@@ -187,12 +187,13 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raise an error if the sample dimension of ``x [..., K]`` does not match the ids.
+        """Raise an error if the shape of ``x [..., K]`` does not match the number of adapter ids.
 
-        The first dimension must be able to be the sample dimension.
+        The first dimension is expected to be the sample dimension. This method raises an error if
+        the shape rules that out.
 
         Raises:
-            ValueError: An id's rows would end within an entry of the leading dimensions.
+            ValueError: An id's rows would end inside a slice along one of the leading dimensions.
         """
         count = self.ids.numel()
         if not count or x.dim() < 3 or x.shape[0] % count == 0:
@@ -218,9 +219,9 @@ class Routing:
         return row_checker.order.pause_row_tracking()
 
     def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of layer ``number`` on a device.
+        """Return the dropout seeds of layer ``number`` as a tensor on the given device.
 
-        They are int64 ``[S]``. The seeds of all layers are copied to the device together.
+        The tensor is int64 ``[S]``. The seeds of all layers are copied to the device together.
         """
         key = (device, cuda_stream_handle(device))
         known = self.cache.seeds.get(key)

@@ -1,4 +1,4 @@
-"""Checks that every layer gets all rows of a mixed batch, in the order of the batch.
+"""Checks that every layer gets all rows of a mixed batch, in the same order as in the batch.
 
 A mixed batch gives a layer's rows to adapters by their position. That is wrong for an expert of a
 mixture, for any other layer with rows that the data chose, and for a layer over a table that all
@@ -62,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """Checks that the layers of a model get all rows of mixed batches.
+    """Checks that each layer of a model gets all rows of mixed batches, in batch order.
 
     The object also keeps the results so far.
 
@@ -91,8 +91,11 @@ class RowChecks:
                 root, name, layer
             )
 
-    def adapters_block_checker(self, num_ids: int) -> PartialBatchChecker | None:
-        """Return the context manager that checks a block's rows, or None if all layers are checked.
+    def block_checker_if_needed(self, num_ids: int) -> AllRowsChecker | None:
+        """Return a context manager that checks rows during a block, or None if none is needed.
+
+        No context manager is needed if each layer has been shown to get all rows, or is known to be
+        unsupported.
 
         Args:
             num_ids: Number of adapter ids of the block.
@@ -104,8 +107,8 @@ class RowChecks:
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return PartialBatchChecker(self, mode, None)
-        return PartialBatchChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
+            return AllRowsChecker(self, mode, None)
+        return AllRowsChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayer) -> str:
         """Return the name of a layer in the model."""
@@ -121,13 +124,13 @@ class RowChecks:
     def record_tracked_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record which layers ran in a block that tracked rows.
+        """Record which layers ran inside a row-tracking block.
 
-        The layers that ran got all rows.
+        The layers in ``ran`` got all rows.
 
         Args:
             mode: Whether the model trains.
-            ran: The layers that ran.
+            ran: The layers that ran in the block.
             even: Numbers of the layers whose rows were chosen by the data and happened to be in
                 order in this block. Their rows are tracked again in the next blocks, up to the
                 limit of 8 blocks.
@@ -170,7 +173,7 @@ class RowChecks:
         )
 
 
-class PartialBatchChecker:
+class AllRowsChecker:
     """Context manager that checks whether layers get all rows of a block's batch.
 
     Args:
@@ -186,7 +189,7 @@ class PartialBatchChecker:
         self._ran: dict[int, RoutedLayer] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> PartialBatchChecker:
+    def __enter__(self) -> AllRowsChecker:
         if self.order is not None:
             self.order.__enter__()
         return self
@@ -202,8 +205,8 @@ class PartialBatchChecker:
             if kind is None:
                 self._checks.record_tracked_block(self._mode, self._ran.values(), self._even)
 
-    def record_model_inputs_in_order(self, inputs: Iterable[object]) -> None:
-        """Record that the rows of a model's input tensors are in the order of the batch."""
+    def mark_inputs_as_batch_ordered(self, inputs: Iterable[object]) -> None:
+        """Record that the rows of a model's input tensors are in the same order as in the batch."""
         if self.order is not None:
             self.order.record_in_batch_order(inputs)
 
@@ -258,9 +261,9 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
     if reason is not None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
-        f"layer {name!r} looks like an expert in a mixture of experts, which would get only some "
-        "rows of the batch. It is not known yet whether the layer gets all rows. To check this, "
-        "run a mixed batch without torch.compile first. If the layer does not get all rows, "
+        f"layer {name!r} looks like an expert in a mixture of experts, and an expert gets only "
+        "some rows of a batch. It is not yet known whether this layer gets all rows. To check "
+        "this, run a mixed batch without torch.compile first. If the layer does not get all rows, "
         f"{advice}"
     )
 
@@ -269,7 +272,11 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 
 
 def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | None:
-    """Return the class name of a layer's outermost parent with layout ``[T, B, K]``, or None."""
+    """Return the class name of the outermost sequence-first module that contains a layer.
+
+    A sequence-first module computes in the layout ``[T, B, K]``. Returns None if no such module
+    contains the layer. ``name`` is the name of the layer in ``root``.
+    """
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -283,15 +290,15 @@ def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | No
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _ExpertFacts(NamedTuple):
-    """Facts about the last component of a module's path, used to detect experts.
+class _ExpertEvidence(NamedTuple):
+    """Evidence for or against a module being an expert in a mixture of experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
             including the module itself.
         is_named: Whether a module name or a class name contains "expert".
-        beside: Shapes of the parameters next to these modules, which would include the weight of a
-            router.
+        beside: Shapes of the parameters next to this module and its parent. The weight of a router
+            would be one of these parameters.
     """
 
     alike: int
@@ -310,7 +317,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._facts: dict[tuple[str, bool], _ExpertFacts] = {}
+        self._facts: dict[tuple[str, bool], _ExpertEvidence] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert.
@@ -331,46 +338,50 @@ class _ExpertDetector:
             key = at, child is layer
             facts = self._facts.get(key)
             if facts is None:
-                facts = self._facts[key] = self._expert_facts(modules, names, child is layer)
+                facts = self._facts[key] = self._expert_evidence(modules, names, child is layer)
             if facts.alike > 1 and (facts.is_named or (facts.alike, width) in facts.beside):
                 return True
         return False
 
-    def _expert_facts(
+    def _expert_evidence(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
-    ) -> _ExpertFacts:
-        """Return facts about the last component of a module's path.
+    ) -> _ExpertEvidence:
+        """Return the evidence for or against the last module of a path being an expert.
 
-        ``at_layer`` tells whether the path ends at a layer.
+        ``modules`` and ``names`` are the modules of the path and their names. ``at_layer`` tells
+        whether the path ends at a layer.
         """
         parent, child = modules[-2:]
         alike = self._count_alike_by_child(parent)[names[-1]]
         if alike == 1:
-            return _ExpertFacts(alike, False, set())
+            return _ExpertEvidence(alike, False, set())
         words = [names[-1], _class_name(child)]
         if not at_layer or isinstance(parent, _LISTS):
             words += [names[-2], _class_name(parent)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
-        return _ExpertFacts(alike, "expert" in " ".join(words).lower(), beside)
+        return _ExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count_alike_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Map each child's name to the number of children with the same structure."""
+        """Return a dict that maps each child's name to the number of children with its structure.
+
+        Each number includes the child itself.
+        """
         known = self._counts.get(id(parent))
         if known is None:
             numbers: dict[str, int] = {}
             for name, child in parent._modules.items():
                 if child is not None:
-                    numbers[name] = self._structure_number(child)
+                    numbers[name] = self._base_structure_number(child)
             counts = Counter(numbers.values())
             known = {name: counts[number] for name, number in numbers.items()}
             self._counts[id(parent)] = known
         return known
 
-    def _structure_number(self, module: nn.Module) -> int:
-        """Return a number that identifies the structure of a module.
+    def _base_structure_number(self, module: nn.Module) -> int:
+        """Return a number that identifies the structure of a module without its adapters.
 
         Two modules have the same structure if they have the same class, parameters of the same
-        names and shapes, and children of the same names and structures. Adapters are ignored.
+        names and shapes, and children of the same names and structures.
         """
         known = self._known.get(id(module))
         if known is None:
@@ -382,7 +393,7 @@ class _ExpertDetector:
                     structure.append((name, tuple(parameter.shape)))
             for name, child in base._modules.items():
                 if child is not None and not name.startswith("lora_"):
-                    structure.append((name, self._structure_number(child)))
+                    structure.append((name, self._base_structure_number(child)))
             known = self._numbers.setdefault(tuple(structure), len(self._numbers))
             self._known[id(module)] = known
         return known

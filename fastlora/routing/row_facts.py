@@ -1,4 +1,4 @@
-"""Facts about the origin and order of tensors' rows, recorded per storage.
+"""Information about the origin and order of tensors' rows, recorded per storage.
 
 Views share their storage, so they need no record of their own.
 """
@@ -41,10 +41,10 @@ class RowOriginKind(enum.Enum):
     CHOICE = enum.auto()
 
 
-class RowFacts(NamedTuple):
-    """The known facts about a tensor's rows, such as their origin.
+class RowOriginFacts(NamedTuple):
+    """What is known about the origin of a tensor's rows.
 
-    They are the origin of the rows in a storage and, if known, the sample that each row belongs to.
+    It includes, if known, the sample of the batch that each row belongs to.
 
     Attributes:
         kind: The kind of the rows.
@@ -65,19 +65,19 @@ class RowFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """The facts about the rows in a tensor's storage.
+    """Information about the rows in a tensor's storage.
 
     A weak reference to the storage prevents its key from being reused.
     """
 
     storage: StorageWeakRef
-    facts: RowFacts
+    facts: RowOriginFacts
 
 
 ROWS, TABLE, CONSTANT = (
-    RowFacts(RowOriginKind.ROWS),
-    RowFacts(RowOriginKind.TABLE),
-    RowFacts(RowOriginKind.CONSTANT),
+    RowOriginFacts(RowOriginKind.ROWS),
+    RowOriginFacts(RowOriginKind.TABLE),
+    RowOriginFacts(RowOriginKind.CONSTANT),
 )
 # Kinds with rows in the order of the batch, and kinds without rows of the batch.
 ORDERED = (RowOriginKind.ROWS, RowOriginKind.EVEN)
@@ -92,7 +92,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table of the facts about the rows of every tensor in a block.
+    """A table of information about the rows of every tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -103,8 +103,11 @@ class RowFactsTable:
         self._by_storage: dict[int, StorageFacts] = {}
         self._next_drop = _FIRST_DROP
 
-    def facts_of(self, tensor: torch.Tensor) -> RowFacts:
-        """Return what is known about the rows of a tensor, by its storage."""
+    def facts_of(self, tensor: torch.Tensor) -> RowOriginFacts:
+        """Return what is known about the rows of a tensor.
+
+        The information is looked up by the tensor's storage.
+        """
         entry = self._by_storage.get(storage_key(tensor))
         if entry is not None:
             return entry.facts
@@ -118,8 +121,8 @@ class RowFactsTable:
         origin = self.facts_of(tensor).origin
         return storage_key(tensor) if origin is None else origin
 
-    def put(self, out: object, facts: RowFacts) -> None:
-        """Record facts about the tensor, or the sequence of tensors, that an operator returned."""
+    def put(self, out: object, facts: RowOriginFacts) -> None:
+        """Record information about the tensor or tensors that an operator returned."""
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -155,9 +158,9 @@ class RowFactsTable:
         return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the sample of each row of a result computed from ``source``, or None if unknown.
+        """Return the sample that each row of a result belongs to, or None if unknown.
 
-        The result was computed row by row.
+        The result ``out`` was computed row by row from ``source``.
         """
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
@@ -165,16 +168,16 @@ class RowFactsTable:
         if known is None or storage_key(out) == storage_key(source):
             return known
         lead = max(out.dim() - 1, 1)
-        if source.shape[:lead] != out.shape[:lead] or not row_samples.covers_storage_contiguously(
-            out
-        ):
+        if source.shape[:lead] != out.shape[
+            :lead
+        ] or not row_samples.is_contiguous_and_covers_storage(out):
             return None
         found = self.samples(source, lead)
         return None if found is None else found.flatten()
 
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
-    ) -> RowFacts:
+    ) -> RowOriginFacts:
         """Build the row facts from the sample that each row belongs to.
 
         The rows were selected by an index.
@@ -182,15 +185,19 @@ class RowFactsTable:
         Args:
             samples: The samples, or None if they are unknown.
             origin: The key of the index.
-            fixed: See `RowFacts`.
+            fixed: See `RowOriginFacts`.
         """
         if samples is not None and row_samples.is_in_order(samples, self.count):
-            return ROWS if fixed else RowFacts(RowOriginKind.EVEN)
+            return ROWS if fixed else RowOriginFacts(RowOriginKind.EVEN)
         found = None if samples is None else samples.flatten()
-        return RowFacts(RowOriginKind.CHOSEN, origin, None, found, fixed)
+        return RowOriginFacts(RowOriginKind.CHOSEN, origin, None, found, fixed)
 
-    def same_in_every_batch(self, *tensors: torch.Tensor) -> bool:
-        """Return whether the rows of all given tensors are fixed (the same in every batch)."""
+    def have_same_samples_in_every_batch(self, *tensors: torch.Tensor) -> bool:
+        """Return whether the rows of all given tensors belong to the same samples in every batch.
+
+        The result is False if any of the tensors has a row that may belong to different samples in
+        different batches.
+        """
         found = map(self.facts_of, tensors)
         return all(
             facts.fixed or facts.kind not in (RowOriginKind.EVEN, RowOriginKind.CHOSEN)
@@ -202,7 +209,10 @@ class RowFactsTable:
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard the facts about a tensor. Its rows are then treated as the batch's, in order."""
+        """Discard what is known about the rows of a tensor.
+
+        Its rows are then treated as the rows of the batch, in the same order.
+        """
         self._by_storage.pop(storage_key(tensor), None)
 
 
@@ -218,7 +228,7 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield each tensor in ``value``, including nested tensors.
+    """Yield each tensor in ``value``, including tensors in nested containers.
 
     Tuples, lists, and dicts are searched.
     """

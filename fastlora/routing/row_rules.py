@@ -1,7 +1,7 @@
 """Rules for each operator's effect on the rows of a batch; see `fastlora.routing.row_tracking`.
 
-A rule is a function that returns the `RowFacts` about an operator's result, or None to leave them
-unchanged.
+A rule is a function that returns the `RowOriginFacts` about an operator's result, or None to leave
+them unchanged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastlora.routing.row_facts import (
     ROWS,
     TABLE,
     TABLES,
-    RowFacts,
     RowFactsTable,
+    RowOriginFacts,
     RowOriginKind,
     tensors_in,
 )
@@ -33,14 +33,14 @@ aten = torch.ops.aten
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
-Rule = Callable[[RowFactsTable, Arguments, Any], "RowFacts | None"]
+Rule = Callable[[RowFactsTable, Arguments, Any], "RowOriginFacts | None"]
 # Copies of a COUNTED index that are COUNTED too.
 _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 
 
 def result_row_facts_if_changed(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
-) -> RowFacts | None:
+) -> RowOriginFacts | None:
     """Apply an operator's rule; return the facts about the result, or None if nothing changes."""
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
@@ -48,7 +48,7 @@ def result_row_facts_if_changed(
 
 def _default_rule(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
-) -> RowFacts | None:
+) -> RowOriginFacts | None:
     """Apply the default rule, for operators that are not in `_RULES`."""
     operands = list(tensors_in((args, kwargs)))
     # A view shares its storage and its facts, but parameters have no entry.
@@ -66,10 +66,12 @@ def _default_rule(
         kind = RowOriginKind.CONSTANT
     origin = facts.origin if operand.is_floating_point() else known.origin_key(operand)
     samples = known.samples_of_result(operand, out) if kind is RowOriginKind.CHOSEN else None
-    return RowFacts(kind, origin, facts.inverse, samples, facts.fixed)
+    return RowOriginFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
 
-def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: object) -> RowFacts:
+def _combined_facts(
+    known: RowFactsTable, operands: list[torch.Tensor], out: object
+) -> RowOriginFacts:
     """Return the facts about a result that combines rows of several operands."""
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
@@ -84,19 +86,21 @@ def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: obj
         # Rows that the rules have lost are taken to be in order if they are added to rows of the
         # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
-            return RowFacts(full[0])
-        fixed = known.same_in_every_batch(*operands)
-        return RowFacts(RowOriginKind.CHOSEN, known.facts_of(chosen).origin, None, samples, fixed)
+            return RowOriginFacts(full[0])
+        fixed = known.have_same_samples_in_every_batch(*operands)
+        return RowOriginFacts(
+            RowOriginKind.CHOSEN, known.facts_of(chosen).origin, None, samples, fixed
+        )
     if all(kind in TABLES for kind in kinds):
         return TABLE if RowOriginKind.TABLE in kinds else CONSTANT
     return (
-        RowFacts(RowOriginKind.EVEN)
+        RowOriginFacts(RowOriginKind.EVEN)
         if RowOriginKind.EVEN in kinds and RowOriginKind.ROWS not in full
         else ROWS
     )
 
 
-def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowFacts:
+def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowOriginFacts:
     """Return the known facts about the rows that the indices select from a source.
 
     There is one index per dimension.
@@ -123,7 +127,7 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     samples = known.samples(source, row_samples.indexed_dimensions(indices))
     if samples is not None:
         samples = row_samples.selected_samples(samples, indices)
-    fixed = known.are_data_independent(*indices) and known.same_in_every_batch(source)
+    fixed = known.are_data_independent(*indices) and known.have_same_samples_in_every_batch(source)
     return known.facts_from_samples(samples, known.origin_key(index), fixed=fixed)
 
 
@@ -136,20 +140,22 @@ def _counts_up_through_all_rows(
     return not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())
 
 
-def _table_lookup_facts(known: RowFactsTable, kind: RowOriginKind, indices: Indices) -> RowFacts:
+def _table_lookup_facts(
+    known: RowFactsTable, kind: RowOriginKind, indices: Indices
+) -> RowOriginFacts:
     """Return the facts about rows looked up in a table, based on the facts about the indices."""
     if known.are_data_independent(*indices):
         return TABLE if kind is RowOriginKind.TABLE else CONSTANT
     if kind is RowOriginKind.IDENTITY:
-        return RowFacts(RowOriginKind.CHOICE)
+        return RowOriginFacts(RowOriginKind.CHOICE)
     for index in indices:
         own = ROWS if index is None else known.facts_of(index)
         if own.kind is RowOriginKind.CHOSEN and index is not None:
             samples = known.samples(index, index.dim())
             found = None if samples is None else samples.flatten()
-            return RowFacts(own.kind, own.origin, None, found, own.fixed)
+            return RowOriginFacts(own.kind, own.origin, None, found, own.fixed)
         if own.kind is RowOriginKind.EVEN:
-            return RowFacts(RowOriginKind.EVEN)
+            return RowOriginFacts(RowOriginKind.EVEN)
     return ROWS
 
 
@@ -160,8 +166,8 @@ def _facts_after_write(
     values: object,
     *,
     adds: bool = False,
-) -> RowFacts:
-    """Return the facts about ``dest`` after ``values`` have been written to it at ``indices``."""
+) -> RowOriginFacts:
+    """Return what is known about ``dest`` after ``values`` are written to it at ``indices``."""
     index = next((index for index in indices if index is not None), None)
     facts, brought = known.facts_of(dest), CONSTANT
     if isinstance(values, torch.Tensor) and values.dim():
@@ -172,16 +178,18 @@ def _facts_after_write(
     origin = known.origin_key(index)
     if brought.kind is RowOriginKind.COUNTED and first:
         # The result is the inverse of the index.
-        return RowFacts(RowOriginKind.CONSTANT, None, origin)
+        return RowOriginFacts(RowOriginKind.CONSTANT, None, origin)
     if facts.kind not in TABLES and facts.samples is None:
         return facts
     if brought.kind in TABLES:
         if facts.samples is not None:
             return facts
         # Numbers at places that data chose are the weights of a choice.
-        return facts if known.are_data_independent(*indices) else RowFacts(RowOriginKind.CHOICE)
+        return (
+            facts if known.are_data_independent(*indices) else RowOriginFacts(RowOriginKind.CHOICE)
+        )
     if not first:
-        return RowFacts(brought.kind, brought.origin)
+        return RowOriginFacts(brought.kind, brought.origin)
     if brought.kind is RowOriginKind.CHOICE:
         return brought
     if brought.kind is RowOriginKind.ROWS and _counts_up_through_all_rows(known, index, dest):
@@ -189,16 +197,19 @@ def _facts_after_write(
     back = brought.kind is RowOriginKind.CHOSEN and brought.origin == origin
     samples = _samples_after_write(known, dest, facts.samples, indices, values, adds)
     if samples is None:
-        return ROWS if back else RowFacts(RowOriginKind.CHOSEN, origin)
-    fixed = known.same_in_every_batch(dest) and (
+        return ROWS if back else RowOriginFacts(RowOriginKind.CHOSEN, origin)
+    fixed = known.have_same_samples_in_every_batch(dest) and (
         back
-        or (known.are_data_independent(*indices) and known.same_in_every_batch(*tensors_in(values)))
+        or (
+            known.are_data_independent(*indices)
+            and known.have_same_samples_in_every_batch(*tensors_in(values))
+        )
     )
     if not row_samples.is_in_order(samples, known.count, blanks=True):
-        return RowFacts(RowOriginKind.CHOSEN, origin, None, samples.flatten(), fixed)
+        return RowOriginFacts(RowOriginKind.CHOSEN, origin, None, samples.flatten(), fixed)
     if fixed and row_samples.is_in_order(samples, known.count):
         return ROWS  # Every row is back where it came from.
-    return RowFacts(RowOriginKind.EVEN, None, None, samples.flatten(), fixed)
+    return RowOriginFacts(RowOriginKind.EVEN, None, None, samples.flatten(), fixed)
 
 
 def _samples_after_write(
@@ -211,7 +222,9 @@ def _samples_after_write(
 ) -> torch.Tensor | None:
     """Return the sample of each row of ``dest`` after the write, or None if unknown."""
     lead = row_samples.indexed_dimensions(indices)
-    if not row_samples.covers_storage_contiguously(dest) or not isinstance(values, torch.Tensor):
+    if not row_samples.is_contiguous_and_covers_storage(dest) or not isinstance(
+        values, torch.Tensor
+    ):
         return None
     before: torch.Tensor | None = row_samples.no_samples(dest.shape[:lead])
     if held is not None:
@@ -226,12 +239,12 @@ def _samples_after_write(
 
 
 def _rows_from_argument(which: int) -> Rule:
-    """Return the rule for operators that take their rows from argument ``which``.
+    """Return the rule for operators that take their rows from the argument at index ``which``.
 
     `mm` is an example.
     """
 
-    def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+    def rule(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
         source = args[which]
         facts = known.facts_of(source)
         others = [tensor for tensor in tensors_in(args) if tensor is not source]
@@ -241,15 +254,15 @@ def _rows_from_argument(which: int) -> Rule:
             # One product for the whole batch chooses rows; a product for each sample does not.
             whole = source.dim() == 2 or source.shape[0] == 1
             rows = any(known.facts_of(tensor).kind in ORDERED for tensor in others)
-            return RowFacts(RowOriginKind.CHOSEN) if whole and rows else ROWS
-        return RowFacts(
+            return RowOriginFacts(RowOriginKind.CHOSEN) if whole and rows else ROWS
+        return RowOriginFacts(
             facts.kind, facts.origin, None, known.samples_of_result(source, out), facts.fixed
         )
 
     return rule
 
 
-def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for dtype conversions.
 
     If integers or bools of the batch are converted to floats, the result counts as a `CHOICE`.
@@ -259,16 +272,16 @@ def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowFac
     whole = not (source.is_floating_point() or source.is_complex())
     is_float = isinstance(out, torch.Tensor) and out.is_floating_point()
     if whole and is_float and facts.kind in ORDERED:
-        return RowFacts(RowOriginKind.CHOICE)
+        return RowOriginFacts(RowOriginKind.CHOICE)
     samples = known.samples_of_result(source, out) if facts.kind is RowOriginKind.CHOSEN else None
     return facts._replace(samples=samples)
 
 
-def _index(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _index(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     return _selected_facts(known, args[0], args[1])
 
 
-def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `copy_`.
 
     The operator fills a tensor or a part of one.
@@ -282,12 +295,12 @@ def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None
     return facts._replace(samples=known.samples_of_result(source, dest) if whole else None)
 
 
-def _index_put(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _index_put(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     dest, indices, values, *adds = args
     return _facts_after_write(known, dest, indices, values, adds=bool(adds and adds[0]))
 
 
-def _index_select(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _index_select(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `index_select`."""
     source, dim, index = args[:3]
     if not source.dim():
@@ -295,7 +308,7 @@ def _index_select(known: RowFactsTable, args: Arguments, out: object) -> RowFact
     return _selected_facts(known, source, [None] * (dim % source.dim()) + [index])
 
 
-def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `gather`.
 
     The operator selects whole rows only along the first dimension.
@@ -303,7 +316,7 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | No
     source, dim, index = args[:3]
     facts = known.facts_of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
-        return RowFacts(
+        return RowOriginFacts(
             facts.kind, facts.origin, None, known.samples_of_result(source, out), facts.fixed
         )
     return _selected_facts(known, source, [_unexpanded_row_index(index)])
@@ -315,7 +328,7 @@ def _write_along(adds: bool) -> Rule:
     These operators write along a dimension.
     """
 
-    def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+    def rule(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
         dest, dim, index, values = args[:4]
         if not dest.dim():
             return None
@@ -336,25 +349,29 @@ def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
     return index
 
 
-def _take_or_masked_select(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _take_or_masked_select(
+    known: RowFactsTable, args: Arguments, out: object
+) -> RowOriginFacts | None:
     """Apply the rule for `take` and `masked_select`, which select elements rather than rows."""
     source, index = args[:2]
     facts = known.facts_of(source)
     return (
-        facts if facts.kind in TABLES else RowFacts(RowOriginKind.CHOSEN, known.origin_key(index))
+        facts
+        if facts.kind in TABLES
+        else RowOriginFacts(RowOriginKind.CHOSEN, known.origin_key(index))
     )
 
 
-def _masked_scatter(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _masked_scatter(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     dest, mask, values = args[:3]
     return _facts_after_write(known, dest, [mask.expand(dest.shape)], values)
 
 
-def _embedding(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _embedding(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     return _selected_facts(known, args[0], [args[1]])
 
 
-def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `nonzero`.
 
     The operator returns the positions that a mask selects.
@@ -368,7 +385,9 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | N
     return known.facts_from_samples(samples, known.origin_key(mask), fixed=False)
 
 
-def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
+def _sort(
+    known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]
+) -> RowOriginFacts | None:
     """Apply the rule for `sort`.
 
     The permutation that sorts an index is the inverse of the index.
@@ -380,7 +399,9 @@ def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) ->
     return None
 
 
-def _topk(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
+def _topk(
+    known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]
+) -> RowOriginFacts | None:
     """Apply the rule for `topk`.
 
     For a vector, the returned indices select the returned values.
@@ -403,7 +424,7 @@ def _cat_or_stack(stacks: bool) -> Rule:
     Joining selected rows may restore the batch order.
     """
 
-    def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+    def rule(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
         parts = [part for part in args[0] if part.numel()] or list(args[0])
         facts = _combined_facts(known, parts, out)
         dim = args[1] if len(args) > 1 else 0
@@ -424,7 +445,9 @@ def _cat_or_stack(stacks: bool) -> Rule:
     return rule
 
 
-def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _elementwise_product(
+    known: RowFactsTable, args: Arguments, out: object
+) -> RowOriginFacts | None:
     """Apply the rule for elementwise products.
 
     A `CHOICE` times weights is still a `CHOICE`.
@@ -432,11 +455,11 @@ def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> 
     operands = list(tensors_in(args))
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     if RowOriginKind.CHOICE in kinds and RowOriginKind.CHOSEN not in kinds:
-        return RowFacts(RowOriginKind.CHOICE)
+        return RowOriginFacts(RowOriginKind.CHOICE)
     return _combined_facts(known, operands, out)
 
 
-def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
+def _where(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `where`.
 
     A condition that selects between constants yields a `CHOICE`.
@@ -445,13 +468,13 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
     if known.facts_of(condition).kind in ORDERED and known.are_data_independent(
         *tensors_in(branches)
     ):
-        return RowFacts(RowOriginKind.CHOICE)
+        return RowOriginFacts(RowOriginKind.CHOICE)
     return _combined_facts(known, list(tensors_in(args)), out)
 
 
 def _constant_rule(kind: RowOriginKind) -> Rule:
     """Return the rule for operators that always return rows whose origin is ``kind``."""
-    return lambda known, args, out: RowFacts(kind)
+    return lambda known, args, out: RowOriginFacts(kind)
 
 
 _RULES: dict[Any, Rule] = {

@@ -24,11 +24,11 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
-    """Return the sample of each row, given that the rows are in order.
+    """Return the sample that each row belongs to if the rows are in the order of the batch.
 
-    The rows are in the order of the batch. Row r of R belongs to sample ``r * num_samples // R``,
-    as a layer in a mixed batch assumes. Returns None if R, the number of elements of ``shape``, is
-    zero or is not a multiple of ``num_samples``.
+    Row r of R then belongs to sample ``r * num_samples // R``, as a layer in a mixed batch assumes.
+    R is the number of elements of ``shape``. Returns None if R is zero or is not a multiple of
+    ``num_samples``.
     """
     rows = math.prod(shape)
     if not rows or rows % num_samples:
@@ -55,7 +55,10 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
-    """Return whether a later dimension has a larger stride than the first, as after a permute."""
+    """Return whether a later dimension has a larger stride than the first dimension.
+
+    This is the case after a permute, for example.
+    """
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -90,7 +93,7 @@ def storage_numel(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
-def covers_storage_contiguously(tensor: torch.Tensor) -> bool:
+def is_contiguous_and_covers_storage(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is contiguous and covers its whole storage."""
     return tensor.is_contiguous() and tensor.numel() == storage_numel(tensor)
 
@@ -104,7 +107,10 @@ def indexed_dimensions(indices: Indices) -> int:
 
 
 def copy_indices_to_cpu(indices: Indices) -> list[torch.Tensor | None] | None:
-    """Return a list of the indices on the CPU, or None if any index cannot be read."""
+    """Copy the indices to the CPU, and return the copies as a list.
+
+    Returns None if the host cannot read the values of an index.
+    """
     if not all(index is None or host_can_read_values(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]

@@ -57,11 +57,11 @@ class AdapterVersion(RegisteredAdapter):
 
 
 class ServedAdapters:
-    """The adapters that a server offers, each with its current version.
+    """The adapters that a server offers.
 
-    A request keeps its version from beginning to end. If the version is replaced or unloaded
-    meanwhile, it is removed from the pool when its last request has ended. Any thread may call any
-    method.
+    Each adapter has a current version. A request keeps its version from beginning to end. If the
+    version is replaced or unloaded meanwhile, it is removed from the pool when its last request has
+    ended. Any thread may call any method.
 
     Args:
         pool: The pool that loads the adapters.
@@ -254,7 +254,7 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether an adapter needs a new version for files with this fingerprint.
+        """Return whether files with this fingerprint require a new version of an adapter.
 
         If so, a scan must register the new version.
         """

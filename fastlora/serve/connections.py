@@ -41,9 +41,9 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on connections, such as their number and their deadlines.
+    """Limits on connections, such as client deadlines and the maximum number of connections.
 
-    A connection that misses a deadline is closed.
+    A connection is closed if its client misses a deadline.
 
     Attributes:
         max_connections: Maximum number of open connections.
@@ -123,9 +123,9 @@ class OpenConnections:
 
 
 class DeadlineProtocol(H11Protocol):
-    """An HTTP protocol that closes a connection when it misses a deadline.
+    """An HTTP protocol that closes a connection when the client misses a deadline.
 
-    It is uvicorn's protocol. The deadline applies while a connection waits for its client.
+    It extends uvicorn's protocol. A deadline applies while a connection waits for its client.
     """
 
     def __init__(self, every: OpenConnections, **given: Any) -> None:
@@ -209,7 +209,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def restart_if_event_changed(self, waits: AwaitedEventKind | None) -> None:
-        """Restart the deadline if the connection now waits for a different event."""
+        """Reset the deadline if the connection is now waiting for a different event."""
         if waits is self.waits:
             return
         if self.waits is not None and self._timer is not None:

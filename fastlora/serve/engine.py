@@ -87,7 +87,7 @@ class Engine:
         sampling: SamplingParams,
         on_chunk: Callable[[AnswerChunk], None],
     ) -> EngineRequest:
-        """Add a request for a prompt to the queue, and return the request.
+        """Create a request to process a prompt, add it to the queue, and return it.
 
         Args:
             prompt: Tokens of the prompt.
@@ -180,8 +180,8 @@ class Engine:
         if room < (sampling.max_tokens or 1):
             asked = "" if sampling.max_tokens is None else f" and max_tokens={sampling.max_tokens}"
             raise ConfigError(
-                f"the prompt has {len(prompt)} tokens{asked}; prompt and answer together can have "
-                f"at most {self.length} tokens"
+                f"the prompt has {len(prompt)} tokens{asked}; the prompt and the answer together "
+                f"can have at most {self.length} tokens"
             )
         most = room if sampling.max_tokens is None else sampling.max_tokens
         return replace(sampling, max_tokens=most)
@@ -291,10 +291,11 @@ class Engine:
     def _release_adapter_and_report_error(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report an error unless the request has ended.
+        """Release a request's adapter, and report the request's error or cancellation.
 
-        The error is reported to the request's ``on_chunk`` function. Without ``error``, the
-        reported error says that the request was canceled.
+        Nothing is reported if the request has already ended. Otherwise, the error is reported to
+        the request's ``on_chunk`` function. Without ``error``, the reported error says that the
+        request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

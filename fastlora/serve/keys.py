@@ -99,7 +99,7 @@ def resolve_key(
     if key is None:
         return None
     if not key:
-        raise ConfigError(f"{source} is empty, expected a key; to use no key, leave it unset")
+        raise ConfigError(f"{source} is empty, expected a key; leave it unset to run without a key")
     if key != key.strip() or not key.isprintable():
         raise ConfigError(
             f"{source} has whitespace around the key or contains unprintable characters"
@@ -115,7 +115,8 @@ def _read_key_file(option: str, file: Path) -> str:
         raise ConfigError(f"{option}-file {file}: {error.strerror}") from error
     if len(data) > _MOST_BYTES:
         raise ConfigError(
-            f"{option}-file {file} has more than {_MOST_BYTES} bytes, which is too long for a key"
+            f"{option}-file {file} is larger than {_MOST_BYTES} bytes, the maximum size of a key "
+            "file; it must contain only the key"
         )
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")

@@ -18,7 +18,7 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class LoadingApp:
-    """An ASGI application that forwards requests to another application once that one is ready.
+    """An ASGI application that forwards requests to another application once the latter is ready.
 
     Until then, each request gets status 503 with ``Retry-After``.
 

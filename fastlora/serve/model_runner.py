@@ -160,7 +160,10 @@ class ModelRunner:
             )
         most = max_positions(model.config)
         if length is not None and most is not None and length > most:
-            raise ConfigError(f"a length of {length} tokens exceeds the model's maximum of {most}")
+            raise ConfigError(
+                f"the maximum length of a prompt and its answer is set to {length} tokens, but the "
+                f"model supports at most {most}; set it to {most} or less"
+            )
         self.length = length or min(most or 2048, 2048)
         self.cache = RowKVCache(rows, self.length)
         self._model = model
@@ -169,7 +172,7 @@ class ModelRunner:
     def last_token_logits(
         self, first: int, starts: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Return the logits at the last token of each row, fp32 ``[n, V]``.
+        """Return the logits at the last token of each row as an fp32 tensor ``[n, V]``.
 
         Args:
             first: The first of n adjacent rows.
@@ -208,10 +211,10 @@ class ModelRunner:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of positions of a model, or None if there is no limit.
+    """Return the maximum number of positions that a model supports, or None if there is no limit.
 
-    It applies to each request. Raises `UnsupportedLayerError` if the model caches something other
-    than keys and values.
+    The maximum applies to each request. Raises `UnsupportedLayerError` if the model caches
+    something other than keys and values.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}

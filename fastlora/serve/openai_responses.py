@@ -23,10 +23,10 @@ from fastlora.validation import FastLoraError
 _T = TypeVar("_T")
 
 
-class AnswerChunkStream:
-    """A stream of the chunks of an answer.
+class EngineAnswerStream:
+    """A stream of an answer's chunks, which a coroutine receives from the engine.
 
-    A coroutine receives the chunks from the engine. Raises the errors of `Engine.submit`.
+    Creating a stream submits the request, and raises the errors of `Engine.submit`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EventStreamResponse(StreamingResponse):
     If the client disconnects, the request is canceled.
     """
 
-    def __init__(self, answer: AnswerChunkStream, events: AsyncIterator[str]) -> None:
+    def __init__(self, answer: EngineAnswerStream, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._answer = answer
 
@@ -74,7 +74,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 class AnswerFormat(abc.ABC):
-    """Base class of the JSON formats of an answer."""
+    """Base class for the JSON formats in which an answer is returned."""
 
     prefix, kind, chunk_kind = "", "", ""
 
@@ -88,7 +88,7 @@ class AnswerFormat(abc.ABC):
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream_events(
-        self, answer: AnswerChunkStream, first: AnswerChunk, usage: bool
+        self, answer: EngineAnswerStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
         """Yield the events of a stream. With ``usage``, the last chunk has the token counts."""
         chunk = first

@@ -77,7 +77,8 @@ class PromptTokenizer:
         if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
             raise ConfigError(
                 f"the prompt has {len(text)} characters, which is more than {self._length} tokens "
-                f"can hold; prompt and answer together can have at most {self._length} tokens"
+                "can hold; the prompt and the answer together can have at most "
+                f"{self._length} tokens"
             )
         # With a list, the tokenizer lets other threads run.
         ids = self._tokenizer(

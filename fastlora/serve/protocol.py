@@ -82,7 +82,10 @@ class StreamOptions(_Body):
 
 
 class GenerationBody(_Body):
-    """Base class of completion and chat completion request bodies, with the shared fields."""
+    """Base class for the request bodies of completions and chat completions.
+
+    It defines the fields that both have in common.
+    """
 
     ignored_defaults = _IGNORED_DEFAULTS
 
@@ -233,9 +236,10 @@ def _json_equal(value: object, other: object) -> bool:
 
 
 def check_no_surrogates(name: str, text: str) -> None:
-    """Raise `ConfigError` if a text contains a surrogate character.
+    """Raise `ConfigError` if a string contains a surrogate code point.
 
-    An unpaired surrogate cannot be encoded in UTF-8.
+    A surrogate code point cannot be encoded in UTF-8. ``name`` is the name of the field, for the
+    error message.
     """
     try:
         text.encode()

@@ -67,9 +67,11 @@ class PersistentAdaptersBlock:
 
 
 class RunningBatch:
-    """The batch of running requests, which processes their prompts and generates their tokens.
+    """The batch of running requests.
 
-    ``ended`` is called with each request that leaves the batch and its error, if any.
+    The batch processes the prompts of the requests, and generates their tokens. When a request
+    leaves the batch, ``ended`` is called with the request and its error, or None if there is no
+    error.
 
     Attributes:
         jobs: The requests, each at the index of its row: first the requests that generate tokens,
@@ -123,7 +125,11 @@ class RunningBatch:
             self._forward_rows(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
-        """Return the requests to prefill next: one long prompt or several short prompts."""
+        """Return the requests to prefill in the next forward pass.
+
+        The result is one request with a long prompt, or several requests with short prompts. The
+        forward pass processes at most `PREFILL_TOKENS` tokens, including the padding.
+        """
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)
         for job in others:

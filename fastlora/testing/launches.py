@@ -40,7 +40,10 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Dict that maps the launch's argument names to values, excluding tensors and strides."""
+        """Dict that maps the names of the launch's arguments to their values.
+
+        Tensors and strides are excluded.
+        """
         given = zip(self.names, self.values, strict=True)
         return {
             name: value

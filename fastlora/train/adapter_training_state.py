@@ -119,7 +119,9 @@ class AdapterTrainingState:
         return total_norm(self.gradients())
 
     def clip_and_step_if_finite(self, norm: torch.Tensor, norm_value: float) -> bool:
-        """Clip the gradients and step the optimizer if the norm is finite; return whether it is.
+        """Clip the gradients and step the optimizer, but only if the gradient norm is finite.
+
+        Returns whether the norm is finite. If it is not, the step is counted as skipped.
 
         ``norm`` is the norm of the gradients as a scalar tensor, and ``norm_value`` is the same
         norm as a number.
@@ -161,7 +163,10 @@ class AdapterTrainingState:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state fits the optimizer, scheduler, and parameters."""
+        """Raise `CheckpointError` unless a training state matches this adapter.
+
+        The state must match the adapter's optimizer, scheduler, and parameters.
+        """
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")

@@ -143,16 +143,15 @@ def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
     before, after = found
     if float((before - after).abs().max()) > 1e-3 * float(before.abs().max()):
         raise TrainError(
-            f"packing {packing!r} needs a model that separates packed samples by position_ids, but "
-            f"{type(model).__name__} does not; use packing 'wrapped', or no packing"
+            f"packing {packing!r} requires a model that uses position_ids to keep packed samples "
+            f"separate, but {type(model).__name__} does not; use packing 'wrapped', or no packing"
         )
 
 
 def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCorpus]) -> None:
-    """Raise an error unless all samples fit the base model.
+    """Raise an error unless the base model can process all samples.
 
-    The model must be able to process them. Both the length and the token ids of each sample are
-    checked.
+    Both the length and the token ids of each sample are checked.
 
     Raises:
         ConfigError: A sample is longer than the model's maximum number of positions.
@@ -165,7 +164,7 @@ def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCo
         longest = max(range(len(corpus)), key=corpus.num_tokens)
         if positions is not None and corpus.num_tokens(longest) > positions:
             raise ConfigError(
-                f"{corpus.sources[longest]}: has {corpus.num_tokens(longest)} tokens, but the base "
+                f"{corpus.sources[longest]} has {corpus.num_tokens(longest)} tokens, but the base "
                 f"model supports at most {positions}; set max_length to {positions} or less"
             )
         largest = int(corpus.ids.max())

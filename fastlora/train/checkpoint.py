@@ -154,7 +154,7 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
 
 
 def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return a dict of the fingerprints of the base weights by name.
+    """Return a dict of the base weights' fingerprints, keyed by weight name.
 
     A fingerprint contains the dtype, the shape, and a digest of 64 values spread over the
     parameter. This is enough to detect a fine-tuned or differently initialized model without
@@ -213,9 +213,10 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors in a value to ``tensors``, and return the value with placeholders.
+    """Return a copy of a value in which each tensor is replaced by a placeholder.
 
-    The value is a state. The result is JSON-compatible.
+    The value is a state. The result is JSON-compatible. The tensors are added to ``tensors`` under
+    names that begin with ``key``.
     """
     if isinstance(value, torch.Tensor):
         tensors[key] = value

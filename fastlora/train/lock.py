@@ -95,9 +95,8 @@ def _acquire_lock_if_supported(path: Path) -> int | None:
                 return None
             if not free:
                 raise TrainError(
-                    f"{path.parent}: another training run is writing to this folder: "
-                    f"{_describe_lock_holder(descriptor)}; wait until it ends, or choose "
-                    "another output folder"
+                    f"{path.parent}: another training run ({_describe_lock_holder(descriptor)}) is "
+                    "writing to this folder; wait until it ends, or choose another output folder"
                 )
             # Another run may have removed the lock file on exit, before this run locked it.
             locked = _is_file_at(descriptor, path)

@@ -175,8 +175,8 @@ def causal_lm_losses(
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected [B, T, V]")
     if labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}, the "
-            "first two dimensions of logits"
+            f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])} (the "
+            "first two dimensions of logits)"
         )
     _sample_indices_by_adapter(adapters, labels.shape[0])  # raises before any work
     shifted = _shift_labels(labels)

@@ -78,7 +78,7 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """The result of one optimizer step for each adapter.
+    """The outcome of one optimizer step, reported for each adapter.
 
     The report lists the updated and skipped adapters, and their gradient norms.
     `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
@@ -178,12 +178,12 @@ class AdapterOptimizers:
 
     @property
     def by_adapter(self) -> dict[str, Optimizer]:
-        """Dict that maps each adapter to its optimizer."""
+        """A dict that maps each adapter to its optimizer."""
         return {name: adapter.optimizer for name, adapter in self._adapters.items()}
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """Dict that maps each adapter to its `AdapterCounts` so far."""
+        """A dict that maps each adapter to the `AdapterCounts` accumulated for it so far."""
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
     def loss_scale(self, name: str) -> float | None:
@@ -357,10 +357,10 @@ class AdapterOptimizers:
             self._present.discard(adapter.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a dict that maps each adapter to its training state, for `load_state_dict`.
+        """Return the training state of all adapters as a dict, for `load_state_dict`.
 
-        Call this method after `step`, because gradients that are still being accumulated are not
-        included.
+        The dict maps each adapter to its training state. Call this method after `step`, because
+        gradients that are still being accumulated are not included.
         """
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 

@@ -63,7 +63,7 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
             "supported, such as one downloaded with huggingface_hub.snapshot_download(repo_id)"
         )
     if settings.out.exists() and not settings.out.is_dir():
-        raise TrainError(f"{settings.out}: this is a file, expected a folder")
+        raise TrainError(f"{settings.out}: expected a folder, but this is a file")
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
@@ -157,7 +157,7 @@ def add_trainable_adapters(
 
 
 def _check_no_fp16_trained(model: LoraModel) -> None:
-    """Raise `ConfigError` if an adapter trains fp16 parameters.
+    """Raise `ConfigError` if an adapter has trainable fp16 parameters.
 
     torch cannot unscale the gradients of fp16 parameters. The factors of an adapter are fp32.
     Biases of the base model and copies of its modules have the dtype of the base model.
@@ -181,7 +181,7 @@ def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
-                f"adapter {name!r} has lora_dropout={config.lora_dropout:g}, but the base model is "
+                f"adapter {name!r} has lora_dropout={config.lora_dropout}, but the base model is "
                 f"in {dtype}, and dropout needs a 16-, 32-, or 64-bit float dtype; set dtype, or "
                 "set lora_dropout to 0"
             )

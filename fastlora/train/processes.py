@@ -39,8 +39,8 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
         raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
-class AgreedAdapterLosses(NamedTuple):
-    """The losses that all processes have agreed to use for a batch.
+class FiniteLossAgreement(NamedTuple):
+    """The adapters with finite and non-finite losses for a batch, as agreed by all processes.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -93,7 +93,7 @@ class BatchProcessGroup:
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedAdapterLosses:
+    def agree_on_finite_losses(self, losses: AdapterLosses) -> FiniteLossAgreement:
         """Determine which losses are finite in all processes, and return the result.
 
         The result also contains a weight for each loss of this process.
@@ -107,7 +107,7 @@ class BatchProcessGroup:
         if losses.own_divisors:
             # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
-        return AgreedAdapterLosses(finite, left_out, weights)
+        return FiniteLossAgreement(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
         """Return the union of the names from all processes."""

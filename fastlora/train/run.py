@@ -172,7 +172,7 @@ def open_run(
         yield run
 
 
-class _MeanLossesAndFiles(NamedTuple):
+class _MeanLossesAndFilePaths(NamedTuple):
     """The mean training loss of each adapter, and the paths of the written files."""
 
     means: dict[str, float]
@@ -180,7 +180,7 @@ class _MeanLossesAndFiles(NamedTuple):
 
 
 class Run:
-    """A training run, from the beginning or resumed from the checkpoint ``resumed``."""
+    """A training run that starts from the beginning or resumes from the checkpoint ``resumed``."""
 
     def __init__(
         self,
@@ -332,7 +332,7 @@ class Run:
         self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
-    def _write_loss_files_and_end_trackers(self) -> _MeanLossesAndFiles:
+    def _write_loss_files_and_end_trackers(self) -> _MeanLossesAndFilePaths:
         """Write the table and the plot of the losses, and close the trackers.
 
         If steps are left, no file is written. Raises the first error from writing the log, the
@@ -352,7 +352,7 @@ class Run:
         with self._record_write_error("trackers"):
             self.processes.end_trackers()
         self._raise_recorded_write_error()
-        return _MeanLossesAndFiles(means, tuple(path for path in files if path is not None))
+        return _MeanLossesAndFilePaths(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
@@ -398,12 +398,15 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _trained_adapter_folders(self) -> dict[str, Path]:
-        """Return a dict with the output folder of each adapter that has taken a step."""
+        """Return a dict that maps each trained adapter to its output folder.
+
+        A trained adapter is an adapter that has taken at least one step.
+        """
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate the adapters if an evaluation is due, and return the losses by adapter.
+        """Evaluate the adapters if an evaluation is due, and return each adapter's loss.
 
         Unless the run is about to stop, the answers to the prompts are logged too. If no evaluation
         is due, the result is an empty dict. A run that stops leaves the evaluation to the run that
@@ -417,14 +420,18 @@ class Run:
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether this run has not completed any step yet.
+        """Return whether this run has yet to complete its first step.
 
         The result is False if no steps are left.
         """
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due_or_last(self, every: int) -> bool:
-        """Return whether an action is due now: every ``every`` steps, and after the last step."""
+        """Return whether a periodic action is due now.
+
+        The action is due every ``every`` steps and after the last step. If ``every`` is 0, it is
+        due only after the last step.
+        """
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close_log(self) -> None:
@@ -473,11 +480,11 @@ class Run:
         """Raise `NonFiniteError` if an adapter has skipped all of its steps."""
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
+                scale = f"{self.optimizers.loss_scale(name):g}"
                 raise self._stopped(
                     f"adapter {name!r} was never updated: its gradient was non-finite in all "
-                    f"{count.skipped_steps} of its steps (its loss scale is "
-                    f"{self.optimizers.loss_scale(name):g}; with dtype 'bfloat16' or 'float32', no "
-                    "loss scaling is needed)",
+                    f"{count.skipped_steps} of its steps (its loss scale is {scale}; with dtype "
+                    "'bfloat16' or 'float32', no loss scaling is needed)",
                     name,
                     self.step,
                 )
@@ -623,7 +630,7 @@ class Run:
         state = checkpoint.CheckpointState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:
-            self._save_stepped_adapters()
+            self._save_trained_adapters()
             if checkpoint.checkpoint_path(self.root, self.step).exists():
                 return
             try:
@@ -635,11 +642,11 @@ class Run:
 
         self.processes.run_in_main_and_broadcast(write)
 
-    def _save_stepped_adapters(self) -> None:
-        """Save all adapters that have taken a step, each to its own output folder.
+    def _save_trained_adapters(self) -> None:
+        """Save all trained adapters, each to its own output folder.
 
-        If an adapter cannot be written, the other adapters are still written before
-        `CheckpointError` is raised.
+        These are the adapters that have taken at least one step. If an adapter cannot be written,
+        the other adapters are still written before `CheckpointError` is raised.
         """
         saved, failures = [], []
         for name, folder in self._trained_adapter_folders().items():

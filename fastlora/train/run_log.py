@@ -132,11 +132,11 @@ def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's losses to a file in ``folder``, and return its path.
+    """Plot each adapter's losses to a file in ``folder``, and return the file's path.
 
     The file is ``losses.png``. Returns None if matplotlib is not installed. With 10 or more steps,
-    the losses are a thin line and their moving average is a thick line. Evaluations are dots on a
-    dashed line.
+    the losses are drawn as a thin line, and their moving average is drawn as a thick line.
+    Evaluations are drawn as dots on a dashed line.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Types of setting values. A type defines how a value is checked and how its flag is parsed."""
+"""Types of settings. A type defines how a setting's value is checked and how its flag is parsed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ LARGEST_RATE = 3.4e37
 
 
 class SettingType(NamedTuple):
-    """The type of a setting, which defines how its value is checked and its flag is parsed.
+    """The type of a setting.
+
+    A type defines how a setting's value is checked and how its flag is parsed.
 
     Attributes:
         check: Function that takes a value and its name in error messages. It returns the converted
@@ -141,9 +143,11 @@ def setting_field(
 
 
 def validate_settings(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Validate and convert the values in ``given`` for fields of the class ``settings``.
+    """Validate the values in ``given``, convert them, and return them as a dict.
 
-    The result is a dict. None is accepted for a field whose default is None.
+    The dict has only the values for settings that are fields of the class ``settings``. None is
+    accepted for a field whose default is None. ``prefix`` precedes the name of a setting in error
+    messages.
     """
     found = {}
     for own in dataclasses.fields(settings):

@@ -299,8 +299,8 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     where = f"adapters.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED_NAMES:
         raise ConfigError(
-            f"{where}: invalid adapter name {name!r}; use only letters, digits, _, and -, but not "
-            f"the reserved names {' and '.join(RESERVED_NAMES)}"
+            f"{where}: invalid adapter name {name!r}; use only letters, digits, _, and -, and do "
+            f"not use the reserved names {' and '.join(RESERVED_NAMES)}"
         )
     with error_prefix(where):
         check_adapter_name(name)

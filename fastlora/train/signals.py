@@ -37,9 +37,9 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopSignalHandler:
-    """Handles the signals that stop a run, within a ``with`` block.
+    """Context manager that handles the signals that stop a run.
 
-    These are SIGINT and SIGTERM. Until `defer_first_signal` is called, a signal raises
+    The signals are SIGINT and SIGTERM. Until `defer_first_signal` is called, a signal raises
     `RunInterrupted` immediately. After that, the first signal only sets `received`. The next signal
     has the effect that it had before the block: by default, SIGINT raises `KeyboardInterrupt` and
     SIGTERM ends the process.

@@ -114,7 +114,7 @@ def test_without_a_template_a_message_begins_a_text(
     monkeypatch.setattr(chat._prompts, "_tokenizer", ended)
     chat._prompts._tokenizer.eos_token_id = whole.eos_token_id
     monkeypatch.setattr(chat, "_stream_answer", lambda ids: asked.append(ids) or "")
-    chat.answer_message("the sea")
+    chat.try_answer("the sea")
     assert asked[0].tolist() == whole("the sea", return_tensors="pt").input_ids.tolist()
 
 
@@ -126,7 +126,7 @@ def test_a_template_that_raises(chat: Chat) -> None:
     )
     lines = said(chat, "/system be kind", "hi")
     assert lines[-1] == "the model's chat template rejects the messages: no system"
-    assert chat.messages == [] and chat.handle_line("/system") and chat.answer_message("hi")
+    assert chat.messages == [] and chat.handle_line("/system") and chat.try_answer("hi")
 
 
 def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

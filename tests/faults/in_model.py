@@ -251,8 +251,8 @@ FAULTS = (
         kind="a subset that is saved as all",
         source="5b0e840",
         path="fastlora/model/target_parameters.py",
-        before="    return entries if matched == set(names) else sorted(names)",
-        after="    return entries if matched else sorted(names)",
+        before="    return preferred_entries if matched == set(names) else sorted(names)",
+        after="    return preferred_entries if matched else sorted(names)",
         tests=(f"{_EXPERT_FILES}::test_saved_adapters_load_in_peft",),
     ),
     Fault(

@@ -125,7 +125,7 @@ FAULTS = (
         source="a61c464",
         path="fastlora/train/run.py",
         before="""\
-            self._save_stepped_adapters()
+            self._save_trained_adapters()
             if checkpoint.checkpoint_path(self.root, self.step).exists():
                 return
             try:
@@ -144,7 +144,7 @@ FAULTS = (
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
                 raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
-            self._save_stepped_adapters()
+            self._save_trained_adapters()
 """,
         tests=(f"{_CLI}/test_train_cli_interrupt.py::test_adapters_are_saved_first",),
     ),

@@ -100,7 +100,7 @@ def test_corda_files(tmp_path: Path) -> None:
 
 def test_corda_errors(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="corda", corda_config=CordaConfig())
-    with pytest.raises(ConfigError, match="expected run_model or dataloader"):
+    with pytest.raises(ConfigError, match="run_model and dataloader are both None"):
         fastlora.preprocess_corda(two_layers(), config)
     with pytest.raises(InitializationError, match="the dataloader is empty"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[])
@@ -111,7 +111,7 @@ def test_corda_errors(tmp_path: Path) -> None:
     with pytest.raises(InitializationError, match="layer 'q': .* only zero inputs"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * 0])
     high = fastlora.LoraConfig(**{**FIELDS, "r": 17}, init_lora_weights="corda")
-    with pytest.raises(InitializationError, match="layer 'q': r=17, expected at most 16"):
+    with pytest.raises(InitializationError, match=r"layer 'q': r=17 .* at most 16"):
         fastlora.preprocess_corda(two_layers(), high, dataloader=SAMPLES)
     model = two_layers()
     fastlora.preprocess_corda(model, config, dataloader=SAMPLES)
@@ -217,7 +217,7 @@ def test_lora_ga_errors() -> None:
         fastlora.get_peft_model(model, config)
     with pytest.raises(ConfigError, match="If you want to use LoRA-GA"):
         fastlora.preprocess_loraga(model, fastlora.LoraConfig(**FIELDS), train(model))
-    with pytest.raises(ConfigError, match="train_step or dataloader"):
+    with pytest.raises(ConfigError, match="train_step and dataloader are both None"):
         fastlora.preprocess_loraga(model, config)
     with pytest.raises(InitializationError, match="layer 'q': its weight received no gradient"):
         fastlora.preprocess_loraga(model, config, lambda: None)

@@ -88,7 +88,7 @@ from fastlora import LoraRuntimeConfig, PeftType
 def test_an_older_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(peft, "load_peft_weights")
     with pytest.raises(ImportError, match=f"PEFT {peft.__version__} does not have it; upgrade"):
-        from_peft.import_object("load_peft_weights")
+        from_peft.import_from_peft("load_peft_weights")
 
 
 @pytest.mark.parametrize("library", [fastlora, peft], ids=["ours", "theirs"])

@@ -148,7 +148,7 @@ def test_a_layer_whose_class_has_changed_is_not_unpatched() -> None:
     fastlora.patch(model)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     layers[-1].__class__ = type("Changed", (type(layers[-1]),), {})
-    with pytest.raises(UnsupportedLayerError, match="to Changed, based on FastPeftLinear"):
+    with pytest.raises(UnsupportedLayerError, match="to Changed, .* subclass of FastPeftLinear"):
         fastlora.unpatch(model)
     assert all(type(layer.scaling).__name__ == "Scalings" for layer in layers)
 

@@ -94,7 +94,7 @@ class TwoBitWeight(BaseQuantizedWeight):
     fresh_output = True
 
     @staticmethod
-    def weight_object_of(module: Any) -> Any:
+    def stored_weight_of(module: Any) -> Any:
         return module.codes
 
     @classmethod

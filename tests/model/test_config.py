@@ -228,14 +228,14 @@ BAD = [
     ({"layers_to_transform": True}, "layers_to_transform"),
     ({"target_modules": "q.*", "layers_to_transform": 1}, "needs target_modules to be a list"),
     ({"target_modules": "q.*", "layers_pattern": "h"}, "layers_pattern='h' needs target_modules"),
-    ({"target_modules": ["q"], "layers_pattern": "h"}, "needs layers_to_transform, got None"),
+    ({"target_modules": ["q"], "layers_pattern": "h"}, "requires layers_to_transform, which"),
     ({"layers_to_transform": 1, "layers_pattern": 3}, "layers_pattern"),
     ({"rank_pattern": ["q"]}, "rank_pattern must be a dict"),
     ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] must be a positive integer, got 0"),
     ({"rank_pattern": {"(": 1}}, "rank_pattern must contain valid regular expressions"),
-    ({"rank_pattern": {3: 1}}, "rank_pattern must contain strings, got 3"),
+    ({"rank_pattern": {3: 1}}, "rank_pattern must contain only strings, got 3"),
     ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] must be a finite number, got 'x'"),
-    ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is only supported with"),
+    ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is only supported if"),
     ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
 ]
 

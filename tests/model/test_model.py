@@ -201,7 +201,7 @@ def test_unknown_adapters() -> None:
         model.add_adapter("default", LoraConfig(**CONFIG))
     with pytest.raises(AdapterStateError, match="already has LoRA layers"):
         get_peft_model(model.get_base_model(), LoraConfig(**CONFIG))
-    with pytest.raises(AdapterNotFoundError, match="no adapter 'defalt'"):
+    with pytest.raises(AdapterNotFoundError, match="no adapter named 'defalt'"):
         model(torch.randn(2, 16), adapter_names=["default", "defalt"])
 
 

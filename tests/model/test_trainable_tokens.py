@@ -354,7 +354,7 @@ def test_files(tmp_path: Path) -> None:
     model.load_adapter(tmp_path / "saved0", "default")
     other = train_rows(get_peft_model(tiny_llama(), config([1, 2, 3])))
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="load it under another name"):
+    with pytest.raises(CheckpointError, match="load the new adapter under another name"):
         model.load_adapter(tmp_path / "other", "default")
     pool = fastlora.AdapterPool(tiny_llama(), target_modules=["q_proj"])
     with pytest.raises(CheckpointError, match="a set of embedding rows .* pool does not"):

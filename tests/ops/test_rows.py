@@ -209,5 +209,5 @@ def test_bad_ids_are_named() -> None:
     ):
         with pytest.raises(error, match=message):
             sort_rows(ids, m, 2)
-    with pytest.raises(ValueError, match="slots must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="the number of slots must be non-negative, got -1"):
         sort_rows(torch.zeros(1, dtype=torch.int64), 1, -1)

@@ -13,8 +13,8 @@ from fastlora.autograd.stacks import stacked_lora_linear
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.stacks import (
     StackAdapterOperands,
+    rank_row_views,
     seeds_of_keys,
-    stack_views,
     transposed_rank_rows,
 )
 from fastlora.ops.torch import reference
@@ -53,7 +53,7 @@ class Case:
 
     def operands(self) -> StackAdapterOperands:
         pairs = [
-            stack_views(a, b, E) if a.numel() else (a.view(E, 0, K), b.new_empty(E, 0, N))
+            rank_row_views(a, b, E) if a.numel() else (a.view(E, 0, K), b.new_empty(E, 0, N))
             for a, b in self.files
         ]
         lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
@@ -176,7 +176,8 @@ def test_factors_in_fp32(spread: str, wide: str, p: float, dtype: torch.dtype) -
         own = [leaf.requires_grad_() for leaf in leaves]
         pairs = zip(own[::2], own[1::2], strict=True)
         lora_a, lora_b = zip(
-            *((stack_views(a, b, e)[0], transposed_rank_rows(b, e)) for a, b in pairs), strict=True
+            *((rank_row_views(a, b, e)[0], transposed_rank_rows(b, e)) for a, b in pairs),
+            strict=True,
         )
         numbers = scaling.double() if exact else scaling
         operands = StackAdapterOperands([*lora_a], [*lora_b], numbers, (p,) * slots, seeds)
@@ -217,7 +218,7 @@ def test_nothing_as_large_as_the_stack_is_made(adapters: int, dtype: torch.dtype
     sorted_rows = sort_rows(keys, rows, count * adapters)
     x = torch.randn(rows, k, dtype=dtype).requires_grad_()
     files = [(leaf(count * r, k, dtype=dtype), leaf(n, r * count, dtype=dtype))] * adapters
-    pairs = [(stack_views(a, b, count)[0], transposed_rank_rows(b, count)) for a, b in files]
+    pairs = [(rank_row_views(a, b, count)[0], transposed_rank_rows(b, count)) for a, b in files]
     lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
     scaling = torch.ones(adapters, dtype=torch.float64 if dtype.itemsize == 8 else None)
     operands = StackAdapterOperands(lora_a, lora_b, scaling, (0.0,) * adapters)

@@ -125,7 +125,7 @@ def test_a_state_dict_is_a_source_and_stays_in_cpu_memory(root: Path) -> None:
     with pool.lease(["m1"]) as lease:
         assert same_adapter(pool, lease.loaded_adapters[0], root / "a3")
     pool.load("m3", tensors, config=config.to_dict())
-    with pytest.raises(ConfigError, match="requires config"):
+    with pytest.raises(ConfigError, match="requires a LoraConfig"):
         pool.load("m4", tensors)
     with pytest.raises(ConfigError, match="state dicts"):
         pool.load("m4", root / "a0", config=config)

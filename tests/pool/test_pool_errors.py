@@ -104,7 +104,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has no lora_magnitude_vector",
     ),
     "full copies": (lambda f: edit_config(f, modules_to_save=["head"]), "modules_to_save"),
-    "biases": (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
+    "biases": (lambda f: edit_config(f, bias="all"), "do not support bias='all'"),
     "rank": (
         lambda f: make_folder(f, 1, r=9),
         "r=9 exceeds the pool's max_rank=8",

@@ -109,7 +109,7 @@ def check_raises(model: Any, operation: str) -> None:
     """An operation raises and names itself, and changes nothing."""
     with (
         unchanged(model),
-        pytest.raises(AdapterStateError, match=rf"{operation}\(\) was called while"),
+        pytest.raises(AdapterStateError, match=rf"{operation}\(\) cannot be called while"),
     ):
         OPERATIONS[operation](model)
 
@@ -149,7 +149,7 @@ def test_a_layers_own_deletion_within_an_open_block_raises(make: Any) -> None:
     layer = model.base_model.model.q
     with torch.no_grad(), adapters(model, MIX):
         before = model(X)
-        with unchanged(model), pytest.raises(AdapterStateError, match=r"delete_adapter\(\) was"):
+        with unchanged(model), pytest.raises(AdapterStateError, match=r"delete_adapter\(\) cannot"):
             layer.delete_adapter("b")
         torch.testing.assert_close(model(X), before)
         other.base_model.model.q.delete_adapter("b")  # another model has no open block
@@ -166,7 +166,7 @@ def test_a_copy_of_a_module_is_not_deleted_within_an_open_block() -> None:
     wrapper: Any = model.base_model.model.v
     with torch.no_grad(), adapters(model, ["a"] * 4):
         before = model(X)
-        with pytest.raises(AdapterStateError, match=r"delete_adapter\(\) was"):
+        with pytest.raises(AdapterStateError, match=r"delete_adapter\(\) cannot"):
             wrapper.delete_adapter("a")
         torch.testing.assert_close(model(X), before)
     wrapper.delete_adapter("a")
@@ -178,7 +178,7 @@ def test_a_failed_addition_within_an_open_block_is_undone(monkeypatch: pytest.Mo
     model = ours("q", "v")
     layer = model.base_model.model.v
 
-    prepare = type(layer)._prepare_new_factors
+    prepare = type(layer)._on_factors_added
 
     def fail(placed: Any, name: str) -> None:
         if placed is layer:  # the second one
@@ -187,7 +187,7 @@ def test_a_failed_addition_within_an_open_block_is_undone(monkeypatch: pytest.Mo
 
     with torch.no_grad(), adapters(model, MIX):
         before = model(X)
-        monkeypatch.setattr(type(layer), "_prepare_new_factors", fail)
+        monkeypatch.setattr(type(layer), "_on_factors_added", fail)
         with unchanged(model), pytest.raises(RuntimeError, match="no memory"):
             add(model, "c", "q", "v")
         monkeypatch.undo()
@@ -213,7 +213,7 @@ def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
             fastlora.hotswap_adapter(model, tmp_path / "a", "b")
 
     def check_put_raises() -> None:
-        match = rf"'b' is already loaded: {replace}\(\) was called while 1 .* that these blocks use"
+        match = rf"'b' is already loaded: {replace}\(\) cannot be called while 1 .* blocks use"
         with unchanged(model), pytest.raises(AdapterStateError, match=match):
             put()
 

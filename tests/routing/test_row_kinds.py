@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlora.routing.row_facts import ROWS, RowFacts, RowFactsTable, RowOriginKind
+from fastlora.routing.row_facts import ROWS, RowFactsTable, RowOriginFacts, RowOriginKind
 from fastlora.routing.row_rules import result_row_facts_if_changed
 from fastlora.routing.row_tracking import RowTrackingMode
 
@@ -251,7 +251,7 @@ def test_a_product_has_the_rows_of_one_argument(operator: Any) -> None:
     for chosen in range(3):
         known = RowFactsTable(2)
         operands = [torch.randn(2, 4, D) for _ in range(3)]
-        known.put(operands[chosen], RowFacts(RowOriginKind.CHOSEN))
+        known.put(operands[chosen], RowOriginFacts(RowOriginKind.CHOSEN))
         facts = result_row_facts_if_changed(
             known, operator.default, (*operands, True), {}, torch.empty(1)
         )
@@ -261,7 +261,7 @@ def test_a_product_has_the_rows_of_one_argument(operator: Any) -> None:
 
 def test_an_operator_of_operators_keeps_what_chose_its_rows() -> None:
     known, rows = RowFactsTable(2), torch.randn(2, D)
-    known.put(rows, RowFacts(RowOriginKind.CHOSEN))
+    known.put(rows, RowOriginFacts(RowOriginKind.CHOSEN))
     facts = result_row_facts_if_changed(
         known, torch.ops.higher_order.cond, (rows,), {}, torch.empty(2, D)
     )
@@ -276,7 +276,7 @@ def test_weights_of_a_choice_choose_rows_of_the_whole_batch_alone() -> None:
     ):
         known = RowFactsTable(2)
         weights, rows = torch.ones(shape), torch.ones(*shape[:-2], shape[-1], D)
-        known.put(weights, RowFacts(RowOriginKind.CHOICE))
+        known.put(weights, RowOriginFacts(RowOriginKind.CHOICE))
         operator = aten.mm.default if len(shape) == 2 else aten.bmm.default
         facts = result_row_facts_if_changed(known, operator, (weights, rows), {}, torch.empty(1))
         assert facts is not None and facts.kind is kind, shape
@@ -305,9 +305,9 @@ def test_a_table_of_the_model_that_reaches_a_layer_alone() -> None:
 def test_marks_of_storages_that_are_gone_are_dropped() -> None:
     known = RowFactsTable(2)
     kept = torch.ones(3)
-    known.put(kept, RowFacts(RowOriginKind.CHOSEN))
+    known.put(kept, RowOriginFacts(RowOriginKind.CHOSEN))
     for _ in range(5000):
-        known.put(torch.empty(1), RowFacts(RowOriginKind.CHOSEN))
+        known.put(torch.empty(1), RowOriginFacts(RowOriginKind.CHOSEN))
     assert len(known._by_storage) <= 4096
     assert known.facts_of(kept).kind is RowOriginKind.CHOSEN
     known.put(kept, ROWS)
@@ -319,7 +319,7 @@ def test_marks_are_searched_again_when_twice_as_many_have_gathered() -> None:
     known = RowFactsTable(2)
     kept = [torch.empty(1) for _ in range(4097)]
     for tensor in kept:
-        known.put(tensor, RowFacts(RowOriginKind.CONSTANT))
+        known.put(tensor, RowOriginFacts(RowOriginKind.CONSTANT))
     for _ in range(50):
-        known.put(torch.empty(1), RowFacts(RowOriginKind.CONSTANT))
+        known.put(torch.empty(1), RowOriginFacts(RowOriginKind.CONSTANT))
     assert len(known._by_storage) == 4097 + 50

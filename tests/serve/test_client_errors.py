@@ -40,7 +40,10 @@ def error_of(served: Any, path: str, status: int, body: Any, **options: Any) -> 
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 2**70}, "max_tokens"),
-        ({"max_tokens": 4000}, "max_tokens=4000; prompt and answer together can have at most 128"),
+        (
+            {"max_tokens": 4000},
+            "max_tokens=4000; the prompt and the answer together can have at most 128",
+        ),
         ({"seed": 2**63}, "seed"),
         ({"seed": True}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop has 5 strings, expected at most 4"),
@@ -102,7 +105,7 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
         ([{"role": "user", "content": "\ud812"}], "content contains an unpaired surrogate"),
         (
             [{"role": "user", "content": "x" * 200}],
-            "prompt and answer together can have at most 128",
+            "the answer together can have at most 128",
         ),
     ],
 )

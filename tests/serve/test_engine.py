@@ -350,7 +350,7 @@ def test_the_cache_grows_and_keeps_what_it_has() -> None:
 
 def test_what_serving_cannot_do_raises() -> None:
     with pytest.raises(
-        ConfigError, match="length of 300 tokens exceeds the model's maximum of 200"
+        ConfigError, match="is set to 300 tokens, but the model supports at most 200"
     ):
         ModelRunner(tiny_llama(max_position_embeddings=200), 2, 300)
     config = tiny_llama(max_position_embeddings=200).config

@@ -64,7 +64,7 @@ def test_keys_that_are_rejected(tmp_path: Path) -> None:
         (b"s3cret\n\n", (), "has whitespace around the key or contains unprintable characters"),
         (b"s3cret \n", (), "has whitespace around the key"),
         (b"\xffs3cret", (), "is not valid UTF-8"),
-        (b"s3cret" * 1000, (), "has more than 4096 bytes"),
+        (b"s3cret" * 1000, (), "is larger than 4096 bytes"),
         (b"s3cret", ("--api-key", "s3cret"), "both --api-key and --api-key-file are given"),
         (b"s3cret", ("--admin-key", "s3cret"), "the admin key must differ from the API key"),
     ]

@@ -168,12 +168,12 @@ def test_sigterm_lets_answers_end(base: Path) -> None:
 SLOW = """
 import pathlib, sys, time
 from fastlora.commands import cli, models
-load = models.load_model_and_tokenizer
+load = models.load_base_model_and_tokenizer
 def load_later(args):
     while not pathlib.Path(args.model, "go").exists():
         time.sleep(0.02)
     return load(args)
-models.load_model_and_tokenizer = load_later
+models.load_base_model_and_tokenizer = load_later
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -283,7 +283,7 @@ def test_kernels_are_compiled_where_they_run(
         (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
         (["--max-batch", "0"], "--max-batch must be at least 1, got 0"),
         (["--max-length", "1"], "--max-length must be at least 2, got 1"),
-        (["--max-length", "9999"], "a length of 9999 tokens exceeds the model's maximum of 4096"),
+        (["--max-length", "9999"], "set to 9999 tokens, but the model supports at most 4096"),
         (["--watch", "nan"], "--watch must be at least 0, got nan"),
         (["--adapters", "nowhere"], "nowhere: no such folder; expected a folder of adapters"),
         (["--host", "no.such.invalid"], "--host no.such.invalid: cannot resolve this address"),

@@ -97,14 +97,14 @@ RULES = (
     Rule(
         "Sums of adapters with trained tokens",
         f"raise an error, where PEFT drops the tokens; {DIFFERS}, Adapters",
-        r"which cannot be combined with those",
+        r"which cannot be combined with",
     ),
     Rule(
         "Text or class of an error",
         f"fastlora's names the layer, the field, and the value; {DIFFERS}, Adapters",
         r"Regex pattern did not match\.|matches no module|can be called, got|DID NOT RAISE"
         r"|bias must be one of|on this layer, which has|has no default targets"
-        r"|trains rows of|ensure_weight_tying makes|cannot split",
+        r"|selects rows of|ensure_weight_tying makes|cannot split",
     ),
     Rule(
         "Text or class of a warning",
@@ -225,13 +225,13 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "",
         "## Update this page",
         "",
-        "The tests are part of PEFT's source distribution. A pytest plugin runs the tests in",
-        "three ways: with PEFT alone, with PEFT's `LoraConfig`, `get_peft_model`, `PeftModel`,",
-        "and `TaskType` replaced by fastlora's versions before the tests import them, and with",
-        "`fastlora.patch` applied to every LoRA model. For each run, the plugin writes a file",
-        "with one JSON object per test. The command",
-        "`python -m tests.support.peft_suite BASE OURS PATCHED` generates this page from the",
-        "three files. The module's docstring describes the format of the files.",
+        "The tests are part of PEFT's source distribution. A pytest plugin runs the tests in three",
+        "ways: with PEFT alone; with fastlora's versions of `LoraConfig`, `get_peft_model`,",
+        "`PeftModel`, and `TaskType` substituted for PEFT's before the tests import them; and with",
+        "`fastlora.patch` applied to every LoRA model. For each run, the plugin writes a file with",
+        "one JSON object per test. The command",
+        "`python -m tests.support.peft_suite BASE OURS PATCHED` generates this page from the three",
+        "files. The module's docstring describes the format of the files.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)

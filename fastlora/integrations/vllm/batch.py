@@ -16,7 +16,9 @@ from fastlora.ops.rows import NO_SLOT
 def slots_of_adapters(
     adapter_ids: Sequence[int], adapter_of_slot: Sequence[int | None]
 ) -> np.ndarray:
-    """Return the slot of each row, int64 ``[rows]``, or -1 for rows without an adapter.
+    """Return the slot of each row, with -1 for rows without an adapter.
+
+    The result is an int64 array of shape ``[rows]``.
 
     Args:
         adapter_ids: Adapter ID of each row. Zero stands for no adapter.

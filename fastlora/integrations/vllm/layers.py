@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.integrations.vllm.slots import LayerSlots, slots_of_stack
+from fastlora.integrations.vllm.slots import LayerSlots, get_layer_slots
 
 _Factor = torch.Tensor | None
 # The attribute of a lora_b that holds the scaling that vLLM would multiply it by.
@@ -31,7 +31,7 @@ def replacement(owner: str, name: str, original: Callable[..., Any]) -> Callable
         return _reset_embedding if owner == "VocabParallelEmbeddingWithLoRA" else _reset_lora
     setters: dict[str, Callable[..., Any]] = {
         "MergedColumnParallelLinearWithLoRA": _set_slices,
-        "MergedColumnParallelLinearVariableSliceWithLoRA": _set_split_slices,
+        "MergedColumnParallelLinearVariableSliceWithLoRA": _split_and_set_slices,
         "VocabParallelEmbeddingWithLoRA": _set_embedding,
         "LogitsProcessorWithLoRA": _set_logits,
     }
@@ -47,7 +47,10 @@ def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _use_slots(layer: Any) -> None:
-    """Replace the stacks that vLLM has allocated with views of a `LayerSlots`."""
+    """Make a vLLM layer store its adapters in a `LayerSlots`.
+
+    The stacks that vLLM has allocated are replaced with views of the `LayerSlots`.
+    """
     stacks_b = _as_list(layer.lora_b_stacked)
     if hasattr(stacks_b[0], "fastlora_slots"):
         return
@@ -66,7 +69,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _slots(layer: Any) -> LayerSlots:
-    return slots_of_stack(_as_list(layer.lora_b_stacked)[0])
+    return get_layer_slots(_as_list(layer.lora_b_stacked)[0])
 
 
 def _reset_lora(self: Any, index: int) -> None:
@@ -145,13 +148,16 @@ def _set_slices(
     _slots(self).write(index, lora_a, lora_b, [1.0 if s is None else s for s in scalings])
 
 
-def _set_split_slices(
+def _split_and_set_slices(
     self: Any,
     index: int,
     lora_a: torch.Tensor | Sequence[_Factor],
     lora_b: torch.Tensor | Sequence[_Factor],
 ) -> None:
-    """Load an adapter into a slot. All slices may share one lora_a and one lora_b."""
+    """Split an adapter's factors by slice if necessary, and load them into a slot.
+
+    A single lora_b is split. A single lora_a is used for all slices.
+    """
     if isinstance(lora_b, torch.Tensor):
         sizes = self.base_layer.output_sizes
         parts = [lora_b[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)]
@@ -167,7 +173,7 @@ def _set_split_slices(
 
 
 def keep_scaling_apart(self: Any) -> Any:
-    """Keep the scaling apart from lora_b, unlike ``LoRALayerWeights.optimize``.
+    """Keep the scaling separate from lora_b, unlike ``LoRALayerWeights.optimize``.
 
     vLLM's method, which this function replaces, multiplies lora_b by the scaling. In 16-bit dtypes,
     this product would be rounded.
@@ -225,7 +231,7 @@ def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
 # ----------------------------------------------------------------------- the adapters of a batch
 
 
-def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
+def with_one_request_per_adapter_id(make_inputs: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``InputBatch.make_lora_inputs`` so that it returns one request for each adapter ID.
 
     vLLM puts the requests into a set, in which requests with the same adapter name are equal. If an
@@ -236,16 +242,17 @@ def requests_by_adapter_id(make: Callable[..., Any]) -> Callable[..., Any]:
     def make_lora_inputs(
         self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any
     ) -> tuple[Any, Any, tuple[Any, ...]]:
-        sampled, tokens, _ = make(self, num_scheduled_tokens, num_sampled_tokens)
+        sampled, tokens, _ = make_inputs(self, num_scheduled_tokens, num_sampled_tokens)
         return sampled, tokens, tuple(self.lora_id_to_lora_request.values())
 
     return make_lora_inputs
 
 
 def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
-    """Return one request for each adapter ID, unlike ``LoraState.get_activate_loras``.
+    """Return one request for each adapter ID among the given requests.
 
-    This function replaces the method of model runner V2 for the same reason.
+    This function replaces ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can
+    omit an adapter, for the reason given in `with_one_request_per_adapter_id`.
     """
     found = (self.lora_requests.get(name) for name in req_ids)
     return tuple({each.lora_int_id: each for each in found if each is not None}.values())
@@ -254,12 +261,12 @@ def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, 
 # ----------------------------------------------------------------------- checks of a loaded adapter
 
 
-def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
+def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``WorkerLoRAManager._load_adapter`` so that it also checks the adapter."""
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         check_no_config_fields_vllm_ignores(lora_request.lora_path, lora_request.lora_name)
-        lora = load(self, lora_request)
+        lora = load_adapter(self, lora_request)
         check_adapter_factors(lora, self._adapter_manager, lora_request.lora_name)
         return lora
 
@@ -304,13 +311,13 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
             raise ValueError(f"{where}: lora_{'A' if down is None else 'B'} is missing")
         if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
             raise ValueError(
-                f"{where}: lora_A has shape {tuple(down.shape)} and lora_B {tuple(up.shape)}, "
-                "expected [rank, in_features] and [out_features, rank]"
+                f"{where}: lora_A has shape {tuple(down.shape)} and lora_B has shape "
+                f"{tuple(up.shape)}, expected [rank, in_features] and [out_features, rank]"
             )
         if down.shape[0] > manager.lora_config.max_lora_rank:
             raise ValueError(
-                f"{where}: rank {down.shape[0]} is greater than max_lora_rank, "
-                f"{manager.lora_config.max_lora_rank}"
+                f"{where}: rank {down.shape[0]} is greater than "
+                f"max_lora_rank={manager.lora_config.max_lora_rank}"
             )
         # The names in a pooling model's adapters may lack the prefix.
         expected = shapes.get(module, shapes.get(f"model.{module}"))
@@ -326,10 +333,11 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
 
 
 def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
-    """Return (in_features, out_features...) of each module that an adapter's file can name.
+    """Return the allowed feature counts of each module that can appear in an adapter file.
 
-    Several values of out_features are allowed for an output layer with a padded vocabulary, and for
-    a part of a layer with more slices than parts.
+    The result maps a module's name to a tuple ``(in_features, out_features, ...)``. Several values
+    of out_features are allowed for an output layer with a padded vocabulary, and for a part of a
+    layer that has more slices than parts.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name, layer in manager.modules.items():
@@ -339,7 +347,7 @@ def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...
         elif hasattr(base, "org_vocab_size"):
             found[name] = base.org_vocab_size, base.embedding_dim
         elif hasattr(layer, "n_slices") and hasattr(base, "input_size"):
-            members, sizes = manager.packed_modules.get(name, ()), _output_sizes(base)
+            members, sizes = manager.packed_modules.get(name, ()), _unsharded_output_sizes(base)
             # An adapter may name the fused layer itself.
             found[name] = base.input_size, sum(sizes)
             if len(sizes) == len(members):
@@ -352,7 +360,7 @@ def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...
     return found
 
 
-def _output_sizes(base: Any) -> list[int]:
+def _unsharded_output_sizes(base: Any) -> list[int]:
     """Return the output sizes of a layer's slices, before they are split across processes."""
     if hasattr(base, "total_num_kv_heads"):
         # Processes may have copies of key and value heads, which output_sizes counts.

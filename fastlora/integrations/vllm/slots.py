@@ -40,8 +40,8 @@ class LayerSlots:
         shapes_b = [(max_rank, stack.shape[2]) for stack in stacks_b]
         storage, blocks = _zero_blocks(slots, [*shapes_a, *shapes_b], stacks_b[0])
         self.lora_a, self.lora_b = blocks[: len(shapes_a)], blocks[len(shapes_a) :]
-        self.shrink = [SlotProducts([own], [_identity(own)], storage) for own in self.lora_a]
-        self.expand = [SlotProducts([_identity(own)], [own], storage) for own in self.lora_b]
+        self.shrink = [SlotProducts([own], [_identities(own)], storage) for own in self.lora_a]
+        self.expand = [SlotProducts([_identities(own)], [own], storage) for own in self.lora_b]
         self.linear: list[SlotProducts] = []
         if stack_a is not None and stack_a.shape[2] == max_rank:
             for start in range(0, len(stacks_b), _MOST_SLICES):
@@ -49,7 +49,10 @@ class LayerSlots:
                 self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group], storage))
 
     def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        """Add each row's update of all slices to y ``[M, N]``, from the first column on."""
+        """Add the LoRA update of each row's adapter to y ``[M, N]`` in place.
+
+        The outputs of all slices are side by side in y, starting at the first column.
+        """
         start = 0
         for products in self.linear:
             is_whole = products.width == y.shape[1]
@@ -112,7 +115,7 @@ class LayerSlots:
         return all(each.is_empty(slot) for each in self.expand)
 
     def clear(self, slot: int) -> None:
-        """Set a slot's factors to zero and its ranks to 0."""
+        """Set a slot's factors and ranks to zero."""
         if not self.is_empty(slot):
             none = [None] * len(self.lora_b)
             self.write(slot, none, none, [1.0] * len(self.lora_b))
@@ -131,7 +134,7 @@ class LayerSlots:
             fits = lora_a.shape[0] == lora_b.shape[1]
         if not fits:
             raise ValueError(
-                f"slice {slice_index}: lora_A has shape {tuple(lora_a.shape)} and lora_B "
+                f"slice {slice_index}: lora_A has shape {tuple(lora_a.shape)} and lora_B has shape "
                 f"{tuple(lora_b.shape)}, expected [rank, {features or 'in_features'}] and "
                 f"[{width}, rank] with a rank of at most {max_rank}"
             )
@@ -152,24 +155,25 @@ class LayerSlots:
                 start = group.stop
 
 
-def slots_of_stack(stack: torch.Tensor) -> LayerSlots:
+def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
     """Return the `LayerSlots` that one of vLLM's stacked tensors is a view of."""
-    found: LayerSlots = stack.fastlora_slots  # type: ignore[attr-defined]
+    found: LayerSlots = stack_view.fastlora_slots  # type: ignore[attr-defined]
     return found
 
 
 def _zero_blocks(
     slots: int, shapes: Sequence[Sequence[int]], like: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return a tuple (storage, zeros ``[slots, rows, columns]`` for each shape (rows, columns)).
+    """Allocate storage that contains zeros, and return a tuple (storage, list of blocks).
 
-    The zeros are views of the storage, which has the dtype and device of ``like``. Each block
-    ``[rows, columns]`` is contiguous and starts at a multiple of 16 bytes.
+    For each shape (rows, columns), the list contains a view ``[slots, rows, columns]`` of the
+    storage. The storage has the dtype and device of ``like``. In each view, the matrix
+    ``[rows, columns]`` of a slot is contiguous and starts at a multiple of 16 bytes.
     """
     unit = _ALIGNMENT // like.dtype.itemsize
     sizes = [-(-rows * columns // unit) * unit for rows, columns in shapes]
     # A tensor that is created in inference mode has no version. The version shows whether other
-    # code has written the tensor.
+    # code has modified the tensor.
     with torch.inference_mode(False):
         storage = torch.zeros(slots, sum(sizes), dtype=like.dtype, device=like.device)
         blocks = [
@@ -179,8 +183,11 @@ def _zero_blocks(
     return storage, blocks
 
 
-def _identity(factor: torch.Tensor) -> torch.Tensor:
-    """Return ``[slots, R, R]``, an identity matrix for each slot of a factor ``[slots, R, N]``."""
+def _identities(factor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with an identity matrix for each slot of a factor.
+
+    The shape of the factor is ``[slots, R, N]``, and the shape of the result is ``[slots, R, R]``.
+    """
     slots, rank, _ = factor.shape
     with torch.inference_mode(False):
         same = torch.eye(rank, dtype=factor.dtype, device=factor.device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from fastlora.integrations.vllm.batch import slots_of_adapters
-from fastlora.integrations.vllm.slots import slots_of_stack
+from fastlora.integrations.vllm.slots import get_layer_slots
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT
 from fastlora.ops.slots import BatchRows
@@ -27,7 +27,7 @@ _TOKENS, _SAMPLED = 0, 1
 class FastLoraPunicaWrapper(PunicaWrapperBase):
     """Implementation of vLLM's LoRA interface that computes the updates with fastlora.
 
-    All methods add to y in place. Rows without an adapter are not changed.
+    All methods change y in place. Rows without an adapter are not changed.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        """Start a batch: write the slot of each token and of each sampled row."""
+        """Start a batch, and record the slot of each token and of each sampled row."""
         self.is_prefill = mapping.is_prefill
         tokens = slots_of_adapters(mapping.index_mapping, lora_index_to_id)
         sampled = slots_of_adapters(mapping.prompt_mapping, lora_index_to_id)
@@ -84,7 +84,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
     ) -> None:
         """Add the update of a linear layer. The slices of y are adjacent columns."""
         _check_scale(scale)
-        slots_of_stack(lora_b_stacked[0]).add_linear_(_as_matrix(y), _as_matrix(x), self._tokens)
+        get_layer_slots(lora_b_stacked[0]).add_linear_(_as_matrix(y), _as_matrix(x), self._tokens)
 
     def add_lora_logits(
         self,
@@ -104,13 +104,13 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         if rows is self._sampled:
             self._check_sampled_rows(x.shape[0])
         _check_scale(scale)
-        slots_of_stack(lora_b_stacked).add_linear_(_as_matrix(y), _as_matrix(x), rows)
+        get_layer_slots(lora_b_stacked).add_linear_(_as_matrix(y), _as_matrix(x), rows)
 
     @contextmanager
     def logits_of_one_request(
         self, adapter: int, adapter_of_slot: Sequence[int | None]
     ) -> Iterator[None]:
-        """Apply one request's adapter to all rows of the logits in a ``with`` block.
+        """Context manager that applies one request's adapter to all rows of the logits.
 
         This is used for the logits of prompts, which vLLM computes for one request at a time.
 
@@ -136,8 +136,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, **kwargs: Any
     ) -> None:
-        """Add the update of an embedding, where x ``[M, R]`` contains rows looked up in lora_a."""
-        slots_of_stack(lora_b_stacked).expand[0].add_(y, x, self._tokens)
+        """Add the LoRA update of an embedding layer.
+
+        x ``[M, R]`` contains the rows that were looked up in lora_a.
+        """
+        get_layer_slots(lora_b_stacked).expand[0].add_(y, x, self._tokens)
 
     def add_shrink(
         self,
@@ -147,12 +150,13 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the unscaled ``x @ lora_a.T`` to ``y[i]`` for each slice i.
+        """Add the shrink output ``x @ lora_a.T`` to ``y[i]`` for each slice i.
 
-        vLLM calls this method if ``fully_sharded_loras`` is set.
+        ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this method
+        if ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
-        for own, products in zip(y, slots_of_stack(lora_a_stacked[0]).shrink, strict=True):
+        for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):
             products.add_(own, _as_matrix(x), self._tokens)
 
     def add_expand(
@@ -169,7 +173,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         vLLM calls this method if ``fully_sharded_loras`` is set.
         """
         y, start = _as_matrix(y), offset_start
-        for own, products in zip(x, slots_of_stack(lora_b_stacked[0]).expand, strict=True):
+        for own, products in zip(x, get_layer_slots(lora_b_stacked[0]).expand, strict=True):
             products.add_(y[:, start : start + products.width], own, self._tokens)
             start += products.width
 
@@ -181,14 +185,16 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Set y to the head's output in rows whose adapter has its own classification head.
+        """Set each row of y to the output of its adapter's own classification head.
+
+        Rows are not changed if their adapter does not have its own head.
 
         Args:
             y: ``[M, labels]``.
             x: ``[M, K]``.
             weight_stacked: ``[slots, 1, labels, K]``.
             bias_stacked: ``[slots, labels]``.
-            module_enabled: bool ``[slots]``, whether the adapter has a head of its own.
+            module_enabled: bool ``[slots]``, whether the adapter in each slot has its own head.
 
         Raises:
             ValueError: The rows are not the sampled rows.

@@ -69,12 +69,12 @@ class BaseQuantizedWeight(MergeTarget):
 
     def __init__(self, base: object) -> None:
         module: Any = base
-        self.base, self.weight = module, self.weight_object_of(module)
+        self.base, self.weight = module, self.stored_weight_of(module)
         self.shape = int(module.out_features), int(module.in_features)
 
     @staticmethod
-    def weight_object_of(module: object) -> Any:
-        """Return the object in which a module stores its weight."""
+    def stored_weight_of(module: object) -> Any:
+        """Return a module's weight in the form in which the module stores it."""
         return getattr(module, "weight", None)
 
     @classmethod
@@ -96,7 +96,7 @@ class BaseQuantizedWeight(MergeTarget):
 
     def refers_to_current_weight(self) -> bool:
         """Return whether ``weight`` is still the module's current weight object."""
-        return self.weight_object_of(self.base) is self.weight
+        return self.stored_weight_of(self.base) is self.weight
 
     def tensor_dependencies(self) -> Sequence[torch.Tensor]:
         """Return the tensors that the weight depends on.
@@ -105,8 +105,8 @@ class BaseQuantizedWeight(MergeTarget):
         """
         return self.stored_tensors()
 
-    def other_dependencies(self) -> Hashable:
-        """Return the weight's dependencies other than tensors, as a hashable value.
+    def non_tensor_dependencies(self) -> Hashable:
+        """Return the weight's non-tensor dependencies as a hashable value.
 
         Two values are compared with ``==``.
         """
@@ -126,7 +126,7 @@ class BaseQuantizedWeight(MergeTarget):
             KernelsCannotRead: Kernels cannot read the weight. The message gives the reason.
         """
         raise KernelsCannotRead(
-            f"its base layer is {type(self.base).__name__}, which runs unchanged"
+            f"its base layer is {type(self.base).__name__}, whose own forward pass is used"
         )
 
     def library_and_version(self) -> str:
@@ -139,16 +139,17 @@ class BaseQuantizedWeight(MergeTarget):
             return name
 
     def fallback_reason_missing_field(self, error: AttributeError) -> str:
-        """Return the fallback reason for a library object that lacks an expected field."""
-        return f"{self.library_and_version()}: {error}; the base layer runs unchanged"
+        """Return the fallback reason if a library object lacks an expected field."""
+        return f"{self.library_and_version()}: {error}; the base layer's own forward pass is used"
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return the weight as a tensor for kernels, or the fallback reason.
+        """Return the weight as a tensor that kernels can read, or the fallback reason.
 
-        The kernels compute in ``dtype``.
+        The result is the fallback reason if the kernels cannot read the weight. The kernels compute
+        in ``dtype``.
         """
         if qualified_class_name(self.base) not in self.modules:
-            return f"its base layer is {type(self.base).__name__}, which runs unchanged"
+            return f"its base layer is {type(self.base).__name__}, whose own forward pass is used"
         if self.codes().is_meta:
             return "its base weight is not loaded yet (it is on the meta device)"
         try:
@@ -190,7 +191,7 @@ class BaseQuantizedWeight(MergeTarget):
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the tensor of quantization codes, which is on the weight's device."""
+        """Return the quantization codes as a tensor on the weight's device."""
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -198,9 +199,9 @@ class BaseQuantizedWeight(MergeTarget):
         return lambda: self.dense().to(dtype)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product in ``dtype``.
+        """Return the bias to add to a matrix product whose dtype is ``dtype``.
 
-        If calling the module would convert the module's own bias, this method converts it too.
+        If calling the module would convert the module's own bias, this method also converts it.
         """
         bias: torch.Tensor | None = self.base.bias
         return bias
@@ -266,13 +267,13 @@ class BaseQuantizedWeight(MergeTarget):
     def fingerprint(self) -> Fingerprint:
         return tuple(total for part in self.stored_tensors() for total in bit_sums(part))
 
-    def snapshot_after_apply(
+    def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return the snapshot unchanged.
+        """Convert a snapshot for use after ``nn.Module._apply`` has converted the module.
 
-        ``fn`` is not applied to it, because ``fn`` may change dtypes. `restore` moves the data to
-        the weight's device.
+        The snapshot is returned unchanged. ``fn`` may change dtypes, so it is not applied.
+        `restore` moves the data to the weight's device.
         """
         return snapshot
 
@@ -330,9 +331,10 @@ def check_weight_tensor(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Check a tensor of a library's quantized weight, and return it.
+    """Check a tensor field of a quantized weight, and return the tensor.
 
-    Kernels require one of these dtypes, ``count`` contiguous elements, and the device of ``like``.
+    The quantized weight is an object of a quantization library. Kernels require one of the given
+    dtypes, ``count`` contiguous elements, and the device of ``like``.
 
     Args:
         name: The field's name, for the message.
@@ -350,7 +352,8 @@ def check_weight_tensor(
         found = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
         names = " or ".join(map(str, wanted))
         raise KernelsCannotRead(
-            f"{library}: {name} is {found}, expected {names}; the base layer runs unchanged"
+            f"{library}: {name} is {found}, expected {names}; the base layer's own forward pass "
+            "is used"
         )
     if part.device != like.device:
         raise KernelsCannotRead(
@@ -358,15 +361,18 @@ def check_weight_tensor(
         )
     if part.numel() != count or not part.is_contiguous():
         raise KernelsCannotRead(
-            f"{library}: {name} has {part.numel()} elements of shape {tuple(part.shape)} with "
-            f"strides {part.stride()}, expected {count} contiguous elements; the base layer runs "
-            "unchanged"
+            f"{library}: {name} has {part.numel()} elements, shape {tuple(part.shape)}, and "
+            f"strides {part.stride()}, but the kernels expect {count} contiguous elements; the "
+            "base layer's own forward pass is used"
         )
     return part
 
 
 def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
-    """Return the addresses of the tensors as an int64 tensor ``[len(parts)]`` on their device."""
+    """Return the addresses of tensors as an int64 tensor ``[len(parts)]``.
+
+    The result is on the device of the tensors.
+    """
     found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
     return found.to(parts[0].device)
 
@@ -384,15 +390,16 @@ def check_decoded_values(
     scale = rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
     if error > 1e-5:
+        relative = f"{error:.2g}"
         raise KernelsCannotRead(
             f"{library}: the codes of a {what} do not decode to the values that fastlora "
-            f"expects (decoded values are off by {error:.2g} times the largest value); the base "
-            "layer runs unchanged"
+            f"expects (the error is {relative} times the largest value); the base layer's own "
+            "forward pass is used"
         )
 
 
 def not_quantized_yet_error(base: nn.Module) -> UnsupportedLayerError:
-    """Return the error for a layer that has not quantized its weight yet.
+    """Return the error to raise for a layer whose weight has not been quantized yet.
 
     The layer is from bitsandbytes.
     """

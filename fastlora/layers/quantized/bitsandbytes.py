@@ -56,9 +56,9 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight, which is fp32 if the codes are repacked.
+        """The dtype of the dequantized weight.
 
-        Otherwise, the weight has the same dtype as before quantization.
+        It is fp32 if the codes are repacked. Otherwise, it is the dtype before quantization.
         """
         found: torch.dtype = self.weight.quant_state.dtype
         return torch.float32 if self._is_repacked() else found
@@ -84,7 +84,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         nested = [] if inner is None else [inner.absmax, inner.code, state.offset]
         return [self.weight, state.absmax, state.code, *nested]
 
-    def other_dependencies(self) -> Hashable:
+    def non_tensor_dependencies(self) -> Hashable:
         base, state = self.base, self.weight.quant_state
         # A weak reference, because another object may get the `id` of a deleted one.
         return weakref.ref(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
@@ -176,10 +176,9 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product in ``dtype``.
+        """Return the bias, converted to ``dtype``, to add to a matrix product.
 
-        The bias is in ``dtype``. As in bitsandbytes, the module's own bias is converted to
-        ``dtype`` too.
+        As in bitsandbytes, the module's own bias is also converted to ``dtype``.
         """
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
@@ -235,9 +234,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
     def _dequantize_blocks(
         self, codes: torch.Tensor, absmax: torch.Tensor, element_count: int
     ) -> torch.Tensor:
-        """Dequantize whole blocks to ``element_count`` fp32 elements.
+        """Dequantize whole blocks of codes to fp32.
 
-        ``absmax`` has one value per block. bitsandbytes dequantizes the blocks.
+        The result has ``element_count`` elements. ``absmax`` has one value per block. bitsandbytes
+        dequantizes the blocks.
         """
         state = self.weight.quant_state
         piece = type(state)(
@@ -291,9 +291,9 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """Return a fingerprint of the weight.
+        """Return a fingerprint of the weight's codes.
 
-        Repacking does not change it. It counts how often each 4-bit code occurs.
+        It counts how often each 4-bit code occurs, which repacking does not change.
         """
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
@@ -339,7 +339,8 @@ class BitsAndBytes8Bit(BaseQuantizedWeight):
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
         raise KernelsCannotRead(
-            f"bitsandbytes also rounds x to int8{apart}; the base layer runs unchanged"
+            f"bitsandbytes also rounds x to int8{apart}, so the base layer's own forward pass is "
+            "used"
         )
 
     def dense(self) -> torch.Tensor:
@@ -353,7 +354,7 @@ class BitsAndBytes8Bit(BaseQuantizedWeight):
             yield dequantize_rows(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:
-        """Quantize ``dense``, and replace the weight with it.
+        """Quantize ``dense``, and replace the weight with the quantized result.
 
         This is `MergeTarget.write`, except that ``dense`` is first rounded to fp16. bitsandbytes
         accepts no other dtype here.

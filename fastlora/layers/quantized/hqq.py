@@ -22,7 +22,7 @@ class HqqWeight(BaseQuantizedWeight):
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
     @staticmethod
-    def weight_object_of(module: object) -> Any:
+    def stored_weight_of(module: object) -> Any:
         return getattr(module, "W_q")  # noqa: B009 - a module of any kind
 
     @classmethod
@@ -52,6 +52,7 @@ class HqqWeight(BaseQuantizedWeight):
         Merging would require HQQ's solver.
         """
         raise UnsupportedLayerError(
-            f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
-            "optimization; dequantize the base model first"
+            f"cannot merge into {type(self.base).__name__}: HQQ quantizes weights with its own "
+            "solver, which fastlora does not run on a merged weight; dequantize the base model "
+            "first"
         )

@@ -103,7 +103,7 @@ class RepackedProduct:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this product supports x and is faster than calling the module."""
+        """Return whether this matrix product supports x and is faster than calling the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

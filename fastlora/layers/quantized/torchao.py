@@ -59,7 +59,9 @@ class TorchaoWeight(BaseQuantizedWeight):
                 f"its base weight is a torchao {name}, which the kernels do not support"
             )
         if weight.act_quant_kwargs is not None:
-            raise KernelsCannotRead("torchao also rounds x; the base layer runs unchanged")
+            raise KernelsCannotRead(
+                "torchao also rounds x, so the base layer's own forward pass is used"
+            )
         for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
             if getattr(weight, field, None) is not None:
                 raise KernelsCannotRead(f"its base weight, a torchao {name}, has an {field}")
@@ -211,8 +213,8 @@ def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
     if block[0] == 1:
         return library.PerGroup(block[1])
     raise UnsupportedLayerError(
-        f"cannot merge into a {type(weight).__name__} with one scale per block of {block}, "
-        "expected one scale per row, group, or tensor; dequantize the base model first"
+        f"cannot merge into a {type(weight).__name__} with one scale per block of {block}; "
+        "expected one scale per row, group, or tensor. Dequantize the base model first"
     )
 
 

@@ -99,7 +99,7 @@ def squared_norms_with_update(
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Return the squared norm of each row of ``weight + scaling * lora_b @ lora_a``, ``[N]``.
+    """Return the squared norm of each row of ``weight + scaling * lora_b @ lora_a``.
 
     The norms are computed in factored form:
     ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``.
@@ -248,7 +248,7 @@ class DropoutAdapter(NamedTuple):
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
         keep = keep_mask(rows, self.seed, self.dropout_p, run_after)
-        return reference.select_into_mask_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
+        return reference.overwrite_mask_with_kept_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 
 def forward_with_dropout(

@@ -172,7 +172,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return the lora_a gradients of G modules.
+    """Return the gradients of the adapters' lora_a for all G modules.
 
     The list contains one buffer with all gradients.
     """

@@ -119,7 +119,7 @@ class PackedLayerFactors(NamedTuple):
 def pack_layer_factors(
     slots: Slots, dtype: torch.dtype, kind: BatchKind
 ) -> PackedLayerFactors | None:
-    """Pack the factors of a layer's adapters for a kind of batch.
+    """Pack the factors of a layer's adapters for a given kind of batch.
 
     The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
     any factor is not finite, because one product serves several adapters and would carry a NaN from
@@ -172,8 +172,9 @@ def zero_lora_a(
     device: torch.device | None,
     is_dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (zeros for the packed lora_a, a view ``[units, slices, unit, K]`` of them).
+    """Return a zero-filled tensor for the packed lora_a, and a view of that tensor.
 
+    The result is a tuple (tensor, view). The view has the shape ``[units, slices, unit, K]``.
     ``is_dense`` states whether the packed factors are for dense products.
     """
     unit, units = layout.unit, layout.units

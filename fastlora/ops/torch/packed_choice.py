@@ -47,7 +47,7 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch, which determines how the matrix products are arranged.
+    """The kind of batch, which determines how the matrix products are arranged.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -61,7 +61,7 @@ class BatchKind(enum.Enum):
 
 
 def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
-    """Return the kind of a batch of ``rows`` rows, where each id covers ``rows_per_id`` rows."""
+    """Return the `BatchKind` of ``rows`` rows, where each id covers ``rows_per_id`` rows."""
     if rows <= _FEW_ROWS:
         return BatchKind.FEW
     return BatchKind.SAMPLES if rows_per_id >= _LONG else BatchKind.MANY
@@ -84,13 +84,13 @@ def dense_is_fastest(
     return units == 1 or (every_unit_is_used and unit * units <= _DENSE)
 
 
-def summing_rank_rows_is_faster(
+def expand_by_row_sums_is_faster(
     rows: int, adapters: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Return whether the expand is faster as sums of rank rows than as matrix products.
+    """Return whether the expand step is faster when computed as sums than as matrix products.
 
-    Each of the ``rows`` rows belongs to one of ``adapters`` adapters, whose largest rank is
-    ``rank``, or to none.
+    Each row's sum is over the columns of its adapter's lora_b, weighted by s. Each of the ``rows``
+    rows belongs to one of ``adapters`` adapters, whose largest rank is ``rank``, or to none.
     """
     has_fast_sums = dtype == torch.float32 and device.type == "cpu" and _HAS_FAST_SUMS
     each = min(_SUMMED_ROWS_EACH, _TERMS_EACH // rank)
@@ -108,10 +108,9 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
 
 
 def unit_coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether coalescing units is faster for a dtype and a kind of batch.
+    """Return whether coalescing units is faster than keeping them separate in batched products.
 
-    Units of rank rows are coalesced for batched products. This is faster for few rows in a
-    16-bit dtype.
+    A unit is a group of rank rows. Coalescing is faster for few rows in a 16-bit dtype.
 
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product with blocks of 4
     rows, and 6.1 times as long with blocks of 1 row. In fp32, the block size makes no difference.

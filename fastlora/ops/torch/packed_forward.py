@@ -44,7 +44,7 @@ def linear(
         (s,) = _zero_other_columns(s, pack, plan)
         y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        products.baddbmm_(places, s, _block_b(lora_b, pack, plan))
+        products.baddbmm_(places, s, _lora_b_of_blocks(lora_b, pack, plan))
         return _add_bias(y.index_select(0, plan.place), adapter, pack)
     return add_(products.linear(x, weight, bias), x, adapter, pack, plan)
 
@@ -80,7 +80,7 @@ def add_(
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _add_weighted_rank_rows(parts, s, pack, terms)
+        _add_rank_rows_weighted_by_s(parts, s, pack, terms)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
 
 
@@ -113,7 +113,7 @@ def _arrange_and_shrink(
 def _zero_other_columns(
     s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> Sequence[torch.Tensor]:
-    """Return s of each slice, with zeros in the columns of other adapters.
+    """Return s for each slice, with zeros in the columns that do not belong to a row's adapter.
 
     s is overwritten. The results are ``[M, rank rows]`` (of all units or one),
     ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
@@ -131,13 +131,15 @@ def _zero_other_columns(
     return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
-def _add_weighted_rank_rows(
+def _add_rank_rows_weighted_by_s(
     y_slices: Sequence[torch.Tensor],
     s: torch.Tensor,
     pack: PackedLayerFactors,
     terms: RowUpdateTerms,
 ) -> None:
-    """Add each row's sum of rank rows of lora_b, weighted by its own columns of s, to y in place.
+    """Add each row's update, which is a weighted sum of rows of the packed lora_b, to y in place.
+
+    The weights are the columns of s that belong to the row's adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
@@ -178,14 +180,14 @@ def _add_products(
         products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), s, own_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-        update = products.bmm(s, _block_b(lora_b, pack, plan))
+        update = products.bmm(s, _lora_b_of_blocks(lora_b, pack, plan))
         y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
 
 
 def _add_separately(
     y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, plan: SeparatePlan
 ) -> None:
-    """Add the updates of a `SeparatePlan` to y in place."""
+    """Add the updates to y in place, with separate products for each adapter of the plan."""
     update = gathered = None
     if plan.gather.numel():
         gathered, update = x.index_select(0, plan.gather), y.new_zeros(len(plan.gather), y.shape[1])
@@ -224,14 +226,22 @@ def _add_adapter(
 
 
 def _lora_a_of_units(pack: PackedLayerFactors, units: torch.Tensor) -> torch.Tensor:
-    """Return the rank rows of lora_a of some units, ``[B, K, slices * unit]``."""
+    """Return the parts of the packed lora_a that belong to the given units.
+
+    The result is a tensor of shape ``[B, K, slices * unit]``.
+    """
     if pack.lora_a.is_contiguous():
         return pack.lora_a.index_select(0, units)
     return pack.lora_a.transpose(1, 2).index_select(0, units).transpose(1, 2)
 
 
-def _block_b(lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan) -> torch.Tensor:
-    """Return the rank rows of lora_b of each block, ``[blocks, rank rows of a block, N]``."""
+def _lora_b_of_blocks(
+    lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan
+) -> torch.Tensor:
+    """Return the parts of the packed lora_b that the blocks are multiplied by.
+
+    The result is a view of shape ``[blocks, rank rows per block, N]``.
+    """
     unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
     own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]
     return own.view(plan.blocks, rank_rows, lora_b.shape[1])

@@ -44,7 +44,7 @@ from fastlora.ops.torch.packed import (
 from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
-    summing_rank_rows_is_faster,
+    expand_by_row_sums_is_faster,
     unit_coalescing_is_faster,
 )
 
@@ -67,12 +67,13 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms of each row's update: rank rows of its adapter's lora_b, weighted by s.
+    """The terms of the sums that give the rows' updates.
 
-    Rank rows of other adapters are not used.
+    Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
+    update of a row of y has one term for each rank row of its adapter.
 
     Attributes:
-        rank_rows: The rank row of each term, int64.
+        rank_rows: The index of each term's row in the packed lora_b, int64.
         starts: The first term of each row, int64 ``[M]``.
         weight_positions: The position of each term's weight in the flattened s of one slice, int64.
         width: The number of adjacent columns of s that belong to one slice.
@@ -85,9 +86,10 @@ class RowUpdateTerms:
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def weight_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
-        """Return the positions of the weights of all slices in the flattened s, int64.
+        """Return the position of each term's weight in the flattened s of all slices.
 
-        The result is ``[slices * terms]``, and s is ``[..., slices, width]``.
+        The result is an int64 tensor ``[slices * terms]``. s has the shape
+        ``[..., slices, width]``.
         """
         found = self._of_slices.get(slices)
         if found is None:
@@ -98,7 +100,9 @@ class RowUpdateTerms:
 
 
 class DensePlan(NamedTuple):
-    """A plan that multiplies every row by the rank rows of all adapters, or by those of one unit.
+    """A plan for multiplying every row by the same rank rows.
+
+    These are the rank rows of all adapters or, if the batch uses only one unit, of this unit.
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
@@ -113,7 +117,9 @@ class DensePlan(NamedTuple):
 
 
 class BlockedPlan(NamedTuple):
-    """A plan that gathers rows into blocks and multiplies each block by a few units of rank rows.
+    """A plan for gathering rows into blocks and multiplying each block by its own rank rows.
+
+    The rank rows of a block are those of one or more adjacent units.
 
     Attributes:
         start: The first unit of the first block.
@@ -140,7 +146,7 @@ class BlockedPlan(NamedTuple):
 
 
 class PerSamplePlan(NamedTuple):
-    """A plan that multiplies each of B samples of T tokens by the rank rows of its own adapter.
+    """A plan for multiplying each of B samples of T tokens by the factors of its own adapter.
 
     Attributes:
         units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
@@ -173,11 +179,12 @@ class RowsOfOneAdapter(NamedTuple):
 
 
 class SeparatePlan(NamedTuple):
-    """A plan that multiplies the rows of each adapter by the adapter's rank rows.
+    """A plan for multiplying each adapter's rows by that adapter's factors.
 
     Attributes:
         adapters: The adapters that have rows.
-        gather: Rows of adapters with rows that are not adjacent, int64, by adapter.
+        gather: The rows of adapters whose rows are not adjacent, as an int64 tensor. They are
+            grouped by adapter.
     """
 
     adapters: tuple[RowsOfOneAdapter, ...]
@@ -191,7 +198,9 @@ PlanCache = dict[tuple[PackedLayout, torch.dtype, bool], Plan]
 def cached_plan(
     rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors, cache: PlanCache
 ) -> Plan:
-    """Return the plan for a batch's matrix products from ``cache``, or make and store it.
+    """Return the plan for a batch's matrix products.
+
+    The plan is looked up in ``cache``. If it is missing, it is created and stored there.
 
     Args:
         rows: The rows of the batch.
@@ -217,7 +226,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     kind = batch_kind(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
-    sums_rank_rows = summing_rank_rows_is_faster(m, len(used), layout.unit, dtype, device)
+    sums_rank_rows = expand_by_row_sums_is_faster(m, len(used), layout.unit, dtype, device)
     if pack.is_finite and pack.lora_a.dim() == 2:
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first
@@ -264,19 +273,26 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
 
 
 def _make_row_update_terms(
-    begin: torch.Tensor, first: torch.Tensor, rank: torch.Tensor, width: int
+    first_weight_position: torch.Tensor,
+    first_rank_row: torch.Tensor,
+    rank: torch.Tensor,
+    width: int,
 ) -> RowUpdateTerms:
-    """Return the terms of all rows.
+    """Return the terms of each row's update.
 
     Args:
-        begin: The position of each row's first weight in the flattened s of one slice.
-        first: The first rank row of each row's adapter.
+        first_weight_position: The position in the flattened s of one slice at which each row's
+            weights start.
+        first_rank_row: The rank row at which each row's adapter starts.
         rank: The number of rank rows of each row's adapter, or 0 for a row without an adapter.
         width: As in `RowUpdateTerms`.
     """
     starts = torch.cumsum(rank, 0) - rank
     within = torch.arange(int(rank.sum())) - torch.repeat_interleave(starts, rank)
-    positions, rank_rows = (torch.repeat_interleave(own, rank) + within for own in (begin, first))
+    positions, rank_rows = (
+        torch.repeat_interleave(own, rank) + within
+        for own in (first_weight_position, first_rank_row)
+    )
     return RowUpdateTerms(rank_rows, starts, positions, width)
 
 

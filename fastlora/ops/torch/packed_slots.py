@@ -147,8 +147,8 @@ class PackedSlots:
             a, b = tuple(factors.lora_a.shape), tuple(factors.lora_b.shape)
             if len(a) != 2 or a[1] != self._in_features or b != (n, a[0]):
                 raise ValueError(
-                    f"lora_a has shape {a} and lora_b {b}, expected (R, {self._in_features}) and "
-                    f"({n}, R)"
+                    f"lora_a has shape {a} and lora_b has shape {b}, expected "
+                    f"(R, {self._in_features}) and ({n}, R)"
                 )
             if factors.lora_bias is not None or factors.dropout_p or factors.magnitude is not None:
                 raise ValueError(
@@ -157,7 +157,10 @@ class PackedSlots:
                 )
 
     def _reallocate(self, unit: int) -> _SlotStorage:
-        """Return new storage for units of ``unit`` rank rows, with the factors of all slots."""
+        """Return new storage that contains the current factors of all slots.
+
+        Each slot has ``unit`` rank rows.
+        """
         slots, dtype, device = len(self._ranks), self._dtype, self._device
         layout = one_unit_per_slot(unit, (0,) * slots)
         is_dense = dense_is_fastest(unit, slots, dtype, every_unit_is_used=False)

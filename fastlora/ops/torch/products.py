@@ -60,7 +60,7 @@ ONEDNN = Fp32ProductLimits(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
 def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductLimits]:
-    """Return a dict that maps each dtype that this processor emulates to its size limits.
+    """Return a dict of size limits, keyed by the dtypes that this processor emulates.
 
     The dict is empty for processors other than x86.
     """
@@ -82,9 +82,10 @@ EMULATED = _emulated_dtypes()
 
 
 def can_compute_in_fp32(*operands: torch.Tensor) -> bool:
-    """Return whether this module can compute the product of the given operands in fp32.
+    """Return whether a product can be computed in fp32 rather than in the operands' own dtype.
 
-    The functions of this module still call PyTorch's own product if it is as fast.
+    The processor must emulate their dtype, and neither autograd nor a compiler may record the
+    product. The functions of this module still call PyTorch's own product if it is as fast.
     """
     first = operands[0]
     return (
@@ -177,7 +178,10 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether ``a`` has so few rows that converting to fp32 does not speed up ``a @ b``."""
+    """Return whether PyTorch's own ``a @ b`` is as fast as this module's product in fp32.
+
+    This is the case if ``a`` has few rows.
+    """
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few

@@ -44,7 +44,7 @@ def add_rows_(y: torch.Tensor, rows: torch.Tensor, update: torch.Tensor) -> torc
 
 
 def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
-    """Return the shrink output ``s = x @ lora_a.T`` in x's dtype, shape ``[M, R]``."""
+    """Return the shrink output ``s = x @ lora_a.T``, with shape ``[M, R]`` and x's dtype."""
     return products.linear(x, cast(lora_a, x.dtype))
 
 
@@ -63,7 +63,7 @@ def lora_expand_(
 def lora_expand(
     s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the update ``(scaling * s) @ lora_b.T`` in ``dtype``, shape ``[M, N]``.
+    """Return the update ``(scaling * s) @ lora_b.T`` as a tensor of shape ``[M, N]`` in ``dtype``.
 
     The operands are rounded as in `lora_expand_`.
     """
@@ -77,7 +77,7 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
     `lora_keep_mask` computes the mask.
     """
-    return select_into_mask_(lora_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
+    return overwrite_mask_with_kept_(lora_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
 
 
 def lora_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -100,7 +100,7 @@ def lora_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tenso
     return torch.ge(lanes, threshold, out=keep)
 
 
-def select_into_mask_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def overwrite_mask_with_kept_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Overwrite ``keep`` with x where ``keep`` is 1 and with zero elsewhere, and return the result.
 
     The product of integers is one pass at the speed of memory. For 512 x 576 elements, it takes 12
@@ -116,12 +116,12 @@ def apply_mask_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
-    """Return ``ds = scaling * dy @ lora_b``, the gradient of s, shape ``[M, R]``."""
+    """Return the gradient of s, ``ds = scaling * dy @ lora_b``, of shape ``[M, R]``."""
     return products.mm(dy, cast(lora_b, dy.dtype)).mul_(scaling)
 
 
 def lora_b_grad(
     dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``d_lora_b = dy.T @ (scaling * s)``, the gradient of lora_b, shape ``[N, R]``."""
+    """Return the gradient of lora_b, ``d_lora_b = dy.T @ (scaling * s)``, of shape ``[N, R]``."""
     return cast(products.mm(dy.t(), cast(s * scaling, dy.dtype)), lora_b.dtype)

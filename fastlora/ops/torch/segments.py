@@ -35,7 +35,7 @@ def shrink_operands(
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
 ) -> AdapterOperands:
-    """Return an `AdapterOperands` with only lora_a and dropout, for a shrink."""
+    """Return an `AdapterOperands` that contains only lora_a and dropout, for a shrink operation."""
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
     return AdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
@@ -50,14 +50,16 @@ def expand_operands(
 
 
 class _PositionsOfOneAdapter(NamedTuple):
-    """The positions of one adapter's rows and of its part of s and ds.
+    """The positions of one adapter's rows in a batch.
+
+    They include the range of the adapter's part of s and ds.
 
     Attributes:
         place: Index of the adapter in the operands.
-        segment: Index of its segment, and thus of its rows in `Rows.segment_rows`.
-        at: Sorted positions of its rows.
-        rank: Its rank.
-        own: Range of its part in a one-dimensional s.
+        segment: Index of the adapter's segment, and thus of its rows in `Rows.segment_rows`.
+        at: Sorted positions of the adapter's rows.
+        rank: Rank of the adapter.
+        own: Range of the adapter's part in a one-dimensional s.
     """
 
     place: int
@@ -233,7 +235,7 @@ def _padded_gather_and_scatter_positions(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
-    """Return the shrink output s of G layers with the same input x, ``[G, M, R]``.
+    """Return the shrink output s ``[G, M, R]`` of G layers that have the same input x.
 
     The rows of x may be in any order. Those of s are sorted.
     """

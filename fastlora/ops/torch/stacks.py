@@ -46,8 +46,15 @@ class _KeyRangeWithRows(NamedTuple):
     segments: Sequence[Segment]
 
 
-class _KeySpan(NamedTuple):
-    """The rows of one key: its matrix, its adapter's slot, and the range of sorted positions."""
+class _RowsOfOneKey(NamedTuple):
+    """The rows of a batch that share one key.
+
+    Attributes:
+        matrix: Index of the key's matrix in the stack.
+        slot: Slot of the key's adapter.
+        at: Range of the sorted positions of the rows.
+        key: The key.
+    """
 
     matrix: int
     slot: int
@@ -55,19 +62,25 @@ class _KeySpan(NamedTuple):
     key: int
 
 
-def _key_spans(operands: StackAdapterOperands, rows: Rows) -> Iterator[_KeySpan]:
-    """Yield the rows of each key that has rows and an adapter of rank 1 or more."""
+def _rows_of_each_key(operands: StackAdapterOperands, rows: Rows) -> Iterator[_RowsOfOneKey]:
+    """Yield the rows of each key.
+
+    Keys without rows and keys whose adapter has rank 0 are omitted.
+    """
     slots = len(operands.lora_a)
     for key, start, stop in rows.segments:
         matrix, slot = divmod(key, slots)
         if operands.lora_a[slot].shape[1]:
-            yield _KeySpan(matrix, slot, slice(start, stop), key)
+            yield _RowsOfOneKey(matrix, slot, slice(start, stop), key)
 
 
 def _key_rows_after_dropout(
-    x: torch.Tensor, operands: StackAdapterOperands, its: _KeySpan, dtype: torch.dtype
+    x: torch.Tensor, operands: StackAdapterOperands, its: _RowsOfOneKey, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the rows of a key in a dtype, with dropout. Every call uses the same mask."""
+    """Return the rows of x that share a key, cast to ``dtype`` and with dropout applied.
+
+    Every call for a key uses the same mask.
+    """
     own, p = reference.cast(x[its.at], dtype), operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
         return own
@@ -92,7 +105,7 @@ def add_updates_and_return_s_(
             s[part.at] = found
             _add_grouped_(y, found.mul_(operands.scaling.to(dtype)), lora_b, part)
         return s
-    for its in _key_spans(operands, rows):
+    for its in _rows_of_each_key(operands, rows):
         lora_a = operands.lora_a[its.slot][its.matrix]
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         own, scaling = s[its.at, : lora_a.shape[0]], operands.scaling[its.slot]
@@ -115,7 +128,7 @@ def gradients(
     wants: Sequence[bool],
     dx: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Return a tuple (dx ``[P, K]``, the gradients of the factors).
+    """Return a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients.
 
     Args:
         dy: ``[P, N]``.
@@ -138,7 +151,7 @@ def gradients(
         torch.zeros_like(factor) if wanted else None
         for factor, wanted in zip(factors, wants, strict=True)
     ]
-    for its in _key_spans(operands, rows):
+    for its in _rows_of_each_key(operands, rows):
         scaling = operands.scaling[its.slot]
         lora_a = operands.lora_a[its.slot][its.matrix]
         d_lora_a, d_lora_b = found[2 * its.slot : 2 * its.slot + 2]
@@ -160,9 +173,10 @@ def gradients(
 
 
 def dtype_of_s(x: torch.Tensor, operands: StackAdapterOperands) -> torch.dtype:
-    """Return fp32 if x is in 16 bits on a CPU and a factor is in fp32, otherwise the dtype of x.
+    """Return the dtype in which s is stored.
 
-    The dtype does not depend on the rows, which have no values when a graph is traced.
+    This is fp32 if x is a 16-bit tensor on a CPU and a factor is in fp32. Otherwise, it is the
+    dtype of x. The dtype does not depend on the rows, which have no values when a graph is traced.
     """
     factors = (*operands.lora_a, *operands.lora_b)
     is_wider = x.is_cpu and x.itemsize == 2 and any(f.dtype == torch.float32 for f in factors)
@@ -170,16 +184,17 @@ def dtype_of_s(x: torch.Tensor, operands: StackAdapterOperands) -> torch.dtype:
 
 
 def _dtype_of_products(x: torch.Tensor, operands: StackAdapterOperands, rows: Rows) -> torch.dtype:
-    """Return `dtype_of_s` if keys have few rows, otherwise the dtype of x.
+    """Return the dtype in which products with the factors are computed.
 
-    A few rows take less time to convert than the factors of their key.
+    This is `dtype_of_s` if keys have few rows, and otherwise the dtype of x. A few rows take less
+    time to convert than the factors of their key.
     """
     has_few_rows = rows.m <= _FEW_ROWS * len(rows.segments)
     return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
 def _is_grouped(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) -> bool:
-    """Return whether `torch.nn.functional.grouped_mm` computes the products of adjacent keys.
+    """Return whether `torch.nn.functional.grouped_mm` is used for the products with the factors.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
     rows on 128 matrices ``[384, 512]`` and rank 16 in fp32, a training step takes 11 % less time
@@ -202,9 +217,11 @@ def _is_grouped(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) 
 
 
 def _parts(rows: Rows, converts: bool) -> list[_KeyRangeWithRows]:
-    """Return all keys as one part, or in parts of up to `_PART_ROWS` rows if rows are converted.
+    """Return a list of the parts into which the keys are divided.
 
-    A key with more rows is a part of its own.
+    If ``converts`` is False, there is one part with all keys. Otherwise, rows are converted to
+    another dtype, and a part has up to `_PART_ROWS` rows. A key with more rows is a part of its
+    own.
     """
     ends = rows.slot_start[1:]
     if not converts or rows.m <= _PART_ROWS:
@@ -223,7 +240,11 @@ def _parts(rows: Rows, converts: bool) -> list[_KeyRangeWithRows]:
 def _add_grouped_(
     y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _KeyRangeWithRows
 ) -> None:
-    """Add ``s @ factor[key]`` to the rows of a part's keys in place, for ``s`` of these rows."""
+    """Add the product of s and each key's factor to that key's rows of y in place.
+
+    The keys are those of the part. y contains all rows, and ``s`` contains only the rows of the
+    part.
+    """
     if y.dtype != s.dtype:
         y[part.at].add_(F.grouped_mm(s, factor[part.keys], offs=part.ends))
         return
@@ -242,10 +263,10 @@ def _grouped_factor_gradients(
     dx: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """For one adapter, return the gradients of its factors and add its part of dx to dx in place.
+    """Return the gradients of one adapter's factors, and add its contribution to dx in place.
 
-    The arguments are those of `gradients`. Each gradient of a factor takes one product for all keys
-    of a part.
+    The arguments are those of `gradients`. Each gradient of a factor takes one grouped product for
+    all keys of a part.
     """
     (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
     dtype = lora_a.dtype
@@ -269,7 +290,7 @@ def _grouped_factor_gradients(
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Return the gradients of all parts as one, or None if there are none."""
+    """Return the concatenated gradients of all parts, or None if there are no gradients."""
     if len(parts) > 1:
         return torch.cat(parts)
     return parts[0] if parts else None
@@ -280,11 +301,12 @@ def _add_dx_(
     ds: torch.Tensor,
     lora_a: torch.Tensor,
     operands: StackAdapterOperands,
-    its: _KeySpan,
+    its: _RowsOfOneKey,
 ) -> None:
-    """Add the gradient of a key's rows of x to dx in place.
+    """Add the gradient of the LoRA update with respect to x to dx in place, for one key.
 
-    Dropout applies to the gradient of the update, not to the values that dx has.
+    dx contains only the rows of the key. Dropout applies to the gradient of the update, not to the
+    values that dx already contains.
     """
     p = operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
@@ -301,7 +323,9 @@ def _add_dx_(
 def grouped_linear(
     x: torch.Tensor, stack: torch.Tensor, rows: Rows, num_adapter_slots: int = 1
 ) -> torch.Tensor:
-    """Multiply each row of x by the transpose of its matrix in the stack, and return ``[P, N]``.
+    """Return the product of each row of x and the transpose of its matrix in the stack.
+
+    The result is a tensor ``[P, N]``.
 
     Rows of x that belong to no matrix come last. Their results and the gradients of their x are not
     defined, and may be uninitialized.
@@ -317,10 +341,12 @@ def grouped_linear(
 
 
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Return the result of `grouped_linear`, without its support for autograd.
+    """Return the product of each row of x and the transpose of its matrix in the stack.
 
-    ``starts [E + 1]`` contains the positions at which the rows of each matrix start, and the number
-    of rows that belong to a matrix.
+    The result is a tensor ``[P, N]``, as in `grouped_linear`, but autograd is not supported.
+
+    ``starts [E + 1]`` contains the position at which the rows of each matrix start, followed by the
+    number of rows that belong to any matrix.
     """
     if _supports_grouped_mm(x, stack):
         made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:].contiguous())
@@ -351,9 +377,10 @@ def _grouped_mm_is_fast_for_dtype(x: torch.Tensor) -> bool:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The autograd function of `grouped_linear`, which accepts operands that `grouped_mm` does not.
+    """The autograd function that multiplies each row of x by its matrix in the stack.
 
-    The backward pass of `torch.nn.functional.grouped_mm` does not support expanded gradients.
+    It implements `grouped_linear`, and accepts operands that `grouped_mm` does not. The backward
+    pass of `torch.nn.functional.grouped_mm` does not support expanded gradients.
     """
 
     @staticmethod
@@ -380,9 +407,9 @@ def grouped_gradients(
     wants_x: bool,
     wants_stack: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of `grouped_products` with respect to x and the stack, if wanted.
+    """Return the gradients of `grouped_products` with respect to x and the stack.
 
-    x may be None if the gradient of the stack is not wanted.
+    A gradient that is not wanted is None. x may be None if the gradient of the stack is not wanted.
     """
     dy = dy.contiguous()
     dx = grouped_products_or_operator(dy)(dy, stack.transpose(1, 2), starts) if wants_x else None
@@ -399,7 +426,10 @@ def grouped_gradients(
 
 
 def grouped_products_or_operator(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return `grouped_products`, or its operator if a compiler traces operations on x."""
+    """Return `grouped_products`, or its registered operator if a compiler is tracing x.
+
+    The operator is also returned on the meta device. In both cases, the values of x are unknown.
+    """
     registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
     return registered if has_unknown_values(x) else grouped_products
 

@@ -207,7 +207,7 @@ def _grad_b_one_adapter(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _DsGradBColumnSums:
-    """Return ds, the gradient of lora_b, and the column sums of dy for one adapter."""
+    """Return a tuple (ds, lora_b gradient, column sums of dy) for one adapter."""
     found, partials = _grad_b_and_partials(dy, s, lora_b, scaling, with_bias)
     _add_partials(partials)
     return found
@@ -257,12 +257,15 @@ def _grad_b_and_partials(
 
 
 def _bytes_of(partials: Sequence[_Partials]) -> int:
-    """Return the number of bytes of partial sums."""
+    """Return the total size of the partial sums in bytes."""
     return sum(stack.numel() * stack.itemsize for _, stack in partials)
 
 
 def _add_partials(partials: Sequence[_Partials]) -> None:
-    """Add partial sums into their results, up to `MAX_GROUP_SIZE` results in one launch."""
+    """Add up the partial sums of each result, and write the total into the result.
+
+    One launch processes up to `MAX_GROUP_SIZE` results.
+    """
     for start in range(0, len(partials), MAX_GROUP_SIZE):
         outs, stacks = zip(*partials[start : start + MAX_GROUP_SIZE], strict=True)
         config = config_of("plane_sums", outs[0])
@@ -307,7 +310,7 @@ def _can_share_grad_x(
     lora_a: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one launch can compute the adapters' part of the dx of several modules."""
+    """Return whether one launch can compute the adapters' contributions to dx for all modules."""
     return (
         len(dys) > 1
         and all(seed is None for seed in seeds)
@@ -331,10 +334,11 @@ def _grad_x_one_adapter(
     plan: str,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the gradient of x for one adapter, including the base layer's part.
+    """Return the gradient of x for one adapter, including the base layer's contribution.
 
-    The gradient is computed by one fused launch, or by a launch for the adapter's part and a
-    library product that is added to it.
+    The gradient is computed by one fused launch, or by a launch for the adapter's contribution and
+    a library product that is added to it. Without a weight, the base layer's contribution is
+    omitted.
 
     ``onto`` is the dx of other modules of a shared-input group, to which the gradient is added.
     """

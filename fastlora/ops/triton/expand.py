@@ -71,7 +71,10 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the update of each row's adapter to y in place, with a shrink and an expand launch."""
+    """Compute the LoRA update of each row's adapter from the input x, and add it to y in place.
+
+    A shrink and an expand are launched.
+    """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     x = in_usual_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))

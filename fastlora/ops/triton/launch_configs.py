@@ -24,9 +24,10 @@ def config_of(
     group_size: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Return the config of a kernel launch on x's device, for matrix products in x's dtype.
+    """Return the launch config for a kernel on x's device.
 
-    All other arguments are as in `fastlora.kernels.configs.choose`.
+    The kernel's matrix products are computed in x's dtype. All other arguments are as in
+    `fastlora.kernels.configs.choose`.
     """
     return configs.choose(
         *(chips.chip_of(x.device), launch, x.dtype),

@@ -53,7 +53,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters.
+    """Compute the output of a linear layer with adapters.
 
     Returns a list that starts with the output y. Unless s is given, the list also contains the
     shrink output s.
@@ -95,10 +95,10 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer for a mixed batch.
+    """Compute the output of a linear layer for a mixed batch.
 
-    Returns a list that starts with the output y. If s is not given and ``shrink_range`` is, the
-    list also contains s for these modules.
+    Returns a list that starts with the output y. If ``shrink_range`` is given and s is not, the
+    list also contains the split-K partial sums of s for the modules in this range.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
@@ -175,7 +175,7 @@ def linear_one_adapter(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with one adapter.
+    """Compute the output of a linear layer with one adapter.
 
     Returns a list that starts with the output y. Unless s is given, the list also contains the
     shrink output s.
@@ -327,7 +327,10 @@ def _plan_and_base_products(
 
 
 def _fused_linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the config-table name of the fused linear launch for a dense or quantized weight."""
+    """Return the launch name of the fused linear kernel for a dense or quantized weight.
+
+    The config tables use this name.
+    """
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
 

@@ -21,19 +21,20 @@ def rows_for_address_tables(rows: Rows, batch_invariant: bool = False) -> list[t
 def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that receive lists of factors.
 
-    For operators that work on runs, use `rows_argument_and_run_length`.
+    For operators that work on runs, use `rows_and_run_length_for_gradients`.
     """
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
     return [*rows.operator_arguments(), rows.piece_starts(TRAIN_PIECE_ROWS)]
 
 
-def rows_argument_and_run_length(
+def rows_and_run_length_for_gradients(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Return a tuple (tensors for the ``rows`` argument of a gradient operator, length of a run).
+    """Return the tensors for the ``rows`` argument of a gradient operator, and the run length.
 
-    A run is a range of sorted positions, and no piece is part of two runs.
+    The result is a tuple. A run is a range of sorted positions, and its length is the number of
+    rows in it. No piece is part of two runs.
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

@@ -76,14 +76,14 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shrink x with one adapter, and return a tuple (s ``[M, R]``, s or its split-K partial sums).
+    """Shrink x with one adapter, and return a tuple of s ``[M, R]`` and its split-K partial sums.
 
     The modules are side by side in s.
 
-    The second item is s itself, or split-K partial sums. In the latter case s is uninitialized, and
-    the next launch adds the partial sums and stores the result in s. Each partial sum has M rows.
-    The stride between partial sums is a multiple of 16 elements for every M, because Triton would
-    otherwise compile another kernel.
+    If K is not split, the second item is s itself. Otherwise, s is uninitialized, and the next
+    launch adds the partial sums and stores the result in s. Each partial sum has M rows. The stride
+    between partial sums is a multiple of 16 elements for every M, because Triton would otherwise
+    compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     launch = "lora_shrink"
@@ -104,11 +104,12 @@ def shrink_with_partials(
 
 
 def in_usual_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
-    """Return x ``[M, K]``, or a copy if its layout would make Triton compile another kernel.
+    """Return x ``[M, K]`` in the layout for which kernels are compiled, copying it if necessary.
 
-    In the usual layout, x begins at a multiple of 16 bytes, rows are contiguous, and the stride
-    between rows is a multiple of 16 exactly if K is. A copy is contiguous, and costs one read
-    and one write of x. For ``M = 1``, the stride between rows is K.
+    For any other layout, Triton would compile another kernel. In the usual layout, x begins at a
+    multiple of 16 bytes, rows are contiguous, and the stride between rows is a multiple of 16
+    exactly if K is. A copy is contiguous, and costs one read and one write of x. For ``M = 1``, the
+    stride between rows is K.
 
     Args:
         x: The input of a linear layer.
@@ -134,9 +135,10 @@ def mixed_shrink_partials(
     modules: slice,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """Return split-K partial sums of s for a mixed batch, fp32 ``[splits, G, M, R]``.
+    """Return the split-K partial sums of s for a mixed batch.
 
-    G is the number of adjacent modules that ``modules`` selects.
+    The result is an fp32 tensor of shape ``[splits, G, M, R]``. G is the number of adjacent
+    modules that ``modules`` selects.
     """
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]
@@ -152,9 +154,9 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return the shrink output s ``[G, M, R]`` of a mixed batch.
+    """Return a tuple (shrink output s, whether one launch computed s) for a mixed batch.
 
-    The result is a tuple of s and whether one launch computed it. Dropout requires one module.
+    The shape of s is ``[G, M, R]``. Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

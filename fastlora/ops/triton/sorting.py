@@ -13,9 +13,9 @@ from fastlora.ops.triton.launch_configs import config_of
 def sort_rows_into(
     ids: torch.Tensor, slots: int, outputs: tuple[torch.Tensor, ...], block_m: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """Sort rows by slot into ``outputs`` and return it, or return None if sorting is unsupported.
+    """Sort rows by slot into ``outputs``, and return ``outputs``.
 
-    Sorting is unsupported if there are too many ids or slots for one program.
+    The result is None if there are too many ids or slots for one program.
 
     Args:
         ids: ``[B]`` on the device.

@@ -13,7 +13,7 @@ from fastlora.train.data.batches import (
     hash_seed,
     sorted_micro_batches,
 )
-from fastlora.train.data.files import DataError, SampleSource
+from fastlora.train.data.files import DataError, SampleLocation
 from fastlora.train.data.formats import DataOptions, TrainingSample, read_samples
 from fastlora.train.data.tokenization import TokenizedCorpus, tokenize_files
 
@@ -22,7 +22,7 @@ __all__ = [
     "DataOptions",
     "SampleOrder",
     "SampleRef",
-    "SampleSource",
+    "SampleLocation",
     "TokenizedCorpus",
     "TrainBatch",
     "TrainingSample",

@@ -61,7 +61,7 @@ class SampleOrder:
 
         Steps are counted from 0.
         """
-        indices = self._shuffled_indices(step * self.batch_size, self.batch_size).tolist()
+        indices = self._slice_shuffled_epochs(step * self.batch_size, self.batch_size).tolist()
         owners = [bisect_right(self.starts, index) - 1 for index in indices]
         return [
             SampleRef(self.names[owner], index - self.starts[owner])
@@ -74,17 +74,21 @@ class SampleOrder:
         edges = torch.tensor(self.starts[1:])
         for first in range(0, steps, _CHUNK):
             chunk = min(_CHUNK, steps - first)
-            indices = self._shuffled_indices(first * self.batch_size, chunk * self.batch_size)
+            indices = self._slice_shuffled_epochs(first * self.batch_size, chunk * self.batch_size)
             owners = torch.bucketize(indices, edges, right=True).view(chunk, -1)
             # Encode each pair of step and adapter as a number, and count each pair once.
             pairs = torch.unique(owners + len(self.names) * torch.arange(chunk).unsqueeze(1))
             counts += torch.bincount(pairs % len(self.names), minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def _shuffled_indices(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` shuffled sample indices, starting at position ``first``.
+    def _slice_shuffled_epochs(self, first: int, count: int) -> torch.Tensor:
+        """Return a slice of the index sequence formed by concatenating all shuffled epochs.
 
-        The position is in the sequence of all shuffled epochs.
+        The sequence contains the index of each sample once per epoch.
+
+        Args:
+            first: Position in the sequence at which the slice starts.
+            count: Number of indices in the slice.
         """
         parts = []
         while count:

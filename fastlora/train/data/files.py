@@ -31,8 +31,8 @@ class DataError(FastLoraError, ValueError):
     """
 
 
-class SampleSource(NamedTuple):
-    """The source of a sample: its file and its place in the file.
+class SampleLocation(NamedTuple):
+    """The location of a sample: its file and its place in the file.
 
     Attributes:
         path: The file, or the folder of a `datasets` dataset.
@@ -63,7 +63,7 @@ class FileRows(NamedTuple):
         cells: Whether values are text cells of a table, in which lists are written as JSON.
     """
 
-    found: list[tuple[SampleSource, Any]]
+    found: list[tuple[SampleLocation, Any]]
     digest: bytes
     cells: bool = False
 
@@ -103,7 +103,7 @@ def quoted_excerpt(value: object) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def parse_json(source: SampleSource | str, text: str) -> Any:
+def parse_json(source: SampleLocation | str, text: str) -> Any:
     """Parse JSON text; raise `DataError` if it is invalid."""
     try:
         return json.loads(text)
@@ -124,45 +124,47 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{SampleSource(path, line)}: cannot be read ({error})") from error
+        raise DataError(f"{SampleLocation(path, line)}: cannot be read ({error})") from error
     digest = hashlib.sha256(data).digest()
     if suffix in (".csv", ".tsv"):
         return FileRows(
             _parse_table(path, text, "," if suffix == ".csv" else "\t"), digest, cells=True
         )
     if suffix in TEXTS:
-        return FileRows([(SampleSource(path, 0), text)] if text.strip() else [], digest)
+        return FileRows([(SampleLocation(path, 0), text)] if text.strip() else [], digest)
     if suffix == ".json" and text.lstrip().startswith("["):
-        entries = parse_json(SampleSource(path, 1), text)
+        entries = parse_json(SampleLocation(path, 1), text)
         return FileRows(
-            [(SampleSource(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest
+            [(SampleLocation(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest
         )
     # splitlines() would also split at U+2028, which a JSON string may contain.
     lines = [
-        (SampleSource(path, n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+        (SampleLocation(path, n), line)
+        for n, line in enumerate(text.split("\n"), 1)
+        if line.strip()
     ]
     return FileRows([(source, parse_json(source, line)) for source, line in lines], digest)
 
 
-def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleSource, Any]]:
+def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleLocation, Any]]:
     """Parse CSV or TSV text with a header line, and return its rows with their sources."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[SampleSource, Any]] = []
+    rows: list[tuple[SampleLocation, Any]] = []
     try:
         columns = list(reader.fieldnames or ())
         if len(set(columns)) < len(columns):
             raise DataError(f"{path}: several columns have the same name: {columns}")
         for row in reader:
-            source = SampleSource(path, reader.line_num)
+            source = SampleLocation(path, reader.line_num)
             if None in row or None in row.values():
                 raise DataError(
-                    f"{source}: wrong number of values, expected {len(columns)}, one for each of "
-                    f"the columns {columns}"
+                    f"{source}: wrong number of values; expected {len(columns)} values, one for "
+                    f"each of the columns {columns}"
                 )
             rows.append((source, row))
     except csv.Error as error:
-        source = SampleSource(path, reader.reader.line_num)
+        source = SampleLocation(path, reader.reader.line_num)
         raise DataError(f"{source}: not valid CSV ({error})") from error
     return rows
 
@@ -215,5 +217,5 @@ def _import_library(path: Path, name: str) -> Any:
         ) from error
 
 
-def _number_rows(path: Path, entries: Sequence[Any]) -> list[tuple[SampleSource, Any]]:
-    return [(SampleSource(path, number, "row"), entry) for number, entry in enumerate(entries, 1)]
+def _number_rows(path: Path, entries: Sequence[Any]) -> list[tuple[SampleLocation, Any]]:
+    return [(SampleLocation(path, number, "row"), entry) for number, entry in enumerate(entries, 1)]

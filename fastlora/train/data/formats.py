@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastlora.train.data.files import DataError, SampleSource, parse_json, quoted_excerpt, read_rows
+from fastlora.train.data.files import (
+    DataError,
+    SampleLocation,
+    parse_json,
+    quoted_excerpt,
+    read_rows,
+)
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -58,7 +64,7 @@ COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required,
 
 
 class TrainingSample(NamedTuple):
-    """A training sample, which is a text or a chat.
+    """A training sample that consists of either text or chat messages.
 
     Attributes:
         source: Source of the sample.
@@ -68,7 +74,7 @@ class TrainingSample(NamedTuple):
         ends: Whether an end token follows the text. This is False for plain text files only.
     """
 
-    source: SampleSource
+    source: SampleLocation
     prompt: str | Messages | None
     text: str | Messages
     template_kwargs: Mapping[str, Any] = {}
@@ -76,7 +82,7 @@ class TrainingSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample is a chat rather than a text."""
+        """Whether the sample consists of chat messages rather than text."""
         return isinstance(self.text, list)
 
 
@@ -103,7 +109,7 @@ class DataOptions:
     packing: str | None = None
 
 
-class SamplesWithFileInfo(NamedTuple):
+class SamplesFromFiles(NamedTuple):
     """The samples of several files.
 
     Attributes:
@@ -119,7 +125,7 @@ class SamplesWithFileInfo(NamedTuple):
     notes: list[str]
 
 
-def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesWithFileInfo:
+def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesFromFiles:
     """Read the samples of several files.
 
     Args:
@@ -153,7 +159,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> S
             samples.append(_row_to_sample(name, values, options.chat))
         formats.append(name)
         notes.append(_describe_file_format(path, name, names, columns))
-    return SamplesWithFileInfo(samples, digest.hexdigest(), formats, notes)
+    return SamplesFromFiles(samples, digest.hexdigest(), formats, notes)
 
 
 def single_message_chat(role: str, text: str) -> Messages:
@@ -228,7 +234,7 @@ def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> 
     )
 
 
-def _require_object(source: SampleSource, row: Any) -> dict[str, Any]:
+def _require_object(source: SampleLocation, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
             f"{source}: expected a JSON object that maps column names to values, got "
@@ -276,7 +282,7 @@ class _RowValues:
     """
 
     def __init__(
-        self, source: SampleSource, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
+        self, source: SampleLocation, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
     ) -> None:
         self.source, self._row, self._names, self._cells = source, row, names, cells
 
@@ -285,8 +291,8 @@ class _RowValues:
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(
-                    f"{self.source}: no column named {name!r} (the first row of the file has it); "
-                    f"available columns: {list(self._row)}"
+                    f"{self.source}: this row has no column named {name!r}, but the first row of "
+                    f"the file does; available columns: {list(self._row)}"
                 )
 
     def list_or_str_type(self, *columns: str) -> type:
@@ -316,7 +322,7 @@ class _RowValues:
         self._check_encodes(column, value)
         if not (value or optional or empty):
             raise self._value_error(
-                column, f"the text is empty; the row is {quoted_excerpt(dict(self._row))}"
+                column, f"the text is empty in this row: {quoted_excerpt(dict(self._row))}"
             )
         return value
 

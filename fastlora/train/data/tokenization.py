@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fastlora.train.data.files import DataError, SampleSource
+from fastlora.train.data.files import DataError, SampleLocation
 from fastlora.train.data.formats import (
     DataOptions,
     Messages,
@@ -60,7 +60,7 @@ class TokenizedCorpus:
     ids: torch.Tensor
     counts: torch.Tensor
     ends: list[int]
-    sources: list[SampleSource]
+    sources: list[SampleLocation]
     digest: str
     documents: list[list[int]] | None = None
     cut: int = 0
@@ -125,7 +125,7 @@ class _TokenizedDocument(NamedTuple):
         parted: Number of tokens at the end of the prompt that change when the completion follows.
     """
 
-    source: SampleSource
+    source: SampleLocation
     ids: list[int]
     counts: list[bool]
     parted: int = 0
@@ -172,7 +172,7 @@ def tokenize_files(
     splits = options.packing in ("bfd_split", "wrapped")  # these packings split long samples
     documents: list[_TokenizedDocument] = []
     cut = parted = 0
-    empty: list[SampleSource] = []
+    empty: list[SampleLocation] = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
         for sample, found in zip(chunk, _tokenize_samples(chunk, tokenizer, options), strict=True):
@@ -376,7 +376,7 @@ def _tokenize_chat_sample(
 
 
 def _document_with_masked_prompt(
-    source: SampleSource, prompt_ids: list[int], ids: list[int], options: DataOptions
+    source: SampleLocation, prompt_ids: list[int], ids: list[int], options: DataOptions
 ) -> _TokenizedDocument:
     """Return a document with a loss mask that excludes the prompt.
 

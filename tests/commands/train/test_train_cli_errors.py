@@ -57,7 +57,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
     short = train_runs.make_base(tmp_path / "short", max_position_embeddings=16)
     error = fails(given | {"model": str(short)})
     assert (
-        "a.jsonl, line 3: has 29 tokens, but the base model supports at most 16; set max_length"
+        "a.jsonl, line 3 has 29 tokens, but the base model supports at most 16; set max_length"
         in error
     )
     few = train_runs.make_base(tmp_path / "few", vocab_size=90)
@@ -141,7 +141,7 @@ def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], gi
     (tmp_path / "out").write_text("")
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path)]) == 1
-    assert "out: this is a file, expected a folder" in capsys.readouterr().err
+    assert "out: expected a folder, but this is a file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "--data", "x.jsonl"])
     assert caught.value.code == 2

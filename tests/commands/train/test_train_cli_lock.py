@@ -49,8 +49,9 @@ def test_a_second_run_in_a_folder(
         before = contents(out)
         for flags in ((), ("--resume",)):
             error = fails(given, *flags)
-            assert f"{out}: another training run is writing to this folder" in error
+            assert f"{out}: another training run (pid {first.pid} on host " in error
             assert f"pid {first.pid} on host {socket.gethostname()}, started 2" in error
+            assert ") is writing to this folder; wait" in error
             assert "command " in error
         assert cli.main(["train", str(path), "--dry-run", "--resume"]) == 0
         assert "2 steps already done" in capsys.readouterr().out
@@ -74,9 +75,7 @@ def test_two_processes_are_rejected_together(given: Any, tmp_path: Path) -> None
         runs = processes(2, ["train", path, "--quiet"], tmp_path)
         assert [run.wait() for run in runs] == [1, 1]
         for run in runs:
-            assert f"{out}: another training run is writing to this folder: pid {os.getpid()}" in (
-                run.printed()
-            )
+            assert f"{out}: another training run (pid {os.getpid()} on host " in run.printed()
         assert [entry.name for entry in out.iterdir()] == [LOCK]
     assert not out.exists()
 

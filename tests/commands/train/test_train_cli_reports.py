@@ -263,7 +263,7 @@ def test_a_model_that_mixes_packed_samples_up(
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", mixing)
     error = fails(given | {"packing": "bfd"})
-    assert "packing 'bfd' needs a model that separates packed samples by position_ids" in error
+    assert "packing 'bfd' requires a model that uses position_ids to keep packed samples" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -233,7 +233,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "The adapter's file uses the bias names of a model that has only this adapter",
+        "In the adapter's file, each bias has the name that it would have in a model with only",
         lambda m: m.about("file ") and _biases_of_others(m),
         Script(
             "Llama",
@@ -365,7 +365,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "DoRA adapters, adapters with trained tokens",
-        lambda m: m.of("weighted") and m.only_fastlora_raises("uses DoRA", "trains tokens"),
+        lambda m: m.of("weighted") and m.only_fastlora_raises("uses DoRA", "trains token embed"),
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
     ),
     Exemption(
@@ -385,12 +385,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], init_lora_weights=False), _weighted("default"), RELOAD)),
     ),
     Exemption(
-        "PEFT's config records the largest rank for all layers",
+        "PEFT's config records the largest rank as the rank of every layer",
         lambda m: m.of("weighted") and _of_sum(m, "lora_"),
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
     ),
     Exemption(
-        "The combined adapter keeps `lora_bias`, module copies that only one of the adapters has",
+        "The combined adapter also includes module copies that exist in only one of the original",
         lambda m: (
             m.of("weighted")
             and any(m.chosen("modules_to_save"))
@@ -406,7 +406,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "`load_adapter(is_trainable=True)` under a name that is already in use",
+        "Calling `load_adapter(is_trainable=True)` with a name that is already in use",
         lambda m: (
             m.of("load")
             and m.operation.arguments["is_trainable"]
@@ -424,7 +424,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "`merge_adapter` while adapters are disabled",
+        "Calling `merge_adapter` while adapters are disabled",
         lambda m: m.of("merge") and m.only_fastlora_raises("adapters are disabled"),
         Script("Llama", (_wrap(["q_proj"]), _op("disable"), _op("merge"))),
     ),
@@ -464,7 +464,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "An adapter cannot target a module of which another adapter owns a copy",
+        "An adapter cannot target a module that another adapter has copied",
         lambda m: (
             m.of("add", "load")
             and (
@@ -501,7 +501,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Mixtral", (_wrap("all-linear"),)),
     ),
     Exemption(
-        "Mixtral without `target_modules`",
+        "**Mixtral.** If `target_modules` is not set",
         lambda m: (
             m.script.base == "Mixtral"
             and m.config.get("target_modules", "") is None

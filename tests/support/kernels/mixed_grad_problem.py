@@ -10,7 +10,10 @@ import torch
 
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.triton.rows_argument import rows_argument_and_run_length, rows_for_factor_lists
+from fastlora.ops.triton.rows_argument import (
+    rows_and_run_length_for_gradients,
+    rows_for_factor_lists,
+)
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS, Batch, Results
@@ -119,7 +122,7 @@ class GradProblem(Batch):
             return rows, 0
         if self.run_rows is not None:
             return [*rows, self.groups.piece_starts(self.run_rows)], self.run_rows
-        return rows_argument_and_run_length(launch, self.groups, self.dtype, columns)
+        return rows_and_run_length_for_gradients(launch, self.groups, self.dtype, columns)
 
     def grad_x_arguments(
         self, ds: torch.Tensor, plan: str, impl: str = "triton", base: bool = True
