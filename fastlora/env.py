@@ -92,9 +92,9 @@ def cache_dir() -> Path:
 def server_api_key() -> str | None:
     """Return the server's API key, or None if it is not set.
 
-    Clients of ``fastlora serve`` must send this key. It is set by ``FASTLORA_API_KEY`` and may be
-    an empty string.
+    Clients of ``fastlora serve`` must send this key. It is set by ``FASTLORA_API_KEY``.
     """
+    # An empty key is returned too. `resolve_key` raises an error for it.
     return os.environ.get("FASTLORA_API_KEY")
 
 

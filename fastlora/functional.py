@@ -135,7 +135,7 @@ def _check_factors(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) 
         raise ValueError("x has no dimensions, expected [..., K]")
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] < 1:
         raise ValueError(
-            f"lora_a and lora_b have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, "
+            f"lora_a and lora_b have shapes {tuple(lora_a.shape)} and {tuple(lora_b.shape)}; "
             "expected [R, K] and [N, R] with R >= 1"
         )
     check_shape("lora_a", lora_a, (lora_a.shape[0], x.shape[-1]))
@@ -156,7 +156,7 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
         )
     if scaling.numel() not in (1, rank) or scaling.dim() > 1:
         raise ValueError(
-            f"scaling has shape {tuple(scaling.shape)}, expected one number, or one for each "
+            f"scaling has shape {tuple(scaling.shape)}; expected a scalar or one value for each "
             f"row of lora_a ({rank})"
         )
     check_same_device(x, scaling=scaling)

@@ -53,7 +53,7 @@ class _BoundedMatchingState:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Count the CPU time of a ``with`` block as matching time.
+        """Count the CPU time of a ``with`` block as time spent on pattern matching.
 
         The time of nested blocks is counted only once.
 
@@ -143,11 +143,11 @@ _bounded: ContextVar[_BoundedMatchingState | None] = ContextVar(
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the cost of matching patterns in a ``with`` block.
+    """Limit the cost of pattern matching for the duration of a ``with`` block.
 
-    The limits are on time and memory, and apply to this thread. Inside the block, a pattern that
-    exceeds a limit raises `CheckpointError`. So does a regular expression if pcre2 is not
-    installed. A nested block shares the limits of the outer block.
+    Both time and memory are limited, and the limits apply to this thread. Inside the block, a
+    pattern that exceeds a limit raises `CheckpointError`. A regular expression also raises this
+    error if pcre2 is not installed. A nested block shares the limits of the outer block.
     """
     if _bounded.get() is not None:
         yield
@@ -160,7 +160,7 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts the time spent in its block as matching time.
+    """Return a context manager that counts the time of its block as pattern matching time.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
     the block also checks the limit. A block around a loop over patterns therefore counts the time

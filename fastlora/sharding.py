@@ -175,7 +175,8 @@ class ShardedSave:
         for name, tensor in tensors.items():
             if self._mesh is None and is_dtensor(tensor):
                 raise CheckpointError(
-                    f"state_dict does not contain {name!r}, and the model has only a shard of it"
+                    f"state_dict does not contain {name!r}, and the model holds only a shard of "
+                    "that tensor"
                 )
             full = full_tensor(tensor.detach()).cpu() if is_dtensor(tensor) else tensor
             if return_tensors:
@@ -183,10 +184,10 @@ class ShardedSave:
         return found
 
     def wait_for_all_or_raise(self, error: Exception | None) -> None:
-        """Wait for all processes, and raise an error if one of them failed.
+        """Wait for all processes, and raise an error if any of them failed.
 
-        A process waits until every process has called this method. It failed if it could not write
-        the files.
+        A process waits until every process has called this method. A process has failed if it
+        could not write the files.
 
         Args:
             error: The exception that occurred in this process while it wrote the files, or None.

@@ -159,7 +159,7 @@ class ProcessWeightsVersions:
         return self.step
 
     def for_base_weight(self, weight: torch.Tensor) -> WeightsVersion:
-        """Return the weights version to store with values computed from the given base weight."""
+        """Return the weights version for cached values computed from the given base weight."""
         if weight.requires_grad:
             return self.for_trained_weights()
         self.for_trained_weights()

@@ -51,9 +51,9 @@ class PrecomputedResult(NamedTuple):
 def run_grouped_linears(
     x: torch.Tensor, operands: Sequence[_Factor], dropout_p: tuple[float, ...], impl: str
 ) -> Sequence[torch.Tensor]:
-    """Run LoRA linear layers that share the input x as one group, and return their outputs.
+    """Run a group of LoRA linear layers that share the input x, and return their outputs.
 
-    There are 1 to 4 layers. The result has one output ``[..., N]`` for each of them. An autograd
+    The group has 1 to 4 layers. The result has one output ``[..., N]`` for each layer. An autograd
     graph is recorded if gradients are enabled.
 
     ``operands`` are as in `fastlora.ops.backend.Backend.grouped_forward`. ``impl`` is a backend

@@ -208,7 +208,7 @@ class Chat:
         return True
 
     def _conversation_ids(self) -> torch.Tensor:
-        """Return the conversation's token ids, int64 ``[1, T]``.
+        """Return the conversation's token ids as an int64 tensor of shape ``[1, T]``.
 
         Raises `ConfigError` if the chat template rejects the conversation.
         """

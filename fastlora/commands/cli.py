@@ -305,11 +305,11 @@ def adapter_facts(path: str) -> dict[str, Any]:
         "alpha_pattern": data["alpha_pattern"],
         "parameters": sum(m["parameters"] for m in modules.values()),
         "bytes": sum(m["bytes"] for m in modules.values()),
-        "modules": sorted(modules.values(), key=_natural_module_sort_key),
+        "modules": sorted(modules.values(), key=_lora_first_natural_sort_key),
     }
 
 
-def _natural_module_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
+def _lora_first_natural_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
     """Return a key for sorting modules in natural order.
 
     LoRA modules come first. Layer 2 comes before layer 10.
@@ -338,7 +338,9 @@ def _merge(args: argparse.Namespace) -> int:
     out = Path(args.out)
     # Run the cheap checks first, so that a typing error is reported before a large model loads.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CommandError(f"{out}: already exists and is not an empty folder; choose a new folder")
+        raise CommandError(
+            f"{out} already exists and is not an empty folder; choose a new or empty folder"
+        )
     from fastlora.model.adapter_folder import inspect_adapter_folder
 
     adapter = inspect_adapter_folder(args.adapter).path

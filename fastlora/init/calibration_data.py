@@ -172,7 +172,7 @@ def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) ->
 def cached_tensor_on_device(
     cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
 ) -> torch.Tensor:
-    """Return a cached tensor on the device of a module's weight.
+    """Return a cached tensor, moved to the device of a module's weight.
 
     Args:
         cache: The tensors of the cache file, from `read_tensor_cache`.

@@ -112,7 +112,11 @@ class CovarianceAccumulator:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def recording_inputs(self) -> contextlib.AbstractContextManager[None]:
-        """Add the layers' inputs to the covariance sums for the duration of a ``with`` block."""
+        """Return a context manager that updates the covariance sums in every forward pass.
+
+        Each call of a layer inside the ``with`` block adds the covariance of the layer's inputs to
+        ``sums``.
+        """
         return forward_pre_hooks(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:

@@ -106,8 +106,8 @@ def inject_adapter_in_model(
     kind = getattr(peft_config, "peft_type", None)
     if kind != PeftType.LORA:
         raise ConfigError(
-            f"peft_type is {getattr(kind, 'value', kind)!r}, expected 'LORA'; for other methods, "
-            "use peft.inject_adapter_in_model"
+            f"peft_type is {getattr(kind, 'value', kind)!r}; expected 'LORA' (for other methods, "
+            "use peft.inject_adapter_in_model)"
         )
     if has_lora_layers(model):
         raise AdapterStateError(
@@ -121,7 +121,7 @@ def inject_adapter_in_model(
 
 
 def _auto_class_loading_lora_model(peft_auto_class: Any) -> Any:
-    """Return a PEFT auto class's subclass whose ``from_pretrained`` returns a `LoraModel`."""
+    """Return a subclass of a PEFT auto class whose ``from_pretrained`` returns a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 
     def from_pretrained(model: nn.Module, model_id: str, **options: Any) -> LoraModel:

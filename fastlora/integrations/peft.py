@@ -34,7 +34,7 @@ from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
     peft_quantized_layers,
-    prevent_repacking,
+    prevent_bitsandbytes_repacking,
     quantized_weight_of,
 )
 from fastlora.layers.quantized_base import (
@@ -216,14 +216,18 @@ class FastPeftParamWrapper(PeftParamWrapper):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the experts with fastlora if possible, or else with PEFT's ``forward`` method."""
+        """Run the layer with fastlora if possible, or else with PEFT's ``forward`` method.
+
+        fastlora only runs layers on modules of stacked experts.
+        """
         layer = None if kwargs or is_being_compiled() else self._layer_with_shared_adapters()
         return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)
 
     def _layer_with_shared_adapters(self: Any) -> FastLoraAdaptedParameters | None:
-        """Return fastlora's layer for the module inside this wrapper and any nested wrappers.
+        """Return fastlora's layer for the module that this and any nested wrappers contain.
 
-        It shares the adapters of the wrappers. The result is None if PEFT's forward must be called.
+        The layer shares the wrappers' adapters. The result is None if PEFT's ``forward`` method
+        must be called.
         """
         wrappers: list[Any] = [self]
         while isinstance(wrappers[-1].base_layer, PeftParamWrapper):
@@ -257,7 +261,10 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return layer
 
     def fusion(self) -> FusionStatus:
-        """Return the layer's fusion status. This layer never runs fused."""
+        """Return whether the layer is fused and, if not, the fallback reason.
+
+        The layer is never fused, because PEFT or the experts' layer computes it.
+        """
         found = experts_layer_class(self.get_base_layer())
         if found is None:
             return FusionStatus(False, "PEFT's own forward computes it")
@@ -605,7 +612,7 @@ def patch_model(model: nn.Module) -> int:
         elif type(module) is PeftLoraModel:
             module.__class__ = FastPeftLoraModel
     if any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name):
-        prevent_repacking(model)
+        prevent_bitsandbytes_repacking(model)
     return seen
 
 

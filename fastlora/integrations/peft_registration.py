@@ -26,7 +26,7 @@ from fastlora.model.config import LoraConfig
 
 
 @functools.cache
-def register_classes_with_peft() -> None:
+def register_as_peft_subclasses() -> None:
     """Register fastlora's classes as subclasses of PEFT's classes.
 
     `isinstance` then treats instances of fastlora's classes as instances of PEFT's classes. PEFT's
@@ -97,4 +97,4 @@ def _make_from_pretrained_accept_lora_model(peft: Any) -> None:
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
-call_when_imported("peft", register_classes_with_peft)
+call_when_imported("peft", register_as_peft_subclasses)

@@ -70,7 +70,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, hide_messages: bool = True) -> Iterator[None]:
-    """Hide the messages and progress bars of transformers in a ``with`` block.
+    """Hide the messages and progress bars of transformers for the duration of a ``with`` block.
 
     FutureWarnings from any library are hidden too.
 

@@ -195,14 +195,14 @@ class ParameterLoraLayer(LoraLayer):
             known = cache[name] = stamp, rank_rows
         return lora_a, known[1]
 
-    def own_factors(self, name: str) -> Factors:
-        """Return an adapter's own factors and scaling.
+    def factors_and_scaling(self, adapter_name: str) -> Factors:
+        """Return an adapter's factors and scaling.
 
         The factors have the shapes used in adapter files. Hooks of the adapter's modules are not
         run. The scaling is a tensor on the device of the parameter.
         """
-        lora_a, lora_b, _ = self._factors(name)
-        scaling = self.__dict__["_scaling"].tensors[name].to(self.parameter.device)
+        lora_a, lora_b, _ = self._factors(adapter_name)
+        scaling = self.__dict__["_scaling"].tensors[adapter_name].to(self.parameter.device)
         return Factors(lora_a, lora_b, scaling)
 
     # -------------------------------------------------------------------------------- merging
@@ -358,8 +358,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if not self._has_adapter(adapter_name):
             known = sorted({n for layer in self.inner_layers().values() for n in layer.r})
             raise AdapterNotFoundError(
-                f"no adapter {adapter_name!r} on the parameters of this layer; their adapters are "
-                f"{known}"
+                f"the parameters of this layer have no adapter named {adapter_name!r}; available "
+                f"adapters: {known}"
             )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -437,7 +437,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     ) -> Any:
         """Run the module with the adapters in ``applied``, which maps parameters to adapters."""
         layers: Any = self._modules["parameters_with_adapters"]
-        factors = {n: [layers[n].own_factors(a) for a in names] for n, names in applied.items()}
+        factors = {
+            n: [layers[n].factors_and_scaling(a) for a in names] for n, names in applied.items()
+        }
         return self._run_with_factors(factors, conditions, x, *args, **kwargs)
 
     def _run_with_factors(
@@ -464,10 +466,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module for a mixed batch: once for the rows of each adapter.
+        """Run the module on a mixed batch, separately for each adapter's rows.
 
-        Each entry of the first dimension of x has one adapter. An output has the same number of
-        entries for each of them.
+        Each row along the first dimension of x uses at most one adapter. An output must have the
+        same number of rows for each row of x.
         """
         count = routing.ids.numel()
         if (
@@ -526,16 +528,16 @@ def _as_tuple(outputs: torch.Tensor | Iterable[torch.Tensor]) -> tuple[torch.Ten
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
-def file_prefixes_by_parameter(names: Sequence[str]) -> dict[str, str]:
-    """Return a dict that maps the names of an adapter's parameters to prefixes in adapter files.
+def file_prefixes_by_parameter(parameter_names: Sequence[str]) -> dict[str, str]:
+    """Return a dict that maps each of a module's adapted parameters to its prefix in adapter files.
 
-    The prefixes are relative to the module of the parameters.
+    The prefixes are relative to the module.
 
     Args:
-        names: The parameters in the order of ``named_parameters()``.
+        parameter_names: The adapted parameters, in the order of ``named_parameters()``.
     """
-    last = len(names) - 1
-    return {name: "base_layer." * (last - place) for place, name in enumerate(names)}
+    last = len(parameter_names) - 1
+    return {name: "base_layer." * (last - place) for place, name in enumerate(parameter_names)}
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:

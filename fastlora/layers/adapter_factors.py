@@ -18,7 +18,7 @@ from fastlora.sharding import is_dtensor
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
     from fastlora.pool.records import LoadedAdapter
 
 
@@ -72,15 +72,15 @@ def _has_non_parameter_weight(module: nn.Module) -> bool:
 
 
 def factors_from_parameters(
-    layer: LinearWithAdapters,
+    layer: BaseLinearWithAdapters,
     name: str,
     call: UniformCall | MixedCall | None = None,
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's `Factors`, which contain the layer's parameters.
+    """Return an adapter's parameters on a layer as a `Factors` object.
 
-    Returns None if the adapter's modules must be called.
+    Returns None if the adapter's modules must be called instead, for example because of hooks.
 
     Args:
         layer: The layer with the adapter.
@@ -131,12 +131,13 @@ def promoted_factor_dtype(slots: Slots) -> torch.dtype:
 
 
 def fallback_reason_adapter_called(
-    layer: LinearWithAdapters, names: list[str], gathered: bool = False
+    layer: BaseLinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the reason why adapters' modules must be called, or an empty string if there is none.
+    """Return the reason why the modules of adapters must be called instead of fused operations.
 
-    Hooks, parametrizations, shards, and replaced modules take effect only if the modules are
-    called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward
+    Returns an empty string if there is no such reason. Fused operations read the parameters of the
+    modules. Hooks, parametrizations, shards, and replaced modules take effect only if the modules
+    are called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward
     pass.
     """
     for name in names:
@@ -163,7 +164,7 @@ def fallback_reason_adapter_called(
 
 
 def scaling_as_scalar_tensor(
-    layer: LinearWithAdapters, name: str, call: UniformCall | MixedCall
+    layer: BaseLinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
     """Return an adapter's scaling as a scalar tensor.
 
@@ -247,7 +248,7 @@ class AdapterSource(Protocol):
         """
 
     def factors(
-        self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
+        self, layer: BaseLinearWithAdapters, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         """Return a layer's factors for a slot, or None if the slot's adapter is not on the layer.
 
@@ -281,7 +282,7 @@ class ParameterSource:
         self.names = names
 
     def factors(
-        self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
+        self, layer: BaseLinearWithAdapters, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         name = self.names[slot]
         if name not in layer._modules["lora_A"]._modules:
@@ -317,7 +318,7 @@ class PoolSource:
         self.loaded_adapters, self.tables = loaded_adapters, tables
 
     def factors(
-        self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
+        self, layer: BaseLinearWithAdapters, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         loaded = self.loaded_adapters[slot]
         found: Factors | None = None if loaded is None else loaded.factors(layer.table_row)
@@ -345,7 +346,7 @@ class PoolSource:
 
 def factors_in_slots(
     source: AdapterSource,
-    layer: LinearWithAdapters,
+    layer: BaseLinearWithAdapters,
     which: Sequence[int],
     excluded: Sequence[int] = (),
 ) -> Slots:

@@ -27,7 +27,7 @@ class InitializableLayer(Protocol):
     @property
     def get_base_layer(self) -> Callable[[], Any]: ...
 
-    def _modules_with_calibration(self) -> list[nn.Module]: ...
+    def _modules_that_may_be_calibrated(self) -> list[nn.Module]: ...
 
     def _weight_for_init(self, why: str) -> torch.Tensor: ...
 
@@ -80,7 +80,7 @@ class AdapterInitializer:
                 raise InitializationError(
                     f"init_lora_weights={name!r} needs calibration data for this layer: before "
                     f"adding the adapter, run fastlora.{self.init.calibration}(model, config, "
-                    "...) on the model with the same target modules"
+                    "...) with a config whose target_modules select this layer"
                 )
             if not linear and not from_file:
                 warnings.warn(
@@ -183,7 +183,7 @@ def find_calibration(
 
     The module is the one on which the calibration has stored its result.
     """
-    for module in layer._modules_with_calibration():
+    for module in layer._modules_that_may_be_calibrated():
         if init.data in module.__dict__:
             return module, module.__dict__[init.data]
     return None

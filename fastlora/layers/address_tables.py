@@ -14,10 +14,12 @@ from fastlora.routing.adapter_snapshot import AdapterSnapshot
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
-def table_row_of(layer: LinearWithAdapters, layer_index: int, tables: AddressTables) -> int | None:
+def table_row_of(
+    layer: BaseLinearWithAdapters, layer_index: int, tables: AddressTables
+) -> int | None:
     """Return a layer's row in the address tables, or None if the tables were built without it.
 
     ``layer_index`` is the layer's number in its model. In a pool's tables, the row is the
@@ -29,9 +31,9 @@ def table_row_of(layer: LinearWithAdapters, layer_index: int, tables: AddressTab
 
 
 def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables for a batch, or None if tables do not support the batch's factors.
+    """Return the address tables for a batch, or None if they cannot be built.
 
-    Tables support only plain tensors, all on one device.
+    They can be built only if all factors are plain tensors on one device.
     """
     if routing.source.tables is not None:
         return routing.source.tables

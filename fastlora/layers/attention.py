@@ -51,9 +51,10 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
-        A layer of this class is never fused.
+        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
+        is never fused.
         """
         return FusionStatus(False, _FALLBACK_REASON)
 
@@ -96,7 +97,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def inner_layers(self) -> dict[str, LoraLayer]:
         """Return the LoRA layers inside this layer as a dict, keyed by relative name.
 
-        The only one is the LoRA layer of out_proj.
+        The dict contains only the LoRA layer of out_proj, because this layer itself has the
+        adapters of in_proj.
         """
         return {_OUT: self._out()}
 

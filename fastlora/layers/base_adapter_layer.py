@@ -13,7 +13,7 @@ from fastlora.layers.adapter_factors import factors_from_parameters
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
-from fastlora.layers.linear_with_adapters import LinearWithAdapters
+from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.shared_input import clear_group_cache
@@ -32,7 +32,7 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
     layer._clear_model_packed_factors()
 
 
-class BaseAdapterLayer(LinearWithAdapters):
+class BaseAdapterLayer(BaseLinearWithAdapters):
     """Base class of layers with adapters.
 
     The layers are fastlora's own layers and patched PEFT layers. Switching between training and

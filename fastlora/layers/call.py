@@ -16,7 +16,7 @@ from fastlora.ops.rows import Rows, sort_rows
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,7 @@ class UniformCall:
         names: Names of the adapters to apply.
     """
 
-    layer: LinearWithAdapters
+    layer: BaseLinearWithAdapters
     original_x: torch.Tensor
     x: torch.Tensor
     conditions: ExecutionMode
@@ -48,7 +48,7 @@ class MixedCall:
         routing: The batch's routing. In a graph that is being compiled, the routing's ``whole``.
     """
 
-    layer: LinearWithAdapters
+    layer: BaseLinearWithAdapters
     original_x: torch.Tensor
     x: torch.Tensor
     conditions: ExecutionMode

@@ -46,7 +46,7 @@ from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
 def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
@@ -144,7 +144,7 @@ class DoraSlotsOfBatch(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlotsOfBatch | None:
+def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlotsOfBatch | None:
     """Return the slots whose adapters use DoRA on a layer, or None if there are none.
 
     The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
@@ -205,7 +205,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch
 
 
 def _must_gather_adapter_rows(
-    layer: LinearWithAdapters,
+    layer: BaseLinearWithAdapters,
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,

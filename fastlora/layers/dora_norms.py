@@ -13,7 +13,7 @@ from fastlora.sharding import is_dtensor, local_shard, process_uses_fsdp2
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 # Tensors and a context, from which a `TensorStamp` is made.
 _StampArguments = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
@@ -39,7 +39,7 @@ class DoraNormCache(UncopiedCache):
         self.entries: dict[str | None, tuple[TensorStamp, torch.Tensor]] = {}
 
 
-def dora_magnitude_of(layer: LinearWithAdapters, name: str) -> torch.Tensor:
+def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
     """Return an adapter's DoRA magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
@@ -53,8 +53,8 @@ def may_cache_tensors(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
-    """Return a stamp of the current state of a layer's base weight.
+def base_weight_stamp(layer: BaseLinearWithAdapters) -> TensorStamp | None:
+    """Return a `TensorStamp` that identifies the current state of a layer's base weight.
 
     Returns None if changes to the weight cannot be detected. The same stamp is returned until the
     weight changes or `clear_weight_dependent_caches` clears the stamp.
@@ -69,7 +69,7 @@ def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
     return known
 
 
-def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeight:
+def base_weight_rows(layer: BaseLinearWithAdapters) -> torch.Tensor | RowChunkedWeight:
     """Return the base weight ``[N, K]`` as a matrix or, if quantized, as a `RowChunkedWeight`."""
     found = layer._local_quantized()
     if found is None:
@@ -78,7 +78,7 @@ def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeig
 
 
 def base_squared_norms(
-    layer: LinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
+    layer: BaseLinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
 ) -> torch.Tensor:
     """Return the squared row norms ``[N]`` of a layer's base weight.
 
@@ -101,7 +101,7 @@ def base_squared_norms(
 
 
 def local_adapted_squared_norms(
-    layer: LinearWithAdapters,
+    layer: BaseLinearWithAdapters,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
@@ -118,7 +118,7 @@ def local_adapted_squared_norms(
 
 
 def adapted_squared_norms(
-    layer: LinearWithAdapters,
+    layer: BaseLinearWithAdapters,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
@@ -135,7 +135,7 @@ def adapted_squared_norms(
 
 
 def cached_adapted_squared_norms(
-    layer: LinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
+    layer: BaseLinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
     """Return the squared norms of the weight with an adapter applied, from the cache if possible.
 
@@ -160,7 +160,7 @@ def cached_adapted_squared_norms(
     )
 
 
-def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
+def _base_stamp_arguments(layer: BaseLinearWithAdapters) -> _StampArguments | None:
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
@@ -177,7 +177,10 @@ def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments to pass to `stamp_tensors`, or None if no stamp detects changes."""
+    """Return the arguments to pass to `stamp_tensors`.
+
+    Returns None if a stamp cannot detect changes to the tensors.
+    """
     if process_uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
@@ -196,15 +199,15 @@ def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _St
 
 
 def _get_or_compute(
-    layer: LinearWithAdapters,
+    layer: BaseLinearWithAdapters,
     name: str | None,
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's cached tensor for ``name``, or compute and cache it.
+    """Return a layer's tensor for ``name`` from the cache, computing and caching it if needed.
 
-    It is computed if the stamp of the cached tensor is not valid. If ``watched`` is None, nothing
-    is cached.
+    The tensor is computed if the cache has no tensor with a valid stamp. If ``watched`` is None,
+    the tensor is always computed, and it is not cached.
     """
     if watched is None:
         return make()
@@ -220,7 +223,7 @@ def _get_or_compute(
     return known[1]
 
 
-def _cache(layer: LinearWithAdapters) -> DoraNormCache:
+def _cache(layer: BaseLinearWithAdapters) -> DoraNormCache:
     cache: DoraNormCache | None = layer.__dict__.get("_dora_norms")
     if cache is None:
         cache = layer.__dict__["_dora_norms"] = DoraNormCache()

@@ -67,16 +67,16 @@ class _SortedRows(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """The number of adapter slots S for each expert.
+        """The number of adapter slots.
 
-        It is 1 if the same adapters apply to all rows. Otherwise, the last slot is for rows without
-        an adapter.
+        This is the S in the keys, ``expert * S + slot``. It is 1 if the same adapters apply to all
+        rows. Otherwise, the last slot is for rows without an adapter.
         """
         return 1 if self.routing is None else len(self.adapters) + 1
 
 
 def _products(module: nn.Module) -> tuple[str, str]:
-    """Return the names of the weight stacks that a module's first and second products use."""
+    """Return the names of the weight stacks in a module's first and second matrix products."""
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
@@ -239,7 +239,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows
     ) -> list[StackAdapterOperands]:
-        """Return the adapters of a stack, as operands whose updates are added one after another."""
+        """Return the operands of a stack's adapters as a list.
+
+        An update is computed from each entry of the list. The updates are added one after another.
+        """
         if call.routing is None:
             return [self._uniform_operands(layer, n, x, call) for n in layer._applied_adapters()]
         return self._mixed_operands(layer, x, call, call.routing)

@@ -18,7 +18,7 @@ from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 # Reason why a base layer that is called unchanged is not supported in the batch-invariant mode.
 BASE_GEMM_VARIES = "its base layer's own GEMM may depend on the number of rows"
@@ -42,7 +42,7 @@ class FusionStatus(NamedTuple):
 
 
 def fusion_status(
-    layer: LinearWithAdapters, names: list[str], base_reason: str, fsdp_gathered: bool
+    layer: BaseLinearWithAdapters, names: list[str], base_reason: str, fsdp_gathered: bool
 ) -> FusionStatus:
     """Return whether a layer is fused for the given adapters and, if not, the reason.
 
@@ -68,14 +68,14 @@ def fusion_status(
     return FusionStatus(not reason, reason)
 
 
-def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
+def uses_dora(layer: BaseLinearWithAdapters, names: list[str]) -> bool:
     """Return whether any of the named adapters uses DoRA on a layer."""
     holder = layer._modules.get("lora_magnitude_vector")
     magnitudes: Any = None if holder is None else holder._modules
     return bool(magnitudes) and any(name in magnitudes for name in names)
 
 
-def reason_dora_prevents_fusion(layer: LinearWithAdapters, names: list[str]) -> str:
+def reason_dora_prevents_fusion(layer: BaseLinearWithAdapters, names: list[str]) -> str:
     """Return the reason why DoRA prevents fusing adapters, or an empty string if it does not."""
     if not uses_dora(layer, names):
         return ""
@@ -87,7 +87,7 @@ def reason_dora_prevents_fusion(layer: LinearWithAdapters, names: list[str]) -> 
     return ""
 
 
-def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> None:
+def raise_if_triton_required(layer: BaseLinearWithAdapters, names: list[str]) -> None:
     """Raise `ImplementationError` if a layer requires Triton.
 
     The layer has to fall back. A layer with ``impl="triton"`` requires Triton. The caller has found

@@ -423,10 +423,10 @@ def _compute_outputs_with_neighbors(
 def _compute_output_and_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute a layer's output and its neighbors' ``s = x @ lora_a.T`` in one call.
+    """Compute a layer's output, and ``s = x @ lora_a.T`` for its neighboring layers, in one call.
 
-    The neighbors are the layers next to it in the address tables. Returns the layer's own result,
-    or None if it has no neighbors.
+    The neighboring layers are next to the layer in the address tables. Their results are stored in
+    the group. Returns the layer's own result, or None if it has no neighboring layers.
     """
     if own.group is None:
         return None

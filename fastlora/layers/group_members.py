@@ -31,7 +31,7 @@ from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.validation import FastLoraError
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 _IN_PYTORCH = "without kernels, each layer reads x separately"
 _UNKNOWN = "no training forward pass yet"
@@ -45,7 +45,7 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class PreparedGroupLaunch:
-    """Prepared launch for several layers of a group.
+    """A prepared kernel launch for several layers of a group.
 
     It consists of the arguments for computing the outputs of these layers in one call. The layers
     are the one that is called first and those that are called after it.
@@ -96,7 +96,10 @@ class PreparedGroupLaunch:
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node can still compute the outputs of all layers for x."""
+        """Return whether one autograd node can compute the outputs of all layers for the input x.
+
+        Since the launch was prepared, parameters may have been frozen or may have received hooks.
+        """
         if not self.others:
             return True
         if has_gradient_hooks(self.tensors):
@@ -161,14 +164,15 @@ def prepare_group_launch(
 
 
 def _groupable_operands(
-    member: LinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
+    member: BaseLinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return a member's `Base` and `Factors`, or None if it cannot join the first layer's launch.
+    """Return a member's `Base` and `Factors`, or None if it needs its own kernel launch.
 
-    It can join if one call can compute the outputs of both layers. With gradients there are two
-    more conditions. No parameter may have hooks, because the shared node calls them, with None, for
-    a y that was never used. If x needs no gradient, both layers must train or neither, because
-    autograd treats every output of a node as one that needs a gradient.
+    The member can share the first layer's kernel launch if one call can compute the outputs of both
+    layers. With gradients, there are two more conditions. No parameter may have hooks, because the
+    shared autograd node calls the hooks, with None, even for a y that was never used. If x needs no
+    gradient, either both layers must train or neither, because autograd treats every output of a
+    node as one that needs a gradient.
     """
     records, x = torch.is_grad_enabled(), call.original_x
     hooked = records and has_module_hooks(member)
@@ -190,7 +194,7 @@ def _groupable_operands(
     return base, factors
 
 
-def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
+def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
     """Return whether one call can compute a layer's output together with other layers' outputs.
 
     The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its
@@ -227,7 +231,7 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 
 
 def select_sharing_layers(
-    members: Sequence[LinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
+    members: Sequence[BaseLinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
     """Select the layers of a group that can share the calling layer's pass over x.
 
@@ -254,7 +258,7 @@ def select_sharing_layers(
 
 
 def _factors_or_reason(
-    member: LinearWithAdapters, call: UniformCall | MixedCall
+    member: BaseLinearWithAdapters, call: UniformCall | MixedCall
 ) -> tuple[Slots | None, str]:
     """Return a member's factors for each slot, or the reason why they cannot be used.
 
@@ -288,9 +292,12 @@ def _factors_or_reason(
 
 
 def _reason_for_separate_pass(
-    layer: LinearWithAdapters, slots: Slots, own: Slots, call: UniformCall | MixedCall
+    layer: BaseLinearWithAdapters, slots: Slots, own: Slots, call: UniformCall | MixedCall
 ) -> str:
-    """Return the reason why a layer needs its own pass over x, or an empty string."""
+    """Return the reason why a layer needs its own pass over x.
+
+    Returns an empty string if the layer can share a pass.
+    """
     x, mixed = call.original_x, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
     for factors in slots:
@@ -338,14 +345,15 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record a layer's fallback reason for the graph that is being compiled.
+    """Record the reason why a layer falls back in the graph that is being compiled.
 
-    It is the reason why the layer shares nothing, or an empty string if the layer shares.
+    ``reason`` states why the layer does not share a pass over x. It is empty if the layer shares a
+    pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 
 
-def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:
+def describe_group_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
     """Return a message that says whether a layer and its shared-input group share a pass over x.
 
     The message is for the fusion report, and describes training. ``uses_kernels`` tells whether

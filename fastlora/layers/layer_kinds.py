@@ -24,7 +24,7 @@ PEFT_LAYER_ALTERNATIVE = (
 
 
 class ParameterSettings(NamedTuple):
-    """Settings of an adapter on one parameter of a module.
+    """An adapter's settings for one parameter of a module.
 
     Settings that are not listed here are the same for all parameters of the module.
 
@@ -40,7 +40,7 @@ class ParameterSettings(NamedTuple):
 
 
 class LayerAdapterSettings(NamedTuple):
-    """Settings of an adapter on one layer, which are passed to `LoraLayer.add_adapter`.
+    """An adapter's settings for one layer, which are passed to `LoraLayer.add_adapter`.
 
     ``parameters`` lists the parameters that ``target_parameters`` selects, in the order of
     ``named_parameters()``. If it is empty, the adapter is on the module as a whole.

@@ -101,7 +101,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         reason = fallback_reason_not_plain_linear(linear)
         if reason:
             raise UnsupportedLayerError(
-                f"from_linear expects a plain nn.Linear; the new layer cannot be fused: {reason}"
+                "from_linear expects a plain nn.Linear; a LoRA layer created from this module "
+                f"could not be fused: {reason}"
             )
         self = cls._from_linear_without_adapter(linear)
         if adapter_name is not None:
@@ -178,9 +179,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer.
+        """Return this layer, which is its own base layer.
 
-        The base layer is this layer itself, which contains the base weight.
+        The layer itself contains the base weight.
         """
         return self
 
@@ -192,7 +193,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """
         return self.to_linear()
 
-    def _modules_with_calibration(self) -> list[nn.Module]:
+    def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
         """Return a list of the modules that may hold a calibration result.
 
         The list contains the layer and, if any, the `nn.Linear` that it was created from.

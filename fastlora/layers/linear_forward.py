@@ -26,10 +26,10 @@ from fastlora.routing.active import active_routing
 from fastlora.weights_version import WeightsVersion, weights_versions
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
-def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | MixedCall:
+def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall | MixedCall:
     """Create the `UniformCall` or `MixedCall` for calling a layer with ``x [..., K]``.
 
     The object contains the conditions of the forward pass and the adapters to apply. A
@@ -75,7 +75,7 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
     return y
 
 
-def _split_at_dora_adapters(layer: LinearWithAdapters, names: list[str]) -> list[list[str]]:
+def _split_at_dora_adapters(layer: BaseLinearWithAdapters, names: list[str]) -> list[list[str]]:
     """Split adapter names into runs, so that each DoRA adapter has a run of its own.
 
     One call computes each run.

@@ -1,4 +1,4 @@
-"""`LinearWithAdapters`, the interface that forward passes require of a layer, for annotations."""
+"""`BaseLinearWithAdapters`, the interface that forward passes require of a layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastlora.layers.quantized.base_weight import BaseQuantizedWeight
 
 
-class LinearWithAdapters(nn.Module):
+class BaseLinearWithAdapters(nn.Module):
     """Base class that defines the interface of linear layers with named adapters.
 
     `fastlora.layers.base_adapter_layer` implements it. The attributes have PEFT's names. Names that
@@ -118,9 +118,10 @@ class LinearWithAdapters(nn.Module):
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Reduce ``sums`` across processes to the squared norms of whole rows.
+        """Add up ``sums`` across processes to get the squared norms of whole rows.
 
-        ``sums`` are the `adapted_squared_norms` over this process's columns. Each result is
-        ``[N]``, with infinity instead of 0.
+        Each entry of ``sums`` contains the squared norms ``[N]`` of an adapted weight over this
+        process's columns. Each result is ``[N]``, with infinity instead of 0. By default, a process
+        has whole rows, so nothing is added.
         """
         return [replace_zeros_with_infinity(each) for each in sums]

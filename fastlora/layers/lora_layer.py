@@ -100,7 +100,7 @@ class LoraLayer(Mergeable):
     def _create_factors(
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, parts.Factor]:
-        """Create a new adapter's factors as a dict, keyed by part name such as ``"lora_A"``.
+        """Create a new adapter's factors as a dict whose keys are part names such as ``"lora_A"``.
 
         Values are drawn as PEFT draws them.
         """
@@ -113,7 +113,7 @@ class LoraLayer(Mergeable):
         """Return the initialization that this kind of layer uses for ``init_lora_weights=init``."""
         return init
 
-    def _modules_with_calibration(self) -> list[nn.Module]:
+    def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
         """Return a list of the modules that may hold a calibration result."""
         return [self.get_base_layer()]
 
@@ -445,7 +445,7 @@ class LoraLayer(Mergeable):
             self.reset_magnitude(adapter_name)
 
     def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
-        """Return an adapter's factors as a dict, keyed by part name such as ``"lora_A"``."""
+        """Return an adapter's factors as a dict whose keys are part names such as ``"lora_A"``."""
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -470,7 +470,7 @@ class LoraLayer(Mergeable):
             )
 
     def _reference_for_new_factors(self) -> torch.Tensor | None:
-        """Return a tensor whose device and dtype new factors should have.
+        """Return a tensor that has the device and dtype to use for new factors.
 
         Returns None if new factors should have the default device and dtype.
         """
@@ -478,7 +478,7 @@ class LoraLayer(Mergeable):
         if any(map(is_dtensor, base.parameters(recurse=False))):
             raise AdapterStateError(
                 "the base weight is sharded (a DTensor), but the new factors would not be: add "
-                "adapters before fully_shard(), which then shards them too. Under tensor "
+                "adapters before you call fully_shard(), which then shards them too. Under tensor "
                 "parallelism, layers that were split by PyTorch's parallelize_module support new "
                 "adapters"
             )

@@ -290,7 +290,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return down.weight, up.weight, up.bias
 
     def _factors_for_dora_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update from which an adapter's DoRA norms are computed."""
+        """Return the two factors of the weight update used to compute an adapter's DoRA norms."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 

@@ -25,13 +25,13 @@ from fastlora.ops.factors import AddressTables, Base, Slots
 from fastlora.validation import AdapterStateError, ImplementationError, check_same_device
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
 def choose_mixed_implementation(
     call: MixedCall, base: Base, excluded_slots: Sequence[int]
 ) -> tuple[bool, AddressTables | None, Slots | None]:
-    """Choose the implementation that runs a layer's forward pass in a mixed batch.
+    """Choose the implementation that runs a layer's forward pass on a mixed batch.
 
     Returns a tuple. The first item says whether the forward pass runs without gradients, dropout,
     and autocast. The second item is the address tables if kernels read factors by address. The
@@ -88,7 +88,7 @@ def choose_mixed_implementation(
     return bare, None, None
 
 
-def check_not_merged(layer: LinearWithAdapters) -> None:
+def check_not_merged(layer: BaseLinearWithAdapters) -> None:
     """Raise `AdapterStateError` if adapters are merged into the layer's base weight."""
     if layer.merged_adapters:
         raise AdapterStateError(
@@ -122,7 +122,7 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 
 
 def slot_factors_for_kernels(
-    call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
+    call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
     """Return a list of each slot's factors for the kernels.
 
@@ -153,7 +153,7 @@ def slot_factors_for_kernels(
 
 
 def slot_factors_for_compiled_graph(
-    call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
+    call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
     """Return a list of each slot's factors for a graph that is being compiled.
 

@@ -30,7 +30,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         held: Name of the child that is the original module.
         routing_group, routing_index: The routing group of the model, and this module's number in
             it.
-        may_see_partial_rows: As in `fastlora.layers.linear_with_adapters.LinearWithAdapters`.
+        may_see_partial_rows: As in `fastlora.layers.linear_with_adapters.BaseLinearWithAdapters`.
     """
 
     field: ClassVar[str]

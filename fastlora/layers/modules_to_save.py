@@ -28,7 +28,7 @@ def raise_if_container(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Wrapper around a module in ``modules_to_save``, with a copy of it for each adapter.
+    """Wrapper that holds a ``modules_to_save`` module and a copy of the module for each adapter.
 
     The forward pass runs the active adapter's copy, or the original module if none is active.
 
@@ -83,10 +83,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Release and return the module that will replace this wrapper.
+        """Return the active adapter's copy, or the original module if no adapter is active.
 
-        It is the active adapter's copy, or the original module if no adapter is active. Whether
-        adapters are disabled makes no difference.
+        The returned module replaces this wrapper when the adapters are removed. Whether adapters
+        are disabled makes no difference.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
@@ -156,9 +156,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
             kind = type(self.original_module).__name__
             raise UnsupportedLayerError(
                 f"a {kind} in modules_to_save returned a tensor of shape "
-                f"{tuple(tensors[0].shape)} for an input of {sizes[0]} rows; expected one entry "
-                "per row along the first dimension, so that the outputs of a mixed batch can be "
-                "combined; return the rows along the first dimension, or use one adapter per batch"
+                f"{tuple(tensors[0].shape)} for an input of {sizes[0]} rows; to combine the "
+                "outputs of a mixed batch, the first dimension must have one entry per row; change "
+                "the module's output, or use one adapter per batch"
             )
         result = tensors[0].new_zeros(sum(sizes), *tensors[0].shape[1:])
         for index, tensor in zip(indices, tensors, strict=True):

@@ -22,7 +22,7 @@ from fastlora.validation import UnsupportedLayerError
 from fastlora.weights_version import weights_versions
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
 # The cached entry of a layer: its packed factors, the plan, and the rows that the plan is for.
@@ -108,7 +108,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
     return found
 
 
-def _packable_factors(layer: LinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
+def _packable_factors(layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
     """Return a list of the factors to pack, or None if they cannot be packed.
 
     The list has one entry for each slot with rows. Active dropout, hooks, and factors on another

@@ -31,7 +31,7 @@ from fastlora.validation import UnsupportedLayerError
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 _UNCOUNTED = "its base weight was created in inference mode, in which PyTorch does not count writes"
 _CAPTURED = "a CUDA graph is being captured; run a forward pass before the capture"
@@ -77,10 +77,10 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight in the form that kernels read, or the fallback reason.
+        """Return a module's weight for kernels, or the reason why the module must be called.
 
-        If the result is a fallback reason, the module must be called. The weight is for x in
-        ``dtype``. If ``dtype`` is None, the dtype that the module computes in is used.
+        The weight is in the form that kernels read, for x in ``dtype``. If ``dtype`` is None, the
+        dtype that the module computes in is used.
         """
         if dtype is not None:
             self.dtype = dtype
@@ -223,7 +223,7 @@ def call_base_layer(
     return module(x, *args, **kwargs) if made is None else made
 
 
-def quantized_base_of_layer(layer: LinearWithAdapters) -> Base | None:
+def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
     """Return a `Base` with a layer's quantized weight, or None if kernels cannot read the weight.
 
     The weight has the dtype that the base layer computes in.
@@ -233,17 +233,17 @@ def quantized_base_of_layer(layer: LinearWithAdapters) -> Base | None:
     return None if isinstance(kernel_weight, str) else cache.to_base(kernel_weight)
 
 
-def fallback_reason_base_called(layer: LinearWithAdapters) -> str:
-    """Return the reason why a layer's base layer must be called, or an empty string.
+def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:
+    """Return the reason why a layer's base layer must be called, or an empty string if it need not.
 
-    The string is empty if the base layer need not be called. The base layer is not a plain linear.
+    This function is for base layers that are not a plain `nn.Linear`.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
     return kernel_weight if isinstance(kernel_weight, str) else ""
 
 
-def describe_quantization(layer: LinearWithAdapters) -> str:
+def describe_quantization(layer: BaseLinearWithAdapters) -> str:
     """Describe a layer's quantization.
 
     The text also states the dtype that kernels compute in. `fallback_reason_base_called` must have
@@ -306,7 +306,7 @@ def _stamp_arguments_unless_replaced(
         raise AttributeError(kind.fallback_reason_missing_field(error)) from error
 
 
-def _cache_of(layer: LinearWithAdapters) -> KernelWeightCache:
+def _cache_of(layer: BaseLinearWithAdapters) -> KernelWeightCache:
     own = layer.__dict__
     cache: KernelWeightCache | None = own.get("_kernel_weights")
     if cache is None:

@@ -79,12 +79,15 @@ class Scalings(dict[str, Scaling]):
         """
         if name not in self:
             if value is None:
-                raise TypeError(f"scaling of {name!r} is None, expected a number")
+                raise TypeError(f"the scaling of {name!r} is None; expected a number")
             self[name] = value
         return self[name]
 
     def update(self, *items: Any, **named: Any) -> None:
-        """Set several scalings, as `dict.update` does."""
+        """Set several scalings.
+
+        The arguments are those of `dict.update`.
+        """
         for name, value in dict(*items, **named).items():
             self[name] = value
 

@@ -32,7 +32,7 @@ _Location = tuple[int, int]
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class GroupCallResults:
-    """Results that one call computed for several layers from the same tensor.
+    """Results that one call computed from one tensor for several layers.
 
     Attributes:
         x: The tensor.
@@ -161,7 +161,10 @@ class SharedResultCache(UncopiedCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the cached results of all threads."""
+        """Clear the cache.
+
+        The results of all threads are discarded.
+        """
         for location in [*self.entries]:
             self._drop(location)
 
@@ -248,7 +251,7 @@ class _CallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append a layer that is called with x to the sequence.
+        """Append to the sequence a layer that is called with x.
 
         Also record whether x has been written to since the first call.
         """

@@ -22,7 +22,7 @@ from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
 class TableLaunchArguments(NamedTuple):
@@ -50,7 +50,7 @@ class TableLaunchArguments(NamedTuple):
     row: int
     group: SharedInputGroup | None
     first: int
-    members: list[LinearWithAdapters]
+    members: list[BaseLinearWithAdapters]
 
 
 def get_table_launch(
@@ -77,7 +77,7 @@ def get_table_launch(
     if row is None:
         return None
     group = None if call.conditions.compiling else observe_group(layer, call.x)
-    neighbors: dict[int, LinearWithAdapters] = {row: layer}
+    neighbors: dict[int, BaseLinearWithAdapters] = {row: layer}
     for reference in () if group is None else group.members:
         member: Any = reference()
         if (

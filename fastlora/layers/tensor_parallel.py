@@ -188,7 +188,7 @@ class TensorParallelLora(FastLoraWrapper):
             raise AdapterStateError(
                 "this layer's weight is sharded by tensor parallelism and by FSDP2 (a DTensor over "
                 f"{weight.device_mesh}), but FSDP2 would not shard new factors; add adapters "
-                "before fully_shard()"
+                "before you call fully_shard()"
             )
         return weight.to_local() if weight.is_floating_point() and weight.itemsize >= 2 else None
 
@@ -369,9 +369,9 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's weight update ``scaling * B @ A``.
+        """Return an adapter's full, unsharded weight update ``scaling * B @ A``.
 
-        It has its full shape ``[N, K]`` and is not sharded. All processes must call this method.
+        The shape of the update is ``[N, K]``. All processes must call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -34,7 +34,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The module's weight, which is the transpose of the embedding's factor."""
+        """The transpose of the embedding's LoRA factor."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()

@@ -39,7 +39,7 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
     if is_dtensor(weight):
         raise AdapterStateError(
             "trainable_token_indices: the weight is sharded (a DTensor), but the new rows would "
-            "not be; add adapters before fully_shard()"
+            "not be; add adapters before you call fully_shard()"
         )
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
     if not isinstance(module, (nn.Embedding, nn.Linear)) or not plain:
@@ -176,7 +176,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def _trained_modules_or_rows_by_adapter(self) -> nn.ParameterDict:
-        """The trained token rows, keyed by adapter name."""
+        """The trained copies of the token rows, keyed by adapter name."""
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:

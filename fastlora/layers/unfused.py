@@ -155,7 +155,10 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
     def _add_mixed_updates(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Add the update of each sample's own adapter to y in a mixed batch."""
+        """Add to y the update that each sample's own adapter computes.
+
+        The method is for mixed batches, in which samples may use different adapters.
+        """
         check_not_merged(self)
         m, dims = self._count_samples_and_sample_dims(x)
         count = routing.ids.shape[0]
@@ -163,8 +166,8 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
             raise ValueError(
                 f"{type(self).__name__} for {type(self.base_layer).__name__} got an input of "
                 f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected one id "
-                "per sample along the first dimension, or one per token. A position embedding has "
-                "no sample dimension: remove it from target_modules"
+                "per sample along the first dimension, or one per token. If this layer is a "
+                "position embedding, which has no sample dimension, remove it from target_modules"
             )
         flat_x = x.reshape(m, *x.shape[dims:])
         flat_y = y.reshape(m, *y.shape[dims:])

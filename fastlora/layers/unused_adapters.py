@@ -17,7 +17,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.sharding import local_shard
 
 if TYPE_CHECKING:
-    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+    from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 
 
 def attach_unused_parameters(call: MixedCall, y: torch.Tensor, *, may_sync: bool) -> torch.Tensor:
@@ -46,7 +46,7 @@ def attach_unused_parameters(call: MixedCall, y: torch.Tensor, *, may_sync: bool
     return torch.cat([y, *rows])
 
 
-def _adapter_parameters(layer: LinearWithAdapters, name: str) -> Iterator[torch.Tensor]:
+def _adapter_parameters(layer: BaseLinearWithAdapters, name: str) -> Iterator[torch.Tensor]:
     """Yield every parameter of an adapter on one layer."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:

@@ -30,7 +30,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a linear-like base layer.
+    """Wrapper that adds LoRA adapters to a linear-like base layer.
 
     The base layer is called unchanged. The layer computes ``y = base_layer(x) + scaling *
     dropout(x) @ lora_A.T @ lora_B.T``.

@@ -99,8 +99,8 @@ def open_adapter_files(
     )
 
 
-def read_config_matching_weights(folder: Path) -> dict[str, Any]:
-    """Read the config that matches the weights in a folder, and return a dict of its fields.
+def read_config_saved_with_weights(folder: Path) -> dict[str, Any]:
+    """Read the config saved with the weights in a folder, and return a dict of its fields.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
     weights file. If the weights file is missing or damaged, the config file is used.

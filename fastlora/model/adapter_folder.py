@@ -78,7 +78,7 @@ Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
 class ParsedAdapterKey(NamedTuple):
-    """A parsed key of an adapter's weights file.
+    """A parsed key from an adapter's weights file.
 
     Attributes:
         module: The name of the module in the base model.
@@ -306,7 +306,7 @@ def save_adapter_folder(
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: this is a file, expected a folder")
+        raise CheckpointError(f"{folder}: expected a folder, found a file")
     parse_and_check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
     text = config.to_json(inference_mode=True, auto_mapping=auto_mapping).encode("utf-8")
     if not folder.exists():
@@ -354,7 +354,7 @@ def parse_and_check_tensors(
 def _open_error_message(folder: Path, error: OSError) -> str:
     """Return an error message that explains why an adapter folder cannot be opened."""
     if folder.is_file():
-        return f"{folder}: this is a file, expected the folder that contains {WEIGHTS_NAME}"
+        return f"{folder}: expected the folder that contains {WEIGHTS_NAME}, found a file"
     if not folder.is_dir():
         return (
             f"{folder}: no such folder. Only local folders are supported; for an adapter on the "
@@ -380,7 +380,9 @@ def _open_error_message(folder: Path, error: OSError) -> str:
 def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
     name = key.removeprefix(KEY_PREFIX)
     if name == key:
-        raise CheckpointError(f"unknown key {key!r}, expected the prefix {KEY_PREFIX!r}")
+        raise CheckpointError(
+            f"unknown key {key!r}; expected a key that starts with {KEY_PREFIX!r}"
+        )
     for suffix, kind in _LEAVES.items():
         if name.endswith(suffix):
             return ParsedAdapterKey(name.removesuffix(suffix), kind)
@@ -427,7 +429,7 @@ def _check_factor(
     if not 2 <= len(shape) <= 5:  # convolutions have more than 2 dimensions
         raise CheckpointError(f"{key!r} has shape {shape}, expected 2 to 5 dimensions")
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
-    rank = config.rank_for(target_module_name_of_layer(module))
+    rank = config.rank_for(target_name_of_inner_layer(module))
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     differs = bool(rank % max(shape[axis], 1) if grouped else shape[axis] != rank)
     if differs and not _may_be_stacked_rank(config, shape[axis]):
@@ -452,12 +454,11 @@ def _may_be_stacked_rank(config: LoraConfig, size: int) -> bool:
     return size > 0 and any(size % rank == 0 for rank in ranks)
 
 
-def target_module_name_of_layer(layer_name: str) -> str:
-    """Return the name of the target module that contains a LoRA layer, given the layer's name.
+def target_name_of_inner_layer(layer_name: str) -> str:
+    """Return the name of the target module that contains an inner layer.
 
-    Some targets consist of several LoRA layers. In adapter files, the inner layers have names that
-    start with the target's name and ``.base_layer.``. For other layers, the name is returned
-    unchanged.
+    Some targets consist of several LoRA layers. In adapter files, the names of the inner layers
+    start with the target's name and ``.base_layer.``. Other names are returned unchanged.
     """
     return layer_name.partition(".base_layer.")[0]
 

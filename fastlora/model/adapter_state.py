@@ -206,7 +206,7 @@ def check_overwritable_from_file(
 def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, target in plan.targets.items():
-        for key, shape in target.tensor_shapes_by_key_suffix().items():
+        for key, shape in target.tensor_shapes_by_key_within_module().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
     for name in (*plan.modules_to_save, *plan.tied_copies):
         for key, tensor in base_module_of(model.get_submodule(name)).state_dict().items():
@@ -264,7 +264,7 @@ def adapter_file_state_dict(
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's state dict, with the keys of PEFT's adapter files.
+    """Return an adapter's state dict with the keys that PEFT uses in its adapter files.
 
     Args:
         lora_model: The model that has the adapter.
@@ -273,8 +273,8 @@ def adapter_file_state_dict(
         save_embedding_layers: See `LoraModel.save_pretrained`.
 
     Raises:
-        CheckpointError: If a tensor of the adapter is missing in ``source``. Trained biases of the
-            base model may be missing.
+        CheckpointError: If a tensor of the adapter is missing from ``source``. Trained biases of
+            the base model may be missing.
     """
     tensors = {}
     source = strip_wrapper_prefixes_from_keys(source)

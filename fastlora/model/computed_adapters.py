@@ -120,7 +120,7 @@ def factor_matrices(
         )
     if require_product and lora_b.shape[1] != lora_a.shape[0]:
         raise UnsupportedLayerError(
-            f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, and its LoRA "
+            f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, so its LoRA "
             "factors are not a pair of matrices; leave this layer out of target_modules"
         )
     low_rank.check_factors_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
@@ -140,7 +140,10 @@ def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank
 
 
 def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
-    """Join the factors of a weight's matrices into the layer's factors. See `split_matrices`."""
+    """Join the factors of each matrix of a layer's weight into one pair of factors for the layer.
+
+    This is the inverse of `split_matrices`.
+    """
     lora_a, lora_b = zip(*pairs, strict=True)
     return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)
 

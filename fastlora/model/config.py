@@ -24,7 +24,7 @@ from fastlora.model.adapter_files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     config_bytes_to_write_without_weights,
-    read_config_matching_weights,
+    read_config_saved_with_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
@@ -273,12 +273,12 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter does not depend on changes to the base weights.
+        """Check that the adapter is plain, that is, trained on the original base weights.
 
-        A plain adapter is for the original base weights. Some initialization methods change the
-        base weights, and the adapter is then trained on the changed weights. If the change must be
-        repeated when the adapter is loaded, an error is raised. For methods with a change that PEFT
-        does not reproduce either, only a warning is emitted.
+        Some initialization methods change the base weights, and the adapter is then trained on the
+        changed weights. If the change must be repeated when the adapter is loaded, an error is
+        raised. For methods with a change that PEFT does not reproduce either, only a warning is
+        emitted. Other features, such as DoRA, are not checked.
 
         Args:
             what: A description of the operation's result, as the subject of the message.
@@ -409,7 +409,7 @@ class LoraConfig(PeftConfigMethods):
             ConfigError: See `LoraConfig`.
         """
         if for_loading and data.get("peft_type", "LORA") is None:
-            raise ConfigError("peft_type is None, expected 'LORA'")
+            raise ConfigError("peft_type is None; expected 'LORA'")
         return cls._build(data, "load" if for_loading else "new")
 
     @classmethod
@@ -431,7 +431,7 @@ class LoraConfig(PeftConfigMethods):
         kind = getattr(peft_config, "peft_type", None)
         if kind is not None and kind != PeftType.LORA:
             kind = getattr(kind, "value", kind)
-            raise ConfigError(f"peft_type is {kind!r}, expected 'LORA'; {PEFT_MODEL_ALTERNATIVE}")
+            raise ConfigError(f"peft_type is {kind!r}; expected 'LORA' ({PEFT_MODEL_ALTERNATIVE})")
         data = dict(peft_config.to_dict())
         config = cls._build(data, "live" if initialized else "new")
         runtime = getattr(peft_config, "runtime_config", None)
@@ -456,10 +456,10 @@ class LoraConfig(PeftConfigMethods):
         layout = data.get(_LAYOUT_OF_UNSLOTH, _LAYOUT_OF_PEFT)
         if config.target_parameters and layout != _LAYOUT_OF_PEFT:
             raise ConfigError(
-                f"{_LAYOUT_OF_UNSLOTH}={layout!r}: the lora_B of the parameters "
-                f"{config.target_parameters} is stored in a different order than in PEFT; the only "
-                f"supported value is {_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E experts "
-                "and rank r, replace each lora_B with "
+                f"{_LAYOUT_OF_UNSLOTH}={layout!r}: with this setting, the lora_B of each parameter "
+                f"in {config.target_parameters} is stored in an order that differs from PEFT's; "
+                f"the only supported value is {_LAYOUT_OF_PEFT!r}. For 'grouped_by_expert' with E "
+                "experts and rank r, replace each lora_B with "
                 "lora_B.unflatten(1, (E, r)).transpose(1, 2).flatten(1)"
             )
         unknown = sorted(set(data) - set(fields) - {_LAYOUT_OF_UNSLOTH})
@@ -537,6 +537,6 @@ class LoraConfig(PeftConfigMethods):
             CheckpointError: If the config file is missing or is not a JSON object.
             ConfigError: If a value is not accepted.
         """
-        data = read_config_matching_weights(Path(folder))
+        data = read_config_saved_with_weights(Path(folder))
         with error_prefix(Path(folder) / CONFIG_NAME):
             return cls.from_dict(data, for_loading=for_loading)

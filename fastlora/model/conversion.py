@@ -88,8 +88,8 @@ def convert_to_original_base(
         if before is None or before.shape != tensors[key].shape:
             found = "no tensor" if before is None else f"shape {tuple(before.shape)}"
             raise CheckpointError(
-                f"{initial.path} has {found} for {key!r}, expected the untrained adapter's tensor "
-                f"of shape {tuple(tensors[key].shape)}"
+                f"{initial.path} has {found} for {key!r}; expected a tensor of shape "
+                f"{tuple(tensors[key].shape)}, as in the trained adapter"
             )
         before = before.to(tensors[key])
         if parts.kind.endswith("A"):

@@ -61,7 +61,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters as a fraction of the base model's parameters."""
+        """The number of trainable parameters divided by the base model's number of parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -216,14 +216,14 @@ def format_bytes(count: int) -> str:
 def _trained_tensor_sizes(
     model: nn.Module, plan: AdapterPlan, autocast: bool
 ) -> Iterator[tuple[int, int]]:
-    """Yield a tuple ``(numel, itemsize)`` for each tensor that would be trained with the adapter.
+    """Yield a tuple ``(numel, itemsize)`` for each tensor that training the adapter would update.
 
     ``itemsize`` is in bytes. The tensors include base-model biases that the config selects.
     """
     config = plan.config
     for target in plan.targets.values():
         itemsize = _factor_itemsize(target.base, autocast)
-        for shape in target.tensor_shapes_by_key_suffix().values():
+        for shape in target.tensor_shapes_by_key_within_module().values():
             yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
         for parameter in base_module_of(model.get_submodule(name)).parameters():

@@ -32,7 +32,7 @@ from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.stacked_experts import (
     ROUTER,
     BaseParameter,
-    base_parameters_of_modules,
+    all_unwrapped_base_parameters,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -80,7 +80,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     if not former:
         return file
     modules = named_base_modules(model)
-    parameters = base_parameters_of_modules(modules)
+    parameters = all_unwrapped_base_parameters(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -153,7 +153,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     """
     former = former_to_parameter_names(model_type_of(model))
     modules = named_base_modules(model) if former and config.target_modules else []
-    if not stacked_experts_among(base_parameters_of_modules(modules)):
+    if not stacked_experts_among(all_unwrapped_base_parameters(modules)):
         return config
     names = [name for name, _, _ in modules]
     linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]
@@ -296,10 +296,10 @@ def _layers_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return the names of the experts' layers, as one list for each former name of a parameter.
+    """Return the names of the experts' layers, grouped by the former names of a parameter.
 
-    Each list contains one layer name per expert. The lists are in the order of
-    `former_names_of_parameter`.
+    The result contains one list for each former name, in the order of `former_names_of_parameter`.
+    Each list contains one layer name per expert.
 
     Args:
         file: The loaded adapter.

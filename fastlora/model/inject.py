@@ -71,10 +71,11 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: AdapterPlan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Add an adapter to a model according to its plan.
+    """Add an adapter to a model according to an `AdapterPlan`.
 
-    The adapter is added to every module that the plan selects. It is inactive. Base parameters that
-    were trainable before remain trainable. If an error is raised, the model is unchanged.
+    The adapter is added to every module that the plan selects. The new adapter is inactive. Base
+    parameters that were trainable before remain trainable. If an error is raised, the model is
+    unchanged.
 
     As in PEFT, there is one exception: the first adapter with trained tokens immediately becomes
     active and trainable on modules that share the input embedding's weight.
@@ -196,7 +197,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     for _, module in found:
         # Tied rows were deleted together with their source.
-        if adapter_names_on_module(module, [adapter_name]):
+        if filter_adapter_names(module, [adapter_name]):
             module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
@@ -261,7 +262,7 @@ def base_biases_trained_by(
     modules = [
         module
         for _, module in modules_with_adapters(model)
-        if adapter_names_on_module(module, [adapter_name])
+        if filter_adapter_names(module, [adapter_name])
     ]
     targets = [module for module in modules if isinstance(module, LoraLayer)]
     copied = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
@@ -350,13 +351,13 @@ def unload(
                 if dequantize
                 else contextlib.nullcontext()
             ):
-                module.check_merge(safe_merge, adapter_names_on_module(module, adapter_names))
+                module.check_merge(safe_merge, filter_adapter_names(module, adapter_names))
     dtype = dtype_after_dequantization(model) if dequantize else None
     shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
-            names = adapter_names_on_module(module, adapter_names)
+            names = filter_adapter_names(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
                 shared.untie_if_shared(name, module)
@@ -394,10 +395,10 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
         )
 
 
-def adapter_names_on_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return a list of those names in ``adapter_names`` for which the module has an adapter.
+def filter_adapter_names(module: Any, adapter_names: list[str] | None) -> list[str] | None:
+    """Return those of the given adapter names for which the module has an adapter.
 
-    If ``adapter_names`` is None, which stands for the active adapters, the result is None.
+    None, which stands for the active adapters, is returned unchanged.
     """
     if adapter_names is None:
         return None

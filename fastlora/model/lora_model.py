@@ -124,11 +124,11 @@ class LoraModel(PeftModelMethods, nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         plan = make_adapter_plan(model, adapter_name, peft_config)
-        self._wrap_with_active_adapter(model, plan, adapter_name, autocast_adapter_dtype)
+        self._wrap_in_tuner_with_active_adapter(model, plan, adapter_name, autocast_adapter_dtype)
         if low_cpu_mem_usage:
             move_adapter_to_meta(self.get_base_model(), adapter_name)
 
-    def _wrap_with_active_adapter(
+    def _wrap_in_tuner_with_active_adapter(
         self, model: nn.Module, plan: AdapterPlan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
         """Wrap a model in a `LoraTuner`, add an adapter to it, and make the adapter active."""
@@ -256,7 +256,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             vars(config).update(vars(plan.config))
             plan = replace(plan, config=config)
         self = cls.__new__(cls)
-        self._wrap_with_active_adapter(model, plan, adapter_name, autocast_adapter_dtype)
+        self._wrap_in_tuner_with_active_adapter(model, plan, adapter_name, autocast_adapter_dtype)
         adapter_state.load_adapter_contents(self, adapter_name, file)
         return self if is_trainable else self.eval()
 

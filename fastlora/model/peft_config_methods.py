@@ -34,7 +34,7 @@ class PeftConfigMethods:
     _custom_modules: Any = None
 
     def _peft_version_to_save(self) -> str:
-        """Return the version of PEFT to store in a config.
+        """Return the PEFT version number to store in a config.
 
         This is the installed version if PEFT is imported, or else the version that fastlora
         follows.
@@ -78,18 +78,17 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config of this class with the given fields.
+        """Create a config with the given fields.
 
-        PEFT defines the name of this method. In PEFT, ``peft_type`` determines the class.
+        In PEFT, ``peft_type`` determines the class of the config. Here, it is always this class.
         """
         return cls(**fields)
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the keyword arguments for creating a config, without checking them.
+        """Return the given fields, which are only checked when a config is created.
 
-        PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
-        created.
+        PEFT's method of the same name checks the fields itself.
         """
         return fields
 

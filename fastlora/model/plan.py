@@ -74,10 +74,11 @@ class TargetModule(NamedTuple):
     kind: LayerKind
     settings: LayerAdapterSettings
 
-    def tensor_shapes_by_key_suffix(self) -> TensorShapes:
-        """Return a dict that maps key suffixes to the shapes of the adapter's tensors.
+    def tensor_shapes_by_key_within_module(self) -> TensorShapes:
+        """Return a dict that maps keys within the module to the shapes of the adapter's tensors.
 
-        A key suffix is the part of a key in an adapter file that follows the module's name.
+        A key within the module, such as ``lora_A.weight``, is the part of a key in an adapter file
+        that follows the module's name.
         """
         return self.kind.shapes(self.base, self.settings)
 
@@ -273,7 +274,7 @@ def plan_target_modules(
             if isinstance(part, ModuleWrapper):
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
-                    f"modules_to_save matches {name!r}, but adapters {part.adapter_names} own "
+                    f"modules_to_save matches {name!r}, but adapters {part.adapter_names} train "
                     f"{part.owns} of {at!r}; expected all adapters to train the same module in the "
                     "same way"
                 )
@@ -492,7 +493,7 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
     if kind is None:
         raise UnsupportedLayerError(
             f"fastlora supports {', '.join(layer_kind_names())} (including transformers' Conv1D "
-            "and quantized linear layers), and classes that you register with "
+            "and quantized linear layers) and any classes that you register with "
             f"LoraConfig._register_custom_module; if PEFT supports this class, "
             f"{PEFT_LAYER_ALTERNATIVE}"
         )

@@ -16,7 +16,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 from fastlora.model.stacked_experts import (
-    base_parameters_of_modules,
+    all_unwrapped_base_parameters,
     experts_layer_class,
     stacked_experts_among,
     supported_stacks,
@@ -49,7 +49,9 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended hyperparameters for training an adapter: starting values and search ranges.
+    """Recommended hyperparameters for training an adapter.
+
+    The rank, alpha, and the learning rate have a starting value and a range to search.
 
     Attributes:
         num_params: The number of parameters of the base model.
@@ -163,7 +165,7 @@ class Recommendation:
 def recommend(
     model_or_num_params: nn.Module | int, *, memory_bytes: int | None = None
 ) -> Recommendation:
-    """Recommend hyperparameters to start with for a base model of a given size.
+    """Recommend initial hyperparameters for a base model of a given size.
 
     | parameters            | r        | alpha    | dropout |
     |-----------------------|----------|----------|---------|
@@ -229,7 +231,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
-    parameters = base_parameters_of_modules(named_base_modules(model))
+    parameters = all_unwrapped_base_parameters(named_base_modules(model))
     stacks = [
         each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]

@@ -242,7 +242,7 @@ def reduce_intruder_dimension(
         pair = factor_matrices(name, layer, old_adapter_name)
         scaling = float(layer.scaling[old_adapter_name])
         weight = layer._local_weight().detach().to(pair[0].dtype)
-        found = _reduce_intruders(
+        found = _scale_down_intruder_dimensions(
             weight, pair, scaling, (top_k, threshold_epsilon, mitigation_lambda)
         )
         tell(f"{name}: {f'Intruders: {found[1]}' if found else 'No intruders'}")
@@ -258,13 +258,15 @@ def reduce_intruder_dimension(
 
 
 @torch.no_grad()
-def _reduce_intruders(
+def _scale_down_intruder_dimensions(
     weight: torch.Tensor,
     pair: low_rank.FactorPair,
     scaling: float,
     options: tuple[int, float, float],
 ) -> tuple[low_rank.FactorPair, int] | None:
-    """Weaken or remove the intruder dimensions of an adapter on one layer.
+    """Scale down the intruder dimensions of an adapter on one layer.
+
+    They are multiplied by ``mitigation_lambda``, so that 0 removes them.
 
     Args:
         weight: The base weight, ``[N, K]``.

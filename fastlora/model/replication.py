@@ -70,7 +70,7 @@ class RevertibleLayerReplication:
         }
 
     def apply(self) -> None:
-        """Put the replicated list of layers into the model.
+        """Replace the model's list of layers with the list of replicated layers.
 
         The model's config is updated too.
         """

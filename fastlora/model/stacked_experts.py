@@ -81,10 +81,10 @@ class BaseParameter(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def base_parameters_of_modules(modules: BaseModules) -> list[BaseParameter]:
-    """Return a list of the parameters of the base model's modules.
+def all_unwrapped_base_parameters(modules: BaseModules) -> list[BaseParameter]:
+    """Return all parameters of the base model's modules, except those of wrapped modules.
 
-    Modules that adapters own copies of or train rows of are left out.
+    Modules that adapters own copies of or train rows of are wrapped.
     """
     return [
         BaseParameter(f"{name}.{leaf}" if name else leaf, base, parameter)
@@ -240,10 +240,11 @@ def check_fused_parameter_not_split(
 def unreached_experts(
     stacks: Iterable[BaseParameter], linears: Collection[str], config: LoraConfig
 ) -> list[BaseParameter]:
-    """Return the stacked experts that a config leaves out although it names feed-forward layers.
+    """Return the stacked experts that a config appears to name but does not select.
 
-    A list of names means all layers that ``layers_to_transform`` selects. A regular expression
-    means the blocks in which it matches.
+    These are the experts of the blocks in which the config names feed-forward layers. A list of
+    names means all blocks that ``layers_to_transform`` selects. A regular expression means the
+    blocks in which it matches. ``"all-linear"`` means all blocks.
 
     Args:
         stacks: The stacked experts that no target selects and that the config does not exclude.

@@ -209,11 +209,11 @@ def _check_entries_match(
             raise TargetNotFoundError(
                 f"target_parameters entries {format_value(lost)} match no parameter"
                 f"{suggest_names(lost, names, 'parameters')}"
-                f"{_error_text_if_target_modules_unset(config)}"
+                f"{_error_suffix_if_target_modules_unset(config)}"
             )
 
 
-def _error_text_if_target_modules_unset(config: LoraConfig) -> str:
+def _error_suffix_if_target_modules_unset(config: LoraConfig) -> str:
     """Return the text to append to an error message if ``target_modules`` is not set.
 
     The text is PEFT's. The error message is about ``target_parameters`` that match no parameter. If

@@ -31,7 +31,7 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseParameter,
-    base_parameters_of_modules,
+    all_unwrapped_base_parameters,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -134,7 +134,9 @@ def select_targets(
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
     base = (
-        base_parameters_of_modules(modules) if former or config.target_parameters or is_new else []
+        all_unwrapped_base_parameters(modules)
+        if former or config.target_parameters or is_new
+        else []
     )
     selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
@@ -315,7 +317,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     names = [name for name, _, _ in modules if name]
     olds = {
         old
-        for each in base_parameters_of_modules(modules)
+        for each in all_unwrapped_base_parameters(modules)
         for old in former_names_of_parameter(former, each)
     }
     lost = [
@@ -524,7 +526,7 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
     if bad and model_type in _MAMBA_TYPES:
         raise UnsupportedLayerError(
             f"{bad[0]} is never called in a {model_type!r} model, so an adapter on it has no "
-            f"effect; expected target_modules without {', '.join(_MAMBA_BYPASSED)}"
+            f"effect; leave these layers out of target_modules: {', '.join(_MAMBA_BYPASSED)}"
         )
 
 

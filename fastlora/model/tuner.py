@@ -17,7 +17,7 @@ from torch import nn
 from fastlora.init import InitMethod
 from fastlora.layers import LoraLayer, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.adapter_factors import ParameterSource
-from fastlora.layers.quantized import prevent_repacking
+from fastlora.layers.quantized import prevent_bitsandbytes_repacking
 from fastlora.model import inject
 from fastlora.model.computed_adapters import ComputedAdapter
 from fastlora.model.config import LoraConfig
@@ -166,7 +166,9 @@ class LoraTuner(nn.Module):
         if len(self.peft_config) == 1:
             inject.freeze_base(self.model)
         if not config.inference_mode and not self._weight_layout_set:
-            prevent_repacking(self.model)  # only once, because it walks over all modules
+            prevent_bitsandbytes_repacking(
+                self.model
+            )  # only once, because it walks over all modules
             self._weight_layout_set = True
 
     def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:
@@ -249,7 +251,7 @@ class LoraTuner(nn.Module):
         """
         names = self._as_loaded_names(adapter_name)
         for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
-            owners = inject.adapter_names_on_module(wrapper, names) or []
+            owners = inject.filter_adapter_names(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(  # the second sentence begins as in PEFT
                     f"adapters {owners} each have their own {wrapper.owns} of the same module "
@@ -591,7 +593,7 @@ class LoraTuner(nn.Module):
             )
         shared = SharedWeightUntier(self.model)
         chosen = {
-            name: inject.adapter_names_on_module(layer, wanted) for name, layer in layers.items()
+            name: inject.filter_adapter_names(layer, wanted) for name, layer in layers.items()
         }
         anything = False
         for layer, names in zip(layers.values(), chosen.values(), strict=True):

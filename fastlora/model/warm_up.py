@@ -156,7 +156,10 @@ def warm_up(
 
 
 def reason_without_kernels(device: torch.device) -> str:
-    """Return the reason why compiled kernels do not run on a device, or an empty string."""
+    """Return the reason why compiled kernels do not run on a device.
+
+    The result is an empty string if they do run.
+    """
     if triton_interpreted():
         return "TRITON_INTERPRET=1 is set"
     if execution_mode.auto_selects_kernels(device):
@@ -411,7 +414,7 @@ def _bisect_variant_changes(
 def _run_and_list_kernels(
     group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant]
 ) -> frozenset[str]:
-    """Run a group, and return the keys of the kernels that it launches."""
+    """Run a group of layers, and return the keys of the kernels that the layers launch."""
     others = dict(launched)
     launched.clear()
     group.run(rows)

@@ -154,7 +154,7 @@ def _combine_on_layer(
     holders: Sequence[AdapterNameAndWeight],
     options: CombinationOptions,
 ) -> ComputedLayerParameters:
-    """Compute the parameters of the combined adapter on one layer.
+    """Compute the combined adapter's parameters for one layer.
 
     Args:
         name: The name of the layer, for messages.
@@ -186,9 +186,9 @@ def _combine_on_layer(
         )
     if len(set(ranks.values())) > 1:
         raise ConfigError(
-            f"All adapters must have the same r value when using combination_type {kind!r}, got "
-            f"{ranks} on {name!r}; for different ranks, use 'cat' or a "
-            "type that ends in 'svd'"
+            f"All adapters must have the same r value when using combination_type {kind!r}, but "
+            f"the values on {name!r} are {ranks}; for different ranks, use 'cat' or a type that "
+            "ends in 'svd'"
         )
     # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]

@@ -72,7 +72,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_support_and_description(index: int) -> tuple[bool, str]:
-    """Return a tuple (supported, description) that tells whether the kernels support a GPU.
+    """Return whether the kernels support the GPU with the given index, and a description.
 
     The description is the GPU's name and architecture, or the reason why it is not supported.
     """
@@ -87,10 +87,10 @@ def _gpu_support_and_description(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return a tuple (runs, reason) that tells whether the Triton kernels can run on a device.
+    """Return whether the Triton kernels can run on a device, and the reason why or why not.
 
-    A reason is given in both cases. If the kernels can run, it describes the GPU, or says that they
-    run in Triton's interpreter.
+    The result is a tuple (runs, reason). If the kernels can run, the reason describes the GPU, or
+    says that they run in Triton's interpreter.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -144,11 +144,11 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether anything, such as autograd, a tracer, or a profiler, observes operators on x.
+    """Return whether operators applied to x are observed, for example by autograd or a profiler.
 
-    Other observers are dispatch modes and functorch transforms. If ``in_autograd_function`` is
-    set, autograd is ignored, because it records nothing inside an autograd function. If
-    ``by_profiler`` is False, profilers are ignored.
+    Other observers are tracers, dispatch modes, and functorch transforms. If
+    ``in_autograd_function`` is set, autograd is ignored, because it records nothing inside an
+    autograd function. If ``by_profiler`` is False, profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()

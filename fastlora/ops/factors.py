@@ -62,7 +62,7 @@ class Base(NamedTuple):
     inplace: bool = False
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output ``[..., N]`` of the base layer without adapters."""
+        """Return the output ``[..., N]`` of the base layer alone, with no adapters applied."""
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
         if self.y is None:

@@ -367,7 +367,7 @@ def _with_kernel_weights(
 
 @functools.cache
 def _with_cached_launches(function: _Function) -> _Function:
-    """Return a version of a function that caches its kernel launches.
+    """Wrap a function so that its kernel launches are cached.
 
     See `fastlora.kernels.launch.cached_launches`.
     """

@@ -81,9 +81,10 @@ def _plan_from_table(
     group_n: int | None,
     slots: int,
 ) -> str:
-    """Return the plan for the sizes of a layer and its input, using the chip's table.
+    """Return the plan that the chip's table lists for the sizes of x and the layer's weight.
 
-    If the table lists no plan for these sizes, the plan depends on the number of rows and slots.
+    The chip is the one on which x is stored. If its table lists no plan for these sizes, the plan
+    depends on the number of rows and slots.
     """
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
     chips, configs = _import_chips_and_configs()

@@ -341,10 +341,11 @@ def _(
 
 
 def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple of the int32 sort keys of ids and a bool mask of the out-of-range ids.
+    """Return a tuple (keys, mask) with the sort keys of ``ids`` and a mask of invalid ids.
 
-    Rows are sorted by these keys. The key of an id is its slot, ``slots`` if the id is out of
-    range, and ``slots + 1`` for rows without an adapter.
+    Rows are sorted by the keys, which are int32. The key of an id is its slot, ``slots`` if the id
+    is out of range, and ``slots + 1`` for rows without an adapter. The mask is a bool tensor that
+    marks the ids that are out of range.
     """
     bad = (ids < NO_SLOT) | (ids >= slots)
     # int32 sorts twice as fast as int64, and the kernels read int32.
@@ -355,7 +356,7 @@ def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Te
 def _allocate_sort_results(
     m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Allocate the tensors that `_rows_sort` returns, with uninitialized values."""
+    """Allocate, without initializing them, the tensors that `_rows_sort` returns."""
     present, entries = torch.sym_min(m, slots + 2), piece_starts_length(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
@@ -395,7 +396,7 @@ def piece_starts_length(m: int, slots: int, block_m: int) -> int:
 
 
 def _run_start_mask(values: torch.Tensor) -> torch.Tensor:
-    """Return a bool mask of the values that differ from the preceding value.
+    """Return a bool mask that marks each value that differs from the preceding one.
 
     The first value counts as different.
     """

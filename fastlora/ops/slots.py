@@ -61,9 +61,11 @@ class BatchRows:
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def start(self, slots: np.ndarray) -> None:
-        """Start a new batch whose rows have the given slots.
+        """Start a new batch.
 
-        The caller has already copied the slots to the device.
+        Args:
+            slots: The slot of each row, on the host. The caller has already copied this array to
+                the device.
         """
         self.used_slots = np.unique(slots[slots >= 0]).tolist()
         self._sorted.clear()
@@ -116,7 +118,7 @@ def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
 
 
 class _PackedFactorsAndPlan(NamedTuple):
-    """The packed factors for one batch, and the plan for the matrix products with them.
+    """The packed factors for one batch, and the plan for the matrix products that use them.
 
     Attributes:
         batch: The rows of the batch.
@@ -134,7 +136,7 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """The factors of a layer's slots, and the methods that add each row's update to y.
+    """The LoRA factors of a layer's slots, with methods that add each row's update to y.
 
     The update of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's
     slot. There are up to four slices with the same input x. Their outputs are adjacent columns of
@@ -215,9 +217,9 @@ class SlotProducts:
 
     @property
     def num_full_packings(self) -> int:
-        """Total number of times that the current packs have been packed in full.
+        """Number of times that all slots have been packed, in total over the current packs.
 
-        A full packing allocates new storage and copies the factors of all slots into it.
+        Each time, new storage is allocated and the factors of all slots are copied into it.
         """
         return sum(pack.num_full_packings for pack in self._packs.values())
 

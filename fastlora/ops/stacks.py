@@ -77,10 +77,11 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return a copy of lora_b ``[N, R * E]`` as rank rows ``[E, R, N]``.
+    """Return a copy of lora_b ``[N, R * E]``, rearranged to the shape ``[E, R, N]``.
 
-    Each row is contiguous. PyTorch copies the transpose of a matrix several times faster than other
-    permutations, so the rows of one rank are adjacent in memory.
+    Each row of the result is a column of lora_b, and is contiguous. PyTorch copies the transpose of
+    a matrix several times faster than other permutations, so the rows of one rank are adjacent in
+    memory.
     """
     rows = lora_b.t().contiguous()
     return rows.view(-1, num_matrices, lora_b.shape[0]).transpose(0, 1)

@@ -116,7 +116,9 @@ class PoolTables:
         A graph that was captured before a DoRA adapter was added to the pool does not use scales,
         so it treats the slots of DoRA adapters as empty.
         """
-        return lookup_or_negative(self.column_of if self.uses_dora else self.plain_column_of, ids)
+        return lookup_or_negative_if_out_of_range(
+            self.column_of if self.uses_dora else self.plain_column_of, ids
+        )
 
     def clear_column(self, column: int) -> None:
         """Clear a column so that it can be reused. The writes run on the current stream."""
@@ -130,7 +132,7 @@ class PoolTables:
         out.copy_(pinned, non_blocking=True)
 
 
-def lookup_or_negative(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def lookup_or_negative_if_out_of_range(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return ``table[ids]``, with a negative number for each id that is out of range.
 
     This number is -1 for the id -1, and -2 for any other id. The function does not synchronize with

@@ -20,7 +20,7 @@ from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
-    base_parameters_of_modules,
+    all_unwrapped_base_parameters,
     former_names_of_parameter,
     former_to_parameter_names,
     is_quantized,
@@ -28,11 +28,11 @@ from fastlora.model.stacked_experts import (
 )
 from fastlora.model.target_names import is_all_linear
 from fastlora.model.targets import model_type_of
-from fastlora.pool.packed_adapter import TargetBaseWeight
+from fastlora.pool.packed_adapter import TargetableBaseWeight
 from fastlora.routing.active import (
     check_batch_matches_ids,
     discard_unused_results,
-    skip_batch_checks,
+    skip_batch_size_check,
 )
 from fastlora.routing.routing import RoutedLayerGroup, add_to_group
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
@@ -114,7 +114,7 @@ class PoolLayers:
         for row, weight in enumerate(self.layers):
             weight.table_row = row
         self.targets = [
-            TargetBaseWeight(name, own.in_features, own.out_features, own.num_matrices)
+            TargetableBaseWeight(name, own.in_features, own.out_features, own.num_matrices)
             for name, own in by_name.items()
         ]
 
@@ -128,7 +128,7 @@ class PoolLayers:
         self._accept_adapter_names_and_check_batch("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
             self._accept_adapter_names_and_check_batch(
-                "generate", skip_batch_checks, per_sample=True
+                "generate", skip_batch_size_check, per_sample=True
             )
 
     def _accept_adapter_names_and_check_batch(
@@ -215,7 +215,7 @@ def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
     Routers are parameters with former names. Other modules with stacks are left out, and so are
     quantized stacks.
     """
-    parameters = base_parameters_of_modules(named_base_modules(model))
+    parameters = all_unwrapped_base_parameters(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))
     stacks = {each.name for each in supported_stacks(parameters)}
     return [

@@ -233,7 +233,10 @@ class LeaseManager:
         self._make_stream_wait_for_lease(lease).release()
 
     def _create_lease(self, loaded_adapters: tuple[LoadedAdapter, ...]) -> Lease:
-        """Create a lease for the calling thread on adapters that are already on the device."""
+        """Create a lease on adapters that are already on the device.
+
+        The calling thread holds the lease.
+        """
         for loaded in set(loaded_adapters):
             loaded.leases += 1
         lease = Lease(loaded_adapters, self._release)
@@ -243,7 +246,10 @@ class LeaseManager:
     def _wait_for_lease_or_reads(
         self, request: LeaseRequest, deadline: float | None
     ) -> Lease | list[RegisteredAdapter]:
-        """Wait until a lease can be granted, or until this thread must read adapters for it.
+        """Wait until a lease can be granted, or until this thread must read adapters.
+
+        The thread must read the requested adapters that are not in memory and that no other thread
+        is reading.
 
         Returns:
             The lease if the request was granted. Otherwise the records of the adapters that the

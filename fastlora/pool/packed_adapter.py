@@ -31,7 +31,7 @@ _MAGNITUDE = BLOCK_KINDS.index("magnitude")
 _MAGNITUDE_BYTES = 4
 
 
-class TargetBaseWeight(NamedTuple):
+class TargetableBaseWeight(NamedTuple):
     """A base weight that the pool's adapters can target: a linear layer's weight or a parameter.
 
     Attributes:
@@ -73,7 +73,7 @@ class AdapterLayout:
         numel: Number of elements in the image.
     """
 
-    targets: Sequence[TargetBaseWeight]
+    targets: Sequence[TargetableBaseWeight]
     blocks: Sequence[tuple[int, Sequence[int]]]
     numel: int
 
@@ -171,7 +171,7 @@ class AdapterPacker:
     """
 
     def __init__(
-        self, targets: Sequence[TargetBaseWeight], dtype: torch.dtype, *, pin_memory: bool
+        self, targets: Sequence[TargetableBaseWeight], dtype: torch.dtype, *, pin_memory: bool
     ) -> None:
         self.targets, self.dtype, self._pin_memory = tuple(targets), dtype, pin_memory
         self._layouts: WeakValueDictionary[tuple[tuple[int, tuple[str, ...]], ...], AdapterLayout]
@@ -184,7 +184,9 @@ class AdapterPacker:
         scaling: Mapping[int, float],
         source: str,
     ) -> PackedAdapter:
-        """Pack an adapter's tensors into a `PackedAdapter`, as one 1-D tensor of the pool's dtype.
+        """Pack an adapter's tensors into a `PackedAdapter`.
+
+        The `PackedAdapter` holds them in a single 1-D tensor of the pool's dtype.
 
         Args:
             tensors: Maps each module index to a dict of tensors, keyed by `BLOCK_KINDS`, in PEFT's
@@ -193,7 +195,7 @@ class AdapterPacker:
             source: Description of the adapter, for error messages.
 
         Returns:
-            The image, in CPU memory.
+            The packed adapter, in CPU memory.
 
         Raises:
             CheckpointError: A finite value is too large for the pool's dtype.

@@ -274,7 +274,7 @@ class AdapterPool:
         """
         path = Path(root).absolute()
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder, expected a folder of adapters")
+            raise CheckpointError(f"{path}: no such folder; expected a folder of adapters")
         folders = [p for p in (path, *path.iterdir()) if (p / CONFIG_NAME).is_file()]
         found = {folder.name: folder for folder in folders}
         if not found:

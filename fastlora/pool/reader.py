@@ -27,7 +27,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
-from fastlora.model.stacked_experts import base_parameters_of_modules
+from fastlora.model.stacked_experts import all_unwrapped_base_parameters
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
@@ -143,7 +143,7 @@ class AdapterReader:
             layers = {module for module, _ in header.keys.values()}
             if self._has_stacks and may_need_expert_conversion(self._model, layers):
                 return self._convert_experts_and_pack(opened.load(), str(folder))
-            locations = self._locations_in_packed_adapter(
+            locations = self._update_config_and_locate_tensors(
                 header.config, header.keys, header.tensor_infos, str(folder)
             )
             return self._pack(header.config, locations, opened.load().tensors, str(folder))
@@ -201,7 +201,7 @@ class AdapterReader:
         if self._has_stacks:
             file = convert_expert_factors(self._model, file)
         config, tensors = file.config, file.tensors
-        locations = self._locations_in_packed_adapter(config, file.keys, tensors, source)
+        locations = self._update_config_and_locate_tensors(config, file.keys, tensors, source)
         return self._pack(config, locations, tensors, source)
 
     def _check_bytes(self, nbytes: int, source: str) -> None:
@@ -237,17 +237,20 @@ class AdapterReader:
         if not config.rank_pattern:
             self._check_rank(f"{source}: r={config.r}", config.r)
 
-    def _locations_in_packed_adapter(
+    def _update_config_and_locate_tensors(
         self,
         config: LoraConfig,
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
     ) -> dict[str, PackedTensorLocation]:
-        """Return a dict that maps each tensor's key to its location in the packed adapter.
+        """Update the config, and return the location of each tensor in the packed adapter.
 
-        In the config, the selected parameters are stored (see
-        `SelectedParameters.store_targets_and_patterns_in`).
+        The selected parameters are stored in the config; see
+        `SelectedParameters.store_targets_and_patterns_in`.
+
+        Returns:
+            A dict that maps the key of each tensor to its location.
 
         Raises:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
@@ -344,11 +347,12 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return a dict that maps layer names in an adapter file to the parameters that they adapt.
+        """Return the parameter and the rank of each layer in an adapter file, as a dict.
 
-        The values are tuples (name of the target, name of the parameter, rank). The target of a
-        linear layer is the layer. The names of the layers depend on the parameters that the adapter
-        adapts.
+        The dict maps the name of each layer to a tuple (name of the target, name of the parameter,
+        rank). The parameter is the one that the layer's factors adapt. If it belongs to a linear
+        layer, the target is that layer. The names of the layers in the file depend on the
+        parameters that the adapter adapts.
 
         Raises:
             CheckpointError: A parameter does not support the config.
@@ -432,19 +436,19 @@ class AdapterReader:
         if not names:
             return found
         parameters = {
-            e.name: e for e in base_parameters_of_modules(named_base_modules(self._model))
+            e.name: e for e in all_unwrapped_base_parameters(named_base_modules(self._model))
         }
         current = replace(found.parameters, parameters=[parameters[name] for name in names])
         return found._replace(parameters=current)
 
 
 def _config_and_header_limits(modules: Mapping[str, int]) -> ConfigAndHeaderSizeLimits:
-    """Return the size limits, in bytes, for an adapter's config file and tensor file header.
+    """Return the size limits for an adapter's config file and for the header of its tensor file.
 
-    The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
-    example, parsing 1 MiB of empty JSON lists takes 65 ms on one core of an AMD EPYC. The parsed
-    objects take up to 25 times as much memory as the text. A header's metadata may repeat the
-    config, with escape sequences of two bytes for some characters.
+    The limits are in bytes. They bound the cost of parsing, during which Python's global
+    interpreter lock is held. For example, parsing 1 MiB of empty JSON lists takes 65 ms on one core
+    of an AMD EPYC. The parsed objects take up to 25 times as much memory as the text. A header's
+    metadata may repeat the config, with escape sequences of two bytes for some characters.
 
     Args:
         modules: Maps the names of the targets that an adapter may adapt to their numbers of

@@ -77,7 +77,7 @@ class LoadedAdapter:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's factors for one module, or None if the module is not adapted.
+        """Return the adapter's factors for the module of a table row, or None if it has none.
 
         Args:
             table_row: Index of the module in the pool, which is the ``table_row`` of its layer.

@@ -11,7 +11,7 @@ import torch
 from fastlora.layers.adapter_factors import PoolSource
 from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
 from fastlora.ops.seeds import draw_seeds
-from fastlora.pool.address_tables import lookup_or_negative
+from fastlora.pool.address_tables import lookup_or_negative_if_out_of_range
 from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.routing.ids import (
     OUT_OF_RANGE,
@@ -49,7 +49,7 @@ def lease_batch_routing(
         lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank or 1  # if no row has an adapter, the kernels for small ranks run
         columns = torch.tensor([loaded.column for loaded in lease.loaded_adapters])
-        columns = lookup_or_negative(columns.to(torch.int64), places)
+        columns = lookup_or_negative_if_out_of_range(columns.to(torch.int64), places)
     elif is_capturing_cuda_graph(ids):
         return graph_capture_routing(pool, ids)
     else:
@@ -66,7 +66,7 @@ def lease_batch_routing(
             in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
             check_slots_and_move_to_cpu(ids, in_slots)
-        columns = lookup_or_negative(table, ids)
+        columns = lookup_or_negative_if_out_of_range(table, ids)
     loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
     for loaded in lease.loaded_adapters:
         loaded_adapters[loaded.column] = loaded

@@ -229,7 +229,7 @@ class StorageTiers:
         )
 
     def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[LoadedAdapter]:
-        """Bring registered adapters to the device, evicting other adapters if necessary.
+        """Load registered adapters onto the device, evicting other adapters if necessary.
 
         The caller must have checked with `fits_beside_pinned_and_held` that the adapters fit.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from fastlora.ops.execution_mode import is_being_compiled
-from fastlora.routing.caches import RoutedLayer
+from fastlora.routing.caches import RoutedLayerProtocol
 from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
@@ -33,7 +33,7 @@ def active_routings() -> tuple[Routing, ...]:
     return _thread.open
 
 
-def active_routing(layer: RoutedLayer) -> Routing | None:
+def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
     """Return the active routing of a layer, or None if there is none.
 
     It is the routing of the innermost block that is open for the layer's model.
@@ -51,7 +51,7 @@ def is_tracking_rows() -> bool:
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether operators on a tensor are being captured into a CUDA graph.
+    """Return whether operations on a tensor are being captured into a CUDA graph.
 
     Only captures by this thread count.
     """
@@ -113,10 +113,10 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def skip_batch_checks() -> Iterator[None]:
-    """Context manager that skips checking whether a model's batch matches the adapter ids.
+def skip_batch_size_check() -> Iterator[None]:
+    """Context manager that skips checking a batch's size against the number of adapter ids.
 
-    It disables `check_batch_matches_ids` in this thread.
+    The check is `check_batch_matches_ids`. It is disabled in this thread only.
     """
     before, _thread.unchecked = _thread.unchecked, True
     try:
@@ -138,11 +138,11 @@ def check_batch_matches_ids(
     *,
     per_sample: bool = False,
 ) -> None:
-    """Raise `ValueError` unless the number of adapter ids matches the size of a model's batch.
+    """Raise `ValueError` unless the number of adapter ids matches the model's batch size.
 
-    The size of the batch is read from the model's arguments. The ids are those of the active
-    routing of ``group``. If ``per_sample`` is set, one id per token is an error too, because the
-    model will process further tokens later, as in ``generate()``.
+    The batch size is read from the model's arguments. The ids are those of the active routing of
+    ``group``. If ``per_sample`` is set, one id per token is an error too, because the model will
+    process further tokens later, as in ``generate()``.
 
     Raises:
         ValueError: The number of ids is neither the number of samples nor the number of tokens, or

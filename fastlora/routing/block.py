@@ -14,7 +14,7 @@ from fastlora.deprecation import renamed_arguments
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing import activation_checkpointing as recompute
 from fastlora.routing.active import activate_routing, is_capturing_cuda_graph
-from fastlora.routing.caches import RoutedLayer
+from fastlora.routing.caches import RoutedLayerProtocol
 from fastlora.routing.ids import (
     NO_ADAPTER,
     OUT_OF_RANGE,
@@ -106,7 +106,7 @@ def adapters(
 
 def routing_from_parameters(
     group: RoutedLayerGroup,
-    layers: Sequence[RoutedLayer],
+    layers: Sequence[RoutedLayerProtocol],
     known: Sequence[str],
     source: Callable[[Sequence[str]], AdapterSource],
     ids: Sequence[str | None] | torch.Tensor,
@@ -151,7 +151,7 @@ def routing_from_parameters(
 
 def sample_routings_from_parameters(
     group: RoutedLayerGroup,
-    layers: Sequence[RoutedLayer],
+    layers: Sequence[RoutedLayerProtocol],
     known: Sequence[str],
     source: Callable[[Sequence[str]], AdapterSource],
     adapters: int | None,
@@ -185,7 +185,7 @@ def sample_routings_from_parameters(
 def _convert_slots_to_known(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
-    """Convert slots ``[B]`` that index ``names`` to slots that index ``known``, in a new tensor.
+    """Return a new tensor of slots ``[B]`` that index ``known`` instead of ``names``.
 
     The tensor must be new: a tensor that the routing also refers to elsewhere would add a guard to
     compiled graphs.
@@ -200,9 +200,9 @@ def _convert_slots_to_known(
 def _spread_seeds_to_known(
     seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]
 ) -> torch.Tensor:
-    """Convert the seeds of ``names`` to one seed for each name in ``known``.
+    """Return a tensor with one seed for each name in ``known``.
 
-    Names that are not in ``names`` get the seed 0.
+    ``seeds`` contains the seeds for the adapters in ``names``. All other adapters get the seed 0.
     """
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)

@@ -1,8 +1,8 @@
 """Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
 A `Routing` is immutable and refers to one `PerBlockCache`. A model's `RoutedLayerGroup` refers to
-one `AdapterSetCache`.
-`AdapterSetCache.clear` invalidates everything that is cached for the LoRA factors.
+one `PackedAdapterSetsCache`.
+`PackedAdapterSetsCache.clear` invalidates everything that is cached for the LoRA factors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def cuda_stream_handle(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-class RoutedLayer(Protocol):
+class RoutedLayerProtocol(Protocol):
     """Protocol for layers that use routing, with the attributes that routing needs.
 
     Attributes:
@@ -97,7 +97,7 @@ class PackedAdapterSet:
     def get_or_should_pack(
         self, layer_number: int, dtype: torch.dtype, kind: BatchKind
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return the packed factors of a layer, and whether the caller should pack the factors now.
+        """Return a layer's packed factors if available, and whether the caller should pack them.
 
         The result is a tuple. Its first item is None if no packed factors are stored, or if the
         factors cannot be packed. Its second item is True only if none are stored and the same
@@ -129,7 +129,7 @@ class PackedAdapterSet:
 
     @property
     def packed_factors_nbytes(self) -> int:
-        """Total size of all packed factors in bytes."""
+        """The total size, in bytes, of all packed factors."""
         tensors = {}
         for pack in list(self._packs.values()):
             if pack is not None:
@@ -139,7 +139,7 @@ class PackedAdapterSet:
         return sum(tensors.values())
 
 
-class AdapterSetCache:
+class PackedAdapterSetsCache:
     """A model's cache of the packed factors and address tables of recently used adapter sets.
 
     The cache also keeps references to objects that CUDA graphs read.
@@ -194,7 +194,7 @@ class AdapterSetCache:
 
     @property
     def packed_factors_nbytes(self) -> int:
-        """Total size of all packed factors in bytes."""
+        """The total size, in bytes, of all packed factors."""
         with self._lock:
             return sum(known.packed_factors_nbytes for known in self._sets.values())
 

@@ -21,10 +21,10 @@ from torch import nn
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer, dropout_seeds_of_layers
 from fastlora.routing.caches import (
-    AdapterSetCache,
     PackedAdapterSet,
+    PackedAdapterSetsCache,
     PerBlockCache,
-    RoutedLayer,
+    RoutedLayerProtocol,
     cuda_stream_handle,
 )
 from fastlora.routing.ids import (
@@ -57,7 +57,7 @@ class RoutedLayerGroup(UncopiedCache):
     """
 
     def __init__(self) -> None:
-        self.packs = AdapterSetCache()
+        self.packs = PackedAdapterSetsCache()
         self.unchecked = DeferredIdChecks()
         self.row_checks: RowChecks | None = None
         self.unfinished: dict[tuple[int, int, int], Any] = {}
@@ -92,10 +92,10 @@ class RoutedLayerGroup(UncopiedCache):
         """
         if self._open:
             raise AdapterStateError(
-                f"{operation}() cannot be called while {self._open} fastlora.adapters() or "
-                "adapter_names= blocks for this model are open across all threads, because the "
-                "call would remove, disable, or change adapters or weights that these blocks use. "
-                f"Call {operation}() after the blocks have ended"
+                f"{operation}() cannot be called while blocks of this model that use "
+                "fastlora.adapters() or adapter_names= are open (open blocks in all threads: "
+                f"{self._open}), because the call would remove, disable, or change adapters or "
+                f"weights that these blocks use. Call {operation}() after the blocks have ended"
             )
 
 
@@ -172,7 +172,9 @@ class Routing:
         """
         return self.ids.numel() > 1
 
-    def check_gets_all_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
+    def check_gets_all_rows(
+        self, layer: RoutedLayerProtocol, x: torch.Tensor, compiling: bool
+    ) -> None:
         """Raise an error if a layer does not get all rows of the batch.
 
         The error is also raised if the layer might get only some rows.
@@ -186,7 +188,7 @@ class Routing:
         elif layer.may_see_partial_rows and (compiling or self.may_mix):
             raise_partial_batch(layer)
 
-    def check_sample_dimension(self, layer: RoutedLayer, x: torch.Tensor) -> None:
+    def check_sample_dimension(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
         """Raise an error if the shape of ``x [..., K]`` does not match the number of adapter ids.
 
         The first dimension is expected to be the sample dimension. This method raises an error if
@@ -289,7 +291,7 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
 
 
 def add_to_group(
-    group: RoutedLayerGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]
+    group: RoutedLayerGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayerProtocol]]
 ) -> None:
     """Add named layers to a model's group. Layers already in the group keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routing_group is not group]

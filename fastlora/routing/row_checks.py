@@ -32,7 +32,7 @@ from fastlora.routing.row_tracking import RowTrackingMode
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from fastlora.routing.caches import RoutedLayer
+    from fastlora.routing.caches import RoutedLayerProtocol
 
 # After this number of tracked blocks, layers that have not run, such as those in an unused part of
 # the model, no longer cause blocks to be tracked. Tracking costs 8 us per operator.
@@ -71,7 +71,7 @@ class RowChecks:
         layers: The layers that run in mixed batches, with their names in the model.
     """
 
-    def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayer]]) -> None:
+    def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayerProtocol]]) -> None:
         layers = list(layers)
         experts = _ExpertDetector()
         self._first = layers[0][1] if layers else None
@@ -110,11 +110,11 @@ class RowChecks:
             return AllRowsChecker(self, mode, None)
         return AllRowsChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
 
-    def name_of(self, layer: RoutedLayer) -> str:
+    def name_of(self, layer: RoutedLayerProtocol) -> str:
         """Return the name of a layer in the model."""
         return self._names.get(layer.routing_index, type(layer).__name__)
 
-    def unsupported_reason(self, layer: RoutedLayer) -> str | None:
+    def unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
         """Return the reason why a layer is unsupported, or None if it is supported.
 
         An unsupported layer does not support mixed batches.
@@ -122,7 +122,7 @@ class RowChecks:
         return self._unsupported.get(layer.routing_index)
 
     def record_tracked_block(
-        self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
+        self, mode: bool, ran: Iterable[RoutedLayerProtocol], even: Collection[int] = ()
     ) -> None:
         """Record which layers ran inside a row-tracking block.
 
@@ -143,7 +143,7 @@ class RowChecks:
                 self._shown[bool(layer.training)].add(layer.routing_index)
                 layer.may_see_partial_rows = False
 
-    def raise_now_and_always_for(self, layer: RoutedLayer, reason: str) -> None:
+    def raise_now_and_always_for(self, layer: RoutedLayerProtocol, reason: str) -> None:
         """Make a layer always raise an error with the given reason.
 
         It raises the error in this and all later mixed batches, and in compiled code too.
@@ -155,7 +155,7 @@ class RowChecks:
         self._unsupported[layer.routing_index] = reason
         raise_partial_batch(layer)
 
-    def warn_rows_not_checked(self, layer: RoutedLayer) -> None:
+    def warn_rows_not_checked(self, layer: RoutedLayerProtocol) -> None:
         """Warn that a layer's rows were not checked.
 
         This happens if the layer runs for the first time after tracking has ended. The next block
@@ -174,7 +174,7 @@ class RowChecks:
 
 
 class AllRowsChecker:
-    """Context manager that checks whether layers get all rows of a block's batch.
+    """Context manager that checks whether layers get all rows of a block's batch, in order.
 
     Args:
         checks: The model's checks.
@@ -186,7 +186,7 @@ class AllRowsChecker:
     def __init__(self, checks: RowChecks, mode: bool, order: RowTrackingMode | None) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
-        self._ran: dict[int, RoutedLayer] = {}
+        self._ran: dict[int, RoutedLayerProtocol] = {}
         self._even: set[int] = set()
 
     def __enter__(self) -> AllRowsChecker:
@@ -220,7 +220,7 @@ class AllRowsChecker:
         if self.order is not None:
             self.order.stop_recording()
 
-    def check_layer_rows(self, layer: RoutedLayer, x: torch.Tensor) -> None:
+    def check_layer_rows(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
         """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
         if self._checks.unsupported_reason(layer) is not None:
             raise_partial_batch(layer)
@@ -243,7 +243,7 @@ class AllRowsChecker:
             self._checks.warn_rows_not_checked(layer)
 
 
-def raise_partial_batch(layer: RoutedLayer) -> None:
+def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     """Raise `UnsupportedLayerError` for a layer that gets only some rows of a batch.
 
     The layer may also be one that might get only some rows.
@@ -290,8 +290,8 @@ def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | No
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _ExpertEvidence(NamedTuple):
-    """Evidence for or against a module being an expert in a mixture of experts.
+class _ExpertDetectionEvidence(NamedTuple):
+    """Evidence for whether a module is an expert in a mixture of experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -317,9 +317,9 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._facts: dict[tuple[str, bool], _ExpertEvidence] = {}
+        self._facts: dict[tuple[str, bool], _ExpertDetectionEvidence] = {}
 
-    def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
+    def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayerProtocol) -> bool:
         """Return whether a layer looks like an expert.
 
         A part of an expert counts as one. The result is True if the layer is in one of several
@@ -338,47 +338,52 @@ class _ExpertDetector:
             key = at, child is layer
             facts = self._facts.get(key)
             if facts is None:
-                facts = self._facts[key] = self._expert_evidence(modules, names, child is layer)
+                facts = self._facts[key] = self._last_module_expert_evidence(
+                    modules, names, child is layer
+                )
             if facts.alike > 1 and (facts.is_named or (facts.alike, width) in facts.beside):
                 return True
         return False
 
-    def _expert_evidence(
-        self, modules: list[nn.Module], names: list[str], at_layer: bool
-    ) -> _ExpertEvidence:
-        """Return the evidence for or against the last module of a path being an expert.
+    def _last_module_expert_evidence(
+        self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
+    ) -> _ExpertDetectionEvidence:
+        """Return the evidence for whether the last module of a path is an expert.
 
-        ``modules`` and ``names`` are the modules of the path and their names. ``at_layer`` tells
-        whether the path ends at a layer.
+        Args:
+            path_modules: The path, starting at the model.
+            path_names: The name of each module on the path.
+            ends_at_layer: Whether the path ends at a layer.
         """
-        parent, child = modules[-2:]
-        alike = self._count_alike_by_child(parent)[names[-1]]
+        parent, child = path_modules[-2:]
+        alike = self._count_alike_by_child(parent)[path_names[-1]]
         if alike == 1:
-            return _ExpertEvidence(alike, False, set())
-        words = [names[-1], _class_name(child)]
-        if not at_layer or isinstance(parent, _LISTS):
-            words += [names[-2], _class_name(parent)]
-        beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
-        return _ExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
+            return _ExpertDetectionEvidence(alike, False, set())
+        words = [path_names[-1], _class_name(child)]
+        if not ends_at_layer or isinstance(parent, _LISTS):
+            words += [path_names[-2], _class_name(parent)]
+        beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, path_modules[-3:-1]))
+        return _ExpertDetectionEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count_alike_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Return a dict that maps each child's name to the number of children with its structure.
+        """Return, for each child of ``parent``, how many children have that child's structure.
 
-        Each number includes the child itself.
+        The result is a dict whose keys are the children's names. Each number includes the child
+        itself.
         """
         known = self._counts.get(id(parent))
         if known is None:
             numbers: dict[str, int] = {}
             for name, child in parent._modules.items():
                 if child is not None:
-                    numbers[name] = self._base_structure_number(child)
+                    numbers[name] = self._base_structure_id(child)
             counts = Counter(numbers.values())
             known = {name: counts[number] for name, number in numbers.items()}
             self._counts[id(parent)] = known
         return known
 
-    def _base_structure_number(self, module: nn.Module) -> int:
-        """Return a number that identifies the structure of a module without its adapters.
+    def _base_structure_id(self, module: nn.Module) -> int:
+        """Return an id that is the same for all modules with the same structure, adapters aside.
 
         Two modules have the same structure if they have the same class, parameters of the same
         names and shapes, and children of the same names and structures.
@@ -393,7 +398,7 @@ class _ExpertDetector:
                     structure.append((name, tuple(parameter.shape)))
             for name, child in base._modules.items():
                 if child is not None and not name.startswith("lora_"):
-                    structure.append((name, self._base_structure_number(child)))
+                    structure.append((name, self._base_structure_id(child)))
             known = self._numbers.setdefault(tuple(structure), len(self._numbers))
             self._known[id(module)] = known
         return known

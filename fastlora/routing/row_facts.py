@@ -178,12 +178,12 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Build the row facts from the sample that each row belongs to.
+        """Return the `RowOriginFacts` of rows, given the sample that each row belongs to.
 
         The rows were selected by an index.
 
         Args:
-            samples: The samples, or None if they are unknown.
+            samples: The sample of each row, or None if the samples are unknown.
             origin: The key of the index.
             fixed: See `RowOriginFacts`.
         """

@@ -143,7 +143,7 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return the facts about rows looked up in a table, based on the facts about the indices."""
+    """Return the facts about the result of a table lookup, given the facts about the indices."""
     if known.are_data_independent(*indices):
         return TABLE if kind is RowOriginKind.TABLE else CONSTANT
     if kind is RowOriginKind.IDENTITY:

@@ -24,7 +24,7 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
-    """Return the sample that each row belongs to if the rows are in the order of the batch.
+    """Return the sample that each row belongs to, assuming that the rows are in batch order.
 
     Row r of R then belongs to sample ``r * num_samples // R``, as a layer in a mixed batch assumes.
     R is the number of elements of ``shape``. Returns None if R is zero or is not a multiple of
@@ -55,7 +55,7 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
-    """Return whether a later dimension has a larger stride than the first dimension.
+    """Return whether any later dimension has a larger stride than the first dimension.
 
     This is the case after a permute, for example.
     """
@@ -127,7 +127,10 @@ def host_can_read_values(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the samples of the rows at ``indices``, or None if the indices cannot be read."""
+    """Return the sample that each row at ``indices`` belongs to.
+
+    The result is None if the indices cannot be read.
+    """
     values = copy_indices_to_cpu(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
@@ -135,10 +138,11 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the samples of all rows after ``values`` have been written at ``indices``.
+    """Return the sample of each row in the tensor that results from a write at ``indices``.
 
-    ``values`` are the samples of the written rows. If ``adds`` is set, the written rows are added
-    to the existing rows. Returns None if the indices cannot be read.
+    ``samples`` are the samples of the rows before the write, and ``values`` are the samples of the
+    written rows. If ``adds`` is set, the written rows are added to the existing rows. Returns None
+    if the indices cannot be read.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:

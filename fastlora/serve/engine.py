@@ -72,7 +72,7 @@ class Engine:
         self._waiting: deque[EngineRequest] = deque()
         self._tokenizer, ends = tokenizer, end_token_ids(model, tokenizer)
         self._running = RunningBatch(
-            ends, self._pool, cached, self.stats, self._release_adapter_and_report_error
+            ends, self._pool, cached, self.stats, self._release_adapter_and_report_error_or_cancel
         )
         self._closing = False
         self._thread = threading.Thread(
@@ -230,7 +230,7 @@ class Engine:
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            self._release_adapter_and_report_error(job, None)
+            self._release_adapter_and_report_error_or_cancel(job, None)
 
     def _admit_waiting(self) -> None:
         """Move waiting requests into the batch in order of arrival.
@@ -257,7 +257,7 @@ class Engine:
                         _log.exception("loading adapter %r to the device failed", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_adapter_and_report_error(job, to_client_error(error))
+                    self._release_adapter_and_report_error_or_cancel(job, to_client_error(error))
                     continue
                 if job.lease is None:
                     blocked.append(job)
@@ -288,7 +288,7 @@ class Engine:
                 return None
             raise
 
-    def _release_adapter_and_report_error(
+    def _release_adapter_and_report_error_or_cancel(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
         """Release a request's adapter, and report the request's error or cancellation.

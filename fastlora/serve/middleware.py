@@ -15,7 +15,7 @@ _RETRY = {"Retry-After": "1"}
 
 
 class KeyAndSizeMiddleware:
-    """ASGI middleware that checks each request's key and body size.
+    """ASGI middleware that checks the API key and the body size of each request.
 
     It stores the `CallerRole` of a request in ``request.state.caller``. `ServerSettings` in
     `app` describes the arguments.

@@ -161,8 +161,8 @@ class ModelRunner:
         most = max_positions(model.config)
         if length is not None and most is not None and length > most:
             raise ConfigError(
-                f"the maximum length of a prompt and its answer is set to {length} tokens, but the "
-                f"model supports at most {most}; set it to {most} or less"
+                f"the maximum combined length of a prompt and its answer is set to {length} "
+                f"tokens, but the model supports at most {most}; set it to {most} or less"
             )
         self.length = length or min(most or 2048, 2048)
         self.cache = RowKVCache(rows, self.length)

@@ -24,9 +24,10 @@ _T = TypeVar("_T")
 
 
 class EngineAnswerStream:
-    """A stream of an answer's chunks, which a coroutine receives from the engine.
+    """An asynchronous stream of the chunks of an answer.
 
-    Creating a stream submits the request, and raises the errors of `Engine.submit`.
+    A coroutine reads the chunks while the engine produces them in another thread. Creating a stream
+    submits the request, and raises the errors of `Engine.submit`.
     """
 
     def __init__(

@@ -166,9 +166,9 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Fill in missing content of an assistant message.
+        """Set an assistant message's content to an empty string if the content is missing.
 
-        The content becomes an empty string. Other roles require content.
+        Messages with other roles must have content.
         """
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}

@@ -37,8 +37,8 @@ class PersistentAdaptersBlock:
 
     It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
     when a forward pass fails, and after a forward pass in which the block tracked rows
-    (`is_tracking_rows`). While the block is open, it keeps its adapters on the device: call `close`
-    before their requests release them.
+    (`is_tracking_rows`). While the block is open, it keeps its adapters on the device: call
+    `close_block` before their requests release them.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
@@ -51,7 +51,7 @@ class PersistentAdaptersBlock:
         """Route each row to an adapter in the pool during the ``with`` block."""
         key = (self._pool.replaced, *names)
         if key != self._key:
-            self.close()
+            self.close_block()
             if any(names):
                 self._held.enter_context(routed_to(self._pool, names))
         self._key = None
@@ -60,7 +60,7 @@ class PersistentAdaptersBlock:
             if not is_tracking_rows():
                 self._held, self._key = held.pop_all(), key
 
-    def close(self) -> None:
+    def close_block(self) -> None:
         """Close the block if it is open."""
         self._key = None
         self._held.close()
@@ -115,14 +115,14 @@ class RunningBatch:
 
         The last forward pass left it open.
         """
-        self._block.close()
+        self._block.close_block()
 
     def prefill_and_decode(self) -> None:
         """Prefill some pending prompt tokens, then decode a token for each prefilled request."""
         if self._decoding_count < len(self.jobs):
-            self._forward_rows(self._decoding_count, self._next_prefill_requests())
+            self._forward_and_choose_tokens(self._decoding_count, self._next_prefill_requests())
         if self._decoding_count:
-            self._forward_rows(0, self.jobs[: self._decoding_count])
+            self._forward_and_choose_tokens(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
         """Return the requests to prefill in the next forward pass.
@@ -139,7 +139,7 @@ class RunningBatch:
             chosen.append(job)
         return chosen
 
-    def _forward_rows(self, first: int, chosen: Sequence[EngineRequest]) -> None:
+    def _forward_and_choose_tokens(self, first: int, chosen: Sequence[EngineRequest]) -> None:
         """Run a forward pass for requests in adjacent rows, starting at row ``first``.
 
         If their prompts are now complete, choose their next tokens. If the forward pass fails, the
@@ -213,7 +213,7 @@ class RunningBatch:
 
         The last rows move into the gap.
         """
-        self._block.close()
+        self._block.close_block()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite
             self._rows.cache.zero_row(row)

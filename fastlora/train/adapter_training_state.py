@@ -53,7 +53,7 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter, such as its optimizer.
+    """The training state of one adapter, including its optimizer.
 
     It consists of the parameters, the optimizer, the schedule, and the counts. See
     `AdapterOptimizers` for the arguments and errors.
@@ -234,8 +234,8 @@ def _trainable_parameters_or_raise(
     for key, parameter in named.items():
         if rejects_fp16 and parameter.dtype == torch.float16:
             raise TypeError(
-                f"{key} is {parameter.dtype}, expected torch.float32: a scaler cannot unscale the "
-                "gradients of fp16 parameters"
+                f"{key} is {parameter.dtype}; expected torch.float32, because a scaler cannot "
+                "unscale the gradients of fp16 parameters"
             )
     return list(named.values())
 

@@ -144,7 +144,8 @@ def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
     if float((before - after).abs().max()) > 1e-3 * float(before.abs().max()):
         raise TrainError(
             f"packing {packing!r} requires a model that uses position_ids to keep packed samples "
-            f"separate, but {type(model).__name__} does not; use packing 'wrapped', or no packing"
+            f"separate, but {type(model).__name__} does not; set packing to 'wrapped' or turn "
+            "packing off"
         )
 
 

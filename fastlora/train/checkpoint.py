@@ -113,7 +113,7 @@ def write_error_as_checkpoint_error(folder: Path, consequence: str = "") -> Iter
         if error.__cause__ is None:  # the data is invalid; no write has failed
             raise
         reason = error.__cause__
-    raise CheckpointError(f"{folder}: could not be written ({reason}){consequence}") from reason
+    raise CheckpointError(f"{folder} could not be written ({reason}){consequence}") from reason
 
 
 def remove_old_checkpoints(root: Path, max_to_keep: int) -> None:

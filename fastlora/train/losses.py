@@ -218,7 +218,10 @@ def _sample_indices_by_adapter(adapters: Sequence[str | None], count: int) -> di
     Raises `ValueError` unless ``adapters`` has ``count`` entries.
     """
     if isinstance(adapters, str):
-        raise TypeError(f"adapters is the string {adapters!r}, expected one name for each sample")
+        raise TypeError(
+            f"the argument adapters is the string {adapters!r}; expected a list with one name for "
+            "each sample"
+        )
     if len(adapters) != count:
         raise ValueError(
             f"adapters has {len(adapters)} entries, expected {count}, one for each sample"

@@ -30,7 +30,7 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Make the named adapters trainable together, and freeze all other adapters.
+    """Make the named adapters trainable at the same time, and freeze all other adapters.
 
     Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
     of the named adapters may also have their own copies of the same module (``modules_to_save``),
@@ -196,13 +196,13 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Draw a dropout seed for each adapter in a batch, and return the seeds by adapter.
+        """Draw a dropout seed for each adapter in a batch, and return the seeds.
 
-        Pass it to `fastlora.adapters` as ``seeds``. A seed is derived from ``seed``, the name of
-        the adapter, and the number of its forward passes so far. The dropout masks are therefore
-        the same as if the adapter trained alone, provided that its samples are padded to the same
-        length. If processes share batches, each process draws its own seeds, and every forward pass
-        counts for every adapter.
+        The result is a dict that maps adapter names to seeds. Pass it to `fastlora.adapters` as
+        ``seeds``. A seed is derived from ``seed``, the name of the adapter, and the number of its
+        forward passes so far. The dropout masks are therefore the same as if the adapter trained
+        alone, provided that its samples are padded to the same length. If processes share batches,
+        each process draws its own seeds, and every forward pass counts for every adapter.
 
         Args:
             names: The adapter of each sample. None and ``"__base__"`` need no seed.
@@ -218,9 +218,10 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Sum each adapter's token count over all processes, and return the sums by adapter.
+        """Sum each adapter's token count over all processes, and return the sums.
 
-        The result is the argument ``tokens`` of `causal_lm_losses` and `adapter_losses`.
+        The result is a dict that maps adapter names to sums. Pass it to `causal_lm_losses` or
+        `adapter_losses` as ``tokens``.
 
         Args:
             counts: Token counts of this process (`count_tokens`) in all batches of the step.

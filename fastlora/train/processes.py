@@ -40,7 +40,7 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class FiniteLossAgreement(NamedTuple):
-    """The adapters with finite and non-finite losses for a batch, as agreed by all processes.
+    """The agreement of all processes on which adapters have a finite loss for a batch.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -240,7 +240,7 @@ class RunProcesses:
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
-    def end_trackers(self) -> None:
+    def close_experiment_trackers(self) -> None:
         """Flush and close all trackers."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
@@ -249,7 +249,7 @@ class RunProcesses:
         """Close the trackers and leave the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
-                self.end_trackers()
+                self.close_experiment_trackers()
         self._accelerator.end_training()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora.command_line import install_command
-from fastlora.layers.quantized import prevent_repacking
+from fastlora.layers.quantized import prevent_bitsandbytes_repacking
 from fastlora.model.recommend import QLORA
 from fastlora.train.processes import TrainError
 from fastlora.train.settings import TrainSettings
@@ -92,7 +92,7 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
 
 def prepare_quantized_model(model: PreTrainedModel) -> None:
     """Prepare a quantized base model for training and for evaluation during training."""
-    prevent_repacking(model)
+    prevent_bitsandbytes_repacking(model)
     # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in
     # fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -350,7 +350,7 @@ class Run:
                     run_log.plot_losses(folder, logged),
                 ]
         with self._record_write_error("trackers"):
-            self.processes.end_trackers()
+            self.processes.close_experiment_trackers()
         self._raise_recorded_write_error()
         return _MeanLossesAndFilePaths(means, tuple(path for path in files if path is not None))
 

@@ -115,7 +115,7 @@ def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
 
 
 def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
-    """Write the losses as a table to ``folder``, and return the path of the file.
+    """Write the losses to a CSV file in ``folder``, and return the file's path.
 
     The file is ``losses.csv``.
     """
@@ -199,7 +199,7 @@ def os_error_as_train_error(what: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrainError(f"{what}: could not be written ({error})") from error
+        raise TrainError(f"{what} could not be written ({error})") from error
 
 
 def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -217,7 +217,7 @@ def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[st
 
 
 def _replace_non_finite_with_none(value: Any) -> Any:
-    """Return a copy of a log entry in which NaN and infinite numbers are replaced with None."""
+    """Return a copy of a log entry in which NaN and infinite values are replaced with None."""
     if isinstance(value, dict):
         return {key: _replace_non_finite_with_none(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -205,7 +205,7 @@ def check_errors(folder: Path) -> None:
     match = "parameter 'gate_up_proj' is sharded (a DTensor) in the forward pass"
     raises(AdapterStateError, match, experts_of(model)[0], *inputs)
     config = fastlora.LoraConfig(**CONFIGS["b"])
-    raises(AdapterStateError, "before fully_shard", model.add_adapter, "b", config)
+    raises(AdapterStateError, "before you call fully_shard", model.add_adapter, "b", config)
     raises(UnsupportedLayerError, "sharded", model.merge_adapter)
     # Nothing gathers the parameters of modules that are not called.
     model = build()

@@ -135,7 +135,9 @@ def check_adapter_files(folder: Path) -> None:
     assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
     # A disk that fails the writing process fails them all.
     (folder / "file").write_text("no folder")
-    error, match = (CheckpointError, "is a file") if steps.rank() == 0 else (CheckpointError, "see")
+    error, match = (
+        (CheckpointError, "found a file") if steps.rank() == 0 else (CheckpointError, "see")
+    )
     raises(error, match, model.save_pretrained, folder / "file")
 
 
@@ -240,14 +242,14 @@ def check_errors(folder: Path) -> None:
     x = torch.randn(2, 64)
     raises(UnsupportedLayerError, "register_fsdp_forward_method", layer, x)
     config = fastlora.LoraConfig(**steps.CONFIG)
-    raises(AdapterStateError, "before fully_shard", model.add_adapter, "b", config)
+    raises(AdapterStateError, "before you call fully_shard", model.add_adapter, "b", config)
     assert list(model.peft_config) == ["default"] and "b" not in layer.lora_A
     raises(UnsupportedLayerError, "sharded", model.merge_adapter)
     raises(UnsupportedLayerError, "sharded", model.merge_and_unload)
     base = steps.tiny_llama()
     for block in base.model.layers:
         fully_shard(block)
-    raises(AdapterStateError, "before fully_shard", fastlora.get_peft_model, base, config)
+    raises(AdapterStateError, "before you call fully_shard", fastlora.get_peft_model, base, config)
     assert not any(isinstance(m, fastlora.layers.LoraLayer) for m in base.modules())
 
 

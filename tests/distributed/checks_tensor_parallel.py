@@ -237,4 +237,4 @@ def check_with_fsdp2(folder: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         raises(UnsupportedLayerError, "parallelism and by FSDP2", model.merge_adapter)
         config = fastlora.LoraConfig(use_dora=dora, target_modules=["o_proj", "q_proj"])
-        raises(AdapterStateError, "before fully_shard", model.add_adapter, "late", config)
+        raises(AdapterStateError, "before you call fully_shard", model.add_adapter, "late", config)

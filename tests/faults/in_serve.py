@@ -27,7 +27,7 @@ FAULTS = (
         kind="a block kept",
         source="M10",
         path="fastlora/serve/running_batch.py",
-        before="        self._block.close()\n        row = self.jobs.index(job)\n",
+        before="        self._block.close_block()\n        row = self.jobs.index(job)\n",
         after="        row = self.jobs.index(job)\n",
         tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
     ),
@@ -101,11 +101,11 @@ FAULTS = (
         before="""\
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_adapter_and_report_error(job, to_client_error(error))
+                    self._release_adapter_and_report_error_or_cancel(job, to_client_error(error))
                     continue
 """,
         after="""\
-                    self._release_adapter_and_report_error(job, to_client_error(error))
+                    self._release_adapter_and_report_error_or_cancel(job, to_client_error(error))
                     continue
 """,
         tests=(f"{_ENGINE}::test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests",),

@@ -179,7 +179,7 @@ def test_conversion_errors(tmp_path: Path) -> None:
             )
         assert not target.exists()
 
-    check_raises(pissa, r"has shape \(3, 16\) for 'base_model.model.q.lora_A.weight', expected")
+    check_raises(pissa, r"has shape \(3, 16\) for 'base_model.model.q.lora_A.weight'; expected")
     check_raises(pissa, "no such folder", "missing")
     orthogonal = started(fastlora, copy.deepcopy(base), init_lora_weights="orthogonal")
     check_raises(orthogonal, "supports only .*PiSSA.* got init_lora_weights='orthogonal'")

@@ -169,7 +169,7 @@ def test_injections_that_raise() -> None:
         fastlora.inject_adapter_in_model(config, model)
     assert [name for name, _ in model.named_modules()] == names
     base = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ConfigError, match="peft_type is 'IA3', expected 'LORA'"):
+    with pytest.raises(ConfigError, match="peft_type is 'IA3'; expected 'LORA'"):
         fastlora.inject_adapter_in_model(
             peft.IA3Config(target_modules=["0"], feedforward_modules=[]), base
         )

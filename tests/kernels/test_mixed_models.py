@@ -91,7 +91,9 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     Adapters without rows get zeros, never NaN.
     """
     model, names = trainable(3, dtype), ("a0", "a1", "a2")
-    slots = batches.lookup_or_negative(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
+    slots = batches.lookup_or_negative_if_out_of_range(
+        torch.arange(3), torch.tensor([0, 5, -1, 0, -7])
+    )
     slots = slots.to(lab.device)
     assert slots.tolist() == [0, -2, -1, 0, -2]
     tuner, seeds = model.base_model, torch.zeros(3, dtype=torch.int64)

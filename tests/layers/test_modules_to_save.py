@@ -129,7 +129,7 @@ def test_a_copied_module_with_two_names() -> None:
         ({"target_modules": ["shared", "up"]}, r"target module 'blocks.1.up' is inside 'blocks.1'"),
         ({"target_modules": r"blocks\.\d\.up"}, r"'blocks.1.up' .* adapters \['a'\] own copies"),
         ({"target_modules": ["shared"], "modules_to_save": ["down"]}, "matches 'blocks.1.down'"),
-        ({"target_modules": ["shared"], "modules_to_save": ["blocks"]}, "own copies of 'blocks.1'"),
+        ({"target_modules": ["shared"], "modules_to_save": ["blocks"]}, "copies of 'blocks.1'"),
         ({"target_modules": ["modules_to_save.a.up", "shared", "head"]}, "'head' is a module that"),
     ],
 )

@@ -143,13 +143,13 @@ def test_nothing_inconsistent_is_written(tmp_path: Path) -> None:
         save_adapter_folder(tmp_path / "a", LoraConfig(r=3, target_modules=["q"]), factors(2))
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="this is a file, expected a folder"):
+    with pytest.raises(CheckpointError, match="expected a folder, found a file"):
         save_adapter_folder(tmp_path / "file", LoraConfig(r=2, target_modules=["q"]), factors(2))
 
 
 def test_missing_things_say_what_to_do(tmp_path: Path, folder: Path) -> None:
     assert "snapshot_download" in error_message(Path("some-org/some-adapter"))
-    assert "is a file" in error_message(folder / WEIGHTS_NAME)
+    assert "found a file" in error_message(folder / WEIGHTS_NAME)
     assert f"has no {CONFIG_NAME} and no {WEIGHTS_NAME}; its subfolders a" in (
         error_message(tmp_path)
     )
@@ -176,7 +176,7 @@ def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
         ("[1]", "expected a JSON object"),
         ("[" * 100_000, "not valid JSON"),
         ('{"peft_type": "LOHA", "r": 2}', "peft_type must be 'LORA', got 'LOHA'"),
-        ('{"peft_type": null, "r": 2}', "peft_type is None, expected 'LORA'"),
+        ('{"peft_type": null, "r": 2}', "peft_type is None; expected 'LORA'"),
         ('{"peft_type": "LORA", "r": 0}', "r must be a positive integer"),
         ('{"r": 2, "target_modules": ["q"], "lora_alpha": NaN}', "lora_alpha"),
         ('{"r": 2, "use_dora": true, "lora_bias": true}', "not supported for DoRA"),
@@ -225,7 +225,7 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         ({}, {f"{PRE}q.base_layer.bias": (6,)}, f"unknown key '{PRE}q.base_layer.bias'"),
         ({}, {f"{PRE}other.weight": (6,)}, f"unknown key '{PRE}other.weight'"),
         ({"modules_to_save": ["head"]}, {f"{PRE}heads.weight": (6,)}, "unknown key"),
-        ({}, {"q.lora_A.weight": (2, 4)}, f"expected the prefix {PRE!r}"),
+        ({}, {"q.lora_A.weight": (2, 4)}, f"expected a key that starts with {PRE!r}"),
         ({}, {f"{PRE}mha.lora_A": (2, 4)}, "unknown key"),
         ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "the config says use_dora=False"),
         ({"use_dora": True}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "has no lora_magnitude"),

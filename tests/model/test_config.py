@@ -308,7 +308,7 @@ def test_config_of_an_adapter_in_a_model() -> None:
     assert LoraConfig.from_peft(peft.LoraConfig(use_dora=True)).use_dora
     with pytest.raises(ConfigError, match=r"expected a LoraConfig, got \{'r': 8\}"):
         LoraConfig.from_peft({"r": 8})
-    with pytest.raises(ConfigError, match="peft_type is 'LOHA', expected 'LORA'"):
+    with pytest.raises(ConfigError, match="peft_type is 'LOHA'; expected 'LORA'"):
         LoraConfig.from_peft(peft.LoHaConfig())
 
 

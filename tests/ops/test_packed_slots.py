@@ -248,10 +248,10 @@ def test_an_adapter_that_cannot_be_copied(ranks: tuple[int, int]) -> None:
         if copied:
             raise torch.OutOfMemoryError("planted")
         copied.append(factors)
-        return packed.scaled_lora_b_rank_rows(factors, dtype)
+        return packed.unrounded_scaled_lora_b_rank_rows(factors, dtype)
 
     with (
-        mock.patch.object(packed_slots, "scaled_lora_b_rank_rows", copy_one),
+        mock.patch.object(packed_slots, "unrounded_scaled_lora_b_rank_rows", copy_one),
         pytest.raises(torch.OutOfMemoryError, match="planted"),
     ):
         pack.set_slot(0, given)

@@ -227,11 +227,13 @@ def test_what_stays_with_pytorch() -> None:
     a, b = operands(torch.float32, (6, 8), (8, 10))
     assert torch.equal(products.mm(a, b), a @ b)
     half = a.bfloat16()
-    assert not products.can_compute_in_fp32(a) and products.can_compute_in_fp32(half)
+    assert not products.can_use_fp32_for_emulated_dtype(
+        a
+    ) and products.can_use_fp32_for_emulated_dtype(half)
     wanted = half.clone().requires_grad_()
     assert products.mm(wanted, b.bfloat16()).requires_grad
     with torch.no_grad():
-        assert products.can_compute_in_fp32(wanted)
+        assert products.can_use_fp32_for_emulated_dtype(wanted)
     with pytest.raises(RuntimeError, match="same dtype"):
         products.mm(half, b)
 

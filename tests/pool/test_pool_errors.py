@@ -327,7 +327,7 @@ def test_a_file_is_read_as_it_was_checked(root: Path, monkeypatch: pytest.Monkey
     """E4, E6: the limits hold for the file that is read, whatever takes its place."""
     pool = make_pool(root, max_rank=2)
     large = make_folder(root / "large", 9, r=3)
-    real = AdapterReader._locations_in_packed_adapter
+    real = AdapterReader._update_config_and_locate_tensors
 
     def places(*args: Any) -> Any:
         found = real(*args)
@@ -335,7 +335,7 @@ def test_a_file_is_read_as_it_was_checked(root: Path, monkeypatch: pytest.Monkey
             (large / name).replace(root / "a0" / name)
         return found
 
-    monkeypatch.setattr(AdapterReader, "_locations_in_packed_adapter", places)
+    monkeypatch.setattr(AdapterReader, "_update_config_and_locate_tensors", places)
     pool.load("new", root / "a0")
     monkeypatch.undo()
     with pool.lease(["new"]) as lease:

@@ -7,13 +7,13 @@ import weakref
 import torch
 
 from fastlora.ops.torch.packed_choice import BatchKind
-from fastlora.routing.caches import AdapterSetCache, PackedAdapterSet, cuda_stream_handle
+from fastlora.routing.caches import PackedAdapterSet, PackedAdapterSetsCache, cuda_stream_handle
 from fastlora.weights_version import weights_versions
 
 
 def test_sets_of_replaced_factors_are_dropped_together() -> None:
     """Another set may hold the memory of a factor that was replaced, too."""
-    cache = AdapterSetCache()
+    cache = PackedAdapterSetsCache()
     kept = [weakref.ref(cache.get((name,), True)) for name in "ab"]
     assert all(known() is not None for known in kept)
     weights_versions.invalidate_trained_weights()
@@ -22,7 +22,7 @@ def test_sets_of_replaced_factors_are_dropped_together() -> None:
 
 
 def test_the_sets_that_were_used_last_stay_cached() -> None:
-    cache = AdapterSetCache()
+    cache = PackedAdapterSetsCache()
     first, second = (cache.get((name,), False) for name in "ab")
     assert cache.get(("a",), False) is first
     cache.get(("c",), False)
@@ -49,7 +49,7 @@ def test_a_layer_is_packed_when_it_comes_again() -> None:
 
 
 def test_a_clear_ends_what_open_blocks_keep() -> None:
-    cache = AdapterSetCache()
+    cache = PackedAdapterSetsCache()
     known = cache.get(("a",), True)
     cache.clear()
     assert not known.has_current_weights_version
@@ -65,7 +65,7 @@ def test_what_a_graph_reads_stays_in_memory_until_it_is_unpinned() -> None:
     class Read:
         pass
 
-    cache, read = AdapterSetCache(), Read()
+    cache, read = PackedAdapterSetsCache(), Read()
     kept = weakref.ref(read)
     cache.keep_cuda_graph_references(read)
     del read

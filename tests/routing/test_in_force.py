@@ -54,7 +54,7 @@ def test_a_batch_has_an_id_for_each_sample_or_token(
             active.check_batch_matches_ids(group, (x,), {}, per_sample=per_sample)
         with wrong:
             active.check_batch_matches_ids(group, (), {"input_ids": x}, per_sample=per_sample)
-        with active.skip_batch_checks():
+        with active.skip_batch_size_check():
             active.check_batch_matches_ids(group, (x,), {}, per_sample=per_sample)
         active.check_batch_matches_ids(RoutedLayerGroup(), (torch.empty(7, D),), {})
     active.check_batch_matches_ids(group, (torch.empty(7, D),), {})

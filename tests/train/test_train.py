@@ -346,7 +346,7 @@ def test_bad_steps_raise() -> None:
     everything = {"a": lambda _: SGD(model.parameters(), lr=0.1)}
     with pytest.raises(ValueError, match="'a' holds parameters that do not belong to the adapter"):
         AdapterOptimizers(model, everything)
-    with pytest.raises(TypeError, match=r"lora_A.a.weight is torch.float16, expected torch.float3"):
+    with pytest.raises(TypeError, match=r"lora_A.a.weight is torch.float16; expected torch.float3"):
         make(build(torch.float16), scaler=torch.amp.GradScaler)
     shared = torch.amp.GradScaler("cpu")
     with pytest.raises(ValueError, match="scaler returned the same object twice"):

@@ -41,15 +41,16 @@ def replacement(owner: str, name: str, original: Callable[..., Any]) -> Callable
 def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _use_slots(self)
+        _replace_stacks_with_slots(self)
 
     return create_lora_weights
 
 
-def _use_slots(layer: Any) -> None:
-    """Make a vLLM layer store its adapters in a `LayerSlots`.
+def _replace_stacks_with_slots(layer: Any) -> None:
+    """Replace a vLLM layer's stacks of factors with views of a new `LayerSlots`.
 
-    The stacks that vLLM has allocated are replaced with views of the `LayerSlots`.
+    The layer then stores its adapters in the `LayerSlots`. The lora_a of an embedding layer is not
+    replaced.
     """
     stacks_b = _as_list(layer.lora_b_stacked)
     if hasattr(stacks_b[0], "fastlora_slots"):
@@ -249,7 +250,7 @@ def with_one_request_per_adapter_id(make_inputs: Callable[..., Any]) -> Callable
 
 
 def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
-    """Return one request for each adapter ID among the given requests.
+    """Return one LoRA request for each adapter ID that the given requests use.
 
     This function replaces ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can
     omit an adapter, for the reason given in `with_one_request_per_adapter_id`.

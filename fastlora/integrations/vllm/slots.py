@@ -164,7 +164,7 @@ def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
 def _zero_blocks(
     slots: int, shapes: Sequence[Sequence[int]], like: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Allocate storage that contains zeros, and return a tuple (storage, list of blocks).
+    """Allocate zero-initialized storage, and return a tuple (storage, list of blocks).
 
     For each shape (rows, columns), the list contains a view ``[slots, rows, columns]`` of the
     storage. The storage has the dtype and device of ``like``. In each view, the matrix

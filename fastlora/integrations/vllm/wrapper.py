@@ -150,7 +150,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the shrink output ``x @ lora_a.T`` to ``y[i]`` for each slice i.
+        """Add the shrink output ``scale * x @ lora_a.T`` to ``y[i]`` for each slice i.
 
         ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this method
         if ``fully_sharded_loras`` is set.

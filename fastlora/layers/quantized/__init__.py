@@ -24,7 +24,7 @@ from fastlora.layers.quantized.base_weight import (
 from fastlora.layers.quantized.repacking import (
     RepackedProduct,
     is_repacking_prevented,
-    prevent_repacking,
+    prevent_bitsandbytes_repacking,
     warn_if_gradients_blocked,
 )
 
@@ -35,7 +35,7 @@ __all__ = [
     "RepackedProduct",
     "address_tensor",
     "qualified_class_name",
-    "prevent_repacking",
+    "prevent_bitsandbytes_repacking",
     "is_repacking_prevented",
     "peft_quantized_layers",
     "quantized_weight_of",

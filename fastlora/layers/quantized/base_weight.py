@@ -84,7 +84,7 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight, which `dense` returns."""
+        """The dtype of the dequantized weight that `dense` returns."""
         found: torch.dtype = self.weight.dtype
         return found
 
@@ -139,14 +139,19 @@ class BaseQuantizedWeight(MergeTarget):
             return name
 
     def fallback_reason_missing_field(self, error: AttributeError) -> str:
-        """Return the fallback reason if a library object lacks an expected field."""
-        return f"{self.library_and_version()}: {error}; the base layer's own forward pass is used"
+        """Return the fallback reason for an object that lacks an expected field.
+
+        The object is from the quantization library. ``error`` was raised when the field was read.
+        """
+        return (
+            f"{self.library_and_version()}: {error}; falling back to the base layer's own forward "
+            "pass"
+        )
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return the weight as a tensor that kernels can read, or the fallback reason.
+        """Return the weight as a tensor for kernels, or the reason why kernels cannot use it.
 
-        The result is the fallback reason if the kernels cannot read the weight. The kernels compute
-        in ``dtype``.
+        The kernels compute in ``dtype``.
         """
         if qualified_class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, whose own forward pass is used"
@@ -209,14 +214,18 @@ class BaseQuantizedWeight(MergeTarget):
     # ------------------------------------------------------------------------------- in pieces
 
     def row_slices(self, approximate_count: int = PIECES) -> list[slice]:
-        """Return a list of slices that divide the rows into about ``approximate_count`` pieces."""
+        """Return a list of slices that divide the rows into pieces.
+
+        There are approximately ``approximate_count`` pieces.
+        """
         step = -(-self.shape[0] // approximate_count)
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
     def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the dequantized weight in about ``approximate_count`` pieces.
+        """Yield the dequantized weight in pieces.
 
-        A piece is flat and contains elements of the weight in fp32.
+        A piece is flat and contains elements of the weight in fp32. There are approximately
+        ``approximate_count`` pieces. By default, the whole weight is one piece.
         """
         yield self.dense().reshape(-1).float()
 
@@ -270,10 +279,10 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot for use after ``nn.Module._apply`` has converted the module.
+        """Return the snapshot unchanged, because `restore` can use it as it is.
 
-        The snapshot is returned unchanged. ``fn`` may change dtypes, so it is not applied.
-        `restore` moves the data to the weight's device.
+        ``fn``, which ``nn.Module._apply`` applies to the module's tensors, may change dtypes, so it
+        is not applied to the snapshot. `restore` moves the data to the weight's device.
         """
         return snapshot
 
@@ -352,8 +361,8 @@ def check_weight_tensor(
         found = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
         names = " or ".join(map(str, wanted))
         raise KernelsCannotRead(
-            f"{library}: {name} is {found}, expected {names}; the base layer's own forward pass "
-            "is used"
+            f"{library}: {name} is {found}, expected {names}; falling back to the base layer's own "
+            "forward pass"
         )
     if part.device != like.device:
         raise KernelsCannotRead(
@@ -362,14 +371,14 @@ def check_weight_tensor(
     if part.numel() != count or not part.is_contiguous():
         raise KernelsCannotRead(
             f"{library}: {name} has {part.numel()} elements, shape {tuple(part.shape)}, and "
-            f"strides {part.stride()}, but the kernels expect {count} contiguous elements; the "
-            "base layer's own forward pass is used"
+            f"strides {part.stride()}, but the kernels expect {count} contiguous elements; falling "
+            "back to the base layer's own forward pass"
         )
     return part
 
 
 def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
-    """Return the addresses of tensors as an int64 tensor ``[len(parts)]``.
+    """Return the addresses of the tensors in ``parts`` as an int64 tensor ``[len(parts)]``.
 
     The result is on the device of the tensors.
     """
@@ -393,8 +402,8 @@ def check_decoded_values(
         relative = f"{error:.2g}"
         raise KernelsCannotRead(
             f"{library}: the codes of a {what} do not decode to the values that fastlora "
-            f"expects (the error is {relative} times the largest value); the base layer's own "
-            "forward pass is used"
+            f"expects (the error is {relative} times the largest value); falling back to the base "
+            "layer's own forward pass"
         )
 
 

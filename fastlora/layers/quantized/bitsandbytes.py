@@ -291,9 +291,9 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """Return a fingerprint of the weight's codes.
+        """Return a fingerprint of the weight's contents.
 
-        It counts how often each 4-bit code occurs, which repacking does not change.
+        It is the number of times that each 4-bit code occurs, which repacking does not change.
         """
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
@@ -325,7 +325,7 @@ class BitsAndBytes8Bit(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight after bitsandbytes has dequantized it."""
+        """The dtype of the dequantized weight, which is always fp32."""
         return torch.float32
 
     def stored_tensors(self) -> list[torch.Tensor]:

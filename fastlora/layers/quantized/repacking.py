@@ -5,8 +5,8 @@ product, and rounds the blocks' absmax values to bf16. From then on the module c
 for x, and nothing raises. The change cannot be undone, because the old values are gone
 (bitsandbytes 0.50).
 
-For this reason, `prevent_repacking` prevents repacking in the 4-bit layers of a model with trained
-adapters. LoRA layers run the special product over a repacked copy of the codes instead
+For this reason, `prevent_bitsandbytes_repacking` prevents repacking in the 4-bit layers of a model
+with trained adapters. LoRA layers run the special product over a repacked copy of the codes instead
 (`RepackedProduct`). They cache the copy while they evaluate; see `fastlora.layers.quantized_base`.
 """
 
@@ -29,7 +29,8 @@ MODULES = tuple(
     f"bitsandbytes.nn.modules.{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")
 )
 _REPACKS = "support_avx512bf16_for_cpu"
-# Set where `prevent_repacking` has cleared the flag above: bitsandbytes would repack by default.
+# Set where `prevent_bitsandbytes_repacking` has cleared the flag above. By default, bitsandbytes
+# would repack.
 _PREVENTED = "_fastlora_keeps_layout"
 # With more rows than this, it is faster in bf16 to dequantize the weight and multiply. The product
 # over repacked codes takes 0.83 to 0.95 times as long at 64 rows, and 1.00 to 1.18 times at 128. In
@@ -40,11 +41,12 @@ _TILE = 32  # Rows of a weight that bitsandbytes packs together.
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its product supports.
 
 
-def prevent_repacking(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking the weights of a model.
+def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
+    """Prevent bitsandbytes from repacking a model's 4-bit weights in forward passes.
 
-    The function is for models with trainable adapters. It applies to all 4-bit layers, because
-    gradients also pass through those without adapters.
+    The function is for models with trainable adapters, because a layer with a repacked weight
+    computes no gradient for its input. It applies to all 4-bit layers, because gradients also pass
+    through those without adapters.
     """
     repacked = False
     for module in model.modules():
@@ -60,7 +62,10 @@ def prevent_repacking(model: nn.Module) -> None:
 
 
 def is_repacking_prevented(module: nn.Module) -> bool:
-    """Return whether `prevent_repacking` prevents the repacking of a module's weight."""
+    """Return whether bitsandbytes is prevented from repacking a module's weight.
+
+    The function that prevents it is `prevent_bitsandbytes_repacking`.
+    """
     return _PREVENTED in module.__dict__
 
 
@@ -89,7 +94,7 @@ class RepackedProduct:
     The first product makes the copy, which takes 4 bits per weight and a bf16 value per block.
 
     Args:
-        base: A `Linear4bit` that `prevent_repacking` prevents from being repacked.
+        base: A `Linear4bit` that `prevent_bitsandbytes_repacking` prevents from being repacked.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -103,7 +108,7 @@ class RepackedProduct:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this matrix product supports x and is faster than calling the module."""
+        """Return whether this implementation supports x and is faster than calling the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -34,9 +34,10 @@ ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """The positions of each adapter's rank rows in packed factors.
+    """The layout of packed factors, which gives the position of each adapter in them.
 
-    Layers on which the adapters have the same ranks share a layout.
+    A rank row is a row of lora_a or a column of lora_b. Layers on which the adapters have the same
+    ranks share a layout.
 
     Attributes:
         unit: Number of rank rows in a unit.
@@ -142,7 +143,7 @@ def pack_layer_factors(
         first, rank = layout.firsts[at], layout.ranks[at]
         unit, in_unit = divmod(first, layout.unit)
         rank_rows_a[unit, 0, in_unit : in_unit + rank] = own.lora_a
-        lora_b[first : first + rank] = scaled_lora_b_rank_rows(own, dtype)
+        lora_b[first : first + rank] = unrounded_scaled_lora_b_rank_rows(own, dtype)
         if lora_bias is not None and own.lora_bias is not None:
             lora_bias[at] = own.lora_bias.to(_scaling_dtype(dtype)) * own.scaling
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
@@ -155,8 +156,12 @@ def _scaling_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Return the scaled rank rows of lora_b, ``[R, N]``, before they are rounded to ``dtype``."""
+def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+    """Return the transpose of lora_b, ``[R, N]``, multiplied by the scaling.
+
+    The result has not been rounded to ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32
+    otherwise.
+    """
     rows = factors.lora_b.t().to(_scaling_dtype(dtype))
     scaling = factors.scaling
     if isinstance(scaling, torch.Tensor) and scaling.dim():

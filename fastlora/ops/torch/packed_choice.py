@@ -61,7 +61,10 @@ class BatchKind(enum.Enum):
 
 
 def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
-    """Return the `BatchKind` of ``rows`` rows, where each id covers ``rows_per_id`` rows."""
+    """Return the `BatchKind` of a batch of ``rows`` rows.
+
+    Each id covers ``rows_per_id`` rows.
+    """
     if rows <= _FEW_ROWS:
         return BatchKind.FEW
     return BatchKind.SAMPLES if rows_per_id >= _LONG else BatchKind.MANY
@@ -87,10 +90,11 @@ def dense_is_fastest(
 def expand_by_row_sums_is_faster(
     rows: int, adapters: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Return whether the expand step is faster when computed as sums than as matrix products.
+    """Return whether weighted sums are faster than matrix products in the expand step.
 
-    Each row's sum is over the columns of its adapter's lora_b, weighted by s. Each of the ``rows``
-    rows belongs to one of ``adapters`` adapters, whose largest rank is ``rank``, or to none.
+    The sum for a row is over the columns of its adapter's lora_b, and the weights are the row's
+    elements of s. Each of the ``rows`` rows belongs to one of ``adapters`` adapters, whose largest
+    rank is ``rank``, or to none.
     """
     has_fast_sums = dtype == torch.float32 and device.type == "cpu" and _HAS_FAST_SUMS
     each = min(_SUMMED_ROWS_EACH, _TERMS_EACH // rank)

@@ -87,11 +87,12 @@ def add_(
 def _arrange_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (x with its rows arranged by the plan, the shrink output s of all slices).
+    """Arrange the rows of x as the plan requires, compute s, and return the tuple (x, s).
 
-    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
-    ``[M, slices * rank rows]`` (of all units or one), ``[blocks, C, coalesced * slices * unit]``,
-    or ``[B, T, slices * unit]``. It also contains products with rank rows of other adapters.
+    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is the shrink output
+    of all slices, ``[M, slices * rank rows]`` (with the rank rows of all units or of one unit),
+    ``[blocks, C, coalesced * slices * unit]``, or ``[B, T, slices * unit]``. It also contains
+    products with rank rows of other adapters.
     """
     if isinstance(plan, DensePlan):
         # [M, K] x [K, slices * rank rows]
@@ -168,7 +169,7 @@ def _add_products(
     pack: PackedLayerFactors,
     plan: DensePlan | BlockedPlan | PerSamplePlan,
 ) -> None:
-    """Add a slice's matrix products of s and lora_b to y ``[M, N]`` in place."""
+    """For one slice, add the matrix products of s and lora_b to y ``[M, N]`` in place."""
     unit = pack.layout.unit
     if isinstance(plan, DensePlan):
         own_b = lora_b if plan.unit is None else lora_b[plan.unit * unit : (plan.unit + 1) * unit]
@@ -187,7 +188,7 @@ def _add_products(
 def _add_separately(
     y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, plan: SeparatePlan
 ) -> None:
-    """Add the updates to y in place, with separate products for each adapter of the plan."""
+    """Add the updates to y in place, computing the matrix products of each adapter separately."""
     update = gathered = None
     if plan.gather.numel():
         gathered, update = x.index_select(0, plan.gather), y.new_zeros(len(plan.gather), y.shape[1])

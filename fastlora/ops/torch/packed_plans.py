@@ -86,9 +86,10 @@ class RowUpdateTerms:
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def weight_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
-        """Return the position of each term's weight in the flattened s of all slices.
+        """Return the position of each term's weight in a flattened s that holds all slices.
 
-        The result is an int64 tensor ``[slices * terms]``. s has the shape
+        A term's weight is the element of s that multiplies the term's row of the packed lora_b. The
+        result is an int64 tensor ``[slices * terms]``. Before it is flattened, s has the shape
         ``[..., slices, width]``.
         """
         found = self._of_slices.get(slices)
@@ -100,9 +101,10 @@ class RowUpdateTerms:
 
 
 class DensePlan(NamedTuple):
-    """A plan for multiplying every row by the same rank rows.
+    """A plan for multiplying every row of the batch by the same part of the packed factors.
 
-    These are the rank rows of all adapters or, if the batch uses only one unit, of this unit.
+    This part consists of the rank rows of all adapters or, if the batch uses only one unit, of the
+    rank rows of this unit.
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the

@@ -16,7 +16,7 @@ from fastlora.ops.factors import Factors
 from fastlora.ops.torch.packed import (
     PackedLayerFactors,
     PackedLayout,
-    scaled_lora_b_rank_rows,
+    unrounded_scaled_lora_b_rank_rows,
     zero_lora_a,
 )
 from fastlora.ops.torch.packed_choice import dense_is_fastest
@@ -49,14 +49,14 @@ class _SlotStorage(NamedTuple):
     unit: int
 
     def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
-        """Replace the rank rows of a slot, and return whether all of them are finite."""
+        """Replace the factors of a slot, and return whether all of the new values are finite."""
         own_a, dtype, is_finite = self.rank_rows_a[slot], self.lora_a.dtype, True
         for a, lora_b, factors in zip(own_a, self.lora_b, slices, strict=True):
             b, rank = lora_b[slot * self.unit : (slot + 1) * self.unit], 0
             if factors is not None:
                 rank = factors.lora_a.shape[0]
                 a[:rank] = factors.lora_a
-                b[:rank] = scaled_lora_b_rank_rows(factors, dtype)
+                b[:rank] = unrounded_scaled_lora_b_rank_rows(factors, dtype)
                 is_finite &= bool(torch.isfinite(a[:rank]).all() and torch.isfinite(b[:rank]).all())
             a[rank:] = 0.0
             b[rank:] = 0.0

@@ -81,11 +81,11 @@ def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductLimits]:
 EMULATED = _emulated_dtypes()
 
 
-def can_compute_in_fp32(*operands: torch.Tensor) -> bool:
-    """Return whether a product can be computed in fp32 rather than in the operands' own dtype.
+def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
+    """Return whether a product in a dtype that the processor emulates can be computed in fp32.
 
-    The processor must emulate their dtype, and neither autograd nor a compiler may record the
-    product. The functions of this module still call PyTorch's own product if it is as fast.
+    The result is False for any other dtype, and if autograd or a compiler records the product. The
+    functions of this module still call PyTorch's own product if it is as fast.
     """
     first = operands[0]
     return (
@@ -103,7 +103,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     operands = (x, weight) if bias is None else (x, weight, bias)
     if (
         x.dtype not in EMULATED
-        or not can_compute_in_fp32(*operands)
+        or not can_use_fp32_for_emulated_dtype(*operands)
         or _native_is_as_fast(x, weight.t())
     ):
         return F.linear(x, weight, bias)
@@ -112,7 +112,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
-    if a.dtype not in EMULATED or not can_compute_in_fp32(a, b) or _native_is_as_fast(a, b):
+    if (
+        a.dtype not in EMULATED
+        or not can_use_fp32_for_emulated_dtype(a, b)
+        or _native_is_as_fast(a, b)
+    ):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
 
@@ -127,7 +131,11 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to ``y [M, N]`` in place and return y. Its dtype may differ from theirs."""
     if y.dtype != a.dtype:
         return y.add_(mm(a, b))
-    if y.dtype not in EMULATED or not can_compute_in_fp32(y, a, b) or _native_is_as_fast(a, b):
+    if (
+        y.dtype not in EMULATED
+        or not can_use_fp32_for_emulated_dtype(y, a, b)
+        or _native_is_as_fast(a, b)
+    ):
         return y.addmm_(a, b)
 
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -151,7 +159,7 @@ def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
-    if not can_compute_in_fp32(a, b) or _native_is_as_fast(a, b):
+    if not can_use_fp32_for_emulated_dtype(a, b) or _native_is_as_fast(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for part in _groups(a, b):
@@ -162,7 +170,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to ``y [G, M, N]`` in place and return y."""
-    if not can_compute_in_fp32(y, a, b) or _native_is_as_fast(a, b):
+    if not can_use_fp32_for_emulated_dtype(y, a, b) or _native_is_as_fast(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):
         y[part] = y[part].float().baddbmm_(a[part].float(), b[part].float())
@@ -170,7 +178,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's matrix product can be slow for a dtype and a number of rows.
+    """Return whether PyTorch's matrix product can be slow for the given dtype and row count.
 
     Whether it is slow also depends on the memory layout of the operands.
     """
@@ -178,7 +186,7 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch's own ``a @ b`` is as fast as this module's product in fp32.
+    """Return whether PyTorch's own ``a @ b`` is as fast as converting a and b to fp32 first.
 
     This is the case if ``a`` has few rows.
     """

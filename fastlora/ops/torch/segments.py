@@ -114,7 +114,7 @@ def forward(
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (output ``[M, N]``, s) for a layer in which each row uses its own adapter.
+    """Return a tuple (output ``[M, N]``, s) for a layer whose rows may use different adapters.
 
     s is the shrink output, which is computed here unless it is given.
     """

@@ -194,7 +194,7 @@ def _dtype_of_products(x: torch.Tensor, operands: StackAdapterOperands, rows: Ro
 
 
 def _is_grouped(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) -> bool:
-    """Return whether `torch.nn.functional.grouped_mm` is used for the products with the factors.
+    """Return whether multiplications by the factors use `torch.nn.functional.grouped_mm`.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
     rows on 128 matrices ``[384, 512]`` and rank 16 in fp32, a training step takes 11 % less time
@@ -263,10 +263,10 @@ def _grouped_factor_gradients(
     dx: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of one adapter's factors, and add its contribution to dx in place.
+    """Return the gradients of one adapter's factors, and add the adapter's contribution to dx.
 
-    The arguments are those of `gradients`. Each gradient of a factor takes one grouped product for
-    all keys of a part.
+    The arguments are those of `gradients`. dx is modified in place unless it is None. Each gradient
+    of a factor takes one grouped product for all keys of a part.
     """
     (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
     dtype = lora_a.dtype
@@ -303,10 +303,10 @@ def _add_dx_(
     operands: StackAdapterOperands,
     its: _RowsOfOneKey,
 ) -> None:
-    """Add the gradient of the LoRA update with respect to x to dx in place, for one key.
+    """Add the contribution of one key's LoRA update to dx in place.
 
-    dx contains only the rows of the key. Dropout applies to the gradient of the update, not to the
-    values that dx already contains.
+    dx is the gradient with respect to x, and contains only the rows of the key. Dropout applies to
+    the contribution, not to the values that dx already contains.
     """
     p = operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
@@ -336,7 +336,7 @@ def grouped_linear(
         rows: The sorted rows.
         num_adapter_slots: Number of adapters S, with which keys were made.
     """
-    made: torch.Tensor = _GroupedLinear.apply(x, stack, rows.slot_start[::num_adapter_slots])
+    made: torch.Tensor = _GroupedMatmul.apply(x, stack, rows.slot_start[::num_adapter_slots])
     return made
 
 
@@ -376,7 +376,7 @@ def _grouped_mm_is_fast_for_dtype(x: torch.Tensor) -> bool:
     return x.dtype in _GROUPED_DTYPES and hasattr(F, "grouped_mm") and not emulated
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedMatmul(torch.autograd.Function):
     """The autograd function that multiplies each row of x by its matrix in the stack.
 
     It implements `grouped_linear`, and accepts operands that `grouped_mm` does not. The backward

@@ -83,7 +83,7 @@ def lora_b_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> R
 
 
 def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
-    """Return the factors as tensors that are aligned as kernels require.
+    """Return the factors as tensors with the alignment that the kernels require.
 
     The tensors are contiguous and aligned to 16 bytes. The caller must keep the result until the
     launch, which receives only the addresses.

@@ -65,9 +65,11 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
+    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
 
-    The column sums are computed only for one slot.
+    For one slot, the second item is the gradient of lora_b alone, and the column sums are computed
+    if ``with_bias`` requests them. Otherwise, the second item is a buffer with the gradients of all
+    slots, and the column sums are empty.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
@@ -135,7 +137,7 @@ def grouped_gradients(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | QuantizedData | None,
 ) -> list[torch.Tensor | None]:
-    """Return a list of the gradients of a shared-input group.
+    """Return a list of the gradients of x, the biases, and the factors of a shared-input group.
 
     See `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s.
     """
@@ -262,7 +264,7 @@ def _bytes_of(partials: Sequence[_Partials]) -> int:
 
 
 def _add_partials(partials: Sequence[_Partials]) -> None:
-    """Add up the partial sums of each result, and write the total into the result.
+    """For each result, add up its partial sums and store the total in the result's tensor.
 
     One launch processes up to `MAX_GROUP_SIZE` results.
     """

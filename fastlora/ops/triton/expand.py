@@ -71,7 +71,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Compute the LoRA update of each row's adapter from the input x, and add it to y in place.
+    """Add the LoRA update of each row's adapter to y in place, given the layer's input x.
 
     A shrink and an expand are launched.
     """

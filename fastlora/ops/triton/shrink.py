@@ -61,9 +61,10 @@ def shrink_one_adapter(
 
 
 def reduce_split_k(s: torch.Tensor, partials: torch.Tensor, after_shrink: bool = True) -> None:
-    """Write the sum of a shrink's partial sums into s, in one launch.
+    """Add up the partial sums of a shrink operation, and write the result to s.
 
-    ``after_shrink`` means that the previous launch is the shrink.
+    This takes a single kernel launch. ``after_shrink`` states whether the previous launch was the
+    shrink.
     """
     config, pdl = config_of("plane_sums", s), after_shrink and chip_of(s).has_pdl
     plane_sums.launch_plane_sums([s], [partials], config=config, pdl=pdl)
@@ -154,9 +155,12 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return a tuple (shrink output s, whether one launch computed s) for a mixed batch.
+    """Compute the shrink output s of G modules for a mixed batch.
 
-    The shape of s is ``[G, M, R]``. Dropout requires one module.
+    Dropout requires one module.
+
+    Returns:
+        A tuple (s ``[G, M, R]``, whether a single launch computed s).
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

@@ -14,7 +14,7 @@ from fastlora.train.data.batches import (
     sorted_micro_batches,
 )
 from fastlora.train.data.files import DataError, SampleLocation
-from fastlora.train.data.formats import DataOptions, TrainingSample, read_samples
+from fastlora.train.data.formats import DataOptions, TextOrChatSample, read_samples
 from fastlora.train.data.tokenization import TokenizedCorpus, tokenize_files
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "SampleLocation",
     "TokenizedCorpus",
     "TrainBatch",
-    "TrainingSample",
+    "TextOrChatSample",
     "collate_samples",
     "hash_seed",
     "read_samples",

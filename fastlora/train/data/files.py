@@ -147,7 +147,7 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
 
 
 def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleLocation, Any]]:
-    """Parse CSV or TSV text with a header line, and return its rows with their sources."""
+    """Parse CSV or TSV text with a header line, and return each row with its location."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[SampleLocation, Any]] = []

@@ -63,7 +63,7 @@ PLAIN = "plain text"
 COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required, *f.optional)))
 
 
-class TrainingSample(NamedTuple):
+class TextOrChatSample(NamedTuple):
     """A training sample that consists of either text or chat messages.
 
     Attributes:
@@ -119,7 +119,7 @@ class SamplesFromFiles(NamedTuple):
         notes: One message per file, with its format, used columns, and unused columns.
     """
 
-    found: list[TrainingSample]
+    found: list[TextOrChatSample]
     digest: str
     formats: list[str]
     notes: list[str]
@@ -138,7 +138,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> S
             wrong type for its column. The message names the file, the row, and the column.
     """
     options = options or DataOptions()
-    samples: list[TrainingSample] = []
+    samples: list[TextOrChatSample] = []
     formats: list[str] = []
     notes: list[str] = []
     digest = hashlib.sha256()
@@ -147,7 +147,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> S
         digest.update(rows.digest)
         if isinstance(rows.found[0][1], str) and not rows.found[0][0].number:
             ((source, text),) = rows.found
-            samples.append(TrainingSample(source, None, text, ends=False))
+            samples.append(TextOrChatSample(source, None, text, ends=False))
             formats.append(PLAIN)
             notes.append(f"{path}: plain text, split into samples of max_length tokens")
             continue
@@ -243,7 +243,7 @@ def _require_object(source: SampleLocation, row: Any) -> dict[str, Any]:
     return row
 
 
-def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TrainingSample:
+def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrChatSample:
     """Convert a row's values to a training sample.
 
     If ``chat`` is True, a text prompt becomes a user turn.
@@ -251,10 +251,10 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> Training
     values.check_row_has_columns(FORMATS[format_name].required)
     source = values.source
     if format_name == "text":
-        return TrainingSample(source, None, values.get_text("text"))
+        return TextOrChatSample(source, None, values.get_text("text"))
     if format_name in ("messages", "sharegpt"):
         column = FORMATS[format_name].required[0]
-        return TrainingSample(
+        return TextOrChatSample(
             source, None, values.get_messages(column), values.get_chat_template_kwargs()
         )
     if format_name == "alpaca":
@@ -262,12 +262,12 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> Training
         prompt, text = alpaca_prompt(*given, chat=chat), values.get_text("output")
     elif values.list_or_str_type("prompt", "completion") is list:
         asked, answered = values.get_messages("prompt"), values.get_messages("completion")
-        return TrainingSample(source, asked, answered, values.get_chat_template_kwargs())
+        return TextOrChatSample(source, asked, answered, values.get_chat_template_kwargs())
     else:
         prompt, text = values.get_text("prompt", empty=True), values.get_text("completion")
     if not chat:
-        return TrainingSample(source, prompt, text)
-    return TrainingSample(
+        return TextOrChatSample(source, prompt, text)
+    return TextOrChatSample(
         source,
         single_message_chat("user", prompt),
         single_message_chat("assistant", text),

@@ -21,7 +21,7 @@ from fastlora.train.data.files import DataError, SampleLocation
 from fastlora.train.data.formats import (
     DataOptions,
     Messages,
-    TrainingSample,
+    TextOrChatSample,
     alpaca_prompt,
     read_samples,
     single_message_chat,
@@ -65,7 +65,7 @@ class TokenizedCorpus:
     documents: list[list[int]] | None = None
     cut: int = 0
     notes: tuple[str, ...] = ()
-    example: TrainingSample | None = None
+    example: TextOrChatSample | None = None
     formats: tuple[str, ...] = ()
     _counted: list[int] = field(default_factory=list)
 
@@ -290,7 +290,7 @@ def _corpus_from_rows(
 
 
 def _check_compatible_with_options(
-    samples: Sequence[TrainingSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
+    samples: Sequence[TextOrChatSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> None:
     """Raise `DataError` if the samples or the chat template are incompatible with the options."""
     chat = next((sample for sample in samples if sample.is_chat), None)
@@ -319,7 +319,7 @@ def _check_compatible_with_options(
 
 
 def _tokenize_samples(
-    samples: Sequence[TrainingSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
+    samples: Sequence[TextOrChatSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> Iterator[_TokenizedDocument]:
     """Tokenize the samples, and yield a document with a loss mask for each sample."""
     end = tokenizer.eos_token or ""
@@ -343,7 +343,7 @@ def _tokenize_samples(
 
 
 def _tokenize_chat_sample(
-    sample: TrainingSample, tokenizer: PreTrainedTokenizerBase, options: DataOptions
+    sample: TextOrChatSample, tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> _TokenizedDocument:
     prompt: Any = sample.prompt or []
     head: list[int] = []

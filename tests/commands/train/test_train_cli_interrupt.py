@@ -303,8 +303,8 @@ def test_adapters_that_fit_on_a_full_disk(
     assert sizes["a"] != sizes["b"]
     small, large = sorted(sizes, key=lambda name: sizes[name])
     cases = (
-        (sizes[small], f"{out / large}: could not be written (", [small]),
-        (sizes[large], "step-00000004: could not be written (", ["a", "b"]),
+        (sizes[small], f"{out / large} could not be written (", [small]),
+        (sizes[large], "step-00000004 could not be written (", ["a", "b"]),
     )
     for limit, start, kept in cases:
         fill(limit)
@@ -359,7 +359,7 @@ def full_at(owner: Any, name: str, call: int, start: str = "") -> Callable[[Any]
         (full_at(RunProcesses, "log_to_trackers", 3), "trackers", 2),
         (full_at(command, "_print_message", 1, "step 4"), "answers", 4),
         (full_at(csv, "writer", 1), "{out}/losses.csv", STEPS),
-        (full_at(RunProcesses, "end_trackers", 1), "trackers", STEPS),
+        (full_at(RunProcesses, "close_experiment_trackers", 1), "trackers", STEPS),
     ],
 )
 def test_a_full_disk_ends_a_run_as_a_signal_does(
@@ -386,7 +386,7 @@ def test_a_full_disk_ends_a_run_as_a_signal_does(
         error = error_of(capsys, "train", path, "--quiet")
     folder = checkpoint.checkpoint_path(out / "checkpoints", step)
     assert error == (
-        f"fastlora: error: {what.format(out=out)}: could not be written ([Errno 28] No space left "
+        f"fastlora: error: {what.format(out=out)} could not be written ([Errno 28] No space left "
         f"on device); adapters saved after step {step}: {out / 'a'}, {out / 'b'}; continue "
         f"from {folder} with --resume"
     )
@@ -416,7 +416,7 @@ def test_a_log_and_an_adapter_that_do_not_fit(
     given["save_every"] = 0
     out = tmp_path / "out"
     assert fails(given) == (
-        f"fastlora: error: {out / 'a'}: could not be written ([Errno 28] No space left on device); "
+        f"fastlora: error: {out / 'a'} could not be written ([Errno 28] No space left on device); "
         f"adapters saved after step 3: {out / 'b'}; no checkpoint was saved"
     )
     assert {entry.name for entry in out.iterdir()} == {"log.jsonl", "b"}
