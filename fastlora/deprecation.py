@@ -78,7 +78,7 @@ class RenamedAttribute:
 
 
 def without_old_names(instance: object, names: Iterable[str]) -> list[str]:
-    """Return ``names`` as a list, without the old names of the instance's renamed attributes."""
+    """Return ``names`` without the old names of the instance's renamed attributes."""
     owner = type(instance)
     return [
         name

@@ -35,7 +35,7 @@ def batch_invariant() -> bool:
 
 
 def default_plan() -> str:
-    """Return the default plan.
+    """Return the name of the default plan.
 
     It applies to calls that specify no plan. A plan selects the kernels of a LoRA layer; see
     `fastlora.functional.lora_linear`. ``FASTLORA_PLAN`` sets the default plan, which is ``"auto"``
@@ -45,9 +45,10 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder of measured kernel configurations, or None if none is set.
+    """Return the folder of measured kernel configurations.
 
-    ``FASTLORA_MEASURED`` sets the folder. It contains tables of configurations.
+    ``FASTLORA_MEASURED`` sets the folder, which contains tables of configurations. The result is
+    None if no folder is set.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
@@ -65,7 +66,10 @@ def vllm_plugin_enabled(device: str) -> bool:
 
 
 def vllm_plugin_disabled() -> bool:
-    """Return whether ``FASTLORA_VLLM`` is 0, which makes vLLM use its own LoRA backend."""
+    """Return whether the environment disables fastlora's vLLM plugin.
+
+    ``FASTLORA_VLLM`` disables it with 0, which makes vLLM use its own LoRA backend.
+    """
     return os.environ.get("FASTLORA_VLLM") == "0"
 
 
@@ -90,25 +94,26 @@ def cache_dir() -> Path:
 
 
 def server_api_key() -> str | None:
-    """Return the server's API key, or None if it is not set.
+    """Return the server's API key.
 
-    Clients of ``fastlora serve`` must send this key. It is set by ``FASTLORA_API_KEY``.
+    Clients of ``fastlora serve`` must send this key. It is set by ``FASTLORA_API_KEY``. The result
+    is None if the variable is not set.
     """
     # An empty key is returned too. `resolve_key` raises an error for it.
     return os.environ.get("FASTLORA_API_KEY")
 
 
 def server_admin_key() -> str | None:
-    """Return the server's admin key, or None if it is not set.
+    """Return the server's admin key.
 
     Clients of ``fastlora serve`` must send this key to change the server's adapters. It is set by
-    ``FASTLORA_ADMIN_KEY``.
+    ``FASTLORA_ADMIN_KEY``. The result is None if the variable is not set.
     """
     return os.environ.get("FASTLORA_ADMIN_KEY")
 
 
 def user_configured_malloc() -> bool:
-    """Return whether an environment variable that configures glibc's malloc is set."""
+    """Return whether the user has configured glibc's malloc with an environment variable."""
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
 

@@ -226,10 +226,11 @@ def layer_index_after_match(field: str, pattern: str, name: str) -> int | None:
 
 
 def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str | None:
-    """Return the first pattern that matches the end of a module name, or None if none matches.
+    """Return the first pattern that matches the end of a module name.
 
-    A pattern must match one or more of the last components of the name, or the entire name. Inside
-    `bounded_matching`, ``patterns`` must not be modified, because its index is cached.
+    The result is None if no pattern matches. A pattern must match one or more of the last
+    components of the name, or the entire name. Inside `bounded_matching`, ``patterns`` must not be
+    modified, because its index is cached.
 
     Args:
         field: Name of the config field, for error messages.
@@ -306,7 +307,10 @@ class _SuffixIndex:
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
     def first_match(self, name: str) -> str | None:
-        """Return the field's first pattern that matches the end of a module name, or None."""
+        """Return the field's first pattern that matches the end of a module name.
+
+        The result is None if no pattern matches.
+        """
         plain = self.matching_plain_patterns(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 
 class QuantizedData(NamedTuple):
-    """The data of a quantized weight ``[N, K]``: its values, and what is needed to decode them.
+    """The data of a quantized weight.
 
-    The layout is the one that kernels read.
+    It consists of the values of the weight ``[N, K]`` and of what is needed to decode them. The
+    layout is the one that kernels read.
 
     Attributes:
         kind: Name of the function in `fastlora.kernels.weights` that loads this format.

@@ -29,9 +29,10 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def local_shard(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a parameter, or the parameter itself if it is not a DTensor.
+    """Return this process's shard of a parameter.
 
-    If the parameter requires a gradient, autograd records the operation.
+    If the parameter is not a DTensor, the parameter itself is returned. If the parameter requires a
+    gradient, autograd records the operation.
     """
     if not is_dtensor(parameter):
         return parameter
@@ -67,14 +68,18 @@ def has_multiple_processes() -> bool:
 
 
 def unwrap_ddp(model: Any) -> Any:
-    """Return the model wrapped by DistributedDataParallel, or ``model`` if it is not wrapped."""
+    """Return the model that is wrapped by DistributedDataParallel.
+
+    If ``model`` is not wrapped, ``model`` itself is returned.
+    """
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a DTensor, or a plain tensor unchanged.
+    """Return the full tensor of a DTensor.
 
-    A DTensor is gathered: every process of its device mesh must call this function.
+    A DTensor is gathered: every process of its device mesh must call this function. A plain tensor
+    is returned unchanged.
     """
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 

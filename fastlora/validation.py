@@ -61,7 +61,10 @@ class CheckpointError(FastLoraError, ValueError):
 
 
 class PoolClosedError(AdapterStateError):
-    """An adapter pool is closed or closing, and no longer grants leases."""
+    """An adapter pool is closed or closing.
+
+    It no longer grants leases.
+    """
 
 
 class AdapterTooLargeError(CheckpointError):

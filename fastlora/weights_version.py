@@ -106,9 +106,9 @@ def _states_of(tensors: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
 def stamp_tensors(
     tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()
 ) -> TensorStamp | None:
-    """Return a `TensorStamp` of the tensors, or None if they cannot be stamped.
+    """Return a `TensorStamp` of the tensors.
 
-    An inference tensor cannot be stamped.
+    The result is None if one of them is an inference tensor, which cannot be stamped.
     """
     try:
         return TensorStamp(tensors, context)
@@ -117,12 +117,12 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A unique object that stands for one version of this process's weights.
+    """A version of this process's weights.
 
-    A cached value records the version that the weights had when it was cached. Versions are
-    compared by identity. A version is an object rather than a number because a compiler that traces
-    an optimizer's step also traces fastlora's hook. The compiler would guard on a number and
-    recompile at each step.
+    It is a unique object that stands for this version. A cached value records the version that
+    the weights had when it was cached. Versions are compared by identity. A version is an object
+    rather than a number because a compiler that traces an optimizer's step also traces fastlora's
+    hook. The compiler would guard on a number and recompile at each step.
     """
 
 
@@ -172,7 +172,10 @@ class ProcessWeightsVersions:
         self.trained, self.step = WeightsVersion(), WeightsVersion()
 
     def invalidate_all(self) -> None:
-        """Invalidate all cached values, including values computed from frozen base weights."""
+        """Invalidate all cached values.
+
+        This includes values computed from frozen base weights.
+        """
         self.trained, self.frozen, self.step = WeightsVersion(), WeightsVersion(), WeightsVersion()
 
     def invalidate_stepped_weights(self, optimizer: torch.optim.Optimizer) -> None:
@@ -202,7 +205,10 @@ class ProcessWeightsVersions:
 
 
 def _storage_id(weight: torch.Tensor) -> int:
-    """Return the identity of a weight's storage, or 0 for a sparse weight, which has none."""
+    """Return the identity of a weight's storage.
+
+    A sparse weight has no storage. For such a weight, the result is 0.
+    """
     try:
         return weight.untyped_storage()._cdata
     except RuntimeError:

@@ -91,7 +91,7 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> torch.Tensor:
-    """Use the given method to combine weighted tensors into one tensor.
+    """Combine weighted tensors into one tensor, using the given method.
 
     The tensors must have the same shape. For ``ties`` and ``dare_ties``, the result is the mean of
     the weighted values that have the majority sign. For other methods, it is the weighted sum.

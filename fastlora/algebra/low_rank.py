@@ -26,8 +26,10 @@ class Svd(NamedTuple):
     s: torch.Tensor
     vh: torch.Tensor
 
-    def singular_values_to_keep(self, rank: int | float) -> int:
-        """Return how many of the R singular values to keep for a given rank.
+    def num_singular_values_to_keep(self, rank: int | float) -> int:
+        """Return the number of singular values to keep for a given rank.
+
+        The result is at most R, the number of singular values of the decomposition.
 
         Args:
             rank: The number of singular values as an int, or a float in (0, 1]. For a float, the

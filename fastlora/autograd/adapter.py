@@ -106,9 +106,10 @@ def _native_autograd_is_faster(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether a layer should use PyTorch's built-in autograd rather than a custom function.
+    """Return whether PyTorch's native autograd is faster for a layer than a custom function.
 
-    The result is True only for a few rows on a CPU. The layer has no active dropout.
+    The layer should then use native autograd. The result is True only for a few rows on a CPU. The
+    layer has no active dropout.
 
     ``base_tensor`` is the base weight, or the output of a base layer that was called.
 
@@ -144,7 +145,7 @@ def _linear_with_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the base output plus the LoRA update, using PyTorch's built-in autograd.
+    """Return the base output plus the LoRA update, using PyTorch's native autograd.
 
     Compared with `fastlora.autograd.lora_linear.run_adapters`, the result has the same bits in fp32
     and fp64. In bf16 the update is rounded before it is added, and x is converted for fp32 factors.
@@ -180,9 +181,9 @@ def _add_with_native_autograd(
     scaling: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    """Return ``y [..., N]`` plus the LoRA update, using PyTorch's built-in autograd.
+    """Return y plus the LoRA update, using PyTorch's native autograd.
 
-    y is a base layer's output. ``inplace`` is as in `Base`.
+    y is a base layer's output, ``[..., N]``. ``inplace`` is as in `Base`.
     """
     inplace = inplace and not lora_linear.records_gradients(y, x, lora_a, lora_b)
     if x.dtype is torch.bfloat16:

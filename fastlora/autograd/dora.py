@@ -26,14 +26,14 @@ from typing import Any, TypeVar
 import torch
 
 from fastlora.autograd.lora_linear import once_differentiable_without_autocast
-from fastlora.ops.library import define_operator, register_fake, register_kernel
+from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.torch.dora import (
     DropoutAdapter,
     dora_scale,
     forward_with_dropout,
     gradients,
-    scale_columns,
+    scale_and_add_bias,
     scale_columns_backward,
 )
 
@@ -60,7 +60,7 @@ class ApplyDoraScaleAndAddBias(torch.autograd.Function):
         ``[..., N]``.
         """
         rows = u.reshape(-1, u.shape[-1])
-        y = scale_columns(rows, bias, dora_scale(magnitude, squared_norms))
+        y = scale_and_add_bias(rows, bias, dora_scale(magnitude, squared_norms))
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, magnitude, squared_norms)
         return torch.ops.aten._unsafe_view(y, u.shape)
@@ -132,9 +132,9 @@ def _iter_adapters_with_rows(
 def _allocate_s_and_z(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate uninitialized tensors s and z for `_dora_with_dropout`.
+    """Allocate the tensors s and z for `_dora_with_dropout`.
 
-    Only the rows of adapters are used later.
+    The tensors are not initialized. Only the rows of adapters are used later.
     """
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if needs_z else 0, y.shape[1])
@@ -146,11 +146,11 @@ def _allocate_gradients(
     adapters: Sequence[torch.Tensor],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Allocate the gradients of x, the weight, and the factors, without initializing them.
+    """Allocate the gradients of x, the weight, and the factors.
 
     The factors are each adapter's lora_a, lora_b, and magnitude in turn.
 
-    The tensor of a gradient that is not wanted has no elements.
+    The tensors are not initialized. The tensor of a gradient that is not wanted has no elements.
     """
     like = [x, weight, *(t for own in _chunked(_EACH, adapters) for t in own[:3])]
     return [
@@ -159,7 +159,7 @@ def _allocate_gradients(
     ]
 
 
-@register_kernel("dora_dropped")
+@register_implementation("dora_dropped")
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -187,7 +187,7 @@ def _(
     return y.new_empty(y.shape), *_allocate_s_and_z(y, x, batch[0], batch[-1])
 
 
-@register_kernel("dora_dropped_backward")
+@register_implementation("dora_dropped_backward")
 def _dora_with_dropout_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:

@@ -227,8 +227,8 @@ class LoraLinear(torch.autograd.Function):
 def _mask_unwanted(
     gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Return the gradients, with None in place of each gradient that is not needed.
+    """Return the gradients, with each unwanted gradient replaced by None.
 
-    Backends compute the gradients of several adapters together, including those not needed.
+    Backends compute the gradients of several adapters together, including unwanted ones.
     """
     return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

@@ -19,7 +19,7 @@ from fastlora.ops.library import (
     define_operator,
     register_composite,
     register_fake,
-    register_kernel,
+    register_implementation,
 )
 from fastlora.ops.rows import Rows, rows_from_tensors
 from fastlora.ops.stacks import StackAdapterOperands
@@ -40,9 +40,9 @@ def stacked_lora_linear(
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack of weights, and return the products plus the LoRA updates.
+    """Multiply rows by a stack of weights, and return the products plus the LoRA updates.
 
-    The result is a tensor ``[P, N]``.
+    The rows are sorted. The result is a tensor ``[P, N]``.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -69,10 +69,11 @@ def stacked_lora_linear(
 
 
 class WeightStackLoraLinear(torch.autograd.Function):
-    """Compute `stacked_lora_linear`.
+    """Autograd function for a stack of weights with LoRA adapters.
 
-    Saves x, the stack, s, and the factors. Dropout masks are computed again from the seeds. The
-    gradient of x is one tensor, to which the backend adds the gradient of the updates.
+    It computes `stacked_lora_linear`. Saves x, the stack, s, and the factors. Dropout masks are
+    computed again from the seeds. The gradient of x is one tensor, to which the backend adds the
+    gradient of the updates.
     """
 
     @staticmethod
@@ -148,10 +149,10 @@ define_operator(
 def _stacked_linear(
     x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack of weights, and add y and the LoRA updates to the products.
+    """Multiply rows by a stack of weights, and return the products plus y and the LoRA updates.
 
-    The operator decomposes when autograd is traced. y ``[P, N]`` or the stack may be None, and
-    there may be no adapters. Without a stack, the LoRA updates are added to y.
+    The rows are sorted. The operator decomposes when autograd is traced. y ``[P, N]`` or the stack
+    may be None, and there may be no adapters. Without a stack, the LoRA updates are added to y.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)
@@ -163,7 +164,7 @@ def _stacked_linear(
     return stacked_lora_linear(x, None, y, slots, adapters, rows, impl)
 
 
-@register_kernel("stacked_updates")
+@register_implementation("stacked_updates")
 def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, tensors, impl = given
     y, rows = y.clone(), rows_from_tensors(tensors)
@@ -181,7 +182,7 @@ def _(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]
     return torch.empty_like(y), x.new_empty(x.shape[0], columns, dtype=dtype)
 
 
-@register_kernel("stacked_gradients")
+@register_implementation("stacked_gradients")
 def _stacked_gradients(
     dy: torch.Tensor, x: torch.Tensor | None, s: torch.Tensor, *given: Any
 ) -> list[torch.Tensor]:

@@ -208,9 +208,10 @@ class Chat:
         return True
 
     def _conversation_ids(self) -> torch.Tensor:
-        """Return the conversation's token ids as an int64 tensor of shape ``[1, T]``.
+        """Return the conversation's token ids.
 
-        Raises `ConfigError` if the chat template rejects the conversation.
+        The result is an int64 tensor of shape ``[1, T]``. Raises `ConfigError` if the chat template
+        rejects the conversation.
         """
         if self.plain:
             ids = self._prompts.tokenize_text(self.messages[-1]["content"])
@@ -342,7 +343,10 @@ def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path])
 
 
 def _read_user_lines(chat: Chat) -> Iterator[str]:
-    """Yield the lines of the user's input, which comes from the terminal or a pipe."""
+    """Yield the lines that the user enters.
+
+    The input comes from the terminal or a pipe.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()

@@ -247,7 +247,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def adapter_facts(path: str) -> dict[str, Any]:
-    """Return a dict with information about the adapter in a folder.
+    """Return a dict of facts about the adapter in a folder.
 
     ``fastlora inspect --json`` prints this dict.
 
@@ -310,9 +310,9 @@ def adapter_facts(path: str) -> dict[str, Any]:
 
 
 def _lora_first_natural_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a key for sorting modules in natural order.
+    """Return a key that sorts modules in natural order, with LoRA modules first.
 
-    LoRA modules come first. Layer 2 comes before layer 10.
+    In natural order, layer 2 comes before layer 10.
     """
     parts = re.split(r"(\d+)", module["name"])
     return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]

@@ -218,11 +218,10 @@ def open_demo_run(
 def answer_with_adapters_in_one_batch(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Generate an answer to a prompt with each of several adapters.
+    """Answer a prompt with each of several adapters in one batch, and return the answers.
 
-    The answers are generated as one batch. Decoding is greedy, without a system prompt. ``names``
-    contains the adapter for each answer, with None for the base model. Without ``names``, a model
-    without adapters answers once.
+    Decoding is greedy, without a system prompt. ``names`` contains the adapter for each answer,
+    with None for the base model. Without ``names``, a model without adapters answers once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}

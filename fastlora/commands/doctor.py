@@ -85,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _vllm_facts() -> dict[str, Any] | None:
-    """Return the state of fastlora's vLLM plugin, or None if vLLM is not installed."""
+    """Return a dict of facts about fastlora's vLLM plugin.
+
+    The result is None if vLLM is not installed.
+    """
     import torch
 
     from fastlora.integrations.vllm.register import preview_registration

@@ -154,7 +154,10 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, serve until a signal stops the server, and return the exit code."""
+    """Parse ``argv``, run the server, and return the exit code.
+
+    The server runs until a signal stops it.
+    """
     args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
@@ -188,9 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _LoadingThread(threading.Thread):
-    """The thread that loads the model while the server is already listening.
+    """The thread that loads the model.
 
-    It starts with the server's event loop. If loading fails, the server stops.
+    It runs while the server is already listening, and starts with the server's event loop. If
+    loading fails, the server stops.
 
     Attributes:
         error: The exception with which loading failed, or None.

@@ -36,9 +36,10 @@ _COMPLETE = "conversion-complete"
 
 
 class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
-    """Raised if the model's wheel, or a package needed to read it, is not installed.
+    """Raised if the model's wheel is not found.
 
-    It is also raised if the wheel contains no GGUF file.
+    It is also raised if the wheel contains no GGUF file, or if a package needed to read the wheel
+    is not installed.
     """
 
 
@@ -66,12 +67,13 @@ def find_installed_gguf() -> Path:
 
 
 def converted_model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the model, converting the model if necessary.
+    """Return the folder of the converted model.
 
-    The folder also contains the tokenizer. The model is in safetensors, in fp32. The conversion
-    writes to a temporary folder beside the final folder, and renames it at the end. An interrupted
-    conversion leaves nothing that a later run would take for a model. If two processes need the
-    model at the same time, the second process waits until the first process has converted it.
+    The model is converted if necessary. The folder also contains the tokenizer. The model is in
+    safetensors, in fp32. The conversion writes to a temporary folder beside the final folder, and
+    renames it at the end. An interrupted conversion leaves nothing that a later run would take for
+    a model. If two processes need the model at the same time, the second process waits until the
+    first process has converted it.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).
@@ -105,7 +107,10 @@ def converted_model_dir(cache: Path | str | None = None, *, progress: bool = Tru
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Load the model from a folder, and return it as a `LlamaForCausalLM` in evaluation mode."""
+    """Load the model from a folder, and return it.
+
+    It is a `LlamaForCausalLM` in evaluation mode.
+    """
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():

@@ -53,7 +53,10 @@ class DoctorFindings:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, or None if it is not installed."""
+    """Return the version of an installed distribution.
+
+    The result is None if the distribution is not installed.
+    """
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -142,9 +145,9 @@ def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
 
 
 def import_error_text(name: str) -> str:
-    """Return the error that importing a package raises, or an empty string if there is none.
+    """Return the text of the error that importing a package raises.
 
-    The error is one line of text.
+    The text is one line. It is empty if there is no error.
     """
     try:
         with warnings.catch_warnings():

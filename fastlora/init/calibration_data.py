@@ -52,7 +52,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model, or None if the model has no parameters.
+    """Return the device of a model.
 
     It is the device of the first parameter that is not a meta tensor. If there is no such
     parameter, the result is None.
@@ -61,7 +61,10 @@ def model_device(model: nn.Module) -> torch.device | None:
 
 
 def move_to_device(batch: Any, device: torch.device | None) -> Any:
-    """Return a batch with its tensors moved to ``device``. If ``device`` is None, move nothing."""
+    """Return a batch with its tensors moved to ``device``.
+
+    If ``device`` is None, the batch is returned unchanged.
+    """
     if device is None:
         return batch
     if isinstance(batch, torch.Tensor) or (hasattr(batch, "to") and not isinstance(batch, dict)):
@@ -76,7 +79,7 @@ def move_to_device(batch: Any, device: torch.device | None) -> Any:
 def iterate_batches(
     loader: Iterable[Any], model: nn.Module, what: str, show: bool = True
 ) -> Iterator[Any]:
-    """Yield the batches of a data loader, moved to the model's device, with a progress bar.
+    """Yield the batches of a data loader, moved to the model's device.
 
     Args:
         loader: The data loader.
@@ -146,9 +149,9 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def read_tensor_cache(path: str | None) -> dict[str, torch.Tensor] | None:
-    """Read the tensors in a cache file, or return None if there is no file.
+    """Read the tensors in a cache file, and return them.
 
-    The result is a dict. It is also None if the file is empty.
+    The result is a dict. It is None if there is no file, or if the file is empty.
     """
     if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
         return None

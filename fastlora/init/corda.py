@@ -60,7 +60,7 @@ class CordaEigens:
     settings=InitConfigField("corda_config", CordaConfig),
 )
 def corda(given: InitInputs) -> InitResult:
-    """Use CorDA to compute the initial factors of a layer.
+    """Compute the initial factors of a layer with CorDA.
 
     B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
     `CordaEigens`. The new base weight is the old one minus the update of these factors.
@@ -111,8 +111,8 @@ class CovarianceAccumulator:
         # The last input and its product. Layers with the same input tensor reuse the product.
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def recording_inputs(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that updates the covariance sums in every forward pass.
+    def recording_covariances(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager that records the covariance of the layers' inputs.
 
         Each call of a layer inside the ``with`` block adds the covariance of the layer's inputs to
         ``sums``.

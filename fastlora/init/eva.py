@@ -28,12 +28,17 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     settings=InitConfigField("eva_config", EvaConfig),
 )
 def eva_placeholder_factors(given: InitInputs) -> InitResult:
-    """Return placeholder factors, which EVA uses until `EvaSearch` has found the directions."""
+    """Return placeholder factors for EVA.
+
+    They are used until `EvaSearch` has found the directions.
+    """
     return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 
 
 def flatten_first_input(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tensor:
-    """Flatten the first input of a layer into a matrix ``[M, K]`` with one row per token.
+    """Flatten the first input of a layer into a matrix.
+
+    The matrix is ``[M, K]``, with one row per token.
 
     Args:
         layer_input: The inputs of the layer: a tensor, or a tuple or list of tensors.

@@ -137,7 +137,7 @@ class EvaSearch:
     def _run_batch_with_hooks(
         self, batch: Any, names: Iterable[str], callback: Callable[[str, torch.Tensor], None]
     ) -> None:
-        """Run a batch through the model, and pass the inputs of the named layers to a function.
+        """Run a batch through the model, and pass the inputs of the named layers to ``callback``.
 
         Args:
             batch: The batch.
@@ -226,7 +226,10 @@ def distribute_ranks(
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Gather and concatenate the rows from all processes. The numbers of rows may differ."""
+    """Gather the rows from all processes, and return them in one tensor.
+
+    The numbers of rows may differ.
+    """
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

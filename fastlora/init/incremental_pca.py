@@ -14,7 +14,9 @@ _ITERATIONS = 4
 
 
 class IncrementalPca:
-    """Incremental PCA, which computes the first R principal directions of all rows added so far.
+    """Incremental PCA, which computes the principal directions of rows that arrive in batches.
+
+    It computes the first R principal directions of all rows added so far.
 
     Args:
         count: Number of directions, R.
@@ -81,9 +83,10 @@ class IncrementalPca:
     def _updated_mean_and_variance(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple (mean, variance) of all rows, including those of a new batch.
+        """Return the mean and the variance of all rows, including those of a new batch.
 
-        Both are ``[K]`` in fp64. The method is that of Chan et al. 1983.
+        The result is a tuple (mean, variance). Both are ``[K]`` in fp64. The method is that of Chan
+        et al. 1983.
 
         Args:
             rows: The rows of the new batch.

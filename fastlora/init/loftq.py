@@ -35,7 +35,7 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Initialize a layer's adapter with LoftQ.
+    """Compute the initial factors of a layer with LoftQ.
 
     The base weight is quantized, and the factors are fitted to the quantization error. The returned
     base weight contains the dequantized values.
@@ -62,7 +62,9 @@ def loftq(given: InitInputs) -> InitResult:
 
 
 def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Quantize a weight, and return the dequantized values in the weight's dtype.
+    """Quantize a weight, and return the dequantized values.
+
+    The result has the weight's dtype.
 
     Args:
         weight: The weight, ``[N, K]``.

@@ -115,7 +115,7 @@ def _direction_indices(direction: str, rank: int) -> tuple[torch.Tensor, torch.T
 def recording_mean_gradients(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Record the gradients of the given modules' weights during a ``with`` block.
+    """Record the mean gradient of each module's weight during a ``with`` block.
 
     No other parameter of the model receives a gradient. The context manager yields a dict that is
     empty at first. At the end of the block, the dict maps each module name to the mean gradient of

@@ -26,9 +26,10 @@ def kaiming(given: InitInputs) -> InitResult:
 
 @register_init(False, supports_convolutions=True)
 def random_a_and_b(given: InitInputs) -> InitResult:
-    """Return random values for A and B, so that the initial update is not zero.
+    """Return random values for A and B.
 
-    Both factors keep the values with which `nn.Linear` has initialized them.
+    Both factors keep the values with which `nn.Linear` has initialized them. The initial update is
+    therefore not zero.
     """
     return InitResult(given.lora_a, given.lora_b)
 

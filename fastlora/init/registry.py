@@ -53,9 +53,10 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight as a matrix ``[N, K]``, dequantized if necessary.
+        """Return the base weight as a matrix.
 
-        The dtype is fp32, or fp64 if the weight is stored in fp64.
+        The matrix is ``[N, K]``. A quantized weight is dequantized. The dtype is fp32, or fp64 if
+        the weight is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -231,7 +232,10 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
 def subtract_update(
     given: InitInputs, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> InitResult:
-    """Subtract the scaled product of two factors from the base weight, and return the result.
+    """Subtract the update of two factors from the base weight, and return the result.
+
+    The update is the scaled product of the factors. The result contains the factors and the new
+    base weight.
 
     Args:
         given: The arguments of the initialization method.

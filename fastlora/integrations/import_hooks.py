@@ -12,11 +12,11 @@ from types import ModuleType
 
 
 def call_when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call ``action`` once, as soon as a module has been imported.
+    """Call ``action`` as soon as a module has been imported.
 
-    If the module is already imported, ``action`` is called immediately. This function does not
-    import the module. An ImportError, AttributeError, or TypeError raised by ``action`` becomes a
-    warning, because fastlora must not make the import of another library fail.
+    ``action`` is called only once. If the module is already imported, it is called immediately.
+    This function does not import the module. An ImportError, AttributeError, or TypeError raised by
+    ``action`` becomes a warning, because fastlora must not make the import of another library fail.
 
     Args:
         name: The full name of the module.
@@ -78,7 +78,10 @@ class _ImportHookLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module with the wrapped loader, and then run the action once."""
+        """Execute the module with the wrapped loader, and then run the action.
+
+        The action is run only once.
+        """
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader

@@ -59,7 +59,9 @@ def unpatch(peft_model: nn.Module) -> None:
 
 @register_adapter_router
 def _patched_model_router(model: Any) -> Router | None:
-    """Return the router of a patched PEFT model, or None for any other object.
+    """Return the router of a patched PEFT model.
+
+    The result is None for any other object.
 
     Raises:
         UnsupportedLayerError: A layer of the model cannot take part in a mixed batch.

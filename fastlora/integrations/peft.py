@@ -94,7 +94,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _base_weight_or_output(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight and bias or, if necessary, its output for ``x``.
+        """Return the base layer's weight and bias, or its output for ``x``.
 
         The output is returned if the base layer is called with further arguments, or if fastlora
         cannot read the base layer's weight directly.
@@ -224,10 +224,11 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)
 
     def _layer_with_shared_adapters(self: Any) -> FastLoraAdaptedParameters | None:
-        """Return fastlora's layer for the module that this and any nested wrappers contain.
+        """Return the fastlora layer that shares this layer's adapters.
 
-        The layer shares the wrappers' adapters. The result is None if PEFT's ``forward`` method
-        must be called.
+        It is the layer for the module that this and any nested wrappers contain, and it shares the
+        adapters of all these wrappers. The result is None if PEFT's ``forward`` method must be
+        called.
         """
         wrappers: list[Any] = [self]
         while isinstance(wrappers[-1].base_layer, PeftParamWrapper):
@@ -261,9 +262,10 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return layer
 
     def fusion(self) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the fallback reason.
+        """Return the layer's fusion status.
 
-        The layer is never fused, because PEFT or the experts' layer computes it.
+        The layer is never fused, because PEFT or the experts' layer computes it. The status
+        contains this as the fallback reason.
         """
         found = experts_layer_class(self.get_base_layer())
         if found is None:
@@ -288,9 +290,10 @@ _use_peft_class_name(FastPeftParamWrapper)
 
 @functools.cache
 def _patched_class_for(peft_class: type) -> type | None:
-    """Return the subclass that `patch_layer` substitutes for a PEFT layer class.
+    """Return the patched class for a PEFT layer class.
 
-    The result is None if fastlora does not patch layers of this class.
+    It is the subclass that `patch_layer` substitutes for ``peft_class``. The result is None if
+    fastlora does not patch layers of this class.
     """
     if peft_class is PeftLinear:
         return FastPeftLinear
@@ -317,9 +320,10 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """Subclass of PEFT's ``LoraModel`` (the LoRA tuner) that uses fastlora's patched LoRA layers.
+    """PEFT's ``LoraModel`` with fastlora's patched LoRA layers.
 
-    Each new LoRA layer is patched when the tuner creates it. The model supports mixed batches.
+    PEFT's ``LoraModel`` is the LoRA tuner. Each new LoRA layer is patched when the tuner creates
+    it. The model supports mixed batches.
     """
 
     @staticmethod
@@ -509,7 +513,10 @@ class PatchedModelRouter:
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        """Return sample routings for `warm_up`.
+
+        See `fastlora.routing.routers.Router`.
+        """
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
         return sample_routings_from_parameters(
@@ -521,7 +528,9 @@ _finding = threading.Lock()
 
 
 def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
-    """Return the `PatchedModelRouter` of a patched model, or None if the model is not patched.
+    """Return the `PatchedModelRouter` of a patched model.
+
+    The result is None if the model is not patched.
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -538,9 +547,10 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
 
 def patch_layer(module: nn.Module) -> None:
-    """Patch a PEFT LoRA layer in place, so that fastlora computes its output.
+    """Patch a PEFT LoRA layer in place to run with fastlora.
 
-    The class of the layer is replaced with the patched class. Other modules are ignored.
+    The class of the layer is replaced with the patched class, so that fastlora computes the layer's
+    output. Other modules are ignored.
     """
     fast = _patched_class_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
@@ -551,9 +561,9 @@ def patch_layer(module: nn.Module) -> None:
 
 
 def unpatch_layer(module: nn.Module) -> None:
-    """Restore the class that a layer had before `patch_layer` was called.
+    """Undo `patch_layer` on a layer.
 
-    Modules that are not patched are ignored.
+    The class that the layer had before is restored. Modules that are not patched are ignored.
 
     Raises:
         UnsupportedLayerError: Other code replaced the layer's class after `patch_layer` was called.
@@ -630,8 +640,11 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def layer_fusion(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
-    """Return the fusion status of a PEFT LoRA layer, or None for any other module."""
+def layer_fusion_status(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
+    """Return the fusion status of a PEFT LoRA layer.
+
+    The result is None for any other module.
+    """
     if isinstance(module, _FusedForwardMixin):
         return module.fusion(gathered)
     if isinstance(module, FastPeftParamWrapper):

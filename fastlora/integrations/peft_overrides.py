@@ -26,10 +26,10 @@ from fastlora.optimizers import create_loraplus_optimizer
 
 
 def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
-    """Return the `LoraModel` inside a model's wrappers, or None if there is none.
+    """Return the `LoraModel` inside a model's wrappers.
 
     The wrappers are those of torch.compile, FSDP1, and DDP. A `LoraModel` without a wrapper is
-    returned unchanged.
+    returned unchanged. The result is None if there is no `LoraModel`.
     """
     while possibly_wrapped_model is not None and not isinstance(possibly_wrapped_model, LoraModel):
         inner: Any = getattr(possibly_wrapped_model, "_modules", {})
@@ -39,9 +39,10 @@ def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
 
 
 def has_lora_layers(argument: object) -> bool:
-    """Return whether an object is a `LoraModel` or a module that contains fastlora's LoRA layers.
+    """Return whether an object is a model with fastlora's LoRA layers.
 
-    The model or module may be compiled with `torch.compile`.
+    The result is True for any `LoraModel`, and for any other module that contains such layers. The
+    object may be compiled with `torch.compile`.
     """
     model = getattr(argument, "_orig_mod", argument)
     if not isinstance(model, nn.Module) or isinstance(model, LoraModel):
@@ -57,7 +58,10 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's state dict, with the key names that PEFT's adapter files use."""
+    """Return an adapter's state dict.
+
+    Its keys have the names that PEFT's adapter files use.
+    """
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.adapter_file_state_dict(
@@ -84,7 +88,10 @@ def set_peft_model_state_dict(
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base model's state dict, with the same keys as in a model without adapters."""
+    """Return the base model's state dict.
+
+    Its keys are the same as in a model without adapters.
+    """
     return base_state_dict(find_wrapped_lora_model(model).get_base_model())
 
 
@@ -128,10 +135,10 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
 
 
 def override_peft_functions() -> None:
-    """Replace PEFT functions with fastlora's versions, which also accept fastlora's models.
+    """Override PEFT's functions so that they also accept fastlora's models.
 
-    `PEFT_OVERRIDES` lists the functions. If a PEFT module is not imported yet, its functions are
-    replaced when it is imported.
+    The functions are replaced with fastlora's versions. `PEFT_OVERRIDES` lists them. If a PEFT
+    module is not imported yet, its functions are replaced when it is imported.
     """
     for module, is_fastlora, functions in PEFT_OVERRIDES:
         call_when_imported(

@@ -68,7 +68,10 @@ def _subclasshook_excluding_adapted_parameters(abstract: type, subclass: type) -
 def _create_patched_layer(
     target: nn.Module, adapter_name: str, *, config: Any, **options: Any
 ) -> Any:
-    """Create PEFT's LoRA layer for a module, patch it as `fastlora.patch` does, and return it."""
+    """Create PEFT's LoRA layer for a module, patch it, and return it.
+
+    The layer is patched as `fastlora.patch` does.
+    """
     from peft.tuners.lora import LoraModel as PeftTuner
 
     from fastlora.integrations.peft import patch_layer

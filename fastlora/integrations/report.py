@@ -23,7 +23,7 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """A row of the fusion report: whether a LoRA layer is fused, and the reason if it is not.
+    """A row of the fusion report, which shows whether a LoRA layer is fused.
 
     Attributes:
         name: Name of the layer in the model.
@@ -174,7 +174,7 @@ def _verdict(module: nn.Module, gathered: bool) -> FusionStatus | None:
     if isinstance(module, LoraLayer):
         return module.fusion(gathered)
     if "peft.tuners.lora.layer" in sys.modules:
-        from fastlora.integrations.peft import layer_fusion
+        from fastlora.integrations.peft import layer_fusion_status
 
-        return layer_fusion(module, gathered)
+        return layer_fusion_status(module, gathered)
     return None

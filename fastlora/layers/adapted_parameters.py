@@ -58,7 +58,10 @@ _INITS = (True, False, "gaussian")
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Return the sizes E, N, and K of a module's parameter, which has two or three dimensions."""
+    """Return the shape of a module's parameter as a stack of matrices.
+
+    The result is a tuple (E, N, K). The parameter has two or three dimensions. With two, E is 1.
+    """
     shape = module._parameters[name].shape  # type: ignore[union-attr]
     if len(shape) == 2:
         return 1, shape[0], shape[1]
@@ -67,7 +70,10 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether the stacks of a module have the shape ``[E, K, N]``."""
+    """Return whether a module stores its stacks of matrices transposed.
+
+    Transposed stacks have the shape ``[E, K, N]``.
+    """
     return bool(getattr(module, "is_transposed", False))
 
 
@@ -111,13 +117,13 @@ class ParameterLoraLayer(LoraLayer):
         self._init_adapters()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the module that owns the parameter."""
+        """Return the base layer, which is the module that owns the parameter."""
         owner: nn.Module = self.__dict__["_owner"]
         return owner
 
     @property
     def parameter(self) -> Any:
-        """The parameter itself."""
+        """The parameter that the adapters adapt."""
         return self.get_base_layer()._parameters[self.parameter_name]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
@@ -132,7 +138,10 @@ class ParameterLoraLayer(LoraLayer):
         return self.num_matrices if part == "lora_A" else 1
 
     def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return a view ``[E, N, K]`` of a tensor that has the parameter's shape."""
+        """Return a tensor of the parameter's shape as a stack of matrices.
+
+        The stack is a view ``[E, N, K]`` of the tensor.
+        """
         if parameter.dim() == 2:
             return parameter.unsqueeze(0)
         return parameter.transpose(1, 2) if is_transposed(self.get_base_layer()) else parameter
@@ -167,11 +176,12 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a ``[E, R, K]`` and transposed lora_b ``[E, R, N]`` as a tuple.
+        """Return an adapter's lora_a and the rank rows of its lora_b as a tuple.
 
-        The rows of the transposed lora_b are called rank rows. They are a copy, which is cached
-        while gradients are disabled. If lora_b is stored as rank rows, as in a pool, they are a
-        view of lora_b. ``name`` identifies the adapter in the cache.
+        The rank rows are the rows of the transposed lora_b. The shapes are ``[E, R, K]`` for lora_a
+        and ``[E, R, N]`` for the rank rows. The rank rows are a copy, which is cached while
+        gradients are disabled. If lora_b is stored as rank rows, as in a pool, they are a view of
+        lora_b. ``name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
@@ -227,7 +237,11 @@ class ParameterLoraLayer(LoraLayer):
     def _add_delta_weight(
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
-        """Add ``sign * scaling * B @ A`` to the stack ``weight [E, N, K]``, matrix by matrix."""
+        """Add ``sign`` times an adapter's delta weight to a stack of matrices in place.
+
+        The delta weight is ``scaling * B @ A``. It is added to the stack ``weight [E, N, K]``
+        matrix by matrix.
+        """
         factors = rank_row_views(*self._factors(name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
         alpha = sign * float(self.scaling[name])
@@ -238,9 +252,9 @@ class ParameterLoraLayer(LoraLayer):
                 matrix.copy_(wide)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the update ``scaling * B @ A``, in the parameter's shape and the factors' dtype.
+        """Return an adapter's delta weight ``scaling * B @ A``.
 
-        The update is as large as the parameter.
+        It has the parameter's shape and the factors' dtype, and is as large as the parameter.
         """
         self._check_has_adapter(adapter_name)
         factor = self.lora_B[adapter_name].weight
@@ -285,9 +299,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self.parameters_with_adapters = nn.ModuleDict()
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of the `ParameterLoraLayer` layers, keyed by parameter name.
+        """Return a dict of the LoRA layers inside this layer.
 
-        The dict has the order of ``named_parameters()``.
+        The layers are the `ParameterLoraLayer` layers. The dict is keyed by parameter name, in the
+        order of ``named_parameters()``.
         """
         layers: Any = self._modules["parameters_with_adapters"]
         return {name: layers[name] for name in self.base_layer._parameters if name in layers}
@@ -312,14 +327,17 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 f"{type(self.base_layer).__name__}; expected the same kind of target for all "
                 "adapters"
             )
-        layers = self.add_parameters([name for name, *_ in parameters])
+        layers = self.add_parameter_layers([name for name, *_ in parameters])
         return [
             (layer, {**common, "r": r, "lora_alpha": lora_alpha})
             for layer, (_, r, lora_alpha) in zip(layers, parameters, strict=True)
         ]
 
-    def add_parameters(self, names: Sequence[str]) -> list[ParameterLoraLayer]:
-        """Return the layers for the named parameters, creating any layers that do not exist yet.
+    def add_parameter_layers(self, names: Sequence[str]) -> list[ParameterLoraLayer]:
+        """Add layers for the named parameters, and return them.
+
+        Only layers that do not exist yet are created. The list contains the layers of all named
+        parameters.
 
         Raises:
             UnsupportedLayerError: The name of a parameter cannot be used.
@@ -377,7 +395,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     # -------------------------------------------------------------------------------- forward
 
     def _check_not_sharded(self) -> None:
-        """Raise `AdapterStateError` if a parameter of the module is a DTensor."""
+        """Raise `AdapterStateError` if a parameter of the module is sharded.
+
+        A sharded parameter is a DTensor.
+        """
         for name, parameter in self.base_layer._parameters.items():
             if is_dtensor(parameter):
                 raise AdapterStateError(
@@ -392,7 +413,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         applied = {} if routing is not None else self._applied_by_parameter()
         if routing is None and not applied:
             return self.base_layer(x, *args, **kwargs)
-        conditions = self._check_conditions(x)
+        conditions = self._check_execution_mode(x)
         self._check_not_sharded()
         if routing is None:
             return self._run(applied, conditions, x, *args, **kwargs)
@@ -423,7 +444,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return y if isinstance(made, torch.Tensor) else (y, *others)
 
     def _applied_by_parameter(self) -> dict[str, list[str]]:
-        """Return a dict that maps parameter names to the adapters that apply to all rows."""
+        """Return a dict that maps parameter names to the adapters applied to them.
+
+        Only adapters that apply to all rows are listed. Parameters without such adapters are left
+        out.
+        """
         found = {name: layer._applied_adapters() for name, layer in self.inner_layers().items()}
         return {name: names for name, names in found.items() if names}
 
@@ -435,7 +460,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module with the adapters in ``applied``, which maps parameters to adapters."""
+        """Run the module with the applied adapters.
+
+        ``applied`` maps parameter names to adapters.
+        """
         layers: Any = self._modules["parameters_with_adapters"]
         factors = {
             n: [layers[n].factors_and_scaling(a) for a in names] for n, names in applied.items()
@@ -450,7 +478,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module with updates from ``factors``, which maps parameter names to factors."""
+        """Run the module with the updates of the given factors.
+
+        ``factors`` maps parameter names to factors.
+        """
         base, layers = self.base_layer, self._modules["parameters_with_adapters"]
         made: Any = {name: layers[name].adapted(given) for name, given in factors.items()}
         # The compiler does not support modules that are created during the call.
@@ -466,10 +497,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module on a mixed batch, separately for each adapter's rows.
+        """Run the module on a mixed batch.
 
-        Each row along the first dimension of x uses at most one adapter. An output must have the
-        same number of rows for each row of x.
+        The module runs separately for each adapter's rows. Each row along the first dimension of x
+        uses at most one adapter. An output must have the same number of rows for each row of x.
         """
         count = routing.ids.numel()
         if (
@@ -541,7 +572,7 @@ def file_prefixes_by_parameter(parameter_names: Sequence[str]) -> dict[str, str]
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return a dict of the shapes of an adapter's tensors for a module.
+    """Return a dict of the shapes of an adapter's tensors for a module's parameters.
 
     The dict is keyed by the tensors' names in adapter files.
     """

@@ -50,9 +50,9 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight of a plain linear module, or None for any other module.
+    """Return the weight of a plain linear module.
 
-    A plain linear module is an `nn.Linear` without hooks.
+    Returns None for any other module. A plain linear module is an `nn.Linear` without hooks.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
@@ -78,7 +78,7 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's parameters on a layer as a `Factors` object.
+    """Return an adapter's factors on a layer from the adapter's parameters.
 
     Returns None if the adapter's modules must be called instead, for example because of hooks.
 
@@ -119,7 +119,10 @@ def factors_from_parameters(
 
 
 def promoted_factor_dtype(slots: Slots) -> torch.dtype:
-    """Return the result of promoting the dtypes of all factors, or fp32 if there are no factors."""
+    """Return the dtype to which the dtypes of all factors are promoted.
+
+    The dtype is fp32 if there are no factors.
+    """
     dtypes = [
         tensor.dtype
         for factors in slots
@@ -185,10 +188,10 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return the scalings as one tensor on x's device.
+    """Return the scalings as one tensor.
 
-    The tensor is ``[S]``, in fp32 (or fp64 if x is fp64). If PEFT's compiled hot swap has made a
-    scaling a tensor, the host does not read its value.
+    The tensor is ``[S]``, on x's device, in fp32 (or fp64 if x is fp64). If PEFT's compiled hot
+    swap has made a scaling a tensor, the host does not read its value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -234,7 +237,7 @@ class AdapterSource(Protocol):
 
     @property
     def loaded_adapters(self) -> tuple[Any, ...] | None:
-        """The adapters loaded in the source, or None.
+        """The adapters loaded in the source.
 
         The value is None if the source is not a pool. The tuple has an entry for each slot, which
         is None for an empty slot.
@@ -242,17 +245,18 @@ class AdapterSource(Protocol):
 
     @property
     def tables(self) -> AddressTables | None:
-        """The source's address tables, or None if it has none.
+        """The address tables of the source.
 
-        Only a pool has address tables.
+        The value is None if the source has none. Only a pool has address tables.
         """
 
     def factors(
         self, layer: BaseLinearWithAdapters, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
-        """Return a layer's factors for a slot, or None if the slot's adapter is not on the layer.
+        """Return a layer's factors for the adapter in a slot.
 
-        If ``call`` is given, the scaling is a zero-dimensional tensor on the device of its x.
+        Returns None if the adapter is not on the layer. If ``call`` is given, the scaling is a
+        zero-dimensional tensor on the device of its x.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called, which a mixed batch does
@@ -266,7 +270,7 @@ class AdapterSource(Protocol):
         """
 
     def adapter_key(self, slot: int) -> Hashable:
-        """Return a hashable value that identifies the adapter in a slot."""
+        """Return a hashable key that identifies the adapter in a slot."""
 
 
 class ParameterSource:

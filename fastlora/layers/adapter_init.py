@@ -19,7 +19,10 @@ from fastlora.validation import AdapterStateError, InitializationError, Unsuppor
 
 
 class InitializableLayer(Protocol):
-    """Protocol for the attributes of a `LoraLayer` that adapter initialization uses."""
+    """Protocol for a layer on which an adapter can be initialized.
+
+    It has the attributes of a `LoraLayer` that adapter initialization uses.
+    """
 
     merged_adapters: Any
     is_split: bool
@@ -33,7 +36,7 @@ class InitializableLayer(Protocol):
 
 
 class AdapterInitializer:
-    """Initializes one adapter's new factors on one layer.
+    """Initializer of one adapter's new factors on one layer.
 
     Args:
         layer: The layer, which is not changed.
@@ -127,9 +130,10 @@ class AdapterInitializer:
         linear: bool = True,
         rank: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]`` as a tuple.
+        """Return the initial values of lora_a and lora_b as a tuple.
 
-        Both arguments contain freshly drawn random values.
+        Both arguments, ``lora_a [R, K]`` and ``lora_b [N, R]``, contain freshly drawn random
+        values.
         """
         if not linear and not self.init.supports_convolutions:
             raise UnsupportedLayerError(
@@ -179,9 +183,10 @@ class AdapterInitializer:
 def find_calibration(
     layer: InitializableLayer, init: InitMethod
 ) -> tuple[nn.Module, object] | None:
-    """Return a layer's calibration result as a tuple (module, result), or None if there is none.
+    """Return a layer's calibration result and the module that holds it.
 
-    The module is the one on which the calibration has stored its result.
+    Returns a tuple (module, result), or None if there is no result. The module is the one on which
+    the calibration has stored its result.
     """
     for module in layer._modules_that_may_be_calibrated():
         if init.data in module.__dict__:
@@ -190,7 +195,10 @@ def find_calibration(
 
 
 def delete_calibration(layer: InitializableLayer, init: InitMethod) -> None:
-    """Delete a layer's calibration result after an adapter has been initialized from it."""
+    """Delete a layer's calibration result.
+
+    This function is called after an adapter has been initialized from the result.
+    """
     found = find_calibration(layer, init)
     if found is not None:
         delattr(found[0], init.data)

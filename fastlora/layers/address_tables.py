@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def table_row_of(
     layer: BaseLinearWithAdapters, layer_index: int, tables: AddressTables
 ) -> int | None:
-    """Return a layer's row in the address tables, or None if the tables were built without it.
+    """Return a layer's row in the address tables.
 
-    ``layer_index`` is the layer's number in its model. In a pool's tables, the row is the
-    layer's ``table_row``.
+    Returns None if the tables were built without the layer. ``layer_index`` is the layer's number
+    in its model. In a pool's tables, the row is the layer's ``table_row``.
     """
     if tables.rows is not None:
         return tables.rows.get(layer_index)
@@ -31,9 +31,10 @@ def table_row_of(
 
 
 def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables for a batch, or None if they cannot be built.
+    """Return the address tables for a batch.
 
-    They can be built only if all factors are plain tensors on one device.
+    Returns None if they cannot be built. They can be built only if all factors are plain tensors on
+    one device.
     """
     if routing.source.tables is not None:
         return routing.source.tables
@@ -51,12 +52,12 @@ def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | No
 def _build_model_tables(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> AddressTables | Literal[False]:
-    """Build the address tables of a model, or return False if they cannot be built.
+    """Build the address tables of a model.
 
-    The tables contain the addresses of a batch's adapters on all layers. The result is False if a
-    factor is not a plain tensor, or if factors are on several devices. Kernels read lora_a in place
-    if its dtype and layout allow it. lora_b is copied once, because kernels read it transposed, as
-    rank rows.
+    The tables contain the addresses of a batch's adapters on all layers. The result is False if the
+    tables cannot be built, because a factor is not a plain tensor or because factors are on several
+    devices. Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once,
+    because kernels read it transposed, as rank rows.
     """
     found = _collect_factors(routing, watch)
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
@@ -104,10 +105,10 @@ def _dtype_and_rank_without_adapters(routing: Routing) -> tuple[torch.dtype, int
 def _collect_factors(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> list[tuple[int, int, Factors]] | None:
-    """Collect the factors of every adapter on every layer, with their positions in the tables.
+    """Collect the factors of every adapter on every layer.
 
-    The result is a list of tuples (row, column, factors), or None if a factor is not a plain
-    tensor.
+    The result is a list of tuples (row, column, factors), where the row and the column are the
+    position in the tables. The result is None if a factor is not a plain tensor.
     """
     found = []
     for row, layer in enumerate(routing.layers):
@@ -126,9 +127,10 @@ def _collect_factors(
 
 
 def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in the given dtype, with the alignment that kernels require.
+    """Return a tensor with the alignment that kernels require.
 
-    The result is contiguous and aligned to 16 bytes. It is a copy only if necessary.
+    The result has the given dtype, is contiguous, and is aligned to 16 bytes. It is a copy only if
+    necessary.
     """
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

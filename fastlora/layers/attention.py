@@ -95,10 +95,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return the LoRA layers inside this layer as a dict, keyed by relative name.
+        """Return a dict of the LoRA layers inside this layer.
 
-        The dict contains only the LoRA layer of out_proj, because this layer itself has the
-        adapters of in_proj.
+        The dict is keyed by relative name. It contains only the LoRA layer of out_proj, because
+        this layer itself has the adapters of in_proj.
         """
         return {_OUT: self._out()}
 
@@ -141,7 +141,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         own, inner = self._applied_adapters(), self._out()._applied_adapters()
         if routing is not None or not (own or inner):
             return self.base_layer(query, *args, **kwargs)
-        conditions = self._check_conditions(query)
+        conditions = self._check_execution_mode(query)
         base = self.base_layer
         weight = _add_lora_updates(self, base.in_proj_weight, own)
         out_weight = _add_lora_updates(self._out(), self._out().weight, inner)

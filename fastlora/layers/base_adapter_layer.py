@@ -68,9 +68,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
         return dense_weight(self.get_base_layer())
 
     def train(self, mode: bool = True) -> Any:
-        """Set the training mode, and return the layer, as `nn.Module.train` does.
+        """Set the training mode of the layer.
 
-        If the mode changes, the layer's caches are cleared.
+        The layer is returned, as by `nn.Module.train`. If the mode changes, the layer's caches are
+        cleared.
         """
         if mode != self.training:
             clear_layer_caches(self)
@@ -108,9 +109,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
                 scalings.move_to_factor_device(name, factor)
 
     def _lora_a_weight(self, name: str) -> torch.Tensor | None:
-        """Return the weight of an adapter's lora_A, or None if the layer lacks the adapter.
+        """Return the weight of an adapter's lora_A.
 
-        The weight determines the device of the adapter's scaling.
+        Returns None if the layer lacks the adapter. The weight determines the device of the
+        adapter's scaling.
         """
         factors = self._modules.get("lora_A")  # Missing at the very beginning.
         if isinstance(factors, nn.ModuleDict) and name in factors:

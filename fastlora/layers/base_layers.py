@@ -18,11 +18,11 @@ COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Return ``(in_features, out_features)`` of a linear-like module, or None for other modules.
+    """Return ``(in_features, out_features)`` of a linear-like module.
 
-    A module is linear-like if it has both attributes (`nn.Linear`, quantized linears of
-    bitsandbytes, torchao, GPTQ and others), or if it is Hugging Face's Conv1D, which has a weight
-    ``[K, N]``.
+    Returns None for other modules. A module is linear-like if it has both attributes (`nn.Linear`,
+    quantized linears of bitsandbytes, torchao, GPTQ and others), or if it is Hugging Face's Conv1D,
+    which has a weight ``[K, N]``.
     """
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
@@ -35,9 +35,10 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
-    """Return the reason why a module is not a plain `nn.Linear`, or an empty string if it is one.
+    """Return the reason why a module is not a plain `nn.Linear`.
 
-    ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
+    Returns an empty string if it is one. ``gathered`` means that FSDP2 replaces shards by plain
+    parameters during the forward pass.
 
     Other modules must be called; a plain module's weight suffices. A subclass, or a module with a
     parametrization, a forward hook (accelerate's offloading), or a replaced ``forward``, must be
@@ -60,9 +61,9 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
 
 
 def fallback_reason_hooked(module: nn.Module) -> str:
-    """Return the fallback reason if a module has hooks, or an empty string if it has none.
+    """Return the fallback reason for a module that has hooks.
 
-    A replaced ``forward`` counts as a hook.
+    Returns an empty string if the module has none. A replaced ``forward`` counts as a hook.
     """
     if "forward" in module.__dict__:
         return "its base layer's forward was replaced"
@@ -99,9 +100,9 @@ def is_tensor_parallel(module: nn.Module) -> bool:
 
 
 def tensor_parallel_style(module: nn.Module) -> str | None:
-    """Return a module's tensor-parallel style, or None if it is not tensor-parallel.
+    """Return the style in which tensor parallelism splits a module.
 
-    The style is `COLUMN_WISE` or `ROW_WISE`.
+    The style is `COLUMN_WISE` or `ROW_WISE`. It is None if the module is not tensor-parallel.
 
     Raises:
         UnsupportedLayerError: Adapters do not support the way in which the weight is split.
@@ -168,10 +169,11 @@ def merge_target_of(module: nn.Module, expected_shape: tuple[int, int]) -> Merge
 def dense_weight(
     module: object, purpose: str = "DoRA needs the base weight to compute its norm"
 ) -> torch.Tensor:
-    """Return the weight ``[N, K]`` of a linear-like module, dequantized if necessary.
+    """Return the weight of a linear-like module as a dense matrix.
 
-    Supported are `nn.Linear` and its subclasses, Conv1D of transformers (as a view of its
-    transposed weight), and the kinds of `fastlora.layers.quantized`.
+    The matrix is ``[N, K]``. A quantized weight is dequantized. Supported are `nn.Linear` and its
+    subclasses, Conv1D of transformers (as a view of its transposed weight), and the kinds of
+    `fastlora.layers.quantized`.
 
     Args:
         module: The base layer.
@@ -207,9 +209,10 @@ def stores_weight_transposed(module: nn.Module) -> bool:
 
 
 def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> str:
-    """Return the reason why a module's weight cannot be replaced, or an empty string if it can.
+    """Return the reason why a module's weight cannot be replaced.
 
-    If ``allow_quantized`` is set, a quantized weight may be replaced by quantizing again.
+    Returns an empty string if it can be replaced. If ``allow_quantized`` is set, a quantized weight
+    may be replaced by quantizing again.
 
     Raises:
         UnsupportedLayerError: ``allow_quantized`` is set, but the weight's kind of quantization

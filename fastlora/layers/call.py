@@ -40,7 +40,9 @@ class UniformCall:
 
 @dataclass(slots=True, eq=False)
 class MixedCall:
-    """A call to a LoRA layer for a mixed batch, where each row uses its own adapter or none.
+    """A call to a LoRA layer for a mixed batch.
+
+    Each row of a mixed batch uses its own adapter or none.
 
     Attributes:
         layer: The layer. The adapters belong to it or to a pool.
@@ -55,7 +57,7 @@ class MixedCall:
     routing: Routing
 
     def sorted_rows(self, *, read_on_host: bool = False) -> Rows:
-        """Return the rows of x, sorted by adapter, as `Rows`.
+        """Return the rows of x, sorted by adapter.
 
         ``read_on_host`` tells whether the host reads the slots of the rows.
         """

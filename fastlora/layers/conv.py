@@ -135,7 +135,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Reshape a matrix into kernels of shape ``shape``.
+        """Reshape a matrix into convolution kernels of the given shape.
 
         The matrix has the layout of a result of `_flatten_kernels`.
         """
@@ -148,9 +148,10 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias, where lora_bias may be None.
+        """Return an adapter's lora_a, lora_b, and lora_bias as a tuple.
 
-        The factors are matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
+        lora_bias may be None. The factors are matrices. If the convolution has groups, lora_b is
+        ``[N, R / groups]``.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias
@@ -186,10 +187,9 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._flatten_kernels(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's weight update.
+        """Return an adapter's delta weight ``scaling * B @ A`` in the shape of the base weight.
 
-        It has the shape of the base weight. A convolution with groups is not supported and raises
-        an error.
+        A convolution with groups is not supported and raises an error.
         """
         self._raise_if_grouped("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)

@@ -41,7 +41,7 @@ from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base, number_tensor_without_sync
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import derive_seeds_of_layer
-from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_columns
+from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_and_add_bias
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.routing.routing import Routing
 
@@ -50,9 +50,10 @@ if TYPE_CHECKING:
 
 
 def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
-    """Run a base layer with one DoRA adapter, and return the output ``[..., N]``.
+    """Run a base layer with one DoRA adapter.
 
-    DoRA scales each column of the LoRA layer's output before the bias is added.
+    Returns the output ``[..., N]``. DoRA scales each column of the LoRA layer's output before the
+    bias is added.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     factors = layer._local_factors(name, call)
@@ -92,20 +93,23 @@ def _scale_and_add_bias(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scale ``u [..., N]`` for DoRA, and add the bias.
+    """Scale u for DoRA, and add the bias.
 
-    The scale is DoRA's g, which is computed from the magnitude and the squared norms. The result
-    overwrites u if no autograd graph is recorded.
+    u is ``[..., N]``. The scale is DoRA's g, which is computed from the magnitude and the squared
+    norms. The result overwrites u if no autograd graph is recorded.
     """
     if records_gradients(u, bias, magnitude):
         return ApplyDoraScaleAndAddBias.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), dora_scale(magnitude, squares)
-    rows = scale_columns(rows, bias, scale, True)
+    rows = scale_and_add_bias(rows, bias, scale, True)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view, so that it is writable.
 
 
 def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Apply a DoRA adapter to y by calling the adapter's modules, as PEFT does."""
+    """Apply a DoRA adapter to y by calling the adapter's modules.
+
+    PEFT does the same.
+    """
     layer, x, conditions = call.layer, call.original_x, call.conditions
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -145,10 +149,10 @@ class DoraSlotsOfBatch(NamedTuple):
 
 
 def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlotsOfBatch | None:
-    """Return the slots whose adapters use DoRA on a layer, or None if there are none.
+    """Return the slots whose adapters use DoRA on a layer.
 
-    The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
-    adapter may use DoRA, and is None otherwise.
+    Returns None if there are none. The slots of a captured CUDA graph are not known. In this case,
+    the result has no slots if any adapter may use DoRA, and is None otherwise.
     """
     source = routing.source
     if routing.captured:
@@ -180,9 +184,10 @@ def _is_active_dropout(dropout: nn.Module) -> bool:
 
 
 def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch) -> torch.Tensor:
-    """Apply DoRA to the rows of ``y [..., N]`` that belong to ``slots``, and return the result.
+    """Apply DoRA to the rows of y that belong to the given slots.
 
-    y includes the bias. On entry, the rows of ``slots.dropped`` contain the base layer's output.
+    Returns the result. y is ``[..., N]`` and includes the bias. On entry, the rows of
+    ``slots.dropped`` contain the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._local_base_bias(), None
@@ -226,7 +231,10 @@ def _must_gather_adapter_rows(
 def _apply_dora_with_dropout(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
 ) -> torch.Tensor:
-    """Apply the DoRA adapters that have active dropout to their rows of ``y [..., N]``."""
+    """Apply the DoRA adapters that have active dropout to their rows of y.
+
+    y is ``[..., N]``.
+    """
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
         seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index)
@@ -253,12 +261,12 @@ def _apply_dora_with_dropout(
 def _scale_rows_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Scale each row of ``y [..., N]`` by its adapter's DoRA scale, and return the result.
+    """Scale each row of y by its adapter's DoRA scale, which is looked up by the row's id.
 
-    y itself is not changed. ``scales`` maps a slot to the scale of its rows. Other rows are not
-    scaled, and neither is ``bias [N]``, which y includes. The function is for calls that record no
-    autograd graph, and for traced calls. Everything runs on y's device, without waiting for the
-    ids.
+    Returns the result. y is ``[..., N]`` and is not changed. ``scales`` maps a slot to the scale of
+    its rows. Other rows are not scaled, and neither is ``bias [N]``, which y includes. The function
+    is for calls that record no autograd graph, and for traced calls. Everything runs on y's device,
+    without waiting for the ids.
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
@@ -290,10 +298,10 @@ def _scale_rows_by_id(
 def _scale_rows_with_autograd(
     y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Apply DoRA scales to rows of ``y [..., N]``, and record the operation for autograd.
+    """Scale rows of y by their adapters' DoRA scales, and record the operation for autograd.
 
-    ``scales`` maps a slot to the scale of its rows. Other rows are not scaled, and neither is
-    ``bias [N]``, which y includes.
+    y is ``[..., N]``. ``scales`` maps a slot to the scale of its rows. Other rows are not scaled,
+    and neither is ``bias [N]``, which y includes.
     """
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)
@@ -313,9 +321,9 @@ def _scale_rows_with_autograd(
 
 
 def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of y that use a DoRA adapter, and return y.
+    """Scale rows of y in place by the DoRA scales in a pool's tables.
 
-    y is ``[..., N]``. Its rows are scaled in place by the scales in a pool's tables. The same
+    Returns y, which is ``[..., N]``. Only rows that use a DoRA adapter are scaled. The same
     operator runs in a compiled graph, in a captured graph, and without a graph, because a new
     batch, a load, or a hot swap changes only the contents of tensors. The function does nothing
     until the pool has had a DoRA adapter. The first DoRA adapter causes compiled graphs to

@@ -40,7 +40,10 @@ class DoraNormCache(UncopiedCache):
 
 
 def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
-    """Return an adapter's DoRA magnitude, ``[N]``."""
+    """Return an adapter's DoRA magnitude on a layer.
+
+    The magnitude is ``[N]``, or ``[1, N, 1, ...]`` if the layer is a convolution.
+    """
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
 
@@ -70,7 +73,10 @@ def base_weight_stamp(layer: BaseLinearWithAdapters) -> TensorStamp | None:
 
 
 def base_weight_rows(layer: BaseLinearWithAdapters) -> torch.Tensor | RowChunkedWeight:
-    """Return the base weight ``[N, K]`` as a matrix or, if quantized, as a `RowChunkedWeight`."""
+    """Return the rows of a layer's base weight.
+
+    The base weight ``[N, K]`` is returned as a matrix or, if quantized, as a `RowChunkedWeight`.
+    """
     found = layer._local_quantized()
     if found is None:
         return layer._local_weight()
@@ -80,10 +86,10 @@ def base_weight_rows(layer: BaseLinearWithAdapters) -> torch.Tensor | RowChunked
 def base_squared_norms(
     layer: BaseLinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
 ) -> torch.Tensor:
-    """Return the squared row norms ``[N]`` of a layer's base weight.
+    """Return the squared row norms of a layer's base weight.
 
-    They are cached until the weight changes. If ``compiling`` is set, because a graph is being
-    compiled, nothing is cached.
+    They are ``[N]`` and are cached until the weight changes. If ``compiling`` is set, because a
+    graph is being compiled, nothing is cached.
     """
     if compiling:
         return squared_row_norms(weight, in_one_pass=True)
@@ -107,10 +113,11 @@ def local_adapted_squared_norms(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Return the squared row norms ``[N]`` of this process's part of the adapted weight.
+    """Return the squared row norms of this process's part of the adapted weight.
 
-    The update is the product of ``lora_b [N, R]`` and ``lora_a [R, K]``. The sums are over this
-    process's part of the base weight ``[N, K]``. If the scaling is a tensor, it has no dimensions.
+    They are ``[N]``. The update is the product of ``lora_b [N, R]`` and ``lora_a [R, K]``. The sums
+    are over this process's part of the base weight ``[N, K]``. If the scaling is a tensor, it has
+    no dimensions.
     """
     weight = layer._local_weight() if compiling else base_weight_rows(layer)
     squares = base_squared_norms(layer, weight, compiling)
@@ -124,10 +131,10 @@ def adapted_squared_norms(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Return the squared row norms ``[N]`` of a layer's adapted weight.
+    """Return the squared row norms of a layer's adapted weight.
 
-    A norm of 0 is replaced by infinity. With tensor parallelism, the norms are summed over the
-    processes.
+    They are ``[N]``. A norm of 0 is replaced by infinity. With tensor parallelism, the norms are
+    summed over the processes.
     """
     return layer._reduce_row_squared_norms(
         [local_adapted_squared_norms(layer, lora_a, lora_b, scaling, compiling)]
@@ -137,11 +144,11 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: BaseLinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return the squared norms of the weight with an adapter applied, from the cache if possible.
+    """Return the squared row norms of the adapted weight, from the cache if possible.
 
-    The norms are the row norms that `local_adapted_squared_norms` computes. If gradients are
-    enabled, the norms are computed in every forward pass, because an optimizer may be about to
-    step, and not all optimizers change the versions of tensors.
+    They are the norms that `local_adapted_squared_norms` computes, for the adapter ``name``. If
+    gradients are enabled, the norms are computed in every forward pass, because an optimizer may be
+    about to step, and not all optimizers change the versions of tensors.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight
@@ -204,10 +211,11 @@ def _get_or_compute(
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's tensor for ``name`` from the cache, computing and caching it if needed.
+    """Return a layer's cached tensor, or compute and cache the tensor.
 
-    The tensor is computed if the cache has no tensor with a valid stamp. If ``watched`` is None,
-    the tensor is always computed, and it is not cached.
+    ``name`` is the key of the tensor in the cache. The tensor is computed if the cache has no
+    tensor with a valid stamp. If ``watched`` is None, the tensor is always computed, and it is not
+    cached.
     """
     if watched is None:
         return make()

@@ -75,13 +75,15 @@ class _SortedRows(NamedTuple):
         return 1 if self.routing is None else len(self.adapters) + 1
 
 
-def _products(module: nn.Module) -> tuple[str, str]:
+def _product_names(module: nn.Module) -> tuple[str, str]:
     """Return the names of the weight stacks in a module's first and second matrix products."""
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
 class FastLoraExperts(FastLoraAdaptedParameters):
-    """LoRA layer for experts that transformers marks with `use_experts_implementation`.
+    """LoRA layer for the experts of a transformers model.
+
+    transformers marks these experts with `use_experts_implementation`.
 
     Args:
         base_layer: The module with the stacks.
@@ -93,11 +95,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         # K of the first product, and N of the second.
-        self.in_features = stack_shape(base_layer, _products(base_layer)[0])[2]
-        self.out_features = stack_shape(base_layer, _products(base_layer)[1])[1]
+        self.in_features = stack_shape(base_layer, _product_names(base_layer)[0])[2]
+        self.out_features = stack_shape(base_layer, _product_names(base_layer)[1])[1]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
 
         A layer of this class is never fused.
         """
@@ -139,7 +141,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the output ``[T, H]`` of the experts, with the adapters applied."""
+        """Return the output of the experts with the adapters applied.
+
+        The output is ``[T, H]``.
+        """
         base, k = self.base_layer, top_k_index.shape[-1]
         bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
         if not base._is_expert_parallel:
@@ -158,14 +163,14 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         order = call.rows.order.long()
         x = _rows_at(hidden_states, order // k)
         absent = bad.reshape(-1)[order].unsqueeze(-1) if base._is_expert_parallel else None
-        up, down = _products(base)
+        up, down = _product_names(base)
         # Products and their gradients leave rows without an expert uninitialized.
         y = _zero_masked_rows(self._product(up, _zero_masked_rows(x, absent), call), absent)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
         y = _zero_masked_rows(self._product(down, y, call), absent)
         if base.has_post_expert_norm:
             y = _zero_masked_rows(base.post_expert_norm(y), absent)
-        y = y.index_select(0, _inverse(order)).view(*top_k_index.shape, y.shape[-1])
+        y = y.index_select(0, _inverse_permutation(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
         with disable_autocast_on(y.device):
             y = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), y.to(dtype))
@@ -174,7 +179,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _sort(
         self, matrices: torch.Tensor, routing: Routing | None, conditions: ExecutionMode
     ) -> _SortedRows:
-        """Sort the rows of a call by key.
+        """Sort the rows of a call by expert and slot.
 
         Args:
             matrices: The expert of each row, ``[T, k]``: k rows for each token; -1 for none.
@@ -220,9 +225,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         x: torch.Tensor,
         call: _SortedRows,
     ) -> torch.Tensor:
-        """Return ``x @ stack[expert].T + bias[expert]`` with the adapters applied.
+        """Return the product of the sorted rows ``x`` and a stack, with the adapters applied.
 
-        The shape of ``stack`` is ``[E, N, K]``.
+        Without adapters, the product is ``x @ stack[expert].T + bias[expert]``. The shape of
+        ``stack`` is ``[E, N, K]``.
         """
         # As in transformers, products are computed in the dtype of the weights under autocast.
         with disable_autocast_on(x.device):
@@ -308,25 +314,30 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
 
 def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Return ``x[index]``, where ``index`` may contain duplicates.
+    """Return the rows of x at the given indices.
 
-    On a CPU, `index_select` with its gradient takes half as long as indexing (4.8 and 8.1 ms for
-    8,192 rows of 512 fp32 numbers, on an Intel Xeon with AVX-512 and one thread). On a GPU, its
-    gradient is not deterministic.
+    The result is ``x[index]``, where ``index`` may contain duplicates. On a CPU, `index_select`
+    with its gradient takes half as long as indexing (4.8 and 8.1 ms for 8,192 rows of 512 fp32
+    numbers, on an Intel Xeon with AVX-512 and one thread). On a GPU, its gradient is not
+    deterministic.
     """
     return x.index_select(0, index) if x.is_cpu else x[index]
 
 
 def _zero_masked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return ``x [P, N]`` with zeros in the rows where a bool mask ``[P, 1]`` is True.
+    """Return x with zeros in the masked rows.
 
-    If the mask is None, x is returned unchanged.
+    x is ``[P, N]``. The masked rows are those where the bool mask ``[P, 1]`` is True. If the mask
+    is None, x is returned unchanged.
     """
     return x if mask is None else x.masked_fill(mask, 0.0)
 
 
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    """Return the inverse of a permutation as an int64 tensor."""
+def _inverse_permutation(order: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a permutation.
+
+    The result is an int64 tensor.
+    """
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -356,17 +367,20 @@ def _stacked_linear(
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):
-    """LoRA layer for Llama 4's experts, each of which gets one input row for each token.
+    """LoRA layer for experts that each get all tokens.
 
-    The input is ``[E * T, H]``, expert by expert. The stacks are ``[E, K, N]``, which no attribute
-    of the module says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x is multiplied by
-    lora_B first.
+    These are Llama 4's experts, each of which gets one input row for each token. The input is
+    ``[E * T, H]``, expert by expert. The stacks are ``[E, K, N]``, which no attribute of the module
+    says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x is multiplied by lora_B first.
     """
 
     def _forward(  # type: ignore[override]  # these experts get no choices of a router
         self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
     ) -> torch.Tensor:
-        """Return the output ``[E * T, H]`` of the experts, with the adapters applied."""
+        """Return the output of the experts with the adapters applied.
+
+        The output is ``[E * T, H]``.
+        """
         base = self.base_layer
         count = base.num_experts
         tokens = len(x) // count
@@ -377,7 +391,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         place = order % count * tokens + order // count
         gate, up = self._product("gate_up_proj", x[place], call).chunk(2, dim=-1)
         y = self._product("down_proj", up * base.act_fn(gate), call)
-        return y.index_select(0, _inverse(place))
+        return y.index_select(0, _inverse_permutation(place))
 
     def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
         stack = self.base_layer._parameters[name].transpose(1, 2)
@@ -395,7 +409,7 @@ def _is_marked(module: nn.Module) -> bool:
     return (
         all(hasattr(module, mark) for mark in _MARKS)
         and not isinstance(module, LoraLayer)
-        and all(_is_stack(module, name) for name in _products(module))
+        and all(_is_stack(module, name) for name in _product_names(module))
     )
 
 
@@ -406,7 +420,7 @@ def _is_stack(module: nn.Module, name: str) -> bool:
 
 def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     check_parameter_settings(module, settings)
-    known = _products(module)
+    known = _product_names(module)
     for name, *_ in settings.parameters:
         if name not in known:
             raise UnsupportedLayerError(

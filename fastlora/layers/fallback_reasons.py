@@ -76,7 +76,10 @@ def uses_dora(layer: BaseLinearWithAdapters, names: list[str]) -> bool:
 
 
 def reason_dora_prevents_fusion(layer: BaseLinearWithAdapters, names: list[str]) -> str:
-    """Return the reason why DoRA prevents fusing adapters, or an empty string if it does not."""
+    """Return the reason why DoRA prevents fusing adapters.
+
+    Returns an empty string if it does not.
+    """
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:

@@ -41,7 +41,7 @@ from fastlora.layers.group_members import (
     prepare_group_launch,
     select_sharing_layers,
 )
-from fastlora.layers.shared_input import SharedInputGroup, observe_group
+from fastlora.layers.shared_input import SharedInputGroup, observe_call
 from fastlora.layers.table_launch import (
     TableLaunchArguments,
     linear_from_tables,
@@ -73,9 +73,9 @@ _LayerFactors = Factors | Slots | TableLaunchArguments
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
 ) -> PrecomputedResult | None:
-    """Return a layer's result from a call that computes the results of several layers.
+    """Compute a layer's result together with the results of other layers in its group.
 
-    The layers belong to the same shared-input group. The result contains y, or the s from which the
+    The group is the layer's shared-input group. The result contains y, or the s from which the
     layer computes y. If an earlier call has already computed the result, the layer takes it.
     Otherwise, one call computes the results of this layer and of other layers in its group. The
     function is called only if kernels run.
@@ -95,10 +95,10 @@ def group_forward(
         return (
             None
             if isinstance(own, TableLaunchArguments) or not records
-            else _s_in_compiled_graph(call, _as_slots(own))
+            else _compute_s_in_compiled_graph(call, _as_slots(own))
         )
     table_launch = own if isinstance(own, TableLaunchArguments) else None
-    group = observe_group(layer, x) if table_launch is None else table_launch.group
+    group = observe_call(layer, x) if table_launch is None else table_launch.group
     if group is None or (not records and isinstance(own, list)):
         return None
     if group.idle and id(layer) in group.idle:
@@ -146,7 +146,10 @@ def group_forward(
 
 
 def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
-    """Return the reason that a call cannot share results, or an empty string if it can."""
+    """Return the reason that a call cannot share results.
+
+    Returns an empty string if it can.
+    """
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
@@ -187,10 +190,11 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
 def _operand_cache_key(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: PrecomputedResult
 ) -> tuple[object, ...] | None:
-    """Return a cache key for a layer's operands, or None if there is none.
+    """Return a cache key for a layer's operands.
 
-    The operands are those that the layer would use to compute ``made``. There is no key if the
-    layer cannot use such a result, or if writes to its tensors are not counted.
+    The operands are those that the layer would use to compute ``made``. Returns None if there is no
+    key. There is no key if the layer cannot use such a result, or if writes to its tensors are not
+    counted.
     """
     # The stream is determined as in `cuda_stream_handle`, without a Python call.
     x = call.original_x
@@ -223,9 +227,10 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for ``s = x @ lora_a.T``, or None if any lora_a is an inference tensor.
+    """Return a cache key for ``s = x @ lora_a.T``.
 
-    The key contains the stream, the dropout probabilities, and the state of every lora_a.
+    Returns None if any lora_a is an inference tensor. The key contains the stream, the dropout
+    probabilities, and the state of every lora_a.
     """
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _tensor_cache_key(stream, dropout_p, [a for a in lora_a_by_slot(own) if a is not None])
@@ -336,14 +341,17 @@ def _compute_s_together(
 
 
 def _active_dropout_p(slots: Slots) -> float:
-    """Return the active dropout probability of a layer's slots, or 0 if dropout is not active.
+    """Return the active dropout probability of a layer's slots.
 
-    `select_sharing_layers` ensures that at most one adapter of the layer has active dropout.
+    It is 0 if dropout is not active. `select_sharing_layers` ensures that at most one adapter of
+    the layer has active dropout.
     """
     return max(0.0 if factors is None else factors.dropout_p for factors in slots)
 
 
-def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> PrecomputedResult | None:
+def _compute_s_in_compiled_graph(
+    call: UniformCall | MixedCall, own: Slots
+) -> PrecomputedResult | None:
     """Compute s for a layer's group in a graph that is being compiled.
 
     Returns the layer's own result, or None if s is not shared.
@@ -423,10 +431,11 @@ def _compute_outputs_with_neighbors(
 def _compute_output_and_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute a layer's output, and ``s = x @ lora_a.T`` for its neighboring layers, in one call.
+    """Compute a layer's output and the s of its neighboring layers in one call.
 
-    The neighboring layers are next to the layer in the address tables. Their results are stored in
-    the group. Returns the layer's own result, or None if it has no neighboring layers.
+    s is ``x @ lora_a.T``. The neighboring layers are next to the layer in the address tables. Their
+    results are stored in the group. Returns the layer's own result, or None if it has no
+    neighboring layers.
     """
     if own.group is None:
         return None

@@ -166,9 +166,10 @@ def prepare_group_launch(
 def _groupable_operands(
     member: BaseLinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return a member's `Base` and `Factors`, or None if it needs its own kernel launch.
+    """Return a member's operands for a kernel launch that it shares with the first layer.
 
-    The member can share the first layer's kernel launch if one call can compute the outputs of both
+    The operands are its `Base` and `Factors`. Returns None if the member needs its own launch. The
+    member can share the first layer's kernel launch if one call can compute the outputs of both
     layers. With gradients, there are two more conditions. No parameter may have hooks, because the
     shared autograd node calls the hooks, with None, even for a y that was never used. If x needs no
     gradient, either both layers must train or neither, because autograd treats every output of a
@@ -216,9 +217,10 @@ def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, ow
 
 
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return a list of a layer's factors, scaling, base weight, and bias.
+    """Return a list of the tensors among a layer's operands.
 
-    The layer's output depends on these tensors and on x. A weight or bias of None is left out.
+    They are the factors, the scaling, the base weight, and the bias. The layer's output depends on
+    these tensors and on x. A weight or bias of None is left out.
     """
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
@@ -325,7 +327,10 @@ def _reason_for_separate_pass(
 
 
 def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
-    """Return a list with each slot's lora_a, or None for a slot without factors."""
+    """Return a list with each slot's lora_a.
+
+    The entry of a slot without factors is None.
+    """
     return [None if factors is None else factors.lora_a for factors in slots]
 
 

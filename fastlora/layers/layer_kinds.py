@@ -40,10 +40,11 @@ class ParameterSettings(NamedTuple):
 
 
 class LayerAdapterSettings(NamedTuple):
-    """An adapter's settings for one layer, which are passed to `LoraLayer.add_adapter`.
+    """An adapter's settings for one layer.
 
-    ``parameters`` lists the parameters that ``target_parameters`` selects, in the order of
-    ``named_parameters()``. If it is empty, the adapter is on the module as a whole.
+    They are passed to `LoraLayer.add_adapter`. ``parameters`` lists the parameters that
+    ``target_parameters`` selects, in the order of ``named_parameters()``. If it is empty, the
+    adapter is on the module as a whole.
     """
 
     r: int = 8
@@ -99,7 +100,9 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
 
 def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> LayerKind | None:
-    """Return the `LayerKind` of a base layer, or None if the base layer does not support adapters.
+    """Return the `LayerKind` of a base layer.
+
+    Returns None if the base layer does not support adapters.
 
     Args:
         module: The base layer.
@@ -112,14 +115,17 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
 
 
 def parameter_kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the `LayerKind` of a module with adapted parameters, or None if no kind matches."""
+    """Return the `LayerKind` of a module with adapted parameters.
+
+    Returns None if no kind matches.
+    """
     return next((k for k in _KINDS if k.adapts_parameters and k.matches(module)), None)
 
 
 def layer_kind_names() -> list[str]:
-    """Return the names of all layer kinds as a sorted list.
+    """Return a list of the names of all layer kinds.
 
-    The list is for messages.
+    The list is sorted and is for messages.
     """
     return sorted({kind.name for kind in _KINDS})
 

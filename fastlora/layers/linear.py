@@ -85,9 +85,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, *, adapter_name: str | None = DEFAULT_ADAPTER, **adapter: Any
     ) -> FastLoraLinear:
-        """Create a LoRA layer from an `nn.Linear`, by default with a new adapter.
+        """Create a LoRA layer from an `nn.Linear`.
 
-        The layer shares the weight and bias of ``linear``, which become frozen.
+        By default, a new adapter is added. The layer shares the weight and bias of ``linear``,
+        which become frozen.
 
         Args:
             linear: A plain `nn.Linear`.
@@ -154,7 +155,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             self.bias.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output ``[..., N]`` for ``x [..., K]``, with the active adapters applied."""
+        """Return the layer's output for x, with the active adapters applied.
+
+        The output is ``[..., N]`` for ``x [..., K]``.
+        """
         call = create_call(self, x)
         # Read `_parameters` directly: an attribute lookup on a module takes a microsecond.
         weight: Any = self._parameters.get("weight")
@@ -179,7 +183,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return this layer, which is its own base layer.
+        """Return the base layer, which is this layer itself.
 
         The layer itself contains the base weight.
         """

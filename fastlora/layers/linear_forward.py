@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall | MixedCall:
-    """Create the `UniformCall` or `MixedCall` for calling a layer with ``x [..., K]``.
+    """Create the `UniformCall` or `MixedCall` for calling a layer with x.
 
-    The object contains the conditions of the forward pass and the adapters to apply. A
-    `UniformCall` without names means that only the base layer runs.
+    x is ``[..., K]``. The object contains the conditions of the forward pass and the adapters to
+    apply. A `UniformCall` without names means that only the base layer runs.
     """
     routing = None if layer._disabled else active_routing(layer)
     names = layer._applied_adapters() if routing is None else []
@@ -56,7 +56,10 @@ def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall |
 
 
 def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
-    """Run a linear layer with the call's adapters applied, and return the output ``[..., N]``."""
+    """Run a linear layer with the call's adapters applied.
+
+    Returns the output ``[..., N]``.
+    """
     if isinstance(call, MixedCall):
         if call.conditions.compiling or call.routing.cache.row_checker is None:
             return forward_mixed(call, base)
@@ -91,7 +94,10 @@ def _split_at_dora_adapters(layer: BaseLinearWithAdapters, names: list[str]) -> 
 
 
 def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer with adapters that do not use DoRA."""
+    """Run a base layer with adapters that do not use DoRA.
+
+    Returns the output ``[..., N]``.
+    """
     layer, x, conditions = call.layer, call.x, call.conditions
     if conditions.invariant and base.weight is None:
         conditions.raise_if_batch_invariant(layer, BASE_GEMM_VARIES)
@@ -123,12 +129,12 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
 def _concatenate_adapters_without_dropout(
     call: UniformCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Concatenate the factors of several adapters.
+    """Concatenate the factors of several adapters unless dropout is active.
 
-    They are concatenated along the rank dimension, unless dropout is active. Returns a tuple of the
-    concatenated factors, a list of the adapters to compute separately, and the sum of the adapters'
-    scaled lora_bias ``[N]`` or None. With active dropout, the first item is the first adapter
-    alone. The first item is None if the modules of any adapter must be called.
+    They are concatenated along the rank dimension. Returns a tuple of the concatenated factors, a
+    list of the adapters to compute separately, and the sum of the adapters' scaled lora_bias
+    ``[N]`` or None. With active dropout, the first item is the first adapter alone. The first item
+    is None if the modules of any adapter must be called.
     """
     found: list[Factors] = []
     for name in names:

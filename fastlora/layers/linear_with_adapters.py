@@ -86,11 +86,17 @@ class BaseLinearWithAdapters(nn.Module):
     _local_magnitude: Callable[[str], torch.Tensor]
 
     def _fusable_base(self) -> Base | None:
-        """Return the base weight and bias as a `Base`, or None if the base layer must be called."""
+        """Return the base weight and bias as a `Base` for fused operations.
+
+        Returns None if the base layer must be called.
+        """
         return None
 
     def _local_quantized(self) -> BaseQuantizedWeight | None:
-        """Return this process's part of a quantized base weight, or None for other weights."""
+        """Return this process's part of a quantized base weight.
+
+        Returns None for other weights.
+        """
         return None
 
     def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
@@ -103,9 +109,9 @@ class BaseLinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share ``[N]`` of the base bias.
+        """Return this process's share of the base bias.
 
-        Returns None if the base layer has no bias.
+        The share is ``[N]``. Returns None if the base layer has no bias.
         """
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
@@ -118,10 +124,10 @@ class BaseLinearWithAdapters(nn.Module):
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Add up ``sums`` across processes to get the squared norms of whole rows.
+        """Add up squared row norms across processes.
 
         Each entry of ``sums`` contains the squared norms ``[N]`` of an adapted weight over this
-        process's columns. Each result is ``[N]``, with infinity instead of 0. By default, a process
-        has whole rows, so nothing is added.
+        process's columns. Each result contains the squared norms ``[N]`` of whole rows, with
+        infinity instead of 0. By default, a process has whole rows, so nothing is added.
         """
         return [replace_zeros_with_infinity(each) for each in sums]

@@ -100,9 +100,10 @@ class LoraLayer(Mergeable):
     def _create_factors(
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, parts.Factor]:
-        """Create a new adapter's factors as a dict whose keys are part names such as ``"lora_A"``.
+        """Create a new adapter's factors.
 
-        Values are drawn as PEFT draws them.
+        Returns a dict whose keys are part names such as ``"lora_A"``. Values are drawn as PEFT
+        draws them.
         """
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
@@ -118,9 +119,9 @@ class LoraLayer(Mergeable):
         return [self.get_base_layer()]
 
     def _weight_for_init(self, purpose: str) -> torch.Tensor:
-        """Return the base weight ``[N, K]`` from which an adapter is initialized.
+        """Return the base weight from which an adapter is initialized.
 
-        ``purpose`` begins the error message if the weight cannot be read.
+        The weight is ``[N, K]``. ``purpose`` begins the error message if the weight cannot be read.
         """
         return dense_weight(self.get_base_layer(), purpose).detach()
 
@@ -129,7 +130,10 @@ class LoraLayer(Mergeable):
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return the LoRA layers inside this layer as a dict, keyed by relative name."""
+        """Return a dict of the LoRA layers inside this layer.
+
+        The dict is keyed by relative name.
+        """
         return {}
 
     def _layers_to_adapt(
@@ -345,10 +349,10 @@ class LoraLayer(Mergeable):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from the layer.
+        """Remove an adapter from the layer without checks.
 
-        Unlike `delete_adapter`, this method checks nothing. A failed `add_adapter` calls this
-        method, for example.
+        Unlike this method, `delete_adapter` checks that the adapter can be deleted. A failed
+        `add_adapter` calls this method, for example.
         """
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
@@ -433,9 +437,10 @@ class LoraLayer(Mergeable):
         return names
 
     def widen(self, adapter_name: str) -> None:
-        """Upcast an adapter's factors to fp32 if they have lower precision.
+        """Upcast an adapter's factors to fp32.
 
-        If the adapter uses DoRA, its magnitude is recomputed.
+        Only factors that have lower precision are converted. If the adapter uses DoRA, its
+        magnitude is recomputed.
         """
         for part, factor in self._factors_by_part(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
@@ -445,7 +450,10 @@ class LoraLayer(Mergeable):
             self.reset_magnitude(adapter_name)
 
     def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
-        """Return an adapter's factors as a dict whose keys are part names such as ``"lora_A"``."""
+        """Return a dict of an adapter's factors, keyed by part.
+
+        The keys are part names such as ``"lora_A"``.
+        """
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:
             holder = self._modules[part]

@@ -21,7 +21,9 @@ _ROWS = 64
 
 
 class MergeTarget(Protocol):
-    """Protocol for a base weight ``[N, K]`` that adapters are merged into.
+    """Protocol for a base weight that adapters are merged into.
+
+    As a matrix, the weight is ``[N, K]``.
 
     Attributes:
         in_place: Whether a write to the result of `dense` changes the weight itself.
@@ -32,7 +34,10 @@ class MergeTarget(Protocol):
     backend: str | None
 
     def dense(self) -> torch.Tensor:
-        """Return the weight as a dense matrix ``[N, K]``, which is a view or a new tensor."""
+        """Return the weight as a dense matrix.
+
+        The matrix is ``[N, K]``, and is a view or a new tensor.
+        """
 
     def merge_buffer(self) -> torch.Tensor:
         """Return a dense matrix to merge into.
@@ -42,7 +47,10 @@ class MergeTarget(Protocol):
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
-        """Return the squared Frobenius norm of the difference between the weight and a matrix."""
+        """Return the squared distance between the weight and a matrix.
+
+        The distance is the Frobenius norm of the difference.
+        """
 
     def check_writable(self) -> None:
         """Raise `UnsupportedLayerError` if the weight cannot be written.
@@ -51,13 +59,17 @@ class MergeTarget(Protocol):
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Replace the weight with ``dense [N, K]``.
+        """Write a dense matrix to the weight.
 
-        ``dense`` is quantized in the same way as the weight.
+        The matrix is ``[N, K]`` and replaces the weight's values. It is quantized in the same way
+        as the weight.
         """
 
     def snapshot(self) -> object:
-        """Return a snapshot for `restore`: a copy of all data that `write` changes."""
+        """Return a snapshot of the weight for `restore`.
+
+        The snapshot is a copy of all data that `write` changes.
+        """
 
     def restore(self, snapshot: object) -> None:
         """Restore the weight from a snapshot.
@@ -77,9 +89,9 @@ class MergeTarget(Protocol):
         """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
-        """Return the dense matrix ``[N, K]`` that a snapshot represents.
+        """Return the dense matrix that a snapshot represents.
 
-        The snapshot is a result of `snapshot`.
+        The matrix is ``[N, K]``. The snapshot is a result of `snapshot`.
         """
 
     def fingerprint(self) -> Fingerprint:
@@ -147,7 +159,7 @@ class DenseMergeTarget:
 
 
 def bit_sums(tensor: torch.Tensor | None) -> Fingerprint:
-    """Return a tensor's fingerprint, computed from sums of its bits.
+    """Return sums of a tensor's bits as a fingerprint of the tensor.
 
     The bits are read as integers and summed by row and by column. Any write changes the sums,
     whether or not it changes the tensor's version. Examples are writes by an optimizer, by compiled

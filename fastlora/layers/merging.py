@@ -92,10 +92,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         clear_weight_dependent_caches(self)
 
     def _requantize_and_measure_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
-        """Write ``matrix [N, K]`` to the weight, and record the quantization error.
+        """Requantize the weight with new values, and measure the quantization error.
 
-        The error is stored in `merge_error`. For weights that are merged in place, the
-        method does nothing.
+        The new values are those of ``matrix [N, K]``. The error is stored in `merge_error`. For
+        weights that are merged in place, the method does nothing.
         """
         if weight.in_place:
             return
@@ -107,9 +107,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that adapters can be merged, and return a list of those that would be merged.
+        """Check that adapters can be merged.
 
-        Raises the same errors as `merge`. The layer is not changed.
+        Returns a list of the adapters that would be merged. Raises the same errors as `merge`. The
+        layer is not changed.
         """
         for name in adapter_names or ():
             self._check_has_adapter(name)
@@ -181,7 +182,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         clear_weight_dependent_caches(self)
 
     def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Subtract every merged adapter from ``weight [N, K]`` and ``bias [N]`` in place."""
+        """Subtract every merged adapter from a weight and a bias in place.
+
+        The weight is ``[N, K]``, and the bias is ``[N]``.
+        """
         merged = list(self.merged_adapters)
         for place in range(len(merged) - 1, -1, -1):
             name = merged[place]
@@ -192,7 +196,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             )
 
     def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each DoRA adapter's name to its scale g ``[N]``."""
+        """Return a dict that maps each DoRA adapter's name to its DoRA scale.
+
+        The scale is g, ``[N]``.
+        """
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
@@ -202,9 +209,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     @torch.no_grad()
     def _squared_row_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict of the squared row norms ``[N]`` of adapted weights, keyed by adapter name.
+        """Return a dict that maps adapter names to squared row norms of the adapted weights.
 
-        An adapted weight is the unmerged base weight plus the adapter's update.
+        The squared norms are ``[N]``. An adapted weight is the unmerged base weight plus the
+        adapter's update.
         """
         if not names:
             return {}
@@ -233,11 +241,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _add_delta_weight(
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
-        """Add ``sign`` times an adapter's delta weight to ``weight [N, K]`` in place.
+        """Add ``sign`` times an adapter's delta weight to a weight in place.
 
-        The delta weight is ``scaling * B @ A``. The sum is rounded once. For a DoRA adapter,
-        ``scale [N]`` is its g or the inverse of g. The sum is multiplied by ``scale``,
-        or, if the update is subtracted (``sign < 0``), the weight is multiplied before.
+        The weight is ``[N, K]``. The delta weight is ``scaling * B @ A``. The sum is rounded once.
+        For a DoRA adapter, ``scale [N]`` is its g or the inverse of g. The sum is multiplied by
+        ``scale``, or, if the update is subtracted (``sign < 0``), the weight is multiplied before.
         """
         lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -282,15 +290,18 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias, where lora_bias may be None.
+        """Return an adapter's lora_a, lora_b, and lora_bias as a tuple.
 
-        Their shapes are ``[R, K]``, ``[N, R]``, and ``[N]``.
+        Their shapes are ``[R, K]``, ``[N, R]``, and ``[N]``. lora_bias may be None.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _factors_for_dora_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the weight update used to compute an adapter's DoRA norms."""
+        """Return the two factors from which an adapter's DoRA norms are computed.
+
+        They are the factors of the weight update.
+        """
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
@@ -306,7 +317,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
                 place.copy_(value)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's weight update ``scaling * B @ A``.
+        """Return an adapter's delta weight ``scaling * B @ A``.
 
         It has the base weight's shape and the factors' dtype. As in PEFT, a DoRA magnitude is not
         included.

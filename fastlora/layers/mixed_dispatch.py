@@ -98,7 +98,10 @@ def check_not_merged(layer: BaseLinearWithAdapters) -> None:
 
 
 def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
-    """Return whether a call records no autograd graph and applies no dropout."""
+    """Return whether a call has no gradients and no dropout.
+
+    Such a call records no autograd graph and applies no dropout.
+    """
     routing = call.routing
     # A captured routing is over a pool, and a pool's adapters have no dropout.
     if call.layer.training and not routing.captured:
@@ -110,7 +113,10 @@ def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
 
 
 def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
-    """Return the address tables that kernels read, or None if kernels are not used."""
+    """Return the address tables for the kernels.
+
+    Returns None if kernels are not used.
+    """
     x, conditions = call.x, call.conditions
     if conditions.invariant:
         conditions.check_batch_invariant(x)

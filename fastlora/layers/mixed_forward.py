@@ -32,7 +32,11 @@ from fastlora.layers.mixed_dispatch import (
     choose_mixed_implementation,
     slot_factors_for_compiled_graph,
 )
-from fastlora.layers.table_launch import get_table_launch, linear_from_tables, output_from_tables
+from fastlora.layers.table_launch import (
+    get_table_launch_arguments,
+    linear_from_tables,
+    output_from_tables,
+)
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import KERNEL_DTYPES
 from fastlora.ops.factors import (
@@ -50,9 +54,10 @@ _NO_FACTORS: Any = None, None, 0.0, None, 0.0, None
 
 
 def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
-    """Return a layer's output ``[..., N]`` for a mixed batch.
+    """Return a layer's output for a mixed batch.
 
-    For rows of adapters that the layer lacks, the output is that of the base layer.
+    The shape of the output is ``[..., N]``. For rows of adapters that the layer lacks, the output
+    is that of the base layer.
     """
     layer, routing = call.layer, call.routing
     if call.conditions.compiling:
@@ -66,7 +71,7 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
         dora = dora_layer.find_dora_slots(layer, routing)
     known = routing.cache.layers.get(("packs", layer.routing_index))
     if known is not None and known[0] == packed_factors.packed_cache_key(call, base):
-        y, by_address = packed_factors.run_packed(call, base, *known[1]), False
+        y, by_address = packed_factors.output_from_packed_factors(call, base, *known[1]), False
     else:
         y, by_address = _forward_before_dora(call, base, () if dora is None else dora.dropped)
     if dora is None:
@@ -79,10 +84,10 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 def _forward_before_dora(
     call: MixedCall, base: Base, excluded_slots: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
-    """Compute a layer's output ``[..., N]`` for a mixed batch, before DoRA is applied.
+    """Compute a layer's output for a mixed batch before DoRA is applied.
 
-    Returns a tuple (output, whether kernels found the factors by address). Rows of the slots in
-    ``excluded_slots`` get the base layer's output.
+    Returns a tuple (output ``[..., N]``, whether kernels found the factors by address). Rows of the
+    slots in ``excluded_slots`` get the base layer's output.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = choose_mixed_implementation(call, base, excluded_slots)
@@ -98,7 +103,7 @@ def _forward_before_dora(
         if is_bare:
             packed = packed_factors.get_packed_factors(call, base, rows)
             if packed is not None:
-                return packed_factors.run_packed(call, base, *packed), False
+                return packed_factors.output_from_packed_factors(call, base, *packed), False
         own = factors_in_slots(routing.source, layer, rows.used_slots, excluded_slots)
         check_factor_devices(own, x)
         y = _forward_with_factor_lists(call, base, own, rows, rows.used_slots)
@@ -108,12 +113,13 @@ def _forward_before_dora(
 
 
 def _forward_by_address(call: MixedCall, base: Base, tables: AddressTables) -> torch.Tensor:
-    """Compute the output ``[..., N]`` with the factors at the addresses in ``tables``.
+    """Compute a layer's output with the factors at the addresses in ``tables``.
 
-    If the tables have no row for the layer, the result is the base layer's output.
+    The shape of the output is ``[..., N]``. If the tables have no row for the layer, the result is
+    the base layer's output.
     """
     x, conditions = call.x, call.conditions
-    table_launch = get_table_launch(
+    table_launch = get_table_launch_arguments(
         call, tables, call.sorted_rows(), conditions.invariant, conditions.backend
     )
     if table_launch is None:
@@ -137,11 +143,12 @@ def _forward_with_factor_lists(
     which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the output ``[..., N]`` with factors that are passed as lists of tensors.
+    """Compute a layer's output with lists of factors.
 
-    `fastlora.autograd.lora_linear.run_adapters` computes the output. If PyTorch operators run,
-    ``slots`` lists the factors of the slots in ``which``. If kernels run, it lists the factors of
-    all slots, and ``s`` is given if another layer of the shared-input group has computed it.
+    `fastlora.autograd.lora_linear.run_adapters` receives the factors as lists of tensors and
+    computes the output ``[..., N]``. If PyTorch operators run, ``slots`` lists the factors of the
+    slots in ``which``. If kernels run, it lists the factors of all slots, and ``s`` is given if
+    another layer of the shared-input group has computed it.
     """
     x, impl = call.x, "triton" if which is None else "eager"
     lora_a: list[Any] = []
@@ -177,9 +184,9 @@ def _forward_with_factor_lists(
 
 
 def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
-    """Return the base layer's output ``[..., N]`` without adapters.
+    """Return a layer's output without adapters.
 
-    The batch has no adapters on the layer.
+    It is the base layer's output ``[..., N]``. The batch has no adapters on the layer.
     """
     weight, bias, y, _ = base
     if weight is None:
@@ -219,10 +226,10 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
 
 
 def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Compute the output ``[..., N]`` from the factors of each slot.
+    """Compute a layer's output from a list of factors in a graph that is being compiled.
 
-    The computation is part of a graph that is being compiled. At least one slot must have factors
-    on the layer.
+    ``slots`` lists the factors of each slot. At least one slot must have factors on the layer. The
+    shape of the output is ``[..., N]``.
     """
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
     if promoted_factor_dtype(slots) not in KERNEL_DTYPES and layer.impl != "triton":

@@ -66,7 +66,10 @@ class ModuleWithAdapters:
 
     @property
     def active_adapter(self) -> list[str]:
-        """Alias of `active_adapters`, provided because PEFT uses both names."""
+        """Names of the active adapters.
+
+        This property is an alias of `active_adapters`. PEFT uses both names.
+        """
         return self.active_adapters
 
     @property
@@ -111,7 +114,10 @@ class ModuleWithAdapters:
         self._train_only([] if inference_mode else self._active_adapters)
 
     def _train_only(self, names: list[str]) -> None:
-        """Make the parameters of the named adapters trainable, and freeze all other adapters."""
+        """Make only the named adapters trainable.
+
+        All other adapters are frozen.
+        """
         for adapter in self._all_available_adapter_names():
             for parameter in self.adapter_parameters(adapter):
                 parameter.requires_grad_(adapter in names)
@@ -154,9 +160,10 @@ class ModuleWithAdapters:
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that adapters can be merged, and return a list of those that would be merged.
+        """Check that adapters can be merged, and return their names.
 
-        Raises the same errors as `merge`. The module is not changed.
+        The list contains the adapters that `merge` would merge. Raises the same errors as `merge`.
+        The module is not changed.
         """
         return []
 

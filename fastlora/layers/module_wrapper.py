@@ -48,12 +48,18 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ---------------------------------------------------------- methods that subclasses override
 
     def get_base_layer(self) -> nn.Module:
-        """Return the original module."""
+        """Return the base layer.
+
+        It is the original module that this object wraps.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
     def _trained_modules_or_rows_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
-        """The trained copies of the module or of some of its rows, keyed by adapter name."""
+        """The trained modules or rows, keyed by adapter name.
+
+        They are copies of the wrapped module or of some of its rows.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -81,29 +87,39 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Release and return the module that will replace this wrapper.
+        """Release and return the wrapped module.
 
-        By default, it is the base module. It replaces the wrapper when the adapters are removed.
+        The returned module replaces this wrapper when the adapters are removed. By default, it is
+        the base layer.
         """
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
-        """Return the module in use, which provides the attributes that the wrapper lacks."""
+        """Return the module that is currently in use.
+
+        It provides the attributes that the wrapper lacks.
+        """
         return self.get_base_layer()
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters that have their own copy of this module or of some of its rows."""
+        """Names of all adapters in this module.
+
+        Each of them has its own copy of the wrapped module or of some of its rows.
+        """
         return list(self._trained_modules_or_rows_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's own parameters in this module, if any."""
+        """Yield an adapter's parameters in this module.
+
+        They are the adapter's own copies. Nothing is yielded if the module lacks the adapter.
+        """
         if adapter_name in self._trained_modules_or_rows_by_adapter:
             trained = self._trained_modules_or_rows_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained_copy(self, adapter_name: str) -> None:
-        """Remove an adapter's own copy of the module or of its rows."""
+        """Remove an adapter's trained copy of the module or of its rows."""
         del self._trained_modules_or_rows_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
@@ -164,9 +180,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the adapter that a forward pass applies, or None if there is none.
+        """Return the name of the adapter that a forward pass applies.
 
         It is the first active adapter that has its own copy of this module or of some of its rows.
+        Returns None if there is no such adapter, or if the adapters are disabled.
         """
         if self._disabled:
             return None
@@ -177,10 +194,11 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 def adapter_index_of_rows(
     ids: torch.Tensor, names: tuple[str, ...], known: list[str], num_rows: int, device: torch.device
 ) -> torch.Tensor:
-    """Return each row's adapter as an index into ``known``, or -1 for no adapter.
+    """Return the index of each row's adapter.
 
-    The result is int64 ``[num_rows]``. ``ids [B]`` are the slots of samples or tokens, and
-    ``names`` lists the adapter of each slot.
+    The result is int64 ``[num_rows]``. An index is a position in ``known``, or -1 for a row without
+    an adapter. ``ids [B]`` are the slots of samples or tokens, and ``names`` lists the adapter of
+    each slot.
 
     Raises:
         ValueError: The number of rows is not a multiple of the number of ids.

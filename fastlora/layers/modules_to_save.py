@@ -28,9 +28,10 @@ def raise_if_container(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Wrapper that holds a ``modules_to_save`` module and a copy of the module for each adapter.
+    """Wrapper of a module in ``modules_to_save``.
 
-    The forward pass runs the active adapter's copy, or the original module if none is active.
+    The wrapper holds the original module and a copy of it for each adapter. The forward pass runs
+    the active adapter's copy, or the original module if none is active.
 
     Args:
         original_module: The module to copy.
@@ -52,7 +53,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str, tied_to: nn.Module | None = None) -> None:
-        """Add an adapter, and give it its own copy of the original module.
+        """Add an adapter to this module.
+
+        The adapter gets its own copy of the original module.
 
         Args:
             adapter_name: The adapter that gets the copy.
@@ -79,20 +82,27 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in owned}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the original module."""
+        """Return the base layer.
+
+        It is the original module that this object wraps.
+        """
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the active adapter's copy, or the original module if no adapter is active.
+        """Release and return the active adapter's module.
 
-        The returned module replaces this wrapper when the adapters are removed. Whether adapters
-        are disabled makes no difference.
+        It is the adapter's copy, or the original module if no adapter is active. The returned
+        module replaces this wrapper when the adapters are removed. Whether adapters are disabled
+        makes no difference.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
 
     def current(self) -> nn.Module:
-        """Return the module that is currently in use: the active copy or the original module."""
+        """Return the module that is currently in use.
+
+        It is the active copy or the original module.
+        """
         name = self.acting()
         return self.original_module if name is None else self.modules_to_save[name]
 

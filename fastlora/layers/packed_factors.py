@@ -30,10 +30,10 @@ _Packed = tuple[PackedLayerFactors, packed_plans.Plan, Rows]
 
 
 def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
-    """Return the cache key for packed factors, or None if they cannot be cached.
+    """Return the cache key for a layer's packed factors.
 
     The key consists of x's dtype, device, and number of rows, the layer's implementation, and the
-    weights version of its factors.
+    weights version of its factors. Returns None if the packed factors cannot be cached.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     like, dtype = base.y if base.weight is None else base.weight, x.dtype
@@ -55,12 +55,13 @@ def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
     return dtype, x.device, layer.impl, weights_version, x.numel() // x.shape[-1]
 
 
-def run_packed(
+def output_from_packed_factors(
     call: MixedCall, base: Base, pack: PackedLayerFactors, plan: packed_plans.Plan, rows: Rows
 ) -> torch.Tensor:
-    """Compute a layer's output ``[..., N]`` with packed factors.
+    """Compute a layer's output with packed factors.
 
-    A decode step spends most of its time in this function, so the overhead of Python matters.
+    The shape of the output is ``[..., N]``. A decode step spends most of its time in this function,
+    so the overhead of Python matters.
     """
     x, adapter = call.x, rows.segment_index
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -72,10 +73,10 @@ def run_packed(
 
 
 def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Return a layer's packed factors for a mixed batch, or None if it has none.
+    """Return a layer's packed factors for a mixed batch.
 
-    The result is a tuple (packed factors, plan, rows). The factors are packed if necessary. The
-    result is cached for the block.
+    The result is a tuple (packed factors, plan, rows), or None if the layer has no packed factors
+    for the batch. The factors are packed if necessary. The result is cached for the block.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:
@@ -109,10 +110,10 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
 
 
 def _packable_factors(layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
-    """Return a list of the factors to pack, or None if they cannot be packed.
+    """Return a list of the factors to pack.
 
-    The list has one entry for each slot with rows. Active dropout, hooks, and factors on another
-    device than x prevent packing.
+    The list has one entry for each slot with rows. Returns None if the factors cannot be packed.
+    Active dropout, hooks, and factors on another device than x prevent packing.
     """
     try:
         slots = factors_in_slots(call.routing.source, layer, rows.used_slots)

@@ -224,9 +224,10 @@ def call_base_layer(
 
 
 def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
-    """Return a `Base` with a layer's quantized weight, or None if kernels cannot read the weight.
+    """Return a `Base` with a layer's quantized weight.
 
-    The weight has the dtype that the base layer computes in.
+    The weight has the dtype that the base layer computes in. Returns None if kernels cannot read
+    the weight.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), None)
@@ -234,9 +235,10 @@ def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
 
 
 def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:
-    """Return the reason why a layer's base layer must be called, or an empty string if it need not.
+    """Return the reason why a layer's base layer must be called.
 
-    This function is for base layers that are not a plain `nn.Linear`.
+    The result is an empty string if the base layer need not be called. This function is for base
+    layers that are not a plain `nn.Linear`.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
@@ -265,7 +267,10 @@ def describe_quantization(layer: BaseLinearWithAdapters) -> str:
 def to_base_output_dtype(
     call: UniformCall | MixedCall, base: Base, y: torch.Tensor
 ) -> torch.Tensor:
-    """Convert ``y`` to the base layer's output dtype, which is the dtype of x."""
+    """Convert ``y`` to the base layer's output dtype.
+
+    It is the dtype of x.
+    """
     dtype = call.original_x.dtype
     if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
         return y

@@ -19,9 +19,10 @@ from fastlora.layers.lora_layer import LoraLayer
 
 @torch.no_grad()
 def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
-    """Pad copies of an adapter's factors to ``rank``, and return them in a dict keyed by part.
+    """Return an adapter's factors, padded to ``rank``.
 
-    The layer is not changed.
+    The result is a dict that maps each part to a padded copy of its factor. The layer is not
+    changed.
     """
     held = layer._factors_by_part(adapter_name)
     lora_bias = layer._factors(adapter_name)[2] is not None
@@ -41,9 +42,9 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
 def replace_factors(
     layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
 ) -> None:
-    """Replace an adapter's factors with factors of rank ``rank``.
+    """Replace an adapter's factors.
 
-    The adapter's scaling does not change.
+    The new factors have rank ``rank``. The adapter's scaling does not change.
     """
     for part, factor in factors.items():
         layer._modules[part][adapter_name] = factor
@@ -56,7 +57,10 @@ def replace_factors(
 def set_scaling_and_alpha(
     layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
 ) -> None:
-    """Set an adapter's scaling, and the lora_alpha that matches it at the current rank."""
+    """Set an adapter's scaling and lora_alpha.
+
+    The lora_alpha is the one that matches the scaling at the current rank.
+    """
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)

@@ -72,7 +72,9 @@ class Scalings(dict[str, Scaling]):
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """Return a scaling, setting it first if it is missing, as `dict.setdefault` does.
+        """Return an adapter's scaling, setting it first if it is missing.
+
+        The method works like `dict.setdefault`.
 
         Raises:
             TypeError: The scaling is missing, and ``value`` is None.

@@ -32,7 +32,9 @@ _Location = tuple[int, int]
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class GroupCallResults:
-    """Results that one call computed from one tensor for several layers.
+    """Results that one call computed for a group of layers.
+
+    They were computed from one tensor.
 
     Attributes:
         x: The tensor.
@@ -93,10 +95,10 @@ class SharedResultCache(UncopiedCache):
         results: Mapping[int, tuple[object, object]],
         model: RoutedLayerGroup | None = None,
     ) -> None:
-        """Store results that one layer has computed from x, so that other layers can use them.
+        """Store results that one layer has computed for other layers.
 
-        ``computed_by`` is the layer that has computed the results. ``results`` maps each of the
-        other layers to a tuple (cache key, result).
+        The results were computed from x. ``computed_by`` is the layer that has computed them.
+        ``results`` maps each of the other layers to a tuple (cache key, result).
         """
         thread, version = get_ident(), 0 if x.is_inference() else x._version
         location = thread, id(x)
@@ -126,11 +128,11 @@ class SharedResultCache(UncopiedCache):
         context: tuple[object, ...],
         entry: GroupCallResults | None = None,
     ) -> tuple[Any, Any] | None:
-        """Remove and return the result that was computed for a layer, or None if there is none.
+        """Remove and return the result that was computed for a layer.
 
-        The return value is a tuple (cache key, result). The result was computed by this thread,
-        from the current values of x in the same ``context``. ``entry`` is this thread's entry for
-        x, if the caller has looked it up.
+        The return value is a tuple (cache key, result), or None if there is no result. The result
+        was computed by this thread, from the current values of x in the same ``context``. ``entry``
+        is this thread's entry for x, if the caller has looked it up.
         """
         location = get_ident(), id(x)
         if entry is None:
@@ -251,7 +253,7 @@ class _CallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append to the sequence a layer that is called with x.
+        """Append the call of a layer with x to the sequence.
 
         Also record whether x has been written to since the first call.
         """
@@ -286,7 +288,10 @@ _sequences_lock = threading.Lock()
 
 
 def known_group(layer: nn.Module) -> SharedInputGroup | None:
-    """Return a layer's shared-input group, or None if the group has not been identified yet."""
+    """Return a layer's shared-input group if it is known.
+
+    Returns None if the group has not been identified yet.
+    """
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input_group")
     if known is not None:
         for member in known.members:
@@ -295,7 +300,7 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
     return None
 
 
-def observe_group(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
+def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
     """Record that a layer is called with x, and return the layer's shared-input group.
 
     Returns None if the group is not identified yet.

@@ -13,7 +13,7 @@ import torch
 
 from fastlora.layers.address_tables import table_row_of
 from fastlora.layers.call import MixedCall
-from fastlora.layers.shared_input import SharedInputGroup, observe_group
+from fastlora.layers.shared_input import SharedInputGroup, observe_call
 from fastlora.ops import schema
 from fastlora.ops.factors import AddressTables, Base
 from fastlora.ops.operator_backend import mixed_grouped_forward, weight_for_kernels
@@ -53,18 +53,18 @@ class TableLaunchArguments(NamedTuple):
     members: list[BaseLinearWithAdapters]
 
 
-def get_table_launch(
+def get_table_launch_arguments(
     call: MixedCall,
     tables: AddressTables,
     rows: Rows,
     invariant: bool = False,
     impl: str = "triton",
 ) -> TableLaunchArguments | None:
-    """Return a layer's `TableLaunchArguments`, or None if the layer is not in the tables.
+    """Return a layer's `TableLaunchArguments`.
 
-    The result is cached for the block once the layer's shared-input group is known. In a graph that
-    is being compiled each layer runs alone, because a compiled graph must not see results that one
-    call leaves for another.
+    Returns None if the layer is not in the tables. The result is cached for the block once the
+    layer's shared-input group is known. In a graph that is being compiled each layer runs alone,
+    because a compiled graph must not see results that one call leaves for another.
     """
     layer, key = call.layer, None
     if not call.conditions.compiling:
@@ -76,7 +76,7 @@ def get_table_launch(
     row = table_row_of(layer, layer.routing_index, tables)
     if row is None:
         return None
-    group = None if call.conditions.compiling else observe_group(layer, call.x)
+    group = None if call.conditions.compiling else observe_call(layer, call.x)
     neighbors: dict[int, BaseLinearWithAdapters] = {row: layer}
     for reference in () if group is None else group.members:
         member: Any = reference()
@@ -109,10 +109,10 @@ def get_table_launch(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output ``[M, N]``, reading the adapters through address tables.
+    """Compute a layer's output with the adapters in address tables.
 
-    It is the base output plus the update of each row's adapter. ``impl`` may differ from
-    ``"triton"`` only if the base layer's output is given.
+    The output ``[M, N]`` is the base output plus the update of each row's adapter. ``impl`` may
+    differ from ``"triton"`` only if the base layer's output is given.
     """
     if base.weight is not None:
         return linear_from_tables(call, base, launch)[0]
@@ -132,7 +132,7 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Compute a layer's output from its base weight, reading adapters through address tables.
+    """Compute a layer's output from its base weight and the adapters in address tables.
 
     The result is a list with y ``[M, N]``. ``s`` is given if a neighbor has computed it. If
     ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains it
@@ -165,10 +165,10 @@ def linear_from_tables(
 def run_launch_with_neighbors(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunchArguments
 ) -> list[torch.Tensor] | None:
-    """Compute y ``[M, N]`` for a layer and for each of its neighbors, in one launch.
+    """Compute the outputs of a layer and its neighbors in one launch.
 
-    The neighbors are the layers next to it in the address tables. Returns None if one launch cannot
-    compute all outputs.
+    The neighbors are the layers next to it in the address tables. Each output is y ``[M, N]``.
+    Returns None if one launch cannot compute all outputs.
     """
     flat, biases = _to_2d(x), [base.bias for base in bases]
     weights = [base.weight for base in bases if base.weight is not None]

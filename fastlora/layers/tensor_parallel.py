@@ -76,7 +76,9 @@ _SEED_STEP = 0x278DDE6E5FD29F05
 
 
 class TensorParallelLora(FastLoraWrapper):
-    """LoRA layer for a linear layer that is split across several processes.
+    """LoRA layer for a tensor-parallel linear layer.
+
+    The linear layer is split across several processes.
 
     Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
@@ -112,7 +114,9 @@ class TensorParallelLora(FastLoraWrapper):
     # ----------------------------------------------------------------------------- adapters
 
     def move_adapters_from(self, layer: LoraLayer) -> None:
-        """Move all adapters of another layer, with their settings, to this layer.
+        """Move all adapters of another layer to this layer.
+
+        Their settings are moved too.
 
         Args:
             layer: A LoRA layer over the same base weight. It must not be used afterwards.
@@ -132,7 +136,10 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Remove this layer's hook from the base layer, and return the base layer."""
+        """Release the base layer from this layer, and return it.
+
+        This layer's hook is removed from the base layer.
+        """
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -161,9 +168,9 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Recompute an adapter's DoRA magnitude.
+        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
 
-        It is set to the row norms of the adapted weight. All processes must call this method.
+        All processes must call this method.
         """
         from torch.distributed.tensor import DTensor
 
@@ -289,11 +296,12 @@ class TensorParallelLora(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share of the base bias, or None.
+        """Return this process's share of the base bias.
 
-        It is included in this process's share of y. Row-wise, each process gets an equal part. DoRA
-        subtracts these parts before it scales y and adds them afterwards, so that they sum to the
-        bias in whichever process torch has added it. All parts may be trained.
+        Returns None if the base layer has no bias. The share is included in this process's share of
+        y. Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y
+        and adds them afterwards, so that they sum to the bias in whichever process torch has added
+        it. All parts may be trained.
         """
         bias = super()._local_base_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -301,10 +309,10 @@ class TensorParallelLora(FastLoraWrapper):
         return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, derived from ``seed``.
+        """Return this process's dropout seeds.
 
-        They are int64 and have the shape of ``seed``. Column-wise, all processes use the same
-        seeds. Row-wise, each process uses its own.
+        They are derived from ``seed``, are int64, and have its shape. Column-wise, all processes
+        use the same seeds. Row-wise, each process uses its own.
         """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
@@ -369,9 +377,9 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's full, unsharded weight update ``scaling * B @ A``.
+        """Return an adapter's weight update ``scaling * B @ A``.
 
-        The shape of the update is ``[N, K]``. All processes must call this method.
+        The update ``[N, K]`` is unsharded. All processes must call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Parameter-free module whose weight is the transpose of another layer's factor."""
+    """Module whose weight is the transpose of another layer's factor.
+
+    The module has no parameters.
+    """
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()

@@ -24,7 +24,9 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
-    """Raise an error if the given rows of a module's weight cannot be trained.
+    """Raise an error if the given tokens of a module cannot be trained.
+
+    The tokens are rows of the module's weight.
 
     Args:
         module: The base layer.
@@ -105,9 +107,9 @@ class TrainableTokensLayer(nn.Module):
 
     @property
     def tied_adapter(self) -> TrainableTokensLayer | None:
-        """The `TrainableTokensLayer` that this object is tied to, or None.
+        """The `TrainableTokensLayer` that this object is tied to.
 
-        That object owns the rows. If there is none, this object owns them.
+        That object owns the rows. If the property is None, this object owns them.
         """
         return self._tied[0] if self._tied else None
 
@@ -159,7 +161,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def _unmerged_rows(self, indices: list[int]) -> torch.Tensor:
-        """Return a copy of the given weight rows ``[n, D]`` as they were before any merge."""
+        """Return the given weight rows as they were before any merge.
+
+        The result is a copy of the rows, ``[n, D]``.
+        """
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
         for name, before in reversed(self._rows_before_merge_by_adapter().items()):
@@ -171,7 +176,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Maps each adapter name to the indices of the weight rows that the adapter trains."""
+        """Dict that maps each adapter name to the adapter's token indices.
+
+        They are the indices of the weight rows that the adapter trains.
+        """
         return self.token_adapter.token_indices
 
     @property
@@ -192,9 +200,9 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The wrapped embedding or linear layer.
+        """The original module that this object wraps.
 
-        The property's name is PEFT's.
+        It is an embedding or a linear layer. The property's name is PEFT's.
         """
         return self.get_base_layer()
 
@@ -213,7 +221,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._activate_without_training(names)
 
     def _activate_without_training(self, names: list[str]) -> None:
-        """Activate the named adapters' rows without making the rows trainable."""
+        """Activate the named adapters without making their rows trainable."""
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
@@ -224,7 +232,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which is an embedding or a linear layer."""
+        """Return the base layer.
+
+        It is an embedding or a linear layer.
+        """
         return self.token_adapter.base_layer
 
     # ------------------------------------------------------------------------------- forward
@@ -261,9 +272,10 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Return y, with each row's outputs for trained tokens taken from that row's adapter.
+        """Return y for a mixed batch, with the outputs for trained tokens replaced.
 
-        Rows without an adapter on this module keep the base layer's output.
+        Each row's outputs for trained tokens are taken from that row's adapter. Rows without an
+        adapter on this module keep the base layer's output.
         """
         known = [name for name in routing.names if name in self.token_indices]
         # Every adapter that trains must get a gradient if other processes wait for it.
@@ -286,9 +298,10 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_embeddings(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return y ``[..., D]`` with the embeddings of trained tokens replaced by the trained rows.
+        """Return y with the embeddings of trained tokens replaced.
 
-        ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
+        The trained rows replace the embeddings in y ``[..., D]``. ``own``, with the shape of
+        ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
         ids, (keys, places) = ids.long(), self._token_keys_and_row_indices(names, ids.device)
@@ -336,9 +349,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Return y ``[..., V]`` with the columns of an adapter's trained tokens replaced.
+        """Return y with the columns of an adapter's trained tokens replaced.
 
-        The new columns are computed from x ``[..., D]`` and the adapter's trained rows.
+        The shape of y is ``[..., V]``. The new columns are computed from x ``[..., D]`` and the
+        adapter's trained rows.
         """
         base: Any = self.get_base_layer()
         index, places = self._token_keys_and_row_indices([name], x.device)
@@ -354,9 +368,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that the adapters can be merged, and return a list of those to merge.
+        """Check that adapters can be merged, and return their names.
 
-        The module is not changed.
+        The list contains the adapters that `merge` would merge. The module is not changed.
 
         Raises:
             AdapterStateError: Two of the adapters train the same row, or ``safe_merge`` found a
@@ -405,7 +419,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Unmerge every merged adapter by restoring the rows that `merge` replaced."""
+        """Unmerge every merged adapter.
+
+        The method restores the rows that `merge` replaced.
+        """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()
         while self.merged_adapters:

@@ -59,7 +59,10 @@ class BaseUnfusedLoraLayer(LoraLayer):
 
     @property
     def bias(self) -> Any:
-        """The base layer's bias, or None."""
+        """The base layer's bias.
+
+        It is None if the base layer has no bias.
+        """
         return getattr(self.base_layer, "bias", None)
 
     def __getattr__(self, name: str) -> Any:
@@ -79,8 +82,8 @@ class BaseUnfusedLoraLayer(LoraLayer):
         kind = type(self.base_layer).__name__
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
-    def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
-        """Return the execution mode for x, after checking that the layer supports the mode.
+    def _check_execution_mode(self, x: torch.Tensor) -> ExecutionMode:
+        """Check that the layer supports the execution mode for x, and return the mode.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
@@ -142,7 +145,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         names = self._applied_adapters() if routing is None else []
         if routing is None and not names:
             return y
-        conditions = self._check_conditions(x)
+        conditions = self._check_execution_mode(x)
         if routing is not None:
             routing.check_gets_all_rows(self, x, conditions.compiling)
             with contextlib.nullcontext() if conditions.compiling else routing.pause_row_tracking():
@@ -155,9 +158,10 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
     def _add_mixed_updates(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Add to y the update that each sample's own adapter computes.
+        """Add the adapters' updates for a mixed batch to y.
 
-        The method is for mixed batches, in which samples may use different adapters.
+        Samples may use different adapters. Each sample gets the update that its own adapter
+        computes.
         """
         check_not_merged(self)
         m, dims = self._count_samples_and_sample_dims(x)
@@ -231,7 +235,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
     def _apply_dropout(
         self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply dropout to x, and return it.
+        """Apply dropout to x, and return the result.
 
         If dropout is not active, x itself is returned. With a seed, an adapter drops the same
         elements of its samples whatever else is in the batch.
@@ -254,7 +258,10 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         return scalings.tensors[name].to(like.device, dtype).reshape(())
 
     def _dora_scale(self, name: str, conditions: ExecutionMode) -> torch.Tensor | None:
-        """Return an adapter's fp32 DoRA scale g ``[N]``, or None for an adapter without DoRA."""
+        """Return an adapter's DoRA scale.
+
+        The scale g ``[N]`` is in fp32. Returns None for an adapter without DoRA.
+        """
         if name not in self.lora_magnitude_vector:
             return None
         lora_a, lora_b = self._factors_for_dora_norm(name)
@@ -265,9 +272,9 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
 
 
 def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a shallow copy of a module with some parameters replaced by tensors.
+    """Return a copy of a module with some parameters replaced by tensors.
 
-    The original is not changed, so other threads do not see the replacement.
+    The copy is shallow. The original is not changed, so other threads do not see the replacement.
     """
     made = object.__new__(type(module))
     made.__dict__.update(module.__dict__)

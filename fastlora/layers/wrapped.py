@@ -62,9 +62,10 @@ class FastLoraWrapper(LoraLayer):
         base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the output ``[..., N]`` for ``x [..., K]``.
+        """Return the layer's output for x.
 
-        The base layer receives all other arguments.
+        The shape of x is ``[..., K]``, and that of the output is ``[..., N]``. The base layer
+        receives all other arguments.
         """
         call = create_call(self, x)
         acts = not isinstance(call, UniformCall) or call.names

@@ -38,7 +38,9 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class ConfigAndHeaderSizeLimits:
-    """Size limits, in bytes, for an adapter's config and the header of its weights file.
+    """Size limits for an adapter's config and the header of its weights file.
+
+    The sizes are in bytes.
 
     Attributes:
         config: The maximum size of the config, both in the config file and in the metadata of the
@@ -52,7 +54,7 @@ class ConfigAndHeaderSizeLimits:
 
 @dataclass(frozen=True)
 class ConfigAndOpenWeightsFile:
-    """The config of an adapter folder, and the folder's weights file, opened for reading.
+    """The config and the open weights file of an adapter folder.
 
     Attributes:
         config: The fields of the config that belongs to the weights. The values are not checked.
@@ -131,10 +133,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def make_weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
-    """Create the metadata for a weights file that is saved together with a config file.
+    """Create the metadata for a weights file.
 
-    The metadata contains the new config. If the folder already contains a different config file,
-    the metadata also contains a hash of that file.
+    The weights file is saved together with a config file. The metadata contains the new config. If
+    the folder already contains a different config file, the metadata also contains a hash of that
+    file.
 
     Args:
         folder: The folder that the weights are saved into.
@@ -171,12 +174,12 @@ def config_bytes_to_write_without_weights(folder: Path, text: bytes) -> bytes:
 
 
 def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:
-    """Open a file for reading, and check that it is a regular file.
+    """Open a regular file for reading.
 
-    The check uses the open file descriptor, since the path may refer to another file in the
-    meantime. Symbolic links are followed. With ``root``, the resolved path must be inside that
-    folder, and links that are created after the path was resolved are not followed. (Windows offers
-    no way to ensure the latter.)
+    The function checks that the file is a regular file. The check uses the open file descriptor,
+    since the path may refer to another file in the meantime. Symbolic links are followed. With
+    ``root``, the resolved path must be inside that folder, and links that are created after the
+    path was resolved are not followed. (Windows offers no way to ensure the latter.)
 
     Raises:
         CheckpointError: If the file is not a regular file, or is outside ``root``.
@@ -234,7 +237,7 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
 def _config_saved_with_weights(
     text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Return the config that was saved with the weights, or None if it no longer applies.
+    """Return the config that was saved with the weights.
 
     If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
     the config that the save was about to replace, the save was interrupted or is still running, and

@@ -96,7 +96,9 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The validated contents of an adapter folder, excluding the tensor data.
+    """The config and the tensor descriptions of an adapter folder.
+
+    They are the validated contents of the folder, excluding the tensor data.
 
     Attributes:
         path: The folder.
@@ -114,7 +116,9 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The validated contents of an adapter folder, including the tensor data.
+    """The config and the tensors of an adapter folder.
+
+    They are the validated contents of the folder, including the tensor data.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
@@ -129,13 +133,16 @@ class AdapterContents:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers that have LoRA factors, in the order of the keys in the file."""
+        """The names of the layers that have LoRA factors.
+
+        They are in the order of the keys in the file.
+        """
         names = (parts.module for parts in self.keys.values() if parts.kind in _PARTNERS)
         return list(dict.fromkeys(names))
 
 
 class OpenAdapterFolder:
-    """An open adapter folder.
+    """An adapter folder whose files are open for reading.
 
     The config and the weights are from the same save, even if another process saves an adapter into
     the folder while it is open.
@@ -196,7 +203,7 @@ def open_adapter_folder(
     root: Path | None = None,
     limits: ConfigAndHeaderSizeLimits | None = None,
 ) -> Iterator[OpenAdapterFolder]:
-    """Open a local adapter folder for the duration of a ``with`` block.
+    """Open an adapter folder for the duration of a ``with`` block.
 
     Only local folders are supported; repository ids of the Hugging Face Hub are not downloaded. If
     a save into the folder was interrupted, the block reads either the complete old adapter or the
@@ -221,9 +228,9 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
-    """Load the config and the tensors of a local adapter folder.
+    """Load the config and the tensors of an adapter folder.
 
-    Both are checked. Symbolic links are followed.
+    Both are checked. The folder must be local. Symbolic links are followed.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or unsafe, or if the two files contradict
@@ -235,9 +242,9 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Read and return the header of the adapter in a local folder, without reading its tensors.
+    """Read and return the header of an adapter folder.
 
-    The folder is checked as in `load_adapter_folder`.
+    The tensors are not read. The folder must be local, and is checked as in `load_adapter_folder`.
     """
     with open_adapter_folder(path) as opened:
         return opened.header
@@ -444,11 +451,11 @@ def _check_factor(
 
 
 def _may_be_stacked_rank(config: LoraConfig, size: int) -> bool:
-    """Return whether a factor of a target parameter may have ``size`` rows or columns.
+    """Return whether ``size`` may be a stacked rank.
 
-    This is the rank multiplied by the number of stacked matrices. Only a model tells which modules
-    have target parameters, and how many matrices they stack. `check_adapter_fits_model` compares
-    the shapes.
+    A stacked rank is the rank multiplied by the number of stacked matrices. The factors of a target
+    parameter have this number of rows or columns. Only a model tells which modules have target
+    parameters, and how many matrices they stack. `check_adapter_fits_model` compares the shapes.
     """
     ranks = {config.r, *config.rank_pattern.values()} if config.target_parameters else ()
     return size > 0 and any(size % rank == 0 for rank in ranks)

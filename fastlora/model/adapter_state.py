@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
 
 
-def file_key_to_state_key(
+def file_keys_to_state_keys(
     lora_model: LoraModel, adapter_name: str, bias: str | None = None
 ) -> dict[str, str]:
     """Return a dict that maps the keys in an adapter file to keys in the model's state dict.
@@ -249,7 +249,10 @@ def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
 
 
 def _base_weight_of_module(model: nn.Module, name: str) -> torch.Tensor | None:
-    """Return the weight of a module's base layer, or None if there is no such module or weight."""
+    """Return the weight of a module's base layer.
+
+    Returns None if there is no such module or weight.
+    """
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -278,7 +281,7 @@ def adapter_file_state_dict(
     """
     tensors = {}
     source = strip_wrapper_prefixes_from_keys(source)
-    for disk, key in file_key_to_state_key(lora_model, adapter_name).items():
+    for disk, key in file_keys_to_state_keys(lora_model, adapter_name).items():
         if key in source:
             tensors[disk] = source[key]
         elif not disk.endswith("bias") or ".lora_B." in disk:
@@ -355,7 +358,7 @@ def _targets_embedding_or_head(
 
 
 def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
-    """Return whether the vocabulary size of a model has changed.
+    """Return whether the vocabulary of a model has been resized.
 
     The current size is compared with the one in the base model's ``config.json``, which the model
     had when it was loaded. The result is False if the base model was not loaded from a local
@@ -391,9 +394,10 @@ def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: Adapte
 
 
 def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source`` into ``target``, which has the key ``key`` in the model's state dict.
+    """Copy ``source`` into ``target``.
 
-    A target on the meta device is replaced with a new tensor on the device of the base layer.
+    ``key`` is the key of ``target`` in the model's state dict. A target on the meta device is
+    replaced with a new tensor on the device of the base layer.
 
     Raises:
         CheckpointError: If ``source`` itself is on the meta device.
@@ -425,9 +429,10 @@ def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: to
 def set_adapter_tensors(
     lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]
 ) -> Any:
-    """Copy tensors into an adapter's parameters.
+    """Set an adapter's parameters to the given tensors.
 
-    Parameters without a tensor in ``tensors`` are left unchanged.
+    The tensors are copied into the parameters. Parameters without a tensor in ``tensors`` are left
+    unchanged.
 
     Args:
         lora_model: The model that has the adapter.
@@ -446,7 +451,7 @@ def set_adapter_tensors(
     tuner.check_adapter_loaded(adapter_name)
     state, own = (
         strip_wrapper_prefixes_from_keys(lora_model.state_dict()),
-        file_key_to_state_key(lora_model, adapter_name),
+        file_keys_to_state_keys(lora_model, adapter_name),
     )
     keys, others = dict(own), [disk for disk in tensors if disk not in own]
     biases = _base_biases(tuner.model) if others else {}

@@ -32,9 +32,10 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 @contextlib.contextmanager
 def atomic_replace_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that replaces ``path`` when the ``with`` block ends.
+    """Replace a file atomically when the ``with`` block ends.
 
-    The block must write the file. If the block raises an error, ``path`` is unchanged.
+    The block gets the path of a temporary file and must write the file, which then replaces
+    ``path``. If the block raises an error, ``path`` is unchanged.
     """
     with atomic_replace_files(path) as (partial,):
         yield partial
@@ -42,12 +43,13 @@ def atomic_replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield the paths of temporary files that replace the given files when the ``with`` block ends.
+    """Replace each of the given files atomically when the ``with`` block ends.
 
-    The block must write all files. The temporary files are renamed in the order of the arguments.
-    All paths must be in the same folder. All files are flushed to disk before the first file is
-    renamed, and each rename is flushed to disk before the next rename. If the block or the flush of
-    a file raises an error, none of the given files has been changed.
+    The block gets the paths of temporary files and must write all of them. The temporary files then
+    replace the given files. They are renamed in the order of the arguments. All paths must be in
+    the same folder. All files are flushed to disk before the first file is renamed, and each rename
+    is flushed to disk before the next rename. If the block or the flush of a file raises an error,
+    none of the given files has been changed.
     """
     paths = (first, *others)
     with _locked_temp_folder(first) as work:
@@ -62,10 +64,11 @@ def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...
 
 @contextlib.contextmanager
 def atomic_new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``path`` when the ``with`` block ends.
+    """Create a folder atomically when the ``with`` block ends.
 
-    The block must write the content of the folder. If the block raises an error, the temporary
-    folder is removed. When the block ends, ``path`` must not exist or must be an empty folder.
+    The block gets a temporary folder, which is then renamed to ``path``. The block must write the
+    content of the folder. If the block raises an error, the temporary folder is removed. When the
+    block ends, ``path`` must not exist or must be an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked_temp_folder(path) as work:
@@ -83,13 +86,19 @@ def atomic_new_folder(path: Path) -> Iterator[Path]:
 
 
 def atomic_remove_folder(path: Path) -> None:
-    """Rename a folder and then remove it, so that no reader sees it partly removed."""
+    """Remove a folder atomically.
+
+    The folder is renamed before it is removed, so that no reader sees it partly removed.
+    """
     with _locked_temp_folder(path) as work:
         path.rename(work / "old")
 
 
 def remove_abandoned_temp_folders(folder: Path) -> None:
-    """Remove temporary folders left behind in a folder by processes that were killed."""
+    """Remove abandoned temporary folders from a folder.
+
+    Processes that were killed have left them behind.
+    """
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # removed by another writer, or no permission
@@ -246,5 +255,8 @@ def _remove_temp_folder(folder: Path) -> None:
 
 
 def _host_name_digest() -> str:
-    """Return a hexadecimal digest of the hostname, for use in file names."""
+    """Return a digest of the host name.
+
+    The digest is hexadecimal. It is used in file names.
+    """
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()

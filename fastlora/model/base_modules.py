@@ -21,7 +21,11 @@ BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the names of wrapper modules from the name of a module or tensor."""
+    """Remove the prefixes of wrapper modules from the name of a module or tensor.
+
+    The prefixes are the name components that ``torch.compile``, FSDP1, and activation checkpointing
+    add. They are removed wherever they occur in the name.
+    """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
     return name
@@ -51,7 +55,10 @@ def is_auxiliary_wrapper(module: nn.Module) -> bool:
 
 
 def original_module_of(module: nn.Module) -> nn.Module:
-    """Return the original module inside a wrapper. Any other module is returned unchanged."""
+    """Return the original module inside a wrapper.
+
+    Any other module is returned unchanged.
+    """
     original: nn.Module | None = module
     if not module._modules:
         return module
@@ -63,17 +70,21 @@ def original_module_of(module: nn.Module) -> nn.Module:
 
 
 def base_module_of(module: nn.Module) -> nn.Module:
-    """Return the base module of a LoRA layer or wrapper. Any other module is returned unchanged."""
+    """Return the base module of a LoRA layer or wrapper.
+
+    Any other module is returned unchanged.
+    """
     return module.get_base_layer() if isinstance(module, LoraLayer) else original_module_of(module)
 
 
 def named_outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return the items of ``named_modules()``, except modules inside LoRA layers and wrappers.
+    """Return the outer modules of a model as a list of tuples ``(name, module)``.
 
-    The LoRA layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included. Modules
-    that belong to an adapter are never included. The running time does not depend on the number of
+    These are the items of ``named_modules()``, except modules inside LoRA layers and wrappers (see
+    `is_auxiliary_wrapper`). The LoRA layers and the wrappers themselves are included. Modules that
+    belong to an adapter are never included. The running time does not depend on the number of
     adapters.
 
     Args:
@@ -138,9 +149,7 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
 def peft_function_or_raise(
     model: nn.Module, module: str, name: str, no_peft_layers_error: Exception
 ) -> Any:
-    """Return the PEFT function with the given name.
-
-    Raise ``no_peft_layers_error`` if the model has no PEFT adapter layers.
+    """Return a PEFT function, or raise an error if the model has no PEFT adapter layers.
 
     Args:
         model: The model.

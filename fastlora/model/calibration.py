@@ -31,7 +31,7 @@ from fastlora.layers.base_layers import reason_weight_not_replaceable, stores_we
 from fastlora.model.base_modules import base_module_of
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import to_lora_config
-from fastlora.model.targets import find_targets
+from fastlora.model.targets import find_target_modules
 from fastlora.model.tuner import tuner_of
 from fastlora.validation import ConfigError, InitializationError, error_prefix
 
@@ -53,7 +53,7 @@ def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> di
     tuner = tuner_of(model)
     inner = model if tuner is None else tuner.model
     found = {}
-    for name in find_targets(inner, config):
+    for name in find_target_modules(inner, config):
         base = base_module_of(inner.get_submodule(name))
         if not isinstance(base, nn.Linear) and not stores_weight_transposed(base):
             continue
@@ -119,9 +119,9 @@ def preprocess_corda(
     dataloader: Iterable[Any] | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Compute directions for ``init_lora_weights="corda"``, and store them on the target layers.
+    """Prepare a model for ``init_lora_weights="corda"``.
 
-    Call this before `get_peft_model`.
+    Call this function before `get_peft_model`.
 
     For each target layer, this function accumulates the covariance ``[K, K]`` of the layer's inputs
     over any number of batches. The sums are in fp32, or in the inputs' dtype if ``corda_config``
@@ -171,7 +171,7 @@ def preprocess_corda(
         run = _make_calibration_run(
             runs, run_model, dataloader, call_model, "run_model", show_progress_bar
         )
-        with temporary_training_mode(runs, training=False), sums.recording_inputs():
+        with temporary_training_mode(runs, training=False), sums.recording_covariances():
             run()
         counts, covariances = sums.counts, sums.pop_covariances()
         write_tensor_cache(settings.covariance_file, covariances)
@@ -209,7 +209,9 @@ def preprocess_loraga(
     dataloader: Iterable[Any] | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Prepare a model for ``init_lora_weights="lora_ga"``. Call this before `get_peft_model`.
+    """Prepare a model for ``init_lora_weights="lora_ga"``.
+
+    Call this function before `get_peft_model`.
 
     This function stores the mean gradient of each target layer's weight on the layer. During the
     calibration, only these weights receive gradients, which take as much memory as the weights
@@ -263,7 +265,7 @@ def preprocess_loraga(
 def estimate_gradients(
     model: nn.Module, lora_config: Any, train_step: Callable[[], object]
 ) -> None:
-    """Estimate the gradient of each target layer's weight, and store it.
+    """Estimate the gradient of each target layer's weight.
 
     The estimate is the mean gradient. It is stored on the layer for LoRA-GA. See
     `preprocess_loraga` for the arguments.

@@ -48,7 +48,9 @@ class ComputedLayerParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter that was computed from other adapters and has not yet been added to the model.
+    """An adapter that was computed from other adapters.
+
+    It has not yet been added to the model.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -70,7 +72,7 @@ class ComputedAdapter(NamedTuple):
 
     @torch.no_grad()
     def copy_into_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        """Copy the computed values into an adapter that has been added to the model.
+        """Copy the computed values into an adapter of a model.
 
         Args:
             model: The base model with its adapters.
@@ -128,7 +130,9 @@ def factor_matrices(
     return lora_a.detach().to(wide), lora_b.detach().to(wide)
 
 
-def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank.FactorPair]:
+def split_factors_by_matrix(
+    layer: LoraLayer, pair: low_rank.FactorPair
+) -> list[low_rank.FactorPair]:
     """Split the factors of a layer into the factors of each matrix of the layer's weight.
 
     The list has one pair, unless the weight is a stack of matrices.
@@ -142,7 +146,7 @@ def split_matrices(layer: LoraLayer, pair: low_rank.FactorPair) -> list[low_rank
 def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
     """Join the factors of each matrix of a layer's weight into one pair of factors for the layer.
 
-    This is the inverse of `split_matrices`.
+    This is the inverse of `split_factors_by_matrix`.
     """
     lora_a, lora_b = zip(*pairs, strict=True)
     return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)
@@ -154,7 +158,9 @@ def build_computed_adapter(
     factors: Mapping[str, ComputedLayerParameters],
     config: LoraConfig | None = None,
 ) -> ComputedAdapter:
-    """Create a `ComputedAdapter` from factors. It is not added to the model.
+    """Create a `ComputedAdapter` from factors.
+
+    The adapter is not added to the model.
 
     Args:
         model: The base model with its adapters.
@@ -233,8 +239,8 @@ def _computed_adapter_config(
     """Create the config of a computed adapter from the configs of the original adapters.
 
     The factors already include all scalings. Therefore, ``lora_alpha`` equals the rank, so that the
-    adapter's scaling is 1. Fields that are not
-    determined by the computation are copied from the first of ``configs``.
+    adapter's scaling is 1. Fields that are not determined by the computation are copied from the
+    first of ``configs``.
 
     Args:
         configs: The configs of the adapters that the new adapter was computed from.

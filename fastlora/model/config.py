@@ -62,7 +62,9 @@ _T = TypeVar("_T", bound="LoraConfig")
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of a `LoraConfig` that apply only to the current run and are never saved.
+    """Settings of a `LoraConfig` that apply only to the current run.
+
+    These settings are never saved.
 
     Args:
         ephemeral_gpu_offload: Accepted for compatibility with PEFT and ignored. PEFT uses it only
@@ -310,7 +312,10 @@ class LoraConfig(PeftConfigMethods):
 
     @property
     def init_config(self) -> object | None:
-        """The settings of the selected initialization method, or None if there are none."""
+        """The settings of the selected initialization method.
+
+        The value is None if there are no settings.
+        """
         where = self.init.settings
         return (
             None
@@ -333,10 +338,11 @@ class LoraConfig(PeftConfigMethods):
         return dataclasses.replace(self, init_lora_weights=True, **idle)
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Register custom LoRA layer classes for module classes. PEFT defines the method's name.
+        """Register custom LoRA layer classes for module classes.
 
         The registration is not saved with the config. To load an adapter that uses custom classes,
-        register them again on a config, and pass this config as ``config=``.
+        register them again on a config, and pass this config as ``config=``. PEFT defines the
+        method's name.
 
         Args:
             mapping: A mapping from module classes to subclasses of `fastlora.layers.LoraLayer`. The

@@ -16,7 +16,10 @@ from fastlora.validation import ConfigError, check_dropout, check_rank, near_nam
 
 
 class TaskType(str, enum.Enum):
-    """The tasks that a model can be trained for. The names and values are those of PEFT."""
+    """The tasks that a model can be trained for.
+
+    The names and values are those of PEFT.
+    """
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -27,7 +30,10 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """The adapter methods that PEFT supports. fastlora supports only LoRA."""
+    """The adapter methods of PEFT that fastlora supports.
+
+    The only such method is LoRA.
+    """
 
     LORA = "LORA"
 

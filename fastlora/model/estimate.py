@@ -66,7 +66,11 @@ class Estimate:
 
     @property
     def training_bytes(self) -> int:
-        """The memory needed for training, in bytes: weights, gradients, and optimizer state."""
+        """The memory needed to train the adapter, in bytes.
+
+        This is the total size of the trainable parameters, their gradients, and the optimizer
+        state. The base model is not included.
+        """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:
@@ -92,7 +96,9 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the size of an adapter and the memory needed to train it, without creating it.
+    """Estimate the size of an adapter and the memory needed to train it.
+
+    The adapter is not created.
 
     Args:
         model: Any module on any device, with or without adapters. A model on
@@ -132,7 +138,10 @@ def estimate(
 
 
 def unique_base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that do not belong to any adapter, without duplicates."""
+    """Return the base model's parameters, without duplicates.
+
+    These are the parameters that do not belong to any adapter.
+    """
     return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 
@@ -206,7 +215,10 @@ def _quant_state_bytes(state: object) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Format a number of bytes for display. For example, 9437184 becomes ``"9.0 MiB"``."""
+    """Format a number of bytes for display.
+
+    For example, 9437184 becomes ``"9.0 MiB"``.
+    """
     value, unit = float(count), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1

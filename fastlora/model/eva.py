@@ -29,7 +29,7 @@ from fastlora.model.adapter_folder import KEY_PREFIX
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
 from fastlora.model.plan import adapter_settings_for, to_lora_config
-from fastlora.model.targets import find_targets, resolve_target_modules
+from fastlora.model.targets import find_target_modules, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, InitializationError
 
@@ -100,13 +100,12 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Compute the EVA initialization of each layer from the layer's inputs.
+    """Compute the EVA state dict, which contains the initial LoRA factor A of each layer.
 
-    The result contains the initial LoRA factor A of each layer. The initial values are the
-    principal directions of the layer's inputs, of shape ``[rank, K]``. The sum of all ranks is
-    redistributed among the layers. Each layer gets at most ``rho * r`` directions, and layers with
-    the same inputs share their directions. The function iterates over the dataloader, repeatedly if
-    necessary, until the directions have converged.
+    The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
+    The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
+    directions, and layers with the same inputs share their directions. The function iterates over
+    the dataloader, repeatedly if necessary, until the directions have converged.
 
     Args:
         model: A model with or without an adapter.
@@ -178,7 +177,7 @@ def _eva_layers(
     names = (
         [name for name, _ in model.named_modules()]
         if config.target_modules is None
-        else find_targets(model, config)
+        else find_target_modules(model, config)
     )
     modules = {name: model.get_submodule(name) for name in names}
     return {
@@ -367,9 +366,9 @@ def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> 
 def _remove_adapter_and_unwrap_empty_layer(
     tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str
 ) -> None:
-    """Remove an adapter from a LoRA layer.
+    """Remove an adapter from a LoRA layer, and unwrap the layer if no adapter is left on it.
 
-    If no adapter is left on the layer, it is replaced with its base layer.
+    An unwrapped layer is replaced with its base layer.
     """
     layer.delete_adapter(adapter_name)
     if not layer.r:

@@ -207,7 +207,9 @@ def join_expert_factors(
 def _with_current_blocks(
     file: AdapterContents, blocks: Iterable[str], modules: Collection[str]
 ) -> AdapterContents:
-    """Rename the blocks that contain experts, such as ``block_sparse_moe``, to their current names.
+    """Return an adapter in which the blocks that contain experts have their current names.
+
+    For example, ``block_sparse_moe`` is the former name of a block.
 
     Args:
         file: The loaded adapter.
@@ -243,7 +245,9 @@ class InferredFactorSettings(NamedTuple):
 def infer_factor_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
 ) -> dict[str, InferredFactorSettings]:
-    """Return the settings of the factors in a file, keyed by the module names in the file.
+    """Infer the settings of the factors in an adapter file.
+
+    The keys of the result are the module names in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is the
     one with which all factors of a module have a rank that the config gives to a parameter. Values

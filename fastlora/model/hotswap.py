@@ -224,7 +224,7 @@ def hotswap_adapter_from_state_dict(
     own.base_model.check_adapter_loaded(adapter_name)
     given = to_lora_config(config)
     disk = {
-        key: name for name, key in adapter_state.file_key_to_state_key(own, adapter_name).items()
+        key: name for name, key in adapter_state.file_keys_to_state_keys(own, adapter_name).items()
     }
     _check_and_write_tensors(
         own, {disk.get(key, key): t for key, t in state_dict.items()}, adapter_name, given
@@ -257,7 +257,7 @@ def _check_and_write_tensors(
                 f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the "
                 "base weights; call unmerge_adapter() first"
             )
-    keys = adapter_state.file_key_to_state_key(model, adapter_name)
+    keys = adapter_state.file_keys_to_state_keys(model, adapter_name)
     tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
     prefixes = _file_key_prefixes_by_loaded_parameter(tuner.model, adapter_name)
     tensors = _rename_parameters_as_loaded(tuner.model, tensors, config, prefixes)

@@ -27,9 +27,9 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Call ``save``, and upload the saved files to the Hugging Face Hub.
+    """Save files, and upload them to the Hugging Face Hub.
 
-    The repository is created if it does not exist.
+    The files are saved by calling ``save``. The repository is created if it does not exist.
 
     Args:
         save: A function that writes files into the folder it is called with.

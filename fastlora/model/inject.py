@@ -242,7 +242,10 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Freeze all parameters of the base model. Adapters are not affected."""
+    """Freeze all parameters of the base model.
+
+    Adapters are not affected.
+    """
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
 
@@ -250,7 +253,9 @@ def freeze_base(model: nn.Module) -> None:
 def base_biases_trained_by(
     model: nn.Module, adapter_name: str, bias: str
 ) -> dict[str, nn.Parameter]:
-    """Return a dict, keyed by name, of the base-model biases that are trained with an adapter.
+    """Return a dict of the base model's biases that are trained with an adapter.
+
+    The keys are the names of the biases.
 
     Args:
         model: The base model with its adapters.
@@ -272,10 +277,10 @@ def base_biases_trained_by(
 def base_biases_to_train(
     model: nn.Module, bias: str, targets: Iterable[nn.Module], copied: Iterable[nn.Module]
 ) -> dict[str, nn.Parameter]:
-    """Return a dict, keyed by name, of the base-model biases that would be trained with an adapter.
+    """Return a dict of the base model's biases to train with an adapter.
 
-    A bias that has several names is returned once. The biases of modules that the adapter owns a
-    copy of are not included.
+    The keys are the names of the biases. A bias that has several names is returned once. The biases
+    of modules that the adapter owns a copy of are not included.
 
     Args:
         model: The base model, with or without adapters.

@@ -331,12 +331,12 @@ class LoraModel(PeftModelMethods, nn.Module):
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Save adapters in PEFT's format.
+        """Save adapters to a folder.
 
-        The adapter called ``"default"`` is written into the folder, and each other adapter into a
-        subfolder with the adapter's name. If parameters are sharded over several processes (FSDP2
-        or tensor parallelism), every process must call this method. The first process writes the
-        files, and all processes return when the files are complete.
+        The files have PEFT's format. The adapter called ``"default"`` is written into the folder,
+        and each other adapter into a subfolder with the adapter's name. If parameters are sharded
+        over several processes (FSDP2 or tensor parallelism), every process must call this method.
+        The first process writes the files, and all processes return when the files are complete.
 
         Args:
             save_directory: The folder. It is created if it does not exist. If an adapter cannot be
@@ -404,7 +404,10 @@ class LoraModel(PeftModelMethods, nn.Module):
         gathering.wait_for_all_or_raise(failure)
 
     def get_base_model(self) -> nn.Module:
-        """Return the base model, which contains the LoRA layers."""
+        """Return the base model.
+
+        It contains the LoRA layers.
+        """
         return self.base_model.model
 
     def forward(
@@ -427,7 +430,9 @@ class LoraModel(PeftModelMethods, nn.Module):
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
     ) -> Any:
-        """Call the base model's ``generate`` method. Beam search is supported.
+        """Call the base model's ``generate`` method.
+
+        Beam search is supported.
 
         Args:
             *args: Positional arguments of ``generate``.
@@ -448,7 +453,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return a tuple (number of trainable parameters, total number of parameters)."""
+        """Return the number of trainable parameters and the total number of parameters."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
@@ -501,9 +506,10 @@ def _check_arguments_and_read_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Return a dict of the base model's class name and Python module name, to store in a config.
+    """Return a dict of the names of the base model's class and Python module.
 
-    PEFT's AutoPeftModel loads the base model with this class if the config has no task type.
+    The dict is stored in a config. PEFT's AutoPeftModel loads the base model with this class if the
+    config has no task type.
     """
     cls = type(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
@@ -512,9 +518,10 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
 def _effective_key_mapping(
     model: nn.Module, key_mapping: Mapping[str, str] | None
 ) -> Mapping[str, str]:
-    """Return ``key_mapping`` or, if it is None, the key mapping that the model itself defines.
+    """Return the key mapping to use for a model.
 
-    The result is empty if the model does not define a key mapping.
+    It is ``key_mapping`` or, if ``key_mapping`` is None, the key mapping that the model itself
+    defines. In the latter case, the result is empty if the model does not define a key mapping.
     """
     if key_mapping is not None:
         return key_mapping

@@ -60,9 +60,9 @@ class PeftConfigMethods:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
-        """Return a dict of the fields in an ``adapter_config.json`` file. Values are not checked.
+        """Return a dict of the fields in an ``adapter_config.json`` file.
 
-        ``runtime_config`` is dropped with a warning.
+        Values are not checked. ``runtime_config`` is dropped with a warning.
 
         Args:
             path_json_file: The file.
@@ -86,9 +86,10 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the given fields, which are only checked when a config is created.
+        """Return the given fields without checking them.
 
-        PEFT's method of the same name checks the fields itself.
+        The fields are only checked when a config is created. PEFT's method of the same name checks
+        the fields itself.
         """
         return fields
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class PeftModelMethods:
-    """Provides methods and attributes of ``peft.PeftModel``.
+    """Base class of `LoraModel` that provides methods and attributes of ``peft.PeftModel``.
 
-    This is a base class of `LoraModel`. The methods use only the tuner and the configs.
+    The methods use only the tuner and the configs.
 
     Attributes:
         peft_type: The adapter method, always LoRA.

@@ -85,7 +85,9 @@ class TargetModule(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """A plan for adding an adapter to a model: the checked config and the modules to adapt.
+    """A plan for adding an adapter to a model.
+
+    It contains the checked config and the modules to adapt.
 
     Attributes:
         config: The adapter's config.
@@ -355,9 +357,10 @@ def check_targets_of_parameters(
 
 
 def _has_own_forward(linear: nn.Linear) -> bool:
-    """Return whether a linear layer's output may differ from that of `nn.Linear.forward`.
+    """Return whether a linear layer has its own ``forward`` method.
 
-    The result is always False for layers with quantized weights.
+    The output of this method may differ from that of `nn.Linear.forward`. The result is always
+    False for layers with quantized weights.
     """
     replaced = type(linear).forward not in (nn.Linear.forward, FastLoraLinear.forward)
     return replaced and quantized_weight_of(linear) is None and linear.weight.is_floating_point()
@@ -484,7 +487,9 @@ def _settings_with_module_rank(
 
 
 def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
-    """Return the `LayerKind` of a module, which determines how it is adapted.
+    """Return the `LayerKind` of a module.
+
+    It determines how the module is adapted.
 
     Raises:
         UnsupportedLayerError: If fastlora does not support the module's class.
@@ -501,9 +506,10 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
 
 
 def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> TensorShapes:
-    """Return a dict that maps key suffixes to the shapes of an adapter's tensors on a module.
+    """Return the shapes of an adapter's tensors on a module.
 
-    A key suffix is the part of a key in an adapter file that follows the module's name.
+    The result is a dict that maps key suffixes to shapes. A key suffix is the part of a key in an
+    adapter file that follows the module's name.
 
     Args:
         module: The module, with or without adapters, or the layer of an adapted parameter.
@@ -520,5 +526,8 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
 
 
 def to_lora_config(config: Any) -> LoraConfig:
-    """Convert a PEFT config to a `LoraConfig`. A `LoraConfig` is returned unchanged."""
+    """Convert a PEFT config to a `LoraConfig`.
+
+    A `LoraConfig` is returned unchanged.
+    """
     return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)

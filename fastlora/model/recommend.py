@@ -89,7 +89,10 @@ class Recommendation:
 
     @property
     def expert_r(self) -> int:
-        """The rank of the adapters on experts: ``r // experts_per_token``, with a minimum of 1."""
+        """The rank of the adapters on experts.
+
+        It is ``r // experts_per_token``, with a minimum of 1.
+        """
         return _expert_rank(self.r, self.experts_per_token)
 
     @property
@@ -132,7 +135,7 @@ class Recommendation:
         }
         targets = changes.get("target_modules", self.target_modules)
         if self.exclude_modules and targets == self.target_modules:
-            fields["exclude_modules"] = _excluded(self.exclude_modules, changes)
+            fields["exclude_modules"] = _merge_exclude_modules(self.exclude_modules, changes)
         if self.target_parameters and targets == self.target_modules:
             rank = _expert_rank(changes.get("r", self.r), self.experts_per_token)
             fields["target_parameters"] = list(self.target_parameters)
@@ -260,7 +263,9 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _excluded(routers: Sequence[str], changes: Mapping[str, Any]) -> list[str] | str | None:
+def _merge_exclude_modules(
+    routers: Sequence[str], changes: Mapping[str, Any]
+) -> list[str] | str | None:
     """Return the value of ``exclude_modules`` in ``changes``, extended with ``routers``."""
     given = changes.get("exclude_modules")
     if isinstance(given, str) and routers:

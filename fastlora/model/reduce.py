@@ -29,7 +29,7 @@ from fastlora.model.computed_adapters import (
     build_computed_adapter,
     factor_matrices,
     join_per_matrix_factors,
-    split_matrices,
+    split_factors_by_matrix,
 )
 from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
@@ -82,11 +82,12 @@ def reduce_rank(
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
 ) -> RankReduction:
-    """Add an adapter of a given rank that approximates another adapter.
+    """Add a copy of an adapter, reduced to a given rank.
 
-    On each layer, the new update is the best approximation of the old update with the given rank,
-    in the Frobenius norm. The factors of the new adapter include the scaling. Biases of ``lora_B``,
-    DoRA magnitudes, and copies of modules are copied. The new adapter is frozen and inactive.
+    The copy is a new adapter that approximates the given adapter. On each layer, the new update is
+    the best approximation of the old update with the given rank, in the Frobenius norm. The factors
+    of the new adapter include the scaling. Biases of ``lora_B``, DoRA magnitudes, and copies of
+    modules are copied. The new adapter is frozen and inactive.
 
     Args:
         model: The model that has the adapter.
@@ -325,7 +326,8 @@ def _compute_reduced_adapter(
         pair = factor_matrices(name, layer, adapter_name)
         scaling = float(layer.scaling[adapter_name])
         found = [
-            low_rank.svd_of_weighted_sum([each], [scaling]) for each in split_matrices(layer, pair)
+            low_rank.svd_of_weighted_sum([each], [scaling])
+            for each in split_factors_by_matrix(layer, pair)
         ]
         most = min(pair[0].shape[1], pair[1].shape[0])
         if not share and rank > most:
@@ -333,7 +335,7 @@ def _compute_reduced_adapter(
                 f"The chosen rank {rank} is larger than the smaller dimension ({most}) of the "
                 f"weight matrix of {name!r}; choose a lower rank."
             )
-        cut = max(each.singular_values_to_keep(rank) for each in found)
+        cut = max(each.num_singular_values_to_keep(rank) for each in found)
         energy = torch.stack([each.s.double().square() for each in found])
         total = float(energy.sum())
         errors[name] = (float(energy[:, cut:].sum()) / total) ** 0.5 if total else 0.0

@@ -90,9 +90,9 @@ class RevertibleLayerReplication:
 
 @contextlib.contextmanager
 def temporary_replication(replication: RevertibleLayerReplication | None) -> Iterator[None]:
-    """Apply a replication for the duration of a ``with`` block, and undo it at the end.
+    """Apply a replication for the duration of a ``with`` block.
 
-    If ``replication`` is None, do nothing.
+    The replication is undone at the end of the block. If ``replication`` is None, nothing is done.
     """
     if replication is None:
         yield
@@ -190,9 +190,9 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
 
 
 def _copy_layer_sharing_parameters(layer: nn.Module, place: int) -> nn.Module:
-    """Return a copy of a layer.
+    """Return a copy of a layer that shares the parameters of the original.
 
-    The copy shares the parameters, buffers, and configs of the original.
+    The copy also shares the buffers and configs of the original.
 
     Args:
         layer: The layer to copy.

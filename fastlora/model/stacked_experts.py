@@ -117,10 +117,11 @@ def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParam
 
 
 def supported_stacks(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
-    """Return the stacked expert weights of modules for which an expert layer class exists.
+    """Return the stacked expert weights that an expert layer class supports.
 
-    Quantized stacks are left out. Stacks of other modules are left out too, because such modules
-    run with each entire stack replaced by the sum of the stack and its update.
+    These are the stacks of modules for which an expert layer class exists. Quantized stacks are
+    left out. Stacks of other modules are left out too, because such modules run with each entire
+    stack replaced by the sum of the stack and its update.
     """
     return [
         each
@@ -140,7 +141,10 @@ def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | 
 
 
 def is_quantized(parameter: BaseParameter) -> bool:
-    """Return whether a parameter is quantized (stored as integers or floats of at most 8 bits)."""
+    """Return whether a parameter is quantized.
+
+    A quantized parameter is stored as integers or as floats of at most 8 bits.
+    """
     tensor = parameter.parameter
     return not tensor.is_floating_point() or tensor.itemsize < 2
 
@@ -274,10 +278,10 @@ def unreached_experts(
 
 
 def format_parameters_with_wildcards(names: Iterable[str], most: int = _LISTED) -> str:
-    """Format parameter names as a list for a message.
+    """Format parameter names for a message, with wildcards in place of indices.
 
-    Indices are replaced with ``*``, so that the same parameter of several layers is listed once. A
-    long list is truncated.
+    The result is a list in which indices are replaced with ``*``, so that the same parameter of
+    several layers is listed once. A long list is truncated.
     """
     found = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(found) - most} more" if len(found) > most else ""

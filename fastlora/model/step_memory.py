@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
-    """Run a function, and return the peak memory, in bytes, of the tensors that it creates.
+    """Measure the peak memory of the tensors that a function creates.
 
-    Attention is counted as in a fused kernel, which does not store the matrix of scores.
+    The function is run once. The result is in bytes. Attention is counted as in a fused kernel,
+    which does not store the matrix of scores.
 
     Args:
         step: A function that runs the forward and the backward pass of a model on the meta device.
@@ -32,9 +33,10 @@ def measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
 
 
 class _NewStoragePeakTracker(TorchDispatchMode):
-    """Tracks the peak memory of the tensor storages created while this mode is active.
+    """A mode that tracks the peak memory of new tensor storages.
 
-    A storage is counted until it is freed.
+    Only storages that are created while this mode is active are counted. A storage is counted until
+    it is freed.
 
     Attributes:
         peak: The largest total size so far, in bytes.

@@ -74,12 +74,17 @@ def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> se
 
 
 def matches_names(name: str, entries: Collection[str]) -> bool:
-    """Return whether a name equals an entry, or ends with a dot followed by an entry."""
+    """Return whether a name matches at least one of the entries.
+
+    A name matches an entry if it equals the entry, or ends with a dot followed by the entry.
+    """
     return any(map(entries.__contains__, dotted_suffixes(name)))
 
 
 def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
-    """Return whether a name matches ``exclude_modules`` or one of the modules to save.
+    """Return whether a config excludes a module or parameter from the targets.
+
+    It is excluded if its name matches ``exclude_modules`` or one of the modules to save.
 
     Args:
         name: The name of a module or parameter.
@@ -101,10 +106,11 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
 
 
 def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
-    """Return whether a list of names or a regular expression matches a name.
+    """Return whether a name matches the targets.
 
-    If a list matches the name, the name must also belong to one of the layers in the config's
-    ``layers_to_transform``. A full name in the list is exempt from this rule.
+    The targets are a set of names or a regular expression. If they are a set, the name must also
+    belong to one of the layers in the config's ``layers_to_transform``. A full name in the set is
+    exempt from this rule.
     """
     if isinstance(targets, str):
         return matches_whole_name("target_modules", targets, name)
@@ -155,7 +161,10 @@ def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules
 
 
 def format_value(value: Collection[Any] | str | int | None) -> str:
-    """Format the value of a config field for a message. A long list is truncated."""
+    """Format the value of a config field for a message.
+
+    A long list is truncated.
+    """
     if value is None or isinstance(value, (str, int)):
         return repr(value)
     more = len(value) - _MOST_SHOWN

@@ -72,10 +72,12 @@ class SelectedParameters:
         return found
 
     def store_targets_and_patterns_in(self, config: LoraConfig) -> None:
-        """Store the selection in a config: set ``target_parameters`` and add patterns as PEFT does.
+        """Store the selected targets and their patterns in a config.
 
-        A pattern doubles the rank and alpha of a parameter that two linear layers were fused in. A
-        pattern of the user that matches the parameter has precedence.
+        The targets are stored in ``target_parameters``. The patterns are added to ``rank_pattern``
+        and ``alpha_pattern``, as in PEFT. A pattern doubles the rank and alpha of a parameter that
+        two linear layers were fused in. A pattern of the user that matches the parameter has
+        precedence.
         """
         config.target_parameters = self.entries
         for pattern, parts in self.fused.items():

@@ -82,7 +82,7 @@ class SelectedTargets(NamedTuple):
     only_in_file: Collection[str] = ()
 
 
-def find_targets(
+def find_target_modules(
     model: nn.Module,
     config: LoraConfig,
     targets: set[str] | str | None = None,
@@ -307,8 +307,8 @@ def _warn_of_routers_and_skipped_linears(
 def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     """Check that every entry of ``target_modules`` matches at least one module or stack of experts.
 
-    This check is stricter than `find_targets`, which only emits a warning for such an entry if
-    other entries match.
+    This check is stricter than `find_target_modules`, which only emits a warning for such an entry
+    if other entries match.
 
     Raises:
         TargetNotFoundError: If an entry does not match anything.
@@ -443,7 +443,10 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
 
 
 def model_type_of(model: nn.Module) -> Any:
-    """Return the ``model_type`` in a model's config, or None if there is none."""
+    """Return the ``model_type`` in a model's config.
+
+    The result is None if there is none.
+    """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         config = config.to_dict()
@@ -505,10 +508,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _auxiliary_module_message(model: nn.Module, name: str) -> str:
-    """Return an error message that explains why a module cannot be a target.
+    """Return the part of a message that explains why a module cannot be a target.
 
-    It is part of a longer message. The module called ``name`` is, or is inside, a module that
-    adapters own copies of or train rows of.
+    The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
+    of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
@@ -554,9 +557,9 @@ def _no_target_message(
 
 
 def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list[str]:
-    """Return a sorted list of the entries of ``targets`` that match none of the names.
+    """Return a list of the entries of ``targets`` that match none of the names.
 
-    If ``targets`` is a regular expression, the list is empty.
+    The list is sorted. If ``targets`` is a regular expression, the list is empty.
     """
     if isinstance(targets, str):
         return []

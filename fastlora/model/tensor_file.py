@@ -167,7 +167,7 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return a dict that maps names to the tensors of a safetensors file.
+    """Read all tensors of a safetensors file into a dict that maps names to tensors.
 
     Raises:
         CheckpointError: See `TensorFile`.

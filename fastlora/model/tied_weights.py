@@ -21,7 +21,9 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 class ModulesAdaptedWithEmbedding(NamedTuple):
-    """The modules that are adapted together with the input embedding, to which they are tied.
+    """The modules that are adapted together with the input embedding.
+
+    They are tied to the embedding.
 
     Attributes:
         names: The names of the modules.
@@ -37,7 +39,7 @@ NO_TIED_MODULES = ModulesAdaptedWithEmbedding()
 
 
 def input_embedding_name(model: nn.Module) -> str | None:
-    """Return the name of a model's input embedding, or None.
+    """Return the name of a model's input embedding.
 
     This is the module that the model's ``get_input_embeddings`` method returns. The result is None
     if the method does not exist or does not return a module of the model.
@@ -62,11 +64,12 @@ def config_ties_embeddings(model: nn.Module) -> bool:
 
 
 def names_tied_to_embedding(model: nn.Module) -> list[str]:
-    """Return the names of the modules that share the input embedding's weight.
+    """Return the names of the modules that are tied to the input embedding.
 
-    The list is sorted. As in PEFT, only modules listed in ``_tied_weights_keys`` of the model or of
-    its submodules are considered, and the result is empty if the model's config has
-    ``tie_word_embeddings=False``. In addition, the parameters must be the same object.
+    These modules share the embedding's weight. The list is sorted. As in PEFT, only modules listed
+    in ``_tied_weights_keys`` of the model or of its submodules are considered, and the result is
+    empty if the model's config has ``tie_word_embeddings=False``. In addition, the parameters must
+    be the same object.
     """
     embedding = input_embedding_name(model)
     if embedding is None or _config_field(model, "tie_word_embeddings") is False:
@@ -89,10 +92,11 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
 def find_ties_and_update_config(
     model: nn.Module, config: LoraConfig
 ) -> ModulesAdaptedWithEmbedding:
-    """Find the modules to adapt together with the input embedding, to which they are tied.
+    """Find the modules tied to the input embedding, and update the adapter's config for them.
 
-    If there are such modules, the config is changed in place: ``modules_to_save`` or
-    ``target_modules`` then contains the embedding instead of the modules tied to it.
+    The result contains the modules to adapt together with the embedding. If there are such modules,
+    the config is changed in place: ``modules_to_save`` or ``target_modules`` then contains the
+    embedding instead of the modules tied to it.
 
     As in PEFT, a warning is emitted if the config requires tying that is not possible, or if a tied
     module is adapted without ``ensure_weight_tying``.
@@ -170,7 +174,9 @@ def _warn(message: str) -> None:
 
 
 class SharedWeightUntier:
-    """Finds weights that several modules of a model share, and unties them before a merge.
+    """Finds and unties weights that several modules of a model share.
+
+    It is used before adapters are merged.
 
     Args:
         model: The base model with its adapters.
@@ -294,7 +300,10 @@ def untie_config_if_weights_untied(model: nn.Module) -> None:
 
 
 def _config_field(model: nn.Module, name: str) -> Any:
-    """Return the value of a field in a model's config, or None if the field does not exist."""
+    """Return the value of a field in a model's config.
+
+    The result is None if the field does not exist.
+    """
     config: Any = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get(name)

@@ -31,7 +31,9 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class TrainableTokensOfModule:
-    """The tokens that an adapter trains in a module, as rows of the module's weight.
+    """The tokens that an adapter trains in a module.
+
+    They are rows of the module's weight.
 
     Attributes:
         indices: The indices of the rows.
@@ -45,13 +47,13 @@ class TrainableTokensOfModule:
 def find_trainable_tokens(
     model: nn.Module, config: LoraConfig
 ) -> dict[str, TrainableTokensOfModule]:
-    """Find the tokens that an adapter trains, and return them in a dict keyed by module name.
+    """Find the tokens that an adapter trains in the modules of a model.
 
-    Tokens are rows of a module's weight. If ``trainable_token_indices`` is a list, it refers to the
-    input embedding. If it is a mapping, each key refers to every module with a name that ends with
-    the key. If the input embedding is selected and the model ties its embeddings, the tied modules
-    share the embedding's rows, unless the config selects different rows for them. The embedding
-    comes before the modules tied to it.
+    The result is a dict keyed by module name. Tokens are rows of a module's weight. If
+    ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
+    each key refers to every module with a name that ends with the key. If the input embedding is
+    selected and the model ties its embeddings, the tied modules share the embedding's rows, unless
+    the config selects different rows for them. The embedding comes before the modules tied to it.
 
     Args:
         model: The base model, with or without adapters.

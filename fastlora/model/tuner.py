@@ -234,10 +234,11 @@ class LoraTuner(nn.Module):
             config.check_plain(f"an adapter that replaces {adapter_name!r}")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters and make them trainable. All other adapters are frozen.
+        """Activate the given adapters, and deactivate all others.
 
-        If an adapter's config selects biases of the base model, these biases are trainable whenever
-        the adapter's factors are.
+        The active adapters are made trainable, and the others are frozen. If an adapter's config
+        selects biases of the base model, these biases are trainable whenever the adapter's factors
+        are.
 
         Args:
             adapter_name: The name of an adapter, or a list of names. The updates of several
@@ -271,9 +272,10 @@ class LoraTuner(nn.Module):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If the adapter was the only active one, another becomes active.
+        """Delete an adapter.
 
-        Other adapters that are merged stay merged.
+        If the adapter was the only active one, another becomes active. Other adapters that are
+        merged stay merged.
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
@@ -362,7 +364,9 @@ class LoraTuner(nn.Module):
         )
 
     def add_computed_adapter(self, adapter_name: str, computed: ComputedAdapter) -> None:
-        """Add a computed adapter to the model. The new adapter is frozen and inactive.
+        """Add a computed adapter to the model.
+
+        The new adapter is frozen and inactive.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -389,9 +393,10 @@ class LoraTuner(nn.Module):
         self._set_disabled(False)
 
     def disable_adapter_layers(self) -> None:
-        """Disable all adapters, so that the outputs are those of the base model.
+        """Disable all adapters.
 
-        The adapters are also frozen. Merged adapters are unmerged.
+        The outputs are then those of the base model. The adapters are also frozen. Merged adapters
+        are unmerged.
 
         Raises:
             AdapterStateError: If a `fastlora.adapters` block of the model is open.
@@ -532,7 +537,10 @@ class LoraTuner(nn.Module):
         )
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        """Return example routings for `warm_up`.
+
+        See `fastlora.routing.routers.Router`.
+        """
         known = tuple(self.peft_config)
         layers = self.modules_selecting_adapter_per_row
         return sample_routings_from_parameters(
@@ -567,7 +575,9 @@ class LoraTuner(nn.Module):
         *,
         keep_base: bool = True,
     ) -> None:
-        """Merge adapters into the base weights. To undo the merge, call `unmerge_adapter`.
+        """Merge adapters into the base weights.
+
+        To undo the merge, call `unmerge_adapter`.
 
         Args:
             adapter_names: The adapters to merge. With None, the active adapters are merged.
@@ -685,7 +695,10 @@ class LoraTuner(nn.Module):
 
 
 def tuner_of(model: object) -> LoraTuner | None:
-    """Return the tuner of a `LoraModel`, or None for any other object."""
+    """Return the tuner of a `LoraModel`.
+
+    The result is None for any other object.
+    """
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, LoraTuner) else None
 

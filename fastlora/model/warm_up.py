@@ -80,11 +80,12 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Compile a model's inference kernels in advance, so that no request waits for compilation.
+    """Compile a model's inference kernels in advance.
 
-    Kernels are compiled into Triton's cache folder, in separate processes. Later starts reuse
-    them. Which kernels the model launches is recorded from calls of its own layers, for few
-    rows (decode) and for many (prefill). During these calls, no kernel runs.
+    No request then waits for compilation. Kernels are compiled into Triton's cache folder, in
+    separate processes. Later starts reuse them. Which kernels the model launches is recorded from
+    calls of its own layers, for few rows (decode) and for many (prefill). During these calls, no
+    kernel runs.
 
     If a kernel cannot be compiled, or the process that compiles it dies, a warning names the
     kernel. It is then compiled by the first request that needs it. If no Triton kernels run on the
@@ -212,13 +213,21 @@ def _default_processes() -> int:
 
 
 class _SharedInputLayers(NamedTuple):
-    """Layers that share an input, in the order in which they are called, and the input's dtype."""
+    """Layers that share an input.
+
+    Attributes:
+        layers: The layers, in the order in which they are called.
+        dtype: The dtype of the input.
+    """
 
     layers: tuple[Any, ...]
     dtype: torch.dtype
 
     def run(self, rows: int) -> None:
-        """Call each layer with the same uninitialized input of ``rows`` rows."""
+        """Run each layer on an input with ``rows`` rows.
+
+        The layers receive the same tensor, which is uninitialized.
+        """
         device = next(iter(self.layers[0].parameters())).device
         x = torch.empty(rows, self.layers[0].in_features, dtype=self.dtype, device=device)
         for layer in self.layers:
@@ -226,7 +235,7 @@ class _SharedInputLayers(NamedTuple):
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """K and N of each layer."""
+        """The sizes K and N of each layer."""
         return tuple((layer.in_features, layer.out_features) for layer in self.layers)
 
 
@@ -238,10 +247,10 @@ def record_kernel_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> dict[str, KernelVariant]:
-    """Return the kernel variants that a model launches during inference, as a dict.
+    """Record the kernel variants that a model launches during inference.
 
-    The dict is indexed by `KernelVariant.key`. Nothing is compiled or launched. Arguments are as in
-    `warm_up`.
+    The result is a dict indexed by `KernelVariant.key`. Nothing is compiled or launched. Arguments
+    are as in `warm_up`.
     """
     from fastlora.kernels.chips import chip_of
     from fastlora.kernels.mixed_rows_sort import MAX_IDS
@@ -281,10 +290,11 @@ def record_kernel_variants(
 def _groups_after_forward(
     model: nn.Module, mixed: Sequence[Routing], inputs: Any
 ) -> list[_SharedInputLayers]:
-    """Run forward passes, and return the groups of layers that received the same tensor.
+    """Run forward passes, and return the groups of layers that share an input.
 
-    After two forward passes, each layer knows its group. Mixed batches additionally track the rows
-    of their first forward pass, which the first request then does not have to do.
+    Layers share an input if they receive the same tensor. After two forward passes, each layer
+    knows its group. Mixed batches additionally track the rows of their first forward pass, which
+    the first request then does not have to do.
     """
     given = _default_token_ids(model) if inputs is None else inputs
     dtypes: dict[Any, torch.dtype] = {}
@@ -372,12 +382,12 @@ def _bisect_variant_changes(
     launched: dict[str, KernelVariant],
     earlier_changes: Sequence[int],
 ) -> list[int]:
-    """Find the row counts at which a group's kernels change, and record the launched kernels.
+    """Find the row counts at which a group's kernel variants change, by bisection.
 
-    The group is run with enough row counts to launch all of its kernels for 1 to ``rows`` rows. The
-    row counts at which the kernels change are found by bisection between powers of two. If two row
-    counts launch the same kernels, the row counts between them are assumed to launch these kernels
-    too.
+    The launched kernels are recorded. The group is run with enough row counts to launch all of its
+    kernels for 1 to ``rows`` rows. The row counts at which the kernels change are found by
+    bisection between powers of two. If two row counts launch the same kernels, the row counts
+    between them are assumed to launch these kernels too.
 
     Args:
         group: The layers to run.

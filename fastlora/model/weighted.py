@@ -18,7 +18,7 @@ from fastlora.model.computed_adapters import (
     check_modules_to_save_disjoint,
     factor_matrices,
     join_per_matrix_factors,
-    split_matrices,
+    split_factors_by_matrix,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
@@ -28,7 +28,10 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class CombinationOptions(NamedTuple):
-    """The options of `LoraTuner.add_weighted_adapter` that select how to combine adapters."""
+    """The options that select how to combine adapters.
+
+    They are arguments of `LoraTuner.add_weighted_adapter`.
+    """
 
     combination_type: str = "svd"
     svd_rank: int | None = None
@@ -57,7 +60,9 @@ def combine_adapters(
     weights: Sequence[float],
     options: CombinationOptions,
 ) -> ComputedAdapter:
-    """Compute the weighted sum of adapters. The model is not changed.
+    """Combine adapters into their weighted sum.
+
+    The model is not changed.
 
     Args:
         model: The base model with its adapters.
@@ -140,7 +145,11 @@ def _check_combination(
 
 
 def _check_same_target_modules_type(configs: Mapping[str, LoraConfig]) -> None:
-    """Raise ConfigError if some target_modules are patterns and others are lists."""
+    """Check that the ``target_modules`` of all configs have the same type.
+
+    Raises:
+        ConfigError: If some are patterns and others are lists.
+    """
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
             "the target_modules of all adapter configs must have the same type: some of "
@@ -176,7 +185,7 @@ def _combine_on_layer(
     bias = _combine_biases([layer._factors(adapter)[2] for adapter in adapters], scales, options)
     if require_product:
         rank = max(ranks.values()) if options.svd_rank is None else options.svd_rank
-        by_matrix = zip(*(split_matrices(layer, pair) for pair in pairs), strict=True)
+        by_matrix = zip(*(split_factors_by_matrix(layer, pair) for pair in pairs), strict=True)
         if kind == "cat":
             made = [_concatenate(own, scales) for own in by_matrix]
         else:
@@ -204,7 +213,10 @@ def _combine_on_layer(
 def _concatenate(
     pairs: Sequence[low_rank.FactorPair], scales: Sequence[float]
 ) -> low_rank.FactorPair:
-    """Return factors whose product is the sum of ``scale * lora_b @ lora_a`` over all pairs."""
+    """Concatenate pairs of factors along the rank, and return the resulting pair.
+
+    The product of the result is the sum of ``scale * lora_b @ lora_a`` over all pairs.
+    """
     lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
     return lora_a, torch.cat([b for _, b in pairs], 1)
 
@@ -223,10 +235,10 @@ def _combine_by_svd(
     options: CombinationOptions,
     rank: int,
 ) -> low_rank.FactorPair:
-    """Return a tuple ``(lora_a, lora_b)`` of factors from the SVD of the combined update.
+    """Combine updates, and return factors of the result computed by SVD.
 
-    The factors have the given rank. The rows of ``lora_a`` and the columns of ``lora_b`` are
-    ordered by decreasing singular value.
+    The result is a tuple ``(lora_a, lora_b)``. The factors have the given rank. The rows of
+    ``lora_a`` and the columns of ``lora_b`` are ordered by decreasing singular value.
     """
     if options.combination_type == "svd":
         scales = [w * s for w, s in zip(weights, scalings, strict=True)]
@@ -243,7 +255,10 @@ def _combine_by_svd(
 def _combine_biases(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor | None:
-    """Return the combined ``lora_b`` bias ``[N]``, or None if no adapter has a ``lora_b`` bias."""
+    """Combine the ``lora_b`` biases of adapters.
+
+    The result is a tensor ``[N]``, or None if no adapter has a ``lora_b`` bias.
+    """
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:
         return None

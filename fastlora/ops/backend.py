@@ -105,9 +105,10 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple (y, s) for a layer with adapters.
+        """Compute the forward pass of a layer with adapters.
 
-        y ``[M, N]`` is the output of the layer, and s is the shrink output.
+        The result is a tuple (y, s). y ``[M, N]`` is the output of the layer, and s is the shrink
+        output.
 
         Args:
             x: The input.
@@ -129,10 +130,12 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA updates of a stack of weights to ``y [P, N]`` in place, and return s.
+        """Add the LoRA updates of a stack of weights to y in place.
+
+        The result is the shrink output s.
 
         Args:
-            y: The base product, in x's dtype.
+            y: The base product, ``[P, N]``, in x's dtype.
             x: ``[P, K]``, sorted by key; see `fastlora.ops.stacks`.
             operands: The adapters.
             rows: The sorted rows.
@@ -151,8 +154,9 @@ class Backend(ABC):
         wants: Sequence[bool],
         dx: torch.Tensor | None = None,
     ) -> tuple[_Gradient, list[_Gradient]]:
-        """Return a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients.
+        """Return the gradients of x and of the LoRA factors for a stack of weights.
 
+        The result is a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients.
         Both ``wants`` and the list of gradients have one item for lora_a and one for lora_b of each
         adapter in turn. If dx is given, it is the dx of the base product, to which the dx of the
         LoRA update is added.
@@ -222,7 +226,9 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor | None]:
-        """Return a list of the lora_a gradients of a shared-input group, ordered by layer.
+        """Return a list of the lora_a gradients of a shared-input group.
+
+        The list is ordered by layer.
 
         Args:
             x: Input of the layers.

@@ -111,7 +111,7 @@ def auto_selects_kernels(device: torch.device) -> bool:
 
 
 def is_being_compiled() -> bool:
-    """Return whether `torch.compile` is tracing the caller."""
+    """Return whether `torch.compile` is compiling the caller."""
     return torch.compiler.is_compiling()
 
 
@@ -124,9 +124,9 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def has_unknown_values(x: torch.Tensor) -> bool:
-    """Return whether the values of x cannot be read.
+    """Return whether the values of x are unknown.
 
-    This is the case on the meta device, and if a compiler traces operations on x.
+    They cannot be read on the meta device, and if a compiler traces operations on x.
     """
     return x.is_meta or is_traced(x)
 
@@ -162,9 +162,10 @@ def operators_are_observed(
 
 
 def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that launches kernels, with x's device as the current device.
+    """Call a function with x's device as the current device.
 
-    A profiler shows the call as ``fastlora::`` and the function's name.
+    The function launches kernels. A profiler shows the call as ``fastlora::`` and the function's
+    name.
     """
     if torch.autograd._profiler_enabled():
         with (
@@ -254,7 +255,7 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error if the Triton kernels cannot handle a call in batch-invariant mode.
+        """Check that the Triton kernels can handle a call in batch-invariant mode.
 
         Raises:
             ImplementationError: The kernels cannot handle the call in this mode.

@@ -62,7 +62,10 @@ class Base(NamedTuple):
     inplace: bool = False
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output ``[..., N]`` of the base layer alone, with no adapters applied."""
+        """Return the output of the base layer.
+
+        The shape is ``[..., N]``. No adapters are applied.
+        """
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
         if self.y is None:
@@ -70,9 +73,9 @@ class Base(NamedTuple):
         return self.y
 
     def writable_output(self) -> torch.Tensor:
-        """Return the output y as a tensor ``[M, N]`` that may be overwritten.
+        """Return the output of the base layer as a tensor that may be overwritten.
 
-        The result is a copy if y itself may not be overwritten.
+        The result is y as a tensor ``[M, N]``. It is a copy if y itself may not be overwritten.
         """
         if self.y is None:
             raise ValueError("no base output is given")
@@ -158,9 +161,10 @@ def tables_from_tensors(
 
 
 def replace_missing_with_empty(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Return a list of factors in which each None is replaced by an empty factor of rank 0.
+    """Return a list of factors in which an empty factor replaces each missing one.
 
-    ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.
+    A missing factor is None, and an empty factor has rank 0. ``rank_dim`` is the dimension of the
+    rank: 0 for lora_a, and 1 for lora_b.
     """
     found: list[torch.Tensor] = []
     for factor in factors:

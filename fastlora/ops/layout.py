@@ -32,9 +32,9 @@ def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
 
 
 def rank_to_multiple_of_16(largest_rank: int) -> int:
-    """Return the largest rank, rounded up to a multiple of 16, with a minimum of 16.
+    """Return the largest rank, rounded up to a multiple of 16.
 
-    In a mixed batch, operators give s and ds this number of columns.
+    The result is at least 16. In a mixed batch, operators give s and ds this number of columns.
     """
     return max(-(-largest_rank // 16) * 16, 16)
 
@@ -42,10 +42,11 @@ def rank_to_multiple_of_16(largest_rank: int) -> int:
 def shrink_partials_shape(
     m: int, k: int, modules: int, largest: int, batch_invariant: bool = False
 ) -> tuple[int, int, int, int]:
-    """Return the shape (splits, modules, rows, columns) of a shrink's split-K partial sums.
+    """Return the shape of a shrink's split-K partial sums.
 
-    The number of splits depends neither on the chip nor on the adapters of the rows, so that a fake
-    implementation can compute it. Sizes may be symbolic.
+    The shape is (splits, modules, rows, columns). The number of splits depends neither on the chip
+    nor on the adapters of the rows, so that a fake implementation can compute it. Sizes may be
+    symbolic.
     """
     from fastlora.kernels.config_tables import MAX_PARTIAL_BYTES
 
@@ -60,9 +61,10 @@ def shrink_partials_shape(
 
 
 def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Return a tuple (offsets, size) for a buffer into which all lora_a gradients are packed.
+    """Return the layout of a buffer into which all lora_a gradients are packed.
 
-    ``offsets`` has the offset of each gradient. All values are in elements.
+    The result is a tuple (offsets, size). ``offsets`` has the offset of each gradient. All values
+    are in elements.
     """
     return _aligned_offsets([a.numel() for a in lora_a], lora_a[0].itemsize)
 
@@ -70,10 +72,10 @@ def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int
 def grad_b_buffer_layout(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
 ) -> tuple[list[int], list[int], int]:
-    """Return a tuple (lora_b offsets, lora_bias offsets, size) for a packed gradient buffer.
+    """Return the layout of a buffer into which all lora_b and lora_bias gradients are packed.
 
-    Each list contains one offset per slot, which is -1 for a lora_bias that does not exist. All
-    values are in elements.
+    The result is a tuple (lora_b offsets, lora_bias offsets, size). Each list contains one offset
+    per slot, which is -1 for a lora_bias that does not exist. All values are in elements.
     """
     biases = [b.shape[0] if has else 0 for b, has in zip(lora_b, with_bias, strict=True)]
     offsets, end = _aligned_offsets([*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize)
@@ -86,9 +88,10 @@ def grad_b_buffer_layout(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Split a packed buffer into views, one pair (lora_b gradient, lora_bias gradient) per slot.
+    """Split a packed buffer into views of the lora_b and lora_bias gradients.
 
-    The second item is None if there is no lora_bias.
+    The result has one pair (lora_b gradient, lora_bias gradient) per slot. The second item is None
+    if there is no lora_bias.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     offsets, bias_offsets, _ = grad_b_buffer_layout(ups, with_bias)
@@ -101,7 +104,10 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Split a packed buffer into views ``[rank, K]``, one for each lora_a gradient."""
+    """Split a packed buffer into views of the lora_a gradients.
+
+    There is one view ``[rank, K]`` for each gradient.
+    """
     downs = replace_missing_with_empty(lora_a, 0)
     offsets, _ = grad_a_buffer_layout(downs)
     return [

@@ -15,7 +15,7 @@ def define_operator(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
     _LIBRARY.define(schema, tags=tags)
 
 
-def register_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a function as an operator's implementation.
 
     The implementation is registered below autograd, and runs on every device.
@@ -35,6 +35,9 @@ def register_composite(name: str) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers an operator's fake implementation, for tracing."""
+    """Return a decorator that registers a function as an operator's fake implementation.
+
+    The fake implementation is used for tracing.
+    """
     found: Callable[..., Any] = torch.library.register_fake(f"fastlora::{name}")
     return found

@@ -45,10 +45,10 @@ class OperatorBackend(Backend):
     def _registered_or_direct_operators(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
     ) -> schema.Operators:
-        """Return the operators to call for x and a weight.
+        """Return the registered operators, or functions that run their implementations directly.
 
-        They are the registered operators if something observes operators on x, else their
-        implementations. In a backward pass, x is dy.
+        The caller passes x and a weight to the result. The result is the registered operators if
+        something observes operators on x, else their implementations. In a backward pass, x is dy.
         """
         # With a quantized weight, no PyTorch operation runs that autograd could record.
         alone = isinstance(weight, QuantizedTensor) and self.impl == "triton"
@@ -331,11 +331,12 @@ def weight_for_kernels(
     plan: str,
     launch: str = "coded_lora_linear",
 ) -> torch.Tensor | QuantizedData:
-    """Return a base weight in a form that kernels can read: a dense matrix or a `QuantizedData`.
+    """Return a base weight in a form that kernels can read.
 
-    A dense weight is returned unchanged. For a quantized weight, the result is its quantized data,
-    or a new dense matrix if there are too many rows. The table's plan for ``launch`` decides which.
-    ``x`` is ``[M, K]``, or dy ``[M, N]`` to compute a dx. ``r`` is the largest rank.
+    The form is a dense matrix or a `QuantizedData`. A dense weight is returned unchanged. For a
+    quantized weight, the result is its quantized data, or a new dense matrix if there are too many
+    rows. The table's plan for ``launch`` decides which. ``x`` is ``[M, K]``, or dy ``[M, N]`` to
+    compute a dx. ``r`` is the largest rank.
     """
     if not isinstance(weight, QuantizedTensor):
         return weight
@@ -344,7 +345,10 @@ def weight_for_kernels(
 
 
 def _has_quantized_weight(operands: Sequence[torch.Tensor | None], count: int) -> bool:
-    """Return whether any of the base weights (the first ``count`` operands) is quantized."""
+    """Return whether any base weight among the operands is quantized.
+
+    The base weights are the first ``count`` operands.
+    """
     return QuantizedTensor in map(type, operands[:count])
 
 

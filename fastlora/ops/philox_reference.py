@@ -47,7 +47,10 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the four Philox output words of each counter, as int64 tensors of 32-bit values."""
+    """Return the four Philox output words of each counter.
+
+    The words are 32-bit values in int64 tensors.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -60,10 +63,10 @@ def _philox_4x32(
 
 
 def _multiply_32(value: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (high, low) of the two 32-bit halves of ``value * factor``.
+    """Multiply 32-bit values by a factor, and return both halves of each product.
 
-    The operands have 32 bits. Their product would overflow int64, so it is computed from 16-bit
-    halves.
+    The result is a tuple (high, low) of the two 32-bit halves of ``value * factor``. The operands
+    have 32 bits. Their product would overflow int64, so it is computed from 16-bit halves.
     """
     low = (value & 0xFFFF) * factor
     middle = (value >> 16) * factor + (low >> 16)

@@ -33,10 +33,10 @@ def choose_plan(
     n: int | None = None,
     slots: int = 1,
 ) -> str:
-    """Choose the plan that selects the kernels to launch for x and a weight, and return its name.
+    """Choose the plan for x and a weight, and return its name.
 
-    A ``plan`` other than "auto" takes precedence over ``FASTLORA_PLAN``, which takes precedence
-    over the chip's table.
+    The plan selects the kernels to launch. A ``plan`` other than "auto" takes precedence over
+    ``FASTLORA_PLAN``, which takes precedence over the chip's table.
 
     Args:
         plan: One of `PLANS`. "invariant" exists for forward passes without gradients only; other
@@ -63,10 +63,11 @@ def choose_plan(
 
 
 def fp32_precision(dtype: torch.dtype) -> str:
-    """Return the precision of fp32 products: "tf32" if the user has allowed TF32, else "ieee".
+    """Return the precision of fp32 products.
 
-    torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value
-    that is read here. Reading the older switches raises once the newer switch has been used.
+    The result is "tf32" if ``dtype`` is fp32 and the user has allowed TF32, else "ieee". torch's
+    older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value that is
+    read here. Reading the older switches raises once the newer switch has been used.
     """
     # `torch.backends.cuda.matmul.fp32_precision` takes six times as long to read.
     allowed = dtype is torch.float32 and _rounding_of_fp32() == "tf32"

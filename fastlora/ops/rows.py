@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.execution_mode import auto_selects_kernels
-from fastlora.ops.library import define_operator, register_fake, register_kernel
+from fastlora.ops.library import define_operator, register_fake, register_implementation
 
 NO_SLOT = -1
 INVALID_SLOT = -2
@@ -109,9 +109,10 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """A tuple of segments in slot order, one for each slot that has rows.
+        """The segments of the sorted rows.
 
-        If the ids are on a GPU, the host waits for the GPU.
+        There is one segment for each slot that has rows, in slot order. If the ids are on a GPU,
+        the host waits for the GPU.
         """
         if self.ids is None:
             starts = self.slot_start.tolist()
@@ -126,9 +127,10 @@ class Rows:
 
     @functools.cached_property
     def segment_rows(self) -> tuple[slice | torch.Tensor, ...]:
-        """The row indices of each segment, in ascending order.
+        """The row indices of each segment.
 
-        They are a slice if the rows are adjacent, and otherwise an int64 tensor.
+        They are in ascending order. They are a slice if the rows are adjacent, and otherwise an
+        int64 tensor.
         """
         if not self.segments:
             return ()
@@ -148,14 +150,17 @@ class Rows:
 
     @functools.cached_property
     def used_slots(self) -> tuple[int, ...]:
-        """A tuple of the slots that have rows, in ascending order."""
+        """The slots that have rows.
+
+        They are in ascending order.
+        """
         return tuple(segment.slot for segment in self.segments)
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """The sort key of each id, as an int64 tensor on the CPU.
+        """The sort key of each id, on the CPU.
 
-        See `_sort_keys_and_invalid_mask`.
+        The keys are an int64 tensor. See `_sort_keys_and_invalid_mask`.
         """
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
@@ -171,9 +176,9 @@ class Rows:
 
     @functools.cached_property
     def inverse_order(self) -> torch.Tensor:
-        """The inverse of `order`, as an int64 tensor ``[M]``.
+        """The inverse of `order`, which is the sorted position of each row.
 
-        It contains the sorted position of each row.
+        It is an int64 tensor ``[M]``.
         """
         inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
         inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
@@ -181,29 +186,29 @@ class Rows:
 
     @functools.cached_property
     def segment_index(self) -> torch.Tensor:
-        """The segment index of each row, as an int64 tensor ``[M]``.
+        """The segment index of each row.
 
-        Rows without an adapter have the index ``len(segments)``.
+        It is an int64 tensor ``[M]``. Rows without an adapter have the index ``len(segments)``.
         """
         member = self.segment_of.long().clamp(max=len(self.segments))
         return member if self.is_sorted else member.index_select(0, self.inverse_order)
 
     @functools.cached_property
     def slot_index(self) -> torch.Tensor:
-        """The slot of each row, as an int64 tensor ``[M]``.
+        """The slot of each row.
 
-        Rows without an adapter have the value `slots`.
+        It is an int64 tensor ``[M]``. Rows without an adapter have the value `slots`.
         """
         of_segment = torch.tensor([*self.used_slots, self.slots], device=self.order.device)
         return of_segment[self.segment_index]
 
     def first_rows(self, m: int) -> Rows:
-        """Return the `Rows` of the first ``m`` rows, as views of the tensors of this object.
+        """Return the `Rows` of the first ``m`` rows.
 
-        All later rows must have no adapter, as the rows have that pad a batch to the size of a
-        captured graph. One sort of the largest batch thus serves graphs of all sizes. The result
-        has the pieces that this object has cached. A piece that reaches beyond ``m`` has no
-        adapter, and kernels skip it.
+        The result consists of views of the tensors of this object. All later rows must have no
+        adapter, as the rows have that pad a batch to the size of a captured graph. One sort of the
+        largest batch thus serves graphs of all sizes. The result has the pieces that this object
+        has cached. A piece that reaches beyond ``m`` has no adapter, and kernels skip it.
         """
         pieces = {
             block_m: starts[: piece_starts_length(m, self.slots, block_m)]
@@ -221,20 +226,27 @@ class Rows:
         )
 
     def in_sorted_order(self) -> Rows:
-        """Return the `Rows` of a tensor whose rows have been sorted."""
+        """Return a `Rows` for the same rows in sorted order.
+
+        It describes a tensor whose rows have been sorted.
+        """
         m, device = self.m, self.order.device
         order = torch.arange(m, dtype=torch.int32, device=device)
         return replace(self, order=order, each=1, ids=None)
 
     @functools.cached_property
     def has_rows_without_slot(self) -> bool:
-        """Whether any row has no slot. If the rows are on a GPU, the host waits for the GPU."""
+        """Whether any row has no slot.
+
+        If the rows are on a GPU, the host waits for the GPU.
+        """
         return int(self.slot_start[-1]) < self.m
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor ``[M, ...]`` with its rows in sorted order.
+        """Return a tensor with its rows in sorted order.
 
-        If the rows are already sorted, the result is the tensor itself.
+        The tensor has the shape ``[M, ...]``. If the rows are already sorted, the result is the
+        tensor itself.
         """
         return tensor if self.is_sorted else tensor.index_select(0, self.order)
 
@@ -291,7 +303,7 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
     return Rows(order, segment_of, segment_slot, slot_start, none, *sizes)
 
 
-@register_kernel("rows_sort")
+@register_implementation("rows_sort")
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
@@ -356,7 +368,10 @@ def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Te
 def _allocate_sort_results(
     m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Allocate, without initializing them, the tensors that `_rows_sort` returns."""
+    """Allocate the tensors that `_rows_sort` returns.
+
+    The tensors are not initialized.
+    """
     present, entries = torch.sym_min(m, slots + 2), piece_starts_length(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
@@ -364,7 +379,7 @@ def _allocate_sort_results(
     return tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in pairs)
 
 
-@register_kernel("rows_pieces")
+@register_implementation("rows_pieces")
 def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
     """Return the positions at which the pieces of the sorted rows start.
 
@@ -396,9 +411,10 @@ def piece_starts_length(m: int, slots: int, block_m: int) -> int:
 
 
 def _run_start_mask(values: torch.Tensor) -> torch.Tensor:
-    """Return a bool mask that marks each value that differs from the preceding one.
+    """Return a mask that marks the first value of each run of equal values.
 
-    The first value counts as different.
+    The mask is a bool tensor. A value starts a run if it is the first of all values, or if it
+    differs from the preceding one.
     """
     differs = torch.ones(values.shape, dtype=torch.bool, device=values.device)
     torch.ne(values[1:], values[:-1], out=differs[1:])

@@ -54,7 +54,7 @@ from fastlora.ops.layout import (
     rank_to_multiple_of_16,
     shrink_partials_shape,
 )
-from fastlora.ops.library import define_operator, register_fake, register_kernel
+from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.torch import operators, reference
 
 _Tensors = list[torch.Tensor]
@@ -77,7 +77,7 @@ def define_and_register_fake(
     place = arguments.index("impl") if impl is None else None
     attribute, backward = name.removeprefix("lora_"), name.startswith("lora_grad_")
 
-    @register_kernel(name)
+    @register_implementation(name)
     def run(*args: Any) -> Any:
         chosen, given = impl, args
         if place is not None:
@@ -159,7 +159,10 @@ def lora_linear_fake(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """Return a list of empty tensors: the output y and, unless s is given, the shrink output s."""
+    """Return empty tensors for the results of the operator ``lora_linear``.
+
+    The results are the output y and, unless s is given, the shrink output s.
+    """
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
@@ -171,7 +174,10 @@ def lora_linear_fake(
     " Tensor scaling, str impl) -> ()"
 )
 def lora_expand_fake(*_: object) -> None:
-    """Do nothing. The operator adds ``scaling * (s @ lora_b.T + lora_bias)`` to y in place."""
+    """Do nothing.
+
+    The operator adds ``scaling * (s @ lora_b.T + lora_bias)`` to y in place.
+    """
 
 
 @define_and_register_fake(
@@ -186,11 +192,11 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
 def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for the dropout mask of x; see `reference.lora_keep_mask`.
+    """Return an empty tensor for the dropout mask of x.
 
-    ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
-    compilers from merging the mask with that of the forward pass and from computing it there,
-    either of which would make them save it.
+    See `reference.lora_keep_mask`. ``after`` is not read. A backward pass passes one of its own
+    tensors. The dependency prevents compilers from merging the mask with that of the forward pass
+    and from computing it there, either of which would make them save it.
     """
     return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 
@@ -313,7 +319,10 @@ def lora_linear_at_fake(
     f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()"
 )
 def lora_add_at_fake(*_: object) -> None:
-    """Do nothing. The operator adds the update of each row's own adapter to y in place."""
+    """Do nothing.
+
+    The operator adds the update of each row's own adapter to y in place.
+    """
 
 
 @define_and_register_fake(

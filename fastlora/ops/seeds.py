@@ -19,9 +19,9 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:
-    """Return the dropout seeds of adapters, drawing those that are not given.
+    """Draw the dropout seeds of adapters, except those that are given.
 
-    There is one seed per adapter, int64 ``[S]`` on the CPU.
+    The result contains one seed per adapter, given or drawn, int64 ``[S]`` on the CPU.
 
     Args:
         names: Names of the batch's adapters.
@@ -49,9 +49,10 @@ def draw_seeds(
 
 
 def dropout_seeds_of_layers(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Return the dropout seeds of L layers, derived from the seeds of S adapters.
+    """Return the dropout seeds of layers, derived from the seeds of adapters.
 
-    The result is an int64 tensor ``[L, S]``. ``layers`` contains the numbers of the layers.
+    For L layers and S adapters, the result is an int64 tensor ``[L, S]``. ``layers`` contains the
+    numbers of the layers.
     """
     steps = [_to_int64((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
@@ -59,15 +60,18 @@ def dropout_seeds_of_layers(seeds: torch.Tensor, layers: Sequence[int]) -> torch
 
 
 def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return the dropout seeds of one layer, derived from the seeds of S adapters.
+    """Derive the dropout seeds of one layer from the seeds of adapters.
 
-    The result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
+    For S adapters, the result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
     """
     return _mixed_bits(seeds + _to_int64((layer + 1) * _INCREMENT))
 
 
 def _to_int64(value: int) -> int:
-    """Return the low 64 bits of ``value`` as a signed integer."""
+    """Convert an integer to a signed 64-bit integer.
+
+    The result consists of the low 64 bits of ``value``.
+    """
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 

@@ -27,10 +27,10 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRowsAndPlans(NamedTuple):
-    """The rows of one batch, sorted by slot, and the plans of the batch's matrix products.
+    """The sorted rows of one batch, and the plans of the batch's matrix products.
 
     Attributes:
-        rows: The rows.
+        rows: The rows, sorted by slot.
         plans: The plans of the matrix products.
     """
 
@@ -39,7 +39,7 @@ class SortedRowsAndPlans(NamedTuple):
 
 
 class BatchRows:
-    """The slot of each row of the current batch.
+    """The rows of the current batch and their slots.
 
     Args:
         slots: int64 ``[max rows]``, the slot of each row, or -1 for a row without an adapter. Its
@@ -79,12 +79,18 @@ class BatchRows:
                 kept.copy_(new)
 
     def _sort_whole_buffer(self) -> Rows:
-        """Sort all rows of the buffer. Rows past the end of the batch have no adapter."""
+        """Sort all rows of the buffer.
+
+        Rows past the end of the batch have no adapter.
+        """
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
 
-    def first(self, m: int) -> SortedRowsAndPlans:
-        """Return the first m rows in sorted order. The result is cached for the batch."""
+    def sorted_first_rows(self, m: int) -> SortedRowsAndPlans:
+        """Return the first m rows of the batch in sorted order.
+
+        The result is cached for the batch.
+        """
         found = self._sorted.get(m)
         if found is None:
             # The ids are copied: the buffer is overwritten by the next batch.
@@ -136,11 +142,11 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """The LoRA factors of a layer's slots, with methods that add each row's update to y.
+    """Computes products with the LoRA factors of a layer's slots.
 
-    The update of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's
-    slot. There are up to four slices with the same input x. Their outputs are adjacent columns of
-    y.
+    The methods add each row's update to y. The update of a row is
+    ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot. There are up to four
+    slices with the same input x. Their outputs are adjacent columns of y.
 
     Args:
         lora_a: For each slice, ``[slots, R, K]``.
@@ -217,9 +223,10 @@ class SlotProducts:
 
     @property
     def num_full_packings(self) -> int:
-        """Number of times that all slots have been packed, in total over the current packs.
+        """Number of times that all slots have been packed.
 
-        Each time, new storage is allocated and the factors of all slots are copied into it.
+        It is the total over the current packs. Each time, new storage is allocated and the factors
+        of all slots are copied into it.
         """
         return sum(pack.num_full_packings for pack in self._packs.values())
 
@@ -228,7 +235,7 @@ class SlotProducts:
 
         The arguments are those of `add_`.
         """
-        rows, found = batch.first(x.shape[0]), self._prepared
+        rows, found = batch.sorted_first_rows(x.shape[0]), self._prepared
         if (
             found is None
             or found.batch is not rows
@@ -259,7 +266,7 @@ class SlotProducts:
             )
 
     def _packed_slots(self, dtype: torch.dtype) -> PackedSlots:
-        """Return the packed factors in a dtype.
+        """Return the packed factors of the slots in a dtype.
 
         If there is no valid pack in this dtype, all slots are packed into a new one.
         """

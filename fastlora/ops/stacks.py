@@ -18,7 +18,9 @@ from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
 class StackAdapterOperands(NamedTuple):
-    """The adapters of a stack of E weights.
+    """The operands of the adapters on a stack of weights.
+
+    The stack consists of E weights.
 
     Attributes:
         lora_a: For each adapter ``[E, R, K]``. An adapter that does not adapt the stack has rank 0.
@@ -60,9 +62,9 @@ class StackAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors of an adapter file as rank rows ``[E, R, K]`` and ``[E, R, N]``.
+    """Return views that arrange the factors of an adapter file as rank rows.
 
-    Both results are views.
+    The views have the shapes ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b.
 
     The layout is that of PEFT 0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper.get_delta_factors`):
     the matrix index varies slowest in the rows of lora_a, and fastest in the columns of lora_b.
@@ -77,19 +79,19 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return a copy of lora_b ``[N, R * E]``, rearranged to the shape ``[E, R, N]``.
+    """Return a transposed copy of lora_b, arranged as rank rows.
 
-    Each row of the result is a column of lora_b, and is contiguous. PyTorch copies the transpose of
-    a matrix several times faster than other permutations, so the rows of one rank are adjacent in
-    memory.
+    lora_b has the shape ``[N, R * E]``, and the result has the shape ``[E, R, N]``. Each row of the
+    result is a column of lora_b, and is contiguous. PyTorch copies the transpose of a matrix
+    several times faster than other permutations, so the rows of one rank are adjacent in memory.
     """
     rows = lora_b.t().contiguous()
     return rows.view(-1, num_matrices, lora_b.shape[0]).transpose(0, 1)
 
 
 def seeds_of_keys(seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return the dropout seed of each key, derived from the seeds of S adapters.
+    """Return the dropout seed of each key, derived from the seeds of adapters.
 
-    The result is an int64 tensor ``[E * S]``.
+    For E matrices and S adapters, the result is an int64 tensor ``[E * S]``.
     """
     return dropout_seeds_of_layers(seeds, range(num_matrices)).reshape(-1)

@@ -139,9 +139,9 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
     def _inverse_gram_matrix(self, lora_a: nn.Parameter) -> torch.Tensor:
-        """Return the inverse ``[R, R]`` of ``lora_a @ lora_a.T``.
+        """Return the inverse of the Gram matrix ``lora_a @ lora_a.T``.
 
-        The inverse is cached until lora_a changes.
+        The inverse is ``[R, R]``. It is cached until lora_a changes.
         """
         watched = (local_shard(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)
@@ -182,7 +182,9 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model's adapters, and freeze the adapters' lora_A factors.
+    """Create a LoRA-FA optimizer for a model's adapters.
+
+    This function also freezes the adapters' lora_A factors.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
@@ -257,9 +259,10 @@ def _paired_lora_a_name(name: str) -> str | None:
 
 
 def _scaling_for_factor(model: nn.Module, factor_name: str) -> float | None:
-    """Return an adapter's scaling in a layer, given the name of a factor in that layer.
+    """Return the scaling for the factor with the given name.
 
-    Returns None if ``factor_name`` does not name a parameter of lora_A or lora_B.
+    It is the scaling of the factor's adapter in the factor's layer. Returns None if ``factor_name``
+    does not name a parameter of lora_A or lora_B.
     """
     for pair in _PAIRS:
         for place in pair:

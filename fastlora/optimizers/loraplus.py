@@ -27,7 +27,9 @@ def create_loraplus_optimizer(
     loraplus_lr_ratio: float,
     **kwargs: Any,
 ) -> Optimizer:
-    """Create a LoRA+ optimizer, which trains lora_B at a higher learning rate than lora_A.
+    """Create a LoRA+ optimizer for a model's adapters.
+
+    It trains lora_B at a higher learning rate than lora_A.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.

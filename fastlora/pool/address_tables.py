@@ -91,9 +91,9 @@ class PoolTables:
         self._copy(self._numbers[:, :, column], numbers)
 
     def assign(self, slot: int, column: int) -> None:
-        """Assign a column to a slot. `NO_COLUMN` marks the slot as empty.
+        """Assign a column to a slot.
 
-        The assignment runs on the current stream.
+        `NO_COLUMN` marks the slot as empty. The assignment runs on the current stream.
         """
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
@@ -109,19 +109,22 @@ class PoolTables:
         self._copy(self.scale_address[:, column], addresses)
 
     def columns_of_slots(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the column of each slot in ``ids``, as an int64 tensor of the same shape.
+        """Return the column of each slot in ``ids``.
 
-        The result is -1 (base model) for the id -1, and -2 for an id that is out of range or an
-        empty slot. The lookup runs on the device, so that a CUDA graph repeats it at every replay.
-        A graph that was captured before a DoRA adapter was added to the pool does not use scales,
-        so it treats the slots of DoRA adapters as empty.
+        The result is an int64 tensor of the same shape. It is -1 (base model) for the id -1, and -2
+        for an id that is out of range or an empty slot. The lookup runs on the device, so that a
+        CUDA graph repeats it at every replay. A graph that was captured before a DoRA adapter was
+        added to the pool does not use scales, so it treats the slots of DoRA adapters as empty.
         """
         return lookup_or_negative_if_out_of_range(
             self.column_of if self.uses_dora else self.plain_column_of, ids
         )
 
     def clear_column(self, column: int) -> None:
-        """Clear a column so that it can be reused. The writes run on the current stream."""
+        """Clear a column so that it can be reused.
+
+        The writes run on the current stream.
+        """
         self._numbers[0, :, column] = 0
         if column in self._dora_columns:
             self._dora_columns.remove(column)

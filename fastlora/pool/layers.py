@@ -134,9 +134,7 @@ class PoolLayers:
     def _accept_adapter_names_and_check_batch(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Wrap a model method so that it accepts the argument ``adapter_names=``.
-
-        The wrapper also checks the batch size.
+        """Wrap a model method so that it accepts ``adapter_names=`` and checks the batch size.
 
         Args:
             name: Name of the method.
@@ -165,15 +163,15 @@ class PoolLayers:
     def _replace(self, name: str, target: TargetModule) -> None:
         module, layer = self._model.get_submodule(name), target.kind.wrap(target.base)
         if isinstance(layer, FastLoraAdaptedParameters):
-            layer.add_parameters([each.name for each in target.settings.parameters])
+            layer.add_parameter_layers([each.name for each in target.settings.parameters])
         self._model.set_submodule(name, layer)
         self._replaced[name] = module, layer
 
     def restore_model(self) -> None:
-        """Undo the changes that installing the layers made to the model.
+        """Restore the model to its state before the layers were installed.
 
-        The model's original modules and methods are restored, and parameters that required
-        gradients when the layers were installed require gradients again.
+        The model gets its original modules and methods back, and parameters that required gradients
+        when the layers were installed require gradients again.
         """
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
@@ -191,7 +189,9 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device of the base weights and the dtype of the first base weight.
+        """Return the device and the dtype of the base weights.
+
+        The dtype is that of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
@@ -210,10 +210,10 @@ class PoolLayers:
 
 
 def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
-    """Return the names of a model's stacked experts and their routers, or None if it has none.
+    """Return the names of a model's stacked experts and their routers.
 
-    Routers are parameters with former names. Other modules with stacks are left out, and so are
-    quantized stacks.
+    The result is None if the model has none. Routers are parameters with former names. Other
+    modules with stacks are left out, and so are quantized stacks.
     """
     parameters = all_unwrapped_base_parameters(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))

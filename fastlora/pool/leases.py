@@ -50,7 +50,10 @@ class Lease:
         return without_old_names(self, super().__dir__())
 
     def release(self) -> None:
-        """End the lease. Later calls do nothing."""
+        """End the lease.
+
+        Later calls do nothing.
+        """
         self._release(self)
 
     def __enter__(self) -> Lease:
@@ -82,7 +85,9 @@ class LeaseRequest:
 
 
 class LeaseManager:
-    """Grants leases on a pool's adapters, and owns the pool's lock and its queue of requests.
+    """Grants leases on a pool's adapters.
+
+    The manager owns the pool's lock and its queue of requests.
 
     Args:
         reader: Reads adapters from files, without holding the lock.
@@ -172,7 +177,7 @@ class LeaseManager:
                     "accepts no new leases; call close() again to finish closing it"
                 )
 
-    def acquire_all_resident(self) -> Lease:
+    def acquire_all_loaded(self) -> Lease:
         """Return a lease on all adapters that are currently on the device.
 
         This method never waits for space on the device.
@@ -184,7 +189,9 @@ class LeaseManager:
         return self._make_stream_wait_for_lease(lease)
 
     def acquire(self, request: LeaseRequest, timeout: float | None) -> Lease:
-        """Wait for room on the device, and return a lease on the requested adapters.
+        """Return a lease on the requested adapters.
+
+        This method first waits for room on the device if necessary.
 
         Args:
             request: The request, with the names of the adapters.
@@ -223,7 +230,7 @@ class LeaseManager:
         self._make_stream_wait_for_lease(lease).release()
 
     def recompute_stale_scales(self) -> None:
-        """Recompute the outdated DoRA scales of all adapters on the device.
+        """Recompute the stale DoRA scales of all adapters on the device.
 
         Adapters that were replaced or removed are included while they are leased.
         """
@@ -443,7 +450,10 @@ class LeaseManager:
                 self.changed.notify_all()
 
     def stats(self) -> PoolStats:
-        """Return statistics about the pool. The caller must hold the pool's lock."""
+        """Return statistics about the pool.
+
+        The caller must hold the pool's lock.
+        """
         tiers = self._tiers
         return PoolStats(
             registered=len(tiers.entries),

@@ -32,7 +32,9 @@ _MAGNITUDE_BYTES = 4
 
 
 class TargetableBaseWeight(NamedTuple):
-    """A base weight that the pool's adapters can target: a linear layer's weight or a parameter.
+    """A base weight that the pool's adapters can target.
+
+    It is a linear layer's weight or a parameter.
 
     Attributes:
         name: Name of the linear layer or of the parameter in the base model.
@@ -47,7 +49,9 @@ class TargetableBaseWeight(NamedTuple):
     num_matrices: int = 1
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape, in PEFT's layout, of an adapter's tensor for this weight.
+        """Return the shape of an adapter's tensor for this weight.
+
+        The shape is in PEFT's layout.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
@@ -100,10 +104,11 @@ class AdapterLayout:
         return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != MISSING)
 
     def module_tensor_views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Return views of the adapter's tensors for one module, in a dict with keys like "lora_a".
+        """Return views of the adapter's tensors for one module.
 
-        The tensors are views of the image in PEFT's layout: lora_b is ``[N, r]``, a transposed view
-        of its rank rows. The dict is empty if the adapter does not adapt the module.
+        The result is a dict with keys like "lora_a". The tensors are views of the image in PEFT's
+        layout: lora_b is ``[N, r]``, a transposed view of its rank rows. The dict is empty if the
+        adapter does not adapt the module.
 
         Args:
             data: The image, a 1-D tensor with this layout.

@@ -206,7 +206,9 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_registered(self, entry: RegisteredAdapter) -> None:
-        """Load the adapter that a `RegisteredAdapter` describes. See `load`.
+        """Load the adapter that a `RegisteredAdapter` describes.
+
+        See `load`.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -227,7 +229,9 @@ class AdapterPool:
         self._lease_manager.compute_scales_if_pinned(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Register an adapter folder under a name. The adapter is read when it is first used.
+        """Register an adapter folder under a name.
+
+        The adapter is read when it is first used.
 
         Args:
             name: Name of the adapter, which must not be registered yet.
@@ -242,7 +246,9 @@ class AdapterPool:
         self.register_adapter(RegisteredAdapter(name, Path(folder).absolute()))
 
     def register_adapter(self, entry: RegisteredAdapter) -> None:
-        """Register the adapter that a `RegisteredAdapter` describes. See `register`.
+        """Register the adapter that a `RegisteredAdapter` describes.
+
+        See `register`.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -353,7 +359,10 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Names of all registered adapters, loaded or not, in order of registration."""
+        """Names of all registered adapters.
+
+        They are in the order of registration, and include adapters that are not loaded.
+        """
         with self._changed:
             return list(self._tiers.entries)
 
@@ -385,10 +394,10 @@ class AdapterPool:
         return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
-        """Return an adapter's slot, or None if the adapter is not on the device.
+        """Return an adapter's slot.
 
-        The slot is the integer that refers to the adapter in row ids. It can change unless a lease
-        or a pin keeps the adapter on the device.
+        The slot is the integer that refers to the adapter in row ids, or None if the adapter is not
+        on the device. It can change unless a lease or a pin keeps the adapter on the device.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -485,7 +494,7 @@ class AdapterPool:
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.
         """
-        return self._lease_manager.acquire_all_resident()
+        return self._lease_manager.acquire_all_loaded()
 
     def recompute_scales(self) -> None:
         """Recompute DoRA scales after the base weights have changed.
@@ -553,7 +562,10 @@ class AdapterPool:
         return lease_batch_routing(self, ids, seeds, validate, held)
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return routings for `warm_up`; see `fastlora.routing.routers.Router`."""
+        """Return example routings for `warm_up`.
+
+        See `fastlora.routing.routers.Router`.
+        """
         return sample_pool_routings(self, ranks)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -573,7 +585,10 @@ class AdapterPool:
 
 
 def pool_of(model: nn.Module) -> AdapterPool | None:
-    """Return the open adapter pool of a model, or None if the model has no pool."""
+    """Return the open adapter pool of a model.
+
+    The result is None if the model has no pool.
+    """
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
 

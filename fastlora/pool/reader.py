@@ -162,7 +162,9 @@ class AdapterReader:
     def read_state_dict(
         self, name: str, tensors: Mapping[str, torch.Tensor], config: Any
     ) -> PackedAdapter:
-        """Validate a state dict that uses PEFT's keys, and return the packed adapter.
+        """Read an adapter from a state dict, and return the packed adapter.
+
+        The state dict uses PEFT's keys. The contents are validated.
 
         Args:
             name: Name of the adapter, for error messages.
@@ -347,12 +349,12 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return the parameter and the rank of each layer in an adapter file, as a dict.
+        """Return the parameter and the rank of each layer in an adapter file.
 
-        The dict maps the name of each layer to a tuple (name of the target, name of the parameter,
-        rank). The parameter is the one that the layer's factors adapt. If it belongs to a linear
-        layer, the target is that layer. The names of the layers in the file depend on the
-        parameters that the adapter adapts.
+        The result is a dict that maps the name of each layer to a tuple (name of the target, name
+        of the parameter, rank). The parameter is the one that the layer's factors adapt. If it
+        belongs to a linear layer, the target is that layer. The names of the layers in the file
+        depend on the parameters that the adapter adapts.
 
         Raises:
             CheckpointError: A parameter does not support the config.

@@ -36,11 +36,11 @@ class DoraScales:
 
 
 class LoadedAdapter:
-    """An adapter on the device. A hot swap creates a new `LoadedAdapter` with the new factors.
+    """An adapter on the device.
 
-    The factors never change. Their memory is guaranteed to stay valid only while a lease on the
-    adapter is active.
-    The pool's lock protects the last four attributes.
+    A hot swap creates a new `LoadedAdapter` with the new factors. The factors never change. Their
+    memory is guaranteed to stay valid only while a lease on the adapter is active. The pool's lock
+    protects the last four attributes.
 
     Attributes:
         name: Name of the adapter.
@@ -77,7 +77,9 @@ class LoadedAdapter:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's factors for the module of a table row, or None if it has none.
+        """Return the adapter's factors for the module of a table row.
+
+        The result is None if the adapter has no factors for the module.
 
         Args:
             table_row: Index of the module in the pool, which is the ``table_row`` of its layer.
@@ -99,7 +101,9 @@ class LoadedAdapter:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter. A replacement adapter gets its own record.
+    """The pool's record of a registered adapter.
+
+    A replacement adapter gets its own record.
 
     Attributes:
         name: Name of the adapter.

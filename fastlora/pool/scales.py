@@ -81,7 +81,7 @@ class DoraScaleUpdater:
     def _find_stale_scales_and_stamps(
         self, dora: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
-        """Return the outdated scales of DoRA adapters, and the version stamps of the base weights.
+        """Return the stale scales of DoRA adapters, and the version stamps of the base weights.
 
         Args:
             dora: Adapters on the device that use DoRA.

@@ -78,7 +78,10 @@ class StorageTiers:
         return found
 
     def packed_adapter_in_memory(self, name: str) -> PackedAdapter | None:
-        """Return an adapter's packed tensors from memory, or None if they are not in memory."""
+        """Return the `PackedAdapter` of an adapter from memory.
+
+        The result is None if it is not in memory.
+        """
         loaded = self.device.get(name)
         if loaded is not None:
             return loaded.packed
@@ -229,9 +232,10 @@ class StorageTiers:
         )
 
     def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[LoadedAdapter]:
-        """Load registered adapters onto the device, evicting other adapters if necessary.
+        """Load registered adapters onto the device.
 
-        The caller must have checked with `fits_beside_pinned_and_held` that the adapters fit.
+        Other adapters are evicted if necessary. The caller must have checked with
+        `fits_beside_pinned_and_held` that the adapters fit.
 
         Args:
             images: Maps the name of each adapter to its image.
@@ -415,7 +419,10 @@ class StorageTiers:
         self.host[name] = image
 
     def describe_device_tier(self) -> str:
-        """Return a description of the device tier's contents and limits, for error messages."""
+        """Return a description of the device tier's contents and limits.
+
+        The description is for error messages.
+        """
         leased = sum(1 for loaded in self.device.values() if loaded.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"

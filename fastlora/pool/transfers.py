@@ -39,7 +39,10 @@ class DeviceTransfers:
         return contextlib.nullcontext()
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
-        """Copy a packed adapter to device memory. On a CPU, return the given object."""
+        """Copy a packed adapter to device memory, and return the copy.
+
+        On a CPU, return the given object.
+        """
         return image
 
     def record_write_event(self) -> Any:
@@ -86,9 +89,10 @@ class AsyncCudaTransfers(DeviceTransfers):
         self._stream = torch.cuda.Stream(device)
 
     def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that makes the pool's stream the current stream.
+        """Return a context manager that selects the stream for writes to adapters and tables.
 
-        All writes to adapters and tables run on this stream, so they run in order.
+        The pool's stream becomes the current stream. All writes to adapters and tables run on it,
+        so they run in order.
         """
         return torch.cuda.stream(self._stream)
 
@@ -132,7 +136,10 @@ class AsyncCudaTransfers(DeviceTransfers):
             stream.wait_event(event)
 
     def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event on the current stream, and return a tuple (event, id of the stream).
+        """Record an event after all reads issued so far, and return the event and its stream.
+
+        The event is recorded on the current stream. The result is a tuple (event, id of the
+        stream).
 
         While a CUDA graph is being captured, only return None, because a captured forward pass has
         not read anything yet.
@@ -145,7 +152,10 @@ class AsyncCudaTransfers(DeviceTransfers):
         return event, stream.cuda_stream
 
     def order_writes_after_reads(self, events: Iterable[torch.cuda.Event]) -> None:
-        """Make the pool's stream wait for the given read events."""
+        """Make later writes to adapters and tables wait for the given read events.
+
+        The pool's stream waits for the events.
+        """
         for event in events:
             self._stream.wait_event(event)
 

@@ -29,14 +29,18 @@ _thread = _ThreadRoutings()
 
 
 def active_routings() -> tuple[Routing, ...]:
-    """Return a tuple of the routings of this thread's open blocks, from outermost to innermost."""
+    """Return a tuple of this thread's active routings.
+
+    They are the routings of the thread's open blocks, from outermost to innermost.
+    """
     return _thread.open
 
 
 def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
-    """Return the active routing of a layer, or None if there is none.
+    """Return the active routing of a layer.
 
-    It is the routing of the innermost block that is open for the layer's model.
+    It is the routing of the innermost block that is open for the layer's model, or None if there is
+    none.
     """
     by_group = _thread.by_group
     return by_group.get(layer.routing_group) if by_group else None

@@ -185,10 +185,10 @@ def sample_routings_from_parameters(
 def _convert_slots_to_known(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
-    """Return a new tensor of slots ``[B]`` that index ``known`` instead of ``names``.
+    """Return the slots, converted to indices into ``known`` instead of ``names``.
 
-    The tensor must be new: a tensor that the routing also refers to elsewhere would add a guard to
-    compiled graphs.
+    The result is a new tensor ``[B]``. It must be new: a tensor that the routing also refers to
+    elsewhere would add a guard to compiled graphs.
     """
     if names == known or not names:
         return slots.clone()

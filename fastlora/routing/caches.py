@@ -37,7 +37,9 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayerProtocol(Protocol):
-    """Protocol for layers that use routing, with the attributes that routing needs.
+    """Protocol for layers that use routing.
+
+    It declares the attributes that routing needs.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.
@@ -124,7 +126,10 @@ class PackedAdapterSet:
         kind: BatchKind,
         pack: PackedLayerFactors | None,
     ) -> None:
-        """Store the packed factors of a layer; ``pack`` is None if they cannot be packed."""
+        """Store the packed factors of a layer.
+
+        ``pack`` is None if the factors cannot be packed.
+        """
         self._packs[(layer_number, dtype, kind)] = pack
 
     @property
@@ -140,9 +145,10 @@ class PackedAdapterSet:
 
 
 class PackedAdapterSetsCache:
-    """A model's cache of the packed factors and address tables of recently used adapter sets.
+    """A model's cache of packed adapter sets.
 
-    The cache also keeps references to objects that CUDA graphs read.
+    The cache holds the packed factors and address tables of recently used adapter sets. It also
+    keeps references to objects that CUDA graphs read.
     """
 
     def __init__(self) -> None:
@@ -151,10 +157,11 @@ class PackedAdapterSetsCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the adapter set for a key, creating the set if it is not cached.
+        """Return the adapter set for a key.
 
-        The same happens if the cached set is outdated, which means that its factors have changed.
-        ``factors_can_change`` tells whether the factors can change.
+        A new set is created if no set is cached for the key, or if the cached set is outdated,
+        which means that its factors have changed. ``factors_can_change`` tells whether the factors
+        can change.
         """
         with self._lock:
             known = self._sets.get(key)

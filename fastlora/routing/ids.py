@@ -120,11 +120,12 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether each id's rows are consecutive, complete slices along one dimension.
+    """Return whether the rows of each id cover whole entries of a dimension.
 
-    ``shape`` contains the leading dimensions of a tensor. Each id has an equal share of the
-    flattened rows. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5
-    of the 10 rows would cover 2.5 slices along the first dimension.
+    The rows are then consecutive, complete slices along one dimension. ``shape`` contains the
+    leading dimensions of a tensor. Each id has an equal share of the flattened rows. For example,
+    the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10 rows would cover
+    2.5 slices along the first dimension.
     """
     for size in shape:
         if size % ids == 0:
@@ -149,10 +150,10 @@ class _PendingIdCheck(NamedTuple):
 
 
 class DeferredIdChecks:
-    """Deferred checks of adapter ids that are stored on the GPU.
+    """Deferred checks of adapter ids.
 
-    Checks are deferred to avoid synchronizing with the device. Their results are read later,
-    without blocking the host.
+    The ids are stored on the GPU. Checks are deferred to avoid synchronizing with the device. Their
+    results are read later, without blocking the host.
     """
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,

@@ -35,10 +35,11 @@ class Router(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return example routings for `warm_up` that cover every kernel used for mixed batches.
+        """Return a list of example routings for `warm_up`.
 
-        Each routing has one id. ``adapters`` is the largest number of adapters in a batch, or None
-        for all adapters. ``ranks`` lists the ranks of adapters, or is None for all ranks.
+        Together, they cover every kernel used for mixed batches. Each routing has one id.
+        ``adapters`` is the largest number of adapters in a batch, or None for all adapters.
+        ``ranks`` lists the ranks of adapters, or is None for all ranks.
         """
 
 
@@ -46,12 +47,13 @@ _FINDERS: list[Callable[[Any], Router | None]] = []
 
 
 def register_adapter_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
-    """Register a function that finds a model's router, and return the function.
+    """Register a function that finds a model's router.
 
-    The function returns the router, or None if it finds none. Functions are tried in the order of
-    their registration. The order matters for speed: patched models are found by a walk over all
-    modules, of which a model with many adapters has tens of thousands, whereas fastlora's own
-    models are found by an attribute.
+    ``find`` returns the router, or None if it finds none. `register_adapter_router` returns
+    ``find`` itself, so it can be used as a decorator. Functions are tried in the order of their
+    registration. The order matters for speed: patched models are found by a walk over all modules,
+    of which a model with many adapters has tens of thousands, whereas fastlora's own models are
+    found by an attribute.
     """
     _FINDERS.append(find)
     return find

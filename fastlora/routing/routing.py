@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class RoutedLayerGroup(UncopiedCache):
-    """A group of routed layers, with the state that they share.
+    """A group of routed layers.
 
-    The group contains all routed layers of one model. A copied or unpickled model gets a new group,
-    which has not seen a forward pass.
+    The group contains all routed layers of one model, and the state that they share. A copied or
+    unpickled model gets a new group, which has not seen a forward pass.
 
     Attributes:
         packs: The cache of the model's adapter sets.
@@ -73,7 +73,10 @@ class RoutedLayerGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard results that this thread computed in advance for layers that were not called."""
+        """Discard the results that were computed in advance but not used.
+
+        These are results that this thread computed for layers that were then not called.
+        """
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -189,10 +192,10 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
-        """Raise an error if the shape of ``x [..., K]`` does not match the number of adapter ids.
+        """Raise an error if the first dimension of ``x`` cannot be the sample dimension.
 
-        The first dimension is expected to be the sample dimension. This method raises an error if
-        the shape rules that out.
+        This is the case if the shape of ``x``, ``[..., K]``, does not match the number of adapter
+        ids.
 
         Raises:
             ValueError: An id's rows would end inside a slice along one of the leading dimensions.
@@ -221,9 +224,10 @@ class Routing:
         return row_checker.order.pause_row_tracking()
 
     def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of layer ``number`` as a tensor on the given device.
+        """Return the dropout seeds of layer ``number``.
 
-        The tensor is int64 ``[S]``. The seeds of all layers are copied to the device together.
+        The seeds are an int64 tensor ``[S]`` on the given device. The seeds of all layers are
+        copied to the device together.
         """
         key = (device, cuda_stream_handle(device))
         known = self.cache.seeds.get(key)
@@ -254,13 +258,16 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of the adapters used by the rows, in slot order."""
+        """Return a tuple of the identities of the adapters used by the rows.
+
+        The identities are in the order of the slots.
+        """
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer checking the ids, to avoid waiting for the device.
+        """Defer the check of the ids to a later block of the model.
 
-        A later block of the model checks whether the ids are in range.
+        The later block checks whether the ids are in range. This avoids waiting for the device.
         """
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.cache.rows.values():
@@ -273,7 +280,7 @@ class Routing:
         )
 
 
-def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
+def unique_layer_numbers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     """Return a unique number for each named layer.
 
     It is the CRC-32 of the name, or the next unused number. The number depends on the name, so that
@@ -293,11 +300,14 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
 def add_to_group(
     group: RoutedLayerGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayerProtocol]]
 ) -> None:
-    """Add named layers to a model's group. Layers already in the group keep their numbers."""
+    """Add named layers to a model's group.
+
+    Layers that are already in the group keep their numbers.
+    """
     new = [(name, layer) for name, layer in layers if layer.routing_group is not group]
     if new:
         taken = [layer.routing_index for _, layer in layers if layer.routing_group is group]
-        numbers = number_layers([name for name, _ in new], taken)
+        numbers = unique_layer_numbers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routing_group, layer.routing_index = group, number
     group.row_checks = RowChecks(root, layers)

@@ -92,10 +92,10 @@ class RowChecks:
             )
 
     def block_checker_if_needed(self, num_ids: int) -> AllRowsChecker | None:
-        """Return a context manager that checks rows during a block, or None if none is needed.
+        """Return a context manager that checks rows during a block, if one is needed.
 
-        No context manager is needed if each layer has been shown to get all rows, or is known to be
-        unsupported.
+        Returns None if none is needed, because each layer has been shown to get all rows, or is
+        known to be unsupported.
 
         Args:
             num_ids: Number of adapter ids of the block.
@@ -115,18 +115,18 @@ class RowChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
-        """Return the reason why a layer is unsupported, or None if it is supported.
+        """Return the reason why a layer is unsupported.
 
-        An unsupported layer does not support mixed batches.
+        An unsupported layer does not support mixed batches. Returns None if the layer is supported.
         """
         return self._unsupported.get(layer.routing_index)
 
     def record_tracked_block(
         self, mode: bool, ran: Iterable[RoutedLayerProtocol], even: Collection[int] = ()
     ) -> None:
-        """Record which layers ran inside a row-tracking block.
+        """Record which layers ran in a tracked block.
 
-        The layers in ``ran`` got all rows.
+        The rows of a tracked block were tracked. The layers in ``ran`` got all rows.
 
         Args:
             mode: Whether the model trains.
@@ -144,9 +144,9 @@ class RowChecks:
                 layer.may_see_partial_rows = False
 
     def raise_now_and_always_for(self, layer: RoutedLayerProtocol, reason: str) -> None:
-        """Make a layer always raise an error with the given reason.
+        """Raise an error for a layer now and in all later mixed batches.
 
-        It raises the error in this and all later mixed batches, and in compiled code too.
+        The layer then raises the error in compiled code too. The error message contains ``reason``.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -174,7 +174,9 @@ class RowChecks:
 
 
 class AllRowsChecker:
-    """Context manager that checks whether layers get all rows of a block's batch, in order.
+    """Context manager that checks whether layers get all rows of a block's batch.
+
+    The rows must also be in the order of the batch.
 
     Args:
         checks: The model's checks.
@@ -206,7 +208,10 @@ class AllRowsChecker:
                 self._checks.record_tracked_block(self._mode, self._ran.values(), self._even)
 
     def mark_inputs_as_batch_ordered(self, inputs: Iterable[object]) -> None:
-        """Record that the rows of a model's input tensors are in the same order as in the batch."""
+        """Mark the inputs of a model as being in batch order.
+
+        The rows of the input tensors are in the same order as in the batch.
+        """
         if self.order is not None:
             self.order.record_in_batch_order(inputs)
 
@@ -225,7 +230,7 @@ class AllRowsChecker:
         if self._checks.unsupported_reason(layer) is not None:
             raise_partial_batch(layer)
         if self.order is not None and self.order.is_recording:
-            kind = self.order.row_origin(x)
+            kind = self.order.row_origin_kind(x)
             # For an expert, a selection that fits this batch is a coincidence.
             if kind is RowOriginKind.CHOSEN or (
                 kind is RowOriginKind.EVEN and layer.may_see_partial_rows
@@ -383,8 +388,9 @@ class _ExpertDetector:
         return known
 
     def _base_structure_id(self, module: nn.Module) -> int:
-        """Return an id that is the same for all modules with the same structure, adapters aside.
+        """Return an id for the structure of a module, without its adapters.
 
+        The id is the same for all modules with the same structure, even if their adapters differ.
         Two modules have the same structure if they have the same class, parameters of the same
         names and shapes, and children of the same names and structures.
         """
@@ -420,7 +426,10 @@ class _ExpertDetector:
 
 
 def _base_layer_of(module: nn.Module) -> nn.Module:
-    """Return the module's base layer, or the module itself if it has no adapters."""
+    """Return the base layer of a module.
+
+    If the module has no adapters, the module itself is returned.
+    """
     find: Any = getattr(module, "get_base_layer", None)
     return module if find is None else find()
 

@@ -42,9 +42,9 @@ class RowOriginKind(enum.Enum):
 
 
 class RowOriginFacts(NamedTuple):
-    """What is known about the origin of a tensor's rows.
+    """Facts about the origin of a tensor's rows.
 
-    It includes, if known, the sample of the batch that each row belongs to.
+    They include, if known, the sample of the batch that each row belongs to.
 
     Attributes:
         kind: The kind of the rows.
@@ -65,7 +65,7 @@ class RowOriginFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """Information about the rows in a tensor's storage.
+    """Facts about the rows in a tensor's storage.
 
     A weak reference to the storage prevents its key from being reused.
     """
@@ -92,7 +92,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table of information about the rows of every tensor in a block.
+    """A table of facts about the rows of every tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -104,9 +104,9 @@ class RowFactsTable:
         self._next_drop = _FIRST_DROP
 
     def facts_of(self, tensor: torch.Tensor) -> RowOriginFacts:
-        """Return what is known about the rows of a tensor.
+        """Return the known facts about the rows of a tensor.
 
-        The information is looked up by the tensor's storage.
+        The facts are looked up by the tensor's storage.
         """
         entry = self._by_storage.get(storage_key(tensor))
         if entry is not None:
@@ -122,7 +122,10 @@ class RowFactsTable:
         return storage_key(tensor) if origin is None else origin
 
     def put(self, out: object, facts: RowOriginFacts) -> None:
-        """Record information about the tensor or tensors that an operator returned."""
+        """Record facts about the output of an operator.
+
+        The operator returned one tensor or several.
+        """
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -142,9 +145,10 @@ class RowFactsTable:
             self._by_storage[key] = StorageFacts(StorageWeakRef(tensor.untyped_storage()), own)
 
     def samples(self, tensor: torch.Tensor, lead: int) -> torch.Tensor | None:
-        """Return the sample that each row belongs to, or None if unknown.
+        """Return the sample that each row of a tensor belongs to.
 
-        Each entry of the tensor's first ``lead`` dimensions is a row.
+        Each entry of the tensor's first ``lead`` dimensions is a row. Returns None if the samples
+        are unknown.
         """
         facts, shape = self.facts_of(tensor), tensor.shape[:lead]
         if len(shape) < lead:
@@ -158,9 +162,10 @@ class RowFactsTable:
         return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the sample that each row of a result belongs to, or None if unknown.
+        """Return the sample that each row of a result belongs to.
 
-        The result ``out`` was computed row by row from ``source``.
+        The result ``out`` was computed row by row from ``source``. Returns None if the samples are
+        unknown.
         """
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
@@ -205,11 +210,14 @@ class RowFactsTable:
         )
 
     def are_data_independent(self, *indices: torch.Tensor | None) -> bool:
-        """Return whether all of the index tensors were computed without any input data."""
+        """Return whether all of the index tensors are independent of the input data.
+
+        They are independent if they were computed without any input data.
+        """
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard what is known about the rows of a tensor.
+        """Discard the known facts about the rows of a tensor.
 
         Its rows are then treated as the rows of the batch, in the same order.
         """
@@ -228,9 +236,9 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield each tensor in ``value``, including tensors in nested containers.
+    """Yield each tensor in ``value``.
 
-    Tuples, lists, and dicts are searched.
+    Tuples, lists, and dicts are searched, including nested ones.
     """
     if isinstance(value, torch.Tensor):
         yield value

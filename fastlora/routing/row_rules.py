@@ -41,7 +41,10 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def result_row_facts_if_changed(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowOriginFacts | None:
-    """Apply an operator's rule; return the facts about the result, or None if nothing changes."""
+    """Return the facts about the rows of an operator's result, if they change.
+
+    The operator's rule is applied. Returns None if nothing changes.
+    """
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
 
@@ -49,7 +52,10 @@ def result_row_facts_if_changed(
 def _default_rule(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowOriginFacts | None:
-    """Apply the default rule, for operators that are not in `_RULES`."""
+    """Apply the default rule to an operator.
+
+    It is the rule for operators that are not in `_RULES`.
+    """
     operands = list(tensors_in((args, kwargs)))
     # A view shares its storage and its facts, but parameters have no entry.
     if getattr(func, "is_view", False):
@@ -134,7 +140,10 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
 def _counts_up_through_all_rows(
     known: RowFactsTable, index: torch.Tensor, rows: torch.Tensor
 ) -> bool:
-    """Return whether ``index`` lists all indices of the first dimension of ``rows`` in order."""
+    """Return whether an index counts up through all rows of a tensor.
+
+    ``index`` then lists all indices of the first dimension of ``rows`` in order.
+    """
     if known.facts_of(index).kind is not RowOriginKind.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
     return not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())
@@ -143,7 +152,10 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return the facts about the result of a table lookup, given the facts about the indices."""
+    """Return the facts about the result of a table lookup.
+
+    They are derived from the kind of the table and the facts about the indices.
+    """
     if known.are_data_independent(*indices):
         return TABLE if kind is RowOriginKind.TABLE else CONSTANT
     if kind is RowOriginKind.IDENTITY:
@@ -167,7 +179,10 @@ def _facts_after_write(
     *,
     adds: bool = False,
 ) -> RowOriginFacts:
-    """Return what is known about ``dest`` after ``values`` are written to it at ``indices``."""
+    """Return the known facts about ``dest`` after a write.
+
+    ``values`` are written to ``dest`` at ``indices``.
+    """
     index = next((index for index in indices if index is not None), None)
     facts, brought = known.facts_of(dest), CONSTANT
     if isinstance(values, torch.Tensor) and values.dim():
@@ -220,7 +235,10 @@ def _samples_after_write(
     values: object,
     adds: bool,
 ) -> torch.Tensor | None:
-    """Return the sample of each row of ``dest`` after the write, or None if unknown."""
+    """Return the sample of each row of ``dest`` after a write.
+
+    Returns None if the samples are unknown.
+    """
     lead = row_samples.indexed_dimensions(indices)
     if not row_samples.is_contiguous_and_covers_storage(dest) or not isinstance(
         values, torch.Tensor
@@ -238,7 +256,7 @@ def _samples_after_write(
     return row_samples.samples_after_write(before, indices, samples, adds=adds)
 
 
-def _rows_from_argument(which: int) -> Rule:
+def _rows_from_argument_rule(which: int) -> Rule:
     """Return the rule for operators that take their rows from the argument at index ``which``.
 
     `mm` is an example.
@@ -322,10 +340,10 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFact
     return _selected_facts(known, source, [_unexpanded_row_index(index)])
 
 
-def _write_along(adds: bool) -> Rule:
-    """Return the rule for `index_add`, `index_copy`, and `scatter` operators.
+def _write_along_rule(adds: bool) -> Rule:
+    """Return the rule for operators that write along a dimension.
 
-    These operators write along a dimension.
+    These are the `index_add`, `index_copy`, and `scatter` operators.
     """
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
@@ -352,7 +370,10 @@ def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
 def _take_or_masked_select(
     known: RowFactsTable, args: Arguments, out: object
 ) -> RowOriginFacts | None:
-    """Apply the rule for `take` and `masked_select`, which select elements rather than rows."""
+    """Apply the rule for `take` and `masked_select`.
+
+    These operators select elements rather than rows.
+    """
     source, index = args[:2]
     facts = known.facts_of(source)
     return (
@@ -418,10 +439,11 @@ def _topk(
     return None
 
 
-def _cat_or_stack(stacks: bool) -> Rule:
-    """Return the rule for `cat`, or for `stack` if ``stacks`` is True.
+def _cat_or_stack_rule(stacks: bool) -> Rule:
+    """Return the rule for `cat` or `stack`.
 
-    Joining selected rows may restore the batch order.
+    The rule is for `stack` if ``stacks`` is True, and otherwise for `cat`. Joining selected rows
+    may restore the batch order.
     """
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
@@ -473,7 +495,10 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
 
 
 def _constant_rule(kind: RowOriginKind) -> Rule:
-    """Return the rule for operators that always return rows whose origin is ``kind``."""
+    """Return a rule whose result is always the same.
+
+    It is the rule for operators that always return rows whose origin is ``kind``.
+    """
     return lambda known, args, out: RowOriginFacts(kind)
 
 
@@ -500,29 +525,29 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.take, aten.masked_select), _take_or_masked_select),
     aten.embedding: _embedding,
     **dict.fromkeys((aten.index_put, aten.index_put_, aten._index_put_impl_), _index_put),
-    **dict.fromkeys((aten.index_add, aten.index_add_), _write_along(True)),
-    **dict.fromkeys((aten.index_copy, aten.index_copy_), _write_along(False)),
-    **dict.fromkeys((aten.scatter, aten.scatter_), _write_along(False)),
-    **dict.fromkeys((aten.scatter_add, aten.scatter_add_), _write_along(True)),
-    **dict.fromkeys((aten.scatter_reduce, aten.scatter_reduce_), _write_along(True)),
+    **dict.fromkeys((aten.index_add, aten.index_add_), _write_along_rule(True)),
+    **dict.fromkeys((aten.index_copy, aten.index_copy_), _write_along_rule(False)),
+    **dict.fromkeys((aten.scatter, aten.scatter_), _write_along_rule(False)),
+    **dict.fromkeys((aten.scatter_add, aten.scatter_add_), _write_along_rule(True)),
+    **dict.fromkeys((aten.scatter_reduce, aten.scatter_reduce_), _write_along_rule(True)),
     **dict.fromkeys((aten.masked_scatter, aten.masked_scatter_), _masked_scatter),
     aten.nonzero: _nonzero,
-    aten.cat: _cat_or_stack(stacks=False),
-    aten.stack: _cat_or_stack(stacks=True),
+    aten.cat: _cat_or_stack_rule(stacks=False),
+    aten.stack: _cat_or_stack_rule(stacks=True),
     aten.sort: _sort,
     aten.topk: _topk,
     **dict.fromkeys((aten.mul, aten.mul_), _elementwise_product),
     aten.where: _where,
     aten._to_copy: _convert_dtype,
     **dict.fromkeys(
-        (aten.mm, aten.bmm, aten.matmul, aten.linear, aten._grouped_mm), _rows_from_argument(0)
+        (aten.mm, aten.bmm, aten.matmul, aten.linear, aten._grouped_mm), _rows_from_argument_rule(0)
     ),
-    **dict.fromkeys((aten.mv, aten.convolution), _rows_from_argument(0)),
-    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addmv), _rows_from_argument(1)),
-    aten._scaled_dot_product_flash_attention_for_cpu: _rows_from_argument(0),
-    aten._scaled_dot_product_flash_attention: _rows_from_argument(0),
-    aten._scaled_dot_product_efficient_attention: _rows_from_argument(0),
-    aten._scaled_dot_product_cudnn_attention: _rows_from_argument(0),
-    aten._scaled_dot_product_fused_attention_overrideable: _rows_from_argument(0),
-    aten._scaled_dot_product_attention_math: _rows_from_argument(0),
+    **dict.fromkeys((aten.mv, aten.convolution), _rows_from_argument_rule(0)),
+    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addmv), _rows_from_argument_rule(1)),
+    aten._scaled_dot_product_flash_attention_for_cpu: _rows_from_argument_rule(0),
+    aten._scaled_dot_product_flash_attention: _rows_from_argument_rule(0),
+    aten._scaled_dot_product_efficient_attention: _rows_from_argument_rule(0),
+    aten._scaled_dot_product_cudnn_attention: _rows_from_argument_rule(0),
+    aten._scaled_dot_product_fused_attention_overrideable: _rows_from_argument_rule(0),
+    aten._scaled_dot_product_attention_math: _rows_from_argument_rule(0),
 }

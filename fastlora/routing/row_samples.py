@@ -37,7 +37,10 @@ def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | N
 
 
 def no_samples(shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor filled with `NO_SAMPLE`, for rows that belong to no sample."""
+    """Return the samples of rows that belong to no sample.
+
+    The result is a tensor of the given shape, filled with `NO_SAMPLE`.
+    """
     return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
 
@@ -66,7 +69,9 @@ def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
 
 
 def samples_of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
-    """Return the sample that each row of a view belongs to, or None if unknown.
+    """Return the sample that each row of a view belongs to.
+
+    Returns None if the samples are unknown.
 
     Args:
         tensor: Any view of its storage.
@@ -89,7 +94,10 @@ def samples_of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> t
 
 
 def storage_numel(tensor: torch.Tensor) -> int:
-    """Return the size of a tensor's storage, in elements of the tensor's dtype."""
+    """Return the number of elements in a tensor's storage.
+
+    The elements have the dtype of the tensor.
+    """
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
@@ -127,7 +135,7 @@ def host_can_read_values(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the sample that each row at ``indices`` belongs to.
+    """Return the sample of each row that the indices select.
 
     The result is None if the indices cannot be read.
     """
@@ -138,11 +146,11 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the sample of each row in the tensor that results from a write at ``indices``.
+    """Return the sample of each row of a tensor after a write.
 
-    ``samples`` are the samples of the rows before the write, and ``values`` are the samples of the
-    written rows. If ``adds`` is set, the written rows are added to the existing rows. Returns None
-    if the indices cannot be read.
+    The write changes the rows at ``indices``. ``samples`` are the samples of the rows before the
+    write, and ``values`` are the samples of the written rows. If ``adds`` is set, the written rows
+    are added to the existing rows. Returns None if the indices cannot be read.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:

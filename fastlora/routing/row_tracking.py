@@ -69,7 +69,7 @@ class RowTrackingMode(TorchDispatchMode):
         super().__exit__(*error)
 
     def stop_recording(self) -> None:
-        """Stop recording.
+        """Stop recording facts about rows.
 
         The mode then records nothing more, even while it is still on, and `is_recording` returns
         False.
@@ -78,7 +78,7 @@ class RowTrackingMode(TorchDispatchMode):
 
     @property
     def is_recording(self) -> bool:
-        """Whether the mode is recording.
+        """Whether the mode is recording facts about rows.
 
         It is recording if it is on in this thread and has not been disabled by `stop_recording`.
         """
@@ -101,15 +101,16 @@ class RowTrackingMode(TorchDispatchMode):
         finally:
             self._rests = before
 
-    def row_origin(self, x: torch.Tensor) -> RowOriginKind:
-        """Return the `RowOriginKind` that says where a tensor's rows come from."""
+    def row_origin_kind(self, x: torch.Tensor) -> RowOriginKind:
+        """Return the kind of origin of a tensor's rows."""
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x [..., K]`` is a table that all samples share.
+        """Return whether ``x`` is a table that all samples share.
 
-        Such a table comes from parameters alone and is not repeated per sample. With fewer than 3
-        dimensions, the values show whether all samples have the same rows.
+        Such a table comes from parameters alone and is not repeated per sample. The shape of ``x``
+        is ``[..., K]``. With fewer than 3 dimensions, the values show whether all samples have the
+        same rows.
         """
         if self._known.facts_of(x).kind is not RowOriginKind.TABLE or not x.is_floating_point():
             return False
@@ -124,7 +125,10 @@ class RowTrackingMode(TorchDispatchMode):
         return not bool((parts == parts[:1]).all())
 
     def record_in_batch_order(self, tensors: Iterable[object]) -> None:
-        """Record that the rows of tensors, such as a model's inputs, are in batch order."""
+        """Record that the rows of tensors are in batch order.
+
+        The tensors are, for example, a model's inputs.
+        """
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and self.is_recording:
                 self._known.discard(tensor)

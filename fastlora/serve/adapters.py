@@ -33,10 +33,10 @@ _log = logging.getLogger("fastlora.serve")
 
 @dataclass(eq=False, kw_only=True)
 class AdapterVersion(RegisteredAdapter):
-    """One version of a served adapter. Each change to the adapter's files creates a new version.
+    """A version of a served adapter.
 
-    A version is also the adapter's entry in the pool. Its ``name`` in the pool is unique, so old
-    and new versions can run side by side.
+    Each change to the adapter's files creates a new version. A version is also the adapter's entry
+    in the pool. Its ``name`` in the pool is unique, so old and new versions can run side by side.
 
     Attributes:
         served_as: The name that clients use.
@@ -84,7 +84,10 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Sorted names of the adapters that requests can use (those without a known error)."""
+        """Names of the adapters that requests can use.
+
+        These are the adapters without a known error. The names are sorted.
+        """
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
@@ -308,7 +311,10 @@ class ServedAdapters:
             raise ConfigError(f"{name!r} is reserved for the base model")
 
     def _resolve_below_root(self, path: Path) -> Path:
-        """Resolve a path; raise `ConfigError` unless it is under the server's folder."""
+        """Resolve a path that must be below the server's folder.
+
+        Raises `ConfigError` if the resolved path is not below the folder.
+        """
         if self.root is None:
             raise ConfigError("this server was started without --adapters")
         try:
@@ -333,9 +339,9 @@ class ServedAdapters:
 
 
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a fingerprint of the adapter files in a folder, or None if there is no adapter.
+    """Return a fingerprint of the adapter files in a folder.
 
-    There is no adapter if there is no config file.
+    Returns None if there is no adapter, which means that there is no config file.
     """
     found: list[object] = []
     for name in _FILES:

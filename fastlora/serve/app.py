@@ -49,7 +49,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Settings of the server's HTTP application.
+    """Settings of a `Server`.
+
+    They apply to the HTTP application of the server.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.
@@ -183,7 +185,10 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadAdapterBody) -> Response:
-        """Unload an adapter. Running requests continue to use it until they end."""
+        """Unload an adapter.
+
+        Running requests continue to use it until they end.
+        """
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -211,7 +216,10 @@ class Server:
     async def _tokenize_in_thread(
         self, size: int, tokenize: Callable[[_T], list[int]], given: _T
     ) -> list[int]:
-        """Tokenize a prompt in a thread. Long prompts may have to wait for each other."""
+        """Tokenize a prompt in a thread.
+
+        Long prompts may have to wait for each other.
+        """
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
         async with self._long_prompts:

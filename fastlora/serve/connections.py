@@ -41,9 +41,10 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on connections, such as client deadlines and the maximum number of connections.
+    """Limits on the connections of a server.
 
-    A connection is closed if its client misses a deadline.
+    The limits are the maximum number of connections, the deadlines of their clients, and the
+    backlog. A connection is closed if its client misses a deadline.
 
     Attributes:
         max_connections: Maximum number of open connections.
@@ -68,7 +69,9 @@ class ConnectionLimits:
 
 
 class OpenConnections:
-    """The open connections of a server, up to a maximum number.
+    """The open connections of a server.
+
+    Their number is limited.
 
     Attributes:
         waiting: Dict that maps each event to the connections that wait for it, with the longest
@@ -209,7 +212,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def restart_if_event_changed(self, waits: AwaitedEventKind | None) -> None:
-        """Reset the deadline if the connection is now waiting for a different event."""
+        """Restart the deadline if the connection now waits for a different event."""
         if waits is self.waits:
             return
         if self.waits is not None and self._timer is not None:
@@ -275,7 +278,7 @@ class LongBacklogServer(uvicorn.Server):
 
 
 def raise_descriptor_limit() -> int | None:
-    """Raise the process's limit on file descriptors, and return the new limit.
+    """Raise the process's limit on file descriptors.
 
     The limit on open files is raised as far as the system allows.
 

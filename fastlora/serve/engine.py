@@ -87,7 +87,9 @@ class Engine:
         sampling: SamplingParams,
         on_chunk: Callable[[AnswerChunk], None],
     ) -> EngineRequest:
-        """Create a request to process a prompt, add it to the queue, and return it.
+        """Submit a request to process a prompt.
+
+        The request is created, added to the queue, and returned.
 
         Args:
             prompt: Tokens of the prompt.
@@ -130,10 +132,10 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Close the engine, waiting at most ``timeout`` seconds.
+        """Close the engine, and wait for its requests to finish.
 
-        It waits for its requests to finish, and accepts no more requests. Requests that have not
-        finished after ``timeout`` seconds fail with `ClosedOrCanceledError`.
+        The engine accepts no more requests. Requests that have not finished after ``timeout``
+        seconds fail with `ClosedOrCanceledError`. If ``timeout`` is None, there is no limit.
         """
         with self._changed:
             self._closing = True
@@ -163,7 +165,10 @@ class Engine:
 
     @property
     def closing(self) -> bool:
-        """Whether the engine is closing or closed, and therefore accepts no requests."""
+        """Whether the engine is closing or closed.
+
+        If so, it accepts no requests.
+        """
         return self._closing
 
     def _resolve_max_tokens(
@@ -233,10 +238,10 @@ class Engine:
             self._release_adapter_and_report_error_or_cancel(job, None)
 
     def _admit_waiting(self) -> None:
-        """Move waiting requests into the batch in order of arrival.
+        """Move waiting requests into the batch.
 
-        If the adapter of a request does not fit yet, later requests may start first, but at most as
-        many as there are rows.
+        The requests start in order of arrival. If the adapter of a request does not fit yet, later
+        requests may start first, but at most as many as there are rows.
         """
         blocked: list[EngineRequest] = []
         with self._changed:
@@ -269,10 +274,10 @@ class Engine:
                 self._running.jobs.append(job)
 
     def _try_lease(self, version: AdapterVersion) -> Lease | None:
-        """Return a lease on an adapter, or None if there is currently no room for it.
+        """Return a lease on an adapter if there is currently room for it.
 
-        The adapters in use stay on the device. Raises `CheckpointError` if the adapter is damaged,
-        and `PoolFullError` if it can never fit.
+        Returns None if there is no room. The adapters in use stay on the device. Raises
+        `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
         """
         if version.error is not None:
             raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")

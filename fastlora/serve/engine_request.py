@@ -15,7 +15,10 @@ from fastlora.validation import FastLoraError
 
 
 class QueueFullError(FastLoraError):
-    """Too many requests are waiting. The client should try again later."""
+    """Too many requests are waiting.
+
+    The client should try again later.
+    """
 
 
 class ClosedOrCanceledError(FastLoraError):
@@ -30,7 +33,10 @@ class RequestFailedError(FastLoraError):
 
 
 def to_client_error(error: Exception) -> FastLoraError:
-    """Convert an exception to a client-facing error that hides internal details."""
+    """Convert an exception to an error for clients.
+
+    The error hides internal details.
+    """
     if isinstance(error, FastLoraError):
         return error
     return RequestFailedError(f"the server failed to process this request ({type(error).__name__})")
@@ -38,7 +44,9 @@ def to_client_error(error: Exception) -> FastLoraError:
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """A chunk of an answer. The last chunk has a finish reason or an error.
+    """A chunk of an answer.
+
+    The last chunk has a finish reason or an error.
 
     Attributes:
         text: The next part of the text.
@@ -93,7 +101,10 @@ class EngineRequest:
 
     @property
     def pool_adapter_name(self) -> str | None:
-        """Name of the adapter in the pool, or None for the base model."""
+        """Name of the adapter in the pool.
+
+        The name is None if the request uses the base model.
+        """
         return None if self.version is None else self.version.name
 
     def emit(self, chunk: AnswerChunk) -> None:

@@ -18,9 +18,10 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class LoadingApp:
-    """An ASGI application that forwards requests to another application once the latter is ready.
+    """An ASGI application that answers requests while another application is loading.
 
-    Until then, each request gets status 503 with ``Retry-After``.
+    Until the other application is ready, each request gets status 503 with ``Retry-After``. After
+    that, requests are forwarded to the other application.
 
     Attributes:
         on_startup: Function that is called once the event loop runs, before requests are accepted.

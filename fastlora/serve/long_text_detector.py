@@ -19,10 +19,11 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that are certain to be too long, without tokenizing them.
+    """Detects texts that are certain to be too long.
 
-    It uses the maximum number of characters per token. This maximum exists for byte-level BPE, and
-    for BPE with byte tokens for unknown characters, in tokenizers of the ``tokenizers`` library.
+    The texts are not tokenized. The detector uses the maximum number of characters per token. This
+    maximum exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
+    tokenizers of the ``tokenizers`` library.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -54,10 +55,10 @@ class LongTextDetector:
 def _character_bound_and_vanishing(
     parts: Mapping[str, Any],
 ) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum number of characters per token, and a regex of characters to ignore.
+    """Return the maximum number of characters per token, and a regex of vanishing characters.
 
-    The regex matches the characters that the tokenizer may drop. It is None if the tokenizer drops
-    no characters. The function returns None instead of a tuple if no maximum is known.
+    Vanishing characters are those that the tokenizer may drop. The regex is None if the tokenizer
+    drops no characters. The function returns None instead of a tuple if no maximum is known.
 
     Args:
         parts: The tokenizer as JSON.
@@ -103,10 +104,7 @@ def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mappi
 
 
 def _byte_level_characters_below_0xc0() -> Iterator[tuple[int, str]]:
-    """Yield each byte with the character that byte-level vocabularies use for it.
-
-    Only bytes below 0xC0 are included.
-    """
+    """Yield each byte below 0xC0 with the character that byte-level vocabularies use for it."""
     from tokenizers import pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -40,10 +40,11 @@ class RowKVCache:
         self._room = min(length, _STEP)
 
     def set_write_positions(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Set the positions at which the next forward pass writes ``count`` new tokens per row.
+        """Set the positions at which the next forward pass writes.
 
-        ``first`` is the first row of the pass. ``starts``, ``[n]`` int64, contains the first new
-        position of each row. The positions must be equal unless ``count`` is 1.
+        The pass writes ``count`` new tokens per row. ``first`` is the first row of the pass.
+        ``starts``, ``[n]`` int64, contains the first new position of each row. The positions must
+        be equal unless ``count`` is 1.
         """
         self._first, self._starts = first, starts
         self._at = int(starts[0]) if bool((starts == starts[0]).all()) else None
@@ -172,7 +173,9 @@ class ModelRunner:
     def last_token_logits(
         self, first: int, starts: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Return the logits at the last token of each row as an fp32 tensor ``[n, V]``.
+        """Return the logits at the last token of each row.
+
+        The result is an fp32 tensor ``[n, V]``.
 
         Args:
             first: The first of n adjacent rows.
@@ -211,10 +214,10 @@ class ModelRunner:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of positions that a model supports, or None if there is no limit.
+    """Return the maximum number of positions that a model supports.
 
-    The maximum applies to each request. Raises `UnsupportedLayerError` if the model caches
-    something other than keys and values.
+    The maximum applies to each request. It is None if there is no limit. Raises
+    `UnsupportedLayerError` if the model caches something other than keys and values.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}

@@ -43,7 +43,10 @@ class EngineAnswerStream:
         self._job: EngineRequest = engine.submit(tokens, adapter, sampling, on_chunk)
 
     async def next_chunk(self) -> AnswerChunk:
-        """Return the next chunk; raise the request's error if the request has failed."""
+        """Return the next chunk.
+
+        Raises the error of the request if the request has failed.
+        """
         chunk = await self._chunks.get()
         if chunk.error is not None:
             raise chunk.error
@@ -91,7 +94,10 @@ class AnswerFormat(abc.ABC):
     async def stream_events(
         self, answer: EngineAnswerStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
-        """Yield the events of a stream. With ``usage``, the last chunk has the token counts."""
+        """Yield the events of a stream.
+
+        With ``usage``, the last chunk has the token counts.
+        """
         chunk = first
         try:
             for opening in self._openings():

@@ -56,7 +56,9 @@ class PromptTokenizer:
         return list(tokens)
 
     def tokenize_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Apply the chat template to the messages of a conversation, and return the token ids.
+        """Return the token ids of the messages of a conversation.
+
+        The chat template is applied to the messages.
 
         Raises:
             ConfigError: There is no chat template, or it rejects the conversation.

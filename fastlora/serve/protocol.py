@@ -143,7 +143,10 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(_Body):
-    """A text part of a message, the only kind of part that this server supports."""
+    """A text part of a message.
+
+    It is the only kind of part that this server supports.
+    """
 
     ignored_defaults = {"annotations": []}
 
@@ -175,7 +178,10 @@ class Message(_Body):
         return data
 
     def to_template_dict(self) -> dict[str, str]:
-        """Return the message as a dict with ``role`` and ``content``, for the chat template."""
+        """Return the message as a dict for the chat template.
+
+        The dict has the keys ``role`` and ``content``.
+        """
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         check_no_surrogates("content", text)
@@ -212,7 +218,10 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(_Body):
-    """The body of a vLLM-format request to load an adapter from the server's adapter folder."""
+    """The body of a request to load an adapter.
+
+    The request has vLLM's format. The adapter is loaded from the server's adapter folder.
+    """
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(max_length=4096)
@@ -220,7 +229,10 @@ class LoadAdapterBody(_Body):
 
 
 class UnloadAdapterBody(_Body):
-    """The body of a vLLM-format request to unload an adapter."""
+    """The body of a request to unload an adapter.
+
+    The request has vLLM's format.
+    """
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None

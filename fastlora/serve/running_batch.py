@@ -140,10 +140,11 @@ class RunningBatch:
         return chosen
 
     def _forward_and_choose_tokens(self, first: int, chosen: Sequence[EngineRequest]) -> None:
-        """Run a forward pass for requests in adjacent rows, starting at row ``first``.
+        """Run a forward pass for some requests, and choose their next tokens.
 
-        If their prompts are now complete, choose their next tokens. If the forward pass fails, the
-        requests in it fail.
+        The requests are in adjacent rows, starting at row ``first``. Tokens are chosen only if the
+        prompts have now been processed completely. If the forward pass fails, the requests in it
+        fail.
         """
         parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
         names = [job.pool_adapter_name for job in chosen]
@@ -168,7 +169,7 @@ class RunningBatch:
             self._sample_and_emit(chosen, logits)
 
     def _sample_and_emit(self, chosen: Sequence[EngineRequest], logits: torch.Tensor) -> None:
-        """Choose the next token of each row, and send the new text.
+        """Sample the next token of each request, and emit the new text.
 
         Finished requests are removed from the batch.
         """

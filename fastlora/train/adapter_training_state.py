@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from fastlora.model import LoraModel
-from fastlora.model.adapter_state import file_key_to_state_key
+from fastlora.model.adapter_state import file_keys_to_state_keys
 from fastlora.sharding import clip_grads_with_norm_, total_norm
-from fastlora.train.data import hash_seed
+from fastlora.train.data import derive_seed
 from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return a dict of an adapter's parameters by name.
+    """Return a dict that maps parameter names to the parameters of an adapter.
 
     These are the parameters that are saved with the adapter: its factors, its copies of
     ``modules_to_save``, and with ``bias="all"`` or ``"lora_only"`` the base model's biases.
@@ -30,7 +30,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
     """
     model.base_model.check_adapter_loaded(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    keys = file_key_to_state_key(model, name).values()
+    keys = file_keys_to_state_keys(model, name).values()
     return {key: parameters[key] for key in keys if key in parameters}
 
 
@@ -53,7 +53,7 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter, including its optimizer.
+    """The training state of one adapter.
 
     It consists of the parameters, the optimizer, the schedule, and the counts. See
     `AdapterOptimizers` for the arguments and errors.
@@ -92,28 +92,34 @@ class AdapterTrainingState:
             raise AdapterStateError(_frozen(self.name))
 
     def next_dropout_seed(self, rank: int = 0) -> int:
-        """Return the dropout seed for the next forward pass in process ``rank``.
+        """Return the dropout seed for the next forward pass.
 
-        The seed has 62 bits.
+        ``rank`` is the rank of the process that runs the forward pass. The seed has 62 bits.
         """
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
-        return hash_seed(*parts, nbytes=8) >> 2
+        return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Multiply a scalar loss by ``weight`` and by the adapter's loss scale."""
+        """Multiply a loss by ``weight`` and by the adapter's loss scale.
+
+        The loss is a scalar tensor. Without a scaler, the loss scale is 1.
+        """
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of all parameters that have one.
+        """Return the gradients of the adapter's parameters.
 
-        The ``grad`` of these parameters is not None.
+        Parameters whose ``grad`` is None are left out.
         """
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def unscale_gradients_and_get_norm(self) -> torch.Tensor:
-        """Unscale the gradients, and return their total norm as a scalar tensor."""
+        """Unscale the gradients, and return their total norm.
+
+        The norm is a scalar tensor.
+        """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         return total_norm(self.gradients())
@@ -149,9 +155,9 @@ class AdapterTrainingState:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training state as a dict, for `load_state_dict`.
+        """Return the training state as a dict.
 
-        The dict includes the metadata for `check_state`.
+        The dict can be passed to `load_state_dict`. It includes the metadata for `check_state`.
         """
         return {
             "kind": self._kind(),

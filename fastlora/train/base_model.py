@@ -88,7 +88,7 @@ def load_base_model(
 def build_base_model_on_meta(
     settings: TrainSettings, *, keep_stored_quantization: bool = False
 ) -> PreTrainedModel:
-    """Build the base model on the meta device, without weights.
+    """Build the base model on the meta device.
 
     No weights are read or allocated. If `load_in` is set, the linear layers are replaced with
     quantized layers of bitsandbytes, but their weights are not quantized yet. With

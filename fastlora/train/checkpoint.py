@@ -38,7 +38,9 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The training state that a checkpoint stores in addition to the adapter weights.
+    """The training state that is stored in a checkpoint.
+
+    It does not include the adapter weights, which the checkpoint stores separately.
 
     Attributes:
         step: Number of completed steps.
@@ -53,7 +55,7 @@ class CheckpointState:
 
 
 def checkpoint_adapters_folder(checkpoint: Path) -> Path:
-    """Return the path of a checkpoint's adapter folder.
+    """Return the path of the folder in which a checkpoint stores the adapters.
 
     The folder has one subfolder per adapter.
     """
@@ -61,7 +63,10 @@ def checkpoint_adapters_folder(checkpoint: Path) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the paths of all checkpoints in ``root``, from oldest to newest."""
+    """Return the paths of all checkpoints in ``root``.
+
+    They are sorted from the oldest to the newest checkpoint.
+    """
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
@@ -103,7 +108,10 @@ def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> It
 
 @contextlib.contextmanager
 def write_error_as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
-    """Convert a write error in the block to a `CheckpointError` that names ``folder``."""
+    """Convert a write error in the ``with`` block to a `CheckpointError`.
+
+    The message names ``folder`` and ends with ``consequence``.
+    """
     try:
         yield
         return
@@ -154,7 +162,7 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
 
 
 def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return a dict of the base weights' fingerprints, keyed by weight name.
+    """Return a dict that maps the name of each base weight to its fingerprint.
 
     A fingerprint contains the dtype, the shape, and a digest of 64 values spread over the
     parameter. This is enough to detect a fine-tuned or differently initialized model without
@@ -213,10 +221,11 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a copy of a value in which each tensor is replaced by a placeholder.
+    """Extract the tensors from a value into ``tensors``, and return the rest of the value.
 
-    The value is a state. The result is JSON-compatible. The tensors are added to ``tensors`` under
-    names that begin with ``key``.
+    The value is a state, and is not changed. The result is a JSON-compatible copy in which each
+    tensor is replaced by a placeholder. The tensors are added to ``tensors`` under names that begin
+    with ``key``.
     """
     if isinstance(value, torch.Tensor):
         tensors[key] = value

@@ -122,10 +122,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments ``argv``, and return the exit code.
+    """Run ``fastlora train``, and return the exit code.
 
-    The command trains the adapters. The exit code is 0, or 128 plus the number of the signal that
-    interrupted the run. The errors of `train` are raised.
+    The command trains the adapters. ``argv`` contains its arguments; None uses the arguments of the
+    process. The exit code is 0, or 128 plus the number of the signal that interrupted the run. The
+    errors of `train` are raised.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora train",
@@ -212,7 +213,11 @@ def _flags_from_arguments(
 
 
 def summarize_result(result: TrainResult) -> str:
-    """Return a summary of a finished run, with one line per adapter."""
+    """Return a text that summarizes the result of a run.
+
+    The text has one line per adapter. The last line names the files of the losses. If the run was
+    resumed, the first line says so.
+    """
     lines = []
     if result.resumed_from:
         done = (
@@ -320,11 +325,11 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Return the estimated peak memory of a step in bytes, or None if it cannot be estimated.
+    """Return the estimated peak memory of a step in bytes.
 
     The estimate covers one forward and backward pass. It excludes weights and gradients, and is for
     the base model before quantization. It also excludes dropout, which stores only seeds. The
-    result is None if the model does not run on the meta device.
+    result is None if it cannot be estimated, because the model does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=base_model_dtype(settings))
     base = base_model.build_base_model_on_meta(plain)

@@ -73,7 +73,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _acquire_lock_if_supported(path: Path) -> int | None:
-    """Lock the lock file and return its descriptor, or None if locks are not supported."""
+    """Acquire the lock if locks are supported, and return the descriptor of the lock file.
+
+    If the file system does not support locks, the function warns and returns None.
+
+    Raises `TrainError` if another run holds the lock or if the file cannot be written.
+    """
     while True:
         with os_error_as_train_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,10 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _describe_lock_holder(descriptor: int) -> str:
-    """Return a description of the process that holds the lock, read from the lock file."""
+    """Return a description of the process that holds the lock.
+
+    It is read from the lock file, whose descriptor is ``descriptor``.
+    """
     try:
         found = json.loads(os.pread(descriptor, 1 << 16, 0))
         return (

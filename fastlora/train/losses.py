@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The losses of a mixed batch, computed separately for each adapter.
+    """The loss of each adapter in a mixed batch.
 
     A token counts if it contributes to the loss. Adapters without counted tokens are left out of
     all fields.
@@ -150,10 +150,11 @@ def causal_lm_losses(
     *,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Compute each adapter's mean next-token cross-entropy loss.
+    """Compute the causal language modeling loss of each adapter.
 
-    The loss equals the loss that a causal language model of transformers computes for a batch with
-    the samples of this adapter only.
+    The loss is the mean cross-entropy loss for predicting the next token. It equals the loss that a
+    causal language model of transformers computes for a batch with the samples of this adapter
+    only.
 
     Args:
         logits: Logits of shape ``[B, T, V]``, in any floating-point dtype. 16-bit logits are
@@ -237,6 +238,9 @@ def _sample_indices_by_adapter(adapters: Sequence[str | None], count: int) -> di
 
 
 def _shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Shift the ``[B, T]`` labels so that each position has the label of the next token."""
+    """Shift the labels so that each position has the label of the next token.
+
+    The shape of the labels, ``[B, T]``, does not change.
+    """
     # Shift the labels rather than the logits, which would have to be copied.
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

@@ -30,7 +30,9 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Make the named adapters trainable at the same time, and freeze all other adapters.
+    """Make the named adapters trainable, and freeze all other adapters.
+
+    The named adapters can then be trained at the same time.
 
     Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
     of the named adapters may also have their own copies of the same module (``modules_to_save``),
@@ -47,14 +49,14 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
             biases.
         ValueError: No adapter is named.
     """
-    chosen = check_trained_together(model, names)
+    chosen = check_can_train_together(model, names)
     trained = {id(p) for name in chosen for p in adapter_parameters(model, name).values()}
     for name in model.peft_config:
         for parameter in adapter_parameters(model, name).values():
             parameter.requires_grad_(id(parameter) in trained)
 
 
-def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
+def check_can_train_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
     """Check that the adapters can be trained together, and return their names.
 
     The names are without duplicates. Raises the errors of `train_adapters`.
@@ -78,7 +80,7 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """The outcome of one optimizer step, reported for each adapter.
+    """A report on one step of the optimizers.
 
     The report lists the updated and skipped adapters, and their gradient norms.
     `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
@@ -100,7 +102,10 @@ class StepReport:
 
 
 class AdapterOptimizers:
-    """Trains several adapters of a model, each with its own optimizer.
+    """The optimizers of a model's adapters, one for each adapter.
+
+    Each adapter is trained with its own optimizer, learning-rate schedule, gradient clipping, and
+    loss scale.
 
     Args:
         model: The model, with the adapters loaded and trainable (`train_adapters`).
@@ -148,7 +153,7 @@ class AdapterOptimizers:
         seed: int = 0,
         group: Any = "auto",
     ) -> None:
-        names = check_trained_together(model, list(optimizers))
+        names = check_can_train_together(model, list(optimizers))
         schedules = schedulers or {}
         if isinstance(max_grad_norm, Mapping):
             norms: Mapping[str, float | None] = max_grad_norm
@@ -183,11 +188,16 @@ class AdapterOptimizers:
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """A dict that maps each adapter to the `AdapterCounts` accumulated for it so far."""
+        """A dict that maps each adapter to its `AdapterCounts`.
+
+        These are the counts accumulated so far.
+        """
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
     def loss_scale(self, name: str) -> float | None:
-        """Return the current loss scale of an adapter, or None if no scaler is used.
+        """Return the current loss scale of an adapter.
+
+        The result is None if no scaler is used.
 
         Raises:
             AdapterNotFoundError: The adapter has no optimizer in this object.
@@ -218,10 +228,10 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Sum each adapter's token count over all processes, and return the sums.
+        """Return the total number of tokens of each adapter in all processes.
 
-        The result is a dict that maps adapter names to sums. Pass it to `causal_lm_losses` or
-        `adapter_losses` as ``tokens``.
+        The result is a dict that maps adapter names to token counts. Pass it to
+        `causal_lm_losses` or `adapter_losses` as ``tokens``.
 
         Args:
             counts: Token counts of this process (`count_tokens`) in all batches of the step.
@@ -346,7 +356,9 @@ class AdapterOptimizers:
         return StepReport(tuple(stepped), tuple(skipped), left_out, grad_norms)
 
     def zero_grad(self, names: Iterable[str] | None = None) -> None:
-        """Clear the gradients of the named adapters, or of all adapters by default.
+        """Clear the gradients of the named adapters.
+
+        If ``names`` is None, the gradients of all adapters are cleared.
 
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.
@@ -358,10 +370,11 @@ class AdapterOptimizers:
             self._present.discard(adapter.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training state of all adapters as a dict, for `load_state_dict`.
+        """Return the training state of all adapters as a dict.
 
-        The dict maps each adapter to its training state. Call this method after `step`, because
-        gradients that are still being accumulated are not included.
+        The dict maps each adapter to its training state, and can be passed to `load_state_dict`.
+        Call this method after `step`, because gradients that are still being accumulated are not
+        included.
         """
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 

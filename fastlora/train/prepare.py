@@ -23,7 +23,7 @@ from fastlora.model.recommend import Recommendation
 from fastlora.model.targets import check_all_targets_match
 from fastlora.train.adapter_training_state import adapter_parameters
 from fastlora.train.checkpoint import list_checkpoints
-from fastlora.train.data import SampleOrder, TokenizedCorpus, hash_seed, tokenize_files
+from fastlora.train.data import SampleOrder, TokenizedCorpus, derive_seed, tokenize_files
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
 from fastlora.train.processes import TrainError, import_or_raise
 from fastlora.train.settings import AdapterSettings, TrainSettings
@@ -36,7 +36,7 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class SampleSchedule:
-    """The number of steps in a run, and the samples of each step.
+    """A schedule that assigns samples to the steps of a run.
 
     Attributes:
         order: The samples of each step.
@@ -67,7 +67,9 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Return the path of the newest checkpoint, or None if there is none.
+    """Return the path of the checkpoint from which to resume.
+
+    This is the newest checkpoint. The result is None if there is no checkpoint.
 
     Raises:
         TrainError: There is a checkpoint, and ``resume`` is False.
@@ -132,7 +134,7 @@ def add_trainable_adapters(
     model: LoraModel | None = None
     for adapter in settings.adapters:
         name, config, folder = adapter.name, configs[adapter.name], adapter.init_from
-        torch.manual_seed(hash_seed(settings.seed, name))
+        torch.manual_seed(derive_seed(settings.seed, name))
         if folder is not None and has_weights:
             if model is None:
                 model = LoraModel.from_pretrained(base, folder, name, is_trainable=True)
@@ -221,7 +223,10 @@ def read_and_tokenize_data(
 def describe_data(
     corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
 ) -> list[str]:
-    """Return a list of messages that describe the format and size of each adapter's data."""
+    """Return a list of messages that describe each adapter's data.
+
+    They contain its format and size, and other notes about its files.
+    """
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
         for name, corpus in found.items():
@@ -231,7 +236,7 @@ def describe_data(
 
 
 class _StreamIgnoringWriteErrors:
-    """A stream that ignores failed writes.
+    """A stream that ignores write errors.
 
     With this stream, a progress bar cannot abort a run. A write fails on a full disk, for instance.
     """
@@ -302,9 +307,10 @@ def make_optimizers(
     schedule: SampleSchedule,
     device: torch.device,
 ) -> AdapterOptimizers:
-    """Create the optimizers of the adapters, with their learning rate schedules.
+    """Create the optimizers of the adapters.
 
-    The optimizers are AdamW. Gradients are clipped and, for fp16, losses are scaled.
+    The optimizers are AdamW with learning rate schedules. Gradients are clipped and, for
+    fp16, losses are scaled.
     """
     return AdapterOptimizers(
         model,
@@ -318,7 +324,7 @@ def make_optimizers(
         },
         schedulers={
             a.name: partial(
-                LambdaLR, lr_lambda=learning_rate_factor(a, schedule.adapter_steps[a.name])
+                LambdaLR, lr_lambda=learning_rate_lambda(a, schedule.adapter_steps[a.name])
             )
             for a in settings.adapters
         },
@@ -338,7 +344,7 @@ def needs_loss_scaling(model: nn.Module) -> bool:
     return any(p.dtype == torch.float16 for p in model.parameters())
 
 
-def learning_rate_factor(adapter: AdapterSettings, total_steps: int) -> Callable[[int], float]:
+def learning_rate_lambda(adapter: AdapterSettings, total_steps: int) -> Callable[[int], float]:
     """Return a function that maps a step number to an adapter's learning rate factor."""
     warmup = math.ceil(adapter.warmup_ratio * total_steps)
 

@@ -25,7 +25,10 @@ _STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
-    """A training run failed: it could not start or could not continue."""
+    """A training run failed.
+
+    It could not start or could not continue.
+    """
 
 
 def import_or_raise(name: str, what: str = "training needs") -> Any:
@@ -82,9 +85,10 @@ class BatchProcessGroup:
         return self.size == 1
 
     def sum_counts(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
-        """Sum each dict of counts over all processes, and return one dict of sums per argument.
+        """Sum each dict of counts over all processes.
 
-        Each dict maps adapter names to counts. A missing count is zero.
+        The result is a list with one dict of sums per argument. Each dict maps adapter
+        names to counts. A missing count is zero.
         """
         rows = [[float(table.get(name, 0)) for name in self._names] for table in counts]
         if not self.is_single_process:
@@ -94,7 +98,7 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_finite_losses(self, losses: AdapterLosses) -> FiniteLossAgreement:
-        """Determine which losses are finite in all processes, and return the result.
+        """Determine which losses are finite in all processes.
 
         The result also contains a weight for each loss of this process.
         """
@@ -176,7 +180,9 @@ class RunProcesses:
         """Return whether this process runs forward pass ``number`` of a step."""
         return number % self.count == self._accelerator.process_index
 
-    def sum_values(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
+    def sum_values_and_stop_flags(
+        self, values: dict[str, float], *, stop: bool
+    ) -> tuple[dict[str, float], bool]:
         """Sum the values over all processes, and return the sums and whether any process must stop.
 
         ``stop`` says whether this process must stop.
@@ -236,20 +242,26 @@ class RunProcesses:
             self._accelerator.init_trackers("trackers")
 
     def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
-        """Log a dict of named numbers and strings to the trackers."""
+        """Log values to the trackers.
+
+        ``values`` maps names to numbers and strings.
+        """
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
-    def close_experiment_trackers(self) -> None:
-        """Flush and close all trackers."""
+    def close_trackers(self) -> None:
+        """Close all trackers.
+
+        Data that has not been written yet is flushed first.
+        """
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
-    def end_trackers_and_leave_group(self) -> None:
+    def close_trackers_and_leave_group(self) -> None:
         """Close the trackers and leave the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
-                self.close_experiment_trackers()
+                self.close_trackers()
         self._accelerator.end_training()
 
 

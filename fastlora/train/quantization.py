@@ -27,17 +27,19 @@ _NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": install_comm
 
 
 def base_model_dtype(settings: TrainSettings) -> str:
-    """Return the dtype in which to load the base model, as a string that transformers accepts.
+    """Return the dtype in which to load the base model.
 
-    With `load_in`, the parts that are not quantized (embeddings, norms, the head) are in bf16
-    unless ``dtype`` says otherwise. The norms of transformers' models compute in fp32 in both
-    cases.
+    The result is a string that transformers accepts. With `load_in`, the parts that are not
+    quantized (embeddings, norms, the head) are in bf16 unless ``dtype`` says otherwise. The norms
+    of transformers' models compute in fp32 in both cases.
     """
     return "bfloat16" if settings.load_in and settings.dtype == "auto" else settings.dtype
 
 
 def bitsandbytes_config(settings: TrainSettings, model_config: object) -> Any:
-    """Return the `BitsAndBytesConfig` for the base model, or None if `load_in` is not set.
+    """Return the `BitsAndBytesConfig` for the base model.
+
+    The result is None if `load_in` is not set.
 
     Raises:
         ConfigError: The model's own config says that the model is already quantized.
@@ -64,7 +66,7 @@ def bitsandbytes_config(settings: TrainSettings, model_config: object) -> Any:
 
 
 def stored_bitsandbytes_config(model_config: object) -> Any:
-    """Return the `BitsAndBytesConfig` of a model that is already quantized, or None.
+    """Return the `BitsAndBytesConfig` that is stored in the config of a quantized model.
 
     The result is None if the model is not quantized, if another library has quantized it, or if
     bitsandbytes or accelerate is not installed.
@@ -91,7 +93,10 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
 
 
 def prepare_quantized_model(model: PreTrainedModel) -> None:
-    """Prepare a quantized base model for training and for evaluation during training."""
+    """Prepare a quantized base model for training.
+
+    The model can then also be evaluated during training. It is changed in place.
+    """
     prevent_bitsandbytes_repacking(model)
     # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in
     # fp16.

@@ -33,7 +33,7 @@ from fastlora.train.data import (
     TokenizedCorpus,
     TrainBatch,
     collate_samples,
-    hash_seed,
+    derive_seed,
     sorted_micro_batches,
 )
 from fastlora.train.generation import generate_answers
@@ -160,7 +160,7 @@ def open_run(
         main_callback = on_message if os.environ.get("RANK", "0") == "0" else None
         signals = stack.enter_context(StopSignalHandler(torchrun_world_size(), main_callback))
         processes = RunProcesses(settings.cpu, settings.track, settings.out)
-        stack.callback(processes.end_trackers_and_leave_group)
+        stack.callback(processes.close_trackers_and_leave_group)
         processes.run_in_main_and_broadcast(lambda: stack.enter_context(lock_folder(settings.out)))
         found = prepare.checkpoint_to_resume(settings, resume=resume)
         # Add all adapters to an empty base model first, to find errors before data or weights are
@@ -180,7 +180,10 @@ class _MeanLossesAndFilePaths(NamedTuple):
 
 
 class Run:
-    """A training run that starts from the beginning or resumes from the checkpoint ``resumed``."""
+    """A run that trains the adapters of a base model.
+
+    It resumes from the checkpoint ``resumed``, or starts from the beginning if that is None.
+    """
 
     def __init__(
         self,
@@ -311,7 +314,7 @@ class Run:
         if saved != self.step and not self._no_step_completed():
             self.save_adapters_and_checkpoint()
         means, files = self.processes.run_in_main_and_broadcast(
-            self._write_loss_files_and_end_trackers
+            self._write_loss_files_and_close_trackers
         )
         if self._no_step_completed():
             raise self._interrupted("before the first step; nothing was trained")
@@ -332,7 +335,7 @@ class Run:
         self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
-    def _write_loss_files_and_end_trackers(self) -> _MeanLossesAndFilePaths:
+    def _write_loss_files_and_close_trackers(self) -> _MeanLossesAndFilePaths:
         """Write the table and the plot of the losses, and close the trackers.
 
         If steps are left, no file is written. Raises the first error from writing the log, the
@@ -350,7 +353,7 @@ class Run:
                     run_log.plot_losses(folder, logged),
                 ]
         with self._record_write_error("trackers"):
-            self.processes.close_experiment_trackers()
+            self.processes.close_trackers()
         self._raise_recorded_write_error()
         return _MeanLossesAndFilePaths(means, tuple(path for path in files if path is not None))
 
@@ -420,7 +423,7 @@ class Run:
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether this run has yet to complete its first step.
+        """Return whether this run has not completed any step yet.
 
         The result is False if no steps are left.
         """
@@ -472,7 +475,10 @@ class Run:
         self._write_log_and_trackers({"step": self.step, **entry})
 
     def _skipped_step_counts_by_adapter(self) -> dict[str, int]:
-        """Return the number of skipped steps for each adapter that has skipped any."""
+        """Return a dict that maps each adapter to its number of skipped steps.
+
+        Adapters without skipped steps are left out.
+        """
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
@@ -531,7 +537,7 @@ class Run:
             if not self.processes.runs_forward_pass(number):
                 continue
             if accumulate_gradients:  # makes random numbers a function of step and forward pass
-                set_seed(hash_seed(self.settings.seed, self.step, number, nbytes=4))
+                set_seed(derive_seed(self.settings.seed, self.step, number, nbytes=4))
             batch = collate_samples(part, corpora, self.pad, self.processes.device)
             losses = causal_lm_losses(  # nothing keeps the logits alive after this call
                 self._logits(batch, seeds), batch.labels, batch.adapters, tokens=tokens
@@ -540,7 +546,9 @@ class Run:
                 self.optimizers.backward(losses)
             for name, value in losses.values.items():
                 sums[name] += value
-        found, self._stop_agreed = self.processes.sum_values(sums, stop=self._process_should_stop())
+        found, self._stop_agreed = self.processes.sum_values_and_stop_flags(
+            sums, stop=self._process_should_stop()
+        )
         return found
 
     def _logits(self, batch: TrainBatch, seeds: Mapping[str, int] | None) -> torch.Tensor:
@@ -693,7 +701,10 @@ class Run:
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
-    """Save one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
+    """Save an adapter to a folder.
+
+    The files are in PEFT's format; see `save_adapter_folder`.
+    """
     tensors = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), "auto")
     with checkpoint.write_error_as_checkpoint_error(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)

@@ -21,12 +21,12 @@ _SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
 class RunLog:
-    """The log of a run, to which entries are appended.
+    """The log of a training run.
 
-    It is the file ``log.jsonl`` in the run's folder, with one JSON object per line. Opening the log
-    removes all entries after ``step``, because an earlier run wrote them before it was killed. With
-    ``evaluates=True``, it also removes the evaluations and answers logged at ``step``, because the
-    run repeats them.
+    It is the file ``log.jsonl`` in the run's folder, to which entries are appended, with one JSON
+    object per line. Opening the log removes all entries after ``step``, because an earlier run
+    wrote them before it was killed. With ``evaluates=True``, it also removes the evaluations and
+    answers logged at ``step``, because the run repeats them.
 
     Args:
         folder: The output folder of the run.
@@ -92,7 +92,10 @@ class LoggedLoss(NamedTuple):
 
 
 def read_logged_losses(folder: Path) -> list[LoggedLoss]:
-    """Read all training and evaluation losses, in step order, from the log in ``folder``."""
+    """Read the losses of a run from the log in ``folder``.
+
+    These are all training and evaluation losses, in the order of the steps.
+    """
     path = folder / LOG
     with os_error_as_train_error(path):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -106,7 +109,10 @@ def read_logged_losses(folder: Path) -> list[LoggedLoss]:
 
 
 def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Return a dict that maps each adapter to the mean of its finite training losses."""
+    """Return a dict that maps each adapter to its mean training loss.
+
+    Losses that are not finite are ignored. Adapters without a finite loss are left out.
+    """
     found: dict[str, list[float]] = {}
     for entry in losses:
         if entry.kind == "training" and entry.loss is not None:
@@ -195,7 +201,10 @@ def _moving_average(values: Sequence[float]) -> list[float]:
 
 @contextlib.contextmanager
 def os_error_as_train_error(what: Path | str) -> Iterator[None]:
-    """Convert an `OSError` raised in the block to a `TrainError` that names ``what``."""
+    """Convert an `OSError` raised in the ``with`` block to a `TrainError`.
+
+    The message says that ``what`` could not be written.
+    """
     try:
         yield
     except OSError as error:

@@ -143,7 +143,7 @@ def setting_field(
 
 
 def validate_settings(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Validate the values in ``given``, convert them, and return them as a dict.
+    """Validate the given settings, and return their converted values as a dict.
 
     The dict has only the values for settings that are fields of the class ``settings``. None is
     accepted for a field whose default is None. ``prefix`` precedes the name of a setting in error

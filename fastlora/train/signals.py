@@ -77,9 +77,9 @@ class StopSignalHandler:
         self._restore()
 
     def defer_first_signal(self) -> None:
-        """Defer the first signal, so that the current step can finish.
+        """Defer the effect of the first signal.
 
-        The next signal only sets `received`.
+        The next signal only sets `received`, so that the current step can finish.
         """
         self._deferred = True
 

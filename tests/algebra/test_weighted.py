@@ -302,9 +302,11 @@ def test_a_share_of_an_update_has_the_smallest_rank_that_keeps_it() -> None:
     values = torch.tensor([3.0, 2.0, 1.0])
     made = low_rank.Svd(torch.eye(3), values, torch.eye(3))  # squares: 9, 4, 1
     for share, rank in ((0.5, 1), (9 / 14, 1), (0.65, 2), (13 / 14, 2), (0.95, 3), (1.0, 3)):
-        assert made.singular_values_to_keep(share) == rank, share
-    assert [made.singular_values_to_keep(rank) for rank in (1, 2, 5)] == [1, 2, 3]
+        assert made.num_singular_values_to_keep(share) == rank, share
+    assert [made.num_singular_values_to_keep(rank) for rank in (1, 2, 5)] == [1, 2, 3]
     assert made.relative_truncation_error(3) == 0 and made.relative_truncation_error(0) == 1
     assert made.relative_truncation_error(1) == pytest.approx((5 / 14) ** 0.5)
     nothing = made._replace(s=torch.zeros(3))
-    assert nothing.singular_values_to_keep(0.5) == 1 and nothing.relative_truncation_error(1) == 0
+    assert (
+        nothing.num_singular_values_to_keep(0.5) == 1 and nothing.relative_truncation_error(1) == 0
+    )

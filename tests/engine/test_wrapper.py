@@ -260,10 +260,10 @@ def test_sharded_ranks_in_two_shards() -> None:
     buffers = []
     for part in parts:
         buffers.append(torch.zeros(len(sizes), len(MIX), local))
-        wrapper.add_shrink(buffers[-1], x, part.stacked()[0], 1.0)
+        wrapper.add_shrink(buffers[-1], x, part.stacked_factors()[0], 1.0)
     y = torch.zeros(len(MIX), 3 + sum(sizes))
     s = torch.cat(buffers, -1)
-    wrapper.add_expand(y, s, parts[0].stacked()[1], sizes, offset_start=3, add_input=True)
+    wrapper.add_expand(y, s, parts[0].stacked_factors()[1], sizes, offset_start=3, add_input=True)
     truth = vllm_layers.updates(x, case, slots, torch.float64)
     assert_within_budget(
         y[:, 3:], vllm_layers.updates(x, case, slots, torch.float32).float(), truth

@@ -59,7 +59,7 @@ def test_prompt_logprobs_are_computed_for_one_request_at_a_time() -> None:
     manager = SimpleNamespace(_adapter_manager=_Adapters(order))
     runner = SimpleNamespace(num_prompt_logprobs=wanted, requests=requests, lora_manager=manager)
     scheduled = {"base": 3, "first": 4, "unfinished": 5}
-    found = layers.prompt_logprobs_by_request(get)(runner, None, scheduled)
+    found = layers.with_prompt_logprobs_by_request(get)(runner, None, scheduled)
     assert found == {"first": "logprobs of first", "base": "logprobs of base"}
     assert order == [
         *(("enter", 9), "first", ("exit", 9)),

@@ -19,8 +19,8 @@ import pytest
 
 from fastlora import env
 from fastlora.integrations.vllm import register as registration
-from fastlora.integrations.vllm.batch import slots_of_adapters
-from fastlora.integrations.vllm.register import KNOWN_VERSIONS, RELIED_ON, ReliedOn
+from fastlora.integrations.vllm.batch import slots_of_rows
+from fastlora.integrations.vllm.register import KNOWN_VERSIONS, RELIED_ON, ReliedOnFunction
 from tests.engine import compare_sources
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,9 @@ def _assert_left_alone(vllm: StandIn, before: list[Any], *words: str) -> None:
 
 
 @pytest.mark.parametrize("row", RELIED_ON, ids=lambda row: f"{row.owner}.{row.name}")
-def test_a_missing_function_or_parameter_leaves_vllm_alone(vllm: StandIn, row: ReliedOn) -> None:
+def test_a_missing_function_or_parameter_leaves_vllm_alone(
+    vllm: StandIn, row: ReliedOnFunction
+) -> None:
     holder = vllm.holder(row.owner)
     setattr(holder, row.name, _function(row.name, (*row.parameters[:-1], "other", "new=None")))
     _assert_left_alone(vllm, vllm.parts(), row.name, "new", *KNOWN_VERSIONS)
@@ -350,8 +352,8 @@ def test_sources_of_a_version_are_compared(
 
 
 def test_slots_of_adapters() -> None:
-    slots = slots_of_adapters((7, 0, 3, 3, 7), [3, None, 7])
+    slots = slots_of_rows((7, 0, 3, 3, 7), [3, None, 7])
     assert slots.tolist() == [2, -1, 0, 0, 2]
-    assert slots_of_adapters((), [3]).tolist() == []
+    assert slots_of_rows((), [3]).tolist() == []
     with pytest.raises(ValueError, match="adapter 9 is not in any slot"):
-        slots_of_adapters((3, 9), [3])
+        slots_of_rows((3, 9), [3])

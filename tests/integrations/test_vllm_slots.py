@@ -108,7 +108,7 @@ def test_factors_that_other_code_writes_through_a_view() -> None:
     adapters = {0: _load(slots, 0, 8)}
     batch = _batch(ROWS)
     _check(slots, adapters, batch, ROWS)
-    (stack_a, _), (_, stack_b) = slots.stacked()
+    (stack_a, _), (_, stack_b) = slots.stacked_factors()
     stack_a[0, 0, 2] += 1.0
     adapters[0][0][0][2] += 1.0
     stack_b[0, 0, 3] -= 1.0
@@ -123,7 +123,7 @@ def test_a_slot_changes_after_other_code_has_written_another(change: str) -> Non
     adapters = {0: _load(slots, 0, 8), 1: _load(slots, 1, 4)}
     batch = _batch(ROWS)
     _check(slots, adapters, batch, ROWS)
-    (stack_a, _), (_, stack_b) = slots.stacked()
+    (stack_a, _), (_, stack_b) = slots.stacked_factors()
     stack_a[0, 0, 2] += 1.0
     adapters[0][0][0][2] += 1.0
     stack_b[0, 0, 3] -= 1.0

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora import adapters
-from fastlora.layers.shared_input import known_group, observe_group
+from fastlora.layers.shared_input import known_group, observe_call
 from tests.support.kernels.mixed_models import use_impl
 from tests.support.tiny import with_adapters
 
@@ -227,15 +227,15 @@ def test_a_group_has_the_layers_that_one_thread_called() -> None:
     """Another thread's call with the same tensor is no part of it, and x is not kept for it."""
     first, second, other, last = (nn.Linear(2, 2) for _ in range(4))
     x = torch.ones(1, 2)
-    observe_group(first, x)
-    thread = threading.Thread(target=observe_group, args=(other, x))
+    observe_call(first, x)
+    thread = threading.Thread(target=observe_call, args=(other, x))
     thread.start()
     thread.join()
-    observe_group(second, x)
+    observe_call(second, x)
     held = weakref.ref(x)
     del x
     assert held() is None
-    observe_group(last, torch.ones(1, 2))  # with what came before both threads are through
+    observe_call(last, torch.ones(1, 2))  # with what came before both threads are through
     for members in ((first, second), (other,)):
         for layer in members:
             group = known_group(layer)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from fastlora.model.targets import find_targets
+from fastlora.model.targets import find_target_modules
 from fastlora.validation import UnsupportedLayerError
 from tests.support.tiny import randomize, tiny_llama
 
@@ -111,7 +111,7 @@ def test_all_linear_beside_a_copied_block() -> None:
         model.add_adapter("b", LoraConfig(r=2, target_modules="all-linear"))
     expected = {f"blocks.{i}.{part}" for i in range(12) for part in ("up", "down") if i != 3}
     assert adapted_names(model, "b") == expected | {"shared"}
-    assert set(find_targets(Stack(), model.peft_config["b"])) == expected | {"shared"}
+    assert set(find_target_modules(Stack(), model.peft_config["b"])) == expected | {"shared"}
 
 
 def test_a_copied_module_with_two_names() -> None:

@@ -21,7 +21,7 @@ from fastlora.model.target_names import distinguishing_suffixes
 from fastlora.model.targets import (
     check_all_targets_match,
     find_modules_to_save,
-    find_targets,
+    find_target_modules,
     resolve_target_modules,
 )
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
@@ -124,7 +124,7 @@ def test_names_are_pefts(fields: dict[str, object]) -> None:
     config = LoraConfig(**fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert find_targets(model, config) == targets
+        assert find_target_modules(model, config) == targets
     assert find_modules_to_save(model, config) == saved
     ours = resolve_target_modules(model, config)
     assert ours == resolved
@@ -133,7 +133,7 @@ def test_names_are_pefts(fields: dict[str, object]) -> None:
         again = LoraConfig(**{**fields, "target_modules": ours})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert find_targets(model, again) == targets
+            assert find_target_modules(model, again) == targets
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_names_are_pefts_on_transformers_models(make: object, fields: dict[str, 
     model = make()
     targets, saved, resolved = peft_names(model, **fields)
     config = LoraConfig(**fields)
-    assert find_targets(model, config) == targets
+    assert find_target_modules(model, config) == targets
     assert find_modules_to_save(model, config) == saved
     assert resolve_target_modules(model, config) == resolved
 
@@ -180,7 +180,7 @@ def test_layer_index_is_the_first_number(pattern: str | None) -> None:
     model = nn.ModuleDict({"model": Tower()})  # a list needs a name before it to be found unnamed
     fields = {"target_modules": ["up"], "layers_to_transform": 1, "layers_pattern": pattern}
     targets, _, _ = peft_names(model, **fields)
-    assert find_targets(model, LoraConfig(**fields)) == targets
+    assert find_target_modules(model, LoraConfig(**fields)) == targets
     if pattern is None:
         assert "model.layers.0.experts.1.up" not in targets
 
@@ -191,7 +191,7 @@ def test_full_names_stay_exempt_from_the_layer_filter() -> None:
         model = nn.ModuleDict({"layers": nn.ModuleList(Attention() for _ in range(count))})
         names = [f"layers.{i}.q_proj" for i in range(count)]
         fields = {"target_modules": names, "layers_to_transform": [1], "layers_pattern": "layers"}
-        assert find_targets(model, LoraConfig(**fields)) == names
+        assert find_target_modules(model, LoraConfig(**fields)) == names
         targets, _, _ = peft_names(model, **fields)
         assert (targets == names) == (count == 12)
 
@@ -207,22 +207,22 @@ def test_all_linear_of_a_second_adapter() -> None:
     ] * 2
     own = nn.Embedding(4, 4)  # with factors of its own, as other libraries have them
     own.lora_A = nn.Parameter(torch.zeros(2, 4))
-    assert find_targets(nn.Sequential(own, nn.Linear(4, 4)), config) == ["1"]
+    assert find_target_modules(nn.Sequential(own, nn.Linear(4, 4)), config) == ["1"]
 
 
 def test_second_adapter_matches_layers_and_not_their_insides() -> None:
     model = peft.get_peft_model(Tower(), peft.LoraConfig(target_modules="all-linear"))
     base = model.base_model.model
-    assert find_targets(base, LoraConfig(target_modules="all-linear")) == find_targets(
-        Tower(), LoraConfig(target_modules="all-linear")
-    )
+    assert find_target_modules(
+        base, LoraConfig(target_modules="all-linear")
+    ) == find_target_modules(Tower(), LoraConfig(target_modules="all-linear"))
     assert resolve_target_modules(base, LoraConfig(target_modules="all-linear")) == (
         resolve_target_modules(Tower(), LoraConfig(target_modules="all-linear"))
     )
     named = LoraConfig(target_modules=["q_proj"])
-    assert find_targets(base, named) == find_targets(Tower(), named)
+    assert find_target_modules(base, named) == find_target_modules(Tower(), named)
     with pytest.raises(TargetNotFoundError):
-        find_targets(base, LoraConfig(target_modules=["default", "base_layer"]))
+        find_target_modules(base, LoraConfig(target_modules=["default", "base_layer"]))
 
 
 def test_default_table_is_pefts() -> None:
@@ -247,7 +247,7 @@ def test_nothing_found(fields: dict[str, object], words: list[str]) -> None:
     with pytest.raises(peft.tuners.tuners_utils.NoMatchingPeftModuleError):
         peft.LoraModel(Tower(), peft.LoraConfig(**fields), "default")
     with pytest.raises(TargetNotFoundError) as caught:
-        find_targets(Tower(), LoraConfig(**fields))
+        find_target_modules(Tower(), LoraConfig(**fields))
     for word in words:
         assert word in str(caught.value)
 
@@ -255,10 +255,10 @@ def test_nothing_found(fields: dict[str, object], words: list[str]) -> None:
 def test_no_default_for_the_architecture_or_one_that_layers_cannot_filter() -> None:
     model = Tower()
     with pytest.raises(ConfigError, match="target_modules is None.*expected a list"):
-        find_targets(model, LoraConfig())
+        find_target_modules(model, LoraConfig())
     model.config = {"model_type": "gemma4"}
     with pytest.raises(ConfigError, match="layers_to_transform"):
-        find_targets(model, LoraConfig(layers_to_transform=1))
+        find_target_modules(model, LoraConfig(layers_to_transform=1))
 
 
 def test_parts_that_match_nothing_are_warned_about() -> None:
@@ -269,13 +269,13 @@ def test_parts_that_match_nothing_are_warned_about() -> None:
         alpha_pattern={r"layers\.7\..*": 3},
     )
     with pytest.warns(UserWarning) as caught:
-        find_targets(Tower(), config)
+        find_target_modules(Tower(), config)
     (warning,) = [str(w.message) for w in caught]
     for word in ("k_proj", "nowhere", "rank_pattern keys ['v_proj']", r"layers\\.7"):
         assert word in warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        find_targets(Tower(), LoraConfig(target_modules=["q_proj"], exclude_modules=["up"]))
+        find_target_modules(Tower(), LoraConfig(target_modules=["q_proj"], exclude_modules=["up"]))
 
 
 def test_modules_to_save_that_do_not_exist() -> None:
@@ -291,17 +291,17 @@ def test_mamba_modules_that_are_never_called() -> None:
     mixers = {name: nn.ModuleDict({"out_proj": nn.Linear(2, 2)}) for name in ("first", "last")}
     model = nn.ModuleDict(mixers)
     config = LoraConfig(target_modules=["out_proj"])
-    assert find_targets(model, config) == ["first.out_proj", "last.out_proj"]
+    assert find_target_modules(model, config) == ["first.out_proj", "last.out_proj"]
     model.config = transformers.MambaConfig()
     with pytest.raises(UnsupportedLayerError, match="^first.out_proj is never called"):
-        find_targets(model, config)
+        find_target_modules(model, config)
 
 
 def test_model_and_config_stay_as_they_were() -> None:
     model = Tower()
     config = LoraConfig(target_modules="all-linear", modules_to_save=["head"])
     with unchanged(model):
-        find_targets(model, config)
+        find_target_modules(model, config)
         find_modules_to_save(model, config)
     assert config == LoraConfig(target_modules="all-linear", modules_to_save=["head"])
 
@@ -327,17 +327,17 @@ def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
     config = LoraConfig(target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert find_targets(model, config) == ["lin"]
+        assert find_target_modules(model, config) == ["lin"]
     model["experts"] = Experts()
     with pytest.warns(
         UserWarning,
         match=r"leaves out experts \('experts.up', 'experts.down'\). .*target_parameters",
     ):
-        assert find_targets(model, config) == ["lin"]
+        assert find_target_modules(model, config) == ["lin"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         without = LoraConfig(target_modules="all-linear", exclude_modules=["experts"])
-        assert find_targets(model, without) == ["lin"]
+        assert find_target_modules(model, without) == ["lin"]
 
 
 @pytest.mark.parametrize(("kind", "field"), [("XLNetModel", "d_inner"), ("FunnelModel", "")])
@@ -347,7 +347,7 @@ def test_heads_of_attention_are_not_experts(kind: str, field: str) -> None:
     assert any(parameter.dim() == 3 for parameter in model.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert find_targets(model, LoraConfig(target_modules="all-linear"))
+        assert find_target_modules(model, LoraConfig(target_modules="all-linear"))
 
 
 def test_all_linear_says_which_layers_it_leaves_out() -> None:
@@ -362,7 +362,7 @@ def test_all_linear_says_which_layers_it_leaves_out() -> None:
         base = get_peft_model(Tower(), first).base_model.model
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            find_targets(base, config)
+            find_target_modules(base, config)
         messages = [str(warning.message) for warning in caught]
         assert len(messages) == (said is not None)
         assert said is None or said in messages[0]
@@ -391,7 +391,7 @@ def test_all_linear_says_why_it_leaves_out_the_layer_that_it_names() -> None:
     base = get_peft_model(nn.ModuleDict(layers), first).base_model.model
     expected = "leaves out 'attn.q_proj' and 2 more: it is inside 'attn', a module"
     with pytest.warns(UserWarning, match=expected):
-        find_targets(base, LoraConfig(target_modules="all-linear"))
+        find_target_modules(base, LoraConfig(target_modules="all-linear"))
 
 
 def test_what_other_adapters_own_copies_of_is_no_target() -> None:
@@ -403,7 +403,7 @@ def test_what_other_adapters_own_copies_of_is_no_target() -> None:
         ("blocks.0.attn.q_proj", "is inside 'blocks.0.attn',"),
     ):
         with pytest.raises(UnsupportedLayerError, match=f"{name}' {where} a module that adapters"):
-            find_targets(base, LoraConfig(target_modules=[name]))
+            find_target_modules(base, LoraConfig(target_modules=[name]))
     below = LoraConfig(target_modules=["up"], modules_to_save=["attn.q_proj"])
     with pytest.raises(
         UnsupportedLayerError, match="attn.q_proj', which is inside 'layers.0.attn'"
@@ -425,14 +425,14 @@ def test_messages_name_ten_entries(count: int, more: str) -> None:
     names = [f"missing{index:02}" for index in range(count)]
     config = LoraConfig(target_modules=names)
     with pytest.raises(TargetNotFoundError) as raised:
-        find_targets(tiny_llama(), config)
+        find_target_modules(tiny_llama(), config)
     assert f"target_modules={names[:10]}{more} matches no module" in str(raised.value)
 
 
 def test_a_message_names_ten_modules() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
     with pytest.raises(TargetNotFoundError, match="modules named 0, 1, 10, 11, 2, 3, 4, 5, 6, 7$"):
-        find_targets(model, LoraConfig(target_modules=["missing"]))
+        find_target_modules(model, LoraConfig(target_modules=["missing"]))
 
 
 def test_the_architecture_is_in_any_kind_of_config() -> None:

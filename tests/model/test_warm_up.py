@@ -125,7 +125,7 @@ def test_an_alignment_that_is_left_out_is_missed(
     """Inputs at odd addresses are copied; if not, they need kernels of their own."""
     model, known = warmed
     for module in (expand, linear):
-        monkeypatch.setattr(module, "in_usual_layout", lambda x, contiguous=False: x)
+        monkeypatch.setattr(module, "to_kernel_layout", lambda x, contiguous=False: x)
     assert run_random_batches(model, 100, known.keys()) - known.keys()
 
 

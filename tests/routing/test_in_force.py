@@ -15,7 +15,7 @@ from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.routing import active, block
 from fastlora.routing.caches import PerBlockCache
-from fastlora.routing.routing import RoutedLayerGroup, number_layers
+from fastlora.routing.routing import RoutedLayerGroup, unique_layer_numbers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -199,7 +199,7 @@ def test_a_block_knows_its_slots_among_all_adapters() -> None:
 
 
 def test_layers_have_numbers_of_their_own() -> None:
-    first, second = number_layers(["q", "v"])
-    assert first != second and number_layers(["v"]) == [second]
-    assert number_layers(["q", "v"], [first, second]) == [first + 1, second + 1]
-    assert number_layers(["q"], [first, first + 1]) == [first + 2]
+    first, second = unique_layer_numbers(["q", "v"])
+    assert first != second and unique_layer_numbers(["v"]) == [second]
+    assert unique_layer_numbers(["q", "v"], [first, second]) == [first + 1, second + 1]
+    assert unique_layer_numbers(["q"], [first, first + 1]) == [first + 2]

@@ -193,7 +193,7 @@ def _kind(make: Make) -> RowOriginKind:
     order = RowTrackingMode(2, [TABLE])
     x, numbers = torch.randn(2, 4, D), NUMBERS.clone()
     with order:
-        return order.row_origin(make(x, numbers))
+        return order.row_origin_kind(make(x, numbers))
 
 
 @pytest.mark.parametrize("case", KINDS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.model.adapter_state import file_key_to_state_key
+from fastlora.model.adapter_state import file_keys_to_state_keys
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -104,7 +104,7 @@ def file_parameters(model: Any, adapter: str = "default") -> dict[str, nn.Parame
     """The factors of an adapter, by their keys in files; of fastlora's model or PEFT's."""
     parameters = dict(model.named_parameters())
     if hasattr(model, "base_model") and type(model).__module__.startswith("fastlora"):
-        keys = file_key_to_state_key(model, adapter)
+        keys = file_keys_to_state_keys(model, adapter)
         return {disk: parameters[key] for disk, key in keys.items()}
     return {n.replace(f".{adapter}", ""): p for n, p in parameters.items() if f".{adapter}." in n}
 

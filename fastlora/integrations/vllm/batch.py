@@ -13,12 +13,10 @@ import numpy as np
 from fastlora.ops.rows import NO_SLOT
 
 
-def slots_of_adapters(
-    adapter_ids: Sequence[int], adapter_of_slot: Sequence[int | None]
-) -> np.ndarray:
-    """Return the slot of each row, with -1 for rows without an adapter.
+def slots_of_rows(adapter_ids: Sequence[int], adapter_of_slot: Sequence[int | None]) -> np.ndarray:
+    """Return the slot of each row's adapter.
 
-    The result is an int64 array of shape ``[rows]``.
+    The result is an int64 array of shape ``[rows]``, with -1 for rows without an adapter.
 
     Args:
         adapter_ids: Adapter ID of each row. Zero stands for no adapter.

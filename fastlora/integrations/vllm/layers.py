@@ -58,7 +58,7 @@ def _replace_stacks_with_slots(layer: Any) -> None:
     # An embedding looks rows up in its lora_a, [slots, vocabulary, rank].
     stack_a = _as_list(layer.lora_a_stacked)[0]
     slots = LayerSlots(stack_a if stack_a.dim() == 4 else None, stacks_b)
-    stacked_a, stacked_b = slots.stacked()
+    stacked_a, stacked_b = slots.stacked_factors()
     single = isinstance(layer.lora_b_stacked, torch.Tensor)
     layer.lora_b_stacked = stacked_b[0] if single else stacked_b
     if stacked_a:
@@ -155,7 +155,7 @@ def _split_and_set_slices(
     lora_a: torch.Tensor | Sequence[_Factor],
     lora_b: torch.Tensor | Sequence[_Factor],
 ) -> None:
-    """Split an adapter's factors by slice if necessary, and load them into a slot.
+    """Split an adapter's factors by slice, and load them into a slot.
 
     A single lora_b is split. A single lora_a is used for all slices.
     """
@@ -174,10 +174,10 @@ def _split_and_set_slices(
 
 
 def keep_scaling_apart(self: Any) -> Any:
-    """Keep the scaling separate from lora_b, unlike ``LoRALayerWeights.optimize``.
+    """Keep the scaling apart from lora_b.
 
-    vLLM's method, which this function replaces, multiplies lora_b by the scaling. In 16-bit dtypes,
-    this product would be rounded.
+    vLLM's method ``LoRALayerWeights.optimize``, which this function replaces, multiplies lora_b by
+    the scaling. In 16-bit dtypes, this product would be rounded.
     """
     if self.scaling != 1:
         _with_scaling(self.lora_b, _scaling(self.lora_b) * self.scaling)
@@ -197,7 +197,7 @@ def _scaling(lora_b: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------ prompts' logits
 
 
-def prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
+def with_prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``GPUModelRunner._get_prompt_logprobs_dict`` so that requests use their own adapters.
 
     vLLM computes the logits of one request's prompt at a time, but its LoRA backends only know the
@@ -275,7 +275,7 @@ def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
-    """Check an adapter's config for fields that vLLM ignores.
+    """Check that an adapter's config has no fields that vLLM ignores.
 
     vLLM 0.31 ignores ``rank_pattern``, ``alpha_pattern``, and ``lora_bias``.
 
@@ -297,7 +297,9 @@ def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
 
 
 def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
-    """Check the factors of an adapter before it is loaded into a slot.
+    """Check that the factors of an adapter are valid.
+
+    The check is made before the adapter is loaded into a slot.
 
     Raises:
         ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
@@ -334,11 +336,12 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
 
 
 def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
-    """Return the allowed feature counts of each module that can appear in an adapter file.
+    """Return the allowed numbers of input and output features of each module.
 
-    The result maps a module's name to a tuple ``(in_features, out_features, ...)``. Several values
-    of out_features are allowed for an output layer with a padded vocabulary, and for a part of a
-    layer that has more slices than parts.
+    The modules are those that can appear in an adapter file. The result maps a module's name to a
+    tuple ``(in_features, out_features, ...)``. Several values of out_features are allowed for an
+    output layer with a padded vocabulary, and for a part of a layer that has more slices than
+    parts.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name, layer in manager.modules.items():
@@ -362,7 +365,10 @@ def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...
 
 
 def _unsharded_output_sizes(base: Any) -> list[int]:
-    """Return the output sizes of a layer's slices, before they are split across processes."""
+    """Return the unsharded output sizes of a layer's slices.
+
+    These are the sizes before the slices are split across processes.
+    """
     if hasattr(base, "total_num_kv_heads"):
         # Processes may have copies of key and value heads, which output_sizes counts.
         heads, kv_heads = base.total_num_heads, base.total_num_kv_heads

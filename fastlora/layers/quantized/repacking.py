@@ -42,11 +42,11 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 
 
 def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking a model's 4-bit weights in forward passes.
+    """Prevent bitsandbytes from repacking a model's weights.
 
-    The function is for models with trainable adapters, because a layer with a repacked weight
-    computes no gradient for its input. It applies to all 4-bit layers, because gradients also pass
-    through those without adapters.
+    Otherwise, forward passes may repack 4-bit weights. The function is for models with trainable
+    adapters, because a layer with a repacked weight computes no gradient for its input. It applies
+    to all 4-bit layers, because gradients also pass through those without adapters.
     """
     repacked = False
     for module in model.modules():
@@ -70,7 +70,11 @@ def is_repacking_prevented(module: nn.Module) -> bool:
 
 
 def warn_if_gradients_blocked(layer: object, base: nn.Module, x: torch.Tensor) -> None:
-    """Warn if gradients are needed but cannot flow through a layer's repacked base layer."""
+    """Warn if a layer's base layer blocks gradients.
+
+    Gradients cannot flow through a repacked base layer. The warning is emitted only if gradients
+    are needed.
+    """
     if not (torch.is_grad_enabled() and x.is_cpu and is_repacked(base)):
         return
     own: Any = layer

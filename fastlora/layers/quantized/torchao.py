@@ -48,10 +48,11 @@ class TorchaoWeight(BaseQuantizedWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the quantized data that kernels read, and the tensors that the data refers to.
+        """Return the weight in the form that kernels read.
 
-        A dequantized value is ``code * scale``, with the scale of its row. A single scale for the
-        weight is expanded to all rows.
+        The result is a tuple of the quantized data and the tensors that it refers to. A dequantized
+        value is ``code * scale``, with the scale of its row. A single scale for the weight is
+        expanded to all rows.
         """
         weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
         if name not in _TORCHAO:
@@ -112,10 +113,10 @@ class TorchaoWeight(BaseQuantizedWeight):
         return self.weight.dequantize()
 
     def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the dequantized weight in about ``approximate_count`` pieces.
+        """Yield the dequantized weight in pieces.
 
-        A piece contains elements of the weight in fp32. A weight of an unsupported torchao class is
-        one piece.
+        There are about ``approximate_count`` pieces. A piece contains elements of the weight in
+        fp32. A weight of an unsupported torchao class is one piece.
         """
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().dequantized_pieces()
@@ -203,7 +204,10 @@ def _quantize_float8(
 
 
 def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
-    """Return the torchao granularity of a weight's scales: per row, per tensor, or per group."""
+    """Return the torchao granularity of a weight's scales.
+
+    A scale applies to a row, to the whole tensor, or to a group.
+    """
     library = importlib.import_module("torchao.quantization")
     block = [int(size) for size in weight.block_size]
     if block == [1, dense.shape[1]]:

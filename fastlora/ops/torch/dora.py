@@ -150,9 +150,9 @@ def replace_zeros_with_infinity(sums: torch.Tensor) -> torch.Tensor:
 
 
 def dora_scale(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    """Compute DoRA's scale g, ``[N]``, from the magnitude and the squared row norms.
+    """Compute DoRA's scale g from the magnitude and the squared row norms.
 
-    If ``squares`` is None, ``magnitude`` is already the scale.
+    The scale has the shape ``[N]``. If ``squares`` is None, ``magnitude`` is already the scale.
     """
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
@@ -172,16 +172,16 @@ def multiply_rounded_once(
     return torch.mul(u, scale, out=torch.empty_like(u) if out is None else out)
 
 
-def scale_columns(
+def scale_and_add_bias(
     u: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """Scale the columns of u, add the bias, and return ``scale * u + bias``.
+    """Scale the columns of u, and add the bias.
 
-    No autograd graph is recorded. If ``inplace`` is set, the result overwrites u, which must be
-    contiguous.
+    The result is ``scale * u + bias``. No autograd graph is recorded. If ``inplace`` is set, the
+    result overwrites u, which must be contiguous.
     """
     y = multiply_rounded_once(u, scale, u if inplace else None)
     return y if bias is None else y.add_(bias)
@@ -190,7 +190,10 @@ def scale_columns(
 def scale_with_column_sums(
     dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (``scale * dy``, the column sums ``[N]`` of ``dy * u``)."""
+    """Scale the columns of dy, and compute the column sums of ``dy * u``.
+
+    The result is a tuple (``scale * dy``, the column sums ``[N]``).
+    """
     product = dy * u
     # In fp16, sums of scaled losses can overflow. In bf16, they would be rounded to 8 bits.
     sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
@@ -204,13 +207,14 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a tuple (gradient of u, gradient of the magnitude).
+    """Compute the backward pass of `scale_and_add_bias`.
 
-    The latter is None if u is None.
+    The result is a tuple (gradient of u, gradient of the magnitude). The latter is None if u is
+    None.
     """
     scale = dora_scale(magnitude, squares)
     if u is None:
-        return scale_columns(dy, None, scale), None
+        return scale_and_add_bias(dy, None, scale), None
     du, sums = scale_with_column_sums(dy, u, scale)
     return du, sums if squares is None else sums * squares.rsqrt()
 
@@ -240,9 +244,10 @@ class DropoutAdapter(NamedTuple):
     impl: str
 
     def apply_dropout(self, rows: torch.Tensor, run_after: torch.Tensor | None) -> torch.Tensor:
-        """Return ``rows [M, K]`` after dropout.
+        """Return rows after dropout.
 
-        Every call uses the same mask. ``run_after`` is as in `fastlora.ops.torch.single.keep_mask`.
+        The rows have the shape ``[M, K]``. Every call uses the same mask. ``run_after`` is as in
+        `fastlora.ops.torch.single.keep_mask`.
         """
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
@@ -259,7 +264,7 @@ def forward_with_dropout(
     adapter: DropoutAdapter,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the forward pass of a DoRA adapter with dropout, and return a tuple (y, s, z).
+    """Run the forward pass of a DoRA adapter with dropout.
 
     ``rows`` are ``[M, K]``, and no autograd graph is recorded. ``base [M, N]`` is the base layer's
     output, or None to compute it from weight and bias. If ``inplace`` is set, y overwrites
@@ -302,12 +307,13 @@ def gradients(
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
     """Return the gradients of x, of the weight, and of the factors.
 
-    The result is a tuple, whose last item is the list of the factors' gradients. The factors are
-    lora_a, lora_b, and the magnitude, and ``wants_factors`` tells whose gradients are wanted. A
-    gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed
-    for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b and of
-    the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the forward pass
-    has computed the base layer's output too, and the gradients include those of the base product.
+    This is the backward pass of `forward_with_dropout`. The result is a tuple, whose last item is
+    the list of the factors' gradients. The factors are lora_a, lora_b, and the magnitude, and
+    ``wants_factors`` tells whose gradients are wanted. A gradient that is not wanted is None.
+    ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed for the gradients of the weight and
+    of lora_a. s is needed for the gradients of lora_b and of the magnitude, and z for the gradient
+    of the magnitude. If ``own_base`` is set, the forward pass has computed the base layer's output
+    too, and the gradients include those of the base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     wants_a, wants_b, wants_magnitude = wants_factors
@@ -345,5 +351,8 @@ def gradients(
 
 
 def _scaled_rows(lora_b: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return lora_b with its rows scaled by DoRA's g, rounded once to ``dtype``."""
+    """Return lora_b with its rows scaled by DoRA's scale g.
+
+    The result is rounded once to ``dtype``.
+    """
     return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

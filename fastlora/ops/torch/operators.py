@@ -30,14 +30,20 @@ _Factors = Sequence[Factor]
 def keep(
     like: torch.Tensor, seed: torch.Tensor, dropout_p: float, run_after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the PyTorch implementation's dropout mask for the shape and dtype of ``like``."""
+    """Return the mask of the elements that dropout keeps.
+
+    It is the PyTorch implementation's mask for the shape and dtype of ``like``.
+    """
     return reference.lora_keep_mask(like, seed, dropout_p)
 
 
 def _operands_per_module(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[AdapterOperands]:
-    """Return a list of `AdapterOperands`, one per module, with the module's lora_a and dropout."""
+    """Return a list of the adapter operands of each module.
+
+    The operands contain the module's lora_a and dropout.
+    """
     downs, slots = replace_missing_with_empty(lora_a, 0), len(lora_a) // modules
     found = []
     for start in range(0, len(downs), slots):
@@ -55,7 +61,10 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Return the shrink output s of G modules, ``[G, M, R]``."""
+    """Return the shrink output s of all modules.
+
+    For G modules, s has the shape ``[G, M, R]``.
+    """
     return segments.shrink(
         x, _operands_per_module(lora_a, modules, seeds, dropout_p), rows_from_tensors(rows)
     )
@@ -155,7 +164,10 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' contribution to it if weight is None."""
+    """Return the gradient of x.
+
+    If weight is None, the result is only the adapters' contribution to the gradient.
+    """
     operands, batch = (
         segments.shrink_operands(replace_missing_with_empty(lora_a, 0), seeds, dropout_p),
         rows_from_tensors(rows),
@@ -172,7 +184,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return the gradients of the adapters' lora_a for all G modules.
+    """Return the gradients of the adapters' lora_a for all modules.
 
     The list contains one buffer with all gradients.
     """

@@ -34,10 +34,10 @@ ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """The layout of packed factors, which gives the position of each adapter in them.
+    """The layout of packed factors.
 
-    A rank row is a row of lora_a or a column of lora_b. Layers on which the adapters have the same
-    ranks share a layout.
+    It gives the position of each adapter in them. A rank row is a row of lora_a or a column of
+    lora_b. Layers on which the adapters have the same ranks share a layout.
 
     Attributes:
         unit: Number of rank rows in a unit.
@@ -157,10 +157,10 @@ def _scaling_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Return the transpose of lora_b, ``[R, N]``, multiplied by the scaling.
+    """Return the rank rows of lora_b, multiplied by the scaling and not rounded.
 
-    The result has not been rounded to ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32
-    otherwise.
+    The rank rows are the transpose of lora_b, ``[R, N]``. The result has not been rounded to
+    ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
     """
     rows = factors.lora_b.t().to(_scaling_dtype(dtype))
     scaling = factors.scaling

@@ -34,9 +34,10 @@ def linear(
     pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
-    """Return the output ``[M, N]`` of a linear layer with packed adapters.
+    """Return the output of a linear layer with packed adapters.
 
-    Each row gets the update of its own adapter. The arguments are those of `add_`.
+    The output has the shape ``[M, N]``. Each row gets the update of its own adapter. The arguments
+    are those of `add_`.
     """
     lora_b = pack.lora_b[0] if len(pack.lora_b) == 1 else None
     if lora_b is not None and isinstance(plan, BlockedPlan) and plan.exact and plan.terms is None:
@@ -87,12 +88,12 @@ def add_(
 def _arrange_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrange the rows of x as the plan requires, compute s, and return the tuple (x, s).
+    """Arrange the rows of x as the plan requires, and compute the shrink output s.
 
-    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is the shrink output
-    of all slices, ``[M, slices * rank rows]`` (with the rank rows of all units or of one unit),
-    ``[blocks, C, coalesced * slices * unit]``, or ``[B, T, slices * unit]``. It also contains
-    products with rank rows of other adapters.
+    The result is the tuple (x, s). ``x [M, K]`` is returned as it is, or with its rows gathered
+    into blocks. s is the shrink output of all slices, ``[M, slices * rank rows]`` (with the rank
+    rows of all units or of one unit), ``[blocks, C, coalesced * slices * unit]``, or
+    ``[B, T, slices * unit]``. It also contains products with rank rows of other adapters.
     """
     if isinstance(plan, DensePlan):
         # [M, K] x [K, slices * rank rows]
@@ -114,10 +115,10 @@ def _arrange_and_shrink(
 def _zero_other_columns(
     s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> Sequence[torch.Tensor]:
-    """Return s for each slice, with zeros in the columns that do not belong to a row's adapter.
+    """Zero the columns of s that do not belong to a row's adapter.
 
-    s is overwritten. The results are ``[M, rank rows]`` (of all units or one),
-    ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
+    s is overwritten. The result contains s for each slice, with the shape ``[M, rank rows]`` (of
+    all units or one), ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
     is_dense = isinstance(plan, DensePlan) and plan.unit is None
     width = pack.layout.rank_rows if is_dense else pack.layout.unit
@@ -138,9 +139,10 @@ def _add_rank_rows_weighted_by_s(
     pack: PackedLayerFactors,
     terms: RowUpdateTerms,
 ) -> None:
-    """Add each row's update, which is a weighted sum of rows of the packed lora_b, to y in place.
+    """Add each row's sum of rank rows, weighted by s, to y in place.
 
-    The weights are the columns of s that belong to the row's adapter.
+    The sum is the row's update. It is a weighted sum of rows of the packed lora_b. The weights are
+    the columns of s that belong to the row's adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
@@ -169,7 +171,10 @@ def _add_products(
     pack: PackedLayerFactors,
     plan: DensePlan | BlockedPlan | PerSamplePlan,
 ) -> None:
-    """For one slice, add the matrix products of s and lora_b to y ``[M, N]`` in place."""
+    """Add the matrix products of s and lora_b to y in place.
+
+    The arguments are those of one slice. y has the shape ``[M, N]``.
+    """
     unit = pack.layout.unit
     if isinstance(plan, DensePlan):
         own_b = lora_b if plan.unit is None else lora_b[plan.unit * unit : (plan.unit + 1) * unit]

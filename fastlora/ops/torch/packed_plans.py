@@ -148,7 +148,9 @@ class BlockedPlan(NamedTuple):
 
 
 class PerSamplePlan(NamedTuple):
-    """A plan for multiplying each of B samples of T tokens by the factors of its own adapter.
+    """A plan for multiplying each sample by the factors of its own adapter.
+
+    There are B samples of T tokens each.
 
     Attributes:
         units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
@@ -301,9 +303,10 @@ def _make_row_update_terms(
 def _mask_outside(
     width: int, first: torch.Tensor, rank: torch.Tensor, device: torch.device
 ) -> torch.Tensor | None:
-    """Return a mask that is False only in the ``rank`` columns starting at ``first``.
+    """Return a mask of the columns outside of each row's range.
 
-    The mask is bool ``[M, 1, width]``. The result is None if no column is outside.
+    The mask is False only in the ``rank`` columns starting at ``first``. It is bool
+    ``[M, 1, width]``. The result is None if no column is outside.
     """
     at, first, rank = torch.arange(width), first.view(-1, 1, 1), rank.view(-1, 1, 1)
     outside = (at < first) | (at >= first + rank)
@@ -328,7 +331,7 @@ def _used_unit_range(
 
 
 def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
-    """Make a `SeparatePlan`."""
+    """Make a `SeparatePlan` for the rows of a batch."""
     found, gathered, place = list[RowsOfOneAdapter](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])

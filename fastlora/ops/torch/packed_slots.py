@@ -49,7 +49,10 @@ class _SlotStorage(NamedTuple):
     unit: int
 
     def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
-        """Replace the factors of a slot, and return whether all of the new values are finite."""
+        """Write factors into a slot, and return whether all of their values are finite.
+
+        The new factors replace those that were in the slot.
+        """
         own_a, dtype, is_finite = self.rank_rows_a[slot], self.lora_a.dtype, True
         for a, lora_b, factors in zip(own_a, self.lora_b, slices, strict=True):
             b, rank = lora_b[slot * self.unit : (slot + 1) * self.unit], 0
@@ -138,7 +141,11 @@ class PackedSlots:
         self.set_slot(slot, [None] * len(self._widths))
 
     def _check(self, slices: Sequence[Factors | None]) -> None:
-        """Raise `ValueError` if factors do not fit the layer."""
+        """Check that factors fit the layer.
+
+        Raises:
+            ValueError: The factors do not fit.
+        """
         if len(slices) != len(self._widths):
             raise ValueError(f"got factors for {len(slices)} slices, expected {len(self._widths)}")
         for factors, n in zip(slices, self._widths, strict=True):
@@ -180,7 +187,10 @@ class PackedSlots:
         return made
 
     def _as_packed_factors(self, storage: _SlotStorage) -> PackedLayerFactors:
-        """Return the packed factors of the current adapters, as views of the storage."""
+        """Return the packed factors of the current adapters.
+
+        They are views of the storage.
+        """
         layout = one_unit_per_slot(storage.unit, tuple(map(max, self._ranks)))
         used = (any(ranks) for ranks in zip(*self._ranks, strict=True))
         pairs = zip(storage.lora_b, used, strict=True)

@@ -60,9 +60,9 @@ ONEDNN = Fp32ProductLimits(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
 def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductLimits]:
-    """Return a dict of size limits, keyed by the dtypes that this processor emulates.
+    """Return the dtypes that this processor emulates, with their size limits.
 
-    The dict is empty for processors other than x86.
+    The result is a dict that maps dtypes to limits. It is empty for processors other than x86.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -99,7 +99,10 @@ def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x @ weight.T + bias``, of shape ``[M, N]``, for ``x [M, K]``."""
+    """Return ``x @ weight.T + bias``.
+
+    The result has the shape ``[M, N]`` for ``x [M, K]``.
+    """
     operands = (x, weight) if bias is None else (x, weight, bias)
     if (
         x.dtype not in EMULATED
@@ -111,7 +114,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b``, of shape ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
+    """Return ``a @ b`` for two matrices.
+
+    The result has the shape ``[M, N]`` for ``a [M, K]`` and ``b [K, N]``.
+    """
     if (
         a.dtype not in EMULATED
         or not can_use_fp32_for_emulated_dtype(a, b)
@@ -128,7 +134,10 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add ``a @ b`` to ``y [M, N]`` in place and return y. Its dtype may differ from theirs."""
+    """Add ``a @ b`` to y in place, and return y.
+
+    y has the shape ``[M, N]``. Its dtype may differ from that of a and b.
+    """
     if y.dtype != a.dtype:
         return y.add_(mm(a, b))
     if (
@@ -146,10 +155,10 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Write ``a @ b`` into ``y [M, N]`` and return y.
+    """Write ``a @ b`` into y, and return y.
 
-    On a CPU, the product is computed in the dtype of y if this dtype is wider than that of the
-    operands.
+    y has the shape ``[M, N]``. On a CPU, the product is computed in the dtype of y if this dtype is
+    wider than that of the operands.
     """
     is_narrower = torch.promote_types(y.dtype, a.dtype) != y.dtype
     if not a.is_cpu or is_narrower or (y.dtype == a.dtype and a.dtype in EMULATED):
@@ -158,7 +167,10 @@ def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
+    """Return ``a @ b`` for two batches of matrices.
+
+    The result has the shape ``[G, M, N]`` for ``a [G, M, K]`` and ``b [G, K, N]``.
+    """
     if not can_use_fp32_for_emulated_dtype(a, b) or _native_is_as_fast(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
@@ -169,7 +181,10 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add ``a @ b`` to ``y [G, M, N]`` in place and return y."""
+    """Add the batched product ``a @ b`` to y in place, and return y.
+
+    y has the shape ``[G, M, N]``.
+    """
     if not can_use_fp32_for_emulated_dtype(y, a, b) or _native_is_as_fast(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):

@@ -34,7 +34,10 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def add_rows_(y: torch.Tensor, rows: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Add ``update [P, N]`` to P different rows of ``y [M, N]`` in place and return y."""
+    """Add ``update`` to the given rows of y in place, and return y.
+
+    ``rows`` contains P different indices of rows of ``y [M, N]``. ``update`` is ``[P, N]``.
+    """
     if y.is_contiguous():
         return y.index_add_(0, rows, update)
     # For 256 rows of 576 columns of a larger tensor, index_add_ takes 244 us, and this 106 us (one
@@ -44,14 +47,17 @@ def add_rows_(y: torch.Tensor, rows: torch.Tensor, update: torch.Tensor) -> torc
 
 
 def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
-    """Return the shrink output ``s = x @ lora_a.T``, with shape ``[M, R]`` and x's dtype."""
+    """Return the shrink output ``s = x @ lora_a.T``.
+
+    It has the shape ``[M, R]`` and x's dtype.
+    """
     return products.linear(x, cast(lora_a, x.dtype))
 
 
 def lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
-    """Add ``(scaling * s) @ lora_b.T`` to ``y [M, N]`` in place and return y."""
+    """Add the LoRA update ``(scaling * s) @ lora_b.T`` to y in place, and return y."""
     if y.dtype == torch.float16:
         # scaling * s can overflow in fp16 even if the product does not.
         scaled_b = (lora_b.float() * scaling).to(y.dtype)
@@ -63,9 +69,9 @@ def lora_expand_(
 def lora_expand(
     s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the update ``(scaling * s) @ lora_b.T`` as a tensor of shape ``[M, N]`` in ``dtype``.
+    """Return the LoRA update ``(scaling * s) @ lora_b.T``.
 
-    The operands are rounded as in `lora_expand_`.
+    It has the shape ``[M, N]`` and is in ``dtype``. The operands are rounded as in `lora_expand_`.
     """
     if dtype == torch.float16:
         return products.mm(s.to(dtype), (lora_b.float() * scaling).to(dtype).t())
@@ -73,8 +79,9 @@ def lora_expand(
 
 
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Drop each element of x with probability ``p``, and divide the rest by ``1 - p``.
+    """Return x with dropout applied.
 
+    Each element is dropped with probability ``p``, and the rest is divided by ``1 - p``.
     `lora_keep_mask` computes the mask.
     """
     return overwrite_mask_with_kept_(lora_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
@@ -101,10 +108,11 @@ def lora_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tenso
 
 
 def overwrite_mask_with_kept_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Overwrite ``keep`` with x where ``keep`` is 1 and with zero elsewhere, and return the result.
+    """Overwrite the mask ``keep`` with the kept elements of x, and return the result.
 
-    The product of integers is one pass at the speed of memory. For 512 x 576 elements, it takes 12
-    to 25 us, and `torch.where` takes 350 us (one Xeon core). Dropped elements may be NaN.
+    The result is x where ``keep`` is 1 and zero elsewhere, in x's dtype. The product of integers is
+    one pass at the speed of memory. For 512 x 576 elements, it takes 12 to 25 us, and `torch.where`
+    takes 350 us (one Xeon core). Dropped elements may be NaN.
     """
     return keep.mul_(x.view(keep.dtype)).view(x.dtype)
 
@@ -116,12 +124,18 @@ def apply_mask_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of s, ``ds = scaling * dy @ lora_b``, of shape ``[M, R]``."""
+    """Return the gradient of s, ``ds = scaling * dy @ lora_b``.
+
+    It has the shape ``[M, R]``.
+    """
     return products.mm(dy, cast(lora_b, dy.dtype)).mul_(scaling)
 
 
 def lora_b_grad(
     dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient of lora_b, ``d_lora_b = dy.T @ (scaling * s)``, of shape ``[N, R]``."""
+    """Return the gradient of lora_b, ``d_lora_b = dy.T @ (scaling * s)``.
+
+    It has the shape ``[N, R]`` and lora_b's dtype.
+    """
     return cast(products.mm(dy.t(), cast(s * scaling, dy.dtype)), lora_b.dtype)

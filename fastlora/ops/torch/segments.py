@@ -35,7 +35,10 @@ def shrink_operands(
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
 ) -> AdapterOperands:
-    """Return an `AdapterOperands` that contains only lora_a and dropout, for a shrink operation."""
+    """Return the operands of a shrink operation as an `AdapterOperands`.
+
+    It contains only lora_a and dropout.
+    """
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
     return AdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
@@ -45,7 +48,10 @@ def expand_operands(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> AdapterOperands:
-    """Return an `AdapterOperands` with only lora_b, lora_bias, and scaling."""
+    """Return the operands of an expand operation as an `AdapterOperands`.
+
+    It contains only lora_b, lora_bias, and scaling.
+    """
     return AdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
@@ -69,7 +75,10 @@ class _PositionsOfOneAdapter(NamedTuple):
     own: slice
 
     def part(self, s: torch.Tensor) -> torch.Tensor:
-        """Return a view of this adapter's part of s or ds, ``[rows, rank]``."""
+        """Return a view of this adapter's part of s or ds.
+
+        It has the shape ``[rows, rank]``.
+        """
         return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
@@ -114,9 +123,10 @@ def forward(
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (output ``[M, N]``, s) for a layer whose rows may use different adapters.
+    """Compute the forward pass of a layer whose rows may use different adapters.
 
-    s is the shrink output, which is computed here unless it is given.
+    Returns a tuple (output ``[M, N]``, s). s is the shrink output, which is computed here unless it
+    is given.
     """
     y = base.y
     if base.weight is not None:
@@ -152,7 +162,7 @@ def _add_adapter_updates_and_return_s(
         by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
     for group in by_rank.values():
         if batches and len(group) >= _BATCHED_SHARES:
-            _add_batched_same_rank(y, x, operands, group, rows, s)
+            _add_same_rank_updates(y, x, operands, group, rows, s)
             continue
         for share in group:
             place, mine = share.place, rows.segment_rows[share.segment]
@@ -173,7 +183,7 @@ def _add_adapter_updates_and_return_s(
     return s
 
 
-def _add_batched_same_rank(
+def _add_same_rank_updates(
     y: torch.Tensor,
     x: torch.Tensor,
     operands: AdapterOperands,
@@ -181,11 +191,12 @@ def _add_batched_same_rank(
     rows: Rows,
     s: torch.Tensor,
 ) -> None:
-    """Add the updates of adapters of the same rank to y in place, and write their rows of s.
+    """Add the updates of adapters of the same rank to y in place.
 
-    Two batched products with stacked factors compute the updates. If an adapter has fewer rows than
-    another one in the group, its first row fills the free places, and the results there are
-    discarded. No adapter is multiplied with the rows of another one.
+    The adapters' rows of s are written too. Two batched products with stacked factors compute the
+    updates. If an adapter has fewer rows than another one in the group, its first row fills the
+    free places, and the results there are discarded. No adapter is multiplied with the rows of
+    another one.
     """
     places = [share.place for share in group]
     lora_a = torch.stack([operands.lora_a[place] for place in places]).to(x.dtype)
@@ -214,11 +225,11 @@ def _add_batched_same_rank(
 def _padded_gather_and_scatter_positions(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the indices that gather G spans of rows into a padded batch ``[G, C]``.
+    """Return the indices that gather spans of rows into a padded batch and scatter its results.
 
-    C is the length of the longest span. The indices are the sorted position of the row at each
-    place, ``[G * C]``, where the first row of a span fills its free places; the places that are not
-    filled this way; and the positions at these places.
+    For G spans, the batch is ``[G, C]``. C is the length of the longest span. The indices are the
+    sorted position of the row at each place, ``[G * C]``, where the first row of a span fills its
+    free places; the places that are not filled this way; and the positions at these places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
@@ -235,9 +246,9 @@ def _padded_gather_and_scatter_positions(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
-    """Return the shrink output s ``[G, M, R]`` of G layers that have the same input x.
+    """Return the shrink output s of layers that have the same input x.
 
-    The rows of x may be in any order. Those of s are sorted.
+    For G layers, s is ``[G, M, R]``. The rows of x may be in any order. Those of s are sorted.
     """
     columns = rank_to_multiple_of_16(
         max(a.shape[0] for operands in layers for a in operands.lora_a)
@@ -258,9 +269,10 @@ def grad_b(
     wants: Sequence[bool],
     wants_ds: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Return a tuple (ds, list of lora_b gradients, list of lora_bias gradients).
+    """Return the gradients of s, lora_b, and lora_bias.
 
-    The gradients are None for an adapter without rows.
+    The result is a tuple (ds, list of lora_b gradients, list of lora_bias gradients). The gradients
+    are None for an adapter without rows.
 
     ``dy`` is at sorted positions. ``wants`` tells whether the gradients of
     ``lora_a, lora_b, lora_bias`` of each adapter in turn are wanted.
@@ -288,9 +300,10 @@ def grad_x(
     operands: AdapterOperands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' contribution to it if weight is None.
+    """Return the gradient of x.
 
-    ``dy`` is at sorted positions. The rows of dx are in their original order.
+    If ``weight`` is None, only the adapters' contribution is returned. ``dy`` is at sorted
+    positions. The rows of dx are in their original order.
     """
     if weight is None:
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[1])
@@ -313,7 +326,7 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return a list of all adapters' lora_a gradients for G layers.
+    """Return a list of the lora_a gradients of all layers and adapters.
 
     ``wants`` tells which gradients are wanted. The list contains None for an adapter without rows,
     and for a gradient that is not wanted. The rows of x may be in any order.

@@ -35,7 +35,10 @@ def shrink(
     seed: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Return the shrink output s of x; if there is a seed, dropout is applied to x first."""
+    """Return the shrink output s of x.
+
+    If there is a seed, dropout is applied to x first.
+    """
     if seed is None:
         return reference.lora_shrink(x, lora_a)
     dropped = reference.overwrite_mask_with_kept_(keep_mask(x, seed, dropout_p, None), x)
@@ -43,9 +46,9 @@ def shrink(
 
 
 def gradients(given: BackwardArguments) -> Gradients:
-    """Return a tuple with the gradients for a layer with one adapter.
+    """Return the gradients for a layer with one adapter.
 
-    See `Backend.gradients`.
+    The result is a tuple; see `Backend.gradients`.
     """
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands

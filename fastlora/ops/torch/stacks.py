@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastlora.ops.execution_mode import has_unknown_values
-from fastlora.ops.library import define_operator, register_fake, register_kernel
+from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.stacks import StackAdapterOperands
 from fastlora.ops.torch import products, reference
@@ -77,9 +77,9 @@ def _rows_of_each_key(operands: StackAdapterOperands, rows: Rows) -> Iterator[_R
 def _key_rows_after_dropout(
     x: torch.Tensor, operands: StackAdapterOperands, its: _RowsOfOneKey, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the rows of x that share a key, cast to ``dtype`` and with dropout applied.
+    """Return the rows of x that share a key, with dropout applied.
 
-    Every call for a key uses the same mask.
+    They are cast to ``dtype`` first. Every call for a key uses the same mask.
     """
     own, p = reference.cast(x[its.at], dtype), operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
@@ -90,14 +90,14 @@ def _key_rows_after_dropout(
 def add_updates_and_return_s_(
     y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
 ) -> torch.Tensor:
-    """Add each row's LoRA update to ``y [P, N]`` in place, and return s.
+    """Add each row's LoRA update to y in place, and return s.
 
-    s is ``[P, R]`` for the largest rank R, in `dtype_of_s`. Columns beyond a row's rank are not
-    written.
+    y is ``[P, N]``. s is ``[P, R]`` for the largest rank R, in `dtype_of_s`. Columns beyond a row's
+    rank are not written.
     """
     dtype, columns = _dtype_of_products(x, operands, rows), max(a.shape[1] for a in operands.lora_a)
     s = x.new_empty(x.shape[0], columns, dtype=dtype_of_s(x, operands))
-    if _is_grouped(dtype, operands, rows):
+    if _uses_grouped_mm(dtype, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
         for part in _parts(rows, dtype != x.dtype):
             own = reference.cast(x[part.at], dtype)
@@ -128,7 +128,9 @@ def gradients(
     wants: Sequence[bool],
     dx: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Return a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients.
+    """Return the gradients of x and of the factors.
+
+    The result is a tuple of dx ``[P, K]`` and a list of the factors' gradients.
 
     Args:
         dy: ``[P, N]``.
@@ -143,7 +145,7 @@ def gradients(
     if wants_x and dx is None:
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[2])
     dtype = _dtype_of_products(dy, operands, rows)
-    if _is_grouped(dtype, operands, rows):
+    if _uses_grouped_mm(dtype, operands, rows):
         return dx, _grouped_factor_gradients(dy.contiguous(), x, s, operands, rows, dx, wants)
     pairs = zip(operands.lora_a, operands.lora_b, strict=True)
     factors = [factor for pair in pairs for factor in pair]
@@ -193,7 +195,7 @@ def _dtype_of_products(x: torch.Tensor, operands: StackAdapterOperands, rows: Ro
     return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
-def _is_grouped(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) -> bool:
+def _uses_grouped_mm(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) -> bool:
     """Return whether multiplications by the factors use `torch.nn.functional.grouped_mm`.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
@@ -263,10 +265,11 @@ def _grouped_factor_gradients(
     dx: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of one adapter's factors, and add the adapter's contribution to dx.
+    """Return the gradients of one adapter's factors.
 
-    The arguments are those of `gradients`. dx is modified in place unless it is None. Each gradient
-    of a factor takes one grouped product for all keys of a part.
+    The adapter's contribution is also added to dx in place, unless dx is None. The arguments are
+    those of `gradients`. Each gradient of a factor takes one grouped product for all keys of a
+    part.
     """
     (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
     dtype = lora_a.dtype
@@ -286,11 +289,14 @@ def _grouped_factor_gradients(
             d_lora_a.append(F.grouped_mm(ds.t(), own_x, offs=part.ends))
         if dx is not None:
             _add_grouped_(dx, ds, lora_a, part)
-    return [_joined(d_lora_a), _joined(d_lora_b)]
+    return [_concat_parts(d_lora_a), _concat_parts(d_lora_b)]
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Return the concatenated gradients of all parts, or None if there are no gradients."""
+def _concat_parts(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the concatenated gradients of all parts.
+
+    The result is None if there are no gradients.
+    """
     if len(parts) > 1:
         return torch.cat(parts)
     return parts[0] if parts else None
@@ -435,7 +441,7 @@ def grouped_products_or_operator(x: torch.Tensor) -> Callable[..., torch.Tensor]
 
 
 define_operator("grouped_products(Tensor x, Tensor stack, Tensor starts) -> Tensor")
-register_kernel("grouped_products")(grouped_products)
+register_implementation("grouped_products")(grouped_products)
 
 
 @register_fake("grouped_products")
@@ -444,7 +450,10 @@ def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
 
 
 def _spans(starts: torch.Tensor) -> list[tuple[int, slice]]:
-    """Return a list of tuples (matrix, range of rows), one for each matrix that has rows."""
+    """Return a list of the matrices and their ranges of rows.
+
+    It contains a tuple (matrix, range of rows) for each matrix that has rows.
+    """
     ends = starts.tolist()
     pairs = enumerate(zip(ends, ends[1:], strict=False))
     return [(matrix, slice(*pair)) for matrix, pair in pairs if pair[0] < pair[1]]

@@ -19,10 +19,11 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return the dropout tables that kernels read, or None if there are no seeds.
+    """Return the dropout tables that kernels read.
 
-    The tables contain the seed, threshold, and scale of each slot. ``seeds`` is int64 ``[S]`` on
-    the device, or None if there is no dropout. ``dropout_p`` lists the probability of each slot.
+    The result is None if there are no seeds. The tables contain the seed, threshold, and scale of
+    each slot. ``seeds`` is int64 ``[S]`` on the device, or None if there is no dropout.
+    ``dropout_p`` lists the probability of each slot.
     """
     if seeds is None:
         return None
@@ -73,9 +74,10 @@ def lora_b_rank_rows(
 
 
 def lora_b_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
-    """Return a `RankRows` with the addresses, ranks, and scalings from the selected table rows.
+    """Return a `RankRows` of lora_b from the selected rows of the tables.
 
-    ``index`` selects one module, or adjacent modules.
+    It contains the addresses of lora_b and lora_bias, the ranks, and the scalings. ``index``
+    selects one module, or adjacent modules.
     """
     bias = None if tables.bias_address is None else tables.bias_address[index]
     own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
@@ -97,16 +99,19 @@ def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
 
 
 def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """Return an int64 tensor of the given tensors' addresses, with 0 for None and empty tensors."""
+    """Return a tensor of the memory addresses of the given tensors.
+
+    It has the dtype int64, and contains 0 for None and for empty tensors.
+    """
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
     return number_tensor_without_sync(values, torch.int64, device)
 
 
 def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
-    """Return the largest sum of one adapter's ranks over ``modules_per_group`` adjacent modules.
+    """Return the largest sum of one adapter's ranks over a group of modules.
 
-    The maximum is over all adapters and all groups of modules. The rank on each module is rounded
-    up to a multiple of 4.
+    A group consists of ``modules_per_group`` adjacent modules. The maximum is over all adapters and
+    all groups of modules. The rank on each module is rounded up to a multiple of 4.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

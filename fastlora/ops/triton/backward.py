@@ -65,10 +65,11 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
+    """Return the gradients of s and lora_b.
 
-    For one slot, the second item is the gradient of lora_b alone, and the column sums are computed
-    if ``with_bias`` requests them. Otherwise, the second item is a buffer with the gradients of all
+    The result is a tuple (ds, gradients of lora_b and lora_bias, column sums of dy). For one slot,
+    the second item is the gradient of lora_b alone, and the column sums are computed if
+    ``with_bias`` requests them. Otherwise, the second item is a buffer with the gradients of all
     slots, and the column sums are empty.
     """
     ups = replace_missing_with_empty(lora_b, 1)
@@ -87,7 +88,10 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' contribution to it if weight is None."""
+    """Return the gradient of x.
+
+    If ``weight`` is None, only the adapters' contribution is returned.
+    """
     downs = replace_missing_with_empty(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
@@ -190,9 +194,9 @@ def grouped_gradients(
 
 
 def _concat_seeds_with_arbitrary_fill(*seeds: torch.Tensor | None) -> torch.Tensor:
-    """Concatenate dropout seeds into an int64 tensor ``[G]``.
+    """Concatenate dropout seeds, with an arbitrary number in place of each None.
 
-    Each None is replaced by an arbitrary number.
+    The result is an int64 tensor ``[G]``.
     """
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
@@ -209,7 +213,10 @@ def _grad_b_one_adapter(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _DsGradBColumnSums:
-    """Return a tuple (ds, lora_b gradient, column sums of dy) for one adapter."""
+    """Return the gradients of s and lora_b for one adapter.
+
+    The result is a tuple (ds, lora_b gradient, column sums of dy).
+    """
     found, partials = _grad_b_and_partials(dy, s, lora_b, scaling, with_bias)
     _add_partials(partials)
     return found
@@ -264,7 +271,7 @@ def _bytes_of(partials: Sequence[_Partials]) -> int:
 
 
 def _add_partials(partials: Sequence[_Partials]) -> None:
-    """For each result, add up its partial sums and store the total in the result's tensor.
+    """Add up the partial sums of each result, and store the total in the result's tensor.
 
     One launch processes up to `MAX_GROUP_SIZE` results.
     """
@@ -282,10 +289,11 @@ def _grad_x_of_group(
     seeds: Sequence[torch.Tensor | None],
     dropout_p: Sequence[float],
 ) -> torch.Tensor | None:
-    """Return the gradient of x for a shared-input group, or None if no module has a ds.
+    """Return the gradient of x for a shared-input group.
 
-    Without dropout, one launch adds the parts of all adapters, and library products accumulate onto
-    it. With dropout, every module has its own launch, because it has its own mask.
+    The result is None if no module has a ds. Without dropout, one launch adds the parts of all
+    adapters, and library products accumulate onto it. With dropout, every module has its own
+    launch, because it has its own mask.
     """
     some = [*ds]  # in the order in which autograd would add the dx of the modules
     chosen: Any = [[own[i] for i in some] for own in (dys, weights, lora_a, seeds)]
@@ -336,11 +344,11 @@ def _grad_x_one_adapter(
     plan: str,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the gradient of x for one adapter, including the base layer's contribution.
+    """Return the gradient of x for a layer with one adapter.
 
-    The gradient is computed by one fused launch, or by a launch for the adapter's contribution and
-    a library product that is added to it. Without a weight, the base layer's contribution is
-    omitted.
+    It includes the base layer's contribution. The gradient is computed by one fused launch, or by a
+    launch for the adapter's contribution and a library product that is added to it. Without a
+    weight, the base layer's contribution is omitted.
 
     ``onto`` is the dx of other modules of a shared-input group, to which the gradient is added.
     """
@@ -348,12 +356,12 @@ def _grad_x_one_adapter(
     if not dy.numel():
         return dy.new_zeros(m, k) if onto is None else onto
     if weight is None:
-        return _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
+        return _grad_x_without_base(dy, ds, lora_a, seed, dropout_p, onto)
     launch = "lora_grad_x"
     if isinstance(weight, QuantizedData):
         launch = "coded_lora_grad_x"
     elif choose_plan(plan, dy, weight, r, launch) != "fused":
-        dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
+        dx = _grad_x_without_base(dy, ds, lora_a, seed, dropout_p, onto)
         return product(torch.Tensor.addmm_, dx, dy, weight)
     dx = empty(dy, m, k)
     lora_linear.launch_lora_linear(
@@ -369,7 +377,7 @@ def _grad_x_one_adapter(
 
 
 @cached_launches
-def _grad_x_of_adapter(
+def _grad_x_without_base(
     dy: torch.Tensor,
     ds: torch.Tensor,
     lora_a: torch.Tensor,
@@ -377,7 +385,10 @@ def _grad_x_of_adapter(
     dropout_p: float,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the adapter's contribution to the gradient of x, or add it to ``onto`` if given."""
+    """Return an adapter's contribution to the gradient of x.
+
+    If ``onto`` is given, the contribution is added to it in place, and ``onto`` is returned.
+    """
     (m, n), (r, k) = dy.shape, lora_a.shape
     dx = empty(dy, m, k) if onto is None else onto
     if seed is None:  # an expand to K columns
@@ -397,9 +408,10 @@ def _grad_a_one_adapter(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return the lora_a gradients, one per module, for one adapter.
+    """Return a list of the lora_a gradients for one adapter.
 
-    One launch reads x for every four modules. If rows are split, another launch adds partial sums.
+    It contains one gradient per module. One launch reads x for every four modules. If rows are
+    split, another launch adds partial sums.
     """
     if not x.numel():
         return [torch.zeros_like(factor) for factor in lora_a]
@@ -421,9 +433,9 @@ def _grad_a_of_group(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return the lora_a gradients of a group of modules, in the given dtypes.
+    """Return a list of the lora_a gradients of a group of modules.
 
-    The group has up to `MAX_GROUP_SIZE` modules.
+    The gradients are in the given dtypes. The group has up to `MAX_GROUP_SIZE` modules.
     """
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), group_size=count)
@@ -450,7 +462,7 @@ def _mixed_grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return ds and the gradients of lora_b and lora_bias for a mixed batch.
+    """Return the gradients of s, lora_b, and lora_bias for a mixed batch.
 
     The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch
     adds them. If the partial sums take too much memory, several launches read parts of the columns

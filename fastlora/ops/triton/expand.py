@@ -20,9 +20,9 @@ from fastlora.ops.triton.address_tables import (
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import (
-    in_usual_layout,
     mixed_shrink_partials,
     reduce_split_k,
+    to_kernel_layout,
 )
 
 _Tensors = Sequence[torch.Tensor]
@@ -36,7 +36,10 @@ def expand_(
     lora_bias: Sequence[Factor],
     scaling: torch.Tensor,
 ) -> None:
-    """Add the update of each row's adapter to y ``[M, N]`` in place, given the shrink output s."""
+    """Add the LoRA update of each row's adapter to y in place.
+
+    y is ``[M, N]``, and s is the shrink output.
+    """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
         expand_one_adapter_(y, s, ups[0], scaling)
@@ -71,12 +74,12 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place, given the layer's input x.
+    """Add the LoRA update of each row's adapter to y in place.
 
-    A shrink and an expand are launched.
+    x is the layer's input. A shrink and an expand are launched.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
-    x = in_usual_layout(x)
+    x = to_kernel_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
@@ -94,7 +97,7 @@ def expand_mixed_(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Add the update of each row's adapter to the output y of every module.
+    """Add the LoRA update of each row's adapter to the outputs of all modules in place.
 
     One launch computes the updates. Before it, another one may add the partial sums of s
     (`configs.sums_s_once`).

@@ -35,7 +35,10 @@ __all__ = [
 
 @cached_launches
 def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """Return x ``[M, K]`` after dropout with one adapter's mask."""
+    """Return x with dropout applied.
+
+    x is ``[M, K]``, and the mask is that of one adapter.
+    """
     (m, k), out = x.shape, empty(x, *x.shape)
     config = config_of("lora_dropout", x, m, k=k)
     lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)

@@ -29,11 +29,11 @@ from fastlora.ops.triton.address_tables import (
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import (
-    in_usual_layout,
     mixed_shrink,
     mixed_shrink_partials,
     reduce_split_k,
     shrink_with_partials,
+    to_kernel_layout,
 )
 from fastlora.quantized_tensor import QuantizedData
 
@@ -103,7 +103,7 @@ def linear_at(
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
-    x = in_usual_layout(x, contiguous=invariant)
+    x = to_kernel_layout(x, contiguous=invariant)
     up, base = lora_b_rank_rows_from_tables(found, index), ([weight], [bias])
     plan, ys = _plan_and_base_products("mixed_lora", x, *base, up, plan)
     partials = (
@@ -134,7 +134,7 @@ def mixed_grouped_forward(
     products, a shrink, and an expand instead. Quantized weights must all be of one kind.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
-    own, x = slice(first, first + len(weights)), in_usual_layout(x)
+    own, x = slice(first, first + len(weights)), to_kernel_layout(x)
     up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _plan_and_base_products("mixed_lora", x, weights, biases, up, "auto")
     s = mixed_shrink_partials(x, rows, found, own)
@@ -199,13 +199,13 @@ def _grouped_linear(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of modules that share kernel launches, plus s if requested.
+    """Return a list of the outputs of modules that share kernel launches.
 
-    The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
-    library products accumulate into y. If the shrink splits K, the linear or the expand adds its
-    partial sums, or a launch before the expand does so (`configs.sums_s_once`). If the linear
-    splits K, a third launch adds the partial sums of y. For quantized weights, for which ``launch``
-    is given, there is no library product.
+    If ``with_s`` is True, s is appended to the list. The launches are a shrink, unless s is given,
+    and a linear or an expand. After an expand, library products accumulate into y. If the shrink
+    splits K, the linear or the expand adds its partial sums, or a launch before the expand does so
+    (`configs.sums_s_once`). If the linear splits K, a third launch adds the partial sums of y. For
+    quantized weights, for which ``launch`` is given, there is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
@@ -214,7 +214,7 @@ def _grouped_linear(
         plan = choose_plan(plan, x, weights[0], r, n=n)
         launch = "lora_expand" if plan == "split" else "lora_linear"
     fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
-    x = in_usual_layout(x, contiguous=invariant)
+    x = to_kernel_layout(x, contiguous=invariant)
     own = shrunk = s
     if own is None or shrunk is None:
         own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
@@ -241,11 +241,11 @@ def _grouped_linear(
         plane_sums.launch_plane_sums(ys, written, config=config, pdl=chip_of(x).has_pdl)
     if not fused:
         for y, weight in zip(ys, weights, strict=True):
-            product(_accumulate_, y, x, weight)
+            product(_add_base_product_, y, x, weight)
     return [*ys, own] if with_s else ys
 
 
-def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _add_base_product_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Add the base product ``x @ weight.T`` to y in place."""
     return y.addmm_(x, weight.t())
 
@@ -284,7 +284,7 @@ def quantized_base_products(
     biases: Sequence[torch.Tensor | None],
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return a list of base-layer outputs, one for each module with quantized weights.
+    """Return a list of the base-layer outputs of modules with quantized weights.
 
     One launch computes all outputs. If it splits K, a second launch adds the partial sums.
     """
@@ -302,7 +302,7 @@ def _plan_and_base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Choose the plan for the launches, and return a tuple (plan, base-layer outputs or None).
+    """Return the plan for the launches and the base-layer outputs.
 
     The outputs are None unless the plan is "split". They are computed before the shrink and the
     expand.
@@ -327,9 +327,9 @@ def _plan_and_base_products(
 
 
 def _fused_linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the launch name of the fused linear kernel for a dense or quantized weight.
+    """Return the launch name of the fused linear kernel for a weight.
 
-    The config tables use this name.
+    It depends on whether the weight is dense or quantized. The config tables use this name.
     """
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
@@ -346,7 +346,7 @@ def _mixed_grouped_linear(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Compute the outputs of a group of modules for a mixed batch, and return them as a list.
+    """Return a list of the outputs of a group of modules for a mixed batch.
 
     One launch computes all outputs. ``plan`` and ``ys`` are from `_plan_and_base_products`.
 
@@ -376,7 +376,7 @@ def fused_mixed_linear(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Return the outputs of all modules, computed in one fused launch with each row's own adapter.
+    """Compute the outputs of all modules for a mixed batch in one fused launch.
 
     s and ``pdl`` are as in `expand_mixed_`.
     """

@@ -34,9 +34,10 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Return the shrink output s of G modules, ``[G, M, R]``.
+    """Return the shrink output s of modules that share the input x.
 
-    For one slot, the shape is ``[M, R]``, with the modules side by side.
+    For G modules, s is ``[G, M, R]``. For one slot, the shape is ``[M, R]``, with the modules side
+    by side.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     if rows:
@@ -49,10 +50,10 @@ def shrink(
 def shrink_one_adapter(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
-    """Return the shrink output s ``[M, R]`` for one adapter.
+    """Return the shrink output s for one adapter.
 
-    The columns of all modules are side by side. If the shrink splits K, a second launch adds the
-    partial sums.
+    s is ``[M, R]``. The columns of all modules are side by side. If the shrink splits K, a second
+    launch adds the partial sums.
     """
     s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
@@ -77,9 +78,9 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shrink x with one adapter, and return a tuple of s ``[M, R]`` and its split-K partial sums.
+    """Return the shrink output s for one adapter, and its split-K partial sums.
 
-    The modules are side by side in s.
+    The result is a tuple. s is ``[M, R]``, with the modules side by side.
 
     If K is not split, the second item is s itself. Otherwise, s is uninitialized, and the next
     launch adds the partial sums and stores the result in s. Each partial sum has M rows. The stride
@@ -104,13 +105,13 @@ def shrink_with_partials(
     return s, shrunk
 
 
-def in_usual_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
-    """Return x ``[M, K]`` in the layout for which kernels are compiled, copying it if necessary.
+def to_kernel_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
+    """Return x in the usual layout, for which kernels are compiled.
 
-    For any other layout, Triton would compile another kernel. In the usual layout, x begins at a
-    multiple of 16 bytes, rows are contiguous, and the stride between rows is a multiple of 16
-    exactly if K is. A copy is contiguous, and costs one read and one write of x. For ``M = 1``, the
-    stride between rows is K.
+    x is copied if it has any other layout, for which Triton would compile another kernel. x is
+    ``[M, K]``. In the usual layout, x begins at a multiple of 16 bytes, rows are contiguous, and
+    the stride between rows is a multiple of 16 exactly if K is. A copy is contiguous, and costs one
+    read and one write of x. For ``M = 1``, the stride between rows is K.
 
     Args:
         x: The input of a linear layer.
@@ -155,12 +156,12 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Compute the shrink output s of G modules for a mixed batch.
+    """Compute the shrink output s of modules for a mixed batch.
 
     Dropout requires one module.
 
     Returns:
-        A tuple (s ``[G, M, R]``, whether a single launch computed s).
+        A tuple (s, ``[G, M, R]`` for G modules; whether a single launch computed s).
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

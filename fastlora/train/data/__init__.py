@@ -10,7 +10,7 @@ from fastlora.train.data.batches import (
     SampleRef,
     TrainBatch,
     collate_samples,
-    hash_seed,
+    derive_seed,
     sorted_micro_batches,
 )
 from fastlora.train.data.files import DataError, SampleLocation
@@ -27,7 +27,7 @@ __all__ = [
     "TrainBatch",
     "TextOrChatSample",
     "collate_samples",
-    "hash_seed",
+    "derive_seed",
     "read_samples",
     "sorted_micro_batches",
     "tokenize_files",

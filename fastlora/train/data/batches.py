@@ -21,14 +21,19 @@ from fastlora.train.losses import IGNORED
 _CHUNK = 512
 
 
-def hash_seed(*parts: object, nbytes: int = 7) -> int:
+def derive_seed(*parts: object, nbytes: int = 7) -> int:
     """Hash the given parts into a seed of ``nbytes`` bytes."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=nbytes).digest(), "big")
 
 
 class SampleRef(NamedTuple):
-    """A reference to a sample in a batch: an adapter name and an index into the adapter's data."""
+    """A reference to a sample.
+
+    Attributes:
+        adapter: The name of the adapter.
+        sample: The index of the sample in the adapter's data.
+    """
 
     adapter: str
     sample: int
@@ -82,9 +87,10 @@ class SampleOrder:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _slice_shuffled_epochs(self, first: int, count: int) -> torch.Tensor:
-        """Return a slice of the index sequence formed by concatenating all shuffled epochs.
+        """Return a slice of the shuffled sample indices of all epochs.
 
-        The sequence contains the index of each sample once per epoch.
+        The slice is from the concatenation of all epochs, which contains the index of each sample
+        once per epoch.
 
         Args:
             first: Position in the sequence at which the slice starts.
@@ -99,7 +105,7 @@ class SampleOrder:
 
     def _epoch_permutation(self, epoch: int) -> torch.Tensor:
         if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
             recent = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
             self._epochs = {**recent, epoch: torch.randperm(self.total, generator=generator)}
         return self._epochs[epoch]
@@ -118,7 +124,9 @@ def sorted_micro_batches(
 
 
 class TrainBatch(NamedTuple):
-    """A batch of training samples: the inputs, labels, and adapters of one forward pass.
+    """A batch of training samples.
+
+    It contains the inputs, labels, and adapters of one forward pass.
 
     Attributes:
         adapters: The adapter of each of the B samples.

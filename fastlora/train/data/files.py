@@ -32,7 +32,7 @@ class DataError(FastLoraError, ValueError):
 
 
 class SampleLocation(NamedTuple):
-    """The location of a sample: its file and its place in the file.
+    """The location of a sample in a file.
 
     Attributes:
         path: The file, or the folder of a `datasets` dataset.
@@ -104,7 +104,10 @@ def quoted_excerpt(value: object) -> str:
 
 
 def parse_json(source: SampleLocation | str, text: str) -> Any:
-    """Parse JSON text; raise `DataError` if it is invalid."""
+    """Parse JSON text, and return its value.
+
+    Raises `DataError` if the text is invalid. The message names ``source``.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -147,7 +150,11 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
 
 
 def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleLocation, Any]]:
-    """Parse CSV or TSV text with a header line, and return each row with its location."""
+    """Parse the text of a CSV or TSV file, and return its rows.
+
+    The text begins with a header line. Each row is returned as a tuple (location, dict of the
+    values by column name).
+    """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[SampleLocation, Any]] = []

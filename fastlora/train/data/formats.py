@@ -276,9 +276,9 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrCh
 
 
 class _RowValues:
-    """The values of a row, which are validated when they are read.
+    """The values of a row in a data file.
 
-    Columns are named as in `FORMATS`.
+    A value is validated when it is read. Columns are named as in `FORMATS`.
     """
 
     def __init__(
@@ -327,7 +327,10 @@ class _RowValues:
         return value
 
     def get_messages(self, column: str) -> Messages:
-        """Return the chat in a column as a list of messages, each with ``role`` and ``content``."""
+        """Return the messages of the chat in a column.
+
+        Each message has a ``role`` and ``content``.
+        """
         value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:
             raise self._value_error(
@@ -338,7 +341,10 @@ class _RowValues:
         return found
 
     def get_chat_template_kwargs(self) -> dict[str, Any]:
-        """Return a dict of the row's additional arguments for the chat template."""
+        """Return the row's keyword arguments for the chat template.
+
+        They are passed in addition to the messages.
+        """
         found: dict[str, Any] = {}
         if "tools" in self._names and (tools := self._get_parsed_value("tools")) is not None:
             if not isinstance(tools, list):

@@ -38,9 +38,9 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """Tokenized samples, with their loss masks.
+    """A corpus of tokenized samples.
 
-    Each adapter has its own corpus.
+    It also contains their loss masks. Each adapter has its own corpus.
 
     Attributes:
         ids: Tokens of all samples, int32.
@@ -136,7 +136,10 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token would contribute to the loss if the document had a row of its own."""
+        """Whether any token of the document contributes to the loss.
+
+        This assumes that the document has a row of its own.
+        """
         return any(self.counts[1:])
 
 
@@ -233,7 +236,10 @@ def tokenize_files(
 def format_and_tokenize_prompt(
     text: str, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Format a prompt in the same way as the prompts of a corpus, and return its token ids."""
+    """Format and tokenize a prompt in the same way as the prompts of a corpus.
+
+    Returns the token ids.
+    """
     example = corpus.example
     if example is not None and example.is_chat:
         return _tokenize_chat(
@@ -321,7 +327,10 @@ def _check_compatible_with_options(
 def _tokenize_samples(
     samples: Sequence[TextOrChatSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> Iterator[_TokenizedDocument]:
-    """Tokenize the samples, and yield a document with a loss mask for each sample."""
+    """Tokenize the samples, and yield a tokenized document for each sample.
+
+    The document includes the loss mask.
+    """
     end = tokenizer.eos_token or ""
     heads: list[str] = []
     wholes: list[str] = []

@@ -359,7 +359,7 @@ def full_at(owner: Any, name: str, call: int, start: str = "") -> Callable[[Any]
         (full_at(RunProcesses, "log_to_trackers", 3), "trackers", 2),
         (full_at(command, "_print_message", 1, "step 4"), "answers", 4),
         (full_at(csv, "writer", 1), "{out}/losses.csv", STEPS),
-        (full_at(RunProcesses, "close_experiment_trackers", 1), "trackers", STEPS),
+        (full_at(RunProcesses, "close_trackers", 1), "trackers", STEPS),
     ],
 )
 def test_a_full_disk_ends_a_run_as_a_signal_does(

@@ -27,7 +27,7 @@ from fastlora.train.data import (
     sorted_micro_batches,
     tokenize_files,
 )
-from fastlora.train.prepare import learning_rate_factor
+from fastlora.train.prepare import learning_rate_lambda
 from fastlora.train.run import open_run
 from fastlora.train.settings import AdapterSettings, read_settings, settings_from_dict
 from tests.support import train_runs
@@ -296,9 +296,9 @@ def test_alpha_follows_rank() -> None:
 def test_rates(schedule: str, expected: list[float]) -> None:
     """Two of six steps warm up; behind the last one the rate is 0."""
     adapter = AdapterSettings("a", (), schedule=schedule, warmup_ratio=0.3)
-    assert [learning_rate_factor(adapter, 6)(step) for step in range(7)] == pytest.approx(expected)
-    assert learning_rate_factor(AdapterSettings("a", (), warmup_ratio=0.0), 1)(0) == 1.0
-    assert learning_rate_factor(AdapterSettings("a", (), warmup_ratio=1.0), 2)(1) == 1.0
+    assert [learning_rate_lambda(adapter, 6)(step) for step in range(7)] == pytest.approx(expected)
+    assert learning_rate_lambda(AdapterSettings("a", (), warmup_ratio=0.0), 1)(0) == 1.0
+    assert learning_rate_lambda(AdapterSettings("a", (), warmup_ratio=1.0), 2)(1) == 1.0
 
 
 # -------------------------------------------------------------------------------------------- data
