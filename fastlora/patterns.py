@@ -160,7 +160,7 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts the time of its block as pattern matching time.
+    """Return a context manager that counts the time spent in its block as matching time.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
     the block also checks the limit. A block around a loop over patterns therefore counts the time

@@ -155,9 +155,9 @@ def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
     library: Any = importlib.import_module("transformers")
-    from fastlora.integrations.transformers import convert_to_checkpoint_error, quiet_transformers
+    from fastlora.integrations.transformers import convert_model_load_errors, quiet_transformers
 
-    with convert_to_checkpoint_error(folder), quiet_transformers():
+    with convert_model_load_errors(folder), quiet_transformers():
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None:

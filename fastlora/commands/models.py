@@ -48,9 +48,9 @@ def load_causal_lm(name_or_path: str, dtype: str) -> Any:
     print_progress(f"loading {name_or_path}")
     from transformers import AutoModelForCausalLM
 
-    from fastlora.integrations.transformers import convert_to_checkpoint_error
+    from fastlora.integrations.transformers import convert_model_load_errors
 
-    with convert_to_checkpoint_error(name_or_path):
+    with convert_model_load_errors(name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
 
 

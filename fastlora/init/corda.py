@@ -60,7 +60,7 @@ class CordaEigens:
     settings=InitConfigField("corda_config", CordaConfig),
 )
 def corda(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with CorDA.
+    """Compute the initial factors of a layer using CorDA.
 
     B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
     `CordaEigens`. The new base weight is the old one minus the update of these factors.

@@ -35,7 +35,7 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with LoftQ.
+    """Compute the initial factors of a layer using LoftQ.
 
     The base weight is quantized, and the factors are fitted to the quantization error. The returned
     base weight contains the dequantized values.

@@ -39,7 +39,7 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     settings=InitConfigField("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with LoRA-GA.
+    """Compute the initial factors of a layer using LoRA-GA.
 
     With the gradient ``U S V^T``, A consists of R rows of ``V^T``, and B consists of R columns of
     ``U S``. `LoraGAConfig.direction` selects the rows and columns, and `LoraGAConfig.scale`

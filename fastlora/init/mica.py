@@ -12,7 +12,7 @@ from fastlora.init.registry import InitInputs, InitResult, register_init
 
 @register_init("mica", title="MiCA", frozen=("lora_B",))
 def mica(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with MiCA.
+    """Compute the initial factors of a layer using MiCA.
 
     A is zero, and B contains the last R columns of U, where ``W = U S V^T``. The base weight does
     not change.

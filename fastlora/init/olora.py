@@ -12,7 +12,7 @@ from fastlora.init.registry import InitInputs, InitResult, register_init, subtra
 
 @register_init("olora", title="OLoRA", changes_base=True, converts=True, supports_quantized=True)
 def olora(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with OLoRA.
+    """Compute the initial factors of a layer using OLoRA.
 
     With the QR decomposition ``W = Q R``, A consists of the first rows of R, and B consists of the
     first columns of Q. Their number is the adapter's rank. The new base weight is the old one minus

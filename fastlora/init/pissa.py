@@ -25,7 +25,7 @@ from fastlora.init.registry import (
     converts=True,
 )
 def pissa(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer with PiSSA.
+    """Compute the initial factors of a layer using PiSSA.
 
     With ``W = U S V^T``, B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, where S
     contains the R largest singular values. The new base weight is the old one minus the update of

@@ -44,7 +44,7 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 
 @contextlib.contextmanager
-def convert_to_checkpoint_error(folder: object) -> Iterator[None]:
+def convert_model_load_errors(folder: object) -> Iterator[None]:
     """Convert errors that occur in a ``with`` block to `CheckpointError`.
 
     The block must load a causal language model. The errors in `CANNOT_READ` and RuntimeError are

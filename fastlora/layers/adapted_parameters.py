@@ -410,7 +410,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the active adapters added to its parameters."""
         routing = None if self._disabled else active_routing(self)
-        applied = {} if routing is not None else self._applied_by_parameter()
+        applied = {} if routing is not None else self._adapters_for_all_rows_by_parameter()
         if routing is None and not applied:
             return self.base_layer(x, *args, **kwargs)
         conditions = self._check_execution_mode(x)
@@ -443,7 +443,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 y = attach_unused_parameters(call, y, may_sync=True)
         return y if isinstance(made, torch.Tensor) else (y, *others)
 
-    def _applied_by_parameter(self) -> dict[str, list[str]]:
+    def _adapters_for_all_rows_by_parameter(self) -> dict[str, list[str]]:
         """Return a dict that maps parameter names to the adapters applied to them.
 
         Only adapters that apply to all rows are listed. Parameters without such adapters are left

@@ -197,7 +197,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch
         dropped = tuple(slot for slot in dropped if slot in rows.used_slots)
     scales = routing.source.dora_scales(call, (*scaled, *dropped))
     if dropped:
-        y = _apply_dora_with_dropout(call, y, dropped, scales[len(scaled) :])
+        y = _apply_dora_adapters_with_dropout(call, y, dropped, scales[len(scaled) :])
     if not scaled:
         return y
     scales = scales[: len(scaled)]
@@ -228,7 +228,7 @@ def _must_gather_adapter_rows(
     return records_gradients(y, bias, *magnitudes)
 
 
-def _apply_dora_with_dropout(
+def _apply_dora_adapters_with_dropout(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
 ) -> torch.Tensor:
     """Apply the DoRA adapters that have active dropout to their rows of y.

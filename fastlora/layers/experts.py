@@ -36,7 +36,7 @@ from fastlora.ops.execution_mode import ExecutionMode, disable_autocast_on
 from fastlora.ops.factors import Factors, number_tensor_without_sync
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
-from fastlora.ops.stacks import StackAdapterOperands, seeds_of_keys
+from fastlora.ops.stacks import StackAdapterOperands, dropout_seeds_of_keys
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
 
@@ -48,7 +48,7 @@ _MARKS = (
 
 
 class _SortedRows(NamedTuple):
-    """The rows of one call to an experts module, sorted by expert and slot.
+    """The input rows of one call to an experts module, sorted by expert and slot.
 
     Attributes:
         rows: The sorted rows, with ``expert * S + slot`` as slots.
@@ -261,7 +261,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         )
         seeds = None
         if factors.dropout_p:
-            seeds = seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
+            seeds = dropout_seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
         lora_a, lora_b = self._factors_in_product_order(layer, name, factors)
         scaling = scalings_as_tensor([factors.scaling], x)
         return StackAdapterOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
@@ -298,7 +298,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             if len(call.adapters) < len(routing.names):
                 slots = number_tensor_without_sync(tuple(call.adapters), torch.int64, seeds.device)
                 seeds = seeds.index_select(0, slots)
-            seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
+            seeds = dropout_seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
         return [StackAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]

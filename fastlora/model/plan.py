@@ -45,7 +45,7 @@ from fastlora.model.tied_weights import (
     find_ties_and_update_config,
 )
 from fastlora.model.trainable_tokens import (
-    TrainableTokensOfModule,
+    AdapterTokensOfModule,
     check_trained_once,
     find_trainable_tokens,
 )
@@ -111,7 +111,7 @@ class AdapterPlan:
     target_modules: set[str] | str
     from_file: bool = False
     parameters: list[str] = field(default_factory=list)
-    tokens: dict[str, TrainableTokensOfModule] = field(default_factory=dict)
+    tokens: dict[str, AdapterTokensOfModule] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
     replication: RevertibleLayerReplication | None = None

@@ -48,15 +48,15 @@ def draw_seeds(
     return seeds
 
 
-def dropout_seeds_of_layers(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+def dropout_seeds_of_layers(adapter_seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
     """Return the dropout seeds of layers, derived from the seeds of adapters.
 
     For L layers and S adapters, the result is an int64 tensor ``[L, S]``. ``layers`` contains the
     numbers of the layers.
     """
     steps = [_to_int64((number + 1) * _INCREMENT) for number in layers]
-    steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
-    return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
+    steps_of = torch.tensor(steps, dtype=torch.int64, device=adapter_seeds.device)
+    return _mixed_bits(adapter_seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
 
 def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ from fastlora.ops.triton.rows_argument import rows_for_address_tables
 _PIECE_ROWS = (16, 64, 128)
 
 
-class SortedRowsAndPlans(NamedTuple):
+class SortedRowsAndMatmulPlans(NamedTuple):
     """The sorted rows of one batch, and the plans of the batch's matrix products.
 
     Attributes:
@@ -57,7 +57,7 @@ class BatchRows:
         self.slots = slots
         self.count = count
         self.used_slots: list[int] = []
-        self._sorted: dict[int, SortedRowsAndPlans] = {}
+        self._sorted: dict[int, SortedRowsAndMatmulPlans] = {}
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def start(self, slots: np.ndarray) -> None:
@@ -86,7 +86,7 @@ class BatchRows:
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
 
-    def sorted_first_rows(self, m: int) -> SortedRowsAndPlans:
+    def sorted_first_rows(self, m: int) -> SortedRowsAndMatmulPlans:
         """Return the first m rows of the batch in sorted order.
 
         The result is cached for the batch.
@@ -95,7 +95,7 @@ class BatchRows:
         if found is None:
             # The ids are copied: the buffer is overwritten by the next batch.
             rows = sort_rows(self.slots[:m].clone(), m, self.count)
-            found = self._sorted[m] = SortedRowsAndPlans(rows, {})
+            found = self._sorted[m] = SortedRowsAndMatmulPlans(rows, {})
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
@@ -134,7 +134,7 @@ class _PackedFactorsAndPlan(NamedTuple):
         plan: The plan. It is None if ``factors`` is None.
     """
 
-    batch: SortedRowsAndPlans
+    batch: SortedRowsAndMatmulPlans
     version: int
     dtype: torch.dtype
     factors: PackedLayerFactors | None
@@ -247,7 +247,9 @@ class SlotProducts:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
             packed_forward.add_(y, x, rows.rows.slot_index, found.factors, found.plan)
 
-    def _prepare(self, batch: SortedRowsAndPlans, dtype: torch.dtype) -> _PackedFactorsAndPlan:
+    def _prepare(
+        self, batch: SortedRowsAndMatmulPlans, dtype: torch.dtype
+    ) -> _PackedFactorsAndPlan:
         factors, plan = self._packed_slots(dtype).factors, None
         if factors is not None:
             plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)

@@ -89,9 +89,9 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
     return rows.view(-1, num_matrices, lora_b.shape[0]).transpose(0, 1)
 
 
-def seeds_of_keys(seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
+def dropout_seeds_of_keys(adapter_seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
     """Return the dropout seed of each key, derived from the seeds of adapters.
 
     For E matrices and S adapters, the result is an int64 tensor ``[E * S]``.
     """
-    return dropout_seeds_of_layers(seeds, range(num_matrices)).reshape(-1)
+    return dropout_seeds_of_layers(adapter_seeds, range(num_matrices)).reshape(-1)

@@ -280,7 +280,9 @@ class AdapterReader:
             locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
-            self._check_no_missing_factors(selected, {each.name for each in locations.values()})
+            self._check_selected_targets_have_factors(
+                selected, {each.name for each in locations.values()}
+            )
         for i in found if config.use_dora else ():  # DoRA's norm needs the weight
             try:
                 dense_weight(base_module_of(self._model.get_submodule(names[i])))
@@ -378,7 +380,9 @@ class AdapterReader:
                 found[layer] = name if of_module else module, name, rank
         return found
 
-    def _check_no_missing_factors(self, selected: SelectedTargets, adapted: set[str]) -> None:
+    def _check_selected_targets_have_factors(
+        self, selected: SelectedTargets, adapted: set[str]
+    ) -> None:
         """Raise `CheckpointError` if factors are missing for a target that the config selects.
 
         Such an adapter was probably made for a different base model.

@@ -33,7 +33,7 @@ from fastlora.routing.ids import (
     ids_cover_whole_entries,
     ids_divide_rows,
 )
-from fastlora.routing.row_checks import RowChecks, raise_partial_batch
+from fastlora.routing.row_checks import LayerRowChecks, raise_partial_batch
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from fastlora.weights_version import UncopiedCache
 
@@ -59,7 +59,7 @@ class RoutedLayerGroup(UncopiedCache):
     def __init__(self) -> None:
         self.packs = PackedAdapterSetsCache()
         self.unchecked = DeferredIdChecks()
-        self.row_checks: RowChecks | None = None
+        self.row_checks: LayerRowChecks | None = None
         self.unfinished: dict[tuple[int, int, int], Any] = {}
         self._open = 0
         self._lock = threading.Lock()
@@ -310,4 +310,4 @@ def add_to_group(
         numbers = unique_layer_numbers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routing_group, layer.routing_index = group, number
-    group.row_checks = RowChecks(root, layers)
+    group.row_checks = LayerRowChecks(root, layers)

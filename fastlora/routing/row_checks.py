@@ -61,7 +61,7 @@ _SEQUENCE_FIRST_MODULES = {
 }
 
 
-class RowChecks:
+class LayerRowChecks:
     """Checks that each layer of a model gets all rows of mixed batches, in batch order.
 
     The object also keeps the results so far.
@@ -185,7 +185,7 @@ class AllRowsChecker:
             checked, and the next block tracks its rows.
     """
 
-    def __init__(self, checks: RowChecks, mode: bool, order: RowTrackingMode | None) -> None:
+    def __init__(self, checks: LayerRowChecks, mode: bool, order: RowTrackingMode | None) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
         self._ran: dict[int, RoutedLayerProtocol] = {}
@@ -256,7 +256,7 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     Raises:
         UnsupportedLayerError: Always.
     """
-    checks: RowChecks = layer.routing_group.row_checks
+    checks: LayerRowChecks = layer.routing_group.row_checks
     name = checks.name_of(layer)
     advice = (
         "remove it from target_modules, or use one adapter at a time, with set_adapter() and "

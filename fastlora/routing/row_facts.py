@@ -183,7 +183,7 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Return the `RowOriginFacts` of rows, given the sample that each row belongs to.
+        """Return the `RowOriginFacts` for rows, based on the sample that each row belongs to.
 
         The rows were selected by an index.
 
@@ -197,7 +197,7 @@ class RowFactsTable:
         found = None if samples is None else samples.flatten()
         return RowOriginFacts(RowOriginKind.CHOSEN, origin, None, found, fixed)
 
-    def have_same_samples_in_every_batch(self, *tensors: torch.Tensor) -> bool:
+    def are_samples_fixed_across_batches(self, *tensors: torch.Tensor) -> bool:
         """Return whether the rows of all given tensors belong to the same samples in every batch.
 
         The result is False if any of the tensors has a row that may belong to different samples in

@@ -93,7 +93,7 @@ def _combined_facts(
         # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
             return RowOriginFacts(full[0])
-        fixed = known.have_same_samples_in_every_batch(*operands)
+        fixed = known.are_samples_fixed_across_batches(*operands)
         return RowOriginFacts(
             RowOriginKind.CHOSEN, known.facts_of(chosen).origin, None, samples, fixed
         )
@@ -133,7 +133,7 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     samples = known.samples(source, row_samples.indexed_dimensions(indices))
     if samples is not None:
         samples = row_samples.selected_samples(samples, indices)
-    fixed = known.are_data_independent(*indices) and known.have_same_samples_in_every_batch(source)
+    fixed = known.are_data_independent(*indices) and known.are_samples_fixed_across_batches(source)
     return known.facts_from_samples(samples, known.origin_key(index), fixed=fixed)
 
 
@@ -213,11 +213,11 @@ def _facts_after_write(
     samples = _samples_after_write(known, dest, facts.samples, indices, values, adds)
     if samples is None:
         return ROWS if back else RowOriginFacts(RowOriginKind.CHOSEN, origin)
-    fixed = known.have_same_samples_in_every_batch(dest) and (
+    fixed = known.are_samples_fixed_across_batches(dest) and (
         back
         or (
             known.are_data_independent(*indices)
-            and known.have_same_samples_in_every_batch(*tensors_in(values))
+            and known.are_samples_fixed_across_batches(*tensors_in(values))
         )
     )
     if not row_samples.is_in_order(samples, known.count, blanks=True):

@@ -39,17 +39,19 @@ class RowKVCache:
         self._at: int | None = None  # where all rows write, or None if their positions differ
         self._room = min(length, _STEP)
 
-    def set_write_positions(self, first: int, starts: torch.Tensor, count: int) -> None:
+    def set_write_positions(
+        self, first_row: int, starts: torch.Tensor, tokens_per_row: int
+    ) -> None:
         """Set the positions at which the next forward pass writes.
 
-        The pass writes ``count`` new tokens per row. ``first`` is the first row of the pass.
-        ``starts``, ``[n]`` int64, contains the first new position of each row. The positions must
-        be equal unless ``count`` is 1.
+        The pass writes ``tokens_per_row`` new tokens per row. ``first_row`` is the first row of the
+        pass. ``starts``, ``[n]`` int64, contains the first new position of each row. The positions
+        must be equal unless ``tokens_per_row`` is 1.
         """
-        self._first, self._starts = first, starts
+        self._first, self._starts = first_row, starts
         self._at = int(starts[0]) if bool((starts == starts[0]).all()) else None
         self._index = torch.arange(starts.numel())
-        self._end = int(starts.max()) + count
+        self._end = int(starts.max()) + tokens_per_row
         if self._end > self._room:
             self._grow(min(self.length, max(2 * self._room, -(-self._end // _STEP) * _STEP)))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora.integrations.transformers import (
     CANNOT_READ,
-    convert_to_checkpoint_error,
+    convert_model_load_errors,
     quiet_transformers,
 )
 from fastlora.train.data import TokenizedCorpus
@@ -75,7 +75,7 @@ def load_base_model(
     transformers = _transformers()
     options: dict[str, Any] = {"dtype": base_model_dtype(settings), "local_files_only": True}
     bars = contextlib.nullcontext() if progress else quiet_transformers(hide_messages=False)
-    with convert_to_checkpoint_error(settings.model), bars:
+    with convert_model_load_errors(settings.model), bars:
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         bits = bitsandbytes_config(settings, config)
         if bits is not None:
@@ -96,7 +96,7 @@ def build_base_model_on_meta(
     quantized when it was saved.
     """
     transformers = _transformers()
-    with convert_to_checkpoint_error(settings.model), torch.device("meta"):
+    with convert_model_load_errors(settings.model), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         own, wanted = getattr(config, "dtype", None) or torch.float32, base_model_dtype(settings)
         dtype = own if wanted == "auto" else getattr(torch, wanted)

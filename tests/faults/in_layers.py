@@ -647,8 +647,8 @@ FAULTS = (
         "wrong seed",
         "issue 31",
         "fastlora/layers/experts.py",
-        "seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)",
-        "seeds = seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]) + len(found), count)",
+        "seeds = dropout_seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)",
+        "seeds = dropout_seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]) + len(found), count)",
         (f"{_EXPERTS}::test_a_mixed_batch_is_each_adapter_alone",),
     ),
     Fault(

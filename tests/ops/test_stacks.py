@@ -13,8 +13,8 @@ from fastlora.autograd.stacks import stacked_lora_linear
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.stacks import (
     StackAdapterOperands,
+    dropout_seeds_of_keys,
     rank_row_views,
-    seeds_of_keys,
     transposed_rank_rows,
 )
 from fastlora.ops.torch import reference
@@ -46,7 +46,7 @@ class Case:
         self.files = [(leaf(E * r, K, dtype=dtype), leaf(N, r * E, dtype=dtype)) for r in RANKS]
         self.scaling = torch.rand(SLOTS, dtype=torch.float64 if dtype.itemsize == 8 else None)
         self.dropout_p = tuple(p if slot != 1 else 0.0 for slot in range(SLOTS))
-        self.seeds = seeds_of_keys(torch.arange(SLOTS), E) if p else None
+        self.seeds = dropout_seeds_of_keys(torch.arange(SLOTS), E) if p else None
         self.rows: Rows = sort_rows(keys_of(rows), rows, E * SLOTS)
         self.x = torch.randn(rows, K, dtype=dtype)[self.rows.order.long()].requires_grad_()
         self.dy = torch.randn(rows, N, dtype=dtype)
@@ -167,7 +167,7 @@ def test_factors_in_fp32(spread: str, wide: str, p: float, dtype: torch.dtype) -
         for a, b in (kinds[each] for each in wide)
     ]
     scaling = torch.rand(slots) + 0.5
-    seeds = seeds_of_keys(torch.arange(slots), e) if p else None
+    seeds = dropout_seeds_of_keys(torch.arange(slots), e) if p else None
 
     def run(exact: bool, factor_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         wanted = torch.float64 if exact else factor_dtype

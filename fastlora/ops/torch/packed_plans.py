@@ -85,7 +85,7 @@ class RowUpdateTerms:
     width: int
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def weight_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
+    def term_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
         """Return the position of each term's weight in a flattened s that holds all slices.
 
         A term's weight is the element of s that multiplies the term's row of the packed lora_b. The

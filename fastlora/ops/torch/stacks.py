@@ -289,10 +289,10 @@ def _grouped_factor_gradients(
             d_lora_a.append(F.grouped_mm(ds.t(), own_x, offs=part.ends))
         if dx is not None:
             _add_grouped_(dx, ds, lora_a, part)
-    return [_concat_parts(d_lora_a), _concat_parts(d_lora_b)]
+    return [_concatenated_gradients(d_lora_a), _concatenated_gradients(d_lora_b)]
 
 
-def _concat_parts(parts: list[torch.Tensor]) -> torch.Tensor | None:
+def _concatenated_gradients(parts: list[torch.Tensor]) -> torch.Tensor | None:
     """Return the concatenated gradients of all parts.
 
     The result is None if there are no gradients.

@@ -286,9 +286,9 @@ class _RowValues:
     ) -> None:
         self.source, self._row, self._names, self._cells = source, row, names, cells
 
-    def check_row_has_columns(self, columns: Sequence[str]) -> None:
+    def check_row_has_columns(self, required_columns: Sequence[str]) -> None:
         """Raise `DataError` if any of the columns is missing from the row."""
-        for name in map(self._names.__getitem__, columns):
+        for name in map(self._names.__getitem__, required_columns):
             if name not in self._row:
                 raise DataError(
                     f"{self.source}: this row has no column named {name!r}, but the first row of "
