@@ -22,8 +22,7 @@ SVD = "_svd"
 class CombinationMethod(NamedTuple):
     """A method for combining adapters, such as ``"linear"`` or ``"ties"``.
 
-    It combines several tensors of the same shape, the adapters' factors or updates, into one. The
-    result is a weighted sum.
+    It combines several tensors of the same shape, the adapters' factors or updates, into one.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its

@@ -87,7 +87,7 @@ class FusionReport:
         if quantized and self.implementation != "triton":
             line += (
                 f"\n{quantized} of them have a quantized base weight, which only the kernels read; "
-                "without kernels, the base layer runs unchanged"
+                "without kernels, the base layer's own forward pass is used"
             )
         rows: list[tuple[str, ...]] = [
             (row.name, row.layer, "yes" if row.fused else "no", self.runs_as(row), row.reason)

@@ -32,7 +32,7 @@ from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.stacked_experts import (
     ROUTER,
     BaseParameter,
-    all_unwrapped_base_parameters,
+    base_parameters_outside_wrappers,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -80,7 +80,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     if not former:
         return file
     modules = named_base_modules(model)
-    parameters = all_unwrapped_base_parameters(modules)
+    parameters = base_parameters_outside_wrappers(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -153,7 +153,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     """
     former = former_to_parameter_names(model_type_of(model))
     modules = named_base_modules(model) if former and config.target_modules else []
-    if not stacked_experts_among(all_unwrapped_base_parameters(modules)):
+    if not stacked_experts_among(base_parameters_outside_wrappers(modules)):
         return config
     names = [name for name, _, _ in modules]
     linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]

@@ -375,7 +375,7 @@ def unload(
             model.set_submodule(name, base.to(dtype) if merge and was_quantized else base)
     if dtype is not None:
         model = dequantize_linears(model, dtype)
-    shared.warn_about_untied_weights()
+    shared.warn_of_untied_weights()
     warn_of_requantization_errors(errors)
     untie_config_if_weights_untied(model)
     clear_replication_record(model)

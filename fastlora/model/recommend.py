@@ -16,7 +16,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 from fastlora.model.stacked_experts import (
-    all_unwrapped_base_parameters,
+    base_parameters_outside_wrappers,
     experts_layer_class,
     stacked_experts_among,
     supported_stacks,
@@ -234,7 +234,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
-    parameters = all_unwrapped_base_parameters(named_base_modules(model))
+    parameters = base_parameters_outside_wrappers(named_base_modules(model))
     stacks = [
         each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]

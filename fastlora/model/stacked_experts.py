@@ -81,7 +81,7 @@ class BaseParameter(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def all_unwrapped_base_parameters(modules: BaseModules) -> list[BaseParameter]:
+def base_parameters_outside_wrappers(modules: BaseModules) -> list[BaseParameter]:
     """Return all parameters of the base model's modules, except those of wrapped modules.
 
     Modules that adapters own copies of or train rows of are wrapped.

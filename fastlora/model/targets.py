@@ -31,7 +31,7 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseParameter,
-    all_unwrapped_base_parameters,
+    base_parameters_outside_wrappers,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -134,7 +134,7 @@ def select_targets(
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
     base = (
-        all_unwrapped_base_parameters(modules)
+        base_parameters_outside_wrappers(modules)
         if former or config.target_parameters or is_new
         else []
     )
@@ -317,7 +317,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     names = [name for name, _, _ in modules if name]
     olds = {
         old
-        for each in all_unwrapped_base_parameters(modules)
+        for each in base_parameters_outside_wrappers(modules)
         for old in former_names_of_parameter(former, each)
     }
     lost = [

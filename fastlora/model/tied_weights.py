@@ -251,7 +251,7 @@ class SharedWeightUntier:
         self._holders[id(old)] = [held for held in self._holders[id(old)] if held[1] not in family]
         self._untied.append((name, other, own.numel() * own.element_size()))
 
-    def warn_about_untied_weights(self) -> None:
+    def warn_of_untied_weights(self) -> None:
         """Emit a warning about the weights that were untied.
 
         The warning says how much additional memory they need.

@@ -166,9 +166,8 @@ class LoraTuner(nn.Module):
         if len(self.peft_config) == 1:
             inject.freeze_base(self.model)
         if not config.inference_mode and not self._weight_layout_set:
-            prevent_bitsandbytes_repacking(
-                self.model
-            )  # only once, because it walks over all modules
+            # Only once, because it walks over all modules.
+            prevent_bitsandbytes_repacking(self.model)
             self._weight_layout_set = True
 
     def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:

@@ -8,9 +8,8 @@ tables of addresses, so that one graph serves every batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from fastlora.ops.execution_mode import is_being_compiled
@@ -21,6 +20,9 @@ from fastlora.ops.torch.packed import PackedLayerFactors
 from fastlora.ops.torch.packed_plans import Plan, PlanCache, cached_plan
 from fastlora.ops.torch.packed_slots import PackedSlots
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The row tiles of the kernels that work on pieces.
 _PIECE_ROWS = (16, 64, 128)
@@ -67,7 +69,7 @@ class BatchRows:
             slots: The slot of each row, on the host. The caller has already copied this array to
                 the device.
         """
-        self.used_slots = np.unique(slots[slots >= 0]).tolist()
+        self.used_slots = sorted(set(slots[slots >= 0].tolist()))
         self._sorted.clear()
         if self._whole is not None:
             pairs = zip(
@@ -209,7 +211,8 @@ class SlotProducts:
     def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Add each row's update to y in place.
 
-        Traced code and captured graphs serve every batch, so an operator reads the tables there.
+        In traced code and on a GPU, an operator reads the tables, so that one graph serves every
+        batch. Otherwise, packed factors are used.
 
         Args:
             y: ``[M, width]``. It may consist of columns of a larger tensor.

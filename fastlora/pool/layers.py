@@ -20,7 +20,7 @@ from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
-    all_unwrapped_base_parameters,
+    base_parameters_outside_wrappers,
     former_names_of_parameter,
     former_to_parameter_names,
     is_quantized,
@@ -215,7 +215,7 @@ def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
     The result is None if the model has none. Routers are parameters with former names. Other
     modules with stacks are left out, and so are quantized stacks.
     """
-    parameters = all_unwrapped_base_parameters(named_base_modules(model))
+    parameters = base_parameters_outside_wrappers(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))
     stacks = {each.name for each in supported_stacks(parameters)}
     return [

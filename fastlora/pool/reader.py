@@ -27,7 +27,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
-from fastlora.model.stacked_experts import all_unwrapped_base_parameters
+from fastlora.model.stacked_experts import base_parameters_outside_wrappers
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
@@ -442,7 +442,7 @@ class AdapterReader:
         if not names:
             return found
         parameters = {
-            e.name: e for e in all_unwrapped_base_parameters(named_base_modules(self._model))
+            e.name: e for e in base_parameters_outside_wrappers(named_base_modules(self._model))
         }
         current = replace(found.parameters, parameters=[parameters[name] for name in names])
         return found._replace(parameters=current)

@@ -152,8 +152,8 @@ class _PendingIdCheck(NamedTuple):
 class DeferredIdChecks:
     """Deferred checks of adapter ids.
 
-    The ids are stored on the GPU. Checks are deferred to avoid synchronizing with the device. Their
-    results are read later, without blocking the host.
+    Checks are deferred to avoid synchronizing with the device. Their results are read later,
+    usually without blocking the host.
     """
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,

@@ -322,7 +322,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._facts: dict[tuple[str, bool], _ExpertDetectionEvidence] = {}
+        self._evidence: dict[tuple[str, bool], _ExpertDetectionEvidence] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayerProtocol) -> bool:
         """Return whether a layer looks like an expert.
@@ -341,12 +341,14 @@ class _ExpertDetector:
             names.append(part)
             at = f"{at}.{part}"
             key = at, child is layer
-            facts = self._facts.get(key)
-            if facts is None:
-                facts = self._facts[key] = self._last_module_expert_evidence(
+            evidence = self._evidence.get(key)
+            if evidence is None:
+                evidence = self._evidence[key] = self._last_module_expert_evidence(
                     modules, names, child is layer
                 )
-            if facts.alike > 1 and (facts.is_named or (facts.alike, width) in facts.beside):
+            if evidence.alike > 1 and (
+                evidence.is_named or (evidence.alike, width) in evidence.beside
+            ):
                 return True
         return False
 

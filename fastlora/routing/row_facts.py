@@ -173,9 +173,9 @@ class RowFactsTable:
         if known is None or storage_key(out) == storage_key(source):
             return known
         lead = max(out.dim() - 1, 1)
-        if source.shape[:lead] != out.shape[
-            :lead
-        ] or not row_samples.is_contiguous_and_covers_storage(out):
+        if source.shape[:lead] != out.shape[:lead]:
+            return None
+        if not row_samples.is_contiguous_and_covers_storage(out):
             return None
         found = self.samples(source, lead)
         return None if found is None else found.flatten()

@@ -63,7 +63,7 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
             "supported, such as one downloaded with huggingface_hub.snapshot_download(repo_id)"
         )
     if settings.out.exists() and not settings.out.is_dir():
-        raise TrainError(f"{settings.out}: expected a folder, but this is a file")
+        raise TrainError(f"{settings.out}: expected a folder, found a file")
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:

@@ -351,7 +351,7 @@ def test_sources_of_a_version_are_compared(
     assert all(each.endswith(str(difference)) for each in found), found
 
 
-def test_slots_of_adapters() -> None:
+def test_slots_of_rows() -> None:
     slots = slots_of_rows((7, 0, 3, 3, 7), [3, None, 7])
     assert slots.tolist() == [2, -1, 0, 0, 2]
     assert slots_of_rows((), [3]).tolist() == []

@@ -227,9 +227,8 @@ def test_what_stays_with_pytorch() -> None:
     a, b = operands(torch.float32, (6, 8), (8, 10))
     assert torch.equal(products.mm(a, b), a @ b)
     half = a.bfloat16()
-    assert not products.can_use_fp32_for_emulated_dtype(
-        a
-    ) and products.can_use_fp32_for_emulated_dtype(half)
+    assert not products.can_use_fp32_for_emulated_dtype(a)
+    assert products.can_use_fp32_for_emulated_dtype(half)
     wanted = half.clone().requires_grad_()
     assert products.mm(wanted, b.bfloat16()).requires_grad
     with torch.no_grad():

@@ -78,8 +78,9 @@ def _reset_lora(self: Any, index: int) -> None:
 
 
 def _reset_embedding(self: Any, index: int) -> None:
+    if not _slots(self).is_empty(index):
+        self.lora_a_stacked[index] = 0
     _reset_lora(self, index)
-    self.lora_a_stacked[index] = 0
 
 
 def _set_one_slice(self: Any, index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:

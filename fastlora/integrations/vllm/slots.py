@@ -42,10 +42,12 @@ class LayerSlots:
         shapes_b = [(max_rank, stack.shape[2]) for stack in stacks_b]
         storage, blocks = _zero_blocks(slots, [*shapes_a, *shapes_b], stacks_b[0])
         self.lora_a, self.lora_b = blocks[: len(shapes_a)], blocks[len(shapes_a) :]
-        self.shrink = [SlotProducts([own], [_identities(own)], storage) for own in self.lora_a]
-        self.expand = [SlotProducts([_identities(own)], [own], storage) for own in self.lora_b]
+        rank = 0 if stack_a is None else stack_a.shape[2]
+        same_a, same_b = (_identities(slots, each, storage) for each in (rank, max_rank))
+        self.shrink = [SlotProducts([own], [same_a], storage) for own in self.lora_a]
+        self.expand = [SlotProducts([same_b], [own], storage) for own in self.lora_b]
         self.linear: list[SlotProducts] = []
-        if stack_a is not None and stack_a.shape[2] == max_rank:
+        if rank == max_rank:
             for start in range(0, len(stacks_b), _MOST_SLICES):
                 group = slice(start, start + _MOST_SLICES)
                 self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group], storage))
@@ -191,12 +193,11 @@ def _zero_blocks(
     return storage, blocks
 
 
-def _identities(factor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with an identity matrix for each slot of a factor.
+def _identities(slots: int, rank: int, like: torch.Tensor) -> torch.Tensor:
+    """Return an identity matrix for each slot, ``[slots, rank, rank]``, in one shared memory.
 
-    The shape of the factor is ``[slots, R, N]``, and the shape of the result is ``[slots, R, R]``.
+    The matrices have the dtype and device of ``like``.
     """
-    slots, rank, _ = factor.shape
     with torch.inference_mode(False):
-        same = torch.eye(rank, dtype=factor.dtype, device=factor.device)
+        same = torch.eye(rank, dtype=like.dtype, device=like.device)
         return same.expand(slots, rank, rank)

@@ -218,7 +218,7 @@ def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
         return library.PerGroup(block[1])
     raise UnsupportedLayerError(
         f"cannot merge into a {type(weight).__name__} with one scale per block of {block}; "
-        "expected one scale per row, group, or tensor. Dequantize the base model first"
+        "expected one scale per row, group, or tensor; dequantize the base model first"
     )
 
 

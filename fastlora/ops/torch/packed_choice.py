@@ -89,7 +89,7 @@ def dense_is_fastest(
     return units == 1 or (every_unit_is_used and unit * units <= _DENSE)
 
 
-def expand_by_row_sums_is_faster(
+def expand_by_weighted_sums_is_faster(
     rows: int, adapters: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Return whether weighted sums are faster than matrix products in the expand step.

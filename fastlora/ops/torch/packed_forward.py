@@ -151,7 +151,7 @@ def _add_rank_rows_weighted_by_s(
         terms: The terms of each row.
     """
     slices = len(y_slices)
-    at = terms.weight_positions if slices == 1 else terms.term_positions_in_flattened_s(slices)
+    at = terms.weight_positions if slices == 1 else terms.weight_positions_in_flattened_s(slices)
     # [slices * terms]
     weights = s.take(at)
     by_slice = weights.chunk(slices) if slices > 1 else (weights,)

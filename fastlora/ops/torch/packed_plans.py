@@ -44,7 +44,7 @@ from fastlora.ops.torch.packed import (
 from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
-    expand_by_row_sums_is_faster,
+    expand_by_weighted_sums_is_faster,
     unit_coalescing_is_faster,
 )
 
@@ -85,7 +85,7 @@ class RowUpdateTerms:
     width: int
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def term_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
+    def weight_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
         """Return the position of each term's weight in a flattened s that holds all slices.
 
         A term's weight is the element of s that multiplies the term's row of the packed lora_b. The
@@ -230,7 +230,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     kind = batch_kind(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
-    sums_rank_rows = expand_by_row_sums_is_faster(m, len(used), layout.unit, dtype, device)
+    sums_rank_rows = expand_by_weighted_sums_is_faster(m, len(used), layout.unit, dtype, device)
     if pack.is_finite and pack.lora_a.dim() == 2:
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first

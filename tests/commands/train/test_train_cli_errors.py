@@ -141,7 +141,7 @@ def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], gi
     (tmp_path / "out").write_text("")
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path)]) == 1
-    assert "out: expected a folder, but this is a file" in capsys.readouterr().err
+    assert "out: expected a folder, found a file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "--data", "x.jsonl"])
     assert caught.value.code == 2
