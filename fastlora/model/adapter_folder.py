@@ -253,10 +253,10 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 def with_renamed_modules(
     file: AdapterContents, mapping: Mapping[str, str] | None
 ) -> AdapterContents:
-    """Return an adapter's contents with the names of its modules replaced.
+    """Return a copy of a loaded adapter in which modules are renamed.
 
-    The result is a copy. Some transformers models define a mapping from the module names of earlier
-    versions to the current names.
+    Some transformers models define a mapping from the module names of earlier versions to the
+    current names.
 
     Args:
         file: The loaded adapter.

@@ -221,11 +221,10 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Extract the tensors from a value into ``tensors``, and return the rest of the value.
+    """Add the tensors of a state to ``tensors``, and return a copy of the state without them.
 
-    The value is a state, and is not changed. The result is a JSON-compatible copy in which each
-    tensor is replaced by a placeholder. The tensors are added to ``tensors`` under names that begin
-    with ``key``.
+    The copy is JSON-compatible. In it, a placeholder stands for each tensor. The names of the
+    tensors in ``tensors`` begin with ``key``.
     """
     if isinstance(value, torch.Tensor):
         tensors[key] = value

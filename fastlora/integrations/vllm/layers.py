@@ -300,7 +300,7 @@ def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
 def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
     """Check that the factors of an adapter are valid.
 
-    The check is made before the adapter is loaded into a slot.
+    This function is called before the adapter is loaded into a slot.
 
     Raises:
         ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
