@@ -93,8 +93,10 @@ def engine_picture(rows: Sequence[Mapping[str, str]], target: Path) -> bool:
         cases = [case for case, found in times.items() if {"stock", "fastlora"} <= found.keys()]
         ratios = [median(times[case]["stock"]) / median(times[case]["fastlora"]) for case in cases]
         bars = axis.barh(cases, ratios)
-        axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        axis.axvline(1.0, color="black", linewidth=0.8)
+        labels = axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        for label in labels:
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axis.axvline(1.0, color="black", linewidth=0.8, zorder=0)
         axis.set_xscale("log", base=2)
         axis.set_xlim(0.5, 2 * max(ratios))
         axis.xaxis.set_major_formatter("{x:g}")

@@ -1,9 +1,12 @@
-"""The docs site: pages that lie outside of docs/, the reference, and a check of every link.
+"""MkDocs hooks that add pages to the site, and a check of the site's links.
 
-MkDocs calls the functions `on_...` (mkdocs.yml names this file). Links of a page are to files of
-the repository, as GitHub shows them; what is no page of the site is copied beside its pages.
+mkdocs.yml names this file, and MkDocs calls its functions ``on_...``. They add the pages that are
+stored outside of docs/ and the reference. In the Markdown files, links point to files in the
+repository, as on GitHub. The hooks change them to links between pages, and copy linked files that
+are not pages to the site.
 
-python docs/build_site.py SITE    checks the links of a built site, returns 1 if one is broken
+``python docs/build_site.py SITE`` checks the links of a built site. It exits with 1 if a link is
+broken.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-# Pages that lie elsewhere -> where the site has them.
+# Pages that are stored outside of docs/, and their paths on the site.
 OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -31,13 +34,15 @@ OUTSIDE = {
     "examples/README.md": "examples.md",
     "examples/recipes/README.md": "recipes.md",
 }
-# The README is the repository's front page, and index.md the site's.
+# index.md replaces the README on the site.
 _PLACES = OUTSIDE | {"README.md": "index.md"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)")
+_INLINE_CODE = re.compile(r"<code>([^<]+)</code>")
+_LONGEST_UNBROKEN_CODE = 30
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages from outside, what they link to, and the reference."""
+    """Add the pages from outside of docs/, the files that pages link to, and the reference."""
     from mkdocs.structure.files import File
 
     made = {page: (ROOT / source).read_text("utf-8") for source, page in OUTSIDE.items()}
@@ -58,7 +63,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Has the links of a page lead where the site has their targets."""
+    """Replace links to files in the repository by links to their places on the site."""
     uri = page.file.src_uri
     source = next((s for s, p in OUTSIDE.items() if p == uri), f"docs/{uri}")
 
@@ -72,17 +77,32 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(moved, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Choose where lines may break in inline code, and keep note marks with their words.
+
+    Short code is not broken. Long code, such as the path of a test, is broken after separators.
+    """
+
+    def with_line_breaks(match: re.Match[str]) -> str:
+        code = match[1]
+        if len(code) <= _LONGEST_UNBROKEN_CODE:
+            return f'<code class="short">{code}</code>'
+        return "<code>" + re.sub(r"(::|[/_.])", r"\1<wbr>", code) + "</code>"
+
+    return _INLINE_CODE.sub(with_line_breaks, html).replace(" <sup>", "&nbsp;<sup>")
+
+
 def _in_repository(source: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
 
 
 def _place(path: str) -> str:
-    """Returns where the site has a file of the repository."""
+    """Return the path on the site of a file in the repository."""
     return _PLACES.get(path, path.removeprefix("docs/"))
 
 
 def _reference() -> str:
-    """Returns a page that has mkdocstrings describe each public name, read off the source."""
+    """Return the Markdown of a page on which mkdocstrings describes each public name."""
     tree = ast.parse((ROOT / "fastlora" / "__init__.py").read_text("utf-8"))
     (names,) = (
         ast.literal_eval(node.value)
@@ -96,7 +116,7 @@ def _reference() -> str:
 
 
 def _functions(file: str) -> list[str]:
-    """Returns what a module offers: its ``__all__``, else its public functions."""
+    """Return the names in a module's ``__all__``, or else its public functions."""
     tree = ast.parse((ROOT / "fastlora" / file).read_text("utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -106,7 +126,7 @@ def _functions(file: str) -> list[str]:
 
 
 class _Page(HTMLParser):
-    """The ids of a page, and what it links to."""
+    """The IDs on a page, and the targets of its links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -122,13 +142,13 @@ class _Page(HTMLParser):
 
 
 def broken_links(site: Path) -> list[str]:
-    """Returns each link of a built site that leads to no file, or to no id, of it."""
+    """Return each link on a built site whose file or ID does not exist."""
     pages = {path: _Page(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
     broken = []
     for path, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
-            # The page of errors is served from any place, so that its links begin with a slash.
+            # The error page is served at any path, so its links begin with a slash.
             if parts.scheme or parts.netloc or path.name == "404.html":
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
@@ -141,7 +161,7 @@ def broken_links(site: Path) -> list[str]:
 
 
 def main() -> int:
-    """Checks the site that the command line names."""
+    """Check the links of the site that the command line names."""
     site = Path(sys.argv[1]).resolve()
     broken, count = broken_links(site), len(list(site.rglob("*.html")))
     sys.stdout.write("".join(f"broken link in {line}\n" for line in broken))
