@@ -33,10 +33,11 @@ _PLAIN = re.compile(r"[\w.-]+")
 _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
-class _BoundedMatchingState:
-    """The state of a `bounded_matching` block.
+class _BoundedPatternMatcher:
+    """Matches patterns with limits on time and memory.
 
-    It consists of the CPU time spent on matching so far, and of the compiled patterns.
+    Each outermost `bounded_matching` block has its own matcher. It measures the CPU time spent on
+    matching so far, and caches the compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -44,7 +45,7 @@ class _BoundedMatchingState:
     """
 
     def __init__(self) -> None:
-        self.suffix_indexes: dict[int, tuple[Collection[str], _SuffixIndex]] = {}
+        self.suffix_indexes: dict[int, tuple[Collection[str], _SuffixPatternIndex]] = {}
         self._compiled: dict[str, Any] = {}
         # CPU seconds: the sum over the outermost `count_toward_matching_time_limit` blocks that
         # have ended, and the start of the open one.
@@ -124,19 +125,21 @@ class _BoundedMatchingState:
         self._compiled[expression] = found
         return found
 
-    def match(self, field: str, pattern: str, expression: str, name: str, *, whole: bool) -> Any:
+    def match(
+        self, field: str, pattern: str, expression: str, name: str, *, full_match: bool
+    ) -> Any:
         compiled = self.compile_with_pcre2(field, pattern, expression)
         import pcre2  # installed: `compile_with_pcre2` has imported it
 
         try:
-            return compiled.fullmatch(name) if whole else compiled.match(name)
+            return compiled.fullmatch(name) if full_match else compiled.match(name)
         except pcre2.LibraryError as error:
             raise CheckpointError(
                 f"{field}: matching {_short(pattern)} takes too long ({error})"
             ) from error
 
 
-_bounded: ContextVar[_BoundedMatchingState | None] = ContextVar(
+_bounded: ContextVar[_BoundedPatternMatcher | None] = ContextVar(
     "fastlora_bounded_matching", default=None
 )
 
@@ -152,7 +155,7 @@ def bounded_matching() -> Iterator[None]:
     if _bounded.get() is not None:
         yield
         return
-    token = _bounded.set(_BoundedMatchingState())
+    token = _bounded.set(_BoundedPatternMatcher())
     try:
         yield
     finally:
@@ -203,7 +206,7 @@ def check_pattern(field: str, pattern: str) -> None:
 
 def matches_whole_name(field: str, pattern: str, name: str) -> bool:
     """Return whether a pattern matches an entire module name."""
-    return _match(field, pattern, "{}", name, whole=True) is not None
+    return _match(field, pattern, "{}", name, full_match=True) is not None
 
 
 def matches_consecutive_components(field: str, pattern: str, name: str) -> bool:
@@ -226,11 +229,11 @@ def layer_index_after_match(field: str, pattern: str, name: str) -> int | None:
 
 
 def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str | None:
-    """Return the first pattern that matches the end of a module name.
+    """Return the first pattern that matches a module name or a dotted suffix of it.
 
-    The result is None if no pattern matches. A pattern must match one or more of the last
-    components of the name, or the entire name. Inside `bounded_matching`, ``patterns`` must not be
-    modified, because its index is cached.
+    The result is None if no pattern matches. A dotted suffix consists of one or more of the last
+    components of the name. Patterns may be regular expressions. Inside `bounded_matching`,
+    ``patterns`` must not be modified, because its index is cached.
 
     Args:
         field: Name of the config field, for error messages.
@@ -240,7 +243,7 @@ def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str 
     if not patterns:
         return None
     with count_toward_matching_time_limit(field):
-        return _suffix_index(field, patterns).first_match(name)
+        return _suffix_index(field, patterns).first_pattern_matching_suffix(name)
 
 
 def patterns_matching_no_suffix(
@@ -258,7 +261,7 @@ def patterns_matching_no_suffix(
     names = list(names)
     with count_toward_matching_time_limit(field):
         index = _suffix_index(field, patterns)
-        found = {pattern for name in names for pattern in index.matching_plain_patterns(name)}
+        found = {pattern for name in names for pattern in index.plain_suffix_match_positions(name)}
         found |= {
             e
             for e in index.expressions
@@ -267,10 +270,11 @@ def patterns_matching_no_suffix(
         return [pattern for pattern in patterns if pattern not in found]
 
 
-class _SuffixIndex:
-    """An index of a config field's patterns, for matching the ends of module names.
+class _SuffixPatternIndex:
+    """An index of patterns, for finding those that match the end of a module name.
 
-    Patterns that are plain names are looked up in dicts. All other patterns are matched one by one.
+    The patterns are those of one config field. Patterns that are plain names are looked up in
+    dicts. All other patterns are regular expressions, which are matched one by one.
 
     Attributes:
         expressions: Maps each pattern that is not a plain name to its position in the field.
@@ -289,15 +293,16 @@ class _SuffixIndex:
                 else:
                     self.expressions[pattern] = place
 
-    def matching_plain_patterns(self, name: str) -> dict[str, int]:
-        """Return the plain-name patterns that match the end of a module name.
+    def plain_suffix_match_positions(self, name: str) -> dict[str, int]:
+        """Return the positions of the plain patterns that match the end of a module name.
 
-        They are the keys of a dict that maps them to their positions in the field.
+        The result is a dict that maps each of these patterns, which are plain names, to its
+        position in the field.
         """
         found = {}
         with count_toward_matching_time_limit(self._field):
             for lengths, patterns in self._plain.items():
-                end = _pattern_matching_suffix(name, lengths)
+                end = _suffix_as_plain_pattern(name, lengths)
                 if end in patterns:
                     found[end] = patterns[end]
         return found
@@ -306,12 +311,12 @@ class _SuffixIndex:
         """Return whether a regular expression matches the last components of a module name."""
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
-    def first_match(self, name: str) -> str | None:
-        """Return the field's first pattern that matches the end of a module name.
+    def first_pattern_matching_suffix(self, name: str) -> str | None:
+        """Return the first pattern in the field that matches the end of a module name.
 
         The result is None if no pattern matches.
         """
-        plain = self.matching_plain_patterns(name)
+        plain = self.plain_suffix_match_positions(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():
             if best is not None and plain[best] < place:
@@ -321,24 +326,27 @@ class _SuffixIndex:
         return best
 
 
-def _suffix_index(field: str, patterns: Collection[str]) -> _SuffixIndex:
+def _suffix_index(field: str, patterns: Collection[str]) -> _SuffixPatternIndex:
     bounded = _bounded.get()
     if bounded is None:
-        return _SuffixIndex(field, patterns)
+        return _SuffixPatternIndex(field, patterns)
     if id(patterns) not in bounded.suffix_indexes:
-        bounded.suffix_indexes[id(patterns)] = patterns, _SuffixIndex(field, patterns)
+        bounded.suffix_indexes[id(patterns)] = patterns, _SuffixPatternIndex(field, patterns)
     return bounded.suffix_indexes[id(patterns)][1]
 
 
-def _match(field: str, pattern: str, template: str, name: str, *, whole: bool = False) -> Any:
-    """Match a module name against a pattern, and return the match object or None.
+def _match(field: str, pattern: str, template: str, name: str, *, full_match: bool = False) -> Any:
+    """Match a module name against a pattern that is inserted into a template.
 
     Args:
         field: Name of the config field, for error messages.
         pattern: The pattern.
         template: Regular expression of PEFT into which the pattern is inserted at ``{}``.
         name: The module name.
-        whole: Whether the expression must match the entire name instead of its beginning.
+        full_match: Whether the expression must match the entire name instead of its beginning.
+
+    Returns:
+        The match object, or None if there is no match.
     """
     with count_toward_matching_time_limit(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
@@ -347,8 +355,8 @@ def _match(field: str, pattern: str, template: str, name: str, *, whole: bool = 
         expression = template.replace("{}", pattern)
         bounded = _bounded.get()
         if bounded is not None and not is_plain:
-            return bounded.match(field, pattern, expression, name, whole=whole)
-        return re.fullmatch(expression, name) if whole else re.match(expression, name)
+            return bounded.match(field, pattern, expression, name, full_match=full_match)
+        return re.fullmatch(expression, name) if full_match else re.match(expression, name)
 
 
 def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
@@ -364,19 +372,18 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
     return length
 
 
-def _pattern_matching_suffix(name: str, part_char_counts: tuple[int, ...]) -> str | None:
-    """Return the plain pattern that matches the end of a name.
+def _suffix_as_plain_pattern(name: str, part_lengths: tuple[int, ...]) -> str | None:
+    """Return the suffix of a name as a plain pattern whose parts have the given lengths.
 
-    The parts of the pattern have the given lengths. In the result, a dot replaces the character
-    that the name has between two parts, because a dot in a pattern matches any character. Returns
-    None if the name is too short, or if the first part does not start at the beginning of a
-    component of the name.
+    In the result, a dot replaces the character that the name has between two parts, because a dot
+    in a pattern matches any character. Returns None if the name is too short, or if the first part
+    does not start at the beginning of a component of the name.
     """
-    at = start = len(name) - sum(part_char_counts) - len(part_char_counts) + 1
+    at = start = len(name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):
         return None
     parts = []
-    for length in part_char_counts:
+    for length in part_lengths:
         parts.append(name[at : at + length])
         at += length + 1
     return ".".join(parts)

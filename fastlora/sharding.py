@@ -130,7 +130,7 @@ def _group_by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(parts.values())
 
 
-class ShardedSave:
+class ShardedSaveCoordinator:
     """Coordinates the processes that save a sharded model.
 
     All processes gather the tensors together, and one process writes the files. Then all processes
@@ -233,11 +233,11 @@ def copy_full_tensor_(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(copies.redistribute(mesh, any_target.placements))
 
 
-def process_uses_fsdp2() -> bool:
-    """Return whether FSDP2 is in use in this process.
+def fully_shard_was_called() -> bool:
+    """Return whether `fully_shard` has been called in this process.
 
-    It is in use if `fully_shard` has been called. If so, a parameter that FSDP2 gathers again may
-    have new values at the same memory address and with the same ``_version``.
+    If so, FSDP2 is in use: a parameter that FSDP2 gathers again may have new values at the same
+    memory address and with the same ``_version``.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
@@ -252,11 +252,11 @@ def is_fsdp2_module(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
-def raise_if_base_weight_sharded(layer: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if the base weight of a layer is sharded.
+def raise_if_base_weight_is_dtensor(layer: nn.Module) -> None:
+    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
 
-    A sharded weight is a DTensor. This is checked in the forward pass. Otherwise, the layer would
-    compute its output with only a shard of the weight.
+    This is checked in the forward pass. Otherwise, the layer would compute its output with only a
+    shard of the weight.
     """
     weight: Any = layer._parameters.get("weight")
     if is_dtensor(weight):

@@ -20,7 +20,10 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """The value of a `LoraConfig` field or of an argument is invalid or unsupported."""
+    """A configuration value is invalid or unsupported.
+
+    It is the value of a `LoraConfig` field, of a setting, or of an argument.
+    """
 
 
 class TargetNotFoundError(FastLoraError, ValueError):

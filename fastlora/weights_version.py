@@ -48,7 +48,7 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """The recorded state of a list of tensors, used to detect whether they have changed.
+    """The recorded state of one or more tensors, used to detect whether they have changed.
 
     A cached value was computed from the tensors. The memory address and the ``_version`` of a
     tensor are not sufficient. PyTorch reuses freed memory, so a tensor that is replaced twice may
@@ -117,7 +117,7 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A version of this process's weights.
+    """A version of this process's weights, used to detect whether they may have changed.
 
     It is a unique object that stands for this version. A cached value records the version that
     the weights had when it was cached. Versions are compared by identity. A version is an object
@@ -128,6 +128,9 @@ class WeightsVersion:
 
 class ProcessWeightsVersions:
     """The current versions of this process's weights.
+
+    A version is replaced with a new one when its weights may have changed. This invalidates all
+    values that were cached with the old version.
 
     Attributes:
         trained: Version of weights that may be trained.
@@ -159,7 +162,11 @@ class ProcessWeightsVersions:
         return self.step
 
     def for_base_weight(self, weight: torch.Tensor) -> WeightsVersion:
-        """Return the weights version for cached values computed from the given base weight."""
+        """Return the current version of the given base weight.
+
+        The version is stored with cached values that were computed from the weight. All frozen
+        weights share one version, and so do all trainable weights.
+        """
         if weight.requires_grad:
             return self.for_trained_weights()
         self.for_trained_weights()

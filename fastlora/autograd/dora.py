@@ -99,12 +99,12 @@ define_operator(
 )
 
 
-def _chunked(size: int, items: Sequence[_Item]) -> list[Sequence[_Item]]:
-    """Split a sequence into chunks of length ``size``."""
-    return [items[at : at + size] for at in range(0, len(items), size)]
+def _chunked(chunk_length: int, items: Sequence[_Item]) -> list[Sequence[_Item]]:
+    """Split a sequence into chunks of a given length."""
+    return [items[at : at + chunk_length] for at in range(0, len(items), chunk_length)]
 
 
-def _iter_adapters_with_rows(
+def _enumerate_adapters_with_rows(
     x: torch.Tensor,
     adapters: Sequence[torch.Tensor],
     ids: torch.Tensor,
@@ -115,8 +115,9 @@ def _iter_adapters_with_rows(
     """Iterate over the adapters that have rows in the batch.
 
     Yields a tuple (index, rows, positions, adapter) for each of them. ``index`` is the adapter's
-    index among all adapters, ``rows`` are its rows in x, and ``positions`` is the slice of s and z
-    for these rows. ``slots`` lists each adapter's slot in ids.
+    index among all adapters, and ``rows`` are the indices of its rows in x. ``positions`` is the
+    slice of these rows in a batch that is sorted by adapter, which is the order of s and z.
+    ``slots`` lists each adapter's slot in ids.
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
@@ -170,7 +171,7 @@ def _dora_with_dropout(
     """
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])
-    for _, rows, part, adapter in _iter_adapters_with_rows(x, *batch[:-1]):
+    for _, rows, part, adapter in _enumerate_adapters_with_rows(x, *batch[:-1]):
         y[rows], own_s, own_z = forward_with_dropout(
             y[rows], x[rows], weight, None, adapter, inplace=True
         )
@@ -200,7 +201,7 @@ def _dora_with_dropout_backward(
     for tensor in found:
         tensor.zero_()
     wants_x, wants_weight, *wants = wanted
-    for place, rows, part, adapter in _iter_adapters_with_rows(x, *batch_of):
+    for place, rows, part, adapter in _enumerate_adapters_with_rows(x, *batch_of):
         own = slice(3 * place, 3 * place + 3)
         dx, d_weight, d_factors = gradients(
             *(dy[rows], x[rows], weight, adapter, s[part, : adapter.lora_a.shape[0]]),
@@ -208,7 +209,7 @@ def _dora_with_dropout_backward(
             own_base=False,
             wants_x=wants_x,
             wants_weight=wants_weight,
-            wants_factors=wants[own],
+            wants_a_b_magnitude=wants[own],
         )
         if dx is not None:
             found[0][rows] = dx
@@ -248,9 +249,10 @@ class DoraWithDropout(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the output y of DoRA adapters with active dropout.
+        """Compute the output y of a linear layer with DoRA adapters.
 
-        y is computed from the base layer's output, or from weight and bias if ``base`` is None.
+        The dropout of the adapters is active. y is computed from the base layer's output, or from
+        weight and bias if ``base`` is None.
         ``adapters`` has six tensors for each adapter; see `DropoutAdapter`. ``ids [B]`` are slots
         per sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is
         one adapter, which applies to all rows. With ids, ``base`` must be given.
@@ -295,7 +297,7 @@ class DoraWithDropout(torch.autograd.Function):
                 own_base=ctx.own_base,
                 wants_x=needs_x,
                 wants_weight=needs_weight,
-                wants_factors=wanted[2:],
+                wants_a_b_magnitude=wanted[2:],
             )
             found = dx, d_weight, *d_factors
         else:

@@ -143,7 +143,7 @@ def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
 
 
 class LoraLinear(torch.autograd.Function):
-    """Autograd function for a linear layer with LoRA adapters.
+    """Autograd function for a linear layer with one or more LoRA adapters.
 
     It computes a base layer and the updates of its adapters as one autograd node. A given y is not
     overwritten. Saves x, s, the seeds, and the parameters. Dropout masks are computed again from

@@ -17,7 +17,7 @@ from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.library import (
     define_operator,
-    register_composite,
+    register_composite_implementation,
     register_fake,
     register_implementation,
 )
@@ -145,14 +145,15 @@ define_operator(
 )
 
 
-@register_composite("stacked_linear")
+@register_composite_implementation("stacked_linear")
 def _stacked_linear(
     x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
 ) -> torch.Tensor:
-    """Multiply rows by a stack of weights, and return the products plus y and the LoRA updates.
+    """Multiply rows by a stack of weights, and return the products plus the LoRA updates.
 
-    The rows are sorted. The operator decomposes when autograd is traced. y ``[P, N]`` or the stack
-    may be None, and there may be no adapters. Without a stack, the LoRA updates are added to y.
+    The rows are sorted. If y ``[P, N]`` is given, it is added to the result. Without a stack, the
+    LoRA updates are added to y. There may be no adapters. The operator decomposes when autograd is
+    traced.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)

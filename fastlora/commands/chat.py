@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {args.top_p}")
     folders = parse_adapter_folders(args.adapter or ())
-    model, tokenizer = _load_model_and_adapters(args, folders)
+    model, tokenizer = _load_adapted_model_and_tokenizer(args, folders)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     chat = Chat(
@@ -325,10 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """Load the model, its adapters, and the tokenizer.
+def _load_adapted_model_and_tokenizer(
+    args: argparse.Namespace, folders: dict[str, Path]
+) -> tuple[Any, Any]:
+    """Load the model with its adapters, and the tokenizer, and return both.
 
-    Returns a tuple (model, tokenizer). The model contains the adapters, and is in evaluation mode.
+    The result is a tuple (model, tokenizer). The model is in evaluation mode.
     """
     import fastlora
 

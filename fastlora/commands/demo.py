@@ -243,14 +243,15 @@ def answer_with_adapters_in_one_batch(
     return answers
 
 
-def decoding_time_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
-    """Return a table of decoding times for each number of adapters.
+def decoding_time_table(base: Any, adapter_counts: Sequence[int], device: torch.device) -> str:
+    """Measure decoding times for each number of adapters, and return them as a table.
 
-    The times are measured, and are per step.
+    Each time is that of one decoding step, in which every sequence of the batch gets one token. The
+    times with adapters are given relative to the base model's time.
     """
     torch.manual_seed(0)
     with measure.torch_threads(1):
-        rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)
+        rows = mixed_bench.compare(base, adapter_counts, RANK, SEQUENCES, 1, TABLE_ROUNDS)
     note = mixed_bench.footnote(TABLE_ROUNDS, device)
     shape = f"{SEQUENCES} sequences decode a token; random adapters, rank {RANK}, all linear layers"
     return f"{shape}\n\n{mixed_report.table(rows)}\n\n{note}"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora import env
 from fastlora.command_line import install_command, parse_arguments
 from fastlora.commands.system_checks import (
-    DoctorFindings,
+    ProblemsAndNotes,
     check_environment_variables,
     check_gpus_and_test_launches,
     check_packages,
@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(parser, argv)
     if args.adapter is not None and args.model is None:
         parser.error("--adapter needs MODEL, the folder of the model that it belongs to")
-    found = DoctorFindings()
+    found = ProblemsAndNotes()
     facts: dict[str, Any] = {
         "python": check_python(found),
         "platform": platform.platform(),
         "packages": list(check_packages(found)),
         "devices": list(describe_auto_implementations()),
         "environment": env.variables_in_use(),
-        "vllm": _vllm_facts(),
+        "vllm": _vllm_plugin_facts(),
     }
     check_gpus_and_test_launches(facts["devices"], found)
     check_environment_variables(found)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(found.problems))
 
 
-def _vllm_facts() -> dict[str, Any] | None:
+def _vllm_plugin_facts() -> dict[str, Any] | None:
     """Return a dict of facts about fastlora's vLLM plugin.
 
     The result is None if vLLM is not installed.
@@ -98,7 +98,7 @@ def _vllm_facts() -> dict[str, Any] | None:
 
 
 def _report_and_facts(
-    folder: Path, adapter: Path | None, found: DoctorFindings
+    folder: Path, adapter: Path | None, found: ProblemsAndNotes
 ) -> tuple[FusionReport | None, dict[str, Any]]:
     """Return a model's fusion report and a dict of facts about the model.
 

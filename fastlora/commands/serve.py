@@ -223,7 +223,7 @@ class _LoadingThread(threading.Thread):
         # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
-        self._app.start_and_forward_to(app)
+        self._app.start_app_and_forward_requests(app)
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         print_progress(
             f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"
@@ -404,9 +404,10 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_cleanly_on_signals() -> Iterator[None]:
-    """Make the process exit cleanly if a signal arrives during the ``with`` block.
+    """Let SIGINT and SIGTERM stop the server cleanly during a ``with`` block.
 
-    The exit code is then 0. uvicorn handles the signal and raises it again.
+    The process then exits with code 0. uvicorn stops the server and raises the signal again, which
+    would end the process, but is ignored here. The previous handlers are restored after the block.
     """
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)

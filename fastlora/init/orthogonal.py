@@ -14,10 +14,10 @@ from fastlora.validation import InitializationError
 
 @register_init("orthogonal")
 def orthogonal(given: InitInputs) -> InitResult:
-    """Build the initial factors from a random orthogonal matrix.
+    """Compute the initial factors of a layer using orthogonal initialization.
 
-    A is built from the even rows of the matrix, and B from its odd rows, so ``B A = 0``. The size
-    of the matrix is the adapter's rank.
+    A is built from the even rows of a random orthogonal matrix, and B from its odd rows, so
+    ``B A = 0``. The size of the matrix is the adapter's rank.
 
     Raises:
         InitializationError: The rank is odd.

@@ -53,10 +53,9 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight as a matrix.
+        """Return the base weight, dequantized if necessary, as an fp32 matrix ``[N, K]``.
 
-        The matrix is ``[N, K]``. A quantized weight is dequantized. The dtype is fp32, or fp64 if
-        the weight is stored in fp64.
+        A weight that is stored in fp64 stays in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -82,7 +81,9 @@ class InitInputs:
 
 @dataclass(frozen=True)
 class InitResult:
-    """The result of an initialization method.
+    """The initial factors of an adapter and, if it is changed, the new base weight.
+
+    This is the result of an initialization method.
 
     Attributes:
         lora_a: Initial value of factor A, ``[R, K]``.
@@ -96,7 +97,7 @@ class InitResult:
 
 
 @dataclass(frozen=True)
-class InitConfigField:
+class InitSubconfigField:
     """The field of `fastlora.LoraConfig` that holds the config of an initialization method.
 
     Attributes:
@@ -154,7 +155,7 @@ class InitMethod:
     data: str = ""
     calibration: str = ""
     must_repeat: bool = True
-    settings: InitConfigField | None = None
+    settings: InitSubconfigField | None = None
     frozen: tuple[str, ...] = ()
     supports_convolutions: bool = False
 
@@ -246,15 +247,15 @@ def subtract_update(
     return InitResult(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
-def check_singular_values_nonzero(
+def check_top_singular_values_nonzero(
     given: InitInputs, values: torch.Tensor, larger_dimension: int
 ) -> None:
-    """Raise `InitializationError` if any of the first R singular values is zero.
+    """Raise `InitializationError` if any of the R largest singular values is zero.
 
-    R is the rank of the adapter. Values that are as small as rounding errors count as zero. For a
-    singular value of zero, the column of lora_b and the row of lora_a would both be zero and would
-    never receive a gradient. The error is also raised if the scaling is not positive, because the
-    factors are divided by its square root.
+    R is the rank of the adapter, whose factors are built from these values. Values that are as
+    small as rounding errors count as zero. For a singular value of zero, the column of lora_b and
+    the row of lora_a would both be zero and would never receive a gradient. The error is also
+    raised if the scaling is not positive, because the factors are divided by its square root.
 
     Args:
         given: The arguments of the initialization method.

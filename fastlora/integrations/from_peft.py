@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.integrations.patch import patch
-from fastlora.integrations.peft_overrides import has_lora_layers
+from fastlora.integrations.peft_overrides import has_fastlora_layers
 from fastlora.model import LoraModel
 from fastlora.model.config_checks import PeftType
 from fastlora.validation import AdapterStateError, ConfigError
@@ -47,7 +47,7 @@ AUTO_CLASSES = (
 NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
-def peft_names_if_installed() -> tuple[str, ...]:
+def names_reexported_from_peft() -> tuple[str, ...]:
     """Return the names of PEFT's classes and functions that fastlora also provides.
 
     If PEFT is not installed, the result is empty.
@@ -80,7 +80,7 @@ def import_from_peft(name: str) -> Any:
             "upgrade with: pip install --upgrade peft"
         )
     if name in AUTO_CLASSES:
-        return _auto_class_loading_lora_model(theirs)
+        return _auto_subclass_loading_lora_model(theirs)
     return inject_adapter_in_model if name == "inject_adapter_in_model" else theirs
 
 
@@ -109,7 +109,7 @@ def inject_adapter_in_model(
             f"peft_type is {getattr(kind, 'value', kind)!r}; expected 'LORA' (for other methods, "
             "use peft.inject_adapter_in_model)"
         )
-    if has_lora_layers(model):
+    if has_fastlora_layers(model):
         raise AdapterStateError(
             "inject_adapter_in_model() got a model with LoRA layers of fastlora; add the adapter "
             "with the add_adapter() method of its LoraModel"
@@ -120,7 +120,7 @@ def inject_adapter_in_model(
     return adapted
 
 
-def _auto_class_loading_lora_model(peft_auto_class: Any) -> Any:
+def _auto_subclass_loading_lora_model(peft_auto_class: type[Any]) -> type[Any]:
     """Return a subclass of a PEFT auto class whose ``from_pretrained`` returns a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 

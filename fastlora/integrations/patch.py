@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.integrations.report import FusionReport, fusion_report
-from fastlora.routing.routers import Router, register_adapter_router
+from fastlora.routing.routers import AdapterRouter, register_adapter_router
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -58,7 +58,7 @@ def unpatch(peft_model: nn.Module) -> None:
 
 
 @register_adapter_router
-def _patched_model_router(model: Any) -> Router | None:
+def _patched_model_router(model: Any) -> AdapterRouter | None:
     """Return the router of a patched PEFT model.
 
     The result is None for any other object.

@@ -41,7 +41,7 @@ from fastlora.layers.quantized_base import (
     call_base_layer,
     clear_weight_dependent_caches,
     fallback_reason_base_called,
-    quantized_base_of_call,
+    quantized_base_for_kernels,
     quantized_base_of_layer,
     to_base_output_dtype,
 )
@@ -88,21 +88,21 @@ class _FusedForwardMixin(BaseAdapterLayer):
             self._check_mixed_batch_support(call.routing)
         else:
             kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
-        base = self._base_weight_or_output(call, x, *args, **kwargs)
+        base = self._read_or_call_base_layer(call, x, *args, **kwargs)
         return to_base_output_dtype(call, base, forward(call, base))
 
-    def _base_weight_or_output(
+    def _read_or_call_base_layer(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight and bias, or its output for ``x``.
+        """Return the base layer's weight and bias, or call the layer and return its output.
 
-        The output is returned if the base layer is called with further arguments, or if fastlora
-        cannot read the base layer's weight directly.
+        The base layer is called if there are further arguments for it, or if fastlora cannot read
+        its weight directly.
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
             plain = not fallback_reason_not_plain_linear(module)
-            base = Base(module.weight, module.bias) if plain else quantized_base_of_call(call)
+            base = Base(module.weight, module.bias) if plain else quantized_base_for_kernels(call)
         if base is not None:
             return base
         return Base(y=call_base_layer(call, module, *args, **kwargs))
@@ -210,9 +210,10 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
-    """PEFT's layer for one adapted parameter, with fastlora's forward pass for stacked experts.
+    """PEFT's `ParamWrapper` with fastlora's forward pass.
 
-    In all other cases, PEFT's forward method runs.
+    A `ParamWrapper` is PEFT's layer for one adapted parameter. fastlora's forward pass runs only
+    for stacked experts. In all other cases, PEFT's forward method runs.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -273,19 +274,19 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return FusionStatus(False, f"{found.__name__} computes it with its module")
 
 
-def _use_peft_class_name(cls: type) -> type:
+def _copy_name_from_peft_base(cls: type) -> type:
     """Set the ``__name__`` of a patched class to the name of its PEFT base class.
 
-    Printed models and `get_layer_status` then show PEFT's class name. Pickles use the qualified
-    name, which does not change. The class itself is returned, so that this function can be used as
+    Printed models and `get_layer_status` then show PEFT's class name. ``__qualname__``, which
+    pickles use, does not change. The class itself is returned, so that this function can be used as
     a decorator.
     """
     cls.__name__ = next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("peft."))
     return cls
 
 
-_use_peft_class_name(FastPeftLinear)
-_use_peft_class_name(FastPeftParamWrapper)
+_copy_name_from_peft_base(FastPeftLinear)
+_copy_name_from_peft_base(FastPeftParamWrapper)
 
 
 @functools.cache
@@ -303,7 +304,7 @@ def _patched_class_for(peft_class: type) -> type | None:
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
-    return _use_peft_class_name(
+    return _copy_name_from_peft_base(
         type(f"Fast{peft_class.__name__}", (_FusedForwardMixin, peft_class), members)
     )
 
@@ -333,9 +334,10 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter into the model, as PEFT does.
+        """Inject an adapter into the model, as PEFT does, with patched LoRA layers.
 
-        The list of the model's LoRA layers is then updated.
+        `_create_new_module` patches each new layer. Then the list of the model's LoRA layers is
+        updated.
         """
         super().inject_adapter(*args, **kwargs)
         self._update_routed_layers()
@@ -408,11 +410,11 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Enable PEFT's forward hooks, or route rows by adapter name, during a ``with`` block.
+        """Route each row to the adapter that ``adapter_names`` gives it during a ``with`` block.
 
-        PEFT's hooks are not used if ``adapter_names`` is routed. The names assign adapters to rows.
         The assignment is computed once for the whole model, whereas PEFT computes it at every
-        layer.
+        layer. PEFT's forward hooks are enabled instead if there are no ``adapter_names``, in
+        training, or if fastlora cannot route the batch.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -451,7 +453,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return found
 
 
-_use_peft_class_name(FastPeftLoraModel)
+_copy_name_from_peft_base(FastPeftLoraModel)
 
 
 class PatchedModelRouter:
@@ -515,7 +517,7 @@ class PatchedModelRouter:
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
         """Return sample routings for `warm_up`.
 
-        See `fastlora.routing.routers.Router`.
+        See `fastlora.routing.routers.AdapterRouter`.
         """
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
@@ -557,7 +559,7 @@ def patch_layer(module: nn.Module) -> None:
         module.__class__ = fast
     if fast is not None and issubclass(fast, _FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_scalings_load_hook()  # type: ignore[operator]  # defined by the new class
+        module._register_scalings_device_hook()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -574,7 +576,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_scalings_load_hook()
+    module._remove_scalings_device_hook()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings
@@ -609,10 +611,10 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place, and return the number of LoRA layers.
+    """Patch the LoRA layers of a PEFT model in place, and return their number.
 
-    The tuners are patched too. The number includes LoRA layers of classes that fastlora does not
-    patch.
+    LoRA layers of classes that fastlora does not patch are counted too. The tuners are also
+    patched.
     """
     seen = 0
     for module in model.modules():

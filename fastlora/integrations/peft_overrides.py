@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from fastlora.integrations.import_hooks import call_when_imported
 from fastlora.layers import LoraLayer
@@ -38,7 +39,7 @@ def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
     return possibly_wrapped_model
 
 
-def has_lora_layers(argument: object) -> bool:
+def has_fastlora_layers(argument: object) -> bool:
     """Return whether an object is a model with fastlora's LoRA layers.
 
     The result is True for any `LoraModel`, and for any other module that contains such layers. The
@@ -75,7 +76,7 @@ def set_peft_model_state_dict(
     adapter_name: str = "default",
     *_: Any,
     **__: Any,
-) -> Any:
+) -> _IncompatibleKeys:
     """Load a state dict into an adapter, and return the missing and unexpected keys.
 
     The tensors are copied into the parameters of the adapter, which belongs to a `LoraModel`. The
@@ -97,7 +98,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
-) -> Any:
+) -> _IncompatibleKeys:
     """Load a state dict into the base model, and return the missing and unexpected keys.
 
     The tensors are copied. See `load_base_state_dict`.
@@ -120,25 +121,29 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
     ),
     (
         "peft.utils.hotswap",
-        has_lora_layers,
+        has_fastlora_layers,
         (
             hotswap.hotswap_adapter,
             hotswap.hotswap_adapter_from_state_dict,
             hotswap.prepare_model_for_compiled_hotswap,
         ),
     ),
-    ("peft.tuners.lora.conversion", has_lora_layers, (reduce.convert_to_lora, reduce.save_as_lora)),
-    ("peft.tuners.lora.intruders", has_lora_layers, (reduce.reduce_intruder_dimension,)),
-    ("peft.optimizers", has_lora_layers, (create_loraplus_optimizer,)),
-    ("peft.peft_model", has_lora_layers, (status.get_layer_status, status.get_model_status)),
+    (
+        "peft.tuners.lora.conversion",
+        has_fastlora_layers,
+        (reduce.convert_to_lora, reduce.save_as_lora),
+    ),
+    ("peft.tuners.lora.intruders", has_fastlora_layers, (reduce.reduce_intruder_dimension,)),
+    ("peft.optimizers", has_fastlora_layers, (create_loraplus_optimizer,)),
+    ("peft.peft_model", has_fastlora_layers, (status.get_layer_status, status.get_model_status)),
 )
 
 
 def override_peft_functions() -> None:
-    """Override PEFT's functions so that they also accept fastlora's models.
+    """Replace functions of PEFT with versions that also accept fastlora's models.
 
-    The functions are replaced with fastlora's versions. `PEFT_OVERRIDES` lists them. If a PEFT
-    module is not imported yet, its functions are replaced when it is imported.
+    `PEFT_OVERRIDES` lists the functions. If a PEFT module is not imported yet, its functions are
+    replaced when it is imported.
     """
     for module, is_fastlora, functions in PEFT_OVERRIDES:
         call_when_imported(

@@ -12,7 +12,7 @@ from torch import nn
 from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.layers import LoraLayer
 from fastlora.layers.fallback_reasons import FusionStatus
-from fastlora.layers.group_members import describe_group_sharing
+from fastlora.layers.group_members import describe_input_sharing
 from fastlora.layers.quantized_base import describe_quantization
 from fastlora.ops.execution_mode import triton_status
 from fastlora.sharding import is_fsdp2_module
@@ -146,7 +146,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             shared = ""
             if getattr(module, "is_linear", False):
                 runs = implementation if module.impl == "auto" else module.impl
-                shared = describe_group_sharing(module, runs == "triton")
+                shared = describe_input_sharing(module, runs == "triton")
             reads = describe_quantization(module)
             kind = type(module).__qualname__
             rows.append(LayerFusion(name, kind, fused, reason, shared, reads))

@@ -21,7 +21,7 @@ from fastlora.validation import CheckpointError
 CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
-def _lora_model_importing_peft() -> type[LoraModel]:
+def _lora_model_after_importing_peft() -> type[LoraModel]:
     """Import PEFT, and return `LoraModel`.
 
     The import makes `LoraModel` a subclass of ``peft.PeftModel``.
@@ -97,5 +97,5 @@ def quiet_transformers(*, hide_messages: bool = True) -> Iterator[None]:
 def __getattr__(name: str) -> Any:
     """Return `LoraModel` for the name ``TransformersLoraModel``, which old pickles contain."""
     if name == "TransformersLoraModel":
-        return _lora_model_importing_peft()
+        return _lora_model_after_importing_peft()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

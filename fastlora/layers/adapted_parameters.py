@@ -49,7 +49,7 @@ from fastlora.ops.stacks import rank_row_views, transposed_rank_rows
 from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
-from fastlora.sharding import is_dtensor, process_uses_fsdp2
+from fastlora.sharding import fully_shard_was_called, is_dtensor
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
@@ -91,9 +91,10 @@ class LoraBRankRowsCache(UncopiedCache):
 
 
 class ParameterLoraLayer(LoraLayer):
-    """LoRA layer that holds the adapters of one parameter.
+    """LoRA layer for one parameter of a module.
 
-    It is never called. `FastLoraAdaptedParameters` runs the module of the parameter.
+    It holds the adapters of the parameter, and computes their updates. It is never called.
+    `FastLoraAdaptedParameters` runs the module of the parameter.
 
     Args:
         module: The module that owns the parameter.
@@ -176,10 +177,10 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and the rank rows of its lora_b as a tuple.
+        """Return an adapter's lora_a and transposed lora_b, as stacks with a row for each rank.
 
-        The rank rows are the rows of the transposed lora_b. The shapes are ``[E, R, K]`` for lora_a
-        and ``[E, R, N]`` for the rank rows. The rank rows are a copy, which is cached while
+        The result is a tuple of lora_a ``[E, R, K]`` and the rank rows ``[E, R, N]``, which are the
+        rows of the transposed lora_b. The rank rows are a copy, which is cached while
         gradients are disabled. If lora_b is stored as rank rows, as in a pool, they are a view of
         lora_b. ``name`` identifies the adapter in the cache.
         """
@@ -188,7 +189,7 @@ class ParameterLoraLayer(LoraLayer):
         if (
             torch.is_grad_enabled()
             or watched.t().is_contiguous()  # Nothing is copied.
-            or process_uses_fsdp2()  # A newly gathered tensor may reuse the last one's memory.
+            or fully_shard_was_called()  # A newly gathered tensor may reuse the last one's memory.
             or is_being_compiled()
             or not may_cache_tensors(watched.device)
         ):
@@ -499,7 +500,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     ) -> Any:
         """Run the module on a mixed batch.
 
-        The module runs separately for each adapter's rows. Each row along the first dimension of x
+        This implementation runs the module separately for each adapter's rows. The layer for
+        experts overrides it, and sorts the rows instead. Each row along the first dimension of x
         uses at most one adapter. An output must have the same number of rows for each row of x.
         """
         count = routing.ids.numel()

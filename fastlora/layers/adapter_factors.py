@@ -71,16 +71,17 @@ def _has_non_parameter_weight(module: nn.Module) -> bool:
     return weight is not None and not isinstance(weight, nn.Parameter)
 
 
-def factors_from_parameters(
+def factors_of_plain_modules(
     layer: BaseLinearWithAdapters,
     name: str,
     call: UniformCall | MixedCall | None = None,
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors on a layer from the adapter's parameters.
+    """Return the factors of an adapter whose modules on a layer are plain.
 
-    Returns None if the adapter's modules must be called instead, for example because of hooks.
+    The factors are the parameters of these modules. Returns None if the modules must be called
+    instead, for example because of hooks.
 
     Args:
         layer: The layer with the adapter.
@@ -136,7 +137,7 @@ def promoted_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_adapter_called(
     layer: BaseLinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the reason why the modules of adapters must be called instead of fused operations.
+    """Return the reason to call the modules of adapters instead of fused operations.
 
     Returns an empty string if there is no such reason. Fused operations read the parameters of the
     modules. Hooks, parametrizations, shards, and replaced modules take effect only if the modules
@@ -230,9 +231,9 @@ def dora_scales_of_adapters(
 
 
 class AdapterSource(Protocol):
-    """Protocol for the source of a batch's adapters.
+    """Protocol for an object that provides the factors of a batch's adapters.
 
-    The source is the model itself or a pool.
+    The factors are parameters of the model's layers or belong to a pool.
     """
 
     @property
@@ -245,9 +246,9 @@ class AdapterSource(Protocol):
 
     @property
     def tables(self) -> AddressTables | None:
-        """The address tables of the source.
+        """The address tables of the adapters' factors.
 
-        The value is None if the source has none. Only a pool has address tables.
+        The value is None if the source is not a pool. Only a pool has address tables.
         """
 
     def factors(

@@ -80,13 +80,11 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether q, k, and v have the same embedding dimension.
+        """Whether q, k, and v have the same embedding dimension, as in `nn.MultiheadAttention`.
 
-        The value is False while an adapter applies.
-
-        `nn.TransformerEncoderLayer` reads this property. While it is False, the encoder layer calls
-        this layer. Otherwise, in evaluation, it reads the base weights itself and would ignore the
-        adapters.
+        The value is False while an adapter applies. `nn.TransformerEncoderLayer` reads this
+        property, and calls this layer while it is False. Otherwise, in evaluation, it reads the
+        base weights itself and would ignore the adapters.
         """
         return not self._applied_adapters() and not self._out()._applied_adapters()
 

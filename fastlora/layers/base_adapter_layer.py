@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.deprecation import RenamedAttribute, without_old_names
-from fastlora.layers.adapter_factors import factors_from_parameters
+from fastlora.layers.adapter_factors import factors_of_plain_modules
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
@@ -48,7 +48,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
     def __dir__(self) -> list[str]:
         return without_old_names(self, super().__dir__())
 
-    _local_factors = factors_from_parameters
+    _local_factors = factors_of_plain_modules
     _local_magnitude = dora_magnitude_of
 
     def _clear_model_packed_factors(self) -> None:
@@ -61,9 +61,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return this process's part of the base weight.
+        """Return the local shard of the base weight.
 
-        The result is a dense matrix ``[N, K]``. By default, it is the whole weight.
+        It is this process's part of the weight, as a dense matrix ``[N, K]``. By default, it is the
+        whole weight.
         """
         return dense_weight(self.get_base_layer())
 
@@ -88,15 +89,15 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
 
-    def _register_scalings_load_hook(self) -> None:
-        """Register a ``load_state_dict`` hook for the scalings.
+    def _register_scalings_device_hook(self) -> None:
+        """Register a hook that moves scalings to the device of their adapter's factors.
 
-        The hook moves scalings to the device of their adapter's factors.
+        The hook runs after ``load_state_dict``.
         """
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 
-    def _remove_scalings_load_hook(self) -> None:
+    def _remove_scalings_device_hook(self) -> None:
         hooks = self._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _move_scalings_after_load]:
             del hooks[key]

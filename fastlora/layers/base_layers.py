@@ -238,13 +238,12 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
     return ""
 
 
-def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Replace a module's weight.
+def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
+    """Replace the data of a module's weight.
 
-    The module is linear-like, and the new weight is ``[N, K]``. The dtype and the layout stay the
-    same. The parameter object stays the same. The memory of its old values is not overwritten,
-    because other code may refer to it. A quantized weight is quantized again. See
-    `reason_weight_not_replaceable`.
+    The module is linear-like, and the new data is ``[N, K]``. The parameter object, the dtype, and
+    the layout stay the same. The memory of the old data is not overwritten, because other code may
+    refer to it. A quantized weight is quantized again. See `reason_weight_not_replaceable`.
     """
     found = quantized_weight_of(module)
     if found is not None:
@@ -255,12 +254,13 @@ def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
     own.data = laid_out.to(own.device, own.dtype).contiguous()
 
 
-def make_weight_restorer(module: nn.Module, offload: bool) -> Callable[[], None]:
+def make_weight_restorer(module: nn.Module, copy_to_cpu: bool) -> Callable[[], None]:
     """Return a function that restores a module's current weight.
 
-    The weight is restored bit for bit. `replace_weight` does not overwrite the old values, so no
-    copy is needed. If ``offload`` is set, the values of a weight on an accelerator are copied to
-    the CPU, for models that do not fit there twice.
+    The weight is restored bit for bit. If ``copy_to_cpu`` is set, the values of a dense weight on
+    an accelerator are copied to the CPU, for models that do not fit there twice. Otherwise, the old
+    values are kept without a copy, because `replace_weight_data` does not overwrite them. A
+    quantized weight is always copied, and stays on its device.
     """
     found = quantized_weight_of(module)
     if found is not None:
@@ -273,7 +273,7 @@ def make_weight_restorer(module: nn.Module, offload: bool) -> Callable[[], None]
     own: Any = module._parameters.get("weight")
     if own is None:
         return lambda: None  # `reason_weight_not_replaceable` gives the reason.
-    where, saved = own.device, own.data.cpu() if offload and not own.is_meta else own.data
+    where, saved = own.device, own.data.cpu() if copy_to_cpu and not own.is_meta else own.data
 
     def restore() -> None:
         own.data = saved.to(where)

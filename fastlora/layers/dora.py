@@ -136,8 +136,8 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 # ----------------------------------------------------------------------------- mixed batches
 
 
-class DoraSlotsOfBatch(NamedTuple):
-    """The slots of a batch that hold adapters with DoRA on a given layer.
+class DoraSlotIndices(NamedTuple):
+    """Indices of the slots of a batch that hold adapters with DoRA on a given layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
@@ -148,7 +148,7 @@ class DoraSlotsOfBatch(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlotsOfBatch | None:
+def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlotIndices | None:
     """Return the slots whose adapters use DoRA on a layer.
 
     Returns None if there are none. The slots of a captured CUDA graph are not known. In this case,
@@ -157,7 +157,7 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
     source = routing.source
     if routing.captured:
         tables = source.tables
-        return None if tables is None or tables.scale_address is None else DoraSlotsOfBatch()
+        return None if tables is None or tables.scale_address is None else DoraSlotIndices()
     if source.loaded_adapters is not None:
         scaled = tuple(
             slot
@@ -167,7 +167,7 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
             and (factors := source.factors(layer, slot)) is not None
             and factors.magnitude is not None
         )
-        return DoraSlotsOfBatch(scaled) if scaled else None
+        return DoraSlotIndices(scaled) if scaled else None
     magnitudes = layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules:
         return None
@@ -176,14 +176,14 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
         return None
     dropouts = layer._modules["lora_dropout"]._modules
     dropped = tuple(slot for slot in slots if _is_active_dropout(dropouts[routing.names[slot]]))
-    return DoraSlotsOfBatch(tuple(slot for slot in slots if slot not in dropped), dropped)
+    return DoraSlotIndices(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
 def _is_active_dropout(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotsOfBatch) -> torch.Tensor:
+def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotIndices) -> torch.Tensor:
     """Apply DoRA to the rows of y that belong to the given slots.
 
     Returns the result. y is ``[..., N]`` and includes the bias. On entry, the rows of
@@ -214,7 +214,7 @@ def _must_gather_adapter_rows(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
-    slots: DoraSlotsOfBatch,
+    slots: DoraSlotIndices,
 ) -> bool:
     """Return whether each adapter's rows must be gathered for DoRA.
 
@@ -259,7 +259,10 @@ def _apply_dora_adapters_with_dropout(
 
 
 def _scale_rows_by_id(
-    call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
+    call: MixedCall,
+    y: torch.Tensor,
+    included_bias: torch.Tensor | None,
+    scales: dict[int, DoraScaleTerms],
 ) -> torch.Tensor:
     """Scale each row of y by its adapter's DoRA scale, which is looked up by the row's id.
 
@@ -285,10 +288,10 @@ def _scale_rows_by_id(
     each = flat.shape[0] // max(routing.ids.shape[0], 1)
     places = known[routing.ids.to(device).clamp(min=-1)]  # An id of -2 was out of range.
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
-    u = flat if bias is None else flat - bias.to(flat.dtype)
+    u = flat if included_bias is None else flat - included_bias.to(flat.dtype)
     scaled = multiply_rounded_once(u, table.index_select(0, places))
-    if bias is not None:
-        scaled += bias.to(flat.dtype)
+    if included_bias is not None:
+        scaled += included_bias.to(flat.dtype)
     return torch.where((places == last).unsqueeze(1), flat, scaled).view(y.shape)
 
 
@@ -296,7 +299,10 @@ def _scale_rows_by_id(
 
 
 def _scale_rows_with_autograd(
-    y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, DoraScaleTerms]
+    y: torch.Tensor,
+    included_bias: torch.Tensor | None,
+    rows: Rows,
+    scales: dict[int, DoraScaleTerms],
 ) -> torch.Tensor:
     """Scale rows of y by their adapters' DoRA scales, and record the operation for autograd.
 
@@ -311,9 +317,11 @@ def _scale_rows_with_autograd(
         places = torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(y.device)
         index = places if rows.is_sorted else rows.order.index_select(0, places).long()
     own = flat if whole else flat.index_select(0, index)
-    u = own if bias is None else own - bias.to(own.dtype)
+    u = own if included_bias is None else own - included_bias.to(own.dtype)
     parts = zip(u.split(lengths), segments, strict=True)
-    scaled = torch.cat([ApplyDoraScaleAndAddBias.apply(p, bias, *scales[s.slot]) for p, s in parts])
+    scaled = torch.cat(
+        [ApplyDoraScaleAndAddBias.apply(p, included_bias, *scales[s.slot]) for p, s in parts]
+    )
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.ops.torch.dora import RowChunkedWeight, squared_norms_with_update, squared_row_norms
-from fastlora.sharding import is_dtensor, local_shard, process_uses_fsdp2
+from fastlora.sharding import fully_shard_was_called, is_dtensor, local_shard
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _St
 
     Returns None if a stamp cannot detect changes to the tensors.
     """
-    if process_uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
+    if fully_shard_was_called():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
     # Another parameter over the same memory has its own version.

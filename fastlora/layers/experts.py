@@ -67,7 +67,7 @@ class _SortedRows(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """The number of adapter slots.
+        """The number of adapter slots of each expert.
 
         This is the S in the keys, ``expert * S + slot``. It is 1 if the same adapters apply to all
         rows. Otherwise, the last slot is for rows without an adapter.
@@ -99,9 +99,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         self.out_features = stack_shape(base_layer, _product_names(base_layer)[1])[1]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
-        A layer of this class is never fused.
+        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
+        is never fused.
         """
         base = self.base_layer
         config = getattr(base, "config", None)
@@ -344,26 +345,26 @@ def _inverse_permutation(order: torch.Tensor) -> torch.Tensor:
 def _stacked_linear(
     x: torch.Tensor,
     stack: torch.Tensor | None,
-    y: torch.Tensor | None,
+    addend: torch.Tensor | None,
     operands: StackAdapterOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack of matrices, and add y and the adapters' updates.
+    """Multiply sorted rows by a stack of matrices, and add ``addend`` and the adapters' updates.
 
-    Returns the sum. ``y`` or ``stack`` may be None. If ``stack`` is None, the updates may be added
-    to y in place.
+    Returns the sum. ``addend`` or ``stack`` may be None. If ``stack`` is None, the updates may be
+    added to ``addend`` in place.
     """
     rows, impl = call.rows, call.conditions.backend
     if call.conditions.compiling:
         linear: Any = torch.ops.fastlora.stacked_linear
         made: torch.Tensor = linear(
-            x, stack, y, call.slots, *operands, rows.operator_arguments(), impl
+            x, stack, addend, call.slots, *operands, rows.operator_arguments(), impl
         )
         return made
     if stack is None:
-        return stacked_lora_linear(x, None, y, call.slots, operands, rows, impl)
+        return stacked_lora_linear(x, None, addend, call.slots, operands, rows, impl)
     product = stacked_lora_linear(x, stack, None, call.slots, operands, rows, impl)
-    return product if y is None else product + y
+    return product if addend is None else product + addend
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):

@@ -123,9 +123,9 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 
 
 def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the reason why a mixed batch falls back to PyTorch's GEMMs.
+    """Return the reason why a mixed batch cannot run in batch-invariant mode.
 
-    This function is called only for batches that fall back although kernels are available.
+    This function is called only for batches that cannot, although kernels are available.
     """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"

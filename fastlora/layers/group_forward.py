@@ -38,7 +38,7 @@ from fastlora.layers.group_members import (
     PreparedGroupLaunch,
     lora_a_by_slot,
     operand_tensors,
-    prepare_group_launch,
+    prepare_launch_with_later_layers,
     select_sharing_layers,
 )
 from fastlora.layers.shared_input import SharedInputGroup, observe_call
@@ -116,7 +116,7 @@ def group_forward(
             taken = group.pop_result(x, id(layer), _call_dependencies(call, own), waiting)
             if taken is not None:
                 key, made = taken
-                if key == _operand_cache_key(call, base, own, made):
+                if key == _layer_operands_cache_key(call, base, own, made):
                     if trains:
                         group.fallback_reasons[id(layer)] = ""
                     return made
@@ -136,11 +136,11 @@ def group_forward(
         if waits:
             group.launches.clear()
         else:
-            made = _compute_outputs_together(call, base, own, group)
+            made = _compute_outputs_with_later_layers(call, base, own, group)
     if trains:
         if made is None and several and not reason and not x.is_inference():
             slots: Any = [own] if isinstance(own, Factors) else own
-            made, reason = _compute_s_together(call, slots, group)
+            made, reason = _compute_s_with_later_layers(call, slots, group)
         group.fallback_reasons[id(layer)] = reason
     return made
 
@@ -187,7 +187,7 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
     return block, autocast, invariant, weights_versions.trained
 
 
-def _operand_cache_key(
+def _layer_operands_cache_key(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: PrecomputedResult
 ) -> tuple[object, ...] | None:
     """Return a cache key for a layer's operands.
@@ -261,12 +261,12 @@ def _can_group_outputs(
     )
 
 
-def _compute_outputs_together(
+def _compute_outputs_with_later_layers(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PrecomputedResult | None:
-    """Compute the outputs of a layer and of other layers in its group, in one call.
+    """Compute the outputs of a layer and of later layers in its group, in one call.
 
-    The other layers are those that are called after it. Returns the layer's own result, or None if
+    The later layers are those that are called after it. Returns the layer's own result, or None if
     one call cannot compute it.
     """
     layer, x, conditions = call.layer, call.original_x, call.conditions
@@ -281,7 +281,9 @@ def _compute_outputs_together(
         or (records and not launch.fits_one_node(x))
     ):
         group.launches.clear()  # The launches of other layers are as old.
-        launch = group.launches[id(layer)] = prepare_group_launch(call, base, own, group)
+        launch = group.launches[id(layer)] = prepare_launch_with_later_layers(
+            call, base, own, group
+        )
     operands, dropout_p = launch.operands, launch.dropout_p
     if not operands or not backend.supports_grouped_forward(x):
         return None
@@ -309,12 +311,12 @@ def _compute_outputs_together(
 # ------------------------------------------------------------------------------ by lists, every s
 
 
-def _compute_s_together(
+def _compute_s_with_later_layers(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[PrecomputedResult | None, str]:
-    """Compute s for a layer and for other layers in its group, in one pass over x.
+    """Compute s for a layer and for later layers in its group, in one pass over x.
 
-    The other layers are those that are called after it. Returns a tuple (result, reason). The
+    The later layers are those that are called after it. Returns a tuple (result, reason). The
     result is that of the layer itself, and the reason is empty. If s is not shared, the result is
     None, and the reason explains why.
     """
@@ -340,13 +342,13 @@ def _compute_s_together(
     return first, ""
 
 
-def _active_dropout_p(slots: Slots) -> float:
+def _active_dropout_p(layer_slots: Slots) -> float:
     """Return the active dropout probability of a layer's slots.
 
     It is 0 if dropout is not active. `select_sharing_layers` ensures that at most one adapter of
     the layer has active dropout.
     """
-    return max(0.0 if factors is None else factors.dropout_p for factors in slots)
+    return max(0.0 if factors is None else factors.dropout_p for factors in layer_slots)
 
 
 def _compute_s_in_compiled_graph(
@@ -442,7 +444,7 @@ def _compute_output_and_neighbor_s(
     y, *planes = linear_from_tables(call, base, own, with_neighbor_s=True)
     if planes:
         made = PrecomputedResult(None, planes[0])
-        key = _operand_cache_key(call, base, own, made)
+        key = _layer_operands_cache_key(call, base, own, made)
         others = [id(member) for member in own.members if member is not call.layer]
         results = dict.fromkeys(others, (key, made))
         layer, context = call.layer, _call_dependencies(call, own)

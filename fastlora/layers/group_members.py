@@ -15,7 +15,7 @@ import torch
 
 from fastlora.deprecation import renamed_arguments
 from fastlora.layers.adapter_factors import (
-    factors_from_parameters,
+    factors_of_plain_modules,
     has_gradient_hooks,
     has_module_hooks,
     promoted_factor_dtype,
@@ -77,7 +77,7 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the launch was prepared for x, the base layer, and the factors.
+        """Return whether the launch is prepared for x, the base layer, and the factors.
 
         Of x, only the dtype and the device must match.
         """
@@ -111,12 +111,13 @@ class PreparedGroupLaunch:
         return others == [own] * len(others)
 
 
-def prepare_group_launch(
+def prepare_launch_with_later_layers(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PreparedGroupLaunch:
-    """Return a `PreparedGroupLaunch` for a layer and other members of its shared-input group.
+    """Prepare one launch for a layer and for later layers in its shared-input group.
 
-    Only members that are called after the layer are included.
+    Returns a `PreparedGroupLaunch`. The later layers are those that are called after the layer.
+    Those that need their own launch are left out.
     """
     layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []
@@ -182,7 +183,7 @@ def _groupable_operands(
     names, base = member._applied_adapters(), member._fusable_base()
     if len(names) != 1 or base is None:
         return None
-    factors = factors_from_parameters(member, names[0], call)
+    factors = factors_of_plain_modules(member, names[0], call)
     if factors is None or not _is_groupable(member, x, base, factors):
         return None
     if records:
@@ -276,7 +277,7 @@ def _factors_or_reason(
         magnitudes = member._modules.get("lora_magnitude_vector")
         if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "a layer uses DoRA"
-        factors = factors_from_parameters(member, names[0], call)
+        factors = factors_of_plain_modules(member, names[0], call)
         if factors is None:
             return None, "a layer has a factor or dropout module with hooks, or a custom one"
         return [factors], ""
@@ -358,11 +359,12 @@ def record_compiled_fallback(self: Any, reason: str) -> None:
     self.__dict__["_compiled_fallback_reason"] = reason
 
 
-def describe_group_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
-    """Return a message that says whether a layer and its shared-input group share a pass over x.
+def describe_input_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
+    """Describe whether a layer and its shared-input group share a pass over their input x.
 
-    The message is for the fusion report, and describes training. ``uses_kernels`` tells whether
-    Triton kernels compute the layer's output.
+    Returns a message for the fusion report, which describes training. The message gives the reason
+    if the pass is not shared. ``uses_kernels`` tells whether Triton kernels compute the layer's
+    output.
     """
     if not uses_kernels:
         return _IN_PYTORCH

@@ -23,10 +23,10 @@ PEFT_LAYER_ALTERNATIVE = (
 )
 
 
-class ParameterSettings(NamedTuple):
-    """An adapter's settings for one parameter of a module.
+class ParameterRankAndAlpha(NamedTuple):
+    """An adapter's rank and alpha for one parameter of a module.
 
-    Settings that are not listed here are the same for all parameters of the module.
+    Other settings are the same for all parameters of the module.
 
     Attributes:
         name: The name of the parameter, relative to the module.
@@ -56,7 +56,7 @@ class LayerAdapterSettings(NamedTuple):
     init_lora_weights: bool | str = True
     init_config: object | None = None
     from_file: bool = False
-    parameters: tuple[ParameterSettings, ...] = ()
+    parameters: tuple[ParameterRankAndAlpha, ...] = ()
 
 
 class LayerKind(NamedTuple):

@@ -15,7 +15,7 @@ from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.ops.factors import Base
-from fastlora.sharding import is_dtensor, raise_if_base_weight_sharded
+from fastlora.sharding import is_dtensor, raise_if_base_weight_is_dtensor
 from fastlora.validation import UnsupportedLayerError
 
 DEFAULT_ADAPTER = "default"
@@ -131,10 +131,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return the base layer as a plain `nn.Linear`, without adapters.
+        """Return a plain `nn.Linear` with the base layer's weight and bias.
 
-        It shares this layer's weight and bias, and is the `nn.Linear` that the layer was created
-        from, if any.
+        It shares both with this layer, and has no adapters. It is the `nn.Linear` that the layer
+        was created from, if any.
         """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
@@ -165,7 +165,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         if type(weight) is nn.Parameter and "bias" in self._parameters:
             bias = self._parameters["bias"]
         else:
-            raise_if_base_weight_sharded(self)
+            raise_if_base_weight_is_dtensor(self)
             weight, bias = self.weight, self.bias
         if isinstance(call, UniformCall) and not call.names:
             reason = (
@@ -183,9 +183,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which is this layer itself.
+        """Return the base layer.
 
-        The layer itself contains the base weight.
+        It is this layer itself, which contains the base weight.
         """
         return self
 

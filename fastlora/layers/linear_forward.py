@@ -110,7 +110,7 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
             if shared is not None and shared.y is not None:
                 return shared.y
     else:
-        first, others, bias = _concatenate_adapters_without_dropout(call, names)
+        first, others, bias = _concatenate_factors_unless_dropout(call, names)
     if first is None:
         conditions.raise_if_batch_invariant(layer, fallback_reason_adapter_called(layer, names))
         return _add_by_calling_modules(call, base.output(x), names)
@@ -126,7 +126,7 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
     return y
 
 
-def _concatenate_adapters_without_dropout(
+def _concatenate_factors_unless_dropout(
     call: UniformCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
     """Concatenate the factors of several adapters unless dropout is active.

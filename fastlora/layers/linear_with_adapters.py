@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class BaseLinearWithAdapters(nn.Module):
-    """Base class that defines the interface of linear layers with named adapters.
+    """Base class of linear layers with named adapters.
 
-    `fastlora.layers.base_adapter_layer` implements it. The attributes have PEFT's names. Names that
-    start with ``_local`` refer to the whole layer. For a layer that is split over processes
+    It declares the attributes and methods that forward passes use.
+    `fastlora.layers.base_adapter_layer` implements them. The attributes have PEFT's names. Names
+    that start with ``_local`` refer to the whole layer. For a layer that is split over processes
     (`fastlora.layers.tensor_parallel`) they refer to this process's shard, and shapes are those of
     the shard.
 
@@ -54,7 +55,7 @@ class BaseLinearWithAdapters(nn.Module):
             compiled.
         _local_weight: Returns the base weight as a dense matrix, ``[N, K]``.
         _local_factors: Returns an adapter's factors; see
-            `fastlora.layers.adapter_factors.factors_from_parameters`.
+            `fastlora.layers.adapter_factors.factors_of_plain_modules`.
         _local_magnitude: Returns an adapter's magnitude; see
             `fastlora.layers.dora_norms.dora_magnitude_of`.
     """

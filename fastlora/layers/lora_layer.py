@@ -18,7 +18,7 @@ from fastlora.layers.base_layers import (
     dense_weight,
     factor_reference,
     make_weight_restorer,
-    replace_weight,
+    replace_weight_data,
 )
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.merging import Mergeable
@@ -79,7 +79,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_scalings_load_hook()
+        self._register_scalings_device_hook()
 
     # ------------------------------------------- methods that a layer kind overrides
 
@@ -173,7 +173,8 @@ class LoraLayer(Mergeable):
     def _rank_blocks(self, part: str) -> int:
         """Return the number of blocks into which the rank dimension of a factor is divided.
 
-        The lora_A of a convolution has one block per group, and any other factor has one block.
+        The lora_A of a convolution has one block per group, and the lora_A of a stack has one block
+        per matrix. Any other factor has one block.
         """
         base: Any = self.get_base_layer()
         return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
@@ -215,8 +216,9 @@ class LoraLayer(Mergeable):
                 method of `fastlora.init`.
             init_config: Settings of the initialization method, such as
                 ``LoraConfig.lora_ga_config``.
-            from_file: Whether trained factors are about to overwrite the new factors. If so, only a
-                change of the base weight is repeated.
+            from_file: Whether trained factors from a file are about to overwrite the new factors.
+                The initialization method is then skipped, except that a change of the base weight
+                is repeated.
 
         Raises:
             AdapterStateError: The name is in use, or an adapter is merged into the base weight that
@@ -262,7 +264,7 @@ class LoraLayer(Mergeable):
                 pair = dict(zip(("lora_A", "lora_B"), factors, strict=True))
                 self.frozen_peft_weight_names[adapter_name] = tuple(pair[f] for f in init.frozen)
             if start.weight is not None:
-                replace_weight(self.get_base_layer(), start.weight)
+                replace_weight_data(self.get_base_layer(), start.weight)
                 self.clear_caches()
             self._move_scalings_to_factors([adapter_name])
             self._on_factors_added(adapter_name)
@@ -275,14 +277,14 @@ class LoraLayer(Mergeable):
         if init.data:
             delete_calibration(self, init)
 
-    def _make_base_undo(self, init: InitMethod, offload: bool = False) -> Callable[[], None]:
+    def _make_base_undo(self, init: InitMethod, copy_to_cpu: bool = False) -> Callable[[], None]:
         """Return a function that undoes an initialization's changes to the base layer.
 
-        If ``offload`` is set, a weight on an accelerator is saved in CPU memory.
+        If ``copy_to_cpu`` is set, a weight on an accelerator is saved in CPU memory.
         """
         data = find_calibration(self, init) if init.data else None
         restore = (
-            make_weight_restorer(self.get_base_layer(), offload) if init.changes_base else None
+            make_weight_restorer(self.get_base_layer(), copy_to_cpu) if init.changes_base else None
         )
 
         def undo() -> None:
@@ -349,10 +351,10 @@ class LoraLayer(Mergeable):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from the layer without checks.
+        """Remove an adapter from the layer.
 
-        Unlike this method, `delete_adapter` checks that the adapter can be deleted. A failed
-        `add_adapter` calls this method, for example.
+        Unlike `delete_adapter`, this method does not check that the adapter can be deleted. A
+        failed `add_adapter` calls it, for example.
         """
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
@@ -426,9 +428,10 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
+        """Return the names that an adapter's tensors have in the adapter's file.
 
-        The names and the keys are relative to this layer. The tensors of inner layers are included.
+        The result is a dict that maps each of these names to the tensor's state dict key. The names
+        and the keys are relative to this layer. The tensors of inner layers are included.
         """
         names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
         for below, layer in self.inner_layers().items():

@@ -81,11 +81,12 @@ class MergeTarget(Protocol):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot for use after ``nn.Module._apply`` has converted the module.
+        """Convert a snapshot with ``fn``, as ``nn.Module._apply`` converts the module's tensors.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
-        ``nn.Module._apply`` applies to the module's tensors. Returns the converted snapshot, or
-        ``snapshot`` itself if `restore` can use it as it is.
+        ``nn.Module._apply`` applies to the module's tensors. Returns the converted snapshot, which
+        is for use after the module has been converted, or ``snapshot`` itself if `restore` can use
+        it as it is.
         """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
@@ -130,9 +131,10 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write ``dense`` to the weight.
+        """Write a dense matrix to the weight.
 
-        The method does nothing, because ``dense`` is the weight.
+        The matrix is the result of `merge_buffer`, which is the weight itself, so this method does
+        nothing.
         """
 
     def snapshot(self) -> object:

@@ -215,7 +215,7 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     call = replace(call, routing=batch)
     if batch.source.tables is not None:
         return _forward_pool_in_compiled_graph(call, base, batch.source.tables)
-    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlotsOfBatch()
+    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlotIndices()
     slots = slot_factors_for_compiled_graph(call, layer, dora.dropped)
     if slots is None:
         return None

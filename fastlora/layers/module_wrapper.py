@@ -17,11 +17,10 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Module that wraps another module.
+    """Base class of wrappers that keep a trained copy of a module for each adapter.
 
-    This is a base class. Each adapter has its own copy of the wrapped module or of some of its
-    rows. A subclass defines what an adapter trains. Names of parameters and of file keys follow
-    PEFT.
+    The copy is of the whole wrapped module or of some of its rows. A subclass defines what an
+    adapter trains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -63,9 +62,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
+        """Return the names that an adapter's tensors have in the adapter's file.
 
-        The names and the keys are relative to this module.
+        The result is a dict that maps each of these names to the tensor's state dict key. The names
+        and the keys are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 

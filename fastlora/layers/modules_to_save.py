@@ -68,13 +68,17 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
     @property
     def _trained_modules_or_rows_by_adapter(self) -> nn.ModuleDict:
-        """The trained copies of the module, keyed by adapter name."""
+        """The trained modules or rows, keyed by adapter name.
+
+        In this class, they are copies of the whole module.
+        """
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
+        """Return the names that an adapter's tensors have in the adapter's file.
 
-        The names in the file are the keys in the state dict of the adapter's copy.
+        The result is a dict that maps each of these names to the tensor's state dict key. The names
+        in the file are the keys in the state dict of the adapter's copy.
         """
         if adapter_name not in self.modules_to_save:
             return {}
@@ -89,11 +93,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Release and return the active adapter's module.
+        """Release and return the module that replaces this wrapper when adapters are removed.
 
-        It is the adapter's copy, or the original module if no adapter is active. The returned
-        module replaces this wrapper when the adapters are removed. Whether adapters are disabled
-        makes no difference.
+        It is the active adapter's copy, or the original module if no adapter is active. Whether
+        adapters are disabled makes no difference.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]

@@ -89,7 +89,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
         if sets.snapshot is not None:
             names = [routing.names[slot] for slot in rows.used_slots]
             sets.snapshot.add(layer, layer.scaling, names)
-        slots = _packable_factors(layer, call, rows)
+        slots = _factors_to_pack(layer, call, rows)
         pack = None if slots is None else pack_layer_factors(slots, x.dtype, kind)
         sets.put(number, x.dtype, kind, pack)
     if pack is None:
@@ -109,11 +109,11 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
     return found
 
 
-def _packable_factors(layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
-    """Return a list of the factors to pack.
+def _factors_to_pack(layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
+    """Return a list of a layer's factors to pack, or None if they cannot be packed.
 
-    The list has one entry for each slot with rows. Returns None if the factors cannot be packed.
-    Active dropout, hooks, and factors on another device than x prevent packing.
+    The list has one entry for each slot with rows. Active dropout, hooks, and factors on another
+    device than x prevent packing.
     """
     try:
         slots = factors_in_slots(call.routing.source, layer, rows.used_slots)

@@ -20,7 +20,7 @@ from fastlora.layers.dora_norms import may_cache_tensors
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
     RepackedProduct,
-    is_repacking_prevented,
+    is_bitsandbytes_repacking_prevented,
     quantized_weight_of,
     warn_if_gradients_blocked,
 )
@@ -88,7 +88,7 @@ class KernelWeightCache(UncopiedCache):
         if reason:
             return reason
         try:
-            entries = self._get_or_create_entries(module)
+            entries = self._entries_if_cacheable(module)
         except (UnsupportedLayerError, AttributeError) as error:
             return str(error)
         if entries is None:
@@ -137,10 +137,10 @@ class KernelWeightCache(UncopiedCache):
         """Compute a module's output from repacked codes.
 
         Returns None if the module must be called, or if calling it is faster. The module is one for
-        which `is_repacking_prevented` is true.
+        which `is_bitsandbytes_repacking_prevented` is true.
         """
         try:
-            if self._get_or_create_entries(module) is None:
+            if self._entries_if_cacheable(module) is None:
                 return None
         except (UnsupportedLayerError, AttributeError):
             return None
@@ -153,12 +153,12 @@ class KernelWeightCache(UncopiedCache):
             else repacked(x)
         )
 
-    def _get_or_create_entries(self, module: nn.Module) -> _Found | None:
-        """Return the cache entries for a module's weight, creating them if needed.
+    def _entries_if_cacheable(self, module: nn.Module) -> _Found | None:
+        """Return the cache entries for a module's weight, or None if it cannot be cached.
 
-        The entries are a tuple (kind, dict). Returns None for a weight without a stamp, because
-        such a weight cannot be cached. Entries for another weight, or from before a write to the
-        weight, are dropped.
+        The entries are a tuple (kind, dict), and are created if needed. A weight without a stamp
+        cannot be cached. Entries for another weight, or from before a write to the weight, are
+        dropped.
 
         Raises:
             UnsupportedLayerError: The weight is not quantized yet.
@@ -177,8 +177,8 @@ class KernelWeightCache(UncopiedCache):
         return None if stamp is None else entries
 
 
-def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
-    """Return a `Base` with the quantized weight to use for a call.
+def quantized_base_for_kernels(call: UniformCall | MixedCall) -> Base | None:
+    """Return a `Base` with the quantized weight that kernels use for a call.
 
     Returns None if the base layer itself must be called.
     """
@@ -213,7 +213,7 @@ def call_base_layer(
     made: torch.Tensor | None = None
     if conditions.compiling or conditions.tracing:
         pass
-    elif not is_repacking_prevented(module):
+    elif not is_bitsandbytes_repacking_prevented(module):
         warn_if_gradients_blocked(layer, module, x)
     elif module.training or x.requires_grad:
         if "_kernel_weights" in layer.__dict__:

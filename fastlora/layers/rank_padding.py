@@ -31,9 +31,9 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
             rank, lora_bias, AdapterInitializer(layer, False, 1.0, None, False)
         )
     for part, factor in made.items():
-        old = factor_parameters(held[part])
+        old = factor_parameters_by_name(held[part])
         factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
-        for name, tensor in factor_parameters(factor).items():
+        for name, tensor in factor_parameters_by_name(factor).items():
             copy_zero_padded(tensor, old[name], layer._rank_blocks(part))
             tensor.requires_grad_(old[name].requires_grad)
     return made
@@ -71,8 +71,8 @@ def set_scaling_and_alpha(
     layer.lora_alpha[adapter_name] = float(scaling) * by
 
 
-def factor_parameters(factor: parts.Factor) -> dict[str, nn.Parameter]:
-    """Return a dict of a factor's parameters, keyed by name.
+def factor_parameters_by_name(factor: parts.Factor) -> dict[str, nn.Parameter]:
+    """Return a dict of a factor's parameters, keyed by parameter name.
 
     A bare parameter is named ``weight``.
     """

@@ -229,10 +229,10 @@ class SharedInputGroup(SharedResultCache):
         self.idle.clear()
 
 
-class _CallSequence:
-    """A sequence of layers that are called with the same tensor.
+class _SharedInputCallSequence:
+    """A sequence of layers that are called one after another with the same input tensor.
 
-    One thread calls them one after another.
+    The calls are in one thread. `form_group` forms a shared-input group from the layers.
     """
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
@@ -243,10 +243,11 @@ class _CallSequence:
         # The tensor's version, or a copy of the tensor if PyTorch does not count writes to it.
         self._state = x.clone() if x.is_inference() else x._version
 
-    def is_continued_by(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Return whether calling a layer with x continues the sequence of calls.
+    def can_append_call(self, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Return whether the call of a layer with x can be appended to the sequence.
 
-        The call is in this thread.
+        The call is in this thread. It can be appended if the sequence is in this thread too, x is
+        the sequence's tensor, and the layer is not in the sequence yet.
         """
         if self.thread != get_ident() or self.x() is not x:
             return False
@@ -283,7 +284,7 @@ def _as_bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 # Sequences that may continue: at most one per thread.
-_open_sequences: list[_CallSequence] = []
+_open_sequences: list[_SharedInputCallSequence] = []
 _sequences_lock = threading.Lock()
 
 
@@ -312,7 +313,7 @@ def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
                 return known
     with _sequences_lock:
         for sequence in [*_open_sequences]:
-            if sequence.is_continued_by(layer, x):
+            if sequence.can_append_call(layer, x):
                 sequence.append_call(layer, x)
                 return None
             # A thread that calls another layer, or uses another tensor, has ended its last
@@ -322,7 +323,7 @@ def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
                 sequence.form_group()
         known = known_group(layer)
         if known is None:
-            _open_sequences.append(_CallSequence(layer, x))
+            _open_sequences.append(_SharedInputCallSequence(layer, x))
     return known
 
 

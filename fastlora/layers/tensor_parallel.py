@@ -164,7 +164,7 @@ class TensorParallelLora(FastLoraWrapper):
         if self._handle is None:
             # Prepend the hook to that of parallelize_module, so that it sees this process's share.
             self._handle = self.base_layer.register_forward_hook(
-                self._lora_forward_hook, prepend=True
+                self._add_local_update_hook, prepend=True
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
@@ -214,12 +214,12 @@ class TensorParallelLora(FastLoraWrapper):
         with torch.inference_mode(False), torch.no_grad():
             return self.base_layer(x, *args, **kwargs)
 
-    def _lora_forward_hook(
+    def _add_local_update_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Forward hook that adds the LoRA update to the base layer's output.
+        """Forward hook that adds this process's share of the LoRA update to the base output.
 
-        This process's share of the update is added to its share of y, before the collectives on y.
+        The output is this process's share of y, before the collectives on y.
         """
         from torch.distributed.tensor import DTensor, Partial
 
@@ -296,12 +296,12 @@ class TensorParallelLora(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share of the base bias.
+        """Return this process's share of the base bias, or None if the base layer has no bias.
 
-        Returns None if the base layer has no bias. The share is included in this process's share of
-        y. Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y
-        and adds them afterwards, so that they sum to the bias in whichever process torch has added
-        it. All parts may be trained.
+        The share is included in this process's share of y. Column-wise, it is this process's slice
+        of the bias. Row-wise, each process gets an equal part: the bias divided by the number of
+        processes. DoRA subtracts these parts before it scales y and adds them afterwards, so that
+        they sum to the bias in whichever process torch has added it. All parts may be trained.
         """
         bias = super()._local_base_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -377,9 +377,9 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's weight update ``scaling * B @ A``.
+        """Return an adapter's unsharded weight update ``scaling * B @ A``.
 
-        The update ``[N, K]`` is unsharded. All processes must call this method.
+        The shape of the update is ``[N, K]``. All processes must call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -75,14 +75,16 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
 
     @property
     def tied_to(self) -> FastLoraEmbedding:
-        """The LoRA layer of the embedding that this head is tied to."""
+        """The embedding layer that this head is tied to.
+
+        It is the LoRA layer that has the shared factors.
+        """
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add an adapter to the tied head.
+        """Add an adapter that shares its factors with the embedding's adapter of the same name.
 
-        The adapter shares its factors with the embedding's adapter of the same name. ``settings``
-        are those of `LoraLayer.add_adapter`.
+        ``settings`` are those of `LoraLayer.add_adapter`.
         """
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)
@@ -96,9 +98,10 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
+        """Return the names that an adapter's tensors have in the adapter's file.
 
-        The dict is empty, because the embedding saves the shared factors.
+        The result is a dict that maps each of these names to the tensor's state dict key. It is
+        empty, because the embedding saves the shared factors.
         """
         return {}
 

@@ -58,9 +58,10 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TrainableTokensLayer(nn.Module):
-    """Module that holds the trained token rows of all adapters on one base layer.
+    """Layer with the trained token rows of an embedding or a linear layer, for all adapters.
 
-    The class and attribute names follow PEFT.
+    The layer only stores the rows. `TrainableTokensWrapper` uses them in its forward pass. The
+    class and attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -188,10 +189,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the tensor names in an adapter's file to state dict keys.
+        """Return the names that an adapter's tensors have in the adapter's file.
 
-        Its only entry is for the adapter's rows. The dict is empty if another module owns the rows,
-        or if the module does not have the adapter.
+        The result is a dict that maps each of these names to the tensor's state dict key. Its only
+        entry is for the adapter's rows. The dict is empty if another module owns the rows, or if
+        the module does not have the adapter.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -200,9 +202,9 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The original module that this object wraps.
+        """The original embedding or linear layer that this object wraps.
 
-        It is an embedding or a linear layer. The property's name is PEFT's.
+        The property's name is PEFT's.
         """
         return self.get_base_layer()
 
@@ -404,7 +406,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
         """Merge adapters that `check_merge` has checked.
 
-        Their rows are written into the weight, and the old rows are saved for `unmerge`.
+        Their rows are written into the weight, and the old rows are saved for `unmerge`, even if
+        ``keep_base`` is False.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

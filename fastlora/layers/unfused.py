@@ -248,14 +248,14 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         keep = torch.ops.fastlora.lora_keep(x, seed, dropout.p, None)
         return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
 
-    def _scaling_on_device_of(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Return an adapter's scaling as a tensor on the device of ``like``.
+    def _scaling_on_device_of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return an adapter's scaling as a scalar tensor on the device of ``tensor``.
 
-        The tensor has no dimensions. It is fp64 if ``like`` is, otherwise fp32.
+        The result is fp64 if ``tensor`` is, otherwise fp32.
         """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         scalings: Scalings = self.__dict__["_scaling"]
-        return scalings.tensors[name].to(like.device, dtype).reshape(())
+        return scalings.tensors[name].to(tensor.device, dtype).reshape(())
 
     def _dora_scale(self, name: str, conditions: ExecutionMode) -> torch.Tensor | None:
         """Return an adapter's DoRA scale.

@@ -21,7 +21,7 @@ from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.quantized_base import (
     call_base_layer,
     fallback_reason_base_called,
-    quantized_base_of_call,
+    quantized_base_for_kernels,
     quantized_base_of_layer,
     to_base_output_dtype,
 )
@@ -30,7 +30,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """Wrapper that adds LoRA adapters to a linear-like base layer.
+    """LoRA layer that wraps a linear-like base layer.
 
     The base layer is called unchanged. The layer computes ``y = base_layer(x) + scaling *
     dropout(x) @ lora_A.T @ lora_B.T``.
@@ -70,7 +70,7 @@ class FastLoraWrapper(LoraLayer):
         call = create_call(self, x)
         acts = not isinstance(call, UniformCall) or call.names
         if acts and not (args or kwargs):
-            base = quantized_base_of_call(call)
+            base = quantized_base_for_kernels(call)
             if base is not None:
                 return to_base_output_dtype(call, base, forward(call, base))
         call.conditions.raise_if_batch_invariant(self, BASE_GEMM_VARIES)

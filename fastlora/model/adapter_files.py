@@ -3,9 +3,8 @@
 A save replaces the weights file first and the config file second. If the process is killed between
 the two steps, the folder contains new weights and an old config. For this reason, the metadata of
 the weights file contains a copy of the config that was saved with the weights, and a hash of the
-config file that the save replaces. `_config_saved_with_weights` compares both with the config file,
-and selects the
-config that belongs to the weights.
+config file that the save replaces. `_select_config_saved_with_weights` compares both with the
+config file, and selects the config that belongs to the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastlora.model.tensor_file import MAX_HEADER_BYTES, TensorFile
+from fastlora.model.tensor_file import MAX_HEADER_BYTES, SafetensorsFile
 from fastlora.validation import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -62,7 +61,7 @@ class ConfigAndOpenWeightsFile:
     """
 
     config: dict[str, Any]
-    weights: TensorFile
+    weights: SafetensorsFile
 
 
 @contextlib.contextmanager
@@ -89,8 +88,8 @@ def open_adapter_files(
     for _ in range(_TRIES):
         text = _read_config(path, root, limits.config)
         file = open_regular_file(folder / WEIGHTS_NAME, root)
-        with TensorFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
-            own = _config_saved_with_weights(text, weights.metadata, path, limits.config)
+        with SafetensorsFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
+            own = _select_config_saved_with_weights(text, weights.metadata, path, limits.config)
             # A concurrent save may have replaced both files since the config was read.
             if own is None and _read_config(path, root, limits.config) != text:
                 continue
@@ -166,7 +165,7 @@ def config_bytes_to_write_without_weights(folder: Path, text: bytes) -> bytes:
     path = folder / WEIGHTS_NAME
     with (
         contextlib.suppress(OSError, CheckpointError),
-        TensorFile(open_regular_file(path), path) as weights,
+        SafetensorsFile(open_regular_file(path), path) as weights,
     ):
         if hashlib.sha256(text).hexdigest() == weights.metadata.get(_REPLACES):
             return text + b"\n"
@@ -234,18 +233,19 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         return text
 
 
-def _config_saved_with_weights(
-    text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
+def _select_config_saved_with_weights(
+    config_file_text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Return the config that was saved with the weights.
+    """Select the config that was saved with the weights, from the config file or the metadata.
 
-    If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
-    the config that the save was about to replace, the save was interrupted or is still running, and
-    the config stored in the metadata is returned. Otherwise, the config was edited after the save,
-    or the weights were not written by fastlora, and None is returned.
+    If ``config_file_text`` is the config that was saved with the weights, ``config_file_text`` is
+    returned. If ``config_file_text`` is the config that the save was about to replace, the save was
+    interrupted or is still running, and the config stored in the metadata is returned. Otherwise,
+    the config was edited after the save, or the weights were not written by fastlora, and None is
+    returned.
 
     Args:
-        text: The content of the config file.
+        config_file_text: The content of the config file.
         metadata: The metadata of the weights file.
         path: The config file, for messages.
         max_bytes: The maximum size of the stored config, in bytes.
@@ -256,9 +256,9 @@ def _config_saved_with_weights(
     saved = metadata.get(_CONFIG, "").encode("utf-8", "surrogatepass")
     if not saved:
         return None
-    if saved == text:
-        return text
-    if hashlib.sha256(text).hexdigest() != metadata.get(_REPLACES):
+    if saved == config_file_text:
+        return config_file_text
+    if hashlib.sha256(config_file_text).hexdigest() != metadata.get(_REPLACES):
         return None
     if len(saved) > max_bytes:
         raise CheckpointError(

@@ -32,7 +32,7 @@ from fastlora.model.adapter_files import (
 from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
 from fastlora.model.target_names import saved_modules_and_heads
-from fastlora.model.tensor_file import TensorInfo, write_tensors
+from fastlora.model.tensor_file import TensorInfo, write_safetensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 KEY_PREFIX = "base_model.model."
@@ -321,7 +321,7 @@ def save_adapter_folder(
         fsync_path(folder.parent)
     paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     with folder_lock(folder), atomic_replace_files(*paths) as (weights, new_config):
-        write_tensors(weights, tensors, make_weights_file_metadata(folder, text))
+        write_safetensors(weights, tensors, make_weights_file_metadata(folder, text))
         new_config.write_bytes(text)
 
 

@@ -236,10 +236,9 @@ def _file_shapes_of_tied_heads(
 
 
 def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Return a dict of the base model's biases.
+    """Return the base model's biases, keyed by their names in the model without adapters.
 
-    It maps the name of each bias in the model without adapters to a tuple of the current name and
-    the parameter.
+    Each value is a tuple of the bias's current name and the parameter.
     """
     return {
         strip_wrapper_prefixes(str(key_without_adapters(model, name))): (name, parameter)

@@ -75,32 +75,35 @@ def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> di
 def _make_calibration_run(
     model: nn.Module,
     run: Callable[[], object] | None,
-    dataloader: Iterable[Any] | None,
+    fallback_dataloader: Iterable[Any] | None,
     each: Callable[[nn.Module, Any], object],
     name: str,
     show: bool,
 ) -> Callable[[], object]:
     """Return a function that runs the model on all of the calibration data once.
 
+    If the user has passed ``run``, it is returned. Otherwise, the result is a function that calls
+    ``each`` for every batch of ``fallback_dataloader``.
+
     Args:
         model: The model to calibrate.
         run: A function from the user that runs the model, or None.
-        dataloader: The batches to use if ``run`` is None.
-        each: A function that is called with the model and each batch of ``dataloader``.
+        fallback_dataloader: The batches to use if ``run`` is None.
+        each: A function that is called with the model and each batch of ``fallback_dataloader``.
         name: The name of the user's argument for ``run``, for messages.
         show: Whether to show a progress bar.
 
     Raises:
-        ConfigError: If both ``run`` and ``dataloader`` are None.
+        ConfigError: If both ``run`` and ``fallback_dataloader`` are None.
     """
     if run is not None:
         return run
-    if dataloader is None:
+    if fallback_dataloader is None:
         raise ConfigError(
             f"no cached result was found, and {name} and dataloader are both None; pass one of "
             "them so that the result can be computed"
         )
-    loader = dataloader
+    loader = fallback_dataloader
 
     def over_the_loader() -> None:
         for batch in iterate_batches(loader, model, "Calibrating", show):
@@ -164,7 +167,7 @@ def preprocess_corda(
     if covariances is None:
         runs = model if hooked_model is None else hooked_model
         watched = layers if runs is model else target_linear_layers(runs, config, "CorDA")
-        sums = corda.CovarianceAccumulator(
+        sums = corda.PerLayerCovarianceAccumulator(
             {name: module for name, module in watched.items() if name in layers},
             settings.use_float16_for_covariance,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastlora.deprecation import renamed_arguments
-from fastlora.init import InitConfigField, InitMethod, all_init_methods, find_init_method
+from fastlora.init import InitMethod, InitSubconfigField, all_init_methods, find_init_method
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_init_config
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
@@ -62,9 +62,9 @@ _T = TypeVar("_T", bound="LoraConfig")
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of a `LoraConfig` that apply only to the current run.
+    """Runtime options of a `LoraConfig`, as in PEFT.
 
-    These settings are never saved.
+    They apply only to the current run and are never saved.
 
     Args:
         ephemeral_gpu_offload: Accepted for compatibility with PEFT and ignored. PEFT uses it only
@@ -196,50 +196,51 @@ class LoraConfig(PeftConfigMethods):
         chosen = self.init
         for init in all_init_methods():
             if init.settings is not None:
-                self._normalize_init_config(init, init.settings, init is chosen, stage)
+                self._normalize_init_settings(init, init.settings, init is chosen, stage)
         if stage == "new" and chosen.converts:
             self._warn_of_conversion()
 
-    def _normalize_init_config(
-        self, init: InitMethod, where: InitConfigField, chosen: bool, stage: Stage
+    def _normalize_init_settings(
+        self, init: InitMethod, settings_field: InitSubconfigField, is_selected: bool, stage: Stage
     ) -> None:
-        """Normalize the config field that contains the settings of an initialization method.
+        """Normalize the config field with the settings of an initialization method.
 
         A warning is emitted if settings are given for a method that is not selected, or if default
         settings are used for the selected method.
 
         Args:
             init: The initialization method.
-            where: A description of the method's settings field.
-            chosen: Whether ``init_lora_weights`` selects this method.
+            settings_field: A description of the method's settings field.
+            is_selected: Whether ``init_lora_weights`` selects this method.
             stage: See `check_supported`.
 
         Raises:
             ConfigError: If the adapter is new and the selected method requires settings, but none
                 are given.
         """
-        made = convert_init_config(getattr(self, where.field) or None, where.cls)
-        if made is None and chosen and where.missing == "raise" and stage == "new":
+        name = settings_field.field
+        made = convert_init_config(getattr(self, name) or None, settings_field.cls)
+        if made is None and is_selected and settings_field.missing == "raise" and stage == "new":
             raise ConfigError(
-                f"`{where.field}` must be specified when `init_lora_weights` is {init.name!r}."
+                f"`{name}` must be specified when `init_lora_weights` is {init.name!r}."
             )
-        if made is None and chosen and where.missing == "default":
+        if made is None and is_selected and settings_field.missing == "default":
             if stage == "new":
                 warnings.warn(
-                    f"`init_lora_weights` is {init.name!r} but `{where.field}` is not specified. "
+                    f"`init_lora_weights` is {init.name!r} but `{name}` is not specified. "
                     f"Using default {init.title} config.",
                     stacklevel=6,
                 )
-            made = where.cls()
-        if made is not None and not chosen and stage == "new":
+            made = settings_field.cls()
+        if made is not None and not is_selected and stage == "new":
             warnings.warn(
-                f"`{where.field}` specified but will be ignored when `init_lora_weights` is not "
+                f"`{name}` specified but will be ignored when `init_lora_weights` is not "
                 f"{init.name!r}.",
                 stacklevel=6,
             )
-        if where.as_dict:
-            made = {} if made is None or not chosen else dataclasses.asdict(made)
-        setattr(self, where.field, made)
+        if settings_field.as_dict:
+            made = {} if made is None or not is_selected else dataclasses.asdict(made)
+        setattr(self, name, made)
 
     def _warn_of_conversion(self) -> None:
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
@@ -324,9 +325,10 @@ class LoraConfig(PeftConfigMethods):
         )
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config, for use only in determining an adapter's shapes.
+        """Return a copy of the config for use where only an adapter's shapes matter.
 
-        The copy uses the default initialization method.
+        The copy uses the default initialization method. Such a config is used, for example, to
+        determine the shapes of an adapter, or if the adapter's weights are loaded afterwards.
 
         Raises:
             ConfigError: If fastlora cannot load an adapter with this config.
@@ -425,8 +427,8 @@ class LoraConfig(PeftConfigMethods):
 
         Args:
             peft_config: PEFT's config object.
-            initialized: Whether the adapter is already in a model. Settings that only affect the
-                initialization are then not checked.
+            initialized: Whether the adapter is already in a model, and is therefore not initialized
+                again. Settings that only affect the initialization are then not checked.
 
         Raises:
             ConfigError: If the object is not a config for LoRA, or has a value that `LoraConfig`

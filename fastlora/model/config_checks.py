@@ -30,9 +30,9 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """The adapter methods of PEFT that fastlora supports.
+    """Enum of adapter types, compatible with PEFT's ``PeftType``.
 
-    The only such method is LoRA.
+    The only type that fastlora supports is LoRA.
     """
 
     LORA = "LORA"
@@ -94,9 +94,12 @@ def check_and_normalize_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(fields: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if a field has an invalid value.
+    """Check that the fields of a config have valid values.
 
     A value that contradicts another value is invalid too.
+
+    Raises:
+        ConfigError: If a field has an invalid value.
     """
     if fields["peft_type"] != "LORA":
         raise ConfigError(f"peft_type must be 'LORA', got {fields['peft_type']!r}")

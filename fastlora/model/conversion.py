@@ -28,7 +28,7 @@ from fastlora.validation import CheckpointError, ConfigError
 
 
 def load_untrained_adapter(
-    trained_config: LoraConfig, path: str | os.PathLike[str]
+    trained_config: LoraConfig, folder: str | os.PathLike[str]
 ) -> AdapterContents:
     """Load an untrained adapter from a folder.
 
@@ -36,7 +36,7 @@ def load_untrained_adapter(
 
     Args:
         trained_config: The config of the trained adapter.
-        path: The folder of the untrained adapter. `convert_to_original_base` uses only its
+        folder: The folder of the untrained adapter. `convert_to_original_base` uses only its
             tensors, not its config.
 
     Raises:
@@ -57,7 +57,7 @@ def load_untrained_adapter(
             f"subtract the initial update from the base weights ({titles}), got init_lora_weights="
             f"{trained_config.init_lora_weights!r}; save the adapter without this argument"
         )
-    return load_adapter_folder(path)
+    return load_adapter_folder(folder)
 
 
 def convert_to_original_base(

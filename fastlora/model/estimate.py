@@ -61,15 +61,18 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters divided by the base model's number of parameters."""
+        """The share of trainable parameters, relative to the base model's parameters.
+
+        It is the number of trainable parameters divided by the base model's number of parameters.
+        """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The memory needed to train the adapter, in bytes.
+        """The memory in bytes that training the adapter needs in addition to the base model.
 
         This is the total size of the trainable parameters, their gradients, and the optimizer
-        state. The base model is not included.
+        state.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
@@ -156,7 +159,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _ParameterByteSizes(NamedTuple):
+class _ValueAndScaleBytes(NamedTuple):
     """The sizes, in bytes, of a parameter's values and scales.
 
     Attributes:
@@ -170,7 +173,7 @@ class _ParameterByteSizes(NamedTuple):
     dense: int = 0
 
 
-def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterByteSizes:
+def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
     """Return the sizes, in bytes, of a parameter's values and scales.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
@@ -188,15 +191,15 @@ def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterByteSizes:
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _ParameterByteSizes(values, scales, numel * compute.itemsize)
+        return _ValueAndScaleBytes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _ParameterByteSizes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _ValueAndScaleBytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _ParameterByteSizes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _ParameterByteSizes(parameter.nbytes)
+        return _ValueAndScaleBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _ValueAndScaleBytes(parameter.nbytes)
 
 
 def _quant_state_bytes(state: object) -> int:

@@ -31,8 +31,8 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.stacked_experts import (
     ROUTER,
-    BaseParameter,
-    base_parameters_outside_wrappers,
+    BaseModelParameter,
+    base_parameters_outside_auxiliary_wrappers,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -48,7 +48,7 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
-    """Return whether an adapter file may need to be converted with `convert_expert_factors`.
+    """Return whether an adapter file may need to be converted with `stack_expert_factors`.
 
     ``layers`` contains the names of the layers in the file. The file may need to be converted if at
     least one of these layers is not a module of the model, and `former_to_parameter_names` has
@@ -60,8 +60,8 @@ def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
     return any(layer.replace(".base_layer", "") not in names for layer in layers)
 
 
-def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
-    """Convert a file's factors for the experts' linear layers to factors for stacked parameters.
+def stack_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
+    """Stack a file's factors for the experts' linear layers into factors for stacked parameters.
 
     Args:
         model: The base model, with or without adapters.
@@ -80,7 +80,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     if not former:
         return file
     modules = named_base_modules(model)
-    parameters = base_parameters_outside_wrappers(modules)
+    parameters = base_parameters_outside_auxiliary_wrappers(modules)
     stacks = {
         each.name: each
         for each in parameters
@@ -89,7 +89,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     if not stacks:
         return file
     blocks = {each.module_name.rpartition(".")[0] for each in stacks.values()}
-    file = _with_current_blocks(file, blocks, {name for name, _, _ in modules})
+    file = _with_renamed_expert_blocks(file, blocks, {name for name, _, _ in modules})
     found: dict[str, dict[str, dict[int, str]]] = {}  # parameter -> former name -> expert -> layer
     for layer in file.layers:
         match = _OF_EXPERT.fullmatch(layer)
@@ -137,7 +137,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return a config that makes PEFT adapt the same parameters as fastlora does.
+    """Return an adapter's config in the form in which PEFT adapts the same parameters as fastlora.
 
     Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
     experts, and no linear layer with a former name. The returned config has no former names.
@@ -153,7 +153,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     """
     former = former_to_parameter_names(model_type_of(model))
     modules = named_base_modules(model) if former and config.target_modules else []
-    if not stacked_experts_among(base_parameters_outside_wrappers(modules)):
+    if not stacked_experts_among(base_parameters_outside_auxiliary_wrappers(modules)):
         return config
     names = [name for name, _, _ in modules]
     linears = [n for n, m, _ in modules if isinstance(m, LoraLayer) and adapter_name in m.r]
@@ -204,20 +204,20 @@ def join_expert_factors(
     return stacked_a.flatten(0, 1), stacked_b.permute(1, 2, 0).flatten(1)
 
 
-def _with_current_blocks(
-    file: AdapterContents, blocks: Iterable[str], modules: Collection[str]
+def _with_renamed_expert_blocks(
+    file: AdapterContents, current_blocks: Iterable[str], modules: Collection[str]
 ) -> AdapterContents:
-    """Return an adapter in which the blocks that contain experts have their current names.
+    """Return an adapter in which blocks that contain experts are renamed to their current names.
 
     For example, ``block_sparse_moe`` is the former name of a block.
 
     Args:
         file: The loaded adapter.
-        blocks: The current names of the blocks.
+        current_blocks: The current names of the blocks.
         modules: The names of all modules of the base model.
     """
     renamed, names = {}, file.layers
-    for block in blocks:
+    for block in current_blocks:
         layer = f"{block.rpartition('.')[0]}."
         for name in names:
             old = layer + name.removeprefix(layer).partition(".")[0]
@@ -227,7 +227,9 @@ def _with_current_blocks(
 
 
 class InferredFactorSettings(NamedTuple):
-    """The settings of an adapter's factors on a module or parameter, inferred from a file.
+    """The rank, alpha, and scaling of an adapter's factors, inferred from the adapter's file.
+
+    The factors are those on one module or parameter.
 
     Attributes:
         rank: The rank.
@@ -296,7 +298,7 @@ def infer_factor_settings(
 
 def _layers_by_former_name(
     file: AdapterContents,
-    stack: BaseParameter,
+    stack: BaseModelParameter,
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:

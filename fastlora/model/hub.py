@@ -64,10 +64,10 @@ def push_to_hub(
         )
 
 
-def write_model_card(
+def write_or_update_model_card(
     folder: Path, base_model: str | None, tags: Sequence[str], pipeline: str | None = None
 ) -> None:
-    """Write an adapter's model card, or update an existing model card.
+    """Write the model card of an adapter, or update an existing model card.
 
     Keys and tags are the same as in PEFT. If huggingface_hub, which reads and writes the format, is
     not installed, nothing is written.

@@ -23,7 +23,7 @@ from fastlora.model.base_modules import base_module_of, named_outer_modules
 from fastlora.model.dequantize import (
     dequantize_base_layer,
     dequantize_linears,
-    dtype_after_dequantization,
+    dtype_of_unquantized_parameters,
     temporarily_dequantized,
 )
 from fastlora.model.plan import AdapterPlan, adapter_settings_for
@@ -116,7 +116,7 @@ def add_adapter(
                     layers = layer._layers_to_adapt(target.settings._asdict())
                 for each, arguments in layers:
                     if init.changes_base or init.data:
-                        undo.append(each._make_base_undo(init, offload=True))
+                        undo.append(each._make_base_undo(init, copy_to_cpu=True))
                     with error_prefix(f"target module {name!r}"):
                         each.add_adapter(adapter_name, **arguments)
                     if autocast_adapter_dtype:
@@ -357,7 +357,7 @@ def unload(
                 else contextlib.nullcontext()
             ):
                 module.check_merge(safe_merge, filter_adapter_names(module, adapter_names))
-    dtype = dtype_after_dequantization(model) if dequantize else None
+    dtype = dtype_of_unquantized_parameters(model) if dequantize else None
     shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):

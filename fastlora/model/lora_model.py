@@ -22,7 +22,7 @@ from fastlora.model.adapter_folder import (
     with_renamed_modules,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import config_for_peft, convert_expert_factors
+from fastlora.model.expert_files import config_for_peft, stack_expert_factors
 from fastlora.model.inject import move_adapter_to_meta
 from fastlora.model.peft_model_methods import PeftModelMethods
 from fastlora.model.plan import AdapterPlan, make_adapter_plan
@@ -35,7 +35,7 @@ from fastlora.model.status import (
 from fastlora.model.tuner import LoraTuner
 from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
 from fastlora.routing.block import adapters
-from fastlora.sharding import ShardedSave
+from fastlora.sharding import ShardedSaveCoordinator
 from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, ImplementationError
 
 # Arguments of PEFT that are accepted and ignored. They have no meaning for a local folder, or for a
@@ -245,7 +245,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             return model
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
-        file = convert_expert_factors(model, file)
+        file = stack_expert_factors(model, file)
         chosen = file.config if config is None else config
         plan = make_adapter_plan(
             model, adapter_name, chosen, loading=True, layers_in_file=file.layers
@@ -272,9 +272,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load a saved adapter.
+        """Load a saved adapter from a local folder into the model.
 
-        It is read from a PEFT adapter folder. If no adapter with the given name is loaded, a new
+        The folder is a PEFT adapter folder. If no adapter with the given name is loaded, a new
         inactive adapter is added. Otherwise, the loaded adapter is overwritten in place, and a
         scaling that was set with `set_scale` remains in effect.
 
@@ -299,7 +299,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
-        file = whole = convert_expert_factors(model, file)
+        file = whole = stack_expert_factors(model, file)
         plan = make_adapter_plan(
             model, adapter_name, file.config, loading=True, layers_in_file=file.layers
         )
@@ -374,7 +374,9 @@ class LoraModel(PeftModelMethods, nn.Module):
                 for name in names
             }
         )
-        gathering = ShardedSave(self.parameters() if state_dict is None else state_dict.values())
+        gathering = ShardedSaveCoordinator(
+            self.parameters() if state_dict is None else state_dict.values()
+        )
         if not is_main_process and not gathering.is_model_sharded:
             return
         source = self.state_dict() if state_dict is None else state_dict

@@ -78,9 +78,9 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config with the given fields.
+        """Create a config of this class with the given fields.
 
-        In PEFT, ``peft_type`` determines the class of the config. Here, it is always this class.
+        In PEFT, ``peft_type`` determines the class instead.
         """
         return cls(**fields)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.model.config import LoraConfig
 from fastlora.model.config_checks import PeftType
-from fastlora.model.hub import push_to_hub, write_model_card
+from fastlora.model.hub import push_to_hub, write_or_update_model_card
 
 if TYPE_CHECKING:
     from fastlora.model.tuner import LoraTuner
@@ -84,7 +84,7 @@ class PeftModelMethods:
         if name is not None:
             tags.append(f"base_model:adapter:{name}")
         pipeline = "text-generation" if self.active_peft_config.task_type == "CAUSAL_LM" else None
-        write_model_card(Path(output_dir), config.get("_name_or_path"), tags, pipeline)
+        write_or_update_model_card(Path(output_dir), config.get("_name_or_path"), tags, pipeline)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the adapters to the Hugging Face Hub.

@@ -18,7 +18,7 @@ from fastlora.layers.layer_kinds import (
     PEFT_LAYER_ALTERNATIVE,
     LayerAdapterSettings,
     LayerKind,
-    ParameterSettings,
+    ParameterRankAndAlpha,
     TensorShapes,
     layer_kind_names,
     layer_kind_of,
@@ -32,7 +32,7 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import (
     RevertibleLayerReplication,
-    create_replication,
+    create_replication_if_needed,
     temporary_replication,
 )
 from fastlora.model.target_names import saved_modules_and_heads
@@ -45,7 +45,7 @@ from fastlora.model.tied_weights import (
     find_ties_and_update_config,
 )
 from fastlora.model.trainable_tokens import (
-    AdapterTokensOfModule,
+    TrainableTokenIndices,
     check_trained_once,
     find_trainable_tokens,
 )
@@ -111,7 +111,7 @@ class AdapterPlan:
     target_modules: set[str] | str
     from_file: bool = False
     parameters: list[str] = field(default_factory=list)
-    tokens: dict[str, AdapterTokensOfModule] = field(default_factory=dict)
+    tokens: dict[str, TrainableTokenIndices] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
     replication: RevertibleLayerReplication | None = None
@@ -178,7 +178,7 @@ def make_adapter_plan(
     check_adapter_name(adapter_name)
     config = copy.deepcopy(to_lora_config(peft_config))
     config.check_supported("load" if loading else "new")
-    replication = create_replication(model, config.layer_replication)
+    replication = create_replication_if_needed(model, config.layer_replication)
     with temporary_replication(replication):
         ties = find_ties_and_update_config(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
@@ -257,8 +257,8 @@ def plan_target_modules(
     tokens = find_trainable_tokens(model, config)
     check_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
-        _check_weights_not_shared(model, config, targets)
-    found = _check_targets(model, config, targets, from_file)
+        _check_init_changes_no_shared_weight(model, config, targets)
+    found = _check_target_modules(model, config, targets, from_file)
     if selected.parameters.names:
         found |= check_targets_of_parameters(model, config, selected.parameters, from_file)
     parameters = selected.parameters.names
@@ -283,17 +283,19 @@ def plan_target_modules(
     return plan
 
 
-def _check_targets(
-    model: nn.Module, config: LoraConfig, names: Sequence[str], from_file: bool
+def _check_target_modules(
+    model: nn.Module, config: LoraConfig, module_names: Sequence[str], from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check the modules with the given names, and return a dict that maps the names to targets.
+    """Check that the modules with the given names can be adapted, and return them as targets.
+
+    The result is a dict that maps each name to a `TargetModule`.
 
     Raises:
         UnsupportedLayerError: See `plan_target_modules`.
     """
     found = {}
     common, custom = _settings_without_patterns(config, from_file), config.custom_modules
-    for name in names:
+    for name in module_names:
         base = base_module_of(model.get_submodule(name))
         with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
             target = TargetModule(
@@ -345,7 +347,9 @@ def check_targets_of_parameters(
                 kind = parameter_kind_of(base)
                 parameters = zip(leaves, ranks, strict=True)
                 settings = common._replace(
-                    parameters=tuple(ParameterSettings(leaf, *rank) for leaf, rank in parameters)
+                    parameters=tuple(
+                        ParameterRankAndAlpha(leaf, *rank) for leaf, rank in parameters
+                    )
                 )
             if kind is None:
                 raise UnsupportedLayerError(
@@ -367,11 +371,11 @@ def _has_own_forward(linear: nn.Linear) -> bool:
 
 
 def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
-    """Emit warnings for targets that do not behave as the config suggests.
+    """Emit warnings for targets that ignore dropout or are computed differently than in PEFT.
 
-    One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
-    dropout can be applied to. Another warning is emitted if the adapter was saved by PEFT and
-    fastlora computes a target of this kind differently.
+    The first warning is emitted if a new adapter has ``lora_dropout`` and a target has no input
+    that dropout can be applied to. The second warning is emitted if the adapter was saved by PEFT
+    and fastlora computes a target of this kind differently.
     """
     config = plan.config
     without = [name for name, target in plan.targets.items() if not target.kind.uses_dropout]
@@ -430,10 +434,13 @@ def _check_can_share_embedding_factors(
         )
 
 
-def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
-    """Check that no target shares its weight with another module.
+def _check_init_changes_no_shared_weight(
+    model: nn.Module, config: LoraConfig, targets: Sequence[str]
+) -> None:
+    """Check that the initialization does not change a weight that another module shares.
 
-    An initialization method that changes the base weights would also change the other module.
+    The config's initialization method changes the base weights. If a target shared its weight with
+    another module, the method would also change the other module.
 
     Raises:
         AdapterStateError: If a target shares its weight with another module.

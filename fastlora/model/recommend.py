@@ -16,10 +16,10 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 from fastlora.model.stacked_experts import (
-    base_parameters_outside_wrappers,
+    base_parameters_outside_auxiliary_wrappers,
     experts_layer_class,
     stacked_experts_among,
-    supported_stacks,
+    stacks_with_expert_layer_class,
 )
 from fastlora.model.tuner import tuner_of
 
@@ -234,7 +234,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
-    parameters = base_parameters_outside_wrappers(named_base_modules(model))
+    parameters = base_parameters_outside_auxiliary_wrappers(named_base_modules(model))
     stacks = [
         each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]
@@ -253,7 +253,9 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
             if name:  # Some routers contain their linear layer.
                 linears = {own for own, each in modules if isinstance(each, nn.Linear)}
                 routers |= {name, *(own for own in linears if own.startswith(f"{name}."))}
-    targets = {".".join(each.name.split(".")[-2:]) for each in supported_stacks(stacks)}
+    targets = {
+        ".".join(each.name.split(".")[-2:]) for each in stacks_with_expert_layer_class(stacks)
+    }
     # "all-linear" selects the stacks that have former names.
     quantized = {".".join(each.name.split(".")[-2:]) for each in stacks} - targets
     return {

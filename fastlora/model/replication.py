@@ -104,13 +104,14 @@ def temporary_replication(replication: RevertibleLayerReplication | None) -> Ite
         replication.undo()
 
 
-def create_replication(
+def create_replication_if_needed(
     model: nn.Module, ranges: Ranges | None
 ) -> RevertibleLayerReplication | None:
-    """Create a `RevertibleLayerReplication` that replicates the given ranges of a model's layers.
+    """Create a `RevertibleLayerReplication` of a model's layers if one is needed.
 
-    The ranges are those in an adapter's config. The result is None if the config requires no
-    replication, or if the model's layers are already replicated with the same ranges.
+    It replicates the given ranges, which are those in an adapter's config. The result is None if
+    the config requires no replication, or if the model's layers are already replicated with the
+    same ranges.
 
     Args:
         model: The base model.

@@ -57,8 +57,8 @@ FEED_FORWARD_NAMES = frozenset(
 _LISTED = 4
 
 
-class BaseParameter(NamedTuple):
-    """A parameter of the base model.
+class BaseModelParameter(NamedTuple):
+    """A parameter of the base model, with its name and its module.
 
     Attributes:
         name: The name of the parameter in the model without adapters.
@@ -81,13 +81,14 @@ class BaseParameter(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-def base_parameters_outside_wrappers(modules: BaseModules) -> list[BaseParameter]:
-    """Return all parameters of the base model's modules, except those of wrapped modules.
+def base_parameters_outside_auxiliary_wrappers(modules: BaseModules) -> list[BaseModelParameter]:
+    """Return the parameters of the base model, except those inside auxiliary wrappers.
 
-    Modules that adapters own copies of or train rows of are wrapped.
+    These wrappers replace modules that adapters own copies of or train rows of. See
+    `is_auxiliary_wrapper`.
     """
     return [
-        BaseParameter(f"{name}.{leaf}" if name else leaf, base, parameter)
+        BaseModelParameter(f"{name}.{leaf}" if name else leaf, base, parameter)
         for name, base in (
             (name, base_module_of(module)) for name, module, wrapped in modules if not wrapped
         )
@@ -96,7 +97,7 @@ def base_parameters_outside_wrappers(modules: BaseModules) -> list[BaseParameter
     ]
 
 
-def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
+def stacked_experts_among(parameters: Iterable[BaseModelParameter]) -> list[BaseModelParameter]:
     """Return the parameters that hold stacked expert weights.
 
     Other parameters of three dimensions, such as the heads of XLNet's attention, are not experts. A
@@ -116,12 +117,13 @@ def stacked_experts_among(parameters: Iterable[BaseParameter]) -> list[BaseParam
     ]
 
 
-def supported_stacks(parameters: Iterable[BaseParameter]) -> list[BaseParameter]:
-    """Return the stacked expert weights that an expert layer class supports.
+def stacks_with_expert_layer_class(
+    parameters: Iterable[BaseModelParameter],
+) -> list[BaseModelParameter]:
+    """Return the stacked expert weights of modules for which an expert layer class exists.
 
-    These are the stacks of modules for which an expert layer class exists. Quantized stacks are
-    left out. Stacks of other modules are left out too, because such modules run with each entire
-    stack replaced by the sum of the stack and its update.
+    Quantized stacks are left out. Stacks of other modules are left out too, because such modules
+    run with each entire stack replaced by the sum of the stack and its update.
     """
     return [
         each
@@ -140,7 +142,7 @@ def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | 
     return None if found is FastLoraAdaptedParameters else found
 
 
-def is_quantized(parameter: BaseParameter) -> bool:
+def is_quantized(parameter: BaseModelParameter) -> bool:
     """Return whether a parameter is quantized.
 
     A quantized parameter is stored as integers or as floats of at most 8 bits.
@@ -157,7 +159,9 @@ def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
     return FORMER_NAMES.get(model_type, {}) if isinstance(model_type, str) else {}
 
 
-def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParameter) -> list[str]:
+def former_names_of_parameter(
+    former: Mapping[str, str], parameter: BaseModelParameter
+) -> list[str]:
     """Return the former names of a parameter, such as ``["gate_proj", "up_proj"]``.
 
     The list is empty if the parameter has no former names. A router that is still a linear layer
@@ -174,7 +178,7 @@ def former_names_of_parameter(former: Mapping[str, str], parameter: BaseParamete
 
 def former_names_selected_by_target_modules(
     former_names: Collection[str],
-    parameter: BaseParameter,
+    parameter: BaseModelParameter,
     config: LoraConfig,
     listed_last_components: Collection[str],
 ) -> set[str]:
@@ -211,7 +215,7 @@ def former_names_selected_by_target_modules(
     return matched
 
 
-def full_former_name_without_index(parameter: BaseParameter, former_name: str) -> str:
+def full_former_name_without_index(parameter: BaseModelParameter, former_name: str) -> str:
     """Return the full name that a parameter had in transformers 4, without the expert index."""
     return (
         parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"
@@ -219,31 +223,35 @@ def full_former_name_without_index(parameter: BaseParameter, former_name: str) -
 
 
 def check_fused_parameter_not_split(
-    names: Collection[str], parameter: BaseParameter, named: Collection[str], *, verb: str
+    former_names: Collection[str],
+    parameter: BaseModelParameter,
+    former_names_in_config: Collection[str],
+    *,
+    verb: str,
 ) -> None:
     """Check that a config does not select or exclude only part of a fused parameter.
 
     Args:
-        names: The result of `former_names_of_parameter`.
+        former_names: The result of `former_names_of_parameter`.
         parameter: The parameter.
-        named: The former names that the config selects or excludes.
+        former_names_in_config: The former names that the config selects or excludes.
         verb: What the config does with them, for the message.
 
     Raises:
         ConfigError: If the config names only some of the former names.
     """
-    missing = sorted(set(names).difference(named))
-    if named and missing:
+    missing = sorted(set(former_names).difference(former_names_in_config))
+    if former_names_in_config and missing:
         raise ConfigError(
-            f"the config {verb} {sorted(named)} but not {missing}; all of these are fused in "
-            f"{parameter.name!r}, so name all or none of them. To match only linear layers with "
-            "these names, use a regular expression that does not match experts"
+            f"the config {verb} {sorted(former_names_in_config)} but not {missing}; all of these "
+            f"are fused in {parameter.name!r}, so name all or none of them. To match only linear "
+            "layers with these names, use a regular expression that does not match experts"
         )
 
 
 def unreached_experts(
-    stacks: Iterable[BaseParameter], linears: Collection[str], config: LoraConfig
-) -> list[BaseParameter]:
+    stacks: Iterable[BaseModelParameter], linears: Collection[str], config: LoraConfig
+) -> list[BaseModelParameter]:
     """Return the stacked experts that a config appears to name but does not select.
 
     These are the experts of the blocks in which the config names feed-forward layers. A list of
@@ -259,7 +267,7 @@ def unreached_experts(
     if isinstance(targets, str) and not is_all_linear(targets):
         projections = [name for name in linears if name.rpartition(".")[2] in FEED_FORWARD_NAMES]
 
-        def is_requested(stack: BaseParameter) -> bool:
+        def is_requested(stack: BaseModelParameter) -> bool:
             block, at = stack.module_name.rpartition(".")[0], stack.module_name
             leaves = (stack.leaf, *FEED_FORWARD_NAMES)
             probes = [name for leaf in leaves for name in (f"{at}.{leaf}", f"{at}.0.{leaf}")]

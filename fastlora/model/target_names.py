@@ -51,10 +51,7 @@ def is_all_linear(targets: object) -> bool:
 
 
 def dotted_suffixes(name: str) -> list[str]:
-    """Return a list of the suffixes of a dotted name.
-
-    The list is ordered from the last component to the whole name.
-    """
+    """Return the suffixes of a dotted name, from the last component to the whole name."""
     found, at = [], len(name)
     while at >= 0:
         at = name.rfind(".", 0, at)
@@ -63,7 +60,11 @@ def dotted_suffixes(name: str) -> list[str]:
 
 
 def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
-    """Return a small set of name suffixes that match all of ``names`` and none of ``others``."""
+    """Return the shortest suffixes that match all of ``names`` and none of ``others``.
+
+    The result is a small set, because one suffix can match several names. If all suffixes of a name
+    match others, the whole name is used.
+    """
     taken = {suffix for other in others for suffix in dotted_suffixes(other)}
     chosen: set[str] = set()
     for name in sorted(names):

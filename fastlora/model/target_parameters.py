@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fastlora.model.stacked_experts import (
-    BaseParameter,
+    BaseModelParameter,
     check_fused_parameter_not_split,
     former_names_of_parameter,
     former_names_selected_by_target_modules,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectedParameters:
-    """The parameters that a config selects in a model.
+    """The parameters that a config selects as targets, and details of the selection.
 
     Attributes:
         parameters: The selected parameters, in the model's order.
@@ -50,7 +50,7 @@ class SelectedParameters:
             parameters was. Their rank and alpha are multiples of the config's.
     """
 
-    parameters: list[BaseParameter] = field(default_factory=list)
+    parameters: list[BaseModelParameter] = field(default_factory=list)
     former: frozenset[str] = frozenset()
     excluded: frozenset[str] = frozenset()
     entries: list[str] | None = None
@@ -88,7 +88,7 @@ class SelectedParameters:
 def select_parameters(
     former: Mapping[str, str],
     config: LoraConfig,
-    parameters: Sequence[BaseParameter],
+    parameters: Sequence[BaseModelParameter],
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedParameters:
     """Find the parameters that a config selects.
@@ -111,7 +111,7 @@ def select_parameters(
     if not entries and not former:
         return SelectedParameters(entries=config.target_parameters)
     saved = saved_modules_and_heads(config)
-    selected, excluded, by_former_name = list[BaseParameter](), set[str](), set[str]()
+    selected, excluded, by_former_name = list[BaseModelParameter](), set[str](), set[str]()
     fused: dict[str, int] = {}
     linears = {each.module_name for each in parameters if isinstance(each.module, nn.Linear)}
     targets = config.target_modules if not isinstance(config.target_modules, str) else ()
@@ -182,7 +182,7 @@ def _pattern_for(name: str, others: Collection[str]) -> str:
 
 
 def target_parameters_selecting_exactly(
-    names: Collection[str], preferred_entries: list[str], parameters: Iterable[BaseParameter]
+    names: Collection[str], preferred_value: list[str], parameters: Iterable[BaseModelParameter]
 ) -> list[str]:
     """Return a ``target_parameters`` value that selects exactly the given parameters.
 
@@ -190,17 +190,17 @@ def target_parameters_selecting_exactly(
 
     Args:
         names: The names of the parameters.
-        preferred_entries: The value to return if it selects these parameters. Otherwise, the full
+        preferred_value: The value to return if it selects these parameters. Otherwise, the full
             names of the parameters are returned.
         parameters: All parameters of the base model.
     """
-    known = set(preferred_entries)
+    known = set(preferred_value)
     matched = {each.name for each in parameters if matches_names(each.name, known)}
-    return preferred_entries if matched == set(names) else sorted(names)
+    return preferred_value if matched == set(names) else sorted(names)
 
 
 def _check_entries_match(
-    entries: Collection[str], parameters: Sequence[BaseParameter], config: LoraConfig
+    entries: Collection[str], parameters: Sequence[BaseModelParameter], config: LoraConfig
 ) -> None:
     """Raise `TargetNotFoundError` if an entry of ``target_parameters`` matches no parameter."""
     if entries:
@@ -229,7 +229,7 @@ def _error_suffix_if_target_modules_unset(config: LoraConfig) -> str:
     )
 
 
-def _check_parameter(each: BaseParameter) -> None:
+def _check_parameter(each: BaseModelParameter) -> None:
     """Raise `UnsupportedLayerError` if a parameter cannot have LoRA factors."""
     shape, dtype = tuple(each.parameter.shape), each.parameter.dtype
     if not each.module_name:

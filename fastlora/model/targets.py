@@ -30,8 +30,8 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
-    BaseParameter,
-    base_parameters_outside_wrappers,
+    BaseModelParameter,
+    base_parameters_outside_auxiliary_wrappers,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
@@ -134,7 +134,7 @@ def select_targets(
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
     base = (
-        base_parameters_outside_wrappers(modules)
+        base_parameters_outside_auxiliary_wrappers(modules)
         if former or config.target_parameters or is_new
         else []
     )
@@ -177,7 +177,7 @@ def select_targets(
     for name in found:
         if wrapped[name]:
             raise UnsupportedLayerError(
-                f"target module {name!r} {_auxiliary_module_message(model, name)}; choose other "
+                f"target module {name!r} {_explain_auxiliary_module(model, name)}; choose other "
                 "targets, or exclude this one with exclude_modules"
             )
     # The warning of experts that are left out is about projections too.
@@ -185,7 +185,7 @@ def select_targets(
     lost = _unmatched_entries(names, targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     excludes = bool(excluded or selected.excluded)
-    _warn_of_unmatched_values(unmatched, found, selected, excludes, config)
+    _warn_of_unmatched_config_values(unmatched, found, selected, excludes, config)
     if left:
         warnings.warn(
             f"target_modules={format_value(config.target_modules)} leaves out experts"
@@ -229,28 +229,28 @@ def _check_no_target_has_selected_parameters(
         )
 
 
-def _warn_of_unmatched_values(
-    unmatched: list[str],
+def _warn_of_unmatched_config_values(
+    unmatched_targets: list[str],
     found: list[str],
     selected: SelectedParameters,
     excludes: bool,
     config: LoraConfig,
 ) -> None:
-    """Emit a warning about any config values that match no module.
+    """Emit a warning about config values that match no module, if there are any.
 
     These values are entries of ``target_modules`` and ``exclude_modules``, and keys of
     ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
-        unmatched: The entries of ``target_modules`` that match no module and no experts.
+        unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
         found: The names of the target modules.
         selected: The selected parameters.
         excludes: Whether at least one module or parameter is excluded.
         config: The adapter's config.
     """
     names = [*found, *selected.names]
-    unused = _format_unmatched_config_values(unmatched, names, excludes, config)
-    if selected.parameters and not found and unmatched:  # in PEFT's words
+    unused = _format_unmatched_config_values(unmatched_targets, names, excludes, config)
+    if selected.parameters and not found and unmatched_targets:  # in PEFT's words
         warnings.warn(
             f"target_modules={config.target_modules} were set but no module was matched.",
             RuntimeWarning,
@@ -260,7 +260,7 @@ def _warn_of_unmatched_values(
         warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=4)
 
 
-def _hint_of_experts(left: Sequence[BaseParameter]) -> str:
+def _hint_of_experts(left: Sequence[BaseModelParameter]) -> str:
     """Return a hint that explains how to adapt experts that no target selects."""
     if not left:
         return ""
@@ -299,7 +299,7 @@ def _warn_of_routers_and_skipped_linears(
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             warnings.warn(
                 f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: "
-                f"it {_auxiliary_module_message(model, left[0])}",
+                f"it {_explain_auxiliary_module(model, left[0])}",
                 stacklevel=4,
             )
 
@@ -317,7 +317,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     names = [name for name, _, _ in modules if name]
     olds = {
         old
-        for each in base_parameters_outside_wrappers(modules)
+        for each in base_parameters_outside_auxiliary_wrappers(modules)
         for old in former_names_of_parameter(former, each)
     }
     lost = [
@@ -376,7 +376,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
         if name in below:
             raise UnsupportedLayerError(
                 f"modules_to_save matches {name!r}, which "
-                f"{_auxiliary_module_message(model, name)}; "
+                f"{_explain_auxiliary_module(model, name)}; "
                 "expected the whole outer module, or a module outside it"
             )
     return found
@@ -463,7 +463,7 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
 
 
 class _FoundLinear(NamedTuple):
-    """A linear layer that was found in the base model.
+    """The name of a linear layer in the base model, and whether the layer is wrapped.
 
     Attributes:
         name: The name of the layer.
@@ -507,11 +507,11 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     return next((head for head in heads if head is not None), None)
 
 
-def _auxiliary_module_message(model: nn.Module, name: str) -> str:
-    """Return the part of a message that explains why a module cannot be a target.
+def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
+    """Explain, for a message, that a module is auxiliary and therefore cannot be a target.
 
-    The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
-    of.
+    The result is the part of the message after the module's name. The module called ``name`` is, or
+    is inside, a module that adapters own copies of or train rows of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
@@ -568,20 +568,22 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
 
 
 def _format_unmatched_config_values(
-    unmatched: list[str], found: list[str], any_excluded: bool, config: LoraConfig
+    unmatched_targets: list[str], found: list[str], any_excluded: bool, config: LoraConfig
 ) -> list[str]:
-    """Format the config values that match no module.
+    """Format the config values that match no module, for a warning.
 
-    The result is a list of texts, one for each field that has such values. The texts are used in a
-    warning.
+    The result is a list of texts, one for each field that has such values. The fields are
+    ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
 
     Args:
-        unmatched: The entries of ``target_modules`` that match no module and no experts.
+        unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
         found: The names of the targets.
         any_excluded: Whether at least one module is excluded.
         config: The adapter's config.
     """
-    unused = [f"target_modules entries {format_value(unmatched)}"] if unmatched else []
+    unused = (
+        [f"target_modules entries {format_value(unmatched_targets)}"] if unmatched_targets else []
+    )
     if config.exclude_modules and not any_excluded:
         unused.append(f"exclude_modules={format_value(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):

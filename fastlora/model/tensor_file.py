@@ -65,8 +65,8 @@ class TensorInfo(NamedTuple):
         return self.stop - self.start
 
 
-class TensorFile:
-    """An open safetensors file.
+class SafetensorsFile:
+    """An open safetensors file, from which tensors are read.
 
     The header and the tensors are read from the same file descriptor, so that they are consistent
     even if the file is replaced. Use the object as a context manager, which closes the file.
@@ -98,9 +98,9 @@ class TensorFile:
         except BaseException:
             file.close()
             raise
-        self.metadata = _parse_metadata_and_end(self._header)[0]
+        self.metadata = _parse_leading_metadata(self._header)[0]
 
-    def __enter__(self) -> TensorFile:
+    def __enter__(self) -> SafetensorsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,17 +166,17 @@ class TensorFile:
         return state.st_size, state.st_mtime_ns
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of a safetensors file into a dict that maps names to tensors.
 
     Raises:
-        CheckpointError: See `TensorFile`.
+        CheckpointError: See `SafetensorsFile`.
     """
-    with TensorFile(path.open("rb"), path) as file:
+    with SafetensorsFile(path.open("rb"), path) as file:
         return file.read()
 
 
-def write_tensors(
+def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors to a safetensors file.
@@ -213,17 +213,17 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
     """
     ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
-        written, end = _parse_metadata_and_end(_read_header(file)[0])
+        written, end = _parse_leading_metadata(_read_header(file)[0])
         if written == texts and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
             file.write((_METADATA_START + ordered).encode())
 
 
-def _parse_metadata_and_end(header: str) -> tuple[dict[str, str], int]:
-    """Parse the metadata in a header, and return the metadata and the index at which it ends.
+def _parse_leading_metadata(header: str) -> tuple[dict[str, str], int]:
+    """Parse the metadata at the beginning of a header, and return it and the index of its end.
 
-    The metadata is at the beginning of the header. If the header does not begin with valid
-    metadata, the result is an empty dict and 0.
+    The index is a position in the header. If the header does not begin with valid metadata, the
+    result is an empty dict and 0.
     """
     if not header.startswith(_METADATA_START):
         return {}, 0

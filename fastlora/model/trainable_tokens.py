@@ -30,10 +30,10 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 
 @dataclass(frozen=True)
-class AdapterTokensOfModule:
-    """The tokens that an adapter trains in a module.
+class TrainableTokenIndices:
+    """The rows of a module's weight that an adapter trains.
 
-    They are rows of the module's weight.
+    Each row belongs to a token.
 
     Attributes:
         indices: The indices of the rows.
@@ -44,7 +44,7 @@ class AdapterTokensOfModule:
     tied_to: str | None = None
 
 
-def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, AdapterTokensOfModule]:
+def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokenIndices]:
     """Find the tokens that an adapter trains in the modules of a model.
 
     The result is a dict keyed by module name. Tokens are rows of a module's weight. If
@@ -87,10 +87,10 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Ada
             f"layers: trainable_token_indices gives {of_tied}; expected the same indices for all "
             "tied layers, or ensure_weight_tying=False"
         )
-    tokens = {name: AdapterTokensOfModule(indices) for name, indices in found.items()}
+    tokens = {name: TrainableTokenIndices(indices) for name, indices in found.items()}
     if embedding in found and not differ:
         rows = tokens.pop(embedding)
-        tied_rows = {name: AdapterTokensOfModule(rows.indices, embedding) for name in tied}
+        tied_rows = {name: TrainableTokenIndices(rows.indices, embedding) for name in tied}
         tokens = {embedding: rows, **tokens, **tied_rows}
     for name, rows in tokens.items():
         _check_rows_trainable(model, name, rows)
@@ -156,7 +156,7 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     return found
 
 
-def _check_rows_trainable(model: nn.Module, name: str, rows: AdapterTokensOfModule) -> None:
+def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokenIndices) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:

@@ -413,7 +413,10 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether adapters are disabled on every layer."""
+        """Whether adapters are disabled in the model.
+
+        This is the case if they are disabled on every layer.
+        """
         return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
@@ -523,7 +526,7 @@ class LoraTuner(nn.Module):
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
-            held: An exit stack for resources to release when the block ends. It is not used here.
+            held: An exit stack for resources to release when the block ends.
         """
         return routing_from_parameters(
             self.group,
@@ -538,7 +541,7 @@ class LoraTuner(nn.Module):
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
         """Return example routings for `warm_up`.
 
-        See `fastlora.routing.routers.Router`.
+        See `fastlora.routing.routers.AdapterRouter`.
         """
         known = tuple(self.peft_config)
         layers = self.modules_selecting_adapter_per_row
@@ -666,11 +669,11 @@ class LoraTuner(nn.Module):
         )
 
     def unload(self, *, dequantize: bool = False) -> nn.Module:
-        """Remove the LoRA layers, and return the base model.
+        """Remove the LoRA layers without merging the adapters, and return the base model.
 
-        As in PEFT, adapters that were merged with `merge_adapter` stay in the weights, and a module
-        in ``modules_to_save`` is replaced with the active adapter's copy. To get the original base
-        weights, call `unmerge_adapter` first.
+        As in PEFT, adapters that were already merged with `merge_adapter` stay in the weights, and
+        a module in ``modules_to_save`` is replaced with the active adapter's copy. To get the
+        original base weights, call `unmerge_adapter` first.
 
         Args:
             dequantize: See `merge_and_unload`.

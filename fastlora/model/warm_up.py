@@ -247,10 +247,10 @@ def record_kernel_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> dict[str, KernelVariant]:
-    """Record the kernel variants that a model launches during inference.
+    """Record the kernel variants that a model would launch during inference.
 
-    The result is a dict indexed by `KernelVariant.key`. Nothing is compiled or launched. Arguments
-    are as in `warm_up`.
+    The model and its layers are run, but launches are only recorded: nothing is compiled or
+    launched. The result is a dict indexed by `KernelVariant.key`. Arguments are as in `warm_up`.
     """
     from fastlora.kernels.chips import chip_of
     from fastlora.kernels.mixed_rows_sort import MAX_IDS
@@ -264,7 +264,7 @@ def record_kernel_variants(
     with (
         _in_evaluation_mode(model),
         record_variants(chip_of(device)) as launched,
-        _rows_sorted_by_pytorch(),
+        _sort_with_pytorch_while_recording(),
     ):
         groups = _groups_after_forward(model, mixed[:1], inputs)
         # Layers that did not know their group yet ran alone, as they never will again.
@@ -379,8 +379,8 @@ def _distinct_groups(
 def _bisect_variant_changes(
     group: _SharedInputLayers,
     rows: int,
-    launched: dict[str, KernelVariant],
-    earlier_changes: Sequence[int],
+    launch_record: dict[str, KernelVariant],
+    extra_row_counts: Sequence[int],
 ) -> list[int]:
     """Find the row counts at which a group's kernel variants change, by bisection.
 
@@ -392,18 +392,18 @@ def _bisect_variant_changes(
     Args:
         group: The layers to run.
         rows: The largest row count.
-        launched: The dict in which launches are recorded.
-        earlier_changes: The results for other groups. The group is run with these row counts too.
+        launch_record: The dict in which launches are recorded.
+        extra_row_counts: Row counts with which the group is run too: the results for other groups.
 
     Returns:
         The last tested row count before each change.
     """
-    marks = {1, rows, *(mark for mark in earlier_changes if mark <= rows)}
+    marks = {1, rows, *(mark for mark in extra_row_counts if mark <= rows)}
     power = 2
     while power < rows:
         marks |= {power, power + 1}
         power *= 2
-    known = {mark: _run_and_list_kernels(group, mark, launched) for mark in sorted(marks)}
+    known = {mark: _run_and_list_kernels(group, mark, launch_record) for mark in sorted(marks)}
     ordered = sorted(known)
     changes: list[int] = []
     pairs = list(zip(ordered, ordered[1:], strict=False))
@@ -416,7 +416,7 @@ def _bisect_variant_changes(
         if not low < middle < high:
             changes.append(low)
             continue
-        known[middle] = _run_and_list_kernels(group, middle, launched)
+        known[middle] = _run_and_list_kernels(group, middle, launch_record)
         pairs += [(low, middle), (middle, high)]
     return changes
 
@@ -434,11 +434,11 @@ def _run_and_list_kernels(
 
 
 @contextlib.contextmanager
-def _rows_sorted_by_pytorch() -> Iterator[None]:
-    """Use PyTorch to sort the rows of mixed batches for the duration of a ``with`` block.
+def _sort_with_pytorch_while_recording() -> Iterator[None]:
+    """Sort the rows of mixed batches with PyTorch for the duration of a ``with`` block.
 
-    PyTorch may use the result as indices, so it must not be the uninitialized output of a kernel
-    that is only recorded.
+    Kernels are only recorded in this block. PyTorch may use the result as indices, so it must not
+    be the uninitialized output of a kernel that is only recorded.
     """
     from fastlora.kernels import mixed_rows_sort
 

@@ -23,7 +23,7 @@ _Gradient = torch.Tensor | None
 
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a dropout seed.
+    """Draw a dropout seed on the device on which an implementation reads it.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. For kernels, the seed
     is on x's device, so that the host does not wait for it. For the PyTorch implementation, it is
@@ -130,9 +130,7 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA updates of a stack of weights to y in place.
-
-        The result is the shrink output s.
+        """Add the LoRA updates of a stack of weights to y in place, and return the shrink output s.
 
         Args:
             y: The base product, ``[P, N]``, in x's dtype.

@@ -25,7 +25,7 @@ import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -87,10 +87,10 @@ def _gpu_support_and_description(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return whether the Triton kernels can run on a device, and the reason why or why not.
+    """Return whether the Triton kernels can run on a device, and the reason in words.
 
-    The result is a tuple (runs, reason). If the kernels can run, the reason describes the GPU, or
-    says that they run in Triton's interpreter.
+    The result is a tuple (runs, reason). If the kernels cannot run, the reason says why not. If
+    they can run, it describes the GPU, or says that they run in Triton's interpreter.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -179,7 +179,9 @@ def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any)
         return function(*args)
 
 
-def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+def resolve_impl(
+    impl: str, x: torch.Tensor, dtype: torch.dtype | None = None
+) -> Literal["triton", "eager"]:
     """Return the name of the implementation that runs on x.
 
     The name is ``"triton"`` or ``"eager"``. `execution_mode_of` resolves all other cases itself.
@@ -217,7 +219,7 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """How a forward pass is executed.
+    """The backend that executes a forward pass, and the modes in which it is executed.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
@@ -255,7 +257,9 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Check that the Triton kernels can handle a call in batch-invariant mode.
+        """Check that a call can run in batch-invariant mode.
+
+        Only the Triton kernels can run in this mode.
 
         Raises:
             ImplementationError: The kernels cannot handle the call in this mode.

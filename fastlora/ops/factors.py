@@ -45,9 +45,9 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The tensors of a base layer that a forward pass uses.
+    """The weight and bias of a base layer, or its output if it has already been computed.
 
-    They are the weight and the optional bias, or the output if it has already been computed.
+    The bias is optional.
 
     Attributes:
         weight: ``[N, K]``, or None if a module was called.
@@ -151,11 +151,11 @@ class AddressTables(NamedTuple):
         return found
 
 
-def tables_from_tensors(
-    tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
+def unpack_address_tables(
+    tables: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
 ) -> AddressTables:
-    """Build an `AddressTables` from the tensors in an operator's ``tables`` argument."""
-    a_address, b_address, rank, scaling, *biases = tensors
+    """Unpack an operator's ``tables`` argument, a list of tensors, into an `AddressTables`."""
+    a_address, b_address, rank, scaling, *biases = tables
     bias_address = biases[0] if biases else None
     return AddressTables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
 

@@ -66,7 +66,7 @@ def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int
     The result is a tuple (offsets, size). ``offsets`` has the offset of each gradient. All values
     are in elements.
     """
-    return _aligned_offsets([a.numel() for a in lora_a], lora_a[0].itemsize)
+    return _offsets_aligned_to_16_bytes([a.numel() for a in lora_a], lora_a[0].itemsize)
 
 
 def grad_b_buffer_layout(
@@ -78,7 +78,9 @@ def grad_b_buffer_layout(
     per slot, which is -1 for a lora_bias that does not exist. All values are in elements.
     """
     biases = [b.shape[0] if has else 0 for b, has in zip(lora_b, with_bias, strict=True)]
-    offsets, end = _aligned_offsets([*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize)
+    offsets, end = _offsets_aligned_to_16_bytes(
+        [*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize
+    )
     bias_offsets = [
         at if has else -1 for at, has in zip(offsets[len(lora_b) :], with_bias, strict=True)
     ]
@@ -116,10 +118,10 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
     ]
 
 
-def _aligned_offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Return aligned offsets for blocks of the given sizes, and the total size.
+def _offsets_aligned_to_16_bytes(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
+    """Return 16-byte-aligned offsets for blocks of the given sizes, and the total size.
 
-    The result is a tuple, in elements. Blocks are aligned to 16 bytes.
+    The result is a tuple, in elements of ``itemsize`` bytes.
     """
     each = 16 // itemsize
     offsets, end = [], 0

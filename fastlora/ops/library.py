@@ -24,7 +24,9 @@ def register_implementation(name: str) -> Callable[[Callable[..., Any]], Callabl
     return found
 
 
-def register_composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_composite_implementation(
+    name: str,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a function as an operator's composite implementation.
 
     The implementation is registered above autograd. It runs while a graph is traced, and also if

@@ -149,7 +149,7 @@ class OperatorBackend(Backend):
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
-            own, run = self._rows_argument_and_run("mixed_lora_grad_b", rows, dy)
+            own, run = self._rows_argument_and_run_length("mixed_lora_grad_b", rows, dy)
             with_bias = [bias is not None for bias in lora_bias]
             with_factors = any(wants[1::3]) or any(wants[2::3])
             ds, packed, _ = operators.lora_grad_b(
@@ -177,7 +177,7 @@ class OperatorBackend(Backend):
             ds = _zero_unwritten_elements(ds, rows, lora_a)
         return dx, d_bias, ds, found
 
-    def _rows_argument_and_run(
+    def _rows_argument_and_run_length(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
         """Return the tensors for the ``rows`` argument of a launch, and the run length.
@@ -204,7 +204,7 @@ class OperatorBackend(Backend):
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
-        own, run = self._rows_argument_and_run("mixed_lora_grad_a", rows, x)
+        own, run = self._rows_argument_and_run_length("mixed_lora_grad_a", rows, x)
         (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
         return split_grad_a(packed, lora_a)
 
@@ -304,10 +304,11 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Return a list of the outputs of a shared-input group for a mixed batch.
+    """Compute the outputs of a shared-input group for a mixed batch together if that is possible.
 
-    The modules have adjacent rows in the address tables, starting at ``first``. The result is None
-    if something observes operators, or if one launch cannot read all of the weights.
+    The result is a list of the outputs. It is None if something observes operators, or if one
+    launch cannot read all of the weights. The kernels are launched directly, without a registered
+    operator. The modules have adjacent rows in the address tables, starting at ``first``.
     """
     if operators_are_observed(x, by_profiler=False):
         return None
@@ -344,29 +345,30 @@ def weight_for_kernels(
     return weight.quantized_data if reads_codes else dequantize(weight)
 
 
-def _has_quantized_weight(operands: Sequence[torch.Tensor | None], count: int) -> bool:
+def _has_quantized_weight(operands: Sequence[torch.Tensor | None], num_modules: int) -> bool:
     """Return whether any base weight among the operands is quantized.
 
-    The base weights are the first ``count`` operands.
+    The base weights are the first ``num_modules`` operands.
     """
-    return QuantizedTensor in map(type, operands[:count])
+    return QuantizedTensor in map(type, operands[:num_modules])
 
 
 def _with_kernel_weights(
-    operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
+    operands: Sequence[torch.Tensor | None], num_modules: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | QuantizedData | None]:
-    """Return a shared-input group's operands, with the weights in a form that kernels can read.
+    """Return the operands of a group of modules, with the weights replaced for the kernels.
 
-    If x is None, the weights are None.
+    The modules share an input. Each base weight is replaced by a form that kernels can read. If x
+    is None, it is replaced by None. The base weights are the first ``num_modules`` operands.
     """
-    read: list[torch.Tensor | QuantizedData | None] = [None] * count
+    read: list[torch.Tensor | QuantizedData | None] = [None] * num_modules
     if x is not None:
         for i, (weight, up) in enumerate(
-            zip(operands[:count], operands[3 * count : 4 * count], strict=True)
+            zip(operands[:num_modules], operands[3 * num_modules : 4 * num_modules], strict=True)
         ):
             if weight is not None and up is not None:
                 read[i] = weight_for_kernels(weight, x, up.shape[1], "auto", launch)
-    return [*read, *operands[count:]]
+    return [*read, *operands[num_modules:]]
 
 
 @functools.cache

@@ -402,9 +402,10 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def piece_starts_length(m: int, slots: int, block_m: int) -> int:
-    """Return the length of the tensor that `Rows.piece_starts` returns.
+    """Return the number of elements to allocate for the tensor of piece starts.
 
-    The arguments may be symbolic.
+    This is the length of the tensor that `Rows.piece_starts` returns. It is an upper bound of the
+    number of pieces, plus one. The arguments may be symbolic.
     """
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries

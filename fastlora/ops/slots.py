@@ -62,14 +62,14 @@ class BatchRows:
         self._sorted: dict[int, SortedRowsAndMatmulPlans] = {}
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
-    def start(self, slots: np.ndarray) -> None:
-        """Start a new batch.
+    def start(self, slots_on_host: np.ndarray) -> None:
+        """Start a new batch whose rows have the given slots.
 
         Args:
-            slots: The slot of each row, on the host. The caller has already copied this array to
-                the device.
+            slots_on_host: The slot of each row, on the host. The caller has already copied this
+                array to the device.
         """
-        self.used_slots = sorted(set(slots[slots >= 0].tolist()))
+        self.used_slots = sorted(set(slots_on_host[slots_on_host >= 0].tolist()))
         self._sorted.clear()
         if self._whole is not None:
             pairs = zip(
@@ -88,10 +88,10 @@ class BatchRows:
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
 
-    def sorted_first_rows(self, m: int) -> SortedRowsAndMatmulPlans:
-        """Return the first m rows of the batch in sorted order.
+    def sort_first_rows(self, m: int) -> SortedRowsAndMatmulPlans:
+        """Sort the first m rows of the batch by slot.
 
-        The result is cached for the batch.
+        The result also has the plans of their matrix products. It is cached for the batch.
         """
         found = self._sorted.get(m)
         if found is None:
@@ -144,11 +144,11 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """Computes products with the LoRA factors of a layer's slots.
+    """The LoRA factors of a layer's slots.
 
-    The methods add each row's update to y. The update of a row is
-    ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot. There are up to four
-    slices with the same input x. Their outputs are adjacent columns of y.
+    The factors are packed for products as needed. The methods add each row's update to y. The
+    update of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot.
+    There are up to four slices with the same input x. Their outputs are adjacent columns of y.
 
     Args:
         lora_a: For each slice, ``[slots, R, K]``.
@@ -186,18 +186,20 @@ class SlotProducts:
         self._version = storage._version
         self._prepared: _PackedFactorsAndPlan | None = None
 
-    def set_slot(self, slot: int, ranks: Sequence[int], scalings: Sequence[float]) -> None:
+    def set_slot(
+        self, slot: int, slice_ranks: Sequence[int], slice_scalings: Sequence[float]
+    ) -> None:
         """Set the rank and the scaling of each slice of a slot.
 
         The slot's factors must have been written before.
         """
-        own: list[Factors | None] = [None] * len(ranks)
-        for index, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
+        own: list[Factors | None] = [None] * len(slice_ranks)
+        for index, (rank, scaling) in enumerate(zip(slice_ranks, slice_scalings, strict=True)):
             if rank:
                 lora_a, lora_b = self.lora_a[index][slot], self.lora_b[index][slot]
                 own[index] = Factors(lora_a[:rank], lora_b[:rank].t(), scaling)
         self._factors[slot] = own
-        for table, values in zip(self.tables[2:], (ranks, scalings), strict=True):
+        for table, values in zip(self.tables[2:], (slice_ranks, slice_scalings), strict=True):
             table[:, slot] = torch.tensor(values, dtype=table.dtype)
         self._prepared = None
         for pack in self._packs.values():
@@ -205,7 +207,10 @@ class SlotProducts:
         self._version = self._storage._version
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot has rank 0 in all slices."""
+        """Return whether a slot has no adapter.
+
+        The slot then has rank 0 in all slices.
+        """
         return all(factors is None for factors in self._factors[slot])
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
@@ -238,7 +243,7 @@ class SlotProducts:
 
         The arguments are those of `add_`.
         """
-        rows, found = batch.sorted_first_rows(x.shape[0]), self._prepared
+        rows, found = batch.sort_first_rows(x.shape[0]), self._prepared
         if (
             found is None
             or found.batch is not rows

@@ -69,9 +69,10 @@ class PoolTables:
         return AddressTables(*addresses, self.rank, self.scaling, max_rank, dtype, scales)
 
     def write_column(self, column: int, image: PackedAdapter) -> None:
-        """Write an adapter's addresses, ranks, and scalings into one column of the tables.
+        """Write a packed adapter into one column of the tables.
 
-        The writes run on the current stream.
+        The column then contains the adapter's addresses, ranks, and scalings. The writes run on the
+        current stream.
 
         Args:
             column: Index of the column.
@@ -121,7 +122,7 @@ class PoolTables:
         )
 
     def clear_column(self, column: int) -> None:
-        """Clear a column so that it can be reused.
+        """Clear a column, so that it contains no adapter and can be reused.
 
         The writes run on the current stream.
         """

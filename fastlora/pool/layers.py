@@ -20,11 +20,11 @@ from fastlora.model.base_modules import named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
-    base_parameters_outside_wrappers,
+    base_parameters_outside_auxiliary_wrappers,
     former_names_of_parameter,
     former_to_parameter_names,
     is_quantized,
-    supported_stacks,
+    stacks_with_expert_layer_class,
 )
 from fastlora.model.target_names import is_all_linear
 from fastlora.model.targets import model_type_of
@@ -38,10 +38,11 @@ from fastlora.routing.routing import RoutedLayerGroup, add_to_group
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
-class PoolLayers:
+class PoolLoraLayers:
     """The LoRA layers of an adapter pool, which replace the target modules of a model.
 
-    The layers contain no adapters. In each forward pass, they use adapters from the pool.
+    The constructor installs the layers, and `restore_model` removes them. The layers contain no
+    adapters. In each forward pass, they use adapters from the pool.
 
     Args:
         model: The base model. It is unchanged if the constructor raises.
@@ -102,7 +103,7 @@ class PoolLayers:
             for name, target in found.items():
                 self._replace(name, target)
             add_to_group(self.group, model, inject.modules_with_adapters(model))
-            self._install_batch_size_checks()
+            self._wrap_methods_with_batch_checks()
         except BaseException:
             self.restore_model()
             raise
@@ -118,30 +119,31 @@ class PoolLayers:
             for name, own in by_name.items()
         ]
 
-    def _install_batch_size_checks(self) -> None:
-        """Make the model check that the size of each batch matches the number of adapter ids.
+    def _wrap_methods_with_batch_checks(self) -> None:
+        """Wrap the model's methods so that they check that each batch matches the adapter ids.
 
-        The methods ``forward`` and ``generate`` are wrapped. The number of samples or tokens must
-        equal the number of adapter ids. In `generate`, only the batch that the caller passes is
-        checked, because beam search adds rows to it later.
+        The methods are ``forward`` and ``generate``. Wrapped methods also accept
+        ``adapter_names=``. The number of samples or tokens must equal the number of adapter ids. In
+        `generate`, only the batch that the caller passes is checked, because beam search adds rows
+        to it later.
         """
-        self._accept_adapter_names_and_check_batch("forward", contextlib.nullcontext)
+        self._wrap_method_to_accept_adapter_names("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
-            self._accept_adapter_names_and_check_batch(
+            self._wrap_method_to_accept_adapter_names(
                 "generate", skip_batch_size_check, per_sample=True
             )
 
-    def _accept_adapter_names_and_check_batch(
-        self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
+    def _wrap_method_to_accept_adapter_names(
+        self, method_name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
         """Wrap a model method so that it accepts ``adapter_names=`` and checks the batch size.
 
         Args:
-            name: Name of the method.
+            method_name: Name of the method.
             around: Function that returns a context manager in which the method is called.
             **rules: Keyword arguments for `check_batch_matches_ids`.
         """
-        method, group, block = getattr(self._model, name), self.group, self._block
+        method, group, block = getattr(self._model, method_name), self.group, self._block
 
         @functools.wraps(method)
         def call(
@@ -157,8 +159,8 @@ class PoolLayers:
                     discard_unused_results(group)
 
         own = self._model.__dict__
-        self._wrapped[name] = call, own.get(name)
-        own[name] = call
+        self._wrapped[method_name] = call, own.get(method_name)
+        own[method_name] = call
 
     def _replace(self, name: str, target: TargetModule) -> None:
         module, layer = self._model.get_submodule(name), target.kind.wrap(target.base)
@@ -188,10 +190,10 @@ class PoolLayers:
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
-    def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+    def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Return the device and the dtype of the base weights.
 
-        The dtype is that of the first base weight.
+        All base weights must be on one device. The dtype is that of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
@@ -215,9 +217,9 @@ def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
     The result is None if the model has none. Routers are parameters with former names. Other
     modules with stacks are left out, and so are quantized stacks.
     """
-    parameters = base_parameters_outside_wrappers(named_base_modules(model))
+    parameters = base_parameters_outside_auxiliary_wrappers(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))
-    stacks = {each.name for each in supported_stacks(parameters)}
+    stacks = {each.name for each in stacks_with_expert_layer_class(parameters)}
     return [
         each.name
         for each in parameters

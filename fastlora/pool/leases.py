@@ -124,7 +124,10 @@ class LeaseManager:
         self._prefetching: set[int] = set()  # thread ids
 
     def check_pool_open(self) -> None:
-        """Raise `PoolClosedError` if the pool is closed or closing."""
+        """Raise `PoolClosedError` unless the pool is open.
+
+        A pool that is closing is not open: it accepts no new leases.
+        """
         if self.closed:
             raise PoolClosedError("the pool is closed")
         if self.closing:
@@ -147,7 +150,7 @@ class LeaseManager:
         raise adapter_not_found_error(lost, known)  # outside the lock: finding close names is slow
 
     def drain(self, wait: float | None) -> None:
-        """Reject new leases, and wait until all open leases have ended.
+        """Wait until all leases have ended, and reject new leases from now on.
 
         Args:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
@@ -186,7 +189,7 @@ class LeaseManager:
             self.check_pool_open()
             self.hits += len(self._tiers.device)
             lease = self._create_lease(tuple(self._tiers.device.values()))
-        return self._make_stream_wait_for_lease(lease)
+        return self._make_stream_wait_until_ready(lease)
 
     def acquire(self, request: LeaseRequest, timeout: float | None) -> Lease:
         """Return a lease on the requested adapters.
@@ -207,7 +210,7 @@ class LeaseManager:
                 with self.changed:
                     step = self._wait_for_lease_or_reads(request, deadline)
                 if isinstance(step, Lease):
-                    return self._make_stream_wait_for_lease(step)
+                    return self._make_stream_wait_until_ready(step)
                 self._read(step, request)
         finally:
             with self.changed:
@@ -215,7 +218,7 @@ class LeaseManager:
                     self.queue.remove(request)
                     self.changed.notify_all()
 
-    def compute_scales_if_pinned(self, name: str) -> None:
+    def compute_dora_scales_if_pinned(self, name: str) -> None:
         """Compute an adapter's DoRA scales if the adapter is pinned.
 
         The adapter has just been loaded. A captured CUDA graph can use a pinned adapter without a
@@ -227,17 +230,18 @@ class LeaseManager:
             if entry is None or not entry.pinned or loaded is None or not loaded.uses_dora:
                 return
             lease = self._create_lease((loaded,))  # it is on the device and needs no more room
-        self._make_stream_wait_for_lease(lease).release()
+        self._make_stream_wait_until_ready(lease).release()
 
-    def recompute_stale_scales(self) -> None:
+    def recompute_stale_dora_scales(self) -> None:
         """Recompute the stale DoRA scales of all adapters on the device.
 
-        Adapters that were replaced or removed are included while they are leased.
+        Scales are stale if the base weights have changed since they were computed. Adapters that
+        were replaced or removed are included while they are leased.
         """
         with self.changed:
             self.check_pool_open()
             lease = self._create_lease(tuple(self._tiers.loaded_adapters))
-        self._make_stream_wait_for_lease(lease).release()
+        self._make_stream_wait_until_ready(lease).release()
 
     def _create_lease(self, loaded_adapters: tuple[LoadedAdapter, ...]) -> Lease:
         """Create a lease on adapters that are already on the device.
@@ -278,12 +282,12 @@ class LeaseManager:
                 self.changed.wait()
                 continue
             loaded = all(name in tiers.device for name in request.in_memory)
-            if self._may_precede_queue(request) and (
+            if self._is_turn_of(request) and (
                 loaded or tiers.fits_beside_pinned_and_held(request.in_memory, tiers.leased())
             ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
-            if not self._can_grant_eventually(request) or (left is not None and left <= 0):
+            if not self._can_grant_after_leases_end(request) or (left is not None and left <= 0):
                 nbytes = sum(image.nbytes for image in request.in_memory.values())
                 raise PoolFullError(
                     f"a batch needs {len(request.in_memory)} adapters ({nbytes} bytes in total) "
@@ -337,7 +341,7 @@ class LeaseManager:
             self.hits += len(loaded_adapters) - misses
         return self._create_lease(tuple(loaded_adapters[name] for name in request.names))
 
-    def _make_stream_wait_for_lease(self, lease: Lease) -> Lease:
+    def _make_stream_wait_until_ready(self, lease: Lease) -> Lease:
         """Make the current stream wait until the adapters of a lease are ready to use.
 
         It waits for the copies of the adapters to the device and for the computation of DoRA
@@ -348,7 +352,7 @@ class LeaseManager:
         """
         try:
             loaded_adapters = list(dict.fromkeys(lease.loaded_adapters))
-            self._scales.update_stale_scales(loaded_adapters, self.changed)
+            self._scales.update_stale_dora_scales(loaded_adapters, self.changed)
             events = []
             for loaded in loaded_adapters:
                 scales = loaded.scales
@@ -377,8 +381,8 @@ class LeaseManager:
                 self._tiers.decrement_leases(loaded, event)
             self.changed.notify_all()
 
-    def _may_precede_queue(self, request: LeaseRequest) -> bool:
-        """Return whether a request may be granted before the other requests in the queue.
+    def _is_turn_of(self, request: LeaseRequest) -> bool:
+        """Return whether it is a request's turn to be granted.
 
         Requests are granted in order of arrival, so that small requests cannot delay a large
         request forever. A thread that already holds leases takes precedence, because other threads
@@ -387,7 +391,7 @@ class LeaseManager:
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
-    def _can_grant_eventually(self, request: LeaseRequest) -> bool:
+    def _can_grant_after_leases_end(self, request: LeaseRequest) -> bool:
         """Return whether a request can be granted once other threads have ended their leases.
 
         The method is Dijkstra's banker's algorithm. It assumes that running threads will end their

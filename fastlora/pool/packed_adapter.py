@@ -49,9 +49,9 @@ class TargetableBaseWeight(NamedTuple):
     num_matrices: int = 1
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of an adapter's tensor for this weight.
+        """Return the shape of an adapter's tensor of the given kind and rank.
 
-        The shape is in PEFT's layout.
+        The tensor is one of the adapter's tensors for this weight, in PEFT's layout.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
@@ -65,9 +65,10 @@ class TargetableBaseWeight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AdapterLayout:
-    """The positions of an adapter's tensors within one packed 1-D tensor.
+    """The layout of a packed adapter: the rank and the tensor offsets of each module.
 
-    Adapters whose tensors have the same shapes share a layout.
+    The offsets are positions within one packed 1-D tensor, the image. Adapters whose tensors have
+    the same shapes share a layout.
 
     Attributes:
         targets: The G modules of the pool.

@@ -20,12 +20,12 @@ from torch import nn
 from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool.address_tables import PoolTables
-from fastlora.pool.layers import PoolLayers
+from fastlora.pool.layers import PoolLoraLayers
 from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import PoolStats, RegisteredAdapter
-from fastlora.pool.router import lease_batch_routing, sample_pool_routings
+from fastlora.pool.router import empty_routings_for_warm_up, lease_batch_routing
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
@@ -123,9 +123,9 @@ class AdapterPool:
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         parameters = None if target_parameters is None else list(target_parameters)
         block = functools.partial(adapters, self)
-        self._layers = PoolLayers(model, targets, parameters, block)
+        self._layers = PoolLoraLayers(model, targets, parameters, block)
         try:
-            base_device, base_dtype = self._layers.base_device_and_dtype()
+            base_device, base_dtype = self._layers.base_weights_device_and_dtype()
             self.device = torch.device(device) if device is not None else base_device
             transfers = make_transfers(self.device)
             packer = AdapterPacker(
@@ -218,15 +218,15 @@ class AdapterPool:
             ConfigError: The name is invalid, or the record does not specify a folder.
             CheckpointError, PoolFullError, torch.OutOfMemoryError: As in `load`.
         """
-        self._put(entry, self._reader.read_folder(_folder_of(entry)))
+        self._put(entry, self._reader.read_folder(_require_folder(entry)))
 
     def _put(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
         with self._changed:
             self._lease_manager.check_pool_open()
-            self._tiers.register_or_replace(entry, image)
+            self._tiers.load_or_replace(entry, image)
             self._lease_manager.loads += 1
             self._changed.notify_all()
-        self._lease_manager.compute_scales_if_pinned(entry.name)
+        self._lease_manager.compute_dora_scales_if_pinned(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Register an adapter folder under a name.
@@ -294,14 +294,14 @@ class AdapterPool:
         return sorted(found)
 
     def _register(self, entries: Sequence[RegisteredAdapter]) -> None:
-        folders = [_folder_of(entry) for entry in entries]
+        folders = [_require_folder(entry) for entry in entries]
         uses_dora = [self._reader.check_folder(folder).use_dora for folder in folders]
         with self._changed:
             self._lease_manager.check_pool_open()
             self._tiers.register(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
-        """Remove an adapter from the pool.
+        """Unload an adapter from memory, and remove it from the pool.
 
         Leases on the adapter remain valid. Its memory is freed when the last of these leases ends,
         or immediately if the adapter is not leased.
@@ -316,7 +316,7 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Keep an adapter on the device until `unpin` is called.
+        """Keep an adapter on the device, so that it is not evicted until `unpin` is called.
 
         If it is not on the device, it is brought there.
 
@@ -377,7 +377,7 @@ class AdapterPool:
 
     @property
     def loaded_names(self) -> list[str]:
-        """Names of the adapters on the device.
+        """Names of the loaded adapters, which are those on the device.
 
         The least recently used adapter comes first.
         """
@@ -386,10 +386,10 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that have been replaced or unloaded so far.
+        """Number of adapters that have been replaced so far.
 
-        As long as this number does not change, each name in an open `fastlora.adapters` block still
-        refers to the same adapter.
+        Adapters that have been unloaded count as replaced. As long as this number does not change,
+        each name in an open `fastlora.adapters` block still refers to the same adapter.
         """
         return self._tiers.replaced
 
@@ -501,17 +501,17 @@ class AdapterPool:
 
         Only outdated scales of adapters on the device are recomputed.
         """
-        self._lease_manager.recompute_stale_scales()
+        self._lease_manager.recompute_stale_dora_scales()
 
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Close the pool, removing its adapters from memory and its layers from the model.
+        """Close the pool, free its memory, and restore the model's original modules.
 
-        The model's original modules are restored. If ``wait`` is given, new leases and
-        `fastlora.adapters` blocks raise `PoolClosedError` in every thread from now on, and other
-        threads have ``wait`` seconds to end their leases. Prefetch threads finish the adapter that
-        they are reading and then stop. Closing a closed pool does nothing.
+        The adapters are removed from memory, and the pool's layers from the model. If ``wait`` is
+        given, new leases and `fastlora.adapters` blocks raise `PoolClosedError` in every thread
+        from now on, and other threads have ``wait`` seconds to end their leases. Prefetch threads
+        finish the adapter that they are reading and then stop. Closing a closed pool does nothing.
 
         Args:
             wait: Maximum time in seconds to wait for leases to end, or None to raise an error
@@ -564,9 +564,9 @@ class AdapterPool:
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
         """Return example routings for `warm_up`.
 
-        See `fastlora.routing.routers.Router`.
+        See `fastlora.routing.routers.AdapterRouter`.
         """
-        return sample_pool_routings(self, ranks)
+        return empty_routings_for_warm_up(self, ranks)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
         """Check that all names are registered, and return them as a tuple.
@@ -601,8 +601,8 @@ def _check_adapter_name(name: object) -> None:
         )
 
 
-def _folder_of(entry: RegisteredAdapter) -> Path:
-    """Return the adapter folder that a record specifies.
+def _require_folder(entry: RegisteredAdapter) -> Path:
+    """Return the adapter folder of a record, or raise an error if there is none.
 
     Raises:
         ConfigError: The record's name is invalid, or the record does not specify a folder.

@@ -25,9 +25,9 @@ from fastlora.model.adapter_folder import (
 )
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
+from fastlora.model.expert_files import may_need_expert_conversion, stack_expert_factors
 from fastlora.model.plan import check_targets_of_parameters
-from fastlora.model.stacked_experts import base_parameters_outside_wrappers
+from fastlora.model.stacked_experts import base_parameters_outside_auxiliary_wrappers
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
 from fastlora.patterns import bounded_matching
@@ -51,8 +51,10 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class PackedTensorLocation(NamedTuple):
-    """The location of a tensor in a packed adapter.
+class PackedTensorTarget(NamedTuple):
+    """The target that a tensor of an adapter belongs to, and the kind of the tensor.
+
+    Together, they determine the location of the tensor in the packed adapter.
 
     Attributes:
         row: Index of the pool's target.
@@ -150,9 +152,10 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
-        """Open an adapter folder, check its config and its size, and yield the open folder.
+        """Context manager that opens an adapter folder and checks that the pool supports it.
 
-        The time and memory for matching the config's patterns are limited inside the block.
+        The adapter's config and its size are checked. The block gets the open folder. The time and
+        memory for matching the config's patterns are limited inside the block.
         """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
@@ -201,7 +204,7 @@ class AdapterReader:
     def _convert_experts_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
         """Convert individual experts' factors to stacked factors, and return the packed adapter."""
         if self._has_stacks:
-            file = convert_expert_factors(self._model, file)
+            file = stack_expert_factors(self._model, file)
         config, tensors = file.config, file.tensors
         locations = self._update_config_and_locate_tensors(config, file.keys, tensors, source)
         return self._pack(config, locations, tensors, source)
@@ -245,7 +248,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, PackedTensorLocation]:
+    ) -> dict[str, PackedTensorTarget]:
         """Update the config, and return the location of each tensor in the packed adapter.
 
         The selected parameters are stored in the config; see
@@ -258,7 +261,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, PackedTensorLocation] = {}
+        locations: dict[str, PackedTensorTarget] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
@@ -277,7 +280,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)
+            locations[key] = PackedTensorTarget(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_selected_targets_have_factors(
@@ -293,7 +296,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, PackedTensorLocation],
+        locations: Mapping[str, PackedTensorTarget],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:
@@ -442,7 +445,8 @@ class AdapterReader:
         if not names:
             return found
         parameters = {
-            e.name: e for e in base_parameters_outside_wrappers(named_base_modules(self._model))
+            e.name: e
+            for e in base_parameters_outside_auxiliary_wrappers(named_base_modules(self._model))
         }
         current = replace(found.parameters, parameters=[parameters[name] for name in names])
         return found._replace(parameters=current)

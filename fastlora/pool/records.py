@@ -101,9 +101,10 @@ class LoadedAdapter:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter.
+    """The pool's record of a registered adapter: its name, folder, and state.
 
-    A replacement adapter gets its own record.
+    The state is whether the adapter is pinned and whether it is being read. A replacement adapter
+    gets its own record.
 
     Attributes:
         name: Name of the adapter.

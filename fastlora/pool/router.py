@@ -83,8 +83,8 @@ def lease_batch_routing(
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 
-def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
-    """Return example routings of a pool for `warm_up`.
+def empty_routings_for_warm_up(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
+    """Return routings without adapters, as examples for `warm_up`.
 
     There is one routing for each range of ranks that share kernel configs, largest rank first. Each
     has as many slots as a batch of the pool, and all slots are empty. A launch processes the rank

@@ -42,7 +42,7 @@ class DoraScaleUpdater:
         self._lock = threading.Lock()
         self._stamps: list[Any] = []
 
-    def update_stale_scales(
+    def update_stale_dora_scales(
         self, loaded_adapters: Iterable[LoadedAdapter], pool_lock: AbstractContextManager[Any]
     ) -> None:
         """Update the stale DoRA scales of loaded adapters.
@@ -52,7 +52,8 @@ class DoraScaleUpdater:
 
         Args:
             loaded_adapters: The leased adapters.
-            pool_lock: The pool's lock. The caller must not hold it: computing norms is slow.
+            pool_lock: The pool's lock, which this method acquires for a short time. The caller must
+                not hold it, because computing norms is slow.
 
         Raises:
             AdapterStateError: Scales are missing or outdated, and a CUDA graph is being captured.

@@ -21,9 +21,12 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFul
 class StorageTiers:
     """The storage tiers of a pool, and the adapters that they contain.
 
-    If the pool's device is a CPU, an image is in only one tier at a time, and moving it between
-    tiers copies no data. If it is a GPU, the CPU tier is a cache that may contain copies of images
-    on the device.
+    The tiers are device memory, CPU memory, and disk. The methods move adapters between them, and
+    evict the least recently used adapters.
+
+    If the pool's device is a CPU, an image is in only one memory tier at a time, and moving it
+    between tiers copies no data. If it is a GPU, the CPU tier is a cache that may contain copies of
+    images on the device.
 
     Args:
         tables: The pool's tables. Their number of slots limits the number of adapters on the
@@ -88,11 +91,14 @@ class StorageTiers:
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters without reading them from disk.
+        """Register adapters under the names in their records.
+
+        The adapters are not read from disk.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.
-            uses_dora: Whether any of the adapters uses DoRA.
+            uses_dora: Whether any of the adapters uses DoRA. If so, the tables for kernels include
+                DoRA scales from now on.
 
         Raises:
             AdapterStateError: A name is already registered.
@@ -122,13 +128,13 @@ class StorageTiers:
         del self.entries[name]
         self.replaced += 1
 
-    def register_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
-        """Register an adapter, replacing any existing adapter with the same name.
+    def load_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
+        """Load an adapter onto the device, replacing any adapter with the same name.
 
-        The adapter is brought to the device if there is room. A new adapter on the device takes
-        over the slot of the adapter that it replaces. If leased and pinned adapters leave no room
-        on the device, an adapter that is not pinned is stored in the CPU tier. An adapter that
-        replaces a pinned adapter is pinned too.
+        The adapter is also registered under its name. A new adapter on the device takes over the
+        slot of the adapter that it replaces. If leased and pinned adapters leave no room on the
+        device, an adapter that is not pinned is stored in the CPU tier. An adapter that replaces a
+        pinned adapter is pinned too.
 
         Args:
             entry: Record of the adapter.
@@ -151,7 +157,7 @@ class StorageTiers:
             )
         loaded = None
         if now:  # first, because it can fail: the name still has its old adapter
-            self._evict_until_room({name: image})
+            self._evict_until_device_has_room({name: image})
             loaded = self._upload_and_assign_slot(name, image)
         entry.pinned, self.entries[name] = pinned, entry
         self.replaced += before is not None
@@ -251,7 +257,7 @@ class StorageTiers:
             if shares:
                 for name in missing:
                     self.host.pop(name, None)
-            self._evict_until_room(images)
+            self._evict_until_device_has_room(images)
         try:
             for name, image in missing.items():
                 self.device[name] = self._upload_and_assign_slot(name, image)
@@ -323,7 +329,7 @@ class StorageTiers:
         loaded.written = self._transfers.record_write_event()
         return loaded
 
-    def _evict_until_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
+    def _evict_until_device_has_room(self, new_adapters: Mapping[str, PackedAdapter]) -> None:
         """Evict the least recently used adapters until the device has room for new adapters.
 
         Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
@@ -331,22 +337,22 @@ class StorageTiers:
         leased.
 
         Args:
-            wanted: Maps the name of each new adapter to its image.
+            new_adapters: Maps the name of each new adapter to its image.
         """
         columns, nbytes = 0, self.device_bytes_used
-        for name, image in wanted.items():
+        for name, image in new_adapters.items():
             old = self.device.get(name)
             nbytes += image.nbytes
             if old is None or (old.leases and old.packed is not image):
                 columns += 1
             else:
                 nbytes -= old.packed.nbytes
-        slots = len(self.device.keys() | wanted.keys())
+        slots = len(self.device.keys() | new_adapters.keys())
         for name, loaded in list(self.device.items()):
             bytes_ok = self.device_bytes is None or nbytes <= self.device_bytes
             if slots <= self.slots and columns < len(self._free_columns) and bytes_ok:
                 return
-            if loaded.leases or self.entries[name].pinned or name in wanted:
+            if loaded.leases or self.entries[name].pinned or name in new_adapters:
                 continue
             self._remove_from_device(name)
             self.evictions += 1

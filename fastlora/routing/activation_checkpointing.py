@@ -28,9 +28,10 @@ def patch_activation_checkpointing() -> None:
     other = torch_checkpoint._checkpoint_without_reentrant_generator
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
-        """A `CheckpointFunction` that recomputes activations with the original routing.
+        """A replacement for torch's `CheckpointFunction` that restores the original routing.
 
-        This is the routing that was active in the original forward pass.
+        Activations are recomputed with this routing. It is the routing that was active in the
+        original forward pass.
         """
 
         @classmethod

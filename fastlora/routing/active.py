@@ -47,9 +47,9 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
 
 
 def is_tracking_rows() -> bool:
-    """Return whether this thread is tracking rows.
+    """Return whether row tracking is on.
 
-    Row tracking intercepts every operator.
+    Only the blocks of the current thread count. Row tracking intercepts every operator.
     """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
@@ -69,9 +69,9 @@ def _set_active(routings: tuple[Routing, ...]) -> None:
 
 @contextlib.contextmanager
 def activate_routing(routing: Routing) -> Iterator[None]:
-    """Context manager that activates a routing in this thread.
+    """Context manager that activates a routing, so that the model's layers use it.
 
-    The routings of other models stay active.
+    The routing is active only in this thread. The routings of other models stay active.
 
     Raises:
         RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
@@ -79,7 +79,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.block_checker_if_needed(routing.ids.numel())
+        None if checks is None else checks.row_checker_if_needed(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:

@@ -22,7 +22,7 @@ from fastlora.routing.ids import (
     check_slots_and_move_to_cpu,
     names_and_slots,
 )
-from fastlora.routing.routers import Router, router_of
+from fastlora.routing.routers import AdapterRouter, router_of
 from fastlora.routing.routing import RoutedLayerGroup, Routing
 from fastlora.sharding import has_multiple_processes, unwrap_ddp
 from fastlora.validation import AdapterStateError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @renamed_arguments(absent_gradients="unused_gradients")
 @contextlib.contextmanager
 def adapters(
-    model: nn.Module | Router,
+    model: nn.Module | AdapterRouter,
     ids: Sequence[str | None] | torch.Tensor,
     *,
     seeds: Mapping[str, int] | None = None,
@@ -160,7 +160,7 @@ def sample_routings_from_parameters(
     """Return example routings for adapters stored as parameters of the model's layers.
 
     For each rank and dtype, one has a single adapter, and one also has adapters of at most this
-    rank, up to ``adapters`` in total. See `fastlora.routing.routers.Router.sample_routings`.
+    rank, up to ``adapters`` in total. See `fastlora.routing.routers.AdapterRouter.sample_routings`.
     """
     sizes: dict[str, tuple[int, torch.dtype]] = {}
     for layer in layers:

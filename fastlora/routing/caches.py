@@ -17,10 +17,10 @@ import torch
 
 from fastlora.ops.factors import AddressTables
 from fastlora.ops.rows import Rows
-from fastlora.ops.torch.packed import PackedLayerFactors, pack_fits
+from fastlora.ops.torch.packed import PackedLayerFactors, has_required_layout
 from fastlora.ops.torch.packed_choice import BatchKind
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
-from fastlora.routing.row_checks import AllRowsChecker
+from fastlora.routing.row_checks import AllRowsInOrderChecker
 from fastlora.weights_version import weights_versions
 
 # Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
@@ -37,9 +37,9 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayerProtocol(Protocol):
-    """Protocol for layers that use routing.
+    """Protocol that declares the attributes of a layer that routing needs.
 
-    It declares the attributes that routing needs.
+    All layers that use routing have these attributes.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.
@@ -56,9 +56,10 @@ class RoutedLayerProtocol(Protocol):
 
 
 class PackedAdapterSet:
-    """The packed factors of a set of adapters.
+    """A set of adapters whose factors are packed together for mixed batches.
 
-    Only layers that have run with this set twice have packed factors.
+    The set stores the packed factors of layers. Only layers that have run with this set twice have
+    packed factors.
 
     Args:
         factors_can_change: Whether the factors can change. A pool's factors cannot.
@@ -111,7 +112,7 @@ class PackedAdapterSet:
             return pack, False
         for other in BatchKind:
             pack = self._packs.get((layer_number, dtype, other))
-            if pack is not None and pack_fits(pack, dtype, kind):
+            if pack is not None and has_required_layout(pack, dtype, kind):
                 self._packs[key] = pack
                 return pack, False
         if key in self._met:
@@ -230,4 +231,4 @@ class PerBlockCache:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
-    row_checker: AllRowsChecker | None = None
+    row_checker: AllRowsInOrderChecker | None = None

@@ -180,10 +180,11 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Raise an error if a completed check has failed.
+        """Check the adapter ids of earlier batches, and raise an error if any id is out of range.
 
-        The error is an `AdapterNotFoundError`. A check fails if it finds an id out of range. Events
-        cannot be queried while a CUDA graph is being captured. In this case, a later call raises.
+        The error is an `AdapterNotFoundError`. Results that have not arrived on the host yet are
+        usually left to a later call. Events cannot be queried while a CUDA graph is being captured.
+        In this case, a later call raises.
         """
         if not self._pending:
             return

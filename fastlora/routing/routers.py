@@ -15,7 +15,7 @@ import torch
 from fastlora.routing.routing import Routing
 
 
-class Router(Protocol):
+class AdapterRouter(Protocol):
     """Protocol for objects that route the rows of a model's batches to adapters.
 
     A router creates a `Routing` for each block.
@@ -43,23 +43,25 @@ class Router(Protocol):
         """
 
 
-_FINDERS: list[Callable[[Any], Router | None]] = []
+_FINDERS: list[Callable[[Any], AdapterRouter | None]] = []
 
 
-def register_adapter_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
+def register_adapter_router(
+    find_model_router: Callable[[Any], AdapterRouter | None],
+) -> Callable[[Any], AdapterRouter | None]:
     """Register a function that finds a model's router.
 
-    ``find`` returns the router, or None if it finds none. `register_adapter_router` returns
-    ``find`` itself, so it can be used as a decorator. Functions are tried in the order of their
-    registration. The order matters for speed: patched models are found by a walk over all modules,
-    of which a model with many adapters has tens of thousands, whereas fastlora's own models are
-    found by an attribute.
+    ``find_model_router`` returns the router, or None if it finds none. `register_adapter_router`
+    returns ``find_model_router`` itself, so it can be used as a decorator. Functions are tried in
+    the order of their registration. The order matters for speed: patched models are found by a walk
+    over all modules, of which a model with many adapters has tens of thousands, whereas fastlora's
+    own models are found by an attribute.
     """
-    _FINDERS.append(find)
-    return find
+    _FINDERS.append(find_model_router)
+    return find_model_router
 
 
-def router_of(model: object) -> Router:
+def router_of(model: object) -> AdapterRouter:
     """Return the router of a model.
 
     Raises:

@@ -33,7 +33,7 @@ from fastlora.routing.ids import (
     ids_cover_whole_entries,
     ids_divide_rows,
 )
-from fastlora.routing.row_checks import LayerRowChecks, raise_partial_batch
+from fastlora.routing.row_checks import LayerRowOrderChecks, raise_partial_batch
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from fastlora.weights_version import UncopiedCache
 
@@ -59,7 +59,7 @@ class RoutedLayerGroup(UncopiedCache):
     def __init__(self) -> None:
         self.packs = PackedAdapterSetsCache()
         self.unchecked = DeferredIdChecks()
-        self.row_checks: LayerRowChecks | None = None
+        self.row_checks: LayerRowOrderChecks | None = None
         self.unfinished: dict[tuple[int, int, int], Any] = {}
         self._open = 0
         self._lock = threading.Lock()
@@ -187,7 +187,7 @@ class Routing:
         """
         row_checker = None if compiling else self.cache.row_checker
         if row_checker is not None:
-            row_checker.check_layer_rows(layer, x)
+            row_checker.check_gets_all_rows_in_order(layer, x)
         elif layer.may_see_partial_rows and (compiling or self.may_mix):
             raise_partial_batch(layer)
 
@@ -245,10 +245,11 @@ class Routing:
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the cached `PackedAdapterSet` for a key.
+        """Return the `PackedAdapterSet` for a key from the cache, or a new one if none is cached.
 
-        It comes from the cache of the block or of the model. Whether factors have changed is
-        checked once per block, and again after a change of the weights version.
+        The set is looked up in the cache of the block and then in that of the model. Whether
+        factors have changed is checked once per block, and again after a change of the weights
+        version.
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:
@@ -310,4 +311,4 @@ def add_to_group(
         numbers = unique_layer_numbers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routing_group, layer.routing_index = group, number
-    group.row_checks = LayerRowChecks(root, layers)
+    group.row_checks = LayerRowOrderChecks(root, layers)

@@ -61,10 +61,10 @@ _SEQUENCE_FIRST_MODULES = {
 }
 
 
-class LayerRowChecks:
-    """Checks that each layer of a model gets all rows of mixed batches, in batch order.
+class LayerRowOrderChecks:
+    """Checks that each layer of a model gets the rows of mixed batches in batch order.
 
-    The object also keeps the results so far.
+    A layer must get all rows of a batch. The object also keeps the results so far.
 
     Args:
         root: The model.
@@ -73,7 +73,7 @@ class LayerRowChecks:
 
     def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayerProtocol]]) -> None:
         layers = list(layers)
-        experts = _ExpertDetector()
+        experts = _StructuralExpertDetector()
         self._first = layers[0][1] if layers else None
         self._names = {layer.routing_index: name for name, layer in layers}
         # By mode (training or not): the layers that got all rows in a tracked block, and the
@@ -91,11 +91,11 @@ class LayerRowChecks:
                 root, name, layer
             )
 
-    def block_checker_if_needed(self, num_ids: int) -> AllRowsChecker | None:
-        """Return a context manager that checks rows during a block, if one is needed.
+    def row_checker_if_needed(self, num_ids: int) -> AllRowsInOrderChecker | None:
+        """Return a checker for the rows of a batch, or None if none is needed.
 
-        Returns None if none is needed, because each layer has been shown to get all rows, or is
-        known to be unsupported.
+        The checker is a context manager for the block of the batch. No checker is needed if each
+        layer has been shown to get all rows, or is known to be unsupported.
 
         Args:
             num_ids: Number of adapter ids of the block.
@@ -107,8 +107,8 @@ class LayerRowChecks:
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return AllRowsChecker(self, mode, None)
-        return AllRowsChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
+            return AllRowsInOrderChecker(self, mode, None)
+        return AllRowsInOrderChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayerProtocol) -> str:
         """Return the name of a layer in the model."""
@@ -122,7 +122,10 @@ class LayerRowChecks:
         return self._unsupported.get(layer.routing_index)
 
     def record_tracked_block(
-        self, mode: bool, ran: Iterable[RoutedLayerProtocol], even: Collection[int] = ()
+        self,
+        mode: bool,
+        ran: Iterable[RoutedLayerProtocol],
+        in_order_by_chance: Collection[int] = (),
     ) -> None:
         """Record which layers ran in a tracked block.
 
@@ -131,13 +134,13 @@ class LayerRowChecks:
         Args:
             mode: Whether the model trains.
             ran: The layers that ran in the block.
-            even: Numbers of the layers whose rows were chosen by the data and happened to be in
-                order in this block. Their rows are tracked again in the next blocks, up to the
-                limit of 8 blocks.
+            in_order_by_chance: Numbers of the layers whose rows were chosen by the data and
+                happened to be in order in this block. Their rows are tracked again in the next
+                blocks, up to the limit of 8 blocks.
         """
         self._blocks[mode] += 1
         for layer in ran:
-            if layer.routing_index in even and self._blocks[mode] < _MOST_BLOCKS:
+            if layer.routing_index in in_order_by_chance and self._blocks[mode] < _MOST_BLOCKS:
                 continue
             if layer.routing_index not in self._unsupported:
                 self._shown[bool(layer.training)].add(layer.routing_index)
@@ -173,10 +176,10 @@ class LayerRowChecks:
         )
 
 
-class AllRowsChecker:
-    """Context manager that checks whether layers get all rows of a block's batch.
+class AllRowsInOrderChecker:
+    """Checks that layers get all rows of a batch, in batch order.
 
-    The rows must also be in the order of the batch.
+    The checker is a context manager. It checks the layers that run in its ``with`` block.
 
     Args:
         checks: The model's checks.
@@ -185,13 +188,15 @@ class AllRowsChecker:
             checked, and the next block tracks its rows.
     """
 
-    def __init__(self, checks: LayerRowChecks, mode: bool, order: RowTrackingMode | None) -> None:
+    def __init__(
+        self, checks: LayerRowOrderChecks, mode: bool, order: RowTrackingMode | None
+    ) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
         self._ran: dict[int, RoutedLayerProtocol] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> AllRowsChecker:
+    def __enter__(self) -> AllRowsInOrderChecker:
         if self.order is not None:
             self.order.__enter__()
         return self
@@ -225,7 +230,7 @@ class AllRowsChecker:
         if self.order is not None:
             self.order.stop_recording()
 
-    def check_layer_rows(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
+    def check_gets_all_rows_in_order(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
         """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
         if self._checks.unsupported_reason(layer) is not None:
             raise_partial_batch(layer)
@@ -256,7 +261,7 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     Raises:
         UnsupportedLayerError: Always.
     """
-    checks: LayerRowChecks = layer.routing_group.row_checks
+    checks: LayerRowOrderChecks = layer.routing_group.row_checks
     name = checks.name_of(layer)
     advice = (
         "remove it from target_modules, or use one adapter at a time, with set_adapter() and "
@@ -295,8 +300,8 @@ def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | No
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _ExpertDetectionEvidence(NamedTuple):
-    """Evidence for whether a module is an expert in a mixture of experts.
+class _StructuralExpertEvidence(NamedTuple):
+    """Structural evidence for whether a module is an expert in a mixture of experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -311,8 +316,8 @@ class _ExpertDetectionEvidence(NamedTuple):
     beside: set[tuple[int, ...]]
 
 
-class _ExpertDetector:
-    """Detects layers that look like experts.
+class _StructuralExpertDetector:
+    """Detects layers that look like experts, based on the structure of the model.
 
     The detector looks for modules with the same structure, and caches the results.
     """
@@ -322,7 +327,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._evidence: dict[tuple[str, bool], _ExpertDetectionEvidence] = {}
+        self._evidence: dict[tuple[str, bool], _StructuralExpertEvidence] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayerProtocol) -> bool:
         """Return whether a layer looks like an expert.
@@ -354,7 +359,7 @@ class _ExpertDetector:
 
     def _last_module_expert_evidence(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
-    ) -> _ExpertDetectionEvidence:
+    ) -> _StructuralExpertEvidence:
         """Return the evidence for whether the last module of a path is an expert.
 
         Args:
@@ -363,20 +368,20 @@ class _ExpertDetector:
             ends_at_layer: Whether the path ends at a layer.
         """
         parent, child = path_modules[-2:]
-        alike = self._count_alike_by_child(parent)[path_names[-1]]
+        alike = self._count_same_structure_siblings(parent)[path_names[-1]]
         if alike == 1:
-            return _ExpertDetectionEvidence(alike, False, set())
+            return _StructuralExpertEvidence(alike, False, set())
         words = [path_names[-1], _class_name(child)]
         if not ends_at_layer or isinstance(parent, _LISTS):
             words += [path_names[-2], _class_name(parent)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, path_modules[-3:-1]))
-        return _ExpertDetectionEvidence(alike, "expert" in " ".join(words).lower(), beside)
+        return _StructuralExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
-    def _count_alike_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Return, for each child of ``parent``, how many children have that child's structure.
+    def _count_same_structure_siblings(self, parent: nn.Module) -> dict[str, int]:
+        """Count, for each child of ``parent``, the children that have the same structure.
 
-        The result is a dict whose keys are the children's names. Each number includes the child
-        itself.
+        The result is a dict that maps the name of each child to the number. The number includes
+        the child itself.
         """
         known = self._counts.get(id(parent))
         if known is None:

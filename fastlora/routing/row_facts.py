@@ -17,7 +17,7 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """The kinds of origin that a tensor's rows can have.
+    """The kind of origin of a tensor's rows, such as the batch, parameters, or constants.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
@@ -192,7 +192,7 @@ class RowFactsTable:
             origin: The key of the index.
             fixed: See `RowOriginFacts`.
         """
-        if samples is not None and row_samples.is_in_order(samples, self.count):
+        if samples is not None and row_samples.are_samples_in_batch_order(samples, self.count):
             return ROWS if fixed else RowOriginFacts(RowOriginKind.EVEN)
         found = None if samples is None else samples.flatten()
         return RowOriginFacts(RowOriginKind.CHOSEN, origin, None, found, fixed)

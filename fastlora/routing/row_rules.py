@@ -150,15 +150,15 @@ def _counts_up_through_all_rows(
 
 
 def _table_lookup_facts(
-    known: RowFactsTable, kind: RowOriginKind, indices: Indices
+    known: RowFactsTable, table_kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return the facts about the result of a table lookup.
+    """Return the facts about the rows that the indices look up in a table.
 
     They are derived from the kind of the table and the facts about the indices.
     """
     if known.are_data_independent(*indices):
-        return TABLE if kind is RowOriginKind.TABLE else CONSTANT
-    if kind is RowOriginKind.IDENTITY:
+        return TABLE if table_kind is RowOriginKind.TABLE else CONSTANT
+    if table_kind is RowOriginKind.IDENTITY:
         return RowOriginFacts(RowOriginKind.CHOICE)
     for index in indices:
         own = ROWS if index is None else known.facts_of(index)
@@ -220,9 +220,9 @@ def _facts_after_write(
             and known.are_samples_fixed_across_batches(*tensors_in(values))
         )
     )
-    if not row_samples.is_in_order(samples, known.count, blanks=True):
+    if not row_samples.are_samples_in_batch_order(samples, known.count, allow_no_sample=True):
         return RowOriginFacts(RowOriginKind.CHOSEN, origin, None, samples.flatten(), fixed)
-    if fixed and row_samples.is_in_order(samples, known.count):
+    if fixed and row_samples.are_samples_in_batch_order(samples, known.count):
         return ROWS  # Every row is back where it came from.
     return RowOriginFacts(RowOriginKind.EVEN, None, None, samples.flatten(), fixed)
 
@@ -283,7 +283,8 @@ def _rows_from_argument_rule(which: int) -> Rule:
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for dtype conversions.
 
-    If integers or bools of the batch are converted to floats, the result counts as a `CHOICE`.
+    The result keeps the facts about the source, with one exception: if integers or bools of the
+    batch are converted to floats, the result counts as a `CHOICE`.
     """
     source = args[0]
     facts = known.facts_of(source)

@@ -44,17 +44,19 @@ def no_samples(shape: Sequence[int]) -> torch.Tensor:
     return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
 
-def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
-    """Return whether the samples are in batch order.
+def are_samples_in_batch_order(
+    samples: torch.Tensor, num_samples: int, *, allow_no_sample: bool = False
+) -> bool:
+    """Return whether rows are in batch order, based on the sample that each row belongs to.
 
-    Each sample must have the same number of rows. If ``blanks`` is set, rows without a sample are
-    accepted at any position.
+    ``samples`` contains the sample of each row. Each sample must have the same number of rows. If
+    ``allow_no_sample`` is set, rows without a sample are accepted at any position.
     """
-    expected = samples_in_order(samples.shape, count)
+    expected = samples_in_order(samples.shape, num_samples)
     if expected is None:
         return False
     fits = samples == expected
-    return bool((fits | (samples == NO_SAMPLE) if blanks else fits).all())
+    return bool((fits | (samples == NO_SAMPLE) if allow_no_sample else fits).all())
 
 
 def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:

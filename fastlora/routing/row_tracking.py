@@ -54,9 +54,9 @@ class RowTrackingMode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return whether `torch.compile` ignores the mode.
+        """Return True, because the mode ignores operators in code that `torch.compile` compiles.
 
-        The result is always True. Code is then compiled as if the mode were off.
+        Code is compiled as if the mode were off.
         """
         return True
 
@@ -69,18 +69,17 @@ class RowTrackingMode(TorchDispatchMode):
         super().__exit__(*error)
 
     def stop_recording(self) -> None:
-        """Stop recording facts about rows.
+        """Stop row tracking.
 
-        The mode then records nothing more, even while it is still on, and `is_recording` returns
-        False.
+        From then on, `is_recording` is False, even while the mode is still on.
         """
         self._thread = 0
 
     @property
     def is_recording(self) -> bool:
-        """Whether the mode is recording facts about rows.
+        """Whether the mode is currently tracking rows.
 
-        It is recording if it is on in this thread and has not been disabled by `stop_recording`.
+        It is tracking rows if it is on in this thread and `stop_recording` has not been called.
         """
         return self._thread == threading.get_ident()
 

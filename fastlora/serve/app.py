@@ -17,22 +17,22 @@ from starlette.responses import PlainTextResponse, Response
 from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.engine import Engine
 from fastlora.serve.exception_handlers import AsciiJSONResponse, add_exception_handlers
-from fastlora.serve.keys import AdminKeyError, ApiKeys, CallerRole
+from fastlora.serve.keys import AdminKeyRequiredError, ApiKeys, CallerRole
 from fastlora.serve.metrics import PrometheusMetrics
 from fastlora.serve.middleware import KeyAndSizeMiddleware
 from fastlora.serve.openai_responses import (
-    AnswerFormat,
+    BaseAnswerFormat,
     ChatCompletionFormat,
     CompletionFormat,
-    EngineAnswerStream,
+    EngineChunkStream,
     EventStreamResponse,
     result_unless_disconnected,
 )
 from fastlora.serve.prompt_tokenizer import PromptTokenizer
 from fastlora.serve.protocol import (
+    BaseGenerationBody,
     ChatBody,
     CompletionBody,
-    GenerationBody,
     LoadAdapterBody,
     UnloadAdapterBody,
     check_no_surrogates,
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Settings of a `Server`.
+    """Settings of a `Server`, such as its API keys and the maximum size of a request's body.
 
     They apply to the HTTP application of the server.
 
@@ -227,18 +227,18 @@ class Server:
 
     async def _answer(
         self,
-        body: GenerationBody,
+        body: BaseGenerationBody,
         request: Request,
         tokens: list[int],
         sampling: SamplingParams,
-        form: type[AnswerFormat],
+        form: type[BaseAnswerFormat],
     ) -> Response:
         usage = body.stream_options is not None and body.stream_options.include_usage
         if usage and not body.stream:
             raise ConfigError("stream_options requires stream=true")
         adapter = None if self._is_base(body.model) else body.model
         try:
-            answer = EngineAnswerStream(self.engine, tokens, adapter, sampling)
+            answer = EngineChunkStream(self.engine, tokens, adapter, sampling)
         except AdapterNotFoundError as error:
             if request.state.caller is not CallerRole.ADMIN:
                 raise
@@ -270,6 +270,6 @@ class Server:
 
 
 async def _require_admin_key(request: Request) -> None:
-    """Raise `AdminKeyError` unless the request has the admin key."""
+    """Raise `AdminKeyRequiredError` unless the request has the admin key."""
     if request.state.caller is not CallerRole.ADMIN:
-        raise AdminKeyError("this endpoint requires the admin key")
+        raise AdminKeyRequiredError("this endpoint requires the admin key")

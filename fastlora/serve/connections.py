@@ -41,10 +41,9 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on the connections of a server.
+    """Limits on the number of a server's connections and on the time that they wait for clients.
 
-    The limits are the maximum number of connections, the deadlines of their clients, and the
-    backlog. A connection is closed if its client misses a deadline.
+    A connection is closed if its client misses a deadline. The backlog is limited too.
 
     Attributes:
         max_connections: Maximum number of open connections.
@@ -101,12 +100,12 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Make room for a connection if necessary, and return whether there is room.
+        """Close a waiting connection if the limit is reached, and return whether there is room.
 
-        If the limit is reached, a waiting connection is closed. Unfinished requests are closed
-        before idle connections, because a client with an idle connection has been served. A quarter
-        of the connections is reserved for unfinished requests, so that idle connections do not keep
-        new clients out.
+        A waiting connection waits for its client. Unfinished requests are closed before idle
+        connections, because a client with an idle connection has been served. A quarter of the
+        connections is reserved for unfinished requests, so that idle connections do not keep new
+        clients out.
         """
         if self.ending:
             return False

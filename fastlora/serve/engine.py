@@ -27,7 +27,7 @@ from fastlora.serve.engine_request import (
     QueueFullError,
     to_client_error,
 )
-from fastlora.serve.model_runner import ModelRunner
+from fastlora.serve.model_runner import KVCacheModelRunner
 from fastlora.serve.running_batch import RunningBatch
 from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError, PoolFullError
@@ -50,7 +50,7 @@ class Engine:
         max_waiting: Maximum number of waiting requests.
 
     Raises:
-        UnsupportedLayerError, ConfigError: See `ModelRunner`.
+        UnsupportedLayerError, ConfigError: See `KVCacheModelRunner`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         self._adapters = adapters
         self._pool: AdapterPool = adapters.pool
-        cached = ModelRunner(model, rows, length)
+        cached = KVCacheModelRunner(model, rows, length)
         self.length, self._max_rows, self._max_waiting = cached.length, rows, max_waiting
         self.stats = EngineStats()
         self._changed = threading.Condition()
@@ -104,7 +104,7 @@ class Engine:
             QueueFullError: Too many requests are waiting.
             ClosedOrCanceledError: The engine is shutting down.
         """
-        sampling = self._resolve_max_tokens(prompt, sampling)
+        sampling = self._fill_in_max_tokens(prompt, sampling)
         with self._changed:
             if self._closing:
                 raise ClosedOrCanceledError("the server is shutting down")
@@ -171,10 +171,12 @@ class Engine:
         """
         return self._closing
 
-    def _resolve_max_tokens(
+    def _fill_in_max_tokens(
         self, prompt: Sequence[int], sampling: SamplingParams
     ) -> SamplingParams:
         """Return the sampling settings with ``max_tokens`` filled in.
+
+        If it is None, it becomes the number of tokens that fit after the prompt.
 
         Raises:
             ConfigError: The prompt is empty, or the prompt and the answer are too long together.

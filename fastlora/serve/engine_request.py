@@ -44,7 +44,7 @@ def to_client_error(error: Exception) -> FastLoraError:
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """A chunk of an answer.
+    """A chunk of an answer: the next part of its text, or an error.
 
     The last chunk has a finish reason or an error.
 
@@ -108,7 +108,10 @@ class EngineRequest:
         return None if self.version is None else self.version.name
 
     def emit(self, chunk: AnswerChunk) -> None:
-        """Send a chunk of the answer to the request's ``on_chunk`` function."""
+        """Send a chunk of the answer to the request's callback.
+
+        The callback is ``on_chunk``. If it raises an exception, the request is canceled.
+        """
         try:
             self.on_chunk(chunk)
         except Exception:  # the client is gone

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from fastlora.serve.engine_request import ClosedOrCanceledError, QueueFullError
-from fastlora.serve.keys import AdminKeyError
+from fastlora.serve.keys import AdminKeyRequiredError
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -26,7 +26,7 @@ _RETRY_SECONDS = 1
 # HTTP status, OpenAI error type, and code of each class of errors.
 _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
-    (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
+    (AdminKeyRequiredError, 403, "invalid_request_error", "admin_key_required"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClosedOrCanceledError, 503, "server_error", "shutting_down"),
     (PoolClosedError, 503, "server_error", "shutting_down"),

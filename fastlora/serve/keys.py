@@ -12,7 +12,7 @@ from fastlora.validation import ConfigError, FastLoraError
 _MOST_BYTES = 4096  # maximum size of a key file
 
 
-class AdminKeyError(FastLoraError):
+class AdminKeyRequiredError(FastLoraError):
     """A request requires the admin key but does not provide it."""
 
 

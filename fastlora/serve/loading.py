@@ -34,17 +34,19 @@ class LoadingApp:
         self._lifespan = contextlib.AsyncExitStack()
         self._stopped = False
 
-    def start_and_forward_to(self, app: FastAPI) -> None:
-        """Start an application, and forward all further requests to it.
+    def start_app_and_forward_requests(self, loaded_app: FastAPI) -> None:
+        """Start a loaded application, and forward all further requests to it.
 
         Call this in another thread, once the event loop runs. The server shuts the application
         down.
         """
         if self._loop is None:
             raise RuntimeError("the server has not started yet")
-        asyncio.run_coroutine_threadsafe(self._start_and_forward_to(app), self._loop).result()
+        asyncio.run_coroutine_threadsafe(
+            self._start_app_and_forward_requests(loaded_app), self._loop
+        ).result()
 
-    async def _start_and_forward_to(self, app: FastAPI) -> None:
+    async def _start_app_and_forward_requests(self, app: FastAPI) -> None:
         if self._stopped:
             raise RuntimeError("the server has stopped")
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))

@@ -18,12 +18,12 @@ _PART = 1 << 16  # characters to process between two checks of the bound
 _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
-class LongTextDetector:
-    """Detects texts that are certain to be too long.
+class TooManyTokensDetector:
+    """Detects texts that are certain to have too many tokens, without tokenizing them.
 
-    The texts are not tokenized. The detector uses the maximum number of characters per token. This
-    maximum exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
-    tokenizers of the ``tokenizers`` library.
+    The detector uses the maximum number of characters per token. This maximum exists for byte-level
+    BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the ``tokenizers``
+    library.
 
     Args:
         tokenizer: A transformers tokenizer.

@@ -135,7 +135,7 @@ class RowKVCache:
         return int(self._starts.max()) if self._starts.numel() else 0
 
 
-class ModelRunner:
+class KVCacheModelRunner:
     """Runs forward passes of a language model with a key-value cache.
 
     The model is a causal language model of transformers, and the cache is a `RowKVCache`.

@@ -23,8 +23,8 @@ from fastlora.validation import FastLoraError
 _T = TypeVar("_T")
 
 
-class EngineAnswerStream:
-    """An asynchronous stream of the chunks of an answer.
+class EngineChunkStream:
+    """An asynchronous stream of the chunks of an answer from the engine.
 
     A coroutine reads the chunks while the engine produces them in another thread. Creating a stream
     submits the request, and raises the errors of `Engine.submit`.
@@ -66,7 +66,7 @@ class EventStreamResponse(StreamingResponse):
     If the client disconnects, the request is canceled.
     """
 
-    def __init__(self, answer: EngineAnswerStream, events: AsyncIterator[str]) -> None:
+    def __init__(self, answer: EngineChunkStream, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._answer = answer
 
@@ -77,7 +77,7 @@ class EventStreamResponse(StreamingResponse):
             self._answer.cancel()
 
 
-class AnswerFormat(abc.ABC):
+class BaseAnswerFormat(abc.ABC):
     """Base class for the JSON formats in which an answer is returned."""
 
     prefix, kind, chunk_kind = "", "", ""
@@ -92,7 +92,7 @@ class AnswerFormat(abc.ABC):
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream_events(
-        self, answer: EngineAnswerStream, first: AnswerChunk, usage: bool
+        self, answer: EngineChunkStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
         """Yield the events of a stream.
 
@@ -142,7 +142,7 @@ class AnswerFormat(abc.ABC):
         return []
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionFormat(BaseAnswerFormat):
     """The JSON format of a completion."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -153,7 +153,7 @@ class CompletionFormat(AnswerFormat):
     _event_choice = _full_choice
 
 
-class ChatCompletionFormat(AnswerFormat):
+class ChatCompletionFormat(BaseAnswerFormat):
     """The JSON format of a chat completion."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"

@@ -81,7 +81,7 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class GenerationBody(_Body):
+class BaseGenerationBody(_Body):
     """Base class for the request bodies of completions and chat completions.
 
     It defines the fields that both have in common.
@@ -117,7 +117,7 @@ class GenerationBody(_Body):
         )
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(BaseGenerationBody):
     """The body of a completion request.
 
     The request is to continue a prompt, given as text or as tokens.
@@ -188,7 +188,7 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatBody(GenerationBody):
+class ChatBody(BaseGenerationBody):
     """The body of a chat completion request.
 
     The request is to answer a conversation.

@@ -23,7 +23,7 @@ from fastlora.serve.engine_request import (
     RequestFailedError,
     to_client_error,
 )
-from fastlora.serve.model_runner import ModelRunner
+from fastlora.serve.model_runner import KVCacheModelRunner
 from fastlora.serve.sampling import sample_tokens
 from fastlora.validation import CheckpointError, FastLoraError
 
@@ -38,7 +38,7 @@ class PersistentAdaptersBlock:
     It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
     when a forward pass fails, and after a forward pass in which the block tracked rows
     (`is_tracking_rows`). While the block is open, it keeps its adapters on the device: call
-    `close_block` before their requests release them.
+    `close_adapters_block_if_open` before their requests release them.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
@@ -51,7 +51,7 @@ class PersistentAdaptersBlock:
         """Route each row to an adapter in the pool during the ``with`` block."""
         key = (self._pool.replaced, *names)
         if key != self._key:
-            self.close_block()
+            self.close_adapters_block_if_open()
             if any(names):
                 self._held.enter_context(routed_to(self._pool, names))
         self._key = None
@@ -60,8 +60,8 @@ class PersistentAdaptersBlock:
             if not is_tracking_rows():
                 self._held, self._key = held.pop_all(), key
 
-    def close_block(self) -> None:
-        """Close the block if it is open."""
+    def close_adapters_block_if_open(self) -> None:
+        """Close the `fastlora.adapters` block if it is open."""
         self._key = None
         self._held.close()
 
@@ -82,7 +82,7 @@ class RunningBatch:
         self,
         ends: Collection[int],
         pool: AdapterPool,
-        rows: ModelRunner,
+        rows: KVCacheModelRunner,
         stats: EngineStats,
         ended: Callable[[EngineRequest, FastLoraError | None], None],
     ) -> None:
@@ -103,7 +103,7 @@ class RunningBatch:
     def remove_canceled(self) -> None:
         """Remove all canceled requests from the batch."""
         for job in [job for job in self.jobs if job.canceled]:
-            self._remove_and_compact(job)
+            self._remove_and_fill_from_end(job)
 
     def fail_all(self, error: Exception) -> None:
         """End all running requests with an error."""
@@ -115,10 +115,14 @@ class RunningBatch:
 
         The last forward pass left it open.
         """
-        self._block.close_block()
+        self._block.close_adapters_block_if_open()
 
     def prefill_and_decode(self) -> None:
-        """Prefill some pending prompt tokens, then decode a token for each prefilled request."""
+        """Prefill pending prompts, then decode the next token of each prefilled request.
+
+        One call prefills only some of the pending prompt tokens. A request decodes tokens once its
+        prompt has been processed completely.
+        """
         if self._decoding_count < len(self.jobs):
             self._forward_and_choose_tokens(self._decoding_count, self._next_prefill_requests())
         if self._decoding_count:
@@ -203,18 +207,23 @@ class RunningBatch:
         if reason is not None:
             job.ended = True
             self._stats.requests_finished += 1
-            self._remove_and_compact(job)
+            self._remove_and_fill_from_end(job)
 
     def _fail(self, job: EngineRequest, error: Exception) -> None:
         if job in self.jobs:
-            self._remove_and_compact(job, to_client_error(error))
+            self._remove_and_fill_from_end(job, to_client_error(error))
 
-    def _remove_and_compact(self, job: EngineRequest, error: FastLoraError | None = None) -> None:
-        """Remove a request from the batch, and close the gap that it leaves.
+    def _remove_and_fill_from_end(
+        self, job: EngineRequest, error: FastLoraError | None = None
+    ) -> None:
+        """Remove a request from the batch, and fill its row from the end of the batch.
 
-        The last rows move into the gap.
+        If the request was generating tokens, the last request that generates tokens moves into the
+        row, and the last request of the batch moves into that request's row. Otherwise, the last
+        request of the batch moves into the row. The block is closed, the lease on the request's
+        adapter is released, and the ``ended`` function is called with the request and ``error``.
         """
-        self._block.close_block()
+        self._block.close_adapters_block_if_open()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite
             self._rows.cache.zero_row(row)

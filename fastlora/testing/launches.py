@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -109,15 +109,18 @@ class _RecordingDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Return placeholders for the values that a Triton driver returns for a loaded kernel.
+        """Fake the loading of a kernel, and return placeholders for a Triton driver's results.
 
         The tuple consists of a module handle, a function handle (here, the binary), the numbers of
         registers and spills, and the maximum number of threads per program.
         """
         return object(), binary, 0, 0, 1024
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return a launcher that records each launch of a kernel as a `Launch`."""
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """Return a launcher that records each launch of a kernel instead of executing it.
+
+        A launch is recorded as a `Launch`.
+        """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)

@@ -124,18 +124,18 @@ class AdapterTrainingState:
             self.scaler.unscale_(self.optimizer)
         return total_norm(self.gradients())
 
-    def clip_and_step_if_finite(self, norm: torch.Tensor, norm_value: float) -> bool:
+    def clip_and_step_if_finite(self, grad_norm: torch.Tensor, grad_norm_value: float) -> bool:
         """Clip the gradients and step the optimizer, but only if the gradient norm is finite.
 
         Returns whether the norm is finite. If it is not, the step is counted as skipped.
 
-        ``norm`` is the norm of the gradients as a scalar tensor, and ``norm_value`` is the same
-        norm as a number.
+        ``grad_norm`` is the norm of the gradients as a scalar tensor, and ``grad_norm_value`` is
+        the same norm as a number.
         """
-        finite = math.isfinite(norm_value)
+        finite = math.isfinite(grad_norm_value)
         if finite:
             if self.max_grad_norm is not None:
-                clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+                clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()

@@ -27,7 +27,7 @@ from fastlora.model.atomic_files import (
     remove_abandoned_temp_folders,
 )
 from fastlora.model.inject import base_parameters
-from fastlora.model.tensor_file import read_tensors, write_tensors
+from fastlora.model.tensor_file import read_safetensors, write_safetensors
 from fastlora.validation import CheckpointError
 
 FORMAT = 1
@@ -155,7 +155,7 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
         raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
     tensors = path / _TENSORS
     try:
-        loaded = read_tensors(tensors)
+        loaded = read_safetensors(tensors)
         return CheckpointState(step, identity, _restore_tensors(skeleton, loaded))
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{tensors}: does not match {state_path.name} ({error!r})") from error
@@ -216,7 +216,7 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
         "identity": state.identity,
         "optimizers": _extract_tensors(state.optimizers, "", tensors),
     }
-    write_tensors(folder / _TENSORS, tensors)
+    write_safetensors(folder / _TENSORS, tensors)
     (folder / _STATE).write_text(json.dumps(data), encoding="utf-8")
 
 

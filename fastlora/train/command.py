@@ -254,8 +254,8 @@ def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
     Raises:
         FastLoraError: An error that `train` would raise before it reads weights.
     """
-    prepare.check_model_and_out_folders(settings)
-    found = prepare.checkpoint_to_resume(settings, resume=resume)
+    prepare.check_model_and_out_paths(settings)
+    found = prepare.checkpoint_to_resume(settings, allow_resume=resume)
     check_trackers(settings.track)
     base = base_model.build_base_model_on_meta(settings, keep_stored_quantization=True)
     advice = recommend(base)

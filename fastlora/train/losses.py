@@ -108,7 +108,7 @@ def adapter_losses(
     by_adapter: dict[str, torch.Tensor] = {}
     values: dict[str, float] = {}
     found: dict[str, int] = {}
-    for name, total, count, value in _sum_losses_by_adapter(wide, mask, samples):
+    for name, total, count, value in _sum_losses_and_count_tokens(wide, mask, samples):
         if not count:
             continue
         divisor = count if tokens is None else tokens.get(name)
@@ -122,25 +122,28 @@ def adapter_losses(
     return AdapterLosses(by_adapter, values, found, joint, tokens is None, token_losses)
 
 
-def _sum_losses_by_adapter(
-    losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
+def _sum_losses_and_count_tokens(
+    token_losses: torch.Tensor, mask: torch.Tensor, samples_by_adapter: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
     """Sum the losses of each adapter's tokens, and count the tokens.
 
-    Returns a tuple (name, sum, token count, sum as a float) for each adapter.
+    Returns a tuple (name, sum, token count, sum as a float) for each adapter. The mask selects the
+    tokens.
     """
-    if not samples:
+    if not samples_by_adapter:
         return []
     # Select instead of multiplying, so that a NaN outside the mask adds nothing. [B]
-    sums = torch.where(mask, losses, 0.0).reshape(len(losses), -1).sum(1)
-    counts = mask.reshape(len(losses), -1).sum(1)
-    order = torch.tensor([i for rows in samples.values() for i in rows], device=losses.device)
-    sizes = [len(rows) for rows in samples.values()]
+    sums = torch.where(mask, token_losses, 0.0).reshape(len(token_losses), -1).sum(1)
+    counts = mask.reshape(len(token_losses), -1).sum(1)
+    order = torch.tensor(
+        [i for rows in samples_by_adapter.values() for i in rows], device=token_losses.device
+    )
+    sizes = [len(rows) for rows in samples_by_adapter.values()]
     own_sums = [part.sum() for part in sums.index_select(0, order).split(sizes)]
     own_counts = [part.sum() for part in counts.index_select(0, order).split(sizes)]
     summed = torch.stack(own_sums).detach()
     counted, values = torch.stack([torch.stack(own_counts).to(summed.dtype), summed]).tolist()
-    return list(zip(samples, own_sums, map(int, counted), values, strict=True))
+    return list(zip(samples_by_adapter, own_sums, map(int, counted), values, strict=True))
 
 
 def causal_lm_losses(

@@ -206,13 +206,14 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Draw a dropout seed for each adapter in a batch, and return the seeds.
+        """Draw the next dropout seed of each adapter in a batch, and return the seeds.
 
         The result is a dict that maps adapter names to seeds. Pass it to `fastlora.adapters` as
-        ``seeds``. A seed is derived from ``seed``, the name of the adapter, and the number of its
-        forward passes so far. The dropout masks are therefore the same as if the adapter trained
-        alone, provided that its samples are padded to the same length. If processes share batches,
-        each process draws its own seeds, and every forward pass counts for every adapter.
+        ``seeds``. Each adapter has its own sequence of seeds: a seed is derived from ``seed``, the
+        name of the adapter, and the number of its forward passes so far. The dropout masks are
+        therefore the same as if the adapter trained alone, provided that its samples are padded to
+        the same length. If processes share batches, each process draws its own seeds, and every
+        forward pass counts for every adapter.
 
         Args:
             names: The adapter of each sample. None and ``"__base__"`` need no seed.
@@ -379,9 +380,10 @@ class AdapterOptimizers:
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the training state of each adapter in ``state``.
+        """Load the state of each adapter's optimizer, schedule, and loss scale.
 
-        Other adapters remain unchanged.
+        The seed and the counts of each adapter are loaded too. Adapters that are not in
+        ``state`` remain unchanged.
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.

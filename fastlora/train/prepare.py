@@ -51,11 +51,11 @@ class SampleSchedule:
     adapter_steps: dict[str, int]
 
 
-def check_model_and_out_folders(settings: TrainSettings) -> None:
-    """Raise an error unless the model folder and the output folder can be used.
+def check_model_and_out_paths(settings: TrainSettings) -> None:
+    """Raise an error if the model folder does not exist or the output path is a file.
 
-    The model must be a local folder, or `CheckpointError` is raised. ``out`` must not be a file, or
-    `TrainError` is raised.
+    `CheckpointError` is raised unless the model is a local folder with a ``config.json``, and
+    `TrainError` is raised if ``out`` is a file.
     """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
@@ -66,16 +66,16 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
         raise TrainError(f"{settings.out}: expected a folder, found a file")
 
 
-def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Return the path of the checkpoint from which to resume.
+def checkpoint_to_resume(settings: TrainSettings, *, allow_resume: bool) -> Path | None:
+    """Return the path of the newest checkpoint of the run, or None if there is no checkpoint.
 
-    This is the newest checkpoint. The result is None if there is no checkpoint.
+    The run resumes from this checkpoint.
 
     Raises:
-        TrainError: There is a checkpoint, and ``resume`` is False.
+        TrainError: There is a checkpoint, and ``allow_resume`` is False.
     """
     found = list_checkpoints(settings.out / "checkpoints")
-    if found and not resume:
+    if found and not allow_resume:
         raise TrainError(
             f"{found[-1]} is a checkpoint of an earlier run; resume that run with --resume, or "
             "choose another output folder"

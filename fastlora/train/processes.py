@@ -42,8 +42,8 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
         raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
-class FiniteLossAgreement(NamedTuple):
-    """The agreement of all processes on which adapters have a finite loss for a batch.
+class AgreedFiniteLosses(NamedTuple):
+    """The adapters that have a finite loss for a batch, as agreed by all processes.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -60,7 +60,7 @@ class FiniteLossAgreement(NamedTuple):
 
 
 class BatchProcessGroup:
-    """The group of processes that share each batch.
+    """A process group for communication between the processes that share each batch.
 
     A process that trains alone does not communicate.
 
@@ -97,7 +97,7 @@ class BatchProcessGroup:
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree_on_finite_losses(self, losses: AdapterLosses) -> FiniteLossAgreement:
+    def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedFiniteLosses:
         """Determine which losses are finite in all processes.
 
         The result also contains a weight for each loss of this process.
@@ -111,7 +111,7 @@ class BatchProcessGroup:
         if losses.own_divisors:
             # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
-        return FiniteLossAgreement(finite, left_out, weights)
+        return AgreedFiniteLosses(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
         """Return the union of the names from all processes."""

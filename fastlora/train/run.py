@@ -155,14 +155,14 @@ def open_run(
     See `train` for the arguments and errors. The ``with`` block holds the lock of the output folder
     and handles signals.
     """
-    prepare.check_model_and_out_folders(settings)
+    prepare.check_model_and_out_paths(settings)
     with contextlib.ExitStack() as stack:
         main_callback = on_message if os.environ.get("RANK", "0") == "0" else None
         signals = stack.enter_context(StopSignalHandler(torchrun_world_size(), main_callback))
         processes = RunProcesses(settings.cpu, settings.track, settings.out)
         stack.callback(processes.close_trackers_and_leave_group)
         processes.run_in_main_and_broadcast(lambda: stack.enter_context(lock_folder(settings.out)))
-        found = prepare.checkpoint_to_resume(settings, resume=resume)
+        found = prepare.checkpoint_to_resume(settings, allow_resume=resume)
         # Add all adapters to an empty base model first, to find errors before data or weights are
         # read.
         empty = base_model.build_base_model_on_meta(settings)
@@ -206,7 +206,7 @@ class Run:
         self.root = settings.out / "checkpoints"
         self.step = 0
         self.losses: dict[str, float] = {}
-        self._log: run_log.RunLog | None = None
+        self._log: run_log.RunLogFile | None = None
         self._on_message = (
             on_message if on_message is not None and self.processes.main else lambda text: None
         )
@@ -277,8 +277,9 @@ class Run:
             )
 
     def train(self) -> TrainResult:
-        """Run all remaining steps, and return the result of the run.
+        """Run the training loop, and return the result of the run.
 
+        The loop runs all remaining steps, including the evaluations and checkpoints that are due.
         The adapters and a checkpoint are saved at the end.
 
         Raises:
@@ -311,12 +312,12 @@ class Run:
                 if self._is_due_or_last(settings.save_every):
                     self.save_adapters_and_checkpoint()
                     saved = self.step
-        if saved != self.step and not self._no_step_completed():
+        if saved != self.step and not self._is_before_first_step():
             self.save_adapters_and_checkpoint()
         means, files = self.processes.run_in_main_and_broadcast(
             self._write_loss_files_and_close_trackers
         )
-        if self._no_step_completed():
+        if self._is_before_first_step():
             raise self._interrupted("before the first step; nothing was trained")
         if self.step < steps:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
@@ -332,7 +333,7 @@ class Run:
         """Open the log, and return whether an earlier run evaluated the adapters at this step."""
         checkpoint.remove_old_checkpoints(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
-        self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
+        self._log = run_log.RunLogFile(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
     def _write_loss_files_and_close_trackers(self) -> _MeanLossesAndFilePaths:
@@ -422,10 +423,11 @@ class Run:
             self.generate_and_log_answers()
         return evaluated
 
-    def _no_step_completed(self) -> bool:
-        """Return whether this run has not completed any step yet.
+    def _is_before_first_step(self) -> bool:
+        """Return whether this run has not completed its first step yet.
 
-        The result is False if no steps are left.
+        In a resumed run, the first step is the step after the checkpoint. The result is False if
+        no steps are left.
         """
         return self.resumed_from == self.step < self.schedule.steps
 
@@ -671,7 +673,7 @@ class Run:
 
         The hint also names the saved adapters.
         """
-        if self._no_step_completed():
+        if self._is_before_first_step():
             return type(error)(f"{error}; nothing was trained")
         saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
         found = checkpoint.list_checkpoints(self.root)

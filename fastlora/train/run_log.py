@@ -20,8 +20,8 @@ LOG, TABLE, PICTURE = "log.jsonl", "losses.csv", "losses.png"
 _SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
-class RunLog:
-    """The log of a training run.
+class RunLogFile:
+    """The log file of a training run.
 
     It is the file ``log.jsonl`` in the run's folder, to which entries are appended, with one JSON
     object per line. Opening the log removes all entries after ``step``, because an earlier run
@@ -79,9 +79,9 @@ class RunLog:
 
 
 class LoggedLoss(NamedTuple):
-    """A loss read from the log of a run.
+    """The training or evaluation loss of an adapter at a step, as recorded in the log of a run.
 
-    It is a training or evaluation loss. A number that was not finite or was not logged is None.
+    A number that was not finite or was not logged is None.
     """
 
     step: int
@@ -180,10 +180,10 @@ def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 
 
 def _finite_losses(
-    losses: Sequence[LoggedLoss], name: str, kind: str
+    losses: Sequence[LoggedLoss], adapter_name: str, kind: str
 ) -> tuple[list[int], list[float]]:
     """Return the steps and values of an adapter's finite losses of the given kind."""
-    own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (name, kind)}
+    own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (adapter_name, kind)}
     points = {step: loss for step, loss in own.items() if loss is not None}
     return list(points), list(points.values())
 

@@ -142,15 +142,17 @@ def setting_field(
     return dataclasses.field(default=default, metadata={"setting_type": setting_type, "help": text})
 
 
-def validate_settings(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Validate the given settings, and return their converted values as a dict.
+def validate_known_settings(
+    settings_class: type, given: Mapping[str, Any], prefix: str
+) -> dict[str, Any]:
+    """Validate the given settings that a settings class defines, and return their values as a dict.
 
-    The dict has only the values for settings that are fields of the class ``settings``. None is
-    accepted for a field whose default is None. ``prefix`` precedes the name of a setting in error
-    messages.
+    The class is ``settings_class``. Other settings are ignored. The values are converted to the
+    types of the settings. None is accepted for a field whose default is None. ``prefix`` precedes
+    the name of a setting in error messages.
     """
     found = {}
-    for own in dataclasses.fields(settings):
+    for own in dataclasses.fields(settings_class):
         if own.name in given and "setting_type" in own.metadata:
             value = given[own.name]
             if value is not None or own.default is not None:

@@ -32,7 +32,7 @@ from fastlora.train.setting_types import (
     number_up_to,
     one_of,
     setting_field,
-    validate_settings,
+    validate_known_settings,
 )
 from fastlora.train.settings_file import read_settings_file
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
@@ -284,7 +284,9 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
     for name, table in tables.items():
         start = defaults if table.get("init_from") is None else of_loaded
         adapters.append(_adapter_settings(name, start | table | forced))
-    settings = TrainSettings(adapters=tuple(adapters), **validate_settings(TrainSettings, top, ""))
+    settings = TrainSettings(
+        adapters=tuple(adapters), **validate_known_settings(TrainSettings, top, "")
+    )
     if settings.steps is None and not settings.epochs:
         raise ConfigError(f"epochs must be greater than 0, got {settings.epochs}")
     micro = settings.micro_batch_size
@@ -322,7 +324,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     if "data" not in table:
         raise ConfigError(f"{where}: data is missing; expected a file or a list of files")
     return AdapterSettings(
-        name=name, lora=lora, **validate_settings(AdapterSettings, table, f"{where}.")
+        name=name, lora=lora, **validate_known_settings(AdapterSettings, table, f"{where}.")
     )
 
 

@@ -93,8 +93,8 @@ FAULTS = (
         kind="a mixture of two saves",
         source="103fddf",
         path="fastlora/model/adapter_files.py",
-        before="    if hashlib.sha256(text).hexdigest() != metadata.get(_REPLACES):\n",
-        after="    if text:\n",
+        before="    if hashlib.sha256(config_file_text).hexdigest() != metadata.get(_REPLACES):\n",
+        after="    if config_file_text:\n",
         tests=(f"{_FILES}::test_a_save_that_was_cut_off",),
     ),
     Fault(

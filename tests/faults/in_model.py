@@ -251,8 +251,8 @@ FAULTS = (
         kind="a subset that is saved as all",
         source="5b0e840",
         path="fastlora/model/target_parameters.py",
-        before="    return preferred_entries if matched == set(names) else sorted(names)",
-        after="    return preferred_entries if matched else sorted(names)",
+        before="    return preferred_value if matched == set(names) else sorted(names)",
+        after="    return preferred_value if matched else sorted(names)",
         tests=(f"{_EXPERT_FILES}::test_saved_adapters_load_in_peft",),
     ),
     Fault(
@@ -315,8 +315,8 @@ FAULTS = (
         source="b5c43c7",
         path="fastlora/patterns.py",
         before="    with count_toward_matching_time_limit(field):\n"
-        "        return _suffix_index(field, patterns).first_match(name)\n",
-        after="    return _suffix_index(field, patterns).first_match(name)\n",
+        "        return _suffix_index(field, patterns).first_pattern_matching_suffix(name)\n",
+        after="    return _suffix_index(field, patterns).first_pattern_matching_suffix(name)\n",
         tests=(f"{_PATTERNS}::test_the_bound_covers_the_loop_over_many_patterns",),
     ),
     Fault(

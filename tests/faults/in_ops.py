@@ -197,7 +197,7 @@ FAULTS = (
         "1f559c1",
         "fastlora/ops/torch/packed.py",
         (
-            "first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) "
+            "first_fit_layout(pack.layout.ranks, rank_coalescing_is_faster(dtype, kind)) "
             "is pack.layout"
         ),
         "False",

@@ -52,12 +52,12 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="""\
         if now:  # first, because it can fail: the name still has its old adapter
-            self._evict_until_room({name: image})
+            self._evict_until_device_has_room({name: image})
 """,
         after="""\
         self.entries[name] = entry
         if now:
-            self._evict_until_room({name: image})
+            self._evict_until_device_has_room({name: image})
 """,
         tests=(f"{_ERRORS}::test_a_load_that_fails",),
     ),
@@ -115,7 +115,7 @@ FAULTS = (
         path="fastlora/pool/leases.py",
         before="""\
             lease = self._create_lease((loaded,))  # it is on the device and needs no more room
-        self._make_stream_wait_for_lease(lease).release()
+        self._make_stream_wait_until_ready(lease).release()
 """,
         after="""\
         self.acquire(LeaseRequest((name,)), None).release()
@@ -351,8 +351,8 @@ FAULTS = (
         kind="wrong scaling",
         source="issue 31",
         path="fastlora/pool/reader.py",
-        before="locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)",
-        after="locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], target)",
+        before="locations[key] = PackedTensorTarget(index, _BLOCK_OF[kind], name)",
+        after="locations[key] = PackedTensorTarget(index, _BLOCK_OF[kind], target)",
         tests=("tests/model/test_expert_files.py::test_files_of_peft_load",),
     ),
     Fault(

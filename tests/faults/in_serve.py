@@ -27,7 +27,10 @@ FAULTS = (
         kind="a block kept",
         source="M10",
         path="fastlora/serve/running_batch.py",
-        before="        self._block.close_block()\n        row = self.jobs.index(job)\n",
+        before=(
+            "        self._block.close_adapters_block_if_open()\n"
+            "        row = self.jobs.index(job)\n"
+        ),
         after="        row = self.jobs.index(job)\n",
         tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
     ),
@@ -189,10 +192,10 @@ FAULTS = (
         path="fastlora/serve/app.py",
         before="""\
     if request.state.caller is not CallerRole.ADMIN:
-        raise AdminKeyError(""",
+        raise AdminKeyRequiredError(""",
         after="""\
     if request.state.caller is CallerRole.STRANGER:
-        raise AdminKeyError(""",
+        raise AdminKeyRequiredError(""",
         tests=(f"{_KEYS}::test_only_the_admin_key_changes_adapters",),
     ),
     Fault(

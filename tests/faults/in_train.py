@@ -23,8 +23,8 @@ FAULTS = (
         kind="NaN across rows",
         source="e8ceaab",
         path="fastlora/train/losses.py",
-        before="sums = torch.where(mask, losses, 0.0).reshape(len(losses), -1).sum(1)",
-        after="sums = (losses * mask).reshape(len(losses), -1).sum(1)",
+        before="sums = torch.where(mask, token_losses, 0.0).reshape(len(token_losses), -1).sum(1)",
+        after="sums = (token_losses * mask).reshape(len(token_losses), -1).sum(1)",
         tests=("tests/train/test_train_losses.py::test_losses_for_each_sample_and_mask",),
     ),
     Fault(

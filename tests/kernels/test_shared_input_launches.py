@@ -146,4 +146,4 @@ def test_a_group_with_unusual_strides_shares_no_launch() -> None:
     strided = [torch.randn(16, 1).t(), lora_a[1]]
     assert strided[0].is_contiguous()
     assert not linear._can_share_launch(x, weights, none, strided, lora_b, none)
-    assert not backward._can_share_grad_x(2 * [torch.randn(5, 8)], weights, strided, none)
+    assert not backward._can_share_adapter_grad_x(2 * [torch.randn(5, 8)], weights, strided, none)

@@ -107,7 +107,7 @@ def test_values_and_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_inspect_reads_no_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_file.TensorFile, "read", None)
+    monkeypatch.setattr(tensor_file.SafetensorsFile, "read", None)
     header = inspect_adapter_folder(folder)
     assert {k.module for k in header.keys.values()} == {"deep.q", "q"}
     info = header.tensor_infos[f"{PRE}q.lora_B.weight"]

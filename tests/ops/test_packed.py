@@ -22,9 +22,9 @@ from fastlora.ops.torch.packed import first_fit_layout
 from fastlora.ops.torch.packed_plans import (
     BlockedPlan,
     DensePlan,
+    PerAdapterPlan,
     PerSamplePlan,
     RowUpdateTerms,
-    SeparatePlan,
 )
 from fastlora.testing import assert_within_budget
 from tests.support.tiny import randomize, with_adapters
@@ -316,7 +316,7 @@ def test_uneven_rows_are_not_padded(most: int, rows: int) -> None:
     with mock.patch.object(packed_plans, "cached_plan", wraps=packed_plans.cached_plan) as plans:
         outputs = steps(model, x, names)
     found = [packed_plans.cached_plan(*call.args) for call in plans.call_args_list]
-    assert {type(plan) for plan in found} == {SeparatePlan}
+    assert {type(plan) for plan in found} == {PerAdapterPlan}
     # Only the rows of the adapter with adjacent rows stay where they are.
     assert {len(plan.gather) for plan in found} == {31 * rows if rows > 1 else 0}
     assert_alone(outputs[-1:], model, x, names)

@@ -22,10 +22,10 @@ from fastlora.ops.torch import (
 from fastlora.ops.torch.packed_plans import (
     BlockedPlan,
     DensePlan,
+    PerAdapterPlan,
     PerSamplePlan,
     Plan,
     RowUpdateTerms,
-    SeparatePlan,
 )
 from fastlora.ops.torch.packed_slots import PackedSlots
 from fastlora.testing import assert_within_budget
@@ -80,14 +80,14 @@ def add(
 MIXES = {
     # slots, slices, ranks of a slot, samples, tokens of each, dtype, plans that must occur
     "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan, RowUpdateTerms}),
-    "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {BlockedPlan, SeparatePlan}),
+    "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {BlockedPlan, PerAdapterPlan}),
     "more rows": (4, 3, (8,), 40, 1, torch.float32, {BlockedPlan, NoneType}),
-    "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {SeparatePlan}),
-    "many slots": (16, 1, (8,), 64, 1, torch.float32, {RowUpdateTerms, SeparatePlan}),
+    "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {PerAdapterPlan}),
+    "many slots": (16, 1, (8,), 64, 1, torch.float32, {RowUpdateTerms, PerAdapterPlan}),
     "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {BlockedPlan}),
-    "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, SeparatePlan}),
-    "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, SeparatePlan}),
-    "prefill, bf16": (4, 3, (16, 16, 12), 6, 70, torch.bfloat16, {PerSamplePlan, SeparatePlan}),
+    "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, PerAdapterPlan}),
+    "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, PerAdapterPlan}),
+    "prefill, bf16": (4, 3, (16, 16, 12), 6, 70, torch.bfloat16, {PerSamplePlan, PerAdapterPlan}),
     "many tokens": (4, 2, (24,), 500, 1, torch.float32, {BlockedPlan}),
 }
 
@@ -147,7 +147,7 @@ def test_nan_stays_in_the_rows_of_its_adapter(rank: int) -> None:
         pack.set_slot(slot, own)
     rows, x, y = sort_rows(torch.arange(-1, 4), 5, 4), torch.randn(5, K), torch.randn(5, 64)
     finite, plan = add(pack, y, x, rows)
-    assert not isinstance(plan, SeparatePlan)
+    assert not isinstance(plan, PerAdapterPlan)
     for side in ("lora_a", "lora_b"):
         broken = adapters[2][1]._replace(**{side: getattr(adapters[2][1], side).clone()})
         getattr(broken, side)[3, 3] = float("nan")

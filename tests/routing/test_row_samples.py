@@ -53,7 +53,7 @@ def test_the_order_of_the_batch() -> None:
         row_samples.samples_in_order((3,), 2) is None
         and row_samples.samples_in_order((0,), 2) is None
     )
-    assert row_samples.is_in_order(expected, 2)
+    assert row_samples.are_samples_in_batch_order(expected, 2)
     for samples, blanks, fits in (
         ([0, 1, 0, 1], False, False),
         ([0, 0, 1], False, False),
@@ -63,7 +63,9 @@ def test_the_order_of_the_batch() -> None:
         ([0, 0, 1, SEVERAL_SAMPLES], True, False),
         ([], True, False),
     ):
-        found = row_samples.is_in_order(torch.tensor(samples), 2, blanks=blanks)
+        found = row_samples.are_samples_in_batch_order(
+            torch.tensor(samples), 2, allow_no_sample=blanks
+        )
         assert found is fits, samples
 
 

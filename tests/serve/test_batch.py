@@ -16,7 +16,7 @@ from fastlora.serve import running_batch as batch_module
 from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.detokenizer import IncrementalDetokenizer
 from fastlora.serve.engine_request import EngineRequest, EngineStats, RequestFailedError
-from fastlora.serve.model_runner import ModelRunner
+from fastlora.serve.model_runner import KVCacheModelRunner
 from fastlora.serve.running_batch import RunningBatch
 from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import AdapterNotFoundError, FastLoraError
@@ -54,7 +54,7 @@ class Run:
         self.logits: list[torch.Tensor] = []
         self.errors: list[FastLoraError | None] = []
         self.fails = False
-        rows = ModelRunner(model, 4, 64)
+        rows = KVCacheModelRunner(model, 4, 64)
         self._forward, rows.last_token_logits = rows.last_token_logits, self._noted  # type: ignore[method-assign]
         self.batch = RunningBatch((), self.pool, rows, EngineStats(), self._left)
 

@@ -25,7 +25,7 @@ from fastlora.serve.engine_request import (
     QueueFullError,
     RequestFailedError,
 )
-from fastlora.serve.model_runner import ModelRunner, max_positions
+from fastlora.serve.model_runner import KVCacheModelRunner, max_positions
 from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.served import Alone, make_adapter, make_base
@@ -135,13 +135,13 @@ def test_a_batch_never_holds_more_adapters_than_the_pool(
 ) -> None:
     engine = start(max_adapters=2)
     seen: list[set[str]] = []
-    batch, forward = engine._running, ModelRunner.last_token_logits
+    batch, forward = engine._running, KVCacheModelRunner.last_token_logits
 
     def noted(*args: Any) -> Any:
         seen.append(set(batch.adapters_in_use))
         return forward(*args)
 
-    monkeypatch.setattr(ModelRunner, "last_token_logits", noted)
+    monkeypatch.setattr(KVCacheModelRunner, "last_token_logits", noted)
     names = [*"abcabc", None]
     heard = [ask(engine, "x", name) for name in names]
     assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in names]
@@ -171,7 +171,7 @@ def test_a_fault_costs_those_in_its_forward(
     start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    forward, broken = ModelRunner.last_token_logits, threading.Event()
+    forward, broken = KVCacheModelRunner.last_token_logits, threading.Event()
 
     def breaks(*args: Any) -> torch.Tensor:
         if broken.is_set():
@@ -179,7 +179,7 @@ def test_a_fault_costs_those_in_its_forward(
             raise torch.OutOfMemoryError("no room")
         return forward(*args)
 
-    monkeypatch.setattr(ModelRunner, "last_token_logits", breaks)
+    monkeypatch.setattr(KVCacheModelRunner, "last_token_logits", breaks)
     broken.set()
     with pytest.raises(RequestFailedError, match=r"process this request \(OutOfMemoryError\)"):
         ask(engine, "x", "a").text()
@@ -334,7 +334,7 @@ def test_the_cache_grows_and_keeps_what_it_has() -> None:
     torch.manual_seed(0)
     model = tiny_llama(max_position_embeddings=600).eval()
     long, short = torch.randint(97, (300,)).tolist(), torch.randint(97, (5,)).tolist()
-    rows = ModelRunner(model, 2, 512)
+    rows = KVCacheModelRunner(model, 2, 512)
     rows.last_token_logits(0, [0], [long[:250]])
     rows.last_token_logits(1, [0], [short[:3]])
     for step in range(2):
@@ -352,7 +352,7 @@ def test_what_serving_cannot_do_raises() -> None:
     with pytest.raises(
         ConfigError, match="is set to 300 tokens, but the model supports at most 200"
     ):
-        ModelRunner(tiny_llama(max_position_embeddings=200), 2, 300)
+        KVCacheModelRunner(tiny_llama(max_position_embeddings=200), 2, 300)
     config = tiny_llama(max_position_embeddings=200).config
     config.sliding_window = 50
     assert max_positions(config) == 50
@@ -360,7 +360,7 @@ def test_what_serving_cannot_do_raises() -> None:
     with pytest.raises(UnsupportedLayerError, match="layers of type linear_attention"):
         max_positions(config)
     with pytest.raises(UnsupportedLayerError, match="does not accept"):
-        ModelRunner(torch.nn.Linear(2, 2), 2, 8)
+        KVCacheModelRunner(torch.nn.Linear(2, 2), 2, 8)
 
 
 def test_text_comes_in_whole_characters() -> None:

@@ -126,7 +126,7 @@ class FullLogInStep:
         def full(run: Run) -> None:
             if run.step + 1 == self.step and run._log is not None:
                 run._log.close()
-                run._log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (as RunLog)
+                run._log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (as RunLogFile)
             do_step(run)
 
         Run._run_optimizer_step = full  # type: ignore[method-assign]

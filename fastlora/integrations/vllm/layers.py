@@ -23,19 +23,19 @@ _SCALING = "fastlora_scaling"
 _UPDATE_FIELDS = {"rank_pattern", "alpha_pattern", "lora_bias"}
 
 
-def replacement(owner: str, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that replaces a method of a LoRA layer class."""
-    if name == "create_lora_weights":
+def replacement(class_name: str, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that replaces a method of one of vLLM's LoRA layer classes."""
+    if method == "create_lora_weights":
         return _creating_slots(original)
-    if name == "reset_lora":
-        return _reset_embedding if owner == "VocabParallelEmbeddingWithLoRA" else _reset_lora
+    if method == "reset_lora":
+        return _reset_embedding if class_name == "VocabParallelEmbeddingWithLoRA" else _reset_lora
     setters: dict[str, Callable[..., Any]] = {
         "MergedColumnParallelLinearWithLoRA": _set_slices,
         "MergedColumnParallelLinearVariableSliceWithLoRA": _split_and_set_slices,
         "VocabParallelEmbeddingWithLoRA": _set_embedding,
         "LogitsProcessorWithLoRA": _set_logits,
     }
-    return setters.get(owner, _set_one_slice)
+    return setters.get(class_name, _set_one_slice)
 
 
 def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,7 +250,7 @@ def with_one_request_per_adapter_id(make_inputs: Callable[..., Any]) -> Callable
     return make_lora_inputs
 
 
-def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
     """Return one LoRA request for each adapter ID that the given requests use.
 
     This function replaces ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can
@@ -276,12 +276,10 @@ def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
-    """Check that an adapter's config has no fields that vLLM ignores.
+    """Raise `ValueError` if an adapter's config sets a field that vLLM ignores.
 
-    vLLM 0.31 ignores ``rank_pattern``, ``alpha_pattern``, and ``lora_bias``.
-
-    Raises:
-        ValueError: vLLM ignores a field that changes the update.
+    The fields that are checked change the update: ``rank_pattern``, ``alpha_pattern``, and
+    ``lora_bias``. vLLM 0.31 ignores all three.
     """
     helper = import_module("vllm.lora.peft_helper").PEFTHelper
     known = {field.name for field in fields(helper)}

@@ -43,7 +43,7 @@ class LayerSlots:
         storage, blocks = _zero_blocks(slots, [*shapes_a, *shapes_b], stacks_b[0])
         self.lora_a, self.lora_b = blocks[: len(shapes_a)], blocks[len(shapes_a) :]
         rank = 0 if stack_a is None else stack_a.shape[2]
-        same_a, same_b = (_identities(slots, each, storage) for each in (rank, max_rank))
+        same_a, same_b = (_expanded_identity(slots, each, storage) for each in (rank, max_rank))
         self.shrink = [SlotProducts([own], [same_a], storage) for own in self.lora_a]
         self.expand = [SlotProducts([same_b], [own], storage) for own in self.lora_b]
         self.linear: list[SlotProducts] = []
@@ -98,7 +98,7 @@ class LayerSlots:
         """
         for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
             if down is not None and up is not None:
-                self._check_shapes(index, down, up)
+                self._check_factors(index, down, up)
         for products in (*self.linear, *self.shrink, *self.expand):
             products.drop_packs_if_outdated()
         if not self.is_empty(slot):
@@ -117,19 +117,22 @@ class LayerSlots:
         self._set_ranks(slot, ranks_a, ranks_b, scalings)
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot contains no adapter for this layer.
+        """Return whether a slot is empty.
 
-        The slot's rank is then 0 in all slices.
+        An empty slot contains no adapter for this layer, and its rank is 0 in all slices.
         """
         return all(each.is_empty(slot) for each in self.expand)
 
     def clear(self, slot: int) -> None:
-        """Set a slot's factors and ranks to zero."""
+        """Empty a slot.
+
+        Its factors and ranks are set to zero.
+        """
         if not self.is_empty(slot):
             none = [None] * len(self.lora_b)
             self.write(slot, none, none, [1.0] * len(self.lora_b))
 
-    def _check_shapes(self, slice_index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+    def _check_factors(self, slice_index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         """Raise `ValueError` if a slice's factors have the wrong shape or too high a rank."""
         width, max_rank = self.lora_b[slice_index].shape[2], self.lora_b[slice_index].shape[1]
         features, max_rank_a = None, max_rank
@@ -193,10 +196,10 @@ def _zero_blocks(
     return storage, blocks
 
 
-def _identities(slots: int, rank: int, like: torch.Tensor) -> torch.Tensor:
-    """Return an identity matrix for each slot, ``[slots, rank, rank]``, in one shared memory.
+def _expanded_identity(slots: int, rank: int, like: torch.Tensor) -> torch.Tensor:
+    """Return an identity matrix that is expanded to ``[slots, rank, rank]``.
 
-    The matrices have the dtype and device of ``like``.
+    All slots share the memory of one matrix, which has the dtype and device of ``like``.
     """
     with torch.inference_mode(False):
         same = torch.eye(rank, dtype=like.dtype, device=like.device)

@@ -159,11 +159,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the product of x and lora_a to y.
+        """Compute the shrink output ``scale * x @ lora_a.T`` of each slice, and add it to y.
 
-        For each slice i, the shrink output ``scale * x @ lora_a.T`` is added to ``y[i]``. ``scale``
-        must be 1, because `add_expand` multiplies by the scaling. vLLM calls this method if
-        ``fully_sharded_loras`` is set.
+        Each row of x is multiplied by the lora_a of its adapter. The output of slice i is added to
+        ``y[i]``. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls
+        this method if ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
         for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):

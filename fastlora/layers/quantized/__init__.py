@@ -23,7 +23,7 @@ from fastlora.layers.quantized.base_weight import (
 )
 from fastlora.layers.quantized.repacking import (
     RepackedProduct,
-    is_repacking_prevented,
+    is_bitsandbytes_repacking_prevented,
     prevent_bitsandbytes_repacking,
     warn_if_gradients_blocked,
 )
@@ -36,7 +36,7 @@ __all__ = [
     "address_tensor",
     "qualified_class_name",
     "prevent_bitsandbytes_repacking",
-    "is_repacking_prevented",
+    "is_bitsandbytes_repacking_prevented",
     "peft_quantized_layers",
     "quantized_weight_of",
     "register_quantized_weight",

@@ -216,9 +216,9 @@ class BaseQuantizedWeight(MergeTarget):
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the weight to ``dtype``.
+        """Return a function that dequantizes the weight to ``dtype`` when it is called.
 
-        The function dequantizes the current weight, and returns it as a matrix ``[N, K]``.
+        The function returns the current weight as a matrix ``[N, K]``.
         """
         return lambda: self.dense().to(dtype)
 
@@ -302,11 +302,10 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return the snapshot unchanged.
+        """Return the snapshot unchanged, because `restore` can use it as it is.
 
-        `restore` can use the snapshot as it is. ``fn``, which ``nn.Module._apply`` applies to the
-        module's tensors, may change dtypes, so it is not applied to the snapshot. `restore` moves
-        the data to the weight's device.
+        ``fn``, which ``nn.Module._apply`` applies to the module's tensors, may change dtypes, so it
+        is not applied to the snapshot. `restore` moves the data to the weight's device.
         """
         return snapshot
 

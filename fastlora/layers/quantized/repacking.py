@@ -42,11 +42,11 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 
 
 def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking a model's weights.
+    """Prevent bitsandbytes from repacking a model's 4-bit weights, which would block gradients.
 
-    Otherwise, forward passes may repack 4-bit weights. The function is for models with trainable
-    adapters, because a layer with a repacked weight computes no gradient for its input. It applies
-    to all 4-bit layers, because gradients also pass through those without adapters.
+    Otherwise, forward passes may repack the weights. A layer with a repacked weight computes no
+    gradient for its input, so this function is for models with trainable adapters. It applies to
+    all 4-bit layers, because gradients also pass through those without adapters.
     """
     repacked = False
     for module in model.modules():
@@ -61,7 +61,7 @@ def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
         _warn()
 
 
-def is_repacking_prevented(module: nn.Module) -> bool:
+def is_bitsandbytes_repacking_prevented(module: nn.Module) -> bool:
     """Return whether bitsandbytes is prevented from repacking a module's weight.
 
     The function that prevents it is `prevent_bitsandbytes_repacking`.
@@ -105,7 +105,7 @@ class RepackedProduct:
         module: Any = base
         self._module, self._few, self._k = (
             module,
-            _max_rows_when_faster(module),
+            _max_rows_faster_than_module(module),
             int(module.in_features),
         )
         self._dtype: torch.dtype | None = module.compute_dtype
@@ -136,10 +136,11 @@ class RepackedProduct:
         return self._copied
 
 
-def _max_rows_when_faster(base: nn.Module) -> int:
+def _max_rows_faster_than_module(base: nn.Module) -> int:
     """Return the maximum number of rows for which a `RepackedProduct` is faster than the module.
 
-    The result is 0 if the product is never faster or is not supported.
+    With more rows, it is faster to dequantize the weight and multiply, as the module does. The
+    result is 0 if the product is never faster or is not supported.
     """
     module: Any = base
     weight = module.weight

@@ -253,7 +253,9 @@ class DropoutAdapter(NamedTuple):
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
         keep = keep_mask(rows, self.seed, self.dropout_p, run_after)
-        return reference.overwrite_mask_with_kept_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
+        return reference.overwrite_mask_with_kept_elements_(keep, rows).mul_(
+            1.0 / (1.0 - self.dropout_p)
+        )
 
 
 def forward_with_dropout(
@@ -303,20 +305,20 @@ def gradients(
     own_base: bool,
     wants_x: bool,
     wants_weight: bool,
-    wants_factors: Sequence[bool],
+    wants_a_b_magnitude: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Return the gradients of x, of the weight, and of the factors.
+    """Return the gradients of x, of the weight, of lora_a, of lora_b, and of the magnitude.
 
-    This is the backward pass of `forward_with_dropout`. The result is a tuple, whose last item is
-    the list of the factors' gradients. The factors are lora_a, lora_b, and the magnitude, and
-    ``wants_factors`` tells whose gradients are wanted. A gradient that is not wanted is None.
-    ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed for the gradients of the weight and
-    of lora_a. s is needed for the gradients of lora_b and of the magnitude, and z for the gradient
-    of the magnitude. If ``own_base`` is set, the forward pass has computed the base layer's output
-    too, and the gradients include those of the base product.
+    This is the backward pass of `forward_with_dropout`. The result is a tuple, whose last item is a
+    list of the gradients of lora_a, lora_b, and the magnitude. ``wants_a_b_magnitude`` tells which
+    of these three are wanted. A gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype.
+    ``rows`` is x, and is needed for the gradients of the weight and of lora_a. s is needed for the
+    gradients of lora_b and of the magnitude, and z for the gradient of the magnitude. If
+    ``own_base`` is set, the forward pass has computed the base layer's output too, and the
+    gradients include those of the base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
-    wants_a, wants_b, wants_magnitude = wants_factors
+    wants_a, wants_b, wants_magnitude = wants_a_b_magnitude
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
     scale = dora_scale(magnitude, squares)
     if z is None or not wants_magnitude:

@@ -23,7 +23,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchKind,
     column_major_lora_a_is_faster,
     dense_is_fastest,
-    unit_coalescing_is_faster,
+    rank_coalescing_is_faster,
 )
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
@@ -145,14 +145,17 @@ def pack_layer_factors(
         rank_rows_a[unit, 0, in_unit : in_unit + rank] = own.lora_a
         lora_b[first : first + rank] = unrounded_scaled_lora_b_rank_rows(own, dtype)
         if lora_bias is not None and own.lora_bias is not None:
-            lora_bias[at] = own.lora_bias.to(_scaling_dtype(dtype)) * own.scaling
+            lora_bias[at] = own.lora_bias.to(_dtype_for_scaling(dtype)) * own.scaling
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
         return None
     return PackedLayerFactors(layout, lora_a, (lora_b,), lora_bias, (n,))
 
 
-def _scaling_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which factors are scaled before they are rounded to ``dtype``."""
+def _dtype_for_scaling(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the scaling is applied to factors.
+
+    The scaled factors are then rounded to ``dtype``.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -162,7 +165,7 @@ def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> t
     The rank rows are the transpose of lora_b, ``[R, N]``. The result has not been rounded to
     ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
     """
-    rows = factors.lora_b.t().to(_scaling_dtype(dtype))
+    rows = factors.lora_b.t().to(_dtype_for_scaling(dtype))
     scaling = factors.scaling
     if isinstance(scaling, torch.Tensor) and scaling.dim():
         scaling = scaling.unsqueeze(1)
@@ -195,14 +198,14 @@ def zero_lora_a(
 
 def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
-    return first_fit_layout(ranks, unit_coalescing_is_faster(dtype, kind)) if any(ranks) else None
+    return first_fit_layout(ranks, rank_coalescing_is_faster(dtype, kind)) if any(ranks) else None
 
 
-def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
+def has_required_layout(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
     """Return whether packed factors have the layout required for a dtype and a kind of batch.
 
     Factors that were packed for another kind of batch can have the same layout.
     """
     return (
-        first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) is pack.layout
+        first_fit_layout(pack.layout.ranks, rank_coalescing_is_faster(dtype, kind)) is pack.layout
     )

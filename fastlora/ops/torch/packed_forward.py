@@ -18,11 +18,11 @@ from fastlora.ops.torch.packed import PackedLayerFactors
 from fastlora.ops.torch.packed_plans import (
     BlockedPlan,
     DensePlan,
+    PerAdapterPlan,
     PerSamplePlan,
     Plan,
     RowsOfOneAdapter,
     RowUpdateTerms,
-    SeparatePlan,
 )
 
 
@@ -69,8 +69,8 @@ def add_(
         pack: The packed factors.
         plan: The result of `packed_plans.cached_plan`.
     """
-    if isinstance(plan, SeparatePlan):
-        _add_separately(y, x, pack, plan)
+    if isinstance(plan, PerAdapterPlan):
+        _add_per_adapter(y, x, pack, plan)
         return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
     _, s = _arrange_and_shrink(x, pack, plan)
     parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
@@ -151,7 +151,7 @@ def _add_rank_rows_weighted_by_s(
         terms: The terms of each row.
     """
     slices = len(y_slices)
-    at = terms.weight_positions if slices == 1 else terms.weight_positions_in_flattened_s(slices)
+    at = terms.weight_positions if slices == 1 else terms.term_weight_positions_in_s(slices)
     # [slices * terms]
     weights = s.take(at)
     by_slice = weights.chunk(slices) if slices > 1 else (weights,)
@@ -190,10 +190,10 @@ def _add_products(
         y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
 
 
-def _add_separately(
-    y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, plan: SeparatePlan
+def _add_per_adapter(
+    y: torch.Tensor, x: torch.Tensor, pack: PackedLayerFactors, plan: PerAdapterPlan
 ) -> None:
-    """Add the updates to y in place, computing the matrix products of each adapter separately."""
+    """Add the update of each adapter to its rows of y in place, one adapter at a time."""
     update = gathered = None
     if plan.gather.numel():
         gathered, update = x.index_select(0, plan.gather), y.new_zeros(len(plan.gather), y.shape[1])

@@ -10,10 +10,10 @@ layers whose factors have the same layout:
 - PerSamplePlan: this kind is used if blocks would be uneven and samples are at least as long as the
   largest rank. The tokens of each sample are multiplied by the rank rows of its adapter, in one
   batched product. Factors are gathered, and no row is moved.
-- SeparatePlan: each adapter has products of its own. This kind is used if blocks would be uneven or
-  would contain many unused rank rows, or if each adapter has many adjacent rows. Adjacent rows are
-  not moved. Products of one adapter cannot affect the rows of another adapter, so factors may be
-  non-finite.
+- PerAdapterPlan: each adapter has products of its own. This kind is used if blocks would be uneven
+  or would contain many unused rank rows, or if each adapter has many adjacent rows. Adjacent rows
+  are not moved. Products of one adapter cannot affect the rows of another adapter, so factors may
+  be non-finite.
 
 For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, dense and
 blocked plans multiply x by lora_a only. Each row's update is then a sum of its own rank rows of
@@ -45,7 +45,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
     expand_by_weighted_sums_is_faster,
-    unit_coalescing_is_faster,
+    rank_coalescing_is_faster,
 )
 
 # Units are combined until a block has at least this many rows.
@@ -85,8 +85,8 @@ class RowUpdateTerms:
     width: int
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def weight_positions_in_flattened_s(self, slices: int) -> torch.Tensor:
-        """Return the position of each term's weight in a flattened s that holds all slices.
+    def term_weight_positions_in_s(self, slices: int) -> torch.Tensor:
+        """Return the position of each term's weight in the flattened s of all slices.
 
         A term's weight is the element of s that multiplies the term's row of the packed lora_b. The
         result is an int64 tensor ``[slices * terms]``. Before it is flattened, s has the shape
@@ -101,10 +101,10 @@ class RowUpdateTerms:
 
 
 class DensePlan(NamedTuple):
-    """A plan for multiplying every row of the batch by the same part of the packed factors.
+    """A plan for multiplying every row of the batch by the rank rows of all adapters.
 
-    This part consists of the rank rows of all adapters or, if the batch uses only one unit, of the
-    rank rows of this unit.
+    Only the columns of a row's own adapter are used. If the batch uses only one unit, every row is
+    multiplied by the rank rows of this unit alone.
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
@@ -119,9 +119,10 @@ class DensePlan(NamedTuple):
 
 
 class BlockedPlan(NamedTuple):
-    """A plan for gathering rows into blocks and multiplying each block by its own rank rows.
+    """A plan for gathering rows into blocks of one size and multiplying them in a batched product.
 
-    The rank rows of a block are those of one or more adjacent units.
+    Each block is multiplied by its own rank rows, which are those of one or more adjacent units. A
+    block contains rows of all adapters in these units.
 
     Attributes:
         start: The first unit of the first block.
@@ -166,7 +167,7 @@ class PerSamplePlan(NamedTuple):
 
 
 class RowsOfOneAdapter(NamedTuple):
-    """The rows of one adapter in a `SeparatePlan`.
+    """The rows of one adapter in a `PerAdapterPlan`.
 
     Attributes:
         first: The adapter's first rank row.
@@ -182,7 +183,7 @@ class RowsOfOneAdapter(NamedTuple):
     is_gathered: bool
 
 
-class SeparatePlan(NamedTuple):
+class PerAdapterPlan(NamedTuple):
     """A plan for multiplying each adapter's rows by that adapter's factors.
 
     Attributes:
@@ -195,7 +196,7 @@ class SeparatePlan(NamedTuple):
     gather: torch.Tensor
 
 
-Plan = DensePlan | BlockedPlan | PerSamplePlan | SeparatePlan
+Plan = DensePlan | BlockedPlan | PerSamplePlan | PerAdapterPlan
 PlanCache = dict[tuple[PackedLayout, torch.dtype, bool], Plan]
 
 
@@ -239,16 +240,16 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
             )
         return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
     if not pack.is_finite or not used:
-        return _make_separate_plan(rows, adapter, layout)
+        return _make_per_adapter_plan(rows, adapter, layout)
     if m >= _MANY_ROWS_EACH * len(used):
-        separate = _make_separate_plan(rows, adapter, layout)
+        separate = _make_per_adapter_plan(rows, adapter, layout)
         if not separate.gather.numel():
             return separate
-    coalesces = unit_coalescing_is_faster(dtype, kind)
+    coalesces = rank_coalescing_is_faster(dtype, kind)
     start, stop = _used_unit_range(used, layout, coalesces)
     unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
     if unused > _UNUSED_RANK_ROWS_EACH * len(used):
-        return _make_separate_plan(rows, adapter, layout)
+        return _make_per_adapter_plan(rows, adapter, layout)
     if stop - start == 1 and kind is BatchKind.FEW:
         own = _mask_outside(layout.unit, first - start * layout.unit, rank, device)
         return DensePlan(own, start)
@@ -265,7 +266,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
             first[:: rows.each], rank[:: rows.each], layout, rows.each, device
         )
     if plan.gather.numel() > _MOST_PLACES[kind] * m + _PLACES_EACH * len(used):
-        return _make_separate_plan(rows, adapter, layout)
+        return _make_per_adapter_plan(rows, adapter, layout)
     if sums_rank_rows:
         # Units are not coalesced in fp32.
         begin = plan.place * layout.unit + first % layout.unit
@@ -277,25 +278,25 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
 
 
 def _make_row_update_terms(
-    first_weight_position: torch.Tensor,
-    first_rank_row: torch.Tensor,
-    rank: torch.Tensor,
+    first_weight_positions: torch.Tensor,
+    first_rank_rows: torch.Tensor,
+    ranks: torch.Tensor,
     width: int,
 ) -> RowUpdateTerms:
-    """Return the terms of each row's update.
+    """Build the `RowUpdateTerms` of a batch from the range of rank rows of each row's adapter.
 
     Args:
-        first_weight_position: The position in the flattened s of one slice at which each row's
+        first_weight_positions: The position in the flattened s of one slice at which each row's
             weights start.
-        first_rank_row: The rank row at which each row's adapter starts.
-        rank: The number of rank rows of each row's adapter, or 0 for a row without an adapter.
+        first_rank_rows: The rank row at which each row's adapter starts.
+        ranks: The number of rank rows of each row's adapter, or 0 for a row without an adapter.
         width: As in `RowUpdateTerms`.
     """
-    starts = torch.cumsum(rank, 0) - rank
-    within = torch.arange(int(rank.sum())) - torch.repeat_interleave(starts, rank)
+    starts = torch.cumsum(ranks, 0) - ranks
+    within = torch.arange(int(ranks.sum())) - torch.repeat_interleave(starts, ranks)
     positions, rank_rows = (
-        torch.repeat_interleave(own, rank) + within
-        for own in (first_weight_position, first_rank_row)
+        torch.repeat_interleave(own, ranks) + within
+        for own in (first_weight_positions, first_rank_rows)
     )
     return RowUpdateTerms(rank_rows, starts, positions, width)
 
@@ -330,8 +331,10 @@ def _used_unit_range(
     return start, stop
 
 
-def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout) -> SeparatePlan:
-    """Make a `SeparatePlan` for the rows of a batch."""
+def _make_per_adapter_plan(
+    rows: Rows, adapter: torch.Tensor, layout: PackedLayout
+) -> PerAdapterPlan:
+    """Make a `PerAdapterPlan` for the rows of a batch."""
     found, gathered, place = list[RowsOfOneAdapter](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])
@@ -345,7 +348,7 @@ def _make_separate_plan(rows: Rows, adapter: torch.Tensor, layout: PackedLayout)
             place += len(own)
             found.append(RowsOfOneAdapter(first, rank, slice(place - len(own), place), True))
     gather = torch.cat(gathered) if gathered else rows.order.new_empty(0, dtype=torch.int64)
-    return SeparatePlan(tuple(found), gather)
+    return PerAdapterPlan(tuple(found), gather)
 
 
 def _make_per_sample_plan(
@@ -357,22 +360,22 @@ def _make_per_sample_plan(
 
 
 def _make_blocked_plan(
-    first: torch.Tensor,
+    first_rank_row: torch.Tensor,
     rank: torch.Tensor,
     layout: PackedLayout,
     unit_range: tuple[int, int],
     coalesced: int,
 ) -> BlockedPlan:
-    """Make a `BlockedPlan` over a range of units.
+    """Make a `BlockedPlan`, which assigns each row to a block of units.
 
-    The plan assigns each row a place in its adapter's block. Rows without an adapter fill free
-    places.
+    The blocks cover a range of units. Each row gets a place in the block that contains its
+    adapter's rank rows. Rows without an adapter fill free places.
     """
-    (start, stop), m = unit_range, first.numel()
+    (start, stop), m = unit_range, first_rank_row.numel()
     blocks, width = (stop - start) // coalesced, coalesced * layout.unit
-    first = first - start * layout.unit
+    first_rank_row = first_rank_row - start * layout.unit
     own = rank > 0
-    block = torch.where(own, first // width, 0)
+    block = torch.where(own, first_rank_row // width, 0)
     taken = torch.bincount(block[own], minlength=blocks)
     longest = max(int(taken.max()), -(-m // blocks))
     free = torch.repeat_interleave(torch.arange(blocks), longest - taken)
@@ -386,7 +389,7 @@ def _make_blocked_plan(
     gather = torch.zeros(blocks * longest, dtype=torch.int64)
     gather[place] = torch.arange(m)
     at = torch.arange(width)
-    from_block = first - block * width
+    from_block = first_rank_row - block * width
     # Results at places without a row are not read.
     others = torch.zeros(blocks * longest, width, dtype=torch.bool)
     others[place] = (at < from_block[:, None]) | (at >= (from_block + rank)[:, None])

@@ -33,8 +33,8 @@ def one_unit_per_slot(unit: int, ranks: tuple[int, ...]) -> PackedLayout:
     return PackedLayout(unit, len(ranks), tuple(unit * slot for slot in range(len(ranks))), ranks)
 
 
-class _SlotStorage(NamedTuple):
-    """The tensors of `PackedSlots`.
+class _PackedSlotTensors(NamedTuple):
+    """The tensors that contain the packed factors of all slots.
 
     Attributes:
         lora_a: As in `PackedLayerFactors`.
@@ -99,7 +99,7 @@ class PackedSlots:
         self._dtype, self._device = dtype, device
         self._ranks = [(0,) * len(self._widths)] * num_slots
         self._is_finite = [True] * num_slots
-        self._storage: _SlotStorage | None = None
+        self._storage: _PackedSlotTensors | None = None
 
     def set_slot(self, slot: int, slices: Sequence[Factors | None]) -> None:
         """Replace the adapter in a slot.
@@ -125,7 +125,7 @@ class PackedSlots:
         if storage is None or storage.unit != unit:
             # A tensor that is created in inference mode cannot be written outside of it.
             with torch.inference_mode(False):
-                storage = self._reallocate(unit)
+                storage = self._copy_to_new_tensors(unit)
         try:
             is_finite = storage.write(slot, slices)
         except BaseException:
@@ -163,30 +163,33 @@ class PackedSlots:
                     "only lora_a, lora_b, and scaling"
                 )
 
-    def _reallocate(self, unit: int) -> _SlotStorage:
-        """Return new storage that contains the current factors of all slots.
+    def _copy_to_new_tensors(self, rank_rows_per_slot: int) -> _PackedSlotTensors:
+        """Copy the current factors of all slots to new tensors, and return these.
 
-        Each slot has ``unit`` rank rows.
+        In the new tensors, each slot has ``rank_rows_per_slot`` rank rows.
         """
         slots, dtype, device = len(self._ranks), self._dtype, self._device
-        layout = one_unit_per_slot(unit, (0,) * slots)
-        is_dense = dense_is_fastest(unit, slots, dtype, every_unit_is_used=False)
+        layout = one_unit_per_slot(rank_rows_per_slot, (0,) * slots)
+        is_dense = dense_is_fastest(rank_rows_per_slot, slots, dtype, every_unit_is_used=False)
         lora_a, rank_rows_a = zero_lora_a(
             layout, len(self._widths), self._in_features, dtype, device, is_dense
         )
-        shapes = [(slots * unit, n) for n in self._widths]
+        shapes = [(slots * rank_rows_per_slot, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        made, old = _SlotStorage(lora_a, rank_rows_a, lora_b, unit), self._storage
+        made, old = (
+            _PackedSlotTensors(lora_a, rank_rows_a, lora_b, rank_rows_per_slot),
+            self._storage,
+        )
         self.num_full_packings += 1
         if old is not None:
-            rows = slice(0, min(unit, old.unit))
+            rows = slice(0, min(rank_rows_per_slot, old.unit))
             rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]
             for new_b, old_b in zip(lora_b, old.lora_b, strict=True):
-                by_slot = new_b.view(slots, unit, -1)
+                by_slot = new_b.view(slots, rank_rows_per_slot, -1)
                 by_slot[:, rows] = old_b.view(slots, old.unit, -1)[:, rows]
         return made
 
-    def _as_packed_factors(self, storage: _SlotStorage) -> PackedLayerFactors:
+    def _as_packed_factors(self, storage: _PackedSlotTensors) -> PackedLayerFactors:
         """Return the packed factors of the current adapters.
 
         They are views of the storage.

@@ -22,17 +22,15 @@ import torch
 import torch.nn.functional as F
 
 # Number of elements that are converted at a time. Parts are larger if the smaller operand and the
-# result are, and never larger than `Fp32ProductLimits.largest_part`.
+# result are, and never larger than `Fp32ProductThresholds.largest_part`.
 _CHUNK = 1 << 17
 # Minimum number of rows that are converted at a time.
 _LEAST = 32
 
 
 @dataclass(frozen=True)
-class Fp32ProductLimits:
-    """The size limits for computing products in fp32.
-
-    They decide whether and how products in an emulated dtype are computed in fp32.
+class Fp32ProductThresholds:
+    """The sizes that decide whether and how products in an emulated dtype are computed in fp32.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -51,18 +49,18 @@ class Fp32ProductLimits:
 # the speed of memory. In a bf16 layer of 576 to 1536, 2 rows take 0.43 ms in PyTorch and 0.81 ms
 # here, and 4 rows take 0.8 and 0.6 ms. For more rows, a product in two parts takes up to a third
 # longer than in one.
-DOTS = Fp32ProductLimits(few_rows=3, few_other_rows=0, largest_part=1 << 22)
+DOTS = Fp32ProductThresholds(few_rows=3, few_other_rows=0, largest_part=1 << 22)
 # With AVX-512, oneDNN emulates bf16 at a quarter of the speed of fp32, in any layout and without a
 # temporary: 64 rows take 3.7 ms in oneDNN and 1.2 ms here, and 8 rows take 0.66 and 0.68 ms. With
 # fewer than 64 rows, or with larger parts, the temporaries would raise the peak memory of a forward
 # pass above PEFT's.
-ONEDNN = Fp32ProductLimits(few_rows=63, few_other_rows=63, largest_part=1 << 16)
+ONEDNN = Fp32ProductThresholds(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
-def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductLimits]:
-    """Return the dtypes that this processor emulates, with their size limits.
+def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
+    """Return the dtypes that this processor emulates, with their size thresholds.
 
-    The result is a dict that maps dtypes to limits. It is empty for processors other than x86.
+    The result is a dict that maps dtypes to thresholds. It is empty for processors other than x86.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -107,7 +105,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if (
         x.dtype not in EMULATED
         or not can_use_fp32_for_emulated_dtype(*operands)
-        or _native_is_as_fast(x, weight.t())
+        or _native_is_as_fast_as_fp32(x, weight.t())
     ):
         return F.linear(x, weight, bias)
     return mm(x, weight.t()) if bias is None else addmm_(bias.repeat(x.shape[0], 1), x, weight.t())
@@ -121,7 +119,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if (
         a.dtype not in EMULATED
         or not can_use_fp32_for_emulated_dtype(a, b)
-        or _native_is_as_fast(a, b)
+        or _native_is_as_fast_as_fp32(a, b)
     ):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
@@ -143,7 +141,7 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if (
         y.dtype not in EMULATED
         or not can_use_fp32_for_emulated_dtype(y, a, b)
-        or _native_is_as_fast(a, b)
+        or _native_is_as_fast_as_fp32(a, b)
     ):
         return y.addmm_(a, b)
 
@@ -154,16 +152,16 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def mm_into_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def mm_out(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Write ``a @ b`` into y, and return y.
 
     y has the shape ``[M, N]``. On a CPU, the product is computed in the dtype of y if this dtype is
     wider than that of the operands.
     """
-    is_narrower = torch.promote_types(y.dtype, a.dtype) != y.dtype
-    if not a.is_cpu or is_narrower or (y.dtype == a.dtype and a.dtype in EMULATED):
-        return y.copy_(mm(a, b))
-    return torch.mm(a.to(y.dtype), b.to(y.dtype), out=y)
+    is_narrower = torch.promote_types(out.dtype, a.dtype) != out.dtype
+    if not a.is_cpu or is_narrower or (out.dtype == a.dtype and a.dtype in EMULATED):
+        return out.copy_(mm(a, b))
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -171,7 +169,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     The result has the shape ``[G, M, N]`` for ``a [G, M, K]`` and ``b [G, K, N]``.
     """
-    if not can_use_fp32_for_emulated_dtype(a, b) or _native_is_as_fast(a, b):
+    if not can_use_fp32_for_emulated_dtype(a, b) or _native_is_as_fast_as_fp32(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for part in _groups(a, b):
@@ -185,7 +183,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     y has the shape ``[G, M, N]``.
     """
-    if not can_use_fp32_for_emulated_dtype(y, a, b) or _native_is_as_fast(a, b):
+    if not can_use_fp32_for_emulated_dtype(y, a, b) or _native_is_as_fast_as_fp32(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):
         y[part] = y[part].float().baddbmm_(a[part].float(), b[part].float())
@@ -200,7 +198,7 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
-def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether PyTorch's own ``a @ b`` is as fast as converting a and b to fp32 first.
 
     This is the case if ``a`` has few rows.

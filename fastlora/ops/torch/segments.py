@@ -74,12 +74,16 @@ class _PositionsOfOneAdapter(NamedTuple):
     rank: int
     own: slice
 
-    def part(self, s: torch.Tensor) -> torch.Tensor:
-        """Return a view of this adapter's part of s or ds.
+    def part(self, s_or_ds: torch.Tensor) -> torch.Tensor:
+        """Return a view of the part of s or ds that belongs to the segment of this adapter.
 
-        It has the shape ``[rows, rank]``.
+        The view has the shape ``[rows, rank]``.
         """
-        return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
+        return (
+            s_or_ds[self.at, : self.rank]
+            if s_or_ds.dim() == 2
+            else s_or_ds[self.own].view(-1, self.rank)
+        )
 
 
 def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_PositionsOfOneAdapter]:
@@ -246,9 +250,10 @@ def _padded_gather_and_scatter_positions(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
-    """Return the shrink output s of layers that have the same input x.
+    """Compute the shrink output s of each row's adapter for layers that share the input x.
 
-    For G layers, s is ``[G, M, R]``. The rows of x may be in any order. Those of s are sorted.
+    The result is one tensor. For G layers, s is ``[G, M, R]``. The rows of x may be in any order.
+    Those of s are sorted.
     """
     columns = rank_to_multiple_of_16(
         max(a.shape[0] for operands in layers for a in operands.lora_a)

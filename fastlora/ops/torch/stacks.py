@@ -30,7 +30,7 @@ _FEW_ROWS = 128
 _PART_ROWS = 512
 
 
-class _KeyRangeWithRows(NamedTuple):
+class _AdjacentKeysAndRows(NamedTuple):
     """Adjacent keys and their rows.
 
     Attributes:
@@ -99,7 +99,7 @@ def add_updates_and_return_s_(
     s = x.new_empty(x.shape[0], columns, dtype=dtype_of_s(x, operands))
     if _uses_grouped_mm(dtype, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
-        for part in _parts(rows, dtype != x.dtype):
+        for part in _split_keys_into_parts(rows, dtype != x.dtype):
             own = reference.cast(x[part.at], dtype)
             found = F.grouped_mm(own, lora_a[part.keys].transpose(1, 2), offs=part.ends)
             s[part.at] = found
@@ -160,13 +160,13 @@ def gradients(
         own_dy, own_s = reference.cast(dy[its.at], dtype), s[its.at, : lora_a.shape[0]]
         if d_lora_b is not None:
             scaled = reference.cast(own_s, dtype) * scaling
-            products.mm_into_(d_lora_b[its.matrix], scaled.t(), own_dy)
+            products.mm_out(d_lora_b[its.matrix], scaled.t(), own_dy)
         if dx is None and d_lora_a is None:
             continue
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         ds = reference.lora_ds(own_dy, lora_b, scaling)
         if d_lora_a is not None and x is not None:
-            products.mm_into_(
+            products.mm_out(
                 d_lora_a[its.matrix], ds.t(), _key_rows_after_dropout(x, operands, its, dtype)
             )
         if dx is not None:
@@ -218,29 +218,31 @@ def _uses_grouped_mm(dtype: torch.dtype, operands: StackAdapterOperands, rows: R
     )
 
 
-def _parts(rows: Rows, converts: bool) -> list[_KeyRangeWithRows]:
-    """Return a list of the parts into which the keys are divided.
+def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKeysAndRows]:
+    """Split the keys into parts of adjacent keys, and return a list of the parts.
 
-    If ``converts`` is False, there is one part with all keys. Otherwise, rows are converted to
+    If ``converts_rows`` is False, there is one part with all keys. Otherwise, rows are converted to
     another dtype, and a part has up to `_PART_ROWS` rows. A key with more rows is a part of its
     own.
     """
     ends = rows.slot_start[1:]
-    if not converts or rows.m <= _PART_ROWS:
-        return [_KeyRangeWithRows(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
-    parts, segments, key = list[_KeyRangeWithRows](), rows.segments, 0
+    if not converts_rows or rows.m <= _PART_ROWS:
+        return [_AdjacentKeysAndRows(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
+    parts, segments, key = list[_AdjacentKeysAndRows](), rows.segments, 0
     while segments:
         start = segments[0].start
         own = [each for each in segments if each.stop - start <= _PART_ROWS] or [segments[0]]
         segments = segments[len(own) :]
         keys = slice(key, own[-1].slot + 1 if segments else rows.slots)
-        parts.append(_KeyRangeWithRows(keys, slice(start, own[-1].stop), ends[keys] - start, own))
+        parts.append(
+            _AdjacentKeysAndRows(keys, slice(start, own[-1].stop), ends[keys] - start, own)
+        )
         key = keys.stop
     return parts
 
 
 def _add_grouped_(
-    y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _KeyRangeWithRows
+    y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _AdjacentKeysAndRows
 ) -> None:
     """Add the product of s and each key's factor to that key's rows of y in place.
 
@@ -265,15 +267,15 @@ def _grouped_factor_gradients(
     dx: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of one adapter's factors.
+    """Return the gradients of the factors, computed with grouped products.
 
-    The adapter's contribution is also added to dx in place, unless dx is None. The arguments are
-    those of `gradients`. Each gradient of a factor takes one grouped product for all keys of a
-    part.
+    The factors are lora_a and lora_b of the only adapter. The adapter's contribution is also added
+    to dx in place, unless dx is None. The arguments are those of `gradients`. Each gradient of a
+    factor takes one grouped product for all keys of a part.
     """
     (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
     dtype = lora_a.dtype
-    scaling, parts = operands.scaling.to(dtype), _parts(rows, dtype != dy.dtype)
+    scaling, parts = operands.scaling.to(dtype), _split_keys_into_parts(rows, dtype != dy.dtype)
     d_lora_a, d_lora_b = list[torch.Tensor](), list[torch.Tensor]()
     for part in parts:
         own_dy = reference.cast(dy[part.at], dtype)
@@ -319,7 +321,7 @@ def _add_dx_(
         products.addmm_(dx, ds, lora_a)
         return
     update, seed = products.mm(ds, lora_a), operands.seeds[its.key : its.key + 1].cpu()
-    keep = reference.lora_keep_mask(update, seed, p)
+    keep = reference.draw_dropout_mask(update, seed, p)
     dx.add_(reference.apply_mask_(update, keep), alpha=1 / (1 - p))
 
 
@@ -347,7 +349,7 @@ def grouped_linear(
 
 
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Return the product of each row of x and the transpose of its matrix in the stack.
+    """Multiply each group of rows of x by the transpose of the group's matrix in the stack.
 
     The result is a tensor ``[P, N]``, as in `grouped_linear`, but autograd is not supported.
 
@@ -449,11 +451,11 @@ def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
     return x.new_empty(x.shape[0], stack.shape[1])
 
 
-def _spans(starts: torch.Tensor) -> list[tuple[int, slice]]:
-    """Return a list of the matrices and their ranges of rows.
+def _spans(matrix_starts: torch.Tensor) -> list[tuple[int, slice]]:
+    """Return the range of rows of each matrix in a stack that has rows.
 
-    It contains a tuple (matrix, range of rows) for each matrix that has rows.
+    The result is a list of tuples (index of the matrix, range of rows).
     """
-    ends = starts.tolist()
+    ends = matrix_starts.tolist()
     pairs = enumerate(zip(ends, ends[1:], strict=False))
     return [(matrix, slice(*pair)) for matrix, pair in pairs if pair[0] < pair[1]]

@@ -37,7 +37,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
     )
 
 
-def lora_a_rank_rows(
+def lora_a_addresses_and_ranks(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
     """Return a `RankRows` with the addresses and ranks of the given lora_a factors.
@@ -53,7 +53,7 @@ def lora_a_rank_rows(
     return RankRows(*own, lora_a[0].dtype, max(ranks))
 
 
-def lora_b_rank_rows(
+def lora_b_addresses_and_ranks(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
@@ -107,7 +107,7 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
     return number_tensor_without_sync(values, torch.int64, device)
 
 
-def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
+def max_adapter_rank_sum(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
     """Return the largest sum of one adapter's ranks over a group of modules.
 
     A group consists of ``modules_per_group`` adjacent modules. The maximum is over all adapters and

@@ -37,9 +37,9 @@ from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_a_rank_rows,
-    lora_b_rank_rows,
-    max_summed_rank,
+    lora_a_addresses_and_ranks,
+    lora_b_addresses_and_ranks,
+    max_adapter_rank_sum,
 )
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import config_of
@@ -65,12 +65,12 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of s and lora_b.
+    """Return the gradients of s and lora_b, and the column sums of dy.
 
     The result is a tuple (ds, gradients of lora_b and lora_bias, column sums of dy). For one slot,
     the second item is the gradient of lora_b alone, and the column sums are computed if
-    ``with_bias`` requests them. Otherwise, the second item is a buffer with the gradients of all
-    slots, and the column sums are empty.
+    ``with_bias`` requests them. For a mixed batch, the second item is a buffer with the gradients
+    of all slots, and the column sums are empty.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
@@ -97,7 +97,7 @@ def grad_x(
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one_adapter(dy, weight, ds, downs[0], seeds, p, plan)
     downs, dropout = align_factors(downs), dropout_tables(seeds, dropout_p)
-    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_rank_rows(downs, dy.device)
+    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_addresses_and_ranks(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
@@ -229,10 +229,12 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Return the result of `_grad_b_one_adapter`, and the partial sums still to be added to it.
+    """Compute the gradients of s and lora_b, and leave their partial sums to be added later.
 
-    One launch reads dy. If several programs contribute to a sum, they write partial sums. If those
-    of ds would cost more than another read of dy, a library product computes ds instead.
+    The result is a tuple of the result of `_grad_b_one_adapter` and the partial sums that must
+    still be added to it. One launch reads dy. If several programs contribute to a sum, they write
+    partial sums. If those of ds would cost more than another read of dy, a library product computes
+    ds instead.
     """
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
     if not dy.numel():
@@ -297,7 +299,7 @@ def _grad_x_of_group(
     """
     some = [*ds]  # in the order in which autograd would add the dx of the modules
     chosen: Any = [[own[i] for i in some] for own in (dys, weights, lora_a, seeds)]
-    if not _can_share_grad_x(*chosen):
+    if not _can_share_adapter_grad_x(*chosen):
         dx: torch.Tensor | None = None
         for i in some:
             given: Any = dys[i], weights[i], ds[i], lora_a[i], seeds[i], dropout_p[i]
@@ -314,7 +316,7 @@ def _grad_x_of_group(
     return dx
 
 
-def _can_share_grad_x(
+def _can_share_adapter_grad_x(
     dys: Sequence[torch.Tensor],
     weights: Sequence[Weight | None],
     lora_a: _Tensors,
@@ -483,7 +485,7 @@ def _mixed_grad_b(
         if with_own_factors:
             b_partials = dy.new_empty(count, columns, largest, dtype=fp32)
             bias_partials = dy.new_empty(count, columns, dtype=fp32) if biased else None
-        up = lora_b_rank_rows([block[first:stop] for block in blocks], (), scaling)
+        up = lora_b_addresses_and_ranks([block[first:stop] for block in blocks], (), scaling)
         lora_grad_b.launch_mixed_lora_grad_b(
             *(ds_partials if with_ds else None, b_partials, bias_partials),
             *(dy[:, first:stop], s, rows, up),
@@ -539,7 +541,7 @@ def _mixed_grad_a(
     count = -(-m // run) + slots
     partials = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
     each = modules if dropout is None else 1
-    columns = max_summed_rank(lora_a, slots, each)
+    columns = max_adapter_rank_sum(lora_a, slots, each)
     config = config_of("mixed_lora_grad_a", x, r=columns)
     for first in range(0, modules, each):
         some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)

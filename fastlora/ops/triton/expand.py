@@ -12,10 +12,10 @@ from fastlora.kernels.configs import sums_s_once
 from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
-from fastlora.ops.factors import Factor, replace_missing_with_empty, tables_from_tensors
+from fastlora.ops.factors import Factor, replace_missing_with_empty, unpack_address_tables
 from fastlora.ops.triton.address_tables import (
     align_factors,
-    lora_b_rank_rows,
+    lora_b_addresses_and_ranks,
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
@@ -45,7 +45,7 @@ def expand_(
         expand_one_adapter_(y, s, ups[0], scaling)
         return
     ups, biases = align_factors(ups), align_factors(lora_bias)
-    up = lora_b_rank_rows(ups, biases, scaling)
+    up = lora_b_addresses_and_ranks(ups, biases, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
     expand_mixed_([y], s.unsqueeze(0), rows, up, config=config)
@@ -74,11 +74,11 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place.
+    """Compute the LoRA update of each row's adapter from the layer's input x, and add it to y.
 
-    x is the layer's input. A shrink and an expand are launched.
+    y is changed in place. A shrink and an expand are launched.
     """
-    found = tables_from_tensors(tables, max_rank, factor_dtype)
+    found = unpack_address_tables(tables, max_rank, factor_dtype)
     x = to_kernel_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]

@@ -18,12 +18,12 @@ from fastlora.kernels.configs import sums_s_once
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module, Weight, are_of_a_kind, has_usual_strides
-from fastlora.ops.factors import Factor, replace_missing_with_empty, tables_from_tensors
+from fastlora.ops.factors import Factor, replace_missing_with_empty, unpack_address_tables
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_b_rank_rows,
+    lora_b_addresses_and_ranks,
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.expand import expand_mixed_
@@ -69,7 +69,7 @@ def linear(
         align_factors(replace_missing_with_empty(factors[1::3], 1)),
         align_factors(factors[2::3]),
     )
-    up = lora_b_rank_rows(ups, lora_bias, scaling)
+    up = lora_b_addresses_and_ranks(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
     plan, ys = _plan_and_base_products(stem, x, weights, biases, up, plan)
     if own is None:
@@ -100,7 +100,7 @@ def linear_at(
     Returns a list that starts with the output y. If ``shrink_range`` is given and s is not, the
     list also contains the split-K partial sums of s for the modules in this range.
     """
-    found = tables_from_tensors(tables, max_rank, factor_dtype)
+    found = unpack_address_tables(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
     x = to_kernel_layout(x, contiguous=invariant)
@@ -133,7 +133,7 @@ def mixed_grouped_forward(
     a shrink and a linear. If many adapters may share a row tile, they are computed by library
     products, a shrink, and an expand instead. Quantized weights must all be of one kind.
     """
-    found = tables_from_tensors(tables, max_rank, factor_dtype)
+    found = unpack_address_tables(tables, max_rank, factor_dtype)
     own, x = slice(first, first + len(weights)), to_kernel_layout(x)
     up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _plan_and_base_products("mixed_lora", x, weights, biases, up, "auto")

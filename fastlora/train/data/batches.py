@@ -73,12 +73,12 @@ class SampleOrder:
             for index, owner in zip(indices, owners, strict=True)
         ]
 
-    def count_steps_with_samples(self, steps: int) -> dict[str, int]:
-        """For each adapter, count how many of the first ``steps`` steps contain its samples."""
+    def count_steps_with_samples(self, total_steps: int) -> dict[str, int]:
+        """For each adapter, count the steps, up to ``total_steps``, that contain its samples."""
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])
-        for first in range(0, steps, _CHUNK):
-            chunk = min(_CHUNK, steps - first)
+        for first in range(0, total_steps, _CHUNK):
+            chunk = min(_CHUNK, total_steps - first)
             indices = self._slice_shuffled_epochs(first * self.batch_size, chunk * self.batch_size)
             owners = torch.bucketize(indices, edges, right=True).view(chunk, -1)
             # Encode each pair of step and adapter as a number, and count each pair once.

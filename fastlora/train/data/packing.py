@@ -23,13 +23,13 @@ DocumentPart = tuple[int, int, int]
 
 
 def pack_documents(
-    lengths: Sequence[int], row_size: int, strategy: str
+    lengths: Sequence[int], max_row_size: int, strategy: str
 ) -> list[list[DocumentPart]]:
-    """Pack documents into rows of at most ``row_size`` tokens.
+    """Pack documents into rows of at most ``max_row_size`` tokens.
 
     Args:
         lengths: Number of tokens in each document, at least 1.
-        row_size: Maximum number of tokens in a row.
+        max_row_size: Maximum number of tokens in a row.
         strategy: ``"bfd"``, ``"bfd_split"``, or ``"wrapped"``.
 
     Returns:
@@ -40,16 +40,20 @@ def pack_documents(
     for first in range(0, len(lengths), _CHUNK):
         whole = [(i, 0, n) for i, n in enumerate(lengths[first : first + _CHUNK], first)]
         if strategy == "wrapped":
-            rows += _wrapped(whole, row_size)
+            rows += _wrapped(whole, max_row_size)
         elif strategy == "bfd_split":
-            cut = [(i, a, min(a + row_size, n)) for i, _, n in whole for a in range(0, n, row_size)]
-            rows += _best_fit(cut, row_size)
+            cut = [
+                (i, a, min(a + max_row_size, n))
+                for i, _, n in whole
+                for a in range(0, n, max_row_size)
+            ]
+            rows += _best_fit(cut, max_row_size)
         else:
-            rows += _best_fit([(i, 0, min(n, row_size)) for i, _, n in whole], row_size)
+            rows += _best_fit([(i, 0, min(n, max_row_size)) for i, _, n in whole], max_row_size)
     return rows
 
 
-def _best_fit(parts: Sequence[DocumentPart], row_size: int) -> list[list[DocumentPart]]:
+def _best_fit(parts: Sequence[DocumentPart], max_row_size: int) -> list[list[DocumentPart]]:
     rows: list[list[DocumentPart]] = []
     # Rows by their remaining room. In each queue, rows that reached that room earlier come first.
     open_rows: dict[int, deque[list[DocumentPart]]] = {}
@@ -59,7 +63,7 @@ def _best_fit(parts: Sequence[DocumentPart], row_size: int) -> list[list[Documen
         at = bisect_left(rooms, length)
         if at == len(rooms):
             rows.append([])
-            row, room = rows[-1], row_size
+            row, room = rows[-1], max_row_size
         else:
             room = rooms[at]
             row = open_rows[room].popleft()
@@ -75,14 +79,14 @@ def _best_fit(parts: Sequence[DocumentPart], row_size: int) -> list[list[Documen
     return rows
 
 
-def _wrapped(parts: Sequence[DocumentPart], row_size: int) -> list[list[DocumentPart]]:
+def _wrapped(parts: Sequence[DocumentPart], max_row_size: int) -> list[list[DocumentPart]]:
     rows: list[list[DocumentPart]] = []
     room = 0
     for number, start, stop in parts:
         while start < stop:
             if not room:
                 rows.append([])
-                room = row_size
+                room = max_row_size
             taken = min(room, stop - start)
             rows[-1].append((number, start, start + taken))
             start, room = start + taken, room - taken

@@ -87,32 +87,34 @@ class TokenizedCorpus:
             f"token{'s' if len(self.ids) > 1 else ''} ({sum(self._counted):,} with loss)"
         )
 
-    def num_tokens(self, index: int) -> int:
+    def num_tokens(self, sample_index: int) -> int:
         """Return the number of tokens in a sample."""
-        return self.ends[index] - (self.ends[index - 1] if index else 0)
+        return self.ends[sample_index] - (self.ends[sample_index - 1] if sample_index else 0)
 
-    def num_loss_tokens(self, index: int) -> int:
+    def num_loss_tokens(self, sample_index: int) -> int:
         """Return the number of tokens in a sample that contribute to the loss."""
-        return self._counted[index]
+        return self._counted[sample_index]
 
-    def token_ids(self, index: int) -> torch.Tensor:
+    def token_ids(self, sample_index: int) -> torch.Tensor:
         """Return the token ids of a sample as a tensor.
 
         The dtype is int64.
         """
-        return self.ids[self._span(index)].long()
+        return self.ids[self._span(sample_index)].long()
 
-    def labels(self, index: int, ignore_index: int) -> torch.Tensor:
+    def labels(self, sample_index: int, ignore_index: int) -> torch.Tensor:
         """Return the labels of a sample as a tensor.
 
         The dtype is int64. Tokens that do not contribute to the loss have the label
         ``ignore_index``.
         """
-        span = self._span(index)
+        span = self._span(sample_index)
         return torch.where(self.counts[span], self.ids[span].long(), ignore_index)
 
-    def _span(self, index: int) -> slice:
-        return slice(self.ends[index] - self.num_tokens(index), self.ends[index])
+    def _span(self, sample_index: int) -> slice:
+        return slice(
+            self.ends[sample_index] - self.num_tokens(sample_index), self.ends[sample_index]
+        )
 
 
 class _TokenizedDocument(NamedTuple):
@@ -136,7 +138,7 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token of the document contributes to the loss.
+        """Whether any token contributes to the loss.
 
         This assumes that the document has a row of its own.
         """

@@ -12,7 +12,7 @@ import torch
 from fastlora.commands import cli
 from fastlora.train import checkpoint
 from fastlora.train.run import NonFiniteError, Run, open_run
-from fastlora.train.run_log import RunLog
+from fastlora.train.run_log import RunLogFile
 from fastlora.train.settings import settings_from_dict
 from tests.support import train_runs
 from tests.support.train_runs import change, log
@@ -92,7 +92,7 @@ def test_a_scale_at_its_end(given: Any, tmp_path: Path) -> None:
 
 def test_the_log_is_json(tmp_path: Path) -> None:
     """What is not finite is null, at any depth."""
-    written = RunLog(tmp_path, 0)
+    written = RunLogFile(tmp_path, 0)
     written.write({"step": 1, "x": {"a": math.nan, "b": [math.inf, 2.5]}, "y": -math.inf})
     written.close()
     assert log(tmp_path, "step") == [{"step": 1, "x": {"a": None, "b": [None, 2.5]}, "y": None}]
@@ -100,13 +100,13 @@ def test_the_log_is_json(tmp_path: Path) -> None:
 
 def test_a_log_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Steps after it are taken again, and the last line of a killed run may be half a line."""
-    written = RunLog(tmp_path, 0)
+    written = RunLogFile(tmp_path, 0)
     for step in (1, 2, 3):
         written.write({"step": step, "x": 0})
     written.close()
     with written.path.open("a") as file:
         file.write('{"step": 4, "x')
-    again = RunLog(tmp_path, 2)
+    again = RunLogFile(tmp_path, 2)
     again.write({"step": 3, "x": 1})
     again.close()
     assert log(tmp_path, "x") == [{"step": step, "x": step // 3} for step in (1, 2, 3)]
