@@ -88,10 +88,10 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def is_unmodified(self) -> bool:
-        """Whether the quantized data is unmodified.
+        """Whether the quantized data is unchanged since this tensor was created.
 
-        Modifications since the creation of this tensor count. They are detected by the version
-        counters of the tensors that contain the data.
+        Changes are detected by the version counters of the data's tensors. Inference tensors have
+        none, so their changes are not detected.
         """
         return _versions(self.data_tensors) == self._versions
 
@@ -134,7 +134,7 @@ def _versions(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
     return tuple([tensor._version for tensor in tensors if not tensor.is_inference()])
 
 
-def dequantize_if_quantized(weight: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+def dequantize_if_quantized(weight: torch.Tensor) -> torch.Tensor:
     """Dequantize a weight if it is a `QuantizedTensor`, or return it unchanged otherwise.
 
     With the dense matrix, several matrix products need only one dequantization.

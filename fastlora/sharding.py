@@ -255,8 +255,8 @@ def is_fsdp2_module(module: nn.Module) -> bool:
 def raise_if_base_weight_is_dtensor(layer: nn.Module) -> None:
     """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
 
-    This is checked in the forward pass. Otherwise, the layer would compute its output with only a
-    shard of the weight.
+    Such a weight is sharded. It is checked in the forward pass. Otherwise, the layer would compute
+    its output with only a shard of the weight.
     """
     weight: Any = layer._parameters.get("weight")
     if is_dtensor(weight):

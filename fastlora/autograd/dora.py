@@ -116,8 +116,8 @@ def _enumerate_adapters_with_rows(
 
     Yields a tuple (index, rows, positions, adapter) for each of them. ``index`` is the adapter's
     index among all adapters, and ``rows`` are the indices of its rows in x. ``positions`` is the
-    slice of these rows in a batch that is sorted by adapter, which is the order of s and z.
-    ``slots`` lists each adapter's slot in ids.
+    slice of these rows in the batch sorted by slot, which is the order of s and z. ``slots`` lists
+    each adapter's slot in ids.
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
@@ -252,10 +252,10 @@ class DoraWithDropout(torch.autograd.Function):
         """Compute the output y of a linear layer with DoRA adapters.
 
         The dropout of the adapters is active. y is computed from the base layer's output, or from
-        weight and bias if ``base`` is None.
-        ``adapters`` has six tensors for each adapter; see `DropoutAdapter`. ``ids [B]`` are slots
-        per sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is
-        one adapter, which applies to all rows. With ids, ``base`` must be given.
+        weight and bias if ``base`` is None. ``adapters`` has six tensors for each adapter; see
+        `DropoutAdapter`. ``ids [B]`` are slots per sample or per token, and ``slots`` lists each
+        adapter's slot. If ids is None, there is one adapter, which applies to all rows. With ids,
+        ``base`` must be given.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora import env
 from fastlora.command_line import install_command, parse_arguments
 from fastlora.commands.system_checks import (
-    ProblemsAndNotes,
+    DoctorFindings,
     check_environment_variables,
     check_gpus_and_test_launches,
     check_packages,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(parser, argv)
     if args.adapter is not None and args.model is None:
         parser.error("--adapter needs MODEL, the folder of the model that it belongs to")
-    found = ProblemsAndNotes()
+    found = DoctorFindings()
     facts: dict[str, Any] = {
         "python": check_python(found),
         "platform": platform.platform(),
@@ -98,7 +98,7 @@ def _vllm_plugin_facts() -> dict[str, Any] | None:
 
 
 def _report_and_facts(
-    folder: Path, adapter: Path | None, found: ProblemsAndNotes
+    folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
     """Return a model's fusion report and a dict of facts about the model.
 

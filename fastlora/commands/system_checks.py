@@ -36,7 +36,7 @@ _TEST_LAUNCH, _TEST_LAUNCH_ERROR = (16, 64, 64, 8), 0.03
 
 
 @dataclass
-class ProblemsAndNotes:
+class DoctorFindings:
     """The problems and notes that the ``fastlora doctor`` command reports.
 
     Attributes:
@@ -101,7 +101,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return (*numbers, *[0] * (4 - len(numbers)))
 
 
-def check_python(found: ProblemsAndNotes) -> dict[str, str]:
+def check_python(found: DoctorFindings) -> dict[str, str]:
     """Check the Python version, and return a dict of facts about it.
 
     The facts are the version and the supported range.
@@ -112,7 +112,7 @@ def check_python(found: ProblemsAndNotes) -> dict[str, str]:
     return {"version": have, "supported": wanted}
 
 
-def check_packages(found: ProblemsAndNotes) -> Iterator[dict[str, str | None]]:
+def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
     """Check the installed packages, and yield a dict of facts about each.
 
     The facts are the package's name, version, supported range, and purpose.
@@ -199,7 +199,7 @@ def _gpu_architecture_facts(device: torch.device) -> dict[str, Any]:
 
 
 def check_gpus_and_test_launches(
-    found_devices: Sequence[dict[str, Any]], found: ProblemsAndNotes
+    found_devices: Sequence[dict[str, Any]], found: DoctorFindings
 ) -> None:
     """Check the GPUs, and run a test kernel on each supported device.
 
@@ -232,7 +232,7 @@ def check_gpus_and_test_launches(
         entry["trial"] = _run_test_launch(device, found) if runs else None
 
 
-def _run_test_launch(device: torch.device, found: ProblemsAndNotes) -> str:
+def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
     """Launch a test kernel on a device, and return the outcome as text.
 
     Its result is compared with float64.
@@ -264,7 +264,7 @@ def _run_test_launch(device: torch.device, found: ProblemsAndNotes) -> str:
     return f"ran, with a relative error of {error:.2g} in fp16"
 
 
-def check_environment_variables(found: ProblemsAndNotes) -> None:
+def check_environment_variables(found: DoctorFindings) -> None:
     """Check the environment variables, and report problematic values."""
     if env.triton_interpreted():
         found.add_problem(

@@ -18,10 +18,10 @@ from fastlora.init import (  # noqa: F401 - the imports register them
     random,
 )
 from fastlora.init.registry import (
+    InitConfigField,
     InitInputs,
     InitMethod,
     InitResult,
-    InitSubconfigField,
     all_init_methods,
     find_init_method,
     register_init,
@@ -30,7 +30,7 @@ from fastlora.init.registry import (
 __all__ = [
     "InitInputs",
     "InitMethod",
-    "InitSubconfigField",
+    "InitConfigField",
     "InitResult",
     "all_init_methods",
     "find_init_method",

@@ -18,11 +18,11 @@ from torch import nn
 from fastlora.init.calibration_data import forward_pre_hooks
 from fastlora.init.configs import CordaConfig
 from fastlora.init.registry import (
+    InitConfigField,
     InitInputs,
     InitResult,
-    InitSubconfigField,
     check_finite_for_init,
-    check_top_singular_values_nonzero,
+    check_used_singular_values_nonzero,
     register_init,
     subtract_update,
 )
@@ -57,7 +57,7 @@ class CordaEigens:
     converts=True,
     data=DATA,
     calibration="preprocess_corda",
-    settings=InitSubconfigField("corda_config", CordaConfig),
+    settings=InitConfigField("corda_config", CordaConfig),
 )
 def corda(given: InitInputs) -> InitResult:
     """Compute the initial factors of a layer using CorDA.
@@ -83,7 +83,7 @@ def corda(given: InitInputs) -> InitResult:
     for name, part in (("S_WC", s), ("U_WC", u), ("V_WC", v)):
         check_finite_for_init(part, f"init_lora_weights='corda': {name} from preprocess_corda")
     largest_first = s if s[0] >= s[-1] else s.flip(0)
-    check_top_singular_values_nonzero(given, largest_first, max(n, k))
+    check_used_singular_values_nonzero(given, largest_first, max(n, k))
     root = (s / given.scaling).sqrt()
     return subtract_update(given, weight, v.T * root[:, None], u * root)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.init.configs import EvaConfig
-from fastlora.init.registry import InitInputs, InitResult, InitSubconfigField, register_init
+from fastlora.init.registry import InitConfigField, InitInputs, InitResult, register_init
 
 # A function of a layer's inputs, the prepared batch, and the layer's name. It returns the rows [M,
 # K] of the inputs that EVA uses.
@@ -25,7 +25,7 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     title="EVA",
     supports_convolutions=True,
     calibration="initialize_lora_eva_weights",
-    settings=InitSubconfigField("eva_config", EvaConfig),
+    settings=InitConfigField("eva_config", EvaConfig),
 )
 def eva_placeholder_factors(given: InitInputs) -> InitResult:
     """Return placeholder factors for EVA.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.init.configs import LoftQConfig
-from fastlora.init.registry import InitInputs, InitResult, InitSubconfigField, register_init
+from fastlora.init.registry import InitConfigField, InitInputs, InitResult, register_init
 
 BLOCK = 64
 # Maps the number of bits to the values of the normal floats. The 4-bit values are the constants of
@@ -32,7 +32,7 @@ LEVELS = {
     "loftq",
     title="LoftQ",
     changes_base=True,
-    settings=InitSubconfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
+    settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
     """Compute the initial factors of a layer using LoftQ.

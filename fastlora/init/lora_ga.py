@@ -16,9 +16,9 @@ from torch import nn
 
 from fastlora.init.configs import LoraGAConfig
 from fastlora.init.registry import (
+    InitConfigField,
     InitInputs,
     InitResult,
-    InitSubconfigField,
     check_finite_for_init,
     register_init,
 )
@@ -36,7 +36,7 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     data=DATA,
     calibration="preprocess_loraga",
     must_repeat=False,
-    settings=InitSubconfigField("lora_ga_config", LoraGAConfig, missing="later"),
+    settings=InitConfigField("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: InitInputs) -> InitResult:
     """Compute the initial factors of a layer using LoRA-GA.

@@ -10,7 +10,7 @@ import torch
 from fastlora.init.registry import (
     InitInputs,
     InitResult,
-    check_top_singular_values_nonzero,
+    check_used_singular_values_nonzero,
     register_init,
     subtract_update,
 )
@@ -47,6 +47,6 @@ def pissa(given: InitInputs) -> InitResult:
         vh = v.T
     else:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    check_top_singular_values_nonzero(given, s[:rank], max(weight.shape))
+    check_used_singular_values_nonzero(given, s[:rank], max(weight.shape))
     root = (s[:rank] / given.scaling).sqrt()
     return subtract_update(given, weight, root[:, None] * vh[:rank], u[:, :rank] * root)

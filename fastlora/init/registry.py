@@ -97,7 +97,7 @@ class InitResult:
 
 
 @dataclass(frozen=True)
-class InitSubconfigField:
+class InitConfigField:
     """The field of `fastlora.LoraConfig` that holds the config of an initialization method.
 
     Attributes:
@@ -155,7 +155,7 @@ class InitMethod:
     data: str = ""
     calibration: str = ""
     must_repeat: bool = True
-    settings: InitSubconfigField | None = None
+    settings: InitConfigField | None = None
     frozen: tuple[str, ...] = ()
     supports_convolutions: bool = False
 
@@ -247,19 +247,20 @@ def subtract_update(
     return InitResult(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
-def check_top_singular_values_nonzero(
+def check_used_singular_values_nonzero(
     given: InitInputs, values: torch.Tensor, larger_dimension: int
 ) -> None:
-    """Raise `InitializationError` if any of the R largest singular values is zero.
+    """Raise `InitializationError` if any singular value that the factors are built from is zero.
 
-    R is the rank of the adapter, whose factors are built from these values. Values that are as
-    small as rounding errors count as zero. For a singular value of zero, the column of lora_b and
-    the row of lora_a would both be zero and would never receive a gradient. The error is also
-    raised if the scaling is not positive, because the factors are divided by its square root.
+    These are R values, where R is the rank of the adapter. Values that are as small as rounding
+    errors count as zero. For a singular value of zero, the column of lora_b and the row of lora_a
+    would both be zero and would never receive a gradient. The error is also raised if the scaling
+    is not positive, because the factors are divided by its square root.
+
 
     Args:
         given: The arguments of the initialization method.
-        values: Singular values in descending order.
+        values: The R singular values in descending order.
         larger_dimension: Larger dimension of the matrix.
     """
     if not given.scaling > 0:

@@ -47,7 +47,7 @@ AUTO_CLASSES = (
 NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
-def names_reexported_from_peft() -> tuple[str, ...]:
+def peft_names_if_installed() -> tuple[str, ...]:
     """Return the names of PEFT's classes and functions that fastlora also provides.
 
     If PEFT is not installed, the result is empty.

@@ -93,8 +93,9 @@ class LoraBRankRowsCache(UncopiedCache):
 class ParameterLoraLayer(LoraLayer):
     """LoRA layer for one parameter of a module.
 
-    It holds the adapters of the parameter, and computes their updates. It is never called.
-    `FastLoraAdaptedParameters` runs the module of the parameter.
+    It holds the adapters of the parameter, and provides their factors, their delta weights, and the
+    adapted parameter. It is never called. `FastLoraAdaptedParameters` runs the module of the
+    parameter.
 
     Args:
         module: The module that owns the parameter.
@@ -180,9 +181,9 @@ class ParameterLoraLayer(LoraLayer):
         """Return an adapter's lora_a and transposed lora_b, as stacks with a row for each rank.
 
         The result is a tuple of lora_a ``[E, R, K]`` and the rank rows ``[E, R, N]``, which are the
-        rows of the transposed lora_b. The rank rows are a copy, which is cached while
-        gradients are disabled. If lora_b is stored as rank rows, as in a pool, they are a view of
-        lora_b. ``name`` identifies the adapter in the cache.
+        rows of the transposed lora_b. The rank rows are a copy, which is cached while gradients
+        are disabled. If lora_b is stored as rank rows, as in a pool, they are a view of lora_b.
+        ``name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b

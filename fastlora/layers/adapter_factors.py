@@ -71,17 +71,18 @@ def _has_non_parameter_weight(module: nn.Module) -> bool:
     return weight is not None and not isinstance(weight, nn.Parameter)
 
 
-def factors_of_plain_modules(
+def factors_from_parameters(
     layer: BaseLinearWithAdapters,
     name: str,
     call: UniformCall | MixedCall | None = None,
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return the factors of an adapter whose modules on a layer are plain.
+    """Return an adapter's factors on a layer, made from the parameters of the adapter's modules.
 
-    The factors are the parameters of these modules. Returns None if the modules must be called
-    instead, for example because of hooks.
+    The factors include the scaling, the dropout probability, and the DoRA magnitude. The result is
+    None if the modules must be called instead, for example because they have hooks.
+
 
     Args:
         layer: The layer with the adapter.
@@ -246,9 +247,10 @@ class AdapterSource(Protocol):
 
     @property
     def tables(self) -> AddressTables | None:
-        """The address tables of the adapters' factors.
+        """The pool's address tables.
 
-        The value is None if the source is not a pool. Only a pool has address tables.
+        The value is None if the source is not a pool. `find_address_tables` builds the tables of a
+        model's own adapters.
         """
 
     def factors(

@@ -125,15 +125,15 @@ class AdapterInitializer:
     @torch.no_grad()
     def initial_values(
         self,
-        random_lora_a: torch.Tensor,
-        random_lora_b: torch.Tensor,
+        default_lora_a: torch.Tensor,
+        default_lora_b: torch.Tensor,
         linear: bool = True,
         rank: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the initial values of the factors A and B as a tuple.
 
-        A is ``[R, K]``, and B is ``[N, R]``. The arguments of these shapes contain freshly drawn
-        random values.
+        A is ``[R, K]``, and B is ``[N, R]``. ``default_lora_a`` and ``default_lora_b`` have these
+        shapes, and contain the values with which the layer initializes its factors by default.
         """
         if not linear and not self.init.supports_convolutions:
             raise UnsupportedLayerError(
@@ -145,12 +145,12 @@ class AdapterInitializer:
         start = self.init.start(
             InitInputs(
                 name=str(self.name).lower(),
-                rank=rank or random_lora_a.shape[0],
+                rank=rank or default_lora_a.shape[0],
                 scaling=self.scaling,
-                lora_a=random_lora_a,
-                lora_b=random_lora_b,
+                lora_a=default_lora_a,
+                lora_b=default_lora_b,
                 read_weight=self._read_base_weight,
-                dtype=weight.dtype if weight is not None and floating else random_lora_a.dtype,
+                dtype=weight.dtype if weight is not None and floating else default_lora_a.dtype,
                 config=self.config,
                 data=self.data,
                 transposed=stores_weight_transposed(self.base),

@@ -80,11 +80,12 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether q, k, and v have the same embedding dimension, as in `nn.MultiheadAttention`.
+        """Whether `nn.TransformerEncoderLayer` may read the base weights itself.
 
-        The value is False while an adapter applies. `nn.TransformerEncoderLayer` reads this
-        property, and calls this layer while it is False. Otherwise, in evaluation, it reads the
-        base weights itself and would ignore the adapters.
+        `nn.MultiheadAttention` has an attribute with this name, which means that q, k, and v have
+        the same embedding dimension. The encoder layer reads it in evaluation. The value is False
+        while an adapter applies, so that the encoder layer calls this layer. Otherwise, it would
+        ignore the adapters.
         """
         return not self._applied_adapters() and not self._out()._applied_adapters()
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.deprecation import RenamedAttribute, without_old_names
-from fastlora.layers.adapter_factors import factors_of_plain_modules
+from fastlora.layers.adapter_factors import factors_from_parameters
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
@@ -48,7 +48,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
     def __dir__(self) -> list[str]:
         return without_old_names(self, super().__dir__())
 
-    _local_factors = factors_of_plain_modules
+    _local_factors = factors_from_parameters
     _local_magnitude = dora_magnitude_of
 
     def _clear_model_packed_factors(self) -> None:

@@ -242,8 +242,9 @@ def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
     """Replace the data of a module's weight.
 
     The module is linear-like, and the new data is ``[N, K]``. The parameter object, the dtype, and
-    the layout stay the same. The memory of the old data is not overwritten, because other code may
-    refer to it. A quantized weight is quantized again. See `reason_weight_not_replaceable`.
+    the layout stay the same. The memory of a dense weight's old data is not overwritten, because
+    other code may refer to it. A quantized weight is quantized again, and may be overwritten in
+    place. See `reason_weight_not_replaceable`.
     """
     found = quantized_weight_of(module)
     if found is not None:

@@ -267,9 +267,9 @@ def _scale_rows_by_id(
     """Scale each row of y by its adapter's DoRA scale, which is looked up by the row's id.
 
     Returns the result. y is ``[..., N]`` and is not changed. ``scales`` maps a slot to the scale of
-    its rows. Other rows are not scaled, and neither is ``bias [N]``, which y includes. The function
-    is for calls that record no autograd graph, and for traced calls. Everything runs on y's device,
-    without waiting for the ids.
+    its rows. Other rows are not scaled, and neither is ``included_bias [N]``, which y includes. The
+    function is for calls that record no autograd graph, and for traced calls. Everything runs on
+    y's device, without waiting for the ids.
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
@@ -307,7 +307,7 @@ def _scale_rows_with_autograd(
     """Scale rows of y by their adapters' DoRA scales, and record the operation for autograd.
 
     y is ``[..., N]``. ``scales`` maps a slot to the scale of its rows. Other rows are not scaled,
-    and neither is ``bias [N]``, which y includes.
+    and neither is ``included_bias [N]``, which y includes.
     """
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)

@@ -122,7 +122,9 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
     )
 
 
-def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
+def batch_invariant_fallback_reason(
+    inference_only: bool, autocast_dtype: torch.dtype | None
+) -> str:
     """Return the reason why a mixed batch cannot run in batch-invariant mode.
 
     This function is called only for batches that cannot, although kernels are available.

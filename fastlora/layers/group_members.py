@@ -15,7 +15,7 @@ import torch
 
 from fastlora.deprecation import renamed_arguments
 from fastlora.layers.adapter_factors import (
-    factors_of_plain_modules,
+    factors_from_parameters,
     has_gradient_hooks,
     has_module_hooks,
     promoted_factor_dtype,
@@ -117,7 +117,9 @@ def prepare_launch_with_later_layers(
     """Prepare one launch for a layer and for later layers in its shared-input group.
 
     Returns a `PreparedGroupLaunch`. The later layers are those that are called after the layer.
-    Those that need their own launch are left out.
+    Layers that need their own launch, idle layers, and layers beyond `MAX_LAYERS_PER_LAUNCH` are
+    left out. If the layer's own parameters have gradient hooks, all later layers are left out. If
+    the layer itself cannot be grouped, the launch has no operands.
     """
     layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []
@@ -183,7 +185,7 @@ def _groupable_operands(
     names, base = member._applied_adapters(), member._fusable_base()
     if len(names) != 1 or base is None:
         return None
-    factors = factors_of_plain_modules(member, names[0], call)
+    factors = factors_from_parameters(member, names[0], call)
     if factors is None or not _is_groupable(member, x, base, factors):
         return None
     if records:
@@ -277,7 +279,7 @@ def _factors_or_reason(
         magnitudes = member._modules.get("lora_magnitude_vector")
         if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "a layer uses DoRA"
-        factors = factors_of_plain_modules(member, names[0], call)
+        factors = factors_from_parameters(member, names[0], call)
         if factors is None:
             return None, "a layer has a factor or dropout module with hooks, or a custom one"
         return [factors], ""
@@ -362,9 +364,9 @@ def record_compiled_fallback(self: Any, reason: str) -> None:
 def describe_input_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
     """Describe whether a layer and its shared-input group share a pass over their input x.
 
-    Returns a message for the fusion report, which describes training. The message gives the reason
-    if the pass is not shared. ``uses_kernels`` tells whether Triton kernels compute the layer's
-    output.
+    Returns a message for the fusion report. The message describes training, and gives the reason if
+    the pass is not shared. It is ``"none"`` if no other layer has the same input. ``uses_kernels``
+    tells whether Triton kernels compute the layer's output.
     """
     if not uses_kernels:
         return _IN_PYTORCH

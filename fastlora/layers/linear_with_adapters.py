@@ -55,7 +55,7 @@ class BaseLinearWithAdapters(nn.Module):
             compiled.
         _local_weight: Returns the base weight as a dense matrix, ``[N, K]``.
         _local_factors: Returns an adapter's factors; see
-            `fastlora.layers.adapter_factors.factors_of_plain_modules`.
+            `fastlora.layers.adapter_factors.factors_from_parameters`.
         _local_magnitude: Returns an adapter's magnitude; see
             `fastlora.layers.dora_norms.dora_magnitude_of`.
     """

@@ -280,7 +280,8 @@ class LoraLayer(Mergeable):
     def _make_base_undo(self, init: InitMethod, copy_to_cpu: bool = False) -> Callable[[], None]:
         """Return a function that undoes an initialization's changes to the base layer.
 
-        If ``copy_to_cpu`` is set, a weight on an accelerator is saved in CPU memory.
+        If ``copy_to_cpu`` is set, a dense weight on an accelerator is saved in CPU memory. A
+        quantized weight is saved on its device.
         """
         data = find_calibration(self, init) if init.data else None
         restore = (

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastlora.autograd.lora_linear import records_gradients
-from fastlora.layers.adapter_factors import factors_in_slots, factors_of_plain_modules
+from fastlora.layers.adapter_factors import factors_from_parameters, factors_in_slots
 from fastlora.layers.address_tables import find_address_tables
 from fastlora.layers.call import MixedCall
 from fastlora.layers.fallback_reasons import (
     BASE_GEMM_VARIES,
+    batch_invariant_fallback_reason,
     fallback_reason_for_factors,
     graph_capture_error_message,
-    mixed_batch_fallback_reason,
 )
 from fastlora.ops.factors import AddressTables, Base, Slots
 from fastlora.validation import AdapterStateError, ImplementationError, check_same_device
@@ -73,7 +73,7 @@ def choose_mixed_implementation(
     if call.routing.captured:
         raise AdapterStateError(graph_capture_error_message(bare, autocast))
     if invariant:
-        conditions.raise_if_batch_invariant(layer, mixed_batch_fallback_reason(bare, autocast))
+        conditions.raise_if_batch_invariant(layer, batch_invariant_fallback_reason(bare, autocast))
     if not bare and fits:
         slots = None
         if conditions.impl == "triton":
@@ -174,7 +174,7 @@ def slot_factors_for_compiled_graph(
     if layer.merged_adapters or call.conditions.invariant:
         return None
     found = {
-        name: factors_of_plain_modules(layer, name, call) for name in names if name in layer.lora_A
+        name: factors_from_parameters(layer, name, call) for name in names if name in layer.lora_A
     }
     for factors in found.values():
         if factors is None or factors.lora_a.device != call.x.device:

@@ -164,7 +164,7 @@ class TensorParallelLora(FastLoraWrapper):
         if self._handle is None:
             # Prepend the hook to that of parallelize_module, so that it sees this process's share.
             self._handle = self.base_layer.register_forward_hook(
-                self._add_local_update_hook, prepend=True
+                self._local_update_forward_hook, prepend=True
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
@@ -214,12 +214,13 @@ class TensorParallelLora(FastLoraWrapper):
         with torch.inference_mode(False), torch.no_grad():
             return self.base_layer(x, *args, **kwargs)
 
-    def _add_local_update_hook(
+    def _local_update_forward_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Forward hook that adds this process's share of the LoRA update to the base output.
+        """Forward hook that adds this process's share of the LoRA update to its share of y.
 
-        The output is this process's share of y, before the collectives on y.
+        The hook runs before the collectives on y. It returns None, which leaves the output
+        unchanged, if no adapter applies.
         """
         from torch.distributed.tensor import DTensor, Partial
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastlora.deprecation import renamed_arguments
-from fastlora.init import InitMethod, InitSubconfigField, all_init_methods, find_init_method
+from fastlora.init import InitConfigField, InitMethod, all_init_methods, find_init_method
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_init_config
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
@@ -201,9 +201,9 @@ class LoraConfig(PeftConfigMethods):
             self._warn_of_conversion()
 
     def _normalize_init_settings(
-        self, init: InitMethod, settings_field: InitSubconfigField, is_selected: bool, stage: Stage
+        self, init: InitMethod, settings_field: InitConfigField, is_selected: bool, stage: Stage
     ) -> None:
-        """Normalize the config field with the settings of an initialization method.
+        """Normalize the config field that contains the settings of an initialization method.
 
         A warning is emitted if settings are given for a method that is not selected, or if default
         settings are used for the selected method.
@@ -218,29 +218,29 @@ class LoraConfig(PeftConfigMethods):
             ConfigError: If the adapter is new and the selected method requires settings, but none
                 are given.
         """
-        name = settings_field.field
-        made = convert_init_config(getattr(self, name) or None, settings_field.cls)
+        field_name = settings_field.field
+        made = convert_init_config(getattr(self, field_name) or None, settings_field.cls)
         if made is None and is_selected and settings_field.missing == "raise" and stage == "new":
             raise ConfigError(
-                f"`{name}` must be specified when `init_lora_weights` is {init.name!r}."
+                f"`{field_name}` must be specified when `init_lora_weights` is {init.name!r}."
             )
         if made is None and is_selected and settings_field.missing == "default":
             if stage == "new":
                 warnings.warn(
-                    f"`init_lora_weights` is {init.name!r} but `{name}` is not specified. "
+                    f"`init_lora_weights` is {init.name!r} but `{field_name}` is not specified. "
                     f"Using default {init.title} config.",
                     stacklevel=6,
                 )
             made = settings_field.cls()
         if made is not None and not is_selected and stage == "new":
             warnings.warn(
-                f"`{name}` specified but will be ignored when `init_lora_weights` is not "
+                f"`{field_name}` specified but will be ignored when `init_lora_weights` is not "
                 f"{init.name!r}.",
                 stacklevel=6,
             )
         if settings_field.as_dict:
             made = {} if made is None or not is_selected else dataclasses.asdict(made)
-        setattr(self, name, made)
+        setattr(self, field_name, made)
 
     def _warn_of_conversion(self) -> None:
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern):

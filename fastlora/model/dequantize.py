@@ -24,13 +24,13 @@ _QUANTIZATION_ATTRIBUTES = (
 )
 
 
-def dtype_of_unquantized_parameters(model: nn.Module) -> torch.dtype:
-    """Return the dtype of a model's unquantized parameters.
+def dtype_for_dequantized_weights(model: nn.Module) -> torch.dtype:
+    """Return the dtype that the weights of quantized linear layers should have after
+    dequantization.
 
-    The weights of quantized linear layers should have this dtype after dequantization, because
-    activations have it. It is the dtype of the first floating-point parameter that has at least 16
-    bits per value and is not a quantized weight. If there is no such parameter, the result is the
-    compute dtype of the first quantized linear layer, or fp32 if it has none.
+    It is the dtype of the first floating-point parameter that has at least 16 bits per value and is
+    not a quantized weight, because activations have this dtype. If there is no such parameter, the
+    result is the compute dtype of the first quantized linear layer, or fp32 if it has none.
     """
     linears = [module for module in model.modules() if is_quantized_linear(module)]
     quantized_weights = {id(module._parameters.get("weight")) for module in linears}

@@ -61,18 +61,15 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters, relative to the base model's parameters.
-
-        It is the number of trainable parameters divided by the base model's number of parameters.
-        """
+        """The number of trainable parameters divided by the base model's number of parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The memory in bytes that training the adapter needs in addition to the base model.
-
-        This is the total size of the trainable parameters, their gradients, and the optimizer
+        """The total size in bytes of the trainable parameters, their gradients, and the optimizer
         state.
+
+        The base model, activations, and `workspace_bytes` are not included.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 

@@ -48,7 +48,7 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
-    """Return whether an adapter file may need to be converted with `stack_expert_factors`.
+    """Return whether an adapter file may need to be converted with `convert_expert_factors`.
 
     ``layers`` contains the names of the layers in the file. The file may need to be converted if at
     least one of these layers is not a module of the model, and `former_to_parameter_names` has
@@ -60,8 +60,9 @@ def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
     return any(layer.replace(".base_layer", "") not in names for layer in layers)
 
 
-def stack_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
-    """Stack a file's factors for the experts' linear layers into factors for stacked parameters.
+def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
+    """Convert a file's factors for the experts' linear layers to factors for stacked parameters.
+
 
     Args:
         model: The base model, with or without adapters.
@@ -137,7 +138,7 @@ def stack_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCont
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return an adapter's config in the form in which PEFT adapts the same parameters as fastlora.
+    """Return an adapter's config, changed so that PEFT adapts the same parameters as fastlora.
 
     Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
     experts, and no linear layer with a former name. The returned config has no former names.

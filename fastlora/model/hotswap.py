@@ -34,7 +34,7 @@ from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
 from fastlora.model.base_modules import peft_function_or_raise
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import stack_expert_factors
+from fastlora.model.expert_files import convert_expert_factors
 from fastlora.model.inject import adapted_layers, lora_layers
 from fastlora.model.plan import adapter_tensor_shapes, plan_target_modules, to_lora_config
 from fastlora.model.tuner import tuner_of
@@ -189,7 +189,7 @@ def hotswap_adapter(
                 clear_layer_caches(layer)
         return
     file = load_adapter_folder(Path(model_name_or_path) / (kwargs.get("subfolder") or ""))
-    file = stack_expert_factors(own.get_base_model(), file)
+    file = convert_expert_factors(own.get_base_model(), file)
     _check_and_write_tensors(own, file.tensors, adapter_name, file.config)
 
 

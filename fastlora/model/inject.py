@@ -23,7 +23,7 @@ from fastlora.model.base_modules import base_module_of, named_outer_modules
 from fastlora.model.dequantize import (
     dequantize_base_layer,
     dequantize_linears,
-    dtype_of_unquantized_parameters,
+    dtype_for_dequantized_weights,
     temporarily_dequantized,
 )
 from fastlora.model.plan import AdapterPlan, adapter_settings_for
@@ -357,7 +357,7 @@ def unload(
                 else contextlib.nullcontext()
             ):
                 module.check_merge(safe_merge, filter_adapter_names(module, adapter_names))
-    dtype = dtype_of_unquantized_parameters(model) if dequantize else None
+    dtype = dtype_for_dequantized_weights(model) if dequantize else None
     shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):

@@ -22,7 +22,7 @@ from fastlora.model.adapter_folder import (
     with_renamed_modules,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import config_for_peft, stack_expert_factors
+from fastlora.model.expert_files import config_for_peft, convert_expert_factors
 from fastlora.model.inject import move_adapter_to_meta
 from fastlora.model.peft_model_methods import PeftModelMethods
 from fastlora.model.plan import AdapterPlan, make_adapter_plan
@@ -245,7 +245,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             return model
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
-        file = stack_expert_factors(model, file)
+        file = convert_expert_factors(model, file)
         chosen = file.config if config is None else config
         plan = make_adapter_plan(
             model, adapter_name, chosen, loading=True, layers_in_file=file.layers
@@ -299,7 +299,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
-        file = whole = stack_expert_factors(model, file)
+        file = whole = convert_expert_factors(model, file)
         plan = make_adapter_plan(
             model, adapter_name, file.config, loading=True, layers_in_file=file.layers
         )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectedParameters:
-    """The parameters that a config selects as targets, and details of the selection.
+    """The parameters that a config selects as targets, with their exclusions and patterns.
 
     Attributes:
         parameters: The selected parameters, in the model's order.

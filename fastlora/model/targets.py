@@ -508,7 +508,7 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Explain, for a message, that a module is auxiliary and therefore cannot be a target.
+    """Explain, for a message, why a module counts as auxiliary.
 
     The result is the part of the message after the module's name. The module called ``name`` is, or
     is inside, a module that adapters own copies of or train rows of.

@@ -413,10 +413,7 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether adapters are disabled in the model.
-
-        This is the case if they are disabled on every layer.
-        """
+        """Whether adapters are disabled on every layer."""
         return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
@@ -526,7 +523,7 @@ class LoraTuner(nn.Module):
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
-            held: An exit stack for resources to release when the block ends.
+            held: An exit stack for resources to release when the block ends. It is not used here.
         """
         return routing_from_parameters(
             self.group,

@@ -356,10 +356,10 @@ def _has_quantized_weight(operands: Sequence[torch.Tensor | None], num_modules: 
 def _with_kernel_weights(
     operands: Sequence[torch.Tensor | None], num_modules: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | QuantizedData | None]:
-    """Return the operands of a group of modules, with the weights replaced for the kernels.
+    """Return a group's operands, with the base weights in a form that kernels can read.
 
-    The modules share an input. Each base weight is replaced by a form that kernels can read. If x
-    is None, it is replaced by None. The base weights are the first ``num_modules`` operands.
+    The modules of the group share an input. The base weights are the first ``num_modules``
+    operands. If x is None, they are replaced by None.
     """
     read: list[torch.Tensor | QuantizedData | None] = [None] * num_modules
     if x is not None:

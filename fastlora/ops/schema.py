@@ -194,7 +194,7 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
 def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     """Return an empty tensor for the dropout mask of x.
 
-    See `reference.draw_dropout_mask`. ``after`` is not read. A backward pass passes one of its own
+    See `reference.draw_keep_mask`. ``after`` is not read. A backward pass passes one of its own
     tensors. The dependency prevents compilers from merging the mask with that of the forward pass
     and from computing it there, either of which would make them save it.
     """

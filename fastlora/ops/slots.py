@@ -91,7 +91,8 @@ class BatchRows:
     def sort_first_rows(self, m: int) -> SortedRowsAndMatmulPlans:
         """Sort the first m rows of the batch by slot.
 
-        The result also has the plans of their matrix products. It is cached for the batch.
+        The result is cached for the batch. It also holds the cache for the plans of the rows'
+        matrix products.
         """
         found = self._sorted.get(m)
         if found is None:
@@ -144,11 +145,12 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """The LoRA factors of a layer's slots.
+    """The matrix products with the LoRA factors of a layer's slots.
 
-    The factors are packed for products as needed. The methods add each row's update to y. The
-    update of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot.
-    There are up to four slices with the same input x. Their outputs are adjacent columns of y.
+    The methods add each row's update to y. The update of a row is ``scaling * (x @ lora_a.T) @
+    lora_b``, with the factors in the row's slot. There are up to four slices with the same input x.
+    Their outputs are adjacent columns of y.
+
 
     Args:
         lora_a: For each slice, ``[slots, R, K]``.
@@ -207,10 +209,7 @@ class SlotProducts:
         self._version = self._storage._version
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot has no adapter.
-
-        The slot then has rank 0 in all slices.
-        """
+        """Return whether a slot has rank 0 in all slices."""
         return all(factors is None for factors in self._factors[slot])
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:

@@ -103,7 +103,7 @@ class PoolLoraLayers:
             for name, target in found.items():
                 self._replace(name, target)
             add_to_group(self.group, model, inject.modules_with_adapters(model))
-            self._wrap_methods_with_batch_checks()
+            self._wrap_forward_and_generate()
         except BaseException:
             self.restore_model()
             raise
@@ -119,21 +119,18 @@ class PoolLoraLayers:
             for name, own in by_name.items()
         ]
 
-    def _wrap_methods_with_batch_checks(self) -> None:
-        """Wrap the model's methods so that they check that each batch matches the adapter ids.
+    def _wrap_forward_and_generate(self) -> None:
+        """Wrap ``forward`` and ``generate`` so that they accept ``adapter_names=`` and check the
+        batch size.
 
-        The methods are ``forward`` and ``generate``. Wrapped methods also accept
-        ``adapter_names=``. The number of samples or tokens must equal the number of adapter ids. In
-        `generate`, only the batch that the caller passes is checked, because beam search adds rows
-        to it later.
+        The number of samples or tokens must equal the number of adapter ids. In `generate`, only
+        the batch that the caller passes is checked, because beam search adds rows to it later.
         """
-        self._wrap_method_to_accept_adapter_names("forward", contextlib.nullcontext)
+        self._wrap_method_with_adapter_names("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
-            self._wrap_method_to_accept_adapter_names(
-                "generate", skip_batch_size_check, per_sample=True
-            )
+            self._wrap_method_with_adapter_names("generate", skip_batch_size_check, per_sample=True)
 
-    def _wrap_method_to_accept_adapter_names(
+    def _wrap_method_with_adapter_names(
         self, method_name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
         """Wrap a model method so that it accepts ``adapter_names=`` and checks the batch size.

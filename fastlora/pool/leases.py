@@ -150,7 +150,8 @@ class LeaseManager:
         raise adapter_not_found_error(lost, known)  # outside the lock: finding close names is slow
 
     def drain(self, wait: float | None) -> None:
-        """Wait until all leases have ended, and reject new leases from now on.
+        """Reject new leases, and wait until all open leases have ended.
+
 
         Args:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
@@ -282,7 +283,7 @@ class LeaseManager:
                 self.changed.wait()
                 continue
             loaded = all(name in tiers.device for name in request.in_memory)
-            if self._is_turn_of(request) and (
+            if self._may_precede_queue(request) and (
                 loaded or tiers.fits_beside_pinned_and_held(request.in_memory, tiers.leased())
             ):
                 return self._grant(request)
@@ -381,8 +382,8 @@ class LeaseManager:
                 self._tiers.decrement_leases(loaded, event)
             self.changed.notify_all()
 
-    def _is_turn_of(self, request: LeaseRequest) -> bool:
-        """Return whether it is a request's turn to be granted.
+    def _may_precede_queue(self, request: LeaseRequest) -> bool:
+        """Return whether a request may be granted before the other requests in the queue.
 
         Requests are granted in order of arrival, so that small requests cannot delay a large
         request forever. A thread that already holds leases takes precedence, because other threads

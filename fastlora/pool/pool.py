@@ -25,7 +25,7 @@ from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import PoolStats, RegisteredAdapter
-from fastlora.pool.router import empty_routings_for_warm_up, lease_batch_routing
+from fastlora.pool.router import lease_batch_routing, sample_pool_routings
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
@@ -223,7 +223,7 @@ class AdapterPool:
     def _put(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
         with self._changed:
             self._lease_manager.check_pool_open()
-            self._tiers.load_or_replace(entry, image)
+            self._tiers.register_or_replace(entry, image)
             self._lease_manager.loads += 1
             self._changed.notify_all()
         self._lease_manager.compute_dora_scales_if_pinned(entry.name)
@@ -386,10 +386,10 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that have been replaced so far.
+        """Number of adapters that have been replaced or unloaded so far.
 
-        Adapters that have been unloaded count as replaced. As long as this number does not change,
-        each name in an open `fastlora.adapters` block still refers to the same adapter.
+        As long as this number does not change, each name in an open `fastlora.adapters` block still
+        refers to the same adapter.
         """
         return self._tiers.replaced
 
@@ -566,7 +566,7 @@ class AdapterPool:
 
         See `fastlora.routing.routers.AdapterRouter`.
         """
-        return empty_routings_for_warm_up(self, ranks)
+        return sample_pool_routings(self, ranks)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
         """Check that all names are registered, and return them as a tuple.

@@ -25,7 +25,7 @@ from fastlora.model.adapter_folder import (
 )
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.expert_files import may_need_expert_conversion, stack_expert_factors
+from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
 from fastlora.model.stacked_experts import base_parameters_outside_auxiliary_wrappers
 from fastlora.model.targets import NO_TARGETS, SelectedTargets, select_targets
@@ -51,10 +51,9 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class PackedTensorTarget(NamedTuple):
-    """The target that a tensor of an adapter belongs to, and the kind of the tensor.
+class PackedTensorLocation(NamedTuple):
+    """The location of a tensor in a packed adapter: the pool's target and the kind of the tensor.
 
-    Together, they determine the location of the tensor in the packed adapter.
 
     Attributes:
         row: Index of the pool's target.
@@ -152,10 +151,10 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
-        """Context manager that opens an adapter folder and checks that the pool supports it.
+        """Context manager that opens an adapter folder and checks its config and its size.
 
-        The adapter's config and its size are checked. The block gets the open folder. The time and
-        memory for matching the config's patterns are limited inside the block.
+        The block gets the open folder. The time and memory for matching the config's patterns are
+        limited inside the block.
         """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
@@ -204,7 +203,7 @@ class AdapterReader:
     def _convert_experts_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
         """Convert individual experts' factors to stacked factors, and return the packed adapter."""
         if self._has_stacks:
-            file = stack_expert_factors(self._model, file)
+            file = convert_expert_factors(self._model, file)
         config, tensors = file.config, file.tensors
         locations = self._update_config_and_locate_tensors(config, file.keys, tensors, source)
         return self._pack(config, locations, tensors, source)
@@ -248,7 +247,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, PackedTensorTarget]:
+    ) -> dict[str, PackedTensorLocation]:
         """Update the config, and return the location of each tensor in the packed adapter.
 
         The selected parameters are stored in the config; see
@@ -261,7 +260,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, PackedTensorTarget] = {}
+        locations: dict[str, PackedTensorLocation] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
@@ -280,7 +279,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = PackedTensorTarget(index, _BLOCK_OF[kind], name)
+            locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_selected_targets_have_factors(
@@ -296,7 +295,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, PackedTensorTarget],
+        locations: Mapping[str, PackedTensorLocation],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:

@@ -83,7 +83,7 @@ def lease_batch_routing(
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 
-def empty_routings_for_warm_up(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
+def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
     """Return routings without adapters, as examples for `warm_up`.
 
     There is one routing for each range of ranks that share kernel configs, largest rank first. Each

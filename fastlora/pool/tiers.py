@@ -128,13 +128,14 @@ class StorageTiers:
         del self.entries[name]
         self.replaced += 1
 
-    def load_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
-        """Load an adapter onto the device, replacing any adapter with the same name.
+    def register_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
+        """Register an adapter, and load it onto the device if there is room.
 
-        The adapter is also registered under its name. A new adapter on the device takes over the
-        slot of the adapter that it replaces. If leased and pinned adapters leave no room on the
-        device, an adapter that is not pinned is stored in the CPU tier. An adapter that replaces a
-        pinned adapter is pinned too.
+        An adapter with the same name is replaced. A new adapter on the device takes over the slot
+        of the adapter that it replaces. If leased and pinned adapters leave no room on the device,
+        an adapter that is not pinned is stored in the CPU tier. An adapter that replaces a pinned
+        adapter is pinned too.
+
 
         Args:
             entry: Record of the adapter.
@@ -329,30 +330,32 @@ class StorageTiers:
         loaded.written = self._transfers.record_write_event()
         return loaded
 
-    def _evict_until_device_has_room(self, new_adapters: Mapping[str, PackedAdapter]) -> None:
-        """Evict the least recently used adapters until the device has room for new adapters.
+    def _evict_until_device_has_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
+        """Evict the least recently used adapters until the device has room for the given adapters.
 
         Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
         A new adapter takes over the room of the adapter that it replaces unless that adapter is
         leased.
 
+
         Args:
-            new_adapters: Maps the name of each new adapter to its image.
+            wanted: Maps the name of each adapter that must fit to its image. Those that are already
+                on the device are not evicted.
         """
         columns, nbytes = 0, self.device_bytes_used
-        for name, image in new_adapters.items():
+        for name, image in wanted.items():
             old = self.device.get(name)
             nbytes += image.nbytes
             if old is None or (old.leases and old.packed is not image):
                 columns += 1
             else:
                 nbytes -= old.packed.nbytes
-        slots = len(self.device.keys() | new_adapters.keys())
+        slots = len(self.device.keys() | wanted.keys())
         for name, loaded in list(self.device.items()):
             bytes_ok = self.device_bytes is None or nbytes <= self.device_bytes
             if slots <= self.slots and columns < len(self._free_columns) and bytes_ok:
                 return
-            if loaded.leases or self.entries[name].pinned or name in new_adapters:
+            if loaded.leases or self.entries[name].pinned or name in wanted:
                 continue
             self._remove_from_device(name)
             self.evictions += 1

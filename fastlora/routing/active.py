@@ -47,9 +47,9 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
 
 
 def is_tracking_rows() -> bool:
-    """Return whether row tracking is on.
+    """Return whether any open block of this thread checks rows.
 
-    Only the blocks of the current thread count. Row tracking intercepts every operator.
+    Such a block may track its rows, which intercepts every operator.
     """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 

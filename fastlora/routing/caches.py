@@ -37,9 +37,10 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayerProtocol(Protocol):
-    """Protocol that declares the attributes of a layer that routing needs.
+    """Protocol for layers that use routing.
 
-    All layers that use routing have these attributes.
+    It declares the attributes that routing needs.
+
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.

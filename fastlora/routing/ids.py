@@ -180,11 +180,11 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Check the adapter ids of earlier batches, and raise an error if any id is out of range.
+        """Read the results of earlier batches' id checks, and raise an error if one has failed.
 
-        The error is an `AdapterNotFoundError`. Results that have not arrived on the host yet are
-        usually left to a later call. Events cannot be queried while a CUDA graph is being captured.
-        In this case, a later call raises.
+        The error is an `AdapterNotFoundError`. A check fails if an id is out of range. Results that
+        have not arrived on the host yet are usually left to a later call. Events cannot be queried
+        while a CUDA graph is being captured. In this case, a later call raises.
         """
         if not self._pending:
             return

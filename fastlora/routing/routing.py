@@ -245,7 +245,8 @@ class Routing:
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the `PackedAdapterSet` for a key from the cache, or a new one if none is cached.
+        """Return the cached `PackedAdapterSet` for a key, or a new one if there is none or it is
+        outdated.
 
         The set is looked up in the cache of the block and then in that of the model. Whether
         factors have changed is checked once per block, and again after a change of the weights

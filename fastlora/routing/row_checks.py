@@ -125,7 +125,7 @@ class LayerRowOrderChecks:
         self,
         mode: bool,
         ran: Iterable[RoutedLayerProtocol],
-        in_order_by_chance: Collection[int] = (),
+        selected_in_order: Collection[int] = (),
     ) -> None:
         """Record which layers ran in a tracked block.
 
@@ -134,13 +134,13 @@ class LayerRowOrderChecks:
         Args:
             mode: Whether the model trains.
             ran: The layers that ran in the block.
-            in_order_by_chance: Numbers of the layers whose rows were chosen by the data and
-                happened to be in order in this block. Their rows are tracked again in the next
-                blocks, up to the limit of 8 blocks.
+            selected_in_order: Numbers of the layers whose rows were selected by the data and were
+                in order in this block. Their rows are tracked again in the next blocks, up to the
+                limit of 8 blocks.
         """
         self._blocks[mode] += 1
         for layer in ran:
-            if layer.routing_index in in_order_by_chance and self._blocks[mode] < _MOST_BLOCKS:
+            if layer.routing_index in selected_in_order and self._blocks[mode] < _MOST_BLOCKS:
                 continue
             if layer.routing_index not in self._unsupported:
                 self._shown[bool(layer.training)].add(layer.routing_index)
@@ -368,7 +368,7 @@ class _StructuralExpertDetector:
             ends_at_layer: Whether the path ends at a layer.
         """
         parent, child = path_modules[-2:]
-        alike = self._count_same_structure_siblings(parent)[path_names[-1]]
+        alike = self._same_structure_counts_by_child(parent)[path_names[-1]]
         if alike == 1:
             return _StructuralExpertEvidence(alike, False, set())
         words = [path_names[-1], _class_name(child)]
@@ -377,11 +377,11 @@ class _StructuralExpertDetector:
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, path_modules[-3:-1]))
         return _StructuralExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
-    def _count_same_structure_siblings(self, parent: nn.Module) -> dict[str, int]:
-        """Count, for each child of ``parent``, the children that have the same structure.
+    def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
+        """Return, for each child of ``parent``, the number of children with the same structure.
 
-        The result is a dict that maps the name of each child to the number. The number includes
-        the child itself.
+        The result is a dict that maps the name of each child to the number, which includes the
+        child itself.
         """
         known = self._counts.get(id(parent))
         if known is None:

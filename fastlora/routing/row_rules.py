@@ -283,8 +283,9 @@ def _rows_from_argument_rule(which: int) -> Rule:
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for dtype conversions.
 
-    The result keeps the facts about the source, with one exception: if integers or bools of the
-    batch are converted to floats, the result counts as a `CHOICE`.
+    The result keeps the kind and the origin of the source. Its samples are kept only for the kind
+    `CHOSEN`, if they are known for the result. If integers or bools of the batch are converted to
+    floats, the result counts as a `CHOICE` instead.
     """
     source = args[0]
     facts = known.facts_of(source)

@@ -69,17 +69,18 @@ class RowTrackingMode(TorchDispatchMode):
         super().__exit__(*error)
 
     def stop_recording(self) -> None:
-        """Stop row tracking.
+        """Stop using the recorded facts.
 
-        From then on, `is_recording` is False, even while the mode is still on.
+        From then on, `is_recording` is False, even while the mode is still on, and the rows of
+        layers are no longer checked against the facts.
         """
         self._thread = 0
 
     @property
     def is_recording(self) -> bool:
-        """Whether the mode is currently tracking rows.
+        """Whether the recorded facts may be used in this thread.
 
-        It is tracking rows if it is on in this thread and `stop_recording` has not been called.
+        This is the case if the mode is on in this thread and `stop_recording` has not been called.
         """
         return self._thread == threading.get_ident()
 

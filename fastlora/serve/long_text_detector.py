@@ -18,7 +18,7 @@ _PART = 1 << 16  # characters to process between two checks of the bound
 _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
-class TooManyTokensDetector:
+class LongTextDetector:
     """Detects texts that are certain to have too many tokens, without tokenizing them.
 
     The detector uses the maximum number of characters per token. This maximum exists for byte-level

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastlora.serve.long_text_detector import TooManyTokensDetector
+from fastlora.serve.long_text_detector import LongTextDetector
 from fastlora.validation import ConfigError
 
 
@@ -24,7 +24,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, vocabulary: int = 0, length: int | None = None) -> None:
         self._tokenizer, self._vocabulary, self._length = tokenizer, vocabulary, length
-        self._bound = TooManyTokensDetector(tokenizer)
+        self._bound = LongTextDetector(tokenizer)
         self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def tokenize_text(self, text: str) -> list[int]:

@@ -120,8 +120,8 @@ class RunningBatch:
     def prefill_and_decode(self) -> None:
         """Prefill pending prompts, then decode the next token of each prefilled request.
 
-        One call prefills only some of the pending prompt tokens. A request decodes tokens once its
-        prompt has been processed completely.
+        One call prefills at most `PREFILL_TOKENS` prompt tokens, including padding. A request
+        decodes tokens once its prompt has been processed completely.
         """
         if self._decoding_count < len(self.jobs):
             self._forward_and_choose_tokens(self._decoding_count, self._next_prefill_requests())
@@ -220,7 +220,9 @@ class RunningBatch:
 
         If the request was generating tokens, the last request that generates tokens moves into the
         row, and the last request of the batch moves into that request's row. Otherwise, the last
-        request of the batch moves into the row. The block is closed, the lease on the request's
+        request of the batch moves into the row.
+
+        First, the open `fastlora.adapters` block is closed. Afterwards, the lease on the request's
         adapter is released, and the ``ended`` function is called with the request and ``error``.
         """
         self._block.close_adapters_block_if_open()

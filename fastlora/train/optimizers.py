@@ -380,10 +380,11 @@ class AdapterOptimizers:
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of each adapter's optimizer, schedule, and loss scale.
+        """Load the training state of each adapter in ``state``.
 
-        The seed and the counts of each adapter are loaded too. Adapters that are not in
-        ``state`` remain unchanged.
+        The training state consists of the states of the optimizer, the schedule, and the loss
+        scale, and of the seed and the counts. Other adapters remain unchanged.
+
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.

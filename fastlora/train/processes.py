@@ -43,7 +43,7 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedFiniteLosses(NamedTuple):
-    """The adapters that have a finite loss for a batch, as agreed by all processes.
+    """The adapters with and without a finite loss for a batch, as agreed by all processes.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in

@@ -37,15 +37,16 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopSignalHandler:
-    """Context manager that lets a run end after its current step when SIGINT or SIGTERM arrives.
+    """Context manager that handles SIGINT and SIGTERM, so that a run can end after its current
+    step.
 
-    To this end, the first signal after a call of `defer_first_signal` only sets `received`. The
-    next signal has the effect that it had before the block: by default, SIGINT raises
-    `KeyboardInterrupt` and SIGTERM ends the process. Until `defer_first_signal` is called, a signal
-    raises `RunInterrupted` immediately.
+    Until `defer_first_signal` is called, a signal raises `RunInterrupted` immediately. After that,
+    the first signal only sets `received`. The next signal has the effect that it had before the
+    block: by default, SIGINT raises `KeyboardInterrupt` and SIGTERM ends the process.
 
     Only the main thread can handle signals, so the block does nothing in another thread. A handler
     that the program installed itself stays in place.
+
 
     Args:
         processes: Number of processes that train together.

@@ -92,7 +92,7 @@ def masks_of(seen: list[tuple[str, torch.Tensor]], dropping: Chosen) -> dict[Any
         place = places[name]
         places[name] += 1
         like = torch.ones(len(dropping[place][0]), 17 if name == "up" else 11)
-        parts = [reference.draw_dropout_mask(like, each, P).float() / (1.0 - P) for each in both]
+        parts = [reference.draw_keep_mask(like, each, P).float() / (1.0 - P) for each in both]
         if name == "up":
             assert torch.equal(*parts)
         else:

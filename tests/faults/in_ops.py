@@ -99,8 +99,8 @@ FAULTS = (
         "mask off by one",
         "e8ceaab",
         "fastlora/ops/torch/packed_plans.py",
-        "outside = (at < first) | (at >= first + rank)",
-        "outside = (at < first) | (at > first + rank)",
+        "outside = (at < first_rank_rows) | (at >= first_rank_rows + ranks)",
+        "outside = (at < first_rank_rows) | (at > first_rank_rows + ranks)",
         (f"{_PACKED}test_plans[two, bf16]",),
     ),
     Fault(
@@ -197,7 +197,7 @@ FAULTS = (
         "1f559c1",
         "fastlora/ops/torch/packed.py",
         (
-            "first_fit_layout(pack.layout.ranks, rank_coalescing_is_faster(dtype, kind)) "
+            "first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) "
             "is pack.layout"
         ),
         "False",

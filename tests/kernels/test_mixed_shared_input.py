@@ -240,7 +240,7 @@ def test_compiled(launches: Any, autocast: bool) -> None:
 
     run(model, x, ["a1", "a0", None, "a2", "a0"])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reference, "draw_dropout_mask", kernel_keep)
+        patched.setattr(reference, "draw_keep_mask", kernel_keep)
         mixes: list[Any] = [["a1", "d", None, "a2", "a0"], ["a0"] * 5]
         for names in mixes[autocast:]:
             launches.clear()

@@ -106,7 +106,7 @@ def test_a_result_that_is_narrower_than_its_operands_is_rounded_once(dtype: torc
     """Operands below the smallest and above the largest fp16 number have a product within them."""
     a, b = torch.rand(6, 8) * 1e-9, torch.rand(8, 10) * 1e6
     y = torch.empty(6, 10, dtype=dtype)
-    assert products.mm_out(y, a, b) is y
+    assert products.mm_into_(y, a, b) is y
     assert torch.equal(y, (a @ b).to(dtype)) and y.all()
 
 

@@ -72,7 +72,7 @@ class Case:
                 up = b.reshape(N, r, E)[:, :, matrix]
                 p = self.dropout_p[slot]
                 if p and self.seeds is not None:
-                    keep = reference.draw_dropout_mask(x.detach(), self.seeds[key : key + 1], p)
+                    keep = reference.draw_keep_mask(x.detach(), self.seeds[key : key + 1], p)
                     x = x * keep / (1 - p)
                 y = y + self.scaling[slot] * (x @ down.T @ up.T)
             out.append(y)

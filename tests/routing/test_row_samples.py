@@ -54,7 +54,7 @@ def test_the_order_of_the_batch() -> None:
         and row_samples.samples_in_order((0,), 2) is None
     )
     assert row_samples.are_samples_in_batch_order(expected, 2)
-    for samples, blanks, fits in (
+    for samples, allow_no_sample, fits in (
         ([0, 1, 0, 1], False, False),
         ([0, 0, 1], False, False),
         ([0, NO_SAMPLE, 1, 1], False, False),
@@ -64,7 +64,7 @@ def test_the_order_of_the_batch() -> None:
         ([], True, False),
     ):
         found = row_samples.are_samples_in_batch_order(
-            torch.tensor(samples), 2, allow_no_sample=blanks
+            torch.tensor(samples), 2, allow_no_sample=allow_no_sample
         )
         assert found is fits, samples
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastlora.serve.long_text_detector import TooManyTokensDetector
+from fastlora.serve.long_text_detector import LongTextDetector
 from fastlora.serve.prompt_tokenizer import PromptTokenizer
 from fastlora.validation import ConfigError
 
@@ -103,7 +103,7 @@ def test_no_text_that_fits_is_rejected() -> None:
     letters = "".join(TEXTS) + "ab " * 100
     texts = [*TEXTS, *("".join(chance.choices(letters, k=200)) for _ in range(40))]
     for name, tokenizer in (bounded() | unbounded()).items():
-        bound = TooManyTokensDetector(tokenizer)
+        bound = LongTextDetector(tokenizer)
         for text in texts:
             count = len(tokenizer(text, add_special_tokens=False).input_ids)
             assert not bound.certainly_exceeds_tokens(text, count), (name, text)
@@ -112,11 +112,9 @@ def test_no_text_that_fits_is_rejected() -> None:
 def test_which_tokenizers_have_a_bound() -> None:
     """E3: those of today's causal models do."""
     for name, tokenizer in bounded().items():
-        assert TooManyTokensDetector(tokenizer).certainly_exceeds_tokens("ab" * 500_000, 2048), name
+        assert LongTextDetector(tokenizer).certainly_exceeds_tokens("ab" * 500_000, 2048), name
     for name, tokenizer in unbounded().items():
-        assert not TooManyTokensDetector(tokenizer).certainly_exceeds_tokens(
-            "ab" * 500_000, 2048
-        ), name
+        assert not LongTextDetector(tokenizer).certainly_exceeds_tokens("ab" * 500_000, 2048), name
 
 
 def test_a_long_text_is_rejected_without_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,7 +250,7 @@ def with_one_request_per_adapter_id(make_inputs: Callable[..., Any]) -> Callable
     return make_lora_inputs
 
 
-def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
     """Return one LoRA request for each adapter ID that the given requests use.
 
     This function replaces ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can

@@ -302,7 +302,7 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         # A copy of lora_b in pinned memory or on another device would lose its scaling.
         found.append((_find_class(_WEIGHTS), "optimize", layers.keep_scaling_apart))
     state = _find_class(_STATE)
-    found.append((state, "get_activate_loras", layers.one_lora_request_per_adapter_id))
+    found.append((state, "get_activate_loras", layers.one_request_per_adapter_id))
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.with_adapter_checks),
         (_RUNNER, _PROMPTS, layers.with_prompt_logprobs_by_request),

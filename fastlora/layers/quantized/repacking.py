@@ -105,7 +105,7 @@ class RepackedProduct:
         module: Any = base
         self._module, self._few, self._k = (
             module,
-            _max_rows_faster_than_module(module),
+            _max_rows_for_repacked_product(module),
             int(module.in_features),
         )
         self._dtype: torch.dtype | None = module.compute_dtype
@@ -136,11 +136,12 @@ class RepackedProduct:
         return self._copied
 
 
-def _max_rows_faster_than_module(base: nn.Module) -> int:
+def _max_rows_for_repacked_product(base: nn.Module) -> int:
     """Return the maximum number of rows for which a `RepackedProduct` is faster than the module.
 
-    With more rows, it is faster to dequantize the weight and multiply, as the module does. The
-    result is 0 if the product is never faster or is not supported.
+    In bf16, it is faster to dequantize the weight and multiply, as the module does, if there are
+    more rows. In other compute dtypes, there is no limit. The result is 0 if the product is not
+    supported.
     """
     module: Any = base
     weight = module.weight

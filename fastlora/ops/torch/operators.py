@@ -34,7 +34,7 @@ def keep(
 
     It is the PyTorch implementation's mask for the shape and dtype of ``like``.
     """
-    return reference.draw_dropout_mask(like, seed, dropout_p)
+    return reference.draw_keep_mask(like, seed, dropout_p)
 
 
 def _operands_per_module(

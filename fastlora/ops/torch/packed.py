@@ -23,7 +23,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchKind,
     column_major_lora_a_is_faster,
     dense_is_fastest,
-    rank_coalescing_is_faster,
+    unit_coalescing_is_faster,
 )
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
@@ -198,7 +198,7 @@ def zero_lora_a(
 
 def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
-    return first_fit_layout(ranks, rank_coalescing_is_faster(dtype, kind)) if any(ranks) else None
+    return first_fit_layout(ranks, unit_coalescing_is_faster(dtype, kind)) if any(ranks) else None
 
 
 def has_required_layout(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
@@ -207,5 +207,5 @@ def has_required_layout(pack: PackedLayerFactors, dtype: torch.dtype, kind: Batc
     Factors that were packed for another kind of batch can have the same layout.
     """
     return (
-        first_fit_layout(pack.layout.ranks, rank_coalescing_is_faster(dtype, kind)) is pack.layout
+        first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) is pack.layout
     )

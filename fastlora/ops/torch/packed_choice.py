@@ -114,11 +114,11 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 and rank_rows >= _WIDE
 
 
-def rank_coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether coalescing the rank rows of several units into one product is faster.
+def unit_coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
+    """Return whether combining several units into one block is faster than a block for each unit.
 
-    Otherwise, units are kept separate in batched products. A unit is a group of as many rank rows
-    as the largest rank. Coalescing is faster for few rows in a 16-bit dtype.
+    A unit is a group of as many rank rows as the largest rank. Combining them is faster for few
+    rows in a 16-bit dtype.
 
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product with blocks of 4
     rows, and 6.1 times as long with blocks of 1 row. In fp32, the block size makes no difference.

@@ -45,7 +45,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
     expand_by_weighted_sums_is_faster,
-    rank_coalescing_is_faster,
+    unit_coalescing_is_faster,
 )
 
 # Units are combined until a block has at least this many rows.
@@ -103,8 +103,9 @@ class RowUpdateTerms:
 class DensePlan(NamedTuple):
     """A plan for multiplying every row of the batch by the rank rows of all adapters.
 
-    Only the columns of a row's own adapter are used. If the batch uses only one unit, every row is
-    multiplied by the rank rows of this unit alone.
+    Only the columns of a row's own adapter are used. If the factors are not packed for dense
+    products, the batch uses only one unit, and every row is multiplied by the rank rows of this
+    unit alone.
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
@@ -121,8 +122,9 @@ class DensePlan(NamedTuple):
 class BlockedPlan(NamedTuple):
     """A plan for gathering rows into blocks of one size and multiplying them in a batched product.
 
-    Each block is multiplied by its own rank rows, which are those of one or more adjacent units. A
-    block contains rows of all adapters in these units.
+    Each block is multiplied by its own rank rows, which are those of one or more adjacent units. It
+    contains the rows of the batch whose adapters are in these units. Rows without an adapter fill
+    free places.
 
     Attributes:
         start: The first unit of the first block.
@@ -242,10 +244,10 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     if not pack.is_finite or not used:
         return _make_per_adapter_plan(rows, adapter, layout)
     if m >= _MANY_ROWS_EACH * len(used):
-        separate = _make_per_adapter_plan(rows, adapter, layout)
-        if not separate.gather.numel():
-            return separate
-    coalesces = rank_coalescing_is_faster(dtype, kind)
+        per_adapter = _make_per_adapter_plan(rows, adapter, layout)
+        if not per_adapter.gather.numel():
+            return per_adapter
+    coalesces = unit_coalescing_is_faster(dtype, kind)
     start, stop = _used_unit_range(used, layout, coalesces)
     unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
     if unused > _UNUSED_RANK_ROWS_EACH * len(used):
@@ -302,15 +304,19 @@ def _make_row_update_terms(
 
 
 def _mask_outside(
-    width: int, first: torch.Tensor, rank: torch.Tensor, device: torch.device
+    width: int, first_rank_rows: torch.Tensor, ranks: torch.Tensor, device: torch.device
 ) -> torch.Tensor | None:
     """Return a mask of the columns outside of each row's range.
 
-    The mask is False only in the ``rank`` columns starting at ``first``. It is bool
+    The mask is False only in the ``ranks`` columns starting at ``first_rank_rows``. It is bool
     ``[M, 1, width]``. The result is None if no column is outside.
     """
-    at, first, rank = torch.arange(width), first.view(-1, 1, 1), rank.view(-1, 1, 1)
-    outside = (at < first) | (at >= first + rank)
+    at, first_rank_rows, ranks = (
+        torch.arange(width),
+        first_rank_rows.view(-1, 1, 1),
+        ranks.view(-1, 1, 1),
+    )
+    outside = (at < first_rank_rows) | (at >= first_rank_rows + ranks)
     return outside.to(device) if outside.any() else None
 
 
@@ -360,8 +366,8 @@ def _make_per_sample_plan(
 
 
 def _make_blocked_plan(
-    first_rank_row: torch.Tensor,
-    rank: torch.Tensor,
+    first_rank_rows: torch.Tensor,
+    ranks: torch.Tensor,
     layout: PackedLayout,
     unit_range: tuple[int, int],
     coalesced: int,
@@ -371,11 +377,11 @@ def _make_blocked_plan(
     The blocks cover a range of units. Each row gets a place in the block that contains its
     adapter's rank rows. Rows without an adapter fill free places.
     """
-    (start, stop), m = unit_range, first_rank_row.numel()
+    (start, stop), m = unit_range, first_rank_rows.numel()
     blocks, width = (stop - start) // coalesced, coalesced * layout.unit
-    first_rank_row = first_rank_row - start * layout.unit
-    own = rank > 0
-    block = torch.where(own, first_rank_row // width, 0)
+    first_rank_rows = first_rank_rows - start * layout.unit
+    own = ranks > 0
+    block = torch.where(own, first_rank_rows // width, 0)
     taken = torch.bincount(block[own], minlength=blocks)
     longest = max(int(taken.max()), -(-m // blocks))
     free = torch.repeat_interleave(torch.arange(blocks), longest - taken)
@@ -389,10 +395,10 @@ def _make_blocked_plan(
     gather = torch.zeros(blocks * longest, dtype=torch.int64)
     gather[place] = torch.arange(m)
     at = torch.arange(width)
-    from_block = first_rank_row - block * width
+    from_block = first_rank_rows - block * width
     # Results at places without a row are not read.
     others = torch.zeros(blocks * longest, width, dtype=torch.bool)
-    others[place] = (at < from_block[:, None]) | (at >= (from_block + rank)[:, None])
+    others[place] = (at < from_block[:, None]) | (at >= (from_block + ranks)[:, None])
     shape = (blocks, longest, coalesced, 1, layout.unit)
     other = others.view(shape) if others.any() else None
     exact = blocks * longest == m

@@ -125,7 +125,7 @@ class PackedSlots:
         if storage is None or storage.unit != unit:
             # A tensor that is created in inference mode cannot be written outside of it.
             with torch.inference_mode(False):
-                storage = self._copy_to_new_tensors(unit)
+                storage = self._allocate_and_copy(unit)
         try:
             is_finite = storage.write(slot, slices)
         except BaseException:
@@ -163,29 +163,30 @@ class PackedSlots:
                     "only lora_a, lora_b, and scaling"
                 )
 
-    def _copy_to_new_tensors(self, rank_rows_per_slot: int) -> _PackedSlotTensors:
-        """Copy the current factors of all slots to new tensors, and return these.
+    def _allocate_and_copy(self, unit: int) -> _PackedSlotTensors:
+        """Allocate tensors with ``unit`` rank rows for each slot, and copy the current factors to
+        them.
 
-        In the new tensors, each slot has ``rank_rows_per_slot`` rank rows.
+        Returns the new tensors.
         """
         slots, dtype, device = len(self._ranks), self._dtype, self._device
-        layout = one_unit_per_slot(rank_rows_per_slot, (0,) * slots)
-        is_dense = dense_is_fastest(rank_rows_per_slot, slots, dtype, every_unit_is_used=False)
+        layout = one_unit_per_slot(unit, (0,) * slots)
+        is_dense = dense_is_fastest(unit, slots, dtype, every_unit_is_used=False)
         lora_a, rank_rows_a = zero_lora_a(
             layout, len(self._widths), self._in_features, dtype, device, is_dense
         )
-        shapes = [(slots * rank_rows_per_slot, n) for n in self._widths]
+        shapes = [(slots * unit, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         made, old = (
-            _PackedSlotTensors(lora_a, rank_rows_a, lora_b, rank_rows_per_slot),
+            _PackedSlotTensors(lora_a, rank_rows_a, lora_b, unit),
             self._storage,
         )
         self.num_full_packings += 1
         if old is not None:
-            rows = slice(0, min(rank_rows_per_slot, old.unit))
+            rows = slice(0, min(unit, old.unit))
             rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]
             for new_b, old_b in zip(lora_b, old.lora_b, strict=True):
-                by_slot = new_b.view(slots, rank_rows_per_slot, -1)
+                by_slot = new_b.view(slots, unit, -1)
                 by_slot[:, rows] = old_b.view(slots, old.unit, -1)[:, rows]
         return made
 

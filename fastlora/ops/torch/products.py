@@ -152,11 +152,11 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def mm_out(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Write ``a @ b`` into y, and return y.
+def mm_into_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Write ``a @ b`` into ``out``, and return ``out``.
 
-    y has the shape ``[M, N]``. On a CPU, the product is computed in the dtype of y if this dtype is
-    wider than that of the operands.
+    ``out`` has the shape ``[M, N]``. On a CPU, the product is computed in the dtype of ``out`` if
+    this dtype is wider than that of the operands.
     """
     is_narrower = torch.promote_types(out.dtype, a.dtype) != out.dtype
     if not a.is_cpu or is_narrower or (out.dtype == a.dtype and a.dtype in EMULATED):

@@ -82,14 +82,12 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Return x with dropout applied.
 
     Each element is dropped with probability ``p``, and the rest is divided by ``1 - p``.
-    `draw_dropout_mask` computes the mask.
+    `draw_keep_mask` computes the mask.
     """
-    return overwrite_mask_with_kept_elements_(draw_dropout_mask(x, seed, p), x).mul_(
-        1.0 / (1.0 - p)
-    )
+    return overwrite_mask_with_kept_elements_(draw_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
 
 
-def draw_dropout_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+def draw_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Draw the dropout mask of x from a generator with the given seed.
 
     The mask is 1 for a kept element and 0 for a dropped one. It has an integer dtype of the width

@@ -26,7 +26,7 @@ def keep_mask(
     """
     if is_traced(seed):
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, run_after)
-    return reference.draw_dropout_mask(x, seed, dropout_p)
+    return reference.draw_keep_mask(x, seed, dropout_p)
 
 
 def shrink(

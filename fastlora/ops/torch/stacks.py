@@ -160,13 +160,13 @@ def gradients(
         own_dy, own_s = reference.cast(dy[its.at], dtype), s[its.at, : lora_a.shape[0]]
         if d_lora_b is not None:
             scaled = reference.cast(own_s, dtype) * scaling
-            products.mm_out(d_lora_b[its.matrix], scaled.t(), own_dy)
+            products.mm_into_(d_lora_b[its.matrix], scaled.t(), own_dy)
         if dx is None and d_lora_a is None:
             continue
         lora_b = operands.lora_b[its.slot][its.matrix].t()
         ds = reference.lora_ds(own_dy, lora_b, scaling)
         if d_lora_a is not None and x is not None:
-            products.mm_out(
+            products.mm_into_(
                 d_lora_a[its.matrix], ds.t(), _key_rows_after_dropout(x, operands, its, dtype)
             )
         if dx is not None:
@@ -321,7 +321,7 @@ def _add_dx_(
         products.addmm_(dx, ds, lora_a)
         return
     update, seed = products.mm(ds, lora_a), operands.seeds[its.key : its.key + 1].cpu()
-    keep = reference.draw_dropout_mask(update, seed, p)
+    keep = reference.draw_keep_mask(update, seed, p)
     dx.add_(reference.apply_mask_(update, keep), alpha=1 / (1 - p))
 
 
@@ -452,7 +452,7 @@ def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
 
 
 def _spans(matrix_starts: torch.Tensor) -> list[tuple[int, slice]]:
-    """Return the range of rows of each matrix in a stack that has rows.
+    """Return the range of rows of each matrix that has rows.
 
     The result is a list of tuples (index of the matrix, range of rows).
     """

@@ -37,7 +37,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
     )
 
 
-def lora_a_addresses_and_ranks(
+def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
     """Return a `RankRows` with the addresses and ranks of the given lora_a factors.
@@ -53,7 +53,7 @@ def lora_a_addresses_and_ranks(
     return RankRows(*own, lora_a[0].dtype, max(ranks))
 
 
-def lora_b_addresses_and_ranks(
+def lora_b_rank_rows(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,

@@ -37,8 +37,8 @@ from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_a_addresses_and_ranks,
-    lora_b_addresses_and_ranks,
+    lora_a_rank_rows,
+    lora_b_rank_rows,
     max_adapter_rank_sum,
 )
 from fastlora.ops.triton.expand import expand_mixed_
@@ -97,7 +97,7 @@ def grad_x(
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one_adapter(dy, weight, ds, downs[0], seeds, p, plan)
     downs, dropout = align_factors(downs), dropout_tables(seeds, dropout_p)
-    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_addresses_and_ranks(downs, dy.device)
+    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_rank_rows(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
@@ -229,7 +229,7 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Compute the gradients of s and lora_b, and leave their partial sums to be added later.
+    """Compute the gradients of s and lora_b and the column sums of dy, possibly as partial sums.
 
     The result is a tuple of the result of `_grad_b_one_adapter` and the partial sums that must
     still be added to it. One launch reads dy. If several programs contribute to a sum, they write
@@ -485,7 +485,7 @@ def _mixed_grad_b(
         if with_own_factors:
             b_partials = dy.new_empty(count, columns, largest, dtype=fp32)
             bias_partials = dy.new_empty(count, columns, dtype=fp32) if biased else None
-        up = lora_b_addresses_and_ranks([block[first:stop] for block in blocks], (), scaling)
+        up = lora_b_rank_rows([block[first:stop] for block in blocks], (), scaling)
         lora_grad_b.launch_mixed_lora_grad_b(
             *(ds_partials if with_ds else None, b_partials, bias_partials),
             *(dy[:, first:stop], s, rows, up),

@@ -15,7 +15,7 @@ from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, replace_missing_with_empty, unpack_address_tables
 from fastlora.ops.triton.address_tables import (
     align_factors,
-    lora_b_addresses_and_ranks,
+    lora_b_rank_rows,
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
@@ -45,7 +45,7 @@ def expand_(
         expand_one_adapter_(y, s, ups[0], scaling)
         return
     ups, biases = align_factors(ups), align_factors(lora_bias)
-    up = lora_b_addresses_and_ranks(ups, biases, scaling)
+    up = lora_b_rank_rows(ups, biases, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
     expand_mixed_([y], s.unsqueeze(0), rows, up, config=config)

@@ -18,7 +18,7 @@ from fastlora.ops.layout import rank_to_multiple_of_16, shrink_partials_shape
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_a_addresses_and_ranks,
+    lora_a_rank_rows,
     max_adapter_rank_sum,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
@@ -156,14 +156,14 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return the shrink output s of modules for a mixed batch, and whether K was not split.
+    """Compute the shrink output s of modules for a mixed batch.
 
-    The result is a tuple. s is ``[G, M, R]`` for G modules. If K is not split, a single launch
-    computes s. Otherwise, a second launch adds the partial sums. Dropout requires one module.
+    The result is a tuple of s, ``[G, M, R]`` for G modules, and whether a single launch has
+    computed s. If K is split, a second launch adds the partial sums. Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)
-    down = lora_a_addresses_and_ranks(lora_a, x.device, (modules, slots))
+    down = lora_a_rank_rows(lora_a, x.device, (modules, slots))
     columns = max_adapter_rank_sum(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]

@@ -74,7 +74,10 @@ class SampleOrder:
         ]
 
     def count_steps_with_samples(self, total_steps: int) -> dict[str, int]:
-        """For each adapter, count the steps, up to ``total_steps``, that contain its samples."""
+        """For each adapter, count how many of the first steps contain its samples.
+
+        The first ``total_steps`` steps are counted.
+        """
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])
         for first in range(0, total_steps, _CHUNK):
