@@ -78,7 +78,10 @@ class RenamedAttribute:
 
 
 def without_old_names(instance: object, names: Iterable[str]) -> list[str]:
-    """Return ``names`` without the old names of the instance's renamed attributes."""
+    """Return a list of ``names`` without deprecated attribute names.
+
+    A name is left out if it is the old name of a renamed attribute of the instance's class.
+    """
     owner = type(instance)
     return [
         name

@@ -163,7 +163,7 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts the time spent in its block as matching time.
+    """Return a context manager that counts its block's CPU time as time spent on pattern matching.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
     the block also checks the limit. A block around a loop over patterns therefore counts the time
@@ -373,11 +373,11 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
 
 
 def _suffix_as_plain_pattern(name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return the suffix of a name as a plain pattern whose parts have the given lengths.
+    """Return the suffix of a name, with dots between parts of the given lengths.
 
-    In the result, a dot replaces the character that the name has between two parts, because a dot
-    in a pattern matches any character. Returns None if the name is too short, or if the first part
-    does not start at the beginning of a component of the name.
+    The result is a plain pattern. In it, a dot replaces the character between two parts of the
+    name, because a dot in a pattern matches any character. Returns None if the name is too short,
+    or if the first part does not start at the beginning of a component of the name.
     """
     at = start = len(name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):

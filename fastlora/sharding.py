@@ -43,10 +43,10 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
-    """Return a parameter's local tensor, whose gradients the backward pass sums across replicas.
+    """Return the local tensor of a DTensor parameter.
 
-    The parameter is a DTensor. The result is its local shard, a plain tensor. If the parameter is
-    replicated, the backward pass sums its gradients over all processes.
+    The result is a plain tensor. If the parameter is replicated, the backward pass sums its
+    gradients over all processes.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):

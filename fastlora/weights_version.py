@@ -117,12 +117,12 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A version of this process's weights, used to detect whether they may have changed.
+    """A unique object that identifies one version of this process's weights.
 
-    It is a unique object that stands for this version. A cached value records the version that
-    the weights had when it was cached. Versions are compared by identity. A version is an object
-    rather than a number because a compiler that traces an optimizer's step also traces fastlora's
-    hook. The compiler would guard on a number and recompile at each step.
+    A cached value records the version that the weights had when it was cached. If the current
+    version is a different object, the weights may have changed. A version is an object rather than
+    a number because a compiler that traces an optimizer's step also traces fastlora's hook. The
+    compiler would guard on a number and recompile at each step.
     """
 
 
@@ -141,8 +141,8 @@ class ProcessWeightsVersions:
 
     def __init__(self) -> None:
         self.trained, self.frozen, self.step = WeightsVersion(), WeightsVersion(), WeightsVersion()
-        # Maps the identity of each storage to the storage, for the frozen base weights that cached
-        # values depend on. The tensors themselves are not referenced, because
+        # Maps the id of each storage to a weak reference to the storage, for the frozen base
+        # weights that cached values depend on. The tensors themselves are not referenced, because
         # `torch.utils.swap_tensors` does not support tensors with weak references.
         self._watched: dict[int, StorageWeakRef] = {}
         self._purge_at = 1024
@@ -212,7 +212,7 @@ class ProcessWeightsVersions:
 
 
 def _storage_id(weight: torch.Tensor) -> int:
-    """Return the identity of a weight's storage.
+    """Return an integer that identifies a weight's storage.
 
     A sparse weight has no storage. For such a weight, the result is 0.
     """

@@ -148,7 +148,7 @@ BAD = {
     "dropout": ({"dropout_p": 1.0}, ConfigError, r"in \[0, 1\), got 1.0"),
     "scaling": ({"scaling": torch.ones(3)}, ValueError, r"scaling has shape \(3,\)"),
     "impl": ({"impl": "cuda"}, ValueError, "impl must be one of"),
-    "triton": ({"impl": "triton"}, ImplementationError, "impl='triton' cannot run: "),
+    "triton": ({"impl": "triton"}, ImplementationError, "impl='triton' cannot be used: "),
     "plan": ({"plan": "best"}, ValueError, "plan must be one of"),
 }
 

@@ -89,9 +89,10 @@ def _forward_without_graph(
     impl: str,
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the forward pass without an autograd graph; return the output and the shrink output s.
+    """Run the forward pass without an autograd graph.
 
-    The output is ``[..., N]``.
+    Returns a tuple (output, s). The output is ``[..., N]``, and s is the shrink output, which is
+    the product of x with lora_a.
     """
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
     flat, given = x if len(shape) == 2 else x.reshape(-1, shape[-1]), y
@@ -122,7 +123,10 @@ def _forward_without_graph(
 
 
 def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
-    """Decorate a backward method to run without autocast and raise an error on double backward."""
+    """Decorate a backward method so that it runs without autocast and rejects double backward.
+
+    Double backward raises an error, as with `torch.autograd.function.once_differentiable`.
+    """
     once = once_differentiable(backward)
 
     @functools.wraps(backward)

@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_adapted_model_and_tokenizer(
     args: argparse.Namespace, folders: dict[str, Path]
 ) -> tuple[Any, Any]:
-    """Load the model with its adapters, and the tokenizer, and return both.
+    """Load the tokenizer and the model with its adapters, and return both.
 
     The result is a tuple (model, tokenizer). The model is in evaluation mode.
     """

@@ -247,7 +247,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def adapter_facts(path: str) -> dict[str, Any]:
-    """Return a dict of facts about the adapter in a folder.
+    """Return a dict that describes the adapter in a folder.
 
     ``fastlora inspect --json`` prints this dict.
 

@@ -32,7 +32,7 @@ class PeftLogitsComparison(NamedTuple):
 def load_in_peft_and_compare_logits(
     model: Any, fresh_base: Callable[[], Any], folder: Path, batch: TrainBatch
 ) -> PeftLogitsComparison:
-    """Load the saved adapters with PEFT, compare the logits, and return the comparison.
+    """Load the saved adapters with PEFT, and compare PEFT's logits with fastlora's.
 
     The logits are those of a mixed batch. The tolerance is derived, not chosen: it is twice the sum
     of PEFT's own error against the same model in float64 and one rounding of the largest logit
@@ -44,6 +44,9 @@ def load_in_peft_and_compare_logits(
         fresh_base: Function that returns a new base model.
         folder: The folder of the saved adapters.
         batch: The mixed batch.
+
+    Returns:
+        A `PeftLogitsComparison`.
     """
     from peft import PeftModel
     from tqdm import tqdm

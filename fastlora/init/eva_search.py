@@ -32,7 +32,7 @@ from fastlora.validation import InitializationError
 
 @dataclass
 class EvaSearch:
-    """Searches for the principal directions of each layer's inputs.
+    """Search for the principal directions of each layer's inputs.
 
     The search also finds the rank of each layer. Call `find_shared_inputs`, then
     `run_until_converged`, then `directions`.

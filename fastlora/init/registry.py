@@ -81,9 +81,10 @@ class InitInputs:
 
 @dataclass(frozen=True)
 class InitResult:
-    """The initial factors of an adapter and, if it is changed, the new base weight.
+    """Result of an initialization method.
 
-    This is the result of an initialization method.
+    It contains the initial factors of an adapter, and the new base weight if the method changes the
+    base weight.
 
     Attributes:
         lora_a: Initial value of factor A, ``[R, K]``.
@@ -257,7 +258,6 @@ def check_used_singular_values_nonzero(
     would both be zero and would never receive a gradient. The error is also raised if the scaling
     is not positive, because the factors are divided by its square root.
 
-
     Args:
         given: The arguments of the initialization method.
         values: The R singular values in descending order.
@@ -272,8 +272,8 @@ def check_used_singular_values_nonzero(
     usable = int((values > tolerance).sum())
     if usable < given.rank:
         raise InitializationError(
-            f"init_lora_weights={given.name!r} uses r={given.rank} singular values, but only "
-            f"{usable} of them {'is' if usable == 1 else 'are'} nonzero; the directions of the "
-            "others would never be trained. Use a smaller r for this layer (rank_pattern), or "
-            "exclude the layer with exclude_modules"
+            f"init_lora_weights={given.name!r} needs r={given.rank} nonzero singular values, but "
+            f"only {usable} {'is' if usable == 1 else 'are'} nonzero; directions with a singular "
+            "value of zero would never be trained. Use a smaller r for this layer (rank_pattern), "
+            "or exclude the layer with exclude_modules"
         )

@@ -334,7 +334,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter into the model, as PEFT does, with patched LoRA layers.
+        """Inject an adapter into the model as PEFT does, but with patched LoRA layers.
 
         `_create_new_module` patches each new layer. Then the list of the model's LoRA layers is
         updated.
@@ -410,7 +410,7 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Route each row to the adapter that ``adapter_names`` gives it during a ``with`` block.
+        """During a ``with`` block, route each row to the adapter that ``adapter_names`` assigns.
 
         The assignment is computed once for the whole model, whereas PEFT computes it at every
         layer. PEFT's forward hooks are enabled instead if there are no ``adapter_names``, in
@@ -549,10 +549,9 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
 
 def patch_layer(module: nn.Module) -> None:
-    """Patch a PEFT LoRA layer in place to run with fastlora.
+    """Patch a PEFT LoRA layer in place so that fastlora computes the layer's output.
 
-    The class of the layer is replaced with the patched class, so that fastlora computes the layer's
-    output. Other modules are ignored.
+    The class of the layer is replaced with the patched class. Other modules are ignored.
     """
     fast = _patched_class_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
@@ -611,9 +610,9 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place, and return their number.
+    """Patch the LoRA layers of a PEFT model in place, and return the number of LoRA layers.
 
-    LoRA layers of classes that fastlora does not patch are counted too. The tuners are also
+    The number includes LoRA layers of classes that fastlora does not patch. The tuners are also
     patched.
     """
     seen = 0

@@ -58,9 +58,10 @@ _INITS = (True, False, "gaussian")
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Return the shape of a module's parameter as a stack of matrices.
+    """Return the shape that a module's parameter has as a stack of matrices.
 
-    The result is a tuple (E, N, K). The parameter has two or three dimensions. With two, E is 1.
+    The result is a tuple (E, N, K). The parameter has two or three dimensions. If it has two, E is
+    1.
     """
     shape = module._parameters[name].shape  # type: ignore[union-attr]
     if len(shape) == 2:
@@ -140,9 +141,10 @@ class ParameterLoraLayer(LoraLayer):
         return self.num_matrices if part == "lora_A" else 1
 
     def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the parameter's shape as a stack of matrices.
+        """View a tensor as a stack of matrices.
 
-        The stack is a view ``[E, N, K]`` of the tensor.
+        The tensor must have the shape of the layer's parameter. The result is a view ``[E, N, K]``
+        of the tensor.
         """
         if parameter.dim() == 2:
             return parameter.unsqueeze(0)
@@ -178,7 +180,7 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and transposed lora_b, as stacks with a row for each rank.
+        """Return an adapter's lora_a and transposed lora_b as stacks of matrices with R rows.
 
         The result is a tuple of lora_a ``[E, R, K]`` and the rank rows ``[E, R, N]``, which are the
         rows of the transposed lora_b. The rank rows are a copy, which is cached while gradients
@@ -464,7 +466,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     ) -> Any:
         """Run the module with the applied adapters.
 
-        ``applied`` maps parameter names to adapters.
+        ``applied`` maps the name of each parameter to the adapters applied to it.
         """
         layers: Any = self._modules["parameters_with_adapters"]
         factors = {
@@ -480,9 +482,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module with the updates of the given factors.
+        """Run the module with the LoRA updates that result from the given factors.
 
-        ``factors`` maps parameter names to factors.
+        ``factors`` maps the name of each parameter to the factors of the adapters applied to it.
         """
         base, layers = self.base_layer, self._modules["parameters_with_adapters"]
         made: Any = {name: layers[name].adapted(given) for name, given in factors.items()}

@@ -83,7 +83,6 @@ def factors_from_parameters(
     The factors include the scaling, the dropout probability, and the DoRA magnitude. The result is
     None if the modules must be called instead, for example because they have hooks.
 
-
     Args:
         layer: The layer with the adapter.
         name: The adapter's name.
@@ -121,7 +120,7 @@ def factors_from_parameters(
 
 
 def promoted_factor_dtype(slots: Slots) -> torch.dtype:
-    """Return the dtype to which the dtypes of all factors are promoted.
+    """Return the dtype that results from promoting the dtypes of all factors.
 
     The dtype is fp32 if there are no factors.
     """
@@ -138,12 +137,12 @@ def promoted_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_adapter_called(
     layer: BaseLinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the reason to call the modules of adapters instead of fused operations.
+    """Return the reason why the modules of the named adapters must be called.
 
-    Returns an empty string if there is no such reason. Fused operations read the parameters of the
-    modules. Hooks, parametrizations, shards, and replaced modules take effect only if the modules
-    are called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward
-    pass.
+    Returns an empty string if fused operations can be used instead. Fused operations read the
+    parameters of the modules directly. Hooks, parametrizations, shards, and replaced modules take
+    effect only if the modules are called. ``gathered`` means that FSDP2 replaces shards by plain
+    parameters during the forward pass.
     """
     for name in names:
         factors = (

@@ -36,7 +36,7 @@ class InitializableLayer(Protocol):
 
 
 class AdapterInitializer:
-    """Initializer of one adapter's new factors on one layer.
+    """Initializer for one adapter's new factors on one layer.
 
     Args:
         layer: The layer, which is not changed.

@@ -102,9 +102,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return it.
+        """Release and return the base layer, with its original out_proj restored.
 
-        The original out_proj of the attention module is restored.
+        The base layer is the attention module. It replaces this layer when the adapters are
+        removed.
         """
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):

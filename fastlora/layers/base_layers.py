@@ -20,9 +20,9 @@ COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Return ``(in_features, out_features)`` of a linear-like module.
 
-    Returns None for other modules. A module is linear-like if it has both attributes (`nn.Linear`,
-    quantized linears of bitsandbytes, torchao, GPTQ and others), or if it is Hugging Face's Conv1D,
-    which has a weight ``[K, N]``.
+    Returns None for other modules. A module is linear-like if it has the attributes ``in_features``
+    and ``out_features``, like `nn.Linear` and the quantized linear layers of bitsandbytes, torchao,
+    GPTQ, and others. Hugging Face's Conv1D, which has a weight ``[K, N]``, is linear-like too.
     """
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
@@ -45,7 +45,7 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
     called.
     """
     if type(module) is not nn.Linear:
-        return f"its base layer is {type(module).__name__}, whose own forward pass is used"
+        return f"its base layer is {type(module).__name__}, which the kernels do not support"
     reason = fallback_reason_hooked(module)
     if reason:
         return reason
@@ -75,7 +75,7 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor whose device and dtype new factors should have.
+    """Return a tensor that has the device and dtype to use for new factors.
 
     Returns None if new factors should have the default device and dtype. As in PEFT, new factors
     use the ``compute_dtype`` of a base layer that has one (bitsandbytes' 4-bit layers, HQQ).
@@ -122,9 +122,9 @@ def tensor_parallel_style(module: nn.Module) -> str | None:
         if placement.is_shard(1):
             return ROW_WISE
     raise UnsupportedLayerError(
-        "LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a "
-        f"one-dimensional mesh, got a {type(module).__name__} with placements {weight.placements} "
-        f"over {weight.device_mesh}"
+        "with tensor parallelism, LoRA supports only an nn.Linear that ColwiseParallel or "
+        "RowwiseParallel has split over a one-dimensional mesh, got a "
+        f"{type(module).__name__} with placements {weight.placements} over {weight.device_mesh}"
     )
 
 

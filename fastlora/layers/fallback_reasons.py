@@ -91,14 +91,14 @@ def reason_dora_prevents_fusion(layer: BaseLinearWithAdapters, names: list[str])
 
 
 def raise_if_triton_required(layer: BaseLinearWithAdapters, names: list[str]) -> None:
-    """Raise `ImplementationError` if a layer requires Triton.
+    """Raise `ImplementationError` if a layer has ``impl="triton"``.
 
-    The layer has to fall back. A layer with ``impl="triton"`` requires Triton. The caller has found
-    that the adapters' modules must be called.
+    The caller has found that the adapters' modules must be called, so Triton kernels cannot compute
+    the update.
     """
     if layer.impl == "triton":
         raise ImplementationError(
-            f"impl='triton' cannot run: {fallback_reason_adapter_called(layer, names)}"
+            f"impl='triton' cannot be used: {fallback_reason_adapter_called(layer, names)}"
         )
 
 

@@ -213,10 +213,11 @@ def _layer_operands_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key for a stream, a dropout probability, and tensors.
+    """Return a cache key for a result that depends on tensors.
 
-    The key changes with the tensors. It is None if any of them is an inference tensor, because
-    PyTorch does not count writes to inference tensors.
+    The key contains the stream, the dropout probability, and the state of each tensor. It is None
+    if any of the tensors is an inference tensor, because PyTorch does not count writes to inference
+    tensors.
     """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
@@ -354,7 +355,7 @@ def _active_dropout_p(layer_slots: Slots) -> float:
 def _compute_s_in_compiled_graph(
     call: UniformCall | MixedCall, own: Slots
 ) -> PrecomputedResult | None:
-    """Compute s for a layer's group in a graph that is being compiled.
+    """Compute s for the layers of a shared-input group while a graph is being compiled.
 
     Returns the layer's own result, or None if s is not shared.
     """
@@ -433,7 +434,7 @@ def _compute_outputs_with_neighbors(
 def _compute_output_and_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute a layer's output and the s of its neighboring layers in one call.
+    """Compute a layer's output, and s for its neighboring layers, in one call.
 
     s is ``x @ lora_a.T``. The neighboring layers are next to the layer in the address tables. Their
     results are stored in the group. Returns the layer's own result, or None if it has no

@@ -1,4 +1,4 @@
-"""Selection of the layers of a shared-input group that one call computes.
+"""Selection of the layers of a shared-input group whose results one call computes.
 
 Nothing is computed here. `fastlora.layers.group_forward` calls these functions. They also give the
 reasons why other layers run alone.
@@ -353,20 +353,19 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record the reason why a layer falls back in the graph that is being compiled.
+    """Record why a layer does not share a pass over x in the graph that is being compiled.
 
-    ``reason`` states why the layer does not share a pass over x. It is empty if the layer shares a
-    pass.
+    ``reason`` is an empty string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 
 
 def describe_input_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
-    """Describe whether a layer and its shared-input group share a pass over their input x.
+    """Return a message that states whether a layer and its shared-input group share a pass over x.
 
-    Returns a message for the fusion report. The message describes training, and gives the reason if
-    the pass is not shared. It is ``"none"`` if no other layer has the same input. ``uses_kernels``
-    tells whether Triton kernels compute the layer's output.
+    The message is for the fusion report. It describes training, and gives the reason if the pass is
+    not shared. It is ``"none"`` if no other layer has the same input. ``uses_kernels`` tells
+    whether Triton kernels compute the layer's output.
     """
     if not uses_kernels:
         return _IN_PYTORCH

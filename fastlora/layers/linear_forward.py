@@ -56,7 +56,7 @@ def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall |
 
 
 def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
-    """Run a linear layer with the call's adapters applied.
+    """Run a linear layer, and apply the adapters that ``call`` specifies.
 
     Returns the output ``[..., N]``.
     """
@@ -154,7 +154,7 @@ def _concatenate_factors_unless_dropout(
 
 
 def _add_by_calling_modules(call: UniformCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Add the adapters' updates to y by calling their modules.
+    """Call each adapter's modules to compute its update, and add the updates to y.
 
     The adapters are called one by one, as in PEFT.
     """

@@ -158,8 +158,8 @@ class LoraLayer(Mergeable):
         if parameters:
             raise UnsupportedLayerError(
                 f"target_parameters selects {parameters[0].name!r} of a "
-                f"{type(self.get_base_layer()).__name__} that another adapter adapts as a whole "
-                "module; expected the same kind of target for all adapters"
+                f"{type(self.get_base_layer()).__name__}, but another adapter targets the whole "
+                "module; all adapters must target either the module or its parameters"
             )
         return [(layer, arguments) for layer in (self, *self.inner_layers().values())]
 
@@ -429,7 +429,7 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names that an adapter's tensors have in the adapter's file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
         The result is a dict that maps each of these names to the tensor's state dict key. The names
         and the keys are relative to this layer. The tensors of inner layers are included.

@@ -81,12 +81,12 @@ class MergeTarget(Protocol):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn``, as ``nn.Module._apply`` converts the module's tensors.
+        """Convert a snapshot in the same way as ``nn.Module._apply`` converts the module's tensors.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
         ``nn.Module._apply`` applies to the module's tensors. Returns the converted snapshot, which
-        is for use after the module has been converted, or ``snapshot`` itself if `restore` can use
-        it as it is.
+        is for use after the module has been converted. If `restore` can use ``snapshot`` as it is,
+        returns ``snapshot`` itself.
         """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:

@@ -272,10 +272,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add the bias change of the last adapter in ``names`` to the bias in place.
+        """Update the bias in place with the change that the last adapter in ``names`` makes.
 
-        The change is first multiplied by ``sign``. Adapters are merged in the order of ``names``.
-        ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
+        The change is multiplied by ``sign`` before it is added. Adapters are merged in the order of
+        ``names``. ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
         before: torch.Tensor | None = None
         change: torch.Tensor | None = None

@@ -82,7 +82,7 @@ def choose_mixed_implementation(
             return False, None, slots
     elif not bare and base.y is not None and layer.impl == "triton":
         raise ImplementationError(
-            f"impl='triton' cannot run: the base layer returned {base.y.dtype} for an input of "
+            f"impl='triton' cannot be used: the base layer returned {base.y.dtype} for an input of "
             f"{x.dtype}"
         )
     return bare, None, None
@@ -98,10 +98,7 @@ def check_not_merged(layer: BaseLinearWithAdapters) -> None:
 
 
 def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
-    """Return whether a call has no gradients and no dropout.
-
-    Such a call records no autograd graph and applies no dropout.
-    """
+    """Return whether a call records no autograd graph and applies no dropout."""
     routing = call.routing
     # A captured routing is over a pool, and a pool's adapters have no dropout.
     if call.layer.training and not routing.captured:
@@ -130,7 +127,7 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list of each slot's factors for the kernels.
+    """Return a list that contains the factors of each slot, for use by the kernels.
 
     Returns None if PyTorch operators are used instead of the kernels.
 
@@ -150,7 +147,7 @@ def slot_factors_for_kernels(
     reason = fallback_reason_for_factors(routing, slots)
     if reason and layer.impl == "triton":
         raise ImplementationError(
-            f"impl='triton' cannot run a mixed batch with gradients: {reason}"
+            f"impl='triton' cannot be used for a mixed batch with gradients: {reason}"
         )
     if reason:
         return None
@@ -161,7 +158,7 @@ def slot_factors_for_kernels(
 def slot_factors_for_compiled_graph(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list of each slot's factors for a graph that is being compiled.
+    """Return a list that contains the factors of each slot, for a graph that is being compiled.
 
     Returns None if the factors cannot be part of a graph.
 

@@ -84,7 +84,7 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 def _forward_before_dora(
     call: MixedCall, base: Base, excluded_slots: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
-    """Compute a layer's output for a mixed batch before DoRA is applied.
+    """Compute a layer's output for a mixed batch without applying DoRA.
 
     Returns a tuple (output ``[..., N]``, whether kernels found the factors by address). Rows of the
     slots in ``excluded_slots`` get the base layer's output.

@@ -197,7 +197,7 @@ class ModuleWithAdapters:
             self._merge_checked(names, keep_base)
 
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that `check_merge` has checked."""
+        """Merge adapters that have already passed `check_merge`."""
 
     def unmerge(self) -> None:
         """Unmerge every merged adapter."""

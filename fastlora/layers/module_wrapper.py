@@ -24,7 +24,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     Attributes:
         field: The config field that requests the wrapper.
-        owned: Names of the children that adapters own.
+        owned: Names of the child modules that contain the adapters' weights.
         owns: Term for what an adapter trains, in messages.
         held: Name of the child that is the original module.
         routing_group, routing_index: The routing group of the model, and this module's number in
@@ -62,7 +62,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names that an adapter's tensors have in the adapter's file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
         The result is a dict that maps each of these names to the tensor's state dict key. The names
         and the keys are relative to this module.
@@ -173,7 +173,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the child modules that adapters own.
+        """Names of the child modules that contain the adapters' weights.
 
         The attribute's name is PEFT's.
         """

@@ -75,7 +75,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names that an adapter's tensors have in the adapter's file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
         The result is a dict that maps each of these names to the tensor's state dict key. The names
         in the file are the keys in the state dict of the adapter's copy.
@@ -169,9 +169,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
             kind = type(self.original_module).__name__
             raise UnsupportedLayerError(
                 f"a {kind} in modules_to_save returned a tensor of shape "
-                f"{tuple(tensors[0].shape)} for an input of {sizes[0]} rows; to combine the "
-                "outputs of a mixed batch, the first dimension must have one entry per row; change "
-                "the module's output, or use one adapter per batch"
+                f"{tuple(tensors[0].shape)} for an input of {sizes[0]} rows; in a mixed batch, the "
+                "first dimension of the output must have one entry per input row. Change the "
+                "module's output, or use one adapter per batch"
             )
         result = tensors[0].new_zeros(sum(sizes), *tensors[0].shape[1:])
         for index, tensor in zip(indices, tensors, strict=True):

@@ -38,7 +38,7 @@ _CAPTURED = "a CUDA graph is being captured; run a forward pass before the captu
 
 
 class KernelWeight(NamedTuple):
-    """A base weight in the form that kernels read.
+    """A base weight in the format that the kernels expect.
 
     The weight is quantized. ``kind`` is its kind of quantization.
     """
@@ -52,7 +52,7 @@ _Found = tuple[BaseQuantizedWeight | None, dict[torch.dtype, KernelWeight | str]
 
 
 class KernelWeightCache(UncopiedCache):
-    """Cache of a layer's base weight in the form that kernels read.
+    """Cache of a layer's base weight in the format that the kernels expect.
 
     The weight is quantized, and an entry is valid until the weight changes. Entries are stored by
     dtype of x, and include fallback reasons. Switching autocast on and off therefore recomputes
@@ -77,10 +77,11 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for kernels, or the reason why the module must be called.
+        """Return a module's weight for the kernels, or the reason why they cannot be used.
 
-        The weight is in the form that kernels read, for x in ``dtype``. If ``dtype`` is None, the
-        dtype that the module computes in is used.
+        The weight is in the format that the kernels expect for x in ``dtype``. If ``dtype`` is
+        None, the dtype that the module computes in is used. If the kernels cannot be used, the
+        module itself must be called.
         """
         if dtype is not None:
             self.dtype = dtype

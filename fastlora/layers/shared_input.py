@@ -95,7 +95,7 @@ class SharedResultCache(UncopiedCache):
         results: Mapping[int, tuple[object, object]],
         model: RoutedLayerGroup | None = None,
     ) -> None:
-        """Store results that one layer has computed for other layers.
+        """Store the results that one layer has computed, so that other layers can use them.
 
         The results were computed from x. ``computed_by`` is the layer that has computed them.
         ``results`` maps each of the other layers to a tuple (cache key, result).
@@ -244,7 +244,7 @@ class _SharedInputCallSequence:
         self._state = x.clone() if x.is_inference() else x._version
 
     def can_append_call(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Return whether the call of a layer with x can be appended to the sequence.
+        """Return whether a call to a layer with input x can be appended to the sequence.
 
         The call is in this thread. It can be appended if the sequence is in this thread too, x is
         the sequence's tensor, and the layer is not in the sequence yet.
@@ -254,7 +254,7 @@ class _SharedInputCallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append the call of a layer with x to the sequence.
+        """Append a layer that is called with input x to the sequence.
 
         Also record whether x has been written to since the first call.
         """

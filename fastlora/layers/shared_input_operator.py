@@ -43,12 +43,12 @@ def _own_s_and_optional_seed(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return s and the dropout seed of one layer in a shared-input group.
+    """Return the intermediate result s and the dropout seed of one layer in a shared-input group.
 
-    ``own`` is the layer's number. In a trace, the first call also computes s for the group's other
-    layers. The seed is in a list, which is empty without dropout. ``places`` lists the position of
-    each lora_a among those of all layers and slots. Without ids, one adapter applies to all rows.
-    If ``factor_dtype`` is given, factors are converted to it.
+    s is ``dropout(x) @ lora_a.T``. ``own`` is the layer's number. In a trace, the first call also
+    computes s for the group's other layers. The seed is in a list, which is empty without dropout.
+    ``places`` lists the position of each lora_a among those of all layers and slots. Without ids,
+    one adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 

@@ -109,7 +109,7 @@ def get_table_launch_arguments(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output with the adapters in address tables.
+    """Compute a layer's output with the adapters that the address tables list.
 
     The output ``[M, N]`` is the base output plus the update of each row's adapter. ``impl`` may
     differ from ``"triton"`` only if the base layer's output is given.
@@ -132,7 +132,7 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Compute a layer's output from its base weight and the adapters in address tables.
+    """Compute a layer's output from its base weight and the adapters that the tables list.
 
     The result is a list with y ``[M, N]``. ``s`` is given if a neighbor has computed it. If
     ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains it

@@ -226,7 +226,7 @@ class TensorParallelLora(FastLoraWrapper):
 
         if self.impl == "triton" and not self._disabled and active_routing(self) is not None:
             raise ImplementationError(
-                "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
+                "impl='triton' cannot be used: a tensor-parallel layer computes mixed batches in "
                 "PyTorch; use impl='auto'"
             )
         call = create_call(self, args[0])

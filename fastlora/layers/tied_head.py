@@ -98,7 +98,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names that an adapter's tensors have in the adapter's file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
         The result is a dict that maps each of these names to the tensor's state dict key. It is
         empty, because the embedding saves the shared factors.

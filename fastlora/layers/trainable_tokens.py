@@ -58,10 +58,10 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TrainableTokensLayer(nn.Module):
-    """Layer with the trained token rows of an embedding or a linear layer, for all adapters.
+    """Layer that stores each adapter's trained token rows for an embedding or a linear layer.
 
-    The layer only stores the rows. `TrainableTokensWrapper` uses them in its forward pass. The
-    class and attribute names follow PEFT.
+    `TrainableTokensWrapper` uses the rows in its forward pass. The class and attribute names follow
+    PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -189,7 +189,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names that an adapter's tensors have in the adapter's file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
         The result is a dict that maps each of these names to the tensor's state dict key. Its only
         entry is for the adapter's rows. The dict is empty if another module owns the rows, or if
@@ -404,7 +404,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that `check_merge` has checked.
+        """Merge adapters that have already passed `check_merge`.
 
         Their rows are written into the weight, and the old rows are saved for `unmerge`, even if
         ``keep_base`` is False.

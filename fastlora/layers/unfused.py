@@ -91,7 +91,9 @@ class BaseUnfusedLoraLayer(LoraLayer):
         conditions = execution_mode_of(x, self.impl if self.runs_kernels else "eager")
         if self.impl == "triton" and not self.runs_kernels:
             kind = type(self.base_layer).__name__
-            raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.fallback_reason}")
+            raise ImplementationError(
+                f"impl='triton' cannot be used with {kind}: {self.fallback_reason}"
+            )
         conditions.raise_if_batch_invariant(self, self.fallback_reason)
         if torch.is_grad_enabled() and not conditions.compiling:
             weights_versions.trained = WeightsVersion()  # An optimizer step may follow.
@@ -131,7 +133,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
 
     def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
-        """Return the number of samples in x, and the number of dimensions that index samples."""
+        """Return how many samples x has, and how many leading dimensions index them."""
         raise UnsupportedLayerError(
             f"{type(self).__name__} does not implement _count_samples_and_sample_dims()"
         )

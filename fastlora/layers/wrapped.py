@@ -95,8 +95,8 @@ class FastLoraWrapper(LoraLayer):
         checks = None if self.routing_group is None else self.routing_group.row_checks
         name = "" if checks is None else f" {checks.name_of(self)!r}"
         raise UnsupportedLayerError(
-            f"the base layer of{name or ' a LoRA layer'} (a {type(self.base_layer).__name__}) "
-            f"returned a {type(y).__name__}, expected a tensor; adapt its weight with "
+            f"the base layer of{name or ' a LoRA layer'} (type {type(self.base_layer).__name__}) "
+            f"must return a tensor, but it returned a {type(y).__name__}; adapt its weight with "
             "target_parameters instead of target_modules"
         )
 

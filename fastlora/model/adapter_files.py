@@ -236,9 +236,10 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
 def _select_config_saved_with_weights(
     config_file_text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Select the config that was saved with the weights, from the config file or the metadata.
+    """Select the config that was saved with the weights.
 
-    If ``config_file_text`` is the config that was saved with the weights, ``config_file_text`` is
+    The candidates are the content of the config file and the config stored in the metadata. If
+    ``config_file_text`` is the config that was saved with the weights, ``config_file_text`` is
     returned. If ``config_file_text`` is the config that the save was about to replace, the save was
     interrupted or is still running, and the config stored in the metadata is returned. Otherwise,
     the config was edited after the save, or the weights were not written by fastlora, and None is

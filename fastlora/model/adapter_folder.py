@@ -418,8 +418,9 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
     ):
         return ParsedAdapterKey(inner, "base")
     raise CheckpointError(
-        f"unknown key {key!r}, expected LoRA factors"
-        f"{', a bias' if config.bias != 'none' else ''} or one of modules_to_save={list(entries)}"
+        f"unknown key {key!r}; expected the key of a LoRA factor"
+        f"{', a bias,' if config.bias != 'none' else ''} or a module in "
+        f"modules_to_save={list(entries)}"
     )
 
 
@@ -451,10 +452,10 @@ def _check_factor(
 
 
 def _may_be_stacked_rank(config: LoraConfig, size: int) -> bool:
-    """Return whether ``size`` may be a stacked rank.
+    """Return whether factors for a stack of matrices may have a rank dimension of ``size``.
 
-    A stacked rank is the rank multiplied by the number of stacked matrices. The factors of a target
-    parameter have this number of rows or columns. Only a model tells which modules have target
+    A target parameter may be a stack of matrices. The rank dimension of its factors is then the
+    rank multiplied by the number of matrices. Only a model tells which modules have target
     parameters, and how many matrices they stack. `check_adapter_fits_model` compares the shapes.
     """
     ranks = {config.r, *config.rank_pattern.values()} if config.target_parameters else ()

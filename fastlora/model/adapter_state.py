@@ -174,8 +174,8 @@ def check_overwritable_from_file(
     if layers.keys() != set(plan.adapted_module_and_parameter_names):
         differing = sorted(layers.keys() ^ set(plan.adapted_module_and_parameter_names))
         raise CheckpointError(
-            f"{path} does not adapt the same modules as the loaded adapter {adapter_name!r} "
-            f"(only one of the two adapts {differing[0]}); load the new adapter under another name"
+            f"{path} and the loaded adapter {adapter_name!r} adapt different modules (only one of "
+            f"them adapts {differing[0]}); load the new adapter under another name"
         )
     dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
     if dora != config.use_dora:
@@ -198,8 +198,8 @@ def check_overwritable_from_file(
         loaded = (layers[name].r[adapter_name], loaded_config.scaling_for(name))
         if found != loaded:
             raise CheckpointError(
-                f"{path}: rank and scaling on {name} are {found}, but those of the loaded adapter "
-                f"{adapter_name!r} are {loaded}; load the new adapter under another name"
+                f"{path}: the rank and scaling for {name} are {found}, but the loaded adapter "
+                f"{adapter_name!r} has {loaded}; load the new adapter under another name"
             )
 
 

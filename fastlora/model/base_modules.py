@@ -37,12 +37,12 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def is_modules_to_save_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a ``modules_to_save`` wrapper of fastlora or PEFT."""
+    """Return whether ``module`` is fastlora's or PEFT's wrapper for ``modules_to_save``."""
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
 def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a ``trainable_token_indices`` wrapper of fastlora or PEFT."""
+    """Return whether ``module`` is fastlora's or PEFT's wrapper for ``trainable_token_indices``."""
     return "token_adapter" in module._modules
 
 
@@ -80,10 +80,10 @@ def base_module_of(module: nn.Module) -> nn.Module:
 def named_outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return the outer modules of a model as a list of tuples ``(name, module)``.
+    """Return a model's modules, except those inside LoRA layers and wrappers.
 
-    These are the items of ``named_modules()``, except modules inside LoRA layers and wrappers (see
-    `is_auxiliary_wrapper`). The LoRA layers and the wrappers themselves are included. Modules that
+    The result is a list of tuples ``(name, module)``, in the order of ``named_modules()``. The LoRA
+    layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included. Modules that
     belong to an adapter are never included. The running time does not depend on the number of
     adapters.
 

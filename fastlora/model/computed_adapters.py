@@ -72,7 +72,9 @@ class ComputedAdapter(NamedTuple):
 
     @torch.no_grad()
     def copy_into_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        """Copy the computed values into an adapter of a model.
+        """Copy the computed parameters into an adapter that was added to a model.
+
+        For each module in ``copies``, the existing adapter's copy of the module is copied too.
 
         Args:
             model: The base model with its adapters.
@@ -133,9 +135,9 @@ def factor_matrices(
 def split_factors_by_matrix(
     layer: LoraLayer, pair: low_rank.FactorPair
 ) -> list[low_rank.FactorPair]:
-    """Split the factors of a layer into the factors of each matrix of the layer's weight.
+    """Split a layer's factors into one pair of factors for each matrix of the layer's weight.
 
-    The list has one pair, unless the weight is a stack of matrices.
+    The result is a list with one pair, unless the weight is a stack of matrices.
     """
     if layer.num_matrices == 1:
         return [pair]
@@ -144,7 +146,7 @@ def split_factors_by_matrix(
 
 
 def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
-    """Join the factors of each matrix of a layer's weight into one pair of factors for the layer.
+    """Join the factors for the matrices of a layer's weight into one pair for the whole layer.
 
     This is the inverse of `split_factors_by_matrix`.
     """
@@ -213,7 +215,7 @@ def check_modules_to_save_disjoint(model: nn.Module, adapters: Sequence[str]) ->
     """
     for name, owners in _adapters_by_copied_module(model, adapters).items():
         if len(owners) > 1:
-            raise AdapterStateError(
+            raise AdapterStateError(  # begins as in PEFT
                 "Cannot add weighted adapters if they target the same module with modules_to_save: "
                 f"adapters {owners} each have a copy of {name!r}"
             )

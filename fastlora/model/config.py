@@ -300,9 +300,9 @@ class LoraConfig(PeftConfigMethods):
             )
         else:
             raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r}: this adapter was trained on base "
-                f"weights that its initialization had changed, and {what} does not reproduce "
-                "this change; save the adapter as plain LoRA first, with save_pretrained(..., "
+                f"init_lora_weights={self.init_lora_weights!r} changed the base weights before "
+                f"this adapter was trained, and {what} does not reproduce this change; first save "
+                "the adapter as plain LoRA with save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
             )
 

@@ -252,7 +252,7 @@ def _check_names(name: str, values: Any, expected: str = "module names") -> None
         raise ConfigError(f"{name} must be a list of {expected} or a string, got {values!r}")
     for value in values:
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{name} must contain {expected}, got the entry {value!r}")
+            raise ConfigError(f"the entries of {name} must be {expected}, got {value!r}")
 
 
 def _check_regexes(name: str, values: Iterable[Any]) -> None:

@@ -63,7 +63,6 @@ def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
 def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
     """Convert a file's factors for the experts' linear layers to factors for stacked parameters.
 
-
     Args:
         model: The base model, with or without adapters.
         file: The loaded adapter.
@@ -248,13 +247,13 @@ class InferredFactorSettings(NamedTuple):
 def infer_factor_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
 ) -> dict[str, InferredFactorSettings]:
-    """Infer the settings of the factors in an adapter file.
+    """Infer the rank, alpha, and scaling of the factors in an adapter file.
 
     The keys of the result are the module names in the file.
 
-    The names in a file do not say which parameter a tensor belongs to. The number of experts is the
-    one with which all factors of a module have a rank that the config gives to a parameter. Values
-    are None if the file leaves them open.
+    The names in a file do not say which parameter a tensor belongs to. The number of experts is
+    therefore chosen so that each factor of a module has a rank that the config sets for one of the
+    module's parameters. A value is None if the file does not determine it.
 
     Args:
         config: The adapter's config.
@@ -303,10 +302,10 @@ def _layers_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return the names of the experts' layers, grouped by the former names of a parameter.
+    """Return the names of the layers in a file that belong to a stacked parameter.
 
-    The result contains one list for each former name, in the order of `former_names_of_parameter`.
-    Each list contains one layer name per expert.
+    The result contains one list for each former name of the parameter (such as ``gate_proj``), in
+    the order of `former_names_of_parameter`. Each list contains one layer name per expert.
 
     Args:
         file: The loaded adapter.
@@ -324,10 +323,10 @@ def _layers_by_former_name(
         missing = sorted(set(range(count)).symmetric_difference(experts))
         if missing:
             raise CheckpointError(
-                f"{file.path} has factors for {sorted(found)} in the experts of "
-                f"{stack.module_name!r}, but the set of experts with factors for {old} differs "
-                f"from the module's {count} experts (first mismatch: expert {missing[0]}); "
-                f"{stack.name!r} requires factors for {names} in every expert"
+                f"{file.path}: the experts of {stack.module_name!r} that have factors for {old} "
+                f"do not match the module's {count} experts (first mismatch: expert {missing[0]}); "
+                f"{stack.name!r} requires factors for {names} in every expert (the file has "
+                f"factors for {sorted(found)})"
             )
         layers.append([experts[index] for index in range(count)])
         ranks = {file.config.rank_for(layer) for layer in layers[-1]}

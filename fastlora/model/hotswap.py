@@ -324,7 +324,10 @@ def _new_layer_tensors(
 
 
 def _file_key_prefixes_by_loaded_parameter(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return a dict that maps an adapter's parameter names to the prefixes of their file keys."""
+    """Return the key prefixes, in an adapter's files, of the parameters that the adapter adapts.
+
+    The result is a dict that maps the full names of the parameters to the prefixes.
+    """
     by_module: dict[str, list[str]] = {}
     for name, layer in adapted_layers(model, adapter_name).items():
         if not layer.replaces_module:
@@ -336,10 +339,10 @@ def _file_key_prefixes_by_loaded_parameter(model: nn.Module, adapter_name: str) 
 def _file_key_prefixes_by_parameter(
     parameters_by_module: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
-    """Return a dict that maps the full names of parameters to prefixes of their file keys.
+    """Return a dict that maps the full name of each parameter to its key prefix in adapter files.
 
-    ``parameters_by_module`` maps the names of modules to the names of an adapter's parameters in
-    the modules.
+    ``parameters_by_module`` maps the names of modules to the names of the parameters that an
+    adapter adapts in these modules.
     """
     return {
         f"{module}.{name}": f"{module}.{prefix}"
@@ -354,9 +357,9 @@ def _rename_parameters_as_loaded(
     config: LoraConfig,
     loaded: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
-    """Return a new adapter's tensors, keyed as they would be in a file of the loaded adapter.
+    """Return a new adapter's tensors with the keys that a file of the loaded adapter would have.
 
-    The names in a file depend on the parameters that its adapter adapts.
+    The keys in a file depend on which parameters the file's adapter adapts.
 
     Args:
         model: The base model with its adapters.

@@ -401,7 +401,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def filter_adapter_names(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return those of the given adapter names for which the module has an adapter.
+    """Return the given adapter names for which the module has an adapter.
 
     None, which stands for the active adapters, is returned unchanged.
     """

@@ -508,7 +508,7 @@ def _check_arguments_and_read_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Return a dict of the names of the base model's class and Python module.
+    """Return a dict with the names of the base model's class and of the class's Python module.
 
     The dict is stored in a config. PEFT's AutoPeftModel loads the base model with this class if the
     config has no task type.

@@ -429,7 +429,7 @@ def _check_can_share_embedding_factors(
     if tied and (config.use_dora or config.init.frozen):
         raise ConfigError(
             "ensure_weight_tying=True with LoRA on the embedding requires use_dora=False and "
-            "an init_lora_weights value for which both factors are trained, got "
+            "an initialization method that trains both factors, got "
             f"use_dora={config.use_dora} and init_lora_weights={config.init_lora_weights!r}"
         )
 
@@ -504,8 +504,9 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
     kind = layer_kind_of(base, custom)
     if kind is None:
         raise UnsupportedLayerError(
-            f"fastlora supports {', '.join(layer_kind_names())} (including transformers' Conv1D "
-            "and quantized linear layers) and any classes that you register with "
+            "this class is not supported; fastlora supports "
+            f"{', '.join(layer_kind_names())} (including transformers' Conv1D and quantized linear "
+            "layers), as well as classes that you register with "
             f"LoraConfig._register_custom_module; if PEFT supports this class, "
             f"{PEFT_LAYER_ALTERNATIVE}"
         )

@@ -1,4 +1,4 @@
-"""Reduce the rank of adapters with an SVD, and reduce their intruder dimensions.
+"""Reduce the rank of adapters with an SVD, and scale down their intruder dimensions.
 
 `convert_to_lora`, `save_as_lora`, and `reduce_intruder_dimension` have the names and arguments of
 PEFT 0.21.2 (``tuners/lora/conversion.py`` and ``intruders.py``). `reduce_rank` is specific to
@@ -195,12 +195,12 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Add a copy of an adapter, and reduce the intruder dimensions of the copy.
+    """Add a copy of an adapter, and scale down the intruder dimensions of the copy.
 
     The copy is activated. An intruder dimension is one of the leading singular vectors of the
     adapted weight that is not similar to any singular vector of the base weight. Intruder
-    dimensions are associated with forgetting (https://arxiv.org/abs/2410.21228). Reducing them may
-    lower the accuracy on the adapter's own task.
+    dimensions are associated with forgetting (https://arxiv.org/abs/2410.21228). Scaling them down
+    may lower the accuracy on the adapter's own task.
 
     Args:
         peft_model: The model that has the adapter.

@@ -49,8 +49,9 @@ class RevertibleLayerReplication:
         order = [i for start, end in _checked(ranges, len(self._old)) for i in range(start, end)]
         if any(is_lora_layer(m) or is_auxiliary_wrapper(m) for m in self._old.modules()):
             raise AdapterStateError(
-                f"layer_replication={list(ranges)} needs layers without adapters; set it when you "
-                "add the model's first adapter, or call unload() to remove the existing adapters"
+                f"layer_replication={list(ranges)} can only be applied to layers without adapters; "
+                "set it when you add the model's first adapter, or call unload() to remove the "
+                "existing adapters"
             )
         self._new = nn.ModuleList(
             _copy_layer_sharing_parameters(self._old[i], at) for at, i in enumerate(order)
@@ -172,9 +173,10 @@ def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         found = next((m for m in inner if isinstance(m, nn.Module) and m not in seen), None)
         if found is None:
             raise UnsupportedLayerError(
-                f"layer_replication: found no list of layers in a {type(model).__name__} at the "
-                "locations used by Llama, Mistral, Qwen, BERT, Falcon, GPT-NeoX, and GPT-2 "
-                f"({', '.join(_LISTS)}); expected one of these models, or layer_replication=None"
+                f"layer_replication could not find the list of layers in a {type(model).__name__}; "
+                "it supports models such as Llama, Mistral, Qwen, BERT, Falcon, GPT-NeoX, and "
+                f"GPT-2, whose list of layers has one of the names {', '.join(_LISTS)}. Use such a "
+                "model, or set layer_replication=None"
             )
         part = found
         seen.add(found)

@@ -162,10 +162,10 @@ def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
 def former_names_of_parameter(
     former: Mapping[str, str], parameter: BaseModelParameter
 ) -> list[str]:
-    """Return the former names of a parameter, such as ``["gate_proj", "up_proj"]``.
+    """Return the names that a parameter's linear layers had in transformers 4.
 
-    The list is empty if the parameter has no former names. A router that is still a linear layer
-    has none.
+    An example of these former names is ``["gate_proj", "up_proj"]``. The list is empty if the
+    parameter has no former names. A router that is still a linear layer has none.
 
     Args:
         former: The result of `former_to_parameter_names`.

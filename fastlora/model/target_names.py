@@ -33,7 +33,7 @@ _MOST_SHOWN = 10
 
 
 def saved_modules_and_heads(config: LoraConfig) -> list[str]:
-    """Return the entries of ``modules_to_save`` and the names of the heads for the task type.
+    """Return the entries of ``modules_to_save`` and the names of the heads from `task_heads`.
 
     The list has no duplicates.
     """
@@ -41,7 +41,7 @@ def saved_modules_and_heads(config: LoraConfig) -> list[str]:
 
 
 def task_heads(config: LoraConfig) -> tuple[str, ...]:
-    """Return the names of the heads that are trained in full for the config's task type."""
+    """Return the names of the heads that a config's task type adds to ``modules_to_save``."""
     return _TASK_HEADS.get(config.task_type or "", ())
 
 
@@ -146,7 +146,11 @@ def in_layers(name: str, config: LoraConfig) -> bool:
 
 
 def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules") -> str:
-    """Return a message suffix that suggests names in the model for unmatched entries."""
+    """Return text to append to an error message about entries that match no name in a model.
+
+    The text suggests names that are similar to an entry. If there are no similar names, the text
+    lists names in the model.
+    """
     for entry in entries[:_MOST_SHOWN]:
         # Compare with names of the same number of components: `attn.q_proj` with
         # `self_attn.q_proj`.

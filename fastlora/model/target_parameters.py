@@ -216,7 +216,7 @@ def _check_entries_match(
 
 
 def _error_suffix_if_target_modules_unset(config: LoraConfig) -> str:
-    """Return the text to append to an error message if ``target_modules`` is not set.
+    """Return the text that is appended to an error message when ``target_modules`` is not set.
 
     The text is PEFT's. The error message is about ``target_parameters`` that match no parameter. If
     ``target_modules`` is set, the result is an empty string.

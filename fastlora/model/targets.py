@@ -236,7 +236,7 @@ def _warn_of_unmatched_config_values(
     excludes: bool,
     config: LoraConfig,
 ) -> None:
-    """Emit a warning about config values that match no module, if there are any.
+    """Warn about config values that match no module.
 
     These values are entries of ``target_modules`` and ``exclude_modules``, and keys of
     ``rank_pattern`` and ``alpha_pattern``.
@@ -508,9 +508,9 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Explain, for a message, why a module counts as auxiliary.
+    """Return message text that explains why a module counts as auxiliary.
 
-    The result is the part of the message after the module's name. The module called ``name`` is, or
+    The text follows the module's name in the message. The module called ``name`` is, or
     is inside, a module that adapters own copies of or train rows of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):

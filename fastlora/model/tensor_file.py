@@ -220,10 +220,11 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _parse_leading_metadata(header: str) -> tuple[dict[str, str], int]:
-    """Parse the metadata at the beginning of a header, and return it and the index of its end.
+    """Parse the metadata at the beginning of a header.
 
-    The index is a position in the header. If the header does not begin with valid metadata, the
-    result is an empty dict and 0.
+    Returns:
+        A tuple of the metadata and the index in the header at which the metadata ends. If the
+        header does not begin with valid metadata, these are an empty dict and 0.
     """
     if not header.startswith(_METADATA_START):
         return {}, 0
@@ -282,7 +283,9 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
             f"a tensor's name has {len(name)} characters, expected at most {MAX_NAME_LENGTH}"
         )
     if not isinstance(entry, dict):
-        raise CheckpointError(f"tensor {name!r} has the entry {entry!r}, expected a JSON object")
+        raise CheckpointError(
+            f"tensor {name!r} has the header entry {entry!r}, expected a JSON object"
+        )
     dtype = _DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise CheckpointError(

@@ -45,10 +45,12 @@ class TrainableTokenIndices:
 
 
 def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokenIndices]:
-    """Find the tokens that an adapter trains in the modules of a model.
+    """Find the tokens that an adapter trains in each module of a model.
 
-    The result is a dict keyed by module name. Tokens are rows of a module's weight. If
-    ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
+    The result is a dict that maps module names to tokens. Each token is a row of the module's
+    weight. Modules without such tokens are not in the dict.
+
+    If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
     each key refers to every module with a name that ends with the key. If the input embedding is
     selected and the model ties its embeddings, the tied modules share the embedding's rows, unless
     the config selects different rows for them. The embedding comes before the modules tied to it.
@@ -173,7 +175,7 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokenIndic
     check_tokens_trainable(original_module_of(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
-            f"trainable_token_indices: the trainable rows of {name!r} in adapters "
-            f"{module.adapter_names} are {'tied' if module.is_tied else 'not tied'} to those of "
-            "the input embedding; expected tied rows for all adapters of a model, or for none"
+            f"trainable_token_indices: in adapters {module.adapter_names}, the trainable rows of "
+            f"{name!r} are {'tied' if module.is_tied else 'not tied'} to the trainable rows of the "
+            "input embedding; either all adapters of a model must tie these rows, or none of them"
         )

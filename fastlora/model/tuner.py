@@ -47,7 +47,7 @@ class LoraTuner(nn.Module):
     Attributes:
         model: The base model, which contains the LoRA layers.
         peft_config: A dict that maps adapter names to configs.
-        targeted_module_names: The names of the modules that adapters adapt with LoRA, in the order
+        targeted_module_names: The names of the modules to which adapters apply LoRA, in the order
             in which they were added.
 
     Raises:
@@ -79,7 +79,7 @@ class LoraTuner(nn.Module):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """The names of the parameters that adapters adapt with LoRA.
+        """The names of the parameters to which adapters apply LoRA.
 
         Their modules are not in ``targeted_module_names``.
         """
@@ -185,10 +185,10 @@ class LoraTuner(nn.Module):
         if plan.from_file and init.changes_base and init.must_repeat and others:
             other = next(iter(others))
             raise AdapterStateError(
-                f"adapter {adapter_name!r} was trained on base weights that {init.title} had "
-                f"changed, but adapter {other!r} has already changed this model's base weights "
-                f"({others[other].title}); save one of the two as plain LoRA first, "
-                "with save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
+                f"loading adapter {adapter_name!r} must change this model's base weights "
+                f"({init.title}), but adapter {other!r} has already changed them "
+                f"({others[other].title}); first save one of the two adapters as plain LoRA with "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
                 "untrained adapter>)"
             )
         changing = init.title if init.changes_base else ""

@@ -382,7 +382,7 @@ def _bisect_variant_changes(
     launch_record: dict[str, KernelVariant],
     extra_row_counts: Sequence[int],
 ) -> list[int]:
-    """Find the row counts at which a group's kernel variants change, by bisection.
+    """Use bisection to find the row counts at which a group's kernel variants change.
 
     The launched kernels are recorded. The group is run with enough row counts to launch all of its
     kernels for 1 to ``rows`` rows. The row counts at which the kernels change are found by
@@ -435,10 +435,10 @@ def _run_and_list_kernels(
 
 @contextlib.contextmanager
 def _sort_with_pytorch_while_recording() -> Iterator[None]:
-    """Sort the rows of mixed batches with PyTorch for the duration of a ``with`` block.
+    """Use PyTorch to sort the rows of mixed batches inside a ``with`` block.
 
-    Kernels are only recorded in this block. PyTorch may use the result as indices, so it must not
-    be the uninitialized output of a kernel that is only recorded.
+    Kernels are only recorded in this block. PyTorch may use the result of the sort as indices, so
+    the result must not be the uninitialized output of a kernel that is only recorded.
     """
     from fastlora.kernels import mixed_rows_sort
 

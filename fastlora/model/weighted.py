@@ -28,7 +28,7 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class CombinationOptions(NamedTuple):
-    """The options that select how to combine adapters.
+    """The options that control how adapters are combined.
 
     They are arguments of `LoraTuner.add_weighted_adapter`.
     """
@@ -69,7 +69,7 @@ def combine_adapters(
         configs: A mapping from the names of the adapters to their configs.
         adapters: The names of the adapters in the sum. A name may occur more than once.
         weights: The weights of the adapters, one number for each name.
-        options: The options that select how to combine the adapters.
+        options: The options that control how the adapters are combined.
 
     Raises:
         AdapterStateError, ConfigError, UnsupportedLayerError: See
@@ -169,7 +169,7 @@ def _combine_on_layer(
         name: The name of the layer, for messages.
         layer: The LoRA layer.
         holders: The summands with an adapter on this layer.
-        options: The options that select how to combine the adapters.
+        options: The options that control how the adapters are combined.
     """
     require_product = options.combines_updates or options.combination_type == "cat"
     adapters = [summand.adapter for summand in holders]
@@ -194,10 +194,10 @@ def _combine_on_layer(
             *join_per_matrix_factors(made), bias, None, layer.num_matrices
         )
     if len(set(ranks.values())) > 1:
-        raise ConfigError(
+        raise ConfigError(  # begins as in PEFT
             f"All adapters must have the same r value when using combination_type {kind!r}, but "
-            f"the values on {name!r} are {ranks}; for different ranks, use 'cat' or a type that "
-            "ends in 'svd'"
+            f"their r values for layer {name!r} are {ranks}; to combine adapters with different "
+            "ranks, use 'cat' or a type that ends in 'svd'"
         )
     # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]
@@ -213,7 +213,7 @@ def _combine_on_layer(
 def _concatenate(
     pairs: Sequence[low_rank.FactorPair], scales: Sequence[float]
 ) -> low_rank.FactorPair:
-    """Concatenate pairs of factors along the rank, and return the resulting pair.
+    """Concatenate pairs of factors along the rank dimension, and return the resulting pair.
 
     The product of the result is the sum of ``scale * lora_b @ lora_a`` over all pairs.
     """
@@ -235,7 +235,7 @@ def _combine_by_svd(
     options: CombinationOptions,
     rank: int,
 ) -> low_rank.FactorPair:
-    """Combine updates, and return factors of the result computed by SVD.
+    """Combine updates, and use an SVD to split the result into factors.
 
     The result is a tuple ``(lora_a, lora_b)``. The factors have the given rank. The rows of
     ``lora_a`` and the columns of ``lora_b`` are ordered by decreasing singular value.

@@ -23,7 +23,7 @@ _Gradient = torch.Tensor | None
 
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a dropout seed on the device on which an implementation reads it.
+    """Draw a dropout seed on the device from which the implementation reads it.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. For kernels, the seed
     is on x's device, so that the host does not wait for it. For the PyTorch implementation, it is
@@ -107,8 +107,8 @@ class Backend(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the forward pass of a layer with adapters.
 
-        The result is a tuple (y, s). y ``[M, N]`` is the output of the layer, and s is the shrink
-        output.
+        The result is a tuple (y, s). y ``[M, N]`` is the output of the layer. s is the shrink
+        output: the product of each row of x, after dropout, and the ``lora_a.T`` of its adapter.
 
         Args:
             x: The input.
@@ -130,7 +130,9 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA updates of a stack of weights to y in place, and return the shrink output s.
+        """Add the LoRA updates for a stack of weights to y in place, and return s.
+
+        s is the shrink output, as in `forward`.
 
         Args:
             y: The base product, ``[P, N]``, in x's dtype.

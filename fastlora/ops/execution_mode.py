@@ -72,9 +72,11 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_support_and_description(index: int) -> tuple[bool, str]:
-    """Return whether the kernels support the GPU with the given index, and a description.
+    """Return whether the kernels support a GPU, and a description of the GPU.
 
-    The description is the GPU's name and architecture, or the reason why it is not supported.
+    The result is a tuple (is supported, description). The description states the GPU's name and
+    architecture. If the GPU is not supported, the description also states the reason. ``index`` is
+    the index of the GPU.
     """
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
@@ -87,10 +89,10 @@ def _gpu_support_and_description(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return whether the Triton kernels can run on a device, and the reason in words.
+    """Return whether the Triton kernels can run on a device, and an explanation as a string.
 
-    The result is a tuple (runs, reason). If the kernels cannot run, the reason says why not. If
-    they can run, it describes the GPU, or says that they run in Triton's interpreter.
+    The result is a tuple (runs, explanation). If the kernels cannot run, the explanation states the
+    reason. If they can run, it describes the GPU, or says that they run in Triton's interpreter.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -144,7 +146,7 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether operators applied to x are observed, for example by autograd or a profiler.
+    """Return whether something, such as autograd or a profiler, observes operators on x.
 
     Other observers are tracers, dispatch modes, and functorch transforms. If
     ``in_autograd_function`` is set, autograd is ignored, because it records nothing inside an
@@ -206,7 +208,7 @@ def resolve_impl(
     if runs:
         return "triton"
     if impl == "triton":
-        raise ImplementationError(f"impl='triton' cannot run: {reason}")
+        raise ImplementationError(f"impl='triton' cannot be used: {reason}")
     return "eager"
 
 

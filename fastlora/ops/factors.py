@@ -161,7 +161,7 @@ def unpack_address_tables(
 
 
 def replace_missing_with_empty(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Return a list of factors in which an empty factor replaces each missing one.
+    """Return the list of factors, with each missing factor replaced by an empty one.
 
     A missing factor is None, and an empty factor has rank 0. ``rank_dim`` is the dimension of the
     rank: 0 for lora_a, and 1 for lora_b.

@@ -180,10 +180,10 @@ class OperatorBackend(Backend):
     def _rows_argument_and_run_length(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the tensors for the ``rows`` argument of a launch, and the run length.
+        """Return the tensors for a launch's ``rows`` argument, and the number of rows in a run.
 
-        The result is a tuple. A run is a range of sorted positions, and its length is the number of
-        rows in it. Only Triton kernels work on runs. In other implementations, the length is 0.
+        The result is a tuple (tensors, number of rows). A run is a range of sorted positions. Only
+        Triton kernels work on runs. For other implementations, the number of rows is 0.
         """
         if self.impl != "triton":
             return rows.operator_arguments(), 0
@@ -304,7 +304,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Compute the outputs of a shared-input group for a mixed batch together if that is possible.
+    """Compute all outputs of a shared-input group for a mixed batch together, if possible.
 
     The result is a list of the outputs. It is None if something observes operators, or if one
     launch cannot read all of the weights. The kernels are launched directly, without a registered

@@ -82,10 +82,10 @@ def _plan_from_table(
     group_n: int | None,
     slots: int,
 ) -> str:
-    """Return the plan that the chip's table lists for the sizes of x and the layer's weight.
+    """Return the plan for x and a weight from the table of the chip on which x is stored.
 
-    The chip is the one on which x is stored. If its table lists no plan for these sizes, the plan
-    depends on the number of rows and slots.
+    The table lists plans by the sizes of x, the weight, and the rank. If it lists no plan for the
+    given sizes, the plan depends on the number of rows and slots.
     """
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
     chips, configs = _import_chips_and_configs()

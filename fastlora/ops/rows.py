@@ -84,9 +84,10 @@ class Rows:
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def piece_starts(self, block_m: int) -> torch.Tensor:
-        """Return the positions at which the pieces of the sorted rows start.
+        """Return the start position of each piece of the sorted rows.
 
-        The result is int32 ``[pieces + 1]``. Unused entries are M.
+        A piece is a range of sorted positions within one segment and within one tile of ``block_m``
+        rows. The result is int32 ``[pieces + 1]``. Unused entries are M.
 
         The first call caches the result. In a graph nothing is cached, because compilers merge
         equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
@@ -176,7 +177,7 @@ class Rows:
 
     @functools.cached_property
     def inverse_order(self) -> torch.Tensor:
-        """The inverse of `order`, which is the sorted position of each row.
+        """The inverse of `order`: the sorted position of each row.
 
         It is an int64 tensor ``[M]``.
         """
@@ -381,7 +382,7 @@ def _allocate_sort_results(
 
 @register_implementation("rows_pieces")
 def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the positions at which the pieces of the sorted rows start.
+    """Return the start position of each piece of the sorted rows.
 
     See `Rows.piece_starts`.
     """
@@ -402,10 +403,9 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def piece_starts_length(m: int, slots: int, block_m: int) -> int:
-    """Return the number of elements to allocate for the tensor of piece starts.
+    """Return the length of the tensor that `Rows.piece_starts` returns.
 
-    This is the length of the tensor that `Rows.piece_starts` returns. It is an upper bound of the
-    number of pieces, plus one. The arguments may be symbolic.
+    It is an upper bound of the number of pieces, plus one. The arguments may be symbolic.
     """
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries

@@ -134,7 +134,7 @@ _DROP = "Tensor? seeds, float[] dropout_p"
 def lora_shrink_fake(
     x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object
 ) -> torch.Tensor:
-    """Return an empty tensor for the shrink output s of G modules.
+    """Return an uninitialized tensor for the shrink output s of G modules.
 
     The shape is ``[G, M, R]``. If there is one slot, it is ``[M, R]``, and the modules are side by
     side. ``lora_a`` lists the slots of each module in turn. Active dropout requires one module.
@@ -159,7 +159,7 @@ def lora_linear_fake(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """Return empty tensors for the results of the operator ``lora_linear``.
+    """Return uninitialized tensors for the results of the operator ``lora_linear``.
 
     The results are the output y and, unless s is given, the shrink output s.
     """
@@ -184,7 +184,10 @@ def lora_expand_fake(*_: object) -> None:
     "lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton"
 )
 def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for the result of applying the kernels' dropout to x."""
+    """Return an uninitialized tensor for the result of the operator ``lora_dropout``.
+
+    The operator applies dropout to x with a Triton kernel.
+    """
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -192,7 +195,7 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
 def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for the dropout mask of x.
+    """Return an uninitialized tensor for the dropout mask of x.
 
     See `reference.draw_keep_mask`. ``after`` is not read. A backward pass passes one of its own
     tensors. The dependency prevents compilers from merging the mask with that of the forward pass
@@ -219,7 +222,7 @@ def lora_grad_b_fake(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return empty tensors for the results of the operator ``lora_grad_b``.
+    """Return uninitialized tensors for the results of the operator ``lora_grad_b``.
 
     The operator returns a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
 
@@ -250,7 +253,7 @@ def lora_grad_x_fake(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return an empty tensor for the gradient of x.
+    """Return an uninitialized tensor for the gradient of x.
 
     Without a weight, it is for the adapters' contribution to the gradient.
     """
@@ -264,7 +267,7 @@ def lora_grad_x_fake(
 def lora_grad_a_fake(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return a list of empty tensors for the lora_a gradients of G modules.
+    """Return a list of uninitialized tensors for the lora_a gradients of G modules.
 
     ``ds`` contains one tensor for each module. With active dropout, x is read once for each module.
     With one slot, the result contains one tensor for each module. With rows, which are in runs of
@@ -299,7 +302,7 @@ def lora_linear_at_fake(
     plan: str,
     shrink_range: list[int] | None = None,
 ) -> _Tensors:
-    """Return empty tensors for the results of the operator ``lora_linear_at``.
+    """Return uninitialized tensors for the results of the operator ``lora_linear_at``.
 
     The results are the output y of one module and, if needed, a shared s.
 

@@ -29,11 +29,11 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRowsAndMatmulPlans(NamedTuple):
-    """The sorted rows of one batch, and the plans of the batch's matrix products.
+    """The sorted rows of one batch, and the plans for the batch's matrix products.
 
     Attributes:
         rows: The rows, sorted by slot.
-        plans: The plans of the matrix products.
+        plans: The plans for the matrix products.
     """
 
     rows: Rows
@@ -215,7 +215,7 @@ class SlotProducts:
     def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Add each row's update to y in place.
 
-        In traced code and on a GPU, an operator reads the tables, so that one graph serves every
+        In traced code and on a GPU, an operator reads `tables`, so that one graph serves every
         batch. Otherwise, packed factors are used.
 
         Args:
@@ -230,9 +230,9 @@ class SlotProducts:
 
     @property
     def num_full_packings(self) -> int:
-        """Number of times that all slots have been packed.
+        """Number of times that the factors of all slots have been packed at once.
 
-        It is the total over the current packs. Each time, new storage is allocated and the factors
+        It is the total over the current packs. Each time, new storage is allocated, and the factors
         of all slots are copied into it.
         """
         return sum(pack.num_full_packings for pack in self._packs.values())
@@ -263,7 +263,7 @@ class SlotProducts:
         return _PackedFactorsAndPlan(batch, self._storage._version, dtype, factors, plan)
 
     def add_from_tables_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        """Add each row's update to y in place, using an operator that reads the tables.
+        """Call an operator that reads `tables` and adds each row's update to y in place.
 
         The arguments are those of `add_`.
         """

@@ -18,9 +18,9 @@ from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
 class StackAdapterOperands(NamedTuple):
-    """The operands of the adapters on a stack of weights.
+    """The factors, scalings, and dropout of the adapters on a stack of weights.
 
-    The stack consists of E weights.
+    Backends receive the adapters in this form. The stack consists of E weights.
 
     Attributes:
         lora_a: For each adapter ``[E, R, K]``. An adapter that does not adapt the stack has rank 0.
@@ -42,9 +42,10 @@ class StackAdapterOperands(NamedTuple):
         return self.lora_a[0].shape[0]
 
     def per_key(self) -> AdapterOperands:
-        """Return operands that have one adapter for each key.
+        """Return operands in which each key has an adapter of its own.
 
-        Their factors are views of this object's factors.
+        A key stands for one matrix of the stack and one adapter. The result has ``E * S`` adapters
+        in the order of the keys. Their factors are views of this object's factors.
         """
         count = self.num_matrices
         lora_a = [
@@ -62,9 +63,10 @@ class StackAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views that arrange the factors of an adapter file as rank rows.
+    """Return views of the factors in an adapter file, with one row for each rank index.
 
-    The views have the shapes ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b.
+    The views have the shapes ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. Their rows are
+    called rank rows.
 
     The layout is that of PEFT 0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper.get_delta_factors`):
     the matrix index varies slowest in the rows of lora_a, and fastest in the columns of lora_b.
@@ -79,7 +81,7 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return a transposed copy of lora_b, arranged as rank rows.
+    """Return a transposed copy of lora_b, with one row for each rank index.
 
     lora_b has the shape ``[N, R * E]``, and the result has the shape ``[E, R, N]``. Each row of the
     result is a column of lora_b, and is contiguous. PyTorch copies the transpose of a matrix
@@ -90,8 +92,9 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
 
 
 def dropout_seeds_of_keys(adapter_seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return the dropout seed of each key, derived from the seeds of adapters.
+    """Return the dropout seed of each key, derived from the adapters' seeds.
 
-    For E matrices and S adapters, the result is an int64 tensor ``[E * S]``.
+    A key stands for one matrix of the stack and one adapter. For E matrices and S adapters, the
+    result is an int64 tensor ``[E * S]``.
     """
     return dropout_seeds_of_layers(adapter_seeds, range(num_matrices)).reshape(-1)

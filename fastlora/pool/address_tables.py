@@ -110,7 +110,7 @@ class PoolTables:
         self._copy(self.scale_address[:, column], addresses)
 
     def columns_of_slots(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the column of each slot in ``ids``.
+        """For each slot in ``ids``, return the table column of its adapter.
 
         The result is an int64 tensor of the same shape. It is -1 (base model) for the id -1, and -2
         for an id that is out of range or an empty slot. The lookup runs on the device, so that a

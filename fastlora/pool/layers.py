@@ -120,8 +120,7 @@ class PoolLoraLayers:
         ]
 
     def _wrap_forward_and_generate(self) -> None:
-        """Wrap ``forward`` and ``generate`` so that they accept ``adapter_names=`` and check the
-        batch size.
+        """Make ``forward`` and ``generate`` accept ``adapter_names=`` and check the batch size.
 
         The number of samples or tokens must equal the number of adapter ids. In `generate`, only
         the batch that the caller passes is checked, because beam search adds rows to it later.

@@ -152,7 +152,6 @@ class LeaseManager:
     def drain(self, wait: float | None) -> None:
         """Reject new leases, and wait until all open leases have ended.
 
-
         Args:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
 
@@ -258,7 +257,7 @@ class LeaseManager:
     def _wait_for_lease_or_reads(
         self, request: LeaseRequest, deadline: float | None
     ) -> Lease | list[RegisteredAdapter]:
-        """Wait until a lease can be granted, or until this thread must read adapters.
+        """Wait for a lease, or return the adapters that the calling thread must read first.
 
         The thread must read the requested adapters that are not in memory and that no other thread
         is reading.

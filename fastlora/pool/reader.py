@@ -52,12 +52,11 @@ _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
 class PackedTensorLocation(NamedTuple):
-    """The location of a tensor in a packed adapter: the pool's target and the kind of the tensor.
-
+    """The target and the kind of a tensor, which locate it in a packed adapter.
 
     Attributes:
-        row: Index of the pool's target.
-        kind: Entry of `BLOCK_KINDS`.
+        row: Index of the target in the pool.
+        kind: Kind of the tensor, an entry of `BLOCK_KINDS`.
         name: Name that the patterns of the config match for this target.
     """
 
@@ -334,17 +333,17 @@ class AdapterReader:
             if shape != whole:
                 stack = f" on each of its {count} matrices" if count > 1 else ""
                 raise CheckpointError(
-                    f"{source}: {key!r} has shape {shape}, but {name!r} of this model expects "
+                    f"{source}: {key!r} has shape {shape}, but this model's {name!r} expects "
                     f"shape {whole} for rank {rank}{stack}"
                 )
         # Biases have been checked against lora_B.
         found, expected, axis = (
-            (shape[1], k, "[rank, in]") if kind == "lora_A" else (shape[0], n, "[out, ...]")
+            (shape[1], k, "last") if kind == "lora_A" else (shape[0], n, "first")
         )
         if found != expected:
             raise CheckpointError(
-                f"{source}: {key!r} has shape {shape} {axis}, but this model expects "
-                f"a dimension of size {expected}, not {found}"
+                f"{source}: {key!r} has shape {shape}, but this model expects size {expected} for "
+                f"the {axis} dimension, not {found}"
             )
         if kind == "lora_A":
             own = shape[0] if rank is None else rank
@@ -353,12 +352,13 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return the parameter and the rank of each layer in an adapter file.
+        """Map each layer in an adapter file to its target, its parameter, and its rank.
 
-        The result is a dict that maps the name of each layer to a tuple (name of the target, name
-        of the parameter, rank). The parameter is the one that the layer's factors adapt. If it
-        belongs to a linear layer, the target is that layer. The names of the layers in the file
-        depend on the parameters that the adapter adapts.
+        Only layers whose factors adapt a parameter are included. The result is a dict that maps the
+        name of each layer to a tuple (name of the target, name of the parameter, rank). The
+        parameter is the one that the factors adapt. If it belongs to a linear layer, the target is
+        that layer. The names of the layers in the file depend on the parameters that the adapter
+        adapts.
 
         Raises:
             CheckpointError: A parameter does not support the config.

@@ -13,10 +13,10 @@ from fastlora.pool.packed_adapter import PackedAdapter
 
 
 class DoraScales:
-    """The DoRA scales of an adapter on the device.
+    """The DoRA scales of a `LoadedAdapter`.
 
-    There is one value per output feature of each module. Scales in fp32 are updated in place when a
-    base weight changes, so their addresses do not change.
+    They are stored on the device, with one value per output feature of each module. Scales in fp32
+    are updated in place when a base weight changes, so their addresses do not change.
 
     Attributes:
         by_module: Maps each module index to the module's scales g, ``[N]``, in fp32 (fp64 for an
@@ -77,7 +77,7 @@ class LoadedAdapter:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's factors for the module of a table row.
+        """Return the adapter's factors for the module with the given table row.
 
         The result is None if the adapter has no factors for the module.
 

@@ -118,7 +118,7 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def skip_batch_size_check() -> Iterator[None]:
-    """Context manager that skips checking a batch's size against the number of adapter ids.
+    """Context manager that disables the check of the batch size against the number of ids.
 
     The check is `check_batch_matches_ids`. It is disabled in this thread only.
     """

@@ -185,7 +185,7 @@ def sample_routings_from_parameters(
 def _convert_slots_to_known(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
-    """Return the slots, converted to indices into ``known`` instead of ``names``.
+    """Convert slots from indices into ``names`` to indices into ``known``, and return them.
 
     The result is a new tensor ``[B]``. It must be new: a tensor that the routing also refers to
     elsewhere would add a guard to compiled graphs.

@@ -112,20 +112,19 @@ def check_one_dimensional_integer_ids(ids: torch.Tensor) -> None:
 
 
 def ids_divide_rows(rows: int, ids: int) -> bool:
-    """Return whether ``rows`` rows can be divided equally among ``ids`` ids.
+    """Return whether each id can get the same number of rows.
 
-    If ``ids`` is 0, return whether ``rows`` is 0 too.
+    This is the case if ``rows`` is a multiple of ``ids``. If ``ids`` is 0, ``rows`` must be 0 too.
     """
     return not rows % ids if ids else not rows
 
 
 def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether the rows of each id cover whole entries of a dimension.
+    """Return whether the rows of each id are consecutive, complete slices along one dimension.
 
-    The rows are then consecutive, complete slices along one dimension. ``shape`` contains the
-    leading dimensions of a tensor. Each id has an equal share of the flattened rows. For example,
-    the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10 rows would cover
-    2.5 slices along the first dimension.
+    ``shape`` contains the leading dimensions of a tensor. Each id has an equal share of the
+    flattened rows. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5
+    of the 10 rows would cover 2.5 slices along the first dimension.
     """
     for size in shape:
         if size % ids == 0:
@@ -137,11 +136,11 @@ def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
 
 
 class _PendingIdCheck(NamedTuple):
-    """A pending check of a batch's adapter ids.
+    """A check of a batch's adapter ids whose result has not been read yet.
 
-    The result of the check has not been read yet. ``flag`` is true if an id is out of range, and
-    ``message`` is the error message for this case. ``arrived`` is the CUDA event recorded after the
-    flag's copy to the host, or None if the flag was on the CPU.
+    ``flag`` is true if an id is out of range, and ``message`` is the error message for this case.
+    ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
+    was on the CPU.
     """
 
     flag: torch.Tensor

@@ -95,10 +95,10 @@ class RoutedLayerGroup(UncopiedCache):
         """
         if self._open:
             raise AdapterStateError(
-                f"{operation}() cannot be called while blocks of this model that use "
-                "fastlora.adapters() or adapter_names= are open (open blocks in all threads: "
-                f"{self._open}), because the call would remove, disable, or change adapters or "
-                f"weights that these blocks use. Call {operation}() after the blocks have ended"
+                f"{operation}() cannot be called while a fastlora.adapters() block or a call with "
+                f"adapter_names= is open for this model (open blocks in all threads: {self._open})."
+                f" {operation}() would remove, disable, or change adapters or weights that the "
+                f"open blocks use. Call {operation}() after the blocks have ended"
             )
 
 
@@ -260,9 +260,9 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of the adapters used by the rows.
+        """Return a tuple of keys that identify the adapters used by the rows.
 
-        The identities are in the order of the slots.
+        The keys are in the order of the slots.
         """
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 

@@ -115,10 +115,7 @@ class LayerRowOrderChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
-        """Return the reason why a layer is unsupported.
-
-        An unsupported layer does not support mixed batches. Returns None if the layer is supported.
-        """
+        """Return the reason why a layer does not support mixed batches, or None if it does."""
         return self._unsupported.get(layer.routing_index)
 
     def record_tracked_block(
@@ -127,9 +124,9 @@ class LayerRowOrderChecks:
         ran: Iterable[RoutedLayerProtocol],
         selected_in_order: Collection[int] = (),
     ) -> None:
-        """Record which layers ran in a tracked block.
+        """Record which layers ran in a block whose rows were tracked.
 
-        The rows of a tracked block were tracked. The layers in ``ran`` got all rows.
+        The layers in ``ran`` got all rows.
 
         Args:
             mode: Whether the model trains.
@@ -301,7 +298,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _StructuralExpertEvidence(NamedTuple):
-    """Structural evidence for whether a module is an expert in a mixture of experts.
+    """Properties of a module that indicate whether it is an expert in a mixture of experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -360,7 +357,7 @@ class _StructuralExpertDetector:
     def _last_module_expert_evidence(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
     ) -> _StructuralExpertEvidence:
-        """Return the evidence for whether the last module of a path is an expert.
+        """Return the properties that indicate whether the last module of a path is an expert.
 
         Args:
             path_modules: The path, starting at the model.
@@ -417,7 +414,7 @@ class _StructuralExpertDetector:
         return known
 
     def _parameter_shapes(self, parent: nn.Module) -> set[tuple[int, ...]]:
-        """Return the set of the shapes of a module's parameters.
+        """Return the set of a module's parameter shapes.
 
         The parameters of its children are included. Adapters are excluded.
         """

@@ -17,7 +17,9 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """The kind of origin of a tensor's rows, such as the batch, parameters, or constants.
+    """The kind of a tensor's rows, which depends on where they come from.
+
+    For example, the rows may come from the batch, from parameters, or from constants.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
@@ -26,7 +28,7 @@ class RowOriginKind(enum.Enum):
         TABLE: Made from parameters and buffers, without data. The rows are not rows of the batch.
         CONSTANT: Made from numbers alone, as by `torch.zeros`.
         COUNTED: Made by `torch.arange`: an index that preserves the order.
-        IDENTITY: Made by `torch.eye`. If data choose its rows, these are a choice.
+        IDENTITY: Made by `torch.eye`. Rows that the data selected from it are a CHOICE.
         CHOICE: Floating-point weights that are zero or nonzero depending on the data. A product
             with them may choose rows.
     """
@@ -42,9 +44,9 @@ class RowOriginKind(enum.Enum):
 
 
 class RowOriginFacts(NamedTuple):
-    """Facts about the origin of a tensor's rows.
+    """What is known about the origin of a tensor's rows.
 
-    They include, if known, the sample of the batch that each row belongs to.
+    This includes, if known, the sample of the batch that each row belongs to.
 
     Attributes:
         kind: The kind of the rows.
@@ -65,7 +67,7 @@ class RowOriginFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """Facts about the rows in a tensor's storage.
+    """What is known about the rows in a tensor's storage.
 
     A weak reference to the storage prevents its key from being reused.
     """
@@ -92,7 +94,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table of facts about the rows of every tensor in a block.
+    """A table of what is known about the rows of each tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -104,9 +106,9 @@ class RowFactsTable:
         self._next_drop = _FIRST_DROP
 
     def facts_of(self, tensor: torch.Tensor) -> RowOriginFacts:
-        """Return the known facts about the rows of a tensor.
+        """Return what is known about the rows of a tensor.
 
-        The facts are looked up by the tensor's storage.
+        The tensor is looked up by its storage.
         """
         entry = self._by_storage.get(storage_key(tensor))
         if entry is not None:
@@ -114,17 +116,17 @@ class RowFactsTable:
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin_key(self, tensor: torch.Tensor) -> int:
-        """Return the key that identifies a tensor's origin.
+        """Return the key of the index that a tensor was derived from.
 
-        It is the key of the index that the tensor was derived from, or the tensor's own key.
+        If the tensor was not derived from an index, return its own key.
         """
         origin = self.facts_of(tensor).origin
         return storage_key(tensor) if origin is None else origin
 
     def put(self, out: object, facts: RowOriginFacts) -> None:
-        """Record facts about the output of an operator.
+        """Record facts about the rows of an operator's output.
 
-        The operator returned one tensor or several.
+        The output is one tensor or several.
         """
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, torch.Tensor):
@@ -183,9 +185,9 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Return the `RowOriginFacts` for rows, based on the sample that each row belongs to.
+        """Return the `RowOriginFacts` for rows that an index selected.
 
-        The rows were selected by an index.
+        They are derived from the sample that each row belongs to.
 
         Args:
             samples: The sample of each row, or None if the samples are unknown.
@@ -217,7 +219,7 @@ class RowFactsTable:
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard the known facts about the rows of a tensor.
+        """Discard what is known about the rows of a tensor.
 
         Its rows are then treated as the rows of the batch, in the same order.
         """

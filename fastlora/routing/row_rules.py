@@ -1,6 +1,6 @@
 """Rules for each operator's effect on the rows of a batch; see `fastlora.routing.row_tracking`.
 
-A rule is a function that returns the `RowOriginFacts` about an operator's result, or None to leave
+A rule is a function that returns the `RowOriginFacts` for an operator's result, or None to leave
 them unchanged.
 """
 
@@ -41,9 +41,9 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def result_row_facts_if_changed(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowOriginFacts | None:
-    """Return the facts about the rows of an operator's result, if they change.
+    """Return the `RowOriginFacts` for an operator's result, or None if they do not change.
 
-    The operator's rule is applied. Returns None if nothing changes.
+    The function applies the operator's rule.
     """
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
@@ -78,7 +78,7 @@ def _default_rule(
 def _combined_facts(
     known: RowFactsTable, operands: list[torch.Tensor], out: object
 ) -> RowOriginFacts:
-    """Return the facts about a result that combines rows of several operands."""
+    """Return what is known about the rows of a result that combines several operands."""
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -107,9 +107,9 @@ def _combined_facts(
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowOriginFacts:
-    """Return the known facts about the rows that the indices select from a source.
+    """Return what is known about the rows that the indices select from ``source``.
 
-    There is one index per dimension.
+    There is one index, or None, for each leading dimension.
     """
     facts = known.facts_of(source)
     index = next((index for index in indices if index is not None), None)
@@ -140,9 +140,9 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
 def _counts_up_through_all_rows(
     known: RowFactsTable, index: torch.Tensor, rows: torch.Tensor
 ) -> bool:
-    """Return whether an index counts up through all rows of a tensor.
+    """Return whether an index selects all rows of a tensor in ascending order.
 
-    ``index`` then lists all indices of the first dimension of ``rows`` in order.
+    ``index`` then contains all indices of the first dimension of ``rows`` in order.
     """
     if known.facts_of(index).kind is not RowOriginKind.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
@@ -152,9 +152,9 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, table_kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return the facts about the rows that the indices look up in a table.
+    """Return what is known about the rows that the indices look up in a table.
 
-    They are derived from the kind of the table and the facts about the indices.
+    The result is derived from the kind of the table and from what is known about the indices.
     """
     if known.are_data_independent(*indices):
         return TABLE if table_kind is RowOriginKind.TABLE else CONSTANT
@@ -179,7 +179,7 @@ def _facts_after_write(
     *,
     adds: bool = False,
 ) -> RowOriginFacts:
-    """Return the known facts about ``dest`` after a write.
+    """Return what is known about the rows of ``dest`` after a write.
 
     ``values`` are written to ``dest`` at ``indices``.
     """
@@ -499,7 +499,7 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
 def _constant_rule(kind: RowOriginKind) -> Rule:
     """Return a rule whose result is always the same.
 
-    It is the rule for operators that always return rows whose origin is ``kind``.
+    It is the rule for operators that always return rows of the given kind.
     """
     return lambda known, args, out: RowOriginFacts(kind)
 

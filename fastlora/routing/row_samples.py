@@ -37,9 +37,9 @@ def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | N
 
 
 def no_samples(shape: Sequence[int]) -> torch.Tensor:
-    """Return the samples of rows that belong to no sample.
+    """Return a tensor that marks each row as belonging to no sample.
 
-    The result is a tensor of the given shape, filled with `NO_SAMPLE`.
+    It has the given shape and is filled with `NO_SAMPLE`.
     """
     return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
@@ -47,7 +47,7 @@ def no_samples(shape: Sequence[int]) -> torch.Tensor:
 def are_samples_in_batch_order(
     samples: torch.Tensor, num_samples: int, *, allow_no_sample: bool = False
 ) -> bool:
-    """Return whether rows are in batch order, based on the sample that each row belongs to.
+    """Return whether rows that belong to the given samples are in batch order.
 
     ``samples`` contains the sample of each row. Each sample must have the same number of rows. If
     ``allow_no_sample`` is set, rows without a sample are accepted at any position.
@@ -109,9 +109,9 @@ def is_contiguous_and_covers_storage(tensor: torch.Tensor) -> bool:
 
 
 def indexed_dimensions(indices: Indices) -> int:
-    """Return how many dimensions the indices cover.
+    """Return the number of leading dimensions to which the indices apply.
 
-    A k-dimensional mask covers k dimensions.
+    A k-dimensional mask applies to k dimensions.
     """
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 

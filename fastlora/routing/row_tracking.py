@@ -102,7 +102,7 @@ class RowTrackingMode(TorchDispatchMode):
             self._rests = before
 
     def row_origin_kind(self, x: torch.Tensor) -> RowOriginKind:
-        """Return the kind of origin of a tensor's rows."""
+        """Return the kind of a tensor's rows, which depends on where they come from."""
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
@@ -140,7 +140,7 @@ class RowTrackingMode(TorchDispatchMode):
         args: Arguments = (),
         kwargs: Keywords | None = None,
     ) -> Any:
-        """Call an operator, record the facts about its result, and return the result."""
+        """Call an operator, record what is known about its result, and return the result."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._rests:

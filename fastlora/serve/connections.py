@@ -41,7 +41,7 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on the number of a server's connections and on the time that they wait for clients.
+    """Limits on how many connections a server keeps open and on how long each waits for its client.
 
     A connection is closed if its client misses a deadline. The backlog is limited too.
 
@@ -211,7 +211,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def restart_if_event_changed(self, waits: AwaitedEventKind | None) -> None:
-        """Restart the deadline if the connection now waits for a different event."""
+        """Reset the deadline if the connection is now waiting for a different event."""
         if waits is self.waits:
             return
         if self.waits is not None and self._timer is not None:

@@ -33,9 +33,10 @@ class RequestFailedError(FastLoraError):
 
 
 def to_client_error(error: Exception) -> FastLoraError:
-    """Convert an exception to an error for clients.
+    """Convert an exception to an error that can be sent to clients.
 
-    The error hides internal details.
+    A `FastLoraError` is returned unchanged. Any other exception is converted to a
+    `RequestFailedError`, which hides internal details.
     """
     if isinstance(error, FastLoraError):
         return error

@@ -55,10 +55,10 @@ class LongTextDetector:
 def _character_bound_and_vanishing(
     parts: Mapping[str, Any],
 ) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum number of characters per token, and a regex of vanishing characters.
+    """Return the maximum number of characters per token, and a regex for dropped characters.
 
-    Vanishing characters are those that the tokenizer may drop. The regex is None if the tokenizer
-    drops no characters. The function returns None instead of a tuple if no maximum is known.
+    The regex matches the characters that the tokenizer may drop. It is None if the tokenizer drops
+    no characters. The function returns None instead of a tuple if no maximum is known.
 
     Args:
         parts: The tokenizer as JSON.

@@ -42,7 +42,7 @@ class RowKVCache:
     def set_write_positions(
         self, first_row: int, starts: torch.Tensor, tokens_per_row: int
     ) -> None:
-        """Set the positions at which the next forward pass writes.
+        """Set the cache positions to which the next forward pass writes.
 
         The pass writes ``tokens_per_row`` new tokens per row. ``first_row`` is the first row of the
         pass. ``starts``, ``[n]`` int64, contains the first new position of each row. The positions

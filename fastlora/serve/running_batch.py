@@ -216,11 +216,11 @@ class RunningBatch:
     def _remove_and_fill_from_end(
         self, job: EngineRequest, error: FastLoraError | None = None
     ) -> None:
-        """Remove a request from the batch, and fill its row from the end of the batch.
+        """Remove a request from the batch, and move a later request into its row.
 
-        If the request was generating tokens, the last request that generates tokens moves into the
-        row, and the last request of the batch moves into that request's row. Otherwise, the last
-        request of the batch moves into the row.
+        If the request was generating tokens, the last request that generates tokens moves into its
+        row, and the last request of the batch moves into the row that is then empty. Otherwise, the
+        last request of the batch moves into the row of the removed request.
 
         First, the open `fastlora.adapters` block is closed. Afterwards, the lease on the request's
         adapter is released, and the ``ended`` function is called with the request and ``error``.

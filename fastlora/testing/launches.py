@@ -109,10 +109,11 @@ class _RecordingDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Fake the loading of a kernel, and return placeholders for a Triton driver's results.
+        """Return placeholders instead of loading a kernel.
 
-        The tuple consists of a module handle, a function handle (here, the binary), the numbers of
-        registers and spills, and the maximum number of threads per program.
+        As with a real Triton driver, the tuple consists of a module handle, a function handle
+        (here, the binary), the numbers of registers and spills, and the maximum number of threads
+        per program.
         """
         return object(), binary, 0, 0, 1024
 

@@ -268,6 +268,6 @@ def _checked_scheduler(name: str, scheduler: LRScheduler) -> LRScheduler:
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
             f"schedulers[{name!r}] returned {type(scheduler).__name__}, expected a scheduler from "
-            "torch.optim.lr_scheduler that steps without a metric"
+            "torch.optim.lr_scheduler whose step() does not require a metric"
         )
     return scheduler

@@ -44,8 +44,7 @@ class CheckpointState:
 
     Attributes:
         step: Number of completed steps.
-        identity: Dict of everything that determines the results of the run; see
-            `describe_identity_differences`.
+        identity: Dict of everything that determines the results of the run; see `run_identity`.
         optimizers: State from `AdapterOptimizers.state_dict`.
     """
 
@@ -150,7 +149,7 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
         if version == FORMAT:
             step, identity, skeleton = data["step"], data["identity"], data["optimizers"]
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{state_path}: not a valid training state ({error!r})") from error
+        raise CheckpointError(f"{state_path} is not a valid training state ({error!r})") from error
     if version != FORMAT:
         raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
     tensors = path / _TENSORS
@@ -158,7 +157,7 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
         loaded = read_safetensors(tensors)
         return CheckpointState(step, identity, _restore_tensors(skeleton, loaded))
     except (OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{tensors}: does not match {state_path.name} ({error!r})") from error
+        raise CheckpointError(f"{tensors} does not match {state_path.name} ({error!r})") from error
 
 
 def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
@@ -185,10 +184,10 @@ def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
 def describe_identity_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
-    """Return a message for each difference between the identities of two runs.
+    """Return a message for each difference between two runs.
 
-    A message has the form ``"batch_size was 8, is 4"``. ``prefix`` is the prefix of the names in
-    nested dicts.
+    ``before`` and ``now`` are the identities of the runs; see `run_identity`. A message has the
+    form ``"batch_size was 8, is 4"``. ``prefix`` is the prefix of the names in nested dicts.
     """
     found = []
     for key in dict.fromkeys([*before, *now]):

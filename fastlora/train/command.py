@@ -213,10 +213,10 @@ def _flags_from_arguments(
 
 
 def summarize_result(result: TrainResult) -> str:
-    """Return a text that summarizes the result of a run.
+    """Return a text summary of a run's result.
 
-    The text has one line per adapter. The last line names the files of the losses. If the run was
-    resumed, the first line says so.
+    The summary has one line per adapter. The last line names the files with the losses. If the
+    run was resumed, the first line says so.
     """
     lines = []
     if result.resumed_from:

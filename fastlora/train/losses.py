@@ -228,7 +228,8 @@ def _sample_indices_by_adapter(adapters: Sequence[str | None], count: int) -> di
         )
     if len(adapters) != count:
         raise ValueError(
-            f"adapters has {len(adapters)} entries, expected {count}, one for each sample"
+            f"the argument adapters has {len(adapters)} entries; expected {count}, one for each "
+            "sample"
         )
     samples: dict[str, list[int]] = {}
     for index, name in enumerate(adapters):

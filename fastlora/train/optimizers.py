@@ -206,7 +206,7 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Draw the next dropout seed of each adapter in a batch, and return the seeds.
+        """Draw and return the next dropout seed for each adapter in a batch.
 
         The result is a dict that maps adapter names to seeds. Pass it to `fastlora.adapters` as
         ``seeds``. Each adapter has its own sequence of seeds: a seed is derived from ``seed``, the
@@ -229,13 +229,13 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the total number of tokens of each adapter in all processes.
+        """Return the number of tokens for each adapter, summed over all processes.
 
         The result is a dict that maps adapter names to token counts. Pass it to
         `causal_lm_losses` or `adapter_losses` as ``tokens``.
 
         Args:
-            counts: Token counts of this process (`count_tokens`) in all batches of the step.
+            counts: Token counts of this process for all batches of the step; see `count_tokens`.
         """
         (total,) = self._group.sum_counts(counts)
         return {name: int(count) for name, count in total.items() if count}

@@ -173,8 +173,8 @@ def _check_no_fp16_trained(model: LoraModel) -> None:
                 )
                 raise ConfigError(
                     f"adapter {name!r} has {field}={getattr(config, field)!r}, so it trains "
-                    "float16 parameters of the base model, and their gradients cannot be unscaled; "
-                    f"use dtype 'bfloat16' or 'float32', or {instead}"
+                    "parameters in the base model's dtype (float16), and torch cannot unscale "
+                    f"their gradients; use dtype 'bfloat16' or 'float32', or {instead}"
                 )
 
 
@@ -280,11 +280,12 @@ def make_sample_schedule(
     size = settings.batch_size
     micro = settings.micro_batch_size or math.ceil(size / processes)
     if math.ceil(size / micro) < processes:
+        smaller = f", or micro_batch_size to at most {size // processes}"
         raise ConfigError(
-            f"a step of {size} samples has {math.ceil(size / micro)} forward passes of {micro} "
-            f"samples, but each of the {processes} processes needs at least one forward pass; "
-            f"set batch_size to at least {processes * micro}, or micro_batch_size to at most "
-            f"{max(size // processes, 1)}"
+            f"a step of {size} samples is split into {math.ceil(size / micro)} forward passes of "
+            f"up to {micro} samples, but each of the {processes} processes needs at least one "
+            f"forward pass; set batch_size to at least {processes * micro}"
+            f"{smaller if size >= processes else ''}"
         )
     order = SampleOrder(
         {name: len(corpus) for name, corpus in corpora.items()}, size, settings.seed

@@ -98,7 +98,7 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedFiniteLosses:
-        """Determine which losses are finite in all processes.
+        """Determine which losses are finite in every process that has them.
 
         The result also contains a weight for each loss of this process.
         """
@@ -177,7 +177,7 @@ class RunProcesses:
         self.main: bool = self._accelerator.is_main_process
 
     def runs_forward_pass(self, number: int) -> bool:
-        """Return whether this process runs forward pass ``number`` of a step."""
+        """Return whether this process runs the forward pass with index ``number`` in a step."""
         return number % self.count == self._accelerator.process_index
 
     def sum_values_and_stop_flags(

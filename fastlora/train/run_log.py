@@ -182,7 +182,10 @@ def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 def _finite_losses(
     losses: Sequence[LoggedLoss], adapter_name: str, kind: str
 ) -> tuple[list[int], list[float]]:
-    """Return the steps and values of an adapter's finite losses of the given kind."""
+    """Return the finite training or evaluation losses of an adapter.
+
+    The result is a list of steps, and a list of the losses at these steps.
+    """
     own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (adapter_name, kind)}
     points = {step: loss for step, loss in own.items() if loss is not None}
     return list(points), list(points.values())

@@ -145,11 +145,11 @@ def setting_field(
 def validate_known_settings(
     settings_class: type, given: Mapping[str, Any], prefix: str
 ) -> dict[str, Any]:
-    """Validate the given settings that a settings class defines, and return their values as a dict.
+    """Validate the given settings of a settings class, and return their values as a dict.
 
-    The class is ``settings_class``. Other settings are ignored. The values are converted to the
-    types of the settings. None is accepted for a field whose default is None. ``prefix`` precedes
-    the name of a setting in error messages.
+    Settings in ``given`` that ``settings_class`` does not define are ignored. The values are
+    converted to the types of the settings. None is accepted for a field whose default
+    is None. ``prefix`` precedes the name of a setting in error messages.
     """
     found = {}
     for own in dataclasses.fields(settings_class):

@@ -154,7 +154,7 @@ except fastlora.FastLoraError as error:
 """
     path = f"{installed}{os.pathsep}{packages}"
     printed = python(code, tmp_path, "-S", PYTHONPATH=path)
-    assert printed == "impl='triton' cannot run: triton is not installed\n"
+    assert printed == "impl='triton' cannot be used: triton is not installed\n"
 
 
 def test_missing_kernels_raise(installed: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "state elsewhere": (
         _with_state(absmax=lambda t: t.to("meta")),
-        "quant_state.absmax is on meta, but the codes are on cpu",
+        "quant_state.absmax is on meta, but the quantized values are on cpu",
     ),
     "other dtype": (
         _with_state(absmax=lambda t: t.half()),
@@ -137,12 +137,12 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
     "a field that moved": (_without_code, r"bitsandbytes [\d.]+: .*no attribute 'code'"),
     "another table": (
         _with_state(code=lambda t: t.flip(0)),
-        r"bitsandbytes [\d.]+: the codes of a Params4bit do not decode to the values that fastlora",
+        r"bitsandbytes [\d.]+: a Params4bit does not dequantize to the values that fastlora",
     ),
-    "within a word": (_unaligned, "codes of its base weight are not aligned to 4 bytes"),
+    "within a word": (_unaligned, "values of its base weight are not aligned to 4 bytes"),
     "hook": (_hooked, "its base layer has forward hooks"),
     "forward": (_replaced, "its base layer's forward was replaced"),
-    "subclass": (_subclassed, "its base layer is Own, whose own forward pass is used"),
+    "subclass": (_subclassed, "its base layer is Own, which the kernels do not support"),
 }
 
 
@@ -237,7 +237,7 @@ def test_what_was_found_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         assert (
             kept.weight_or_fallback_reason(conv, torch.float32)
-            == "its base layer is Conv1D, whose own forward pass is used"
+            == "its base layer is Conv1D, which the kernels do not support"
         )
     assert seen[3:] == ["fallback_reason_not_plain_linear"]
     assert isinstance(found(torch.float16), QuantizedTensor)
@@ -297,7 +297,7 @@ def test_weights_of_torchao_that_are_called() -> None:
     library = _library("torchao.quantization")
     configs = {
         "also rounds x": library.Int8DynamicActivationInt8WeightConfig(version=2),
-        r"one scale per block of \[1, 32\]": library.Int8WeightOnlyConfig(
+        r"one scale per block of shape \[1, 32\]": library.Int8WeightOnlyConfig(
             version=2, granularity=library.PerGroup(32)
         ),
         "torchao IntxUnpackedToInt8Tensor, which the kernels": library.IntxWeightOnlyConfig(),
@@ -368,7 +368,8 @@ def test_hqq() -> None:
                 (row,) = fastlora.fusion_report(model).rows
                 assert (
                     not row.fused
-                    and row.reason == "its base layer is HQQLinear, whose own forward pass is used"
+                    and row.reason
+                    == "its base layer is HQQLinear, which the kernels do not support"
                 )
                 (status,) = model.get_layer_status()
                 assert status.module_type == "lora.HqqLoraLinear"

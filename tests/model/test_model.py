@@ -77,7 +77,7 @@ def test_load_over_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
     other = adapted(lora_alpha=32)
-    with pytest.raises(CheckpointError, match="rank and scaling on q are"):
+    with pytest.raises(CheckpointError, match="rank and scaling for q are"):
         other.load_adapter(tmp_path, "default")
 
 

@@ -97,7 +97,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fresh(input_ids=IDS).logits, alone["b"])
     plain = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(AdapterStateError, match="needs layers without adapters"):
+    with pytest.raises(AdapterStateError, match="applied to layers without adapters"):
         plain.add_adapter("b", config())
 
 
@@ -131,7 +131,7 @@ def test_failures_leave_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with unchanged(model), pytest.raises(MemoryError):
         get_peft_model(model, config())
     with pytest.raises(
-        UnsupportedLayerError, match="found no list of layers in a T5ForConditionalGeneration"
+        UnsupportedLayerError, match="find the list of layers in a T5ForConditionalGeneration"
     ):
         settings = config(target_modules=["q"], layer_replication=[[0, 1]])
         get_peft_model(tiny("T5ForConditionalGeneration"), settings)

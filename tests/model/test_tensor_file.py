@@ -59,7 +59,7 @@ GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
         (b"[1, 2]", b"", "expected a JSON object"),
         (b'{"a": 1, "a": 2}', b"", "duplicate name 'a'"),
         (b"[" * 100_000, b"", "not valid JSON"),
-        ({"a": 3}, b"", "'a' has the entry 3, expected a"),
+        ({"a": 3}, b"", "'a' has the header entry 3, expected a"),
         ({"a": {**GOOD, "dtype": "C64"}}, bytes(32), "'C64', expected one of"),
         ({"a": {**GOOD, "dtype": ["F32"]}}, bytes(32), "expected one of"),
         ({"a": {**GOOD, "shape": [2, -4]}}, bytes(32), "shape [2, -4]"),

@@ -317,7 +317,7 @@ def test_errors_beside_other_adapters() -> None:
     model = get_peft_model(tiny_llama(), config([1]), "a")
     assert isinstance(model.get_input_embeddings(), TrainableTokensWrapper)
     for tokens, fields, words in (
-        ({"lm_head": [1], "embed_tokens": [2]}, {}, "expected tied rows for all adapters"),
+        ({"lm_head": [1], "embed_tokens": [2]}, {}, "all adapters of a model must tie"),
         (None, {"target_modules": ["lm_head"]}, "in which adapters train rows"),
         (
             None,

@@ -93,11 +93,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no such target": (lambda f: edit_config(f, target_modules=["k"]), "another base"),
     "wider": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(2, 12)})),
-        "expects a dimension of size 10, not 12",
+        "expects size 10 for the last dimension, not 12",
     ),
     "taller": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 2)})),
-        "expects a dimension of size 14, not 15",
+        "expects size 14 for the first dimension, not 15",
     ),
     "DoRA without magnitudes": (
         lambda f: edit_config(f, use_dora=True),

@@ -307,12 +307,12 @@ def of_rank_4(tensors: dict[str, torch.Tensor]) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "other experts": (
         edit(of_five_experts),
-        r"experts\.lora_A\.weight' has shape \(10, 8\), but 'model\.layers\.1\.mlp\.experts\."
-        r"down_proj' .*expects shape \(8, 8\) for rank 2 on each of its 4 matrices",
+        r"experts\.lora_A\.weight' has shape \(10, 8\), but this model's 'model\.layers\.1\.mlp\."
+        r"experts\.down_proj' expects shape \(8, 8\) for rank 2 on each of its 4 matrices",
     ),
     "other width": (
         edit(lambda t: t.update({f"{STACK}.base_layer.lora_B.weight": torch.ones(15, 8)})),
-        r"\(15, 8\), but 'model\.layers\.1\.mlp\.experts\.gate_up_proj' .*expects shape \(16, 8\)",
+        r"\(15, 8\), but .* 'model\.layers\.1\.mlp\.experts\.gate_up_proj' expects shape \(16, 8\)",
     ),
     "other rank of a linear layer": (
         edit(of_rank_4),
@@ -320,7 +320,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other rank": (
         configure(rank_pattern={"1.mlp.experts.down_proj": 4}),
-        r"\(8, 8\), but '.*experts\.down_proj' .*expects shape \(16, 8\) for rank 4",
+        r"\(8, 8\), but this model's '.*experts\.down_proj' expects shape \(16, 8\) for rank 4",
     ),
     "other names": (edit(rename), "no module 'model.layers.1.mlp.others"),
     "one stack is missing": (

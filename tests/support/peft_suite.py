@@ -225,13 +225,14 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "",
         "## Update this page",
         "",
-        "The tests are part of PEFT's source distribution. A pytest plugin runs the tests in three",
-        "ways: with PEFT alone; with fastlora's versions of `LoraConfig`, `get_peft_model`,",
-        "`PeftModel`, and `TaskType` substituted for PEFT's before the tests import them; and with",
-        "`fastlora.patch` applied to every LoRA model. For each run, the plugin writes a file with",
-        "one JSON object per test. The command",
-        "`python -m tests.support.peft_suite BASE OURS PATCHED` generates this page from the three",
-        "files. The module's docstring describes the format of the files.",
+        "The tests are part of PEFT's source distribution. A pytest plugin runs the tests three",
+        "times: with PEFT alone, with fastlora in place of PEFT, and with `fastlora.patch`",
+        "applied to every LoRA model. For the second run, the plugin replaces PEFT's",
+        "`LoraConfig`, `get_peft_model`, `PeftModel`, and `TaskType` with fastlora's versions",
+        "before the tests import them. For each run, the plugin writes a file with one JSON",
+        "object per test. The command `python -m tests.support.peft_suite BASE OURS PATCHED`",
+        "generates this page from the three files. The module's docstring describes the format of",
+        "the files.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)

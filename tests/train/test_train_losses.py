@@ -89,7 +89,7 @@ BAD_LOSSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "names": (
         lambda: causal_lm_losses(LOGITS, LABELS, ["a"]),
         ValueError,
-        "adapters has 1 entries, expected 2",
+        "adapters has 1 entries; expected 2",
     ),
     "labels": (
         lambda: causal_lm_losses(LOGITS, LABELS[:1], ["a", "b"]),

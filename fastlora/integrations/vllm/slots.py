@@ -168,7 +168,10 @@ class LayerSlots:
 
 
 def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
-    """Return the `LayerSlots` that one of vLLM's stacked tensors is a view of."""
+    """Return the `LayerSlots` that one of vLLM's stacked tensors belongs to.
+
+    `LayerSlots.stacked_factors` created the tensor.
+    """
     found: LayerSlots = stack_view.fastlora_slots  # type: ignore[attr-defined]
     return found
 

@@ -2,8 +2,8 @@
 
 A kind is a subclass of `BaseQuantizedWeight` with the decorator `register_quantized_weight`. It
 defines the modules that it supports, methods that return their weight as a dense matrix (as a whole
-or some rows at a time) or in the form that kernels read, and a method with which a merge writes the
-weight.
+or some rows at a time) or in the format that the kernels expect, and a method with which a merge
+writes the weight.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class BaseQuantizedWeight(MergeTarget):
 
     @staticmethod
     def stored_weight_of(module: object) -> Any:
-        """Return a module's weight in the form in which the module stores it."""
+        """Return a module's weight as the module stores it."""
         return getattr(module, "weight", None)
 
     @classmethod
@@ -115,16 +115,16 @@ class BaseQuantizedWeight(MergeTarget):
         return self.stored_tensors()
 
     def non_tensor_dependencies(self) -> Hashable:
-        """Return the weight's non-tensor dependencies as a hashable value.
+        """Return the non-tensor values that the weight depends on, as one hashable value.
 
-        Two values are compared with ``==``.
+        Two such values are compared with ``==``.
         """
         return None
 
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the weight in the form that kernels read.
+        """Return the weight in the format that the kernels expect.
 
         The result is a tuple (quantized_data, tensors). ``quantized_data`` represents a matrix in
         ``dtype``. It contains the addresses of ``tensors``.
@@ -135,7 +135,7 @@ class BaseQuantizedWeight(MergeTarget):
             KernelsCannotRead: Kernels cannot read the weight. The message gives the reason.
         """
         raise KernelsCannotRead(
-            f"its base layer is {type(self.base).__name__}, whose own forward pass is used"
+            f"its base layer is {type(self.base).__name__}, which the kernels do not support"
         )
 
     def library_and_version(self) -> str:
@@ -148,10 +148,10 @@ class BaseQuantizedWeight(MergeTarget):
             return name
 
     def fallback_reason_missing_field(self, error: AttributeError) -> str:
-        """Return the fallback reason for a missing field.
+        """Return the fallback reason for a quantized weight that lacks an expected field.
 
-        An object from the quantization library lacks a field that is expected. ``error`` was raised
-        when the field was read.
+        The field belongs to an object from the quantization library. ``error`` was raised when the
+        field was read.
         """
         return (
             f"{self.library_and_version()}: {error}; falling back to the base layer's own forward "
@@ -164,7 +164,7 @@ class BaseQuantizedWeight(MergeTarget):
         The kernels compute in ``dtype``.
         """
         if qualified_class_name(self.base) not in self.modules:
-            return f"its base layer is {type(self.base).__name__}, whose own forward pass is used"
+            return f"its base layer is {type(self.base).__name__}, which the kernels do not support"
         if self.codes().is_meta:
             return "its base weight is not loaded yet (it is on the meta device)"
         try:
@@ -178,7 +178,7 @@ class BaseQuantizedWeight(MergeTarget):
         except AttributeError as error:
             return self.fallback_reason_missing_field(error)
         if quantized_data.codes.data_ptr() % 4:
-            return "the codes of its base weight are not aligned to 4 bytes"
+            return "the quantized values of its base weight are not aligned to 4 bytes"
         return QuantizedTensor(quantized_data, self.make_dequantizer(dtype), dtype, data_tensors)
 
     @property
@@ -234,7 +234,7 @@ class BaseQuantizedWeight(MergeTarget):
     # ------------------------------------------------------------------------------- in pieces
 
     def row_slices(self, approximate_count: int = PIECES) -> list[slice]:
-        """Return a list of slices that divide the rows into pieces.
+        """Return a list of slices that divide the rows of the weight into pieces.
 
         There are approximately ``approximate_count`` pieces.
         """
@@ -396,7 +396,7 @@ def check_weight_tensor(
         )
     if part.device != like.device:
         raise KernelsCannotRead(
-            f"{library}: {name} is on {part.device}, but the codes are on {like.device}"
+            f"{library}: {name} is on {part.device}, but the quantized values are on {like.device}"
         )
     if part.numel() != count or not part.is_contiguous():
         raise KernelsCannotRead(
@@ -431,9 +431,9 @@ def check_decoded_values(
     if error > 1e-5:
         relative = f"{error:.2g}"
         raise KernelsCannotRead(
-            f"{library}: the codes of a {what} do not decode to the values that fastlora "
-            f"expects (the error is {relative} times the largest value); falling back to the base "
-            "layer's own forward pass"
+            f"{library}: a {what} does not dequantize to the values that fastlora expects (the "
+            f"error is {relative} times the largest value); falling back to the base layer's own "
+            "forward pass"
         )
 
 

@@ -92,7 +92,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the weight in the form that kernels read.
+        """Return the weight in the format that the kernels expect.
 
         The result is a tuple of the quantized data and the tensors that it refers to. A dequantized
         value is ``table[code] * absmax``, with the absmax of its block along K.
@@ -120,7 +120,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         if block < 16:  # Kernels load words of 8 codes.
             raise KernelsCannotRead(f"the block size is {block}, but the kernels need at least 16")
         if not weight.data.is_contiguous():
-            raise KernelsCannotRead(f"{library}: the codes are not contiguous")
+            raise KernelsCannotRead(f"{library}: the quantized values are not contiguous")
         # detach(), unlike `.data`, also counts writes to the parameter.
         codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_weight_tensor, like=codes, library=library)

@@ -42,7 +42,7 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 
 
 def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking a model's 4-bit weights, which would block gradients.
+    """Prevent bitsandbytes from repacking a model's 4-bit weights.
 
     Otherwise, forward passes may repack the weights. A layer with a repacked weight computes no
     gradient for its input, so this function is for models with trainable adapters. It applies to

@@ -48,7 +48,7 @@ class TorchaoWeight(BaseQuantizedWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the weight in the form that kernels read.
+        """Return the weight in the format that the kernels expect.
 
         The result is a tuple of the quantized data and the tensors that it refers to. A dequantized
         value is ``code * scale``, with the scale of its row. A single scale for the weight is
@@ -65,12 +65,15 @@ class TorchaoWeight(BaseQuantizedWeight):
             )
         for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
             if getattr(weight, field, None) is not None:
-                raise KernelsCannotRead(f"its base weight, a torchao {name}, has an {field}")
+                raise KernelsCannotRead(
+                    f"its base weight is a torchao {name} that has an {field}, which the kernels "
+                    "do not support"
+                )
         block = [int(size) for size in weight.block_size]
         if block not in ([1, k], [n, k]):
             raise KernelsCannotRead(
-                f"its base weight, a torchao {name}, has one scale per block of {block}, expected "
-                "one per row"
+                f"its base weight is a torchao {name} that has one scale per block of shape "
+                f"{block}, but the kernels expect one scale per row or one for the whole weight"
             )
         library, codes = self.library_and_version(), weight.qdata
         if codes.dtype not in _LOADERS or codes.shape != (n, k):
@@ -84,7 +87,10 @@ class TorchaoWeight(BaseQuantizedWeight):
         scale = own("scale", weight.scale, dtypes=torch.float32, count=count).view(-1)
         zero = getattr(weight, "zero_point", None)
         if zero is not None and bool(zero.any()):
-            raise KernelsCannotRead(f"its base weight, a torchao {name}, has nonzero zero points")
+            raise KernelsCannotRead(
+                f"its base weight is a torchao {name} that has nonzero zero points, which the "
+                "kernels do not support"
+            )
         if count < n:
             scale = scale.expand(n).contiguous()
         rows = slice(16)

@@ -307,14 +307,14 @@ def gradients(
     wants_weight: bool,
     wants_a_b_magnitude: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Return the gradients of x, of the weight, of lora_a, of lora_b, and of the magnitude.
+    """Return the gradients of x, the weight, lora_a, lora_b, and the magnitude.
 
     This is the backward pass of `forward_with_dropout`. The result is a tuple, whose last item is a
     list of the gradients of lora_a, lora_b, and the magnitude. ``wants_a_b_magnitude`` tells which
     of these three are wanted. A gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype.
-    ``rows`` is x, and is needed for the gradients of the weight and of lora_a. s is needed for the
-    gradients of lora_b and of the magnitude, and z for the gradient of the magnitude. If
-    ``own_base`` is set, the forward pass has computed the base layer's output too, and the
+    ``rows`` is x, and is needed for the gradients of the weight and lora_a. s is needed for the
+    gradients of lora_b and the magnitude. z is needed for the gradient of the magnitude. If
+    ``own_base`` is set, the forward pass has also computed the base layer's output, and the
     gradients include those of the base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter

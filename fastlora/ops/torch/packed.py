@@ -2,7 +2,7 @@
 
 If adapters are used repeatedly, as in every decode step, the factors of each layer are stored
 together, so that one product serves many adapters. A rank row is a row of lora_a or a column of
-lora_b. Rank rows are arranged in units of as many as the largest rank.
+lora_b. Rank rows are arranged in units. The number of rank rows in a unit is the largest rank.
 
 `pack_layer_factors` packs a set of adapters once, and adapters of smaller ranks share a unit.
 `fastlora.ops.torch.packed_slots` packs adapters that change one by one. A layer may consist of
@@ -63,9 +63,9 @@ class PackedLayout:
 
 @functools.lru_cache(maxsize=256)
 def first_fit_layout(ranks: tuple[int, ...], round_units_to_blocks: bool = False) -> PackedLayout:
-    """Return a layout that assigns each adapter to the first unit with enough free rank rows.
+    """Return a layout that places each adapter in the first unit with enough unused rank rows.
 
-    The largest adapters are assigned first.
+    The adapters of the largest ranks are placed first.
 
     If ``round_units_to_blocks`` is set, units will be combined into blocks, and a large number of
     units is rounded up to full blocks.
@@ -160,10 +160,10 @@ def _dtype_for_scaling(dtype: torch.dtype) -> torch.dtype:
 
 
 def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Return the rank rows of lora_b, multiplied by the scaling and not rounded.
+    """Return the transpose of lora_b, multiplied by the scaling and not rounded.
 
-    The rank rows are the transpose of lora_b, ``[R, N]``. The result has not been rounded to
-    ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
+    The result has the shape ``[R, N]``. Its rows are the rank rows of lora_b. It has not been
+    rounded to ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
     """
     rows = factors.lora_b.t().to(_dtype_for_scaling(dtype))
     scaling = factors.scaling

@@ -115,12 +115,12 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
 
 
 def unit_coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether combining several units into one block is faster than a block for each unit.
+    """Return whether blocks of several units are faster than blocks of one unit.
 
-    A unit is a group of as many rank rows as the largest rank. Combining them is faster for few
-    rows in a 16-bit dtype.
+    The number of rank rows in a unit is the largest rank. Blocks of several units are faster for
+    few rows in a 16-bit dtype.
 
-    In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product with blocks of 4
-    rows, and 6.1 times as long with blocks of 1 row. In fp32, the block size makes no difference.
+    In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product if blocks have 4
+    rows, and 6.1 times as long if blocks have 1 row. In fp32, the block size makes no difference.
     """
     return dtype.itemsize == 2 and kind is BatchKind.FEW

@@ -115,7 +115,7 @@ def _arrange_and_shrink(
 def _zero_other_columns(
     s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> Sequence[torch.Tensor]:
-    """Zero the columns of s that do not belong to a row's adapter.
+    """In each row of s, zero the columns that do not belong to the row's adapter.
 
     s is overwritten. The result contains s for each slice, with the shape ``[M, rank rows]`` (of
     all units or one), ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
@@ -139,10 +139,10 @@ def _add_rank_rows_weighted_by_s(
     pack: PackedLayerFactors,
     terms: RowUpdateTerms,
 ) -> None:
-    """Add each row's sum of rank rows, weighted by s, to y in place.
+    """Compute each row's update as a weighted sum, and add it to y in place.
 
-    The sum is the row's update. It is a weighted sum of rows of the packed lora_b. The weights are
-    the columns of s that belong to the row's adapter.
+    The sum is over the rank rows of the row's adapter in the packed lora_b. The weights are the
+    row's elements of s in the columns that belong to this adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
@@ -232,9 +232,9 @@ def _add_adapter(
 
 
 def _lora_a_of_units(pack: PackedLayerFactors, units: torch.Tensor) -> torch.Tensor:
-    """Return the parts of the packed lora_a that belong to the given units.
+    """Select units of the packed lora_a by index, and return them.
 
-    The result is a tensor of shape ``[B, K, slices * unit]``.
+    For B indices in ``units``, the result has the shape ``[B, K, slices * unit]``.
     """
     if pack.lora_a.is_contiguous():
         return pack.lora_a.index_select(0, units)

@@ -1,7 +1,8 @@
 """Plans for the matrix products of a mixed batch with packed factors.
 
 A plan chooses the kind of products from the rows, rank rows, dtype, and processor. It serves all
-layers whose factors have the same layout:
+layers whose factors have the same layout. `fastlora.ops.torch.packed` describes rank rows and
+units. The kinds of plans are:
 
 - DensePlan: every row is multiplied by all rank rows, and only the columns of its own adapter are
   used. No row is moved.
@@ -67,10 +68,10 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms of the sums that give the rows' updates.
+    """The terms of the weighted sums from which the rows' updates are computed.
 
     Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
-    update of a row of y has one term for each rank row of its adapter.
+    update of a row of y is the sum of one term for each rank row of its adapter.
 
     Attributes:
         rank_rows: The index of each term's row in the packed lora_b, int64.
@@ -86,11 +87,11 @@ class RowUpdateTerms:
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def term_weight_positions_in_s(self, slices: int) -> torch.Tensor:
-        """Return the position of each term's weight in the flattened s of all slices.
+        """Return the position of each term's weight in s, for all slices.
 
         A term's weight is the element of s that multiplies the term's row of the packed lora_b. The
-        result is an int64 tensor ``[slices * terms]``. Before it is flattened, s has the shape
-        ``[..., slices, width]``.
+        result is an int64 tensor ``[slices * terms]``. Its values are positions in the flattened s.
+        Before it is flattened, s has the shape ``[..., slices, width]``.
         """
         found = self._of_slices.get(slices)
         if found is None:
@@ -101,14 +102,14 @@ class RowUpdateTerms:
 
 
 class DensePlan(NamedTuple):
-    """A plan for multiplying every row of the batch by the rank rows of all adapters.
+    """A plan for multiplying every row of the batch by the factors of all adapters.
 
     Only the columns of a row's own adapter are used. If the factors are not packed for dense
     products, the batch uses only one unit, and every row is multiplied by the rank rows of this
     unit alone.
 
     Attributes:
-        other: bool ``[M, 1, rank rows]``, the rank rows that belong to other adapters than the
+        other: bool ``[M, 1, rank rows]``, the rank rows that belong to adapters other than the
             row's own; None if one adapter applies to every row, or if ``terms`` is used.
         unit: The only unit that the batch uses, or None if factors are packed for dense products.
         terms: The terms of the expand, or None if it is a matrix product.
@@ -120,11 +121,11 @@ class DensePlan(NamedTuple):
 
 
 class BlockedPlan(NamedTuple):
-    """A plan for gathering rows into blocks of one size and multiplying them in a batched product.
+    """A plan for gathering rows into blocks of equal size, and multiplying all blocks at once.
 
-    Each block is multiplied by its own rank rows, which are those of one or more adjacent units. It
-    contains the rows of the batch whose adapters are in these units. Rows without an adapter fill
-    free places.
+    One batched product multiplies each block by the rank rows of one or more adjacent units. Each
+    block contains the rows of the batch whose adapters are in its units. Rows without an adapter
+    fill free places.
 
     Attributes:
         start: The first unit of the first block.
@@ -134,7 +135,7 @@ class BlockedPlan(NamedTuple):
         gather: The row at each place, ``[blocks * C]``.
         place: The place of each row, ``[M]``.
         other: bool ``[blocks, C, coalesced, 1, unit]``, the rank rows of the block that belong to
-            other adapters than the row's own; None if there are none, or if ``terms`` is used.
+            adapters other than the row's own; None if there are none, or if ``terms`` is used.
         exact: Whether each place is for a different row.
         terms: The terms of the expand, or None if it consists of matrix products.
     """
@@ -159,7 +160,7 @@ class PerSamplePlan(NamedTuple):
         units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
             adapter.
         tokens: T.
-        other: bool ``[B, 1, 1, unit]``, the rank rows that belong to other adapters than the
+        other: bool ``[B, 1, 1, unit]``, the rank rows that belong to adapters other than the
             sample's own; None if there are none.
     """
 
@@ -285,7 +286,9 @@ def _make_row_update_terms(
     ranks: torch.Tensor,
     width: int,
 ) -> RowUpdateTerms:
-    """Build the `RowUpdateTerms` of a batch from the range of rank rows of each row's adapter.
+    """Build the `RowUpdateTerms` of a batch.
+
+    Each row has one term for each rank row of its adapter.
 
     Args:
         first_weight_positions: The position in the flattened s of one slice at which each row's
@@ -372,10 +375,11 @@ def _make_blocked_plan(
     unit_range: tuple[int, int],
     coalesced: int,
 ) -> BlockedPlan:
-    """Make a `BlockedPlan`, which assigns each row to a block of units.
+    """Make a `BlockedPlan` for the rows of a batch.
 
-    The blocks cover a range of units. Each row gets a place in the block that contains its
-    adapter's rank rows. Rows without an adapter fill free places.
+    The blocks cover the units in ``unit_range``, and each block covers ``coalesced`` adjacent
+    units. Each row gets a place in the block that contains its adapter's rank rows. Rows without an
+    adapter fill free places.
     """
     (start, stop), m = unit_range, first_rank_rows.numel()
     blocks, width = (stop - start) // coalesced, coalesced * layout.unit

@@ -30,7 +30,7 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductThresholds:
-    """The sizes that decide whether and how products in an emulated dtype are computed in fp32.
+    """The sizes that determine whether and how products in an emulated dtype are computed in fp32.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -58,9 +58,10 @@ ONEDNN = Fp32ProductThresholds(few_rows=63, few_other_rows=63, largest_part=1 <<
 
 
 def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
-    """Return the dtypes that this processor emulates, with their size thresholds.
+    """Return the dtypes that this processor emulates, and the thresholds of each dtype.
 
-    The result is a dict that maps dtypes to thresholds. It is empty for processors other than x86.
+    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. It is empty for
+    processors other than x86.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -80,10 +81,11 @@ EMULATED = _emulated_dtypes()
 
 
 def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
-    """Return whether a product in a dtype that the processor emulates can be computed in fp32.
+    """Return whether a product of the operands can be computed in fp32 instead of their dtype.
 
-    The result is False for any other dtype, and if autograd or a compiler records the product. The
-    functions of this module still call PyTorch's own product if it is as fast.
+    This requires a dtype that the processor emulates. The result is False for any other dtype, and
+    if autograd or a compiler records the product. If PyTorch's own product is as fast, the
+    functions of this module call it even if the result is True.
     """
     first = operands[0]
     return (
@@ -199,9 +201,10 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch's own ``a @ b`` is as fast as converting a and b to fp32 first.
+    """Return whether PyTorch's own ``a @ b`` is as fast as a product in fp32.
 
-    This is the case if ``a`` has few rows.
+    For the product in fp32, the time to convert a and b is included. PyTorch's own product is as
+    fast if ``a`` has few rows.
     """
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows

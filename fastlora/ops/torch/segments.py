@@ -229,11 +229,12 @@ def _add_same_rank_updates(
 def _padded_gather_and_scatter_positions(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the indices that gather spans of rows into a padded batch and scatter its results.
+    """Return the indices for gathering spans of rows into a padded batch and scattering results.
 
-    For G spans, the batch is ``[G, C]``. C is the length of the longest span. The indices are the
-    sorted position of the row at each place, ``[G * C]``, where the first row of a span fills its
-    free places; the places that are not filled this way; and the positions at these places.
+    For G spans, the batch has the shape ``[G, C]``, where C is the length of the longest span. If a
+    span is shorter, its first row fills the free places. The result is a tuple of three tensors:
+    the sorted position of the row at each place, ``[G * C]``; the places that are not free; and the
+    sorted positions of the rows at these places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
@@ -250,9 +251,10 @@ def _padded_gather_and_scatter_positions(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
-    """Compute the shrink output s of each row's adapter for layers that share the input x.
+    """Compute the shrink output s for layers that share the input x.
 
-    The result is one tensor. For G layers, s is ``[G, M, R]``. The rows of x may be in any order.
+    After dropout, each row of x is multiplied by the ``lora_a.T`` of its own adapter. The result is
+    one tensor, which has the shape ``[G, M, R]`` for G layers. The rows of x may be in any order.
     Those of s are sorted.
     """
     columns = rank_to_multiple_of_16(

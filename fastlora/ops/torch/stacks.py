@@ -77,7 +77,7 @@ def _rows_of_each_key(operands: StackAdapterOperands, rows: Rows) -> Iterator[_R
 def _key_rows_after_dropout(
     x: torch.Tensor, operands: StackAdapterOperands, its: _RowsOfOneKey, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return the rows of x that share a key, with dropout applied.
+    """Return the rows of x that belong to one key, with dropout applied.
 
     They are cast to ``dtype`` first. Every call for a key uses the same mask.
     """
@@ -219,7 +219,7 @@ def _uses_grouped_mm(dtype: torch.dtype, operands: StackAdapterOperands, rows: R
 
 
 def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKeysAndRows]:
-    """Split the keys into parts of adjacent keys, and return a list of the parts.
+    """Split the range of all keys into adjacent parts, and return the list of parts.
 
     If ``converts_rows`` is False, there is one part with all keys. Otherwise, rows are converted to
     another dtype, and a part has up to `_PART_ROWS` rows. A key with more rows is a part of its
@@ -244,9 +244,9 @@ def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKey
 def _add_grouped_(
     y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _AdjacentKeysAndRows
 ) -> None:
-    """Add the product of s and each key's factor to that key's rows of y in place.
+    """Multiply each key's rows of s by the key's factor, and add the products to y in place.
 
-    The keys are those of the part. y contains all rows, and ``s`` contains only the rows of the
+    The keys are those of ``part``. y contains all rows, and ``s`` contains only the rows of the
     part.
     """
     if y.dtype != s.dtype:
@@ -434,9 +434,9 @@ def grouped_gradients(
 
 
 def grouped_products_or_operator(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return `grouped_products`, or its registered operator if a compiler is tracing x.
+    """Return `grouped_products`, or the operator of this name if the values of x are unknown.
 
-    The operator is also returned on the meta device. In both cases, the values of x are unknown.
+    The values are unknown if a compiler is tracing operations on x, and on the meta device.
     """
     registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
     return registered if has_unknown_values(x) else grouped_products
@@ -452,9 +452,10 @@ def _(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tenso
 
 
 def _spans(matrix_starts: torch.Tensor) -> list[tuple[int, slice]]:
-    """Return the range of rows of each matrix that has rows.
+    """Return the range of rows of each matrix.
 
-    The result is a list of tuples (index of the matrix, range of rows).
+    The result is a list of tuples (index of the matrix, range of rows). Matrices without rows are
+    omitted.
     """
     ends = matrix_starts.tolist()
     pairs = enumerate(zip(ends, ends[1:], strict=False))

@@ -40,7 +40,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` with the addresses and ranks of the given lora_a factors.
+    """Return a `RankRows` object with the addresses and ranks of the given lora_a factors.
 
     All factors must be aligned. ``shape`` is the shape of the tables.
     """
@@ -58,7 +58,7 @@ def lora_b_rank_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return a `RankRows` with the addresses, ranks, and scalings of lora_b and lora_bias.
+    """Return a `RankRows` object with addresses, ranks, and scalings for lora_b and lora_bias.
 
     The tensors must be aligned.
     """
@@ -74,7 +74,7 @@ def lora_b_rank_rows(
 
 
 def lora_b_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
-    """Return a `RankRows` of lora_b from the selected rows of the tables.
+    """Return a `RankRows` object for lora_b, taken from the given address tables.
 
     It contains the addresses of lora_b and lora_bias, the ranks, and the scalings. ``index``
     selects one module, or adjacent modules.
@@ -108,10 +108,10 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_adapter_rank_sum(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
-    """Return the largest sum of one adapter's ranks over a group of modules.
+    """Sum each adapter's ranks over each group of modules, and return the largest sum.
 
-    A group consists of ``modules_per_group`` adjacent modules. The maximum is over all adapters and
-    all groups of modules. The rank on each module is rounded up to a multiple of 4.
+    A group consists of ``modules_per_group`` adjacent modules. Each rank is rounded up to a
+    multiple of 4 before it is added. The result is at least 1.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

@@ -231,10 +231,11 @@ def _grad_b_and_partials(
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
     """Compute the gradients of s and lora_b and the column sums of dy, possibly as partial sums.
 
-    The result is a tuple of the result of `_grad_b_one_adapter` and the partial sums that must
-    still be added to it. One launch reads dy. If several programs contribute to a sum, they write
-    partial sums. If those of ds would cost more than another read of dy, a library product computes
-    ds instead.
+    The result is a tuple of the result of `_grad_b_one_adapter` and a list of partial sums. The
+    caller must add up the partial sums with `_add_partials`, which stores the totals in the result.
+    One launch reads dy. If several programs contribute to a sum, they write partial sums. If the
+    partial sums of ds would cost more than another read of dy, a library product computes ds
+    instead.
     """
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
     if not dy.numel():

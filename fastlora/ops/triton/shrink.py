@@ -156,10 +156,11 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Compute the shrink output s of modules for a mixed batch.
+    """Compute the shrink output s of a group of modules for a mixed batch.
 
-    The result is a tuple of s, ``[G, M, R]`` for G modules, and whether a single launch has
-    computed s. If K is split, a second launch adds the partial sums. Dropout requires one module.
+    The result is a tuple. Its first item is s, ``[G, M, R]`` for G modules. The second item is True
+    if a single launch computed s. If K is split, a second launch adds the partial sums, and the
+    second item is False. Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

@@ -200,8 +200,8 @@ def tokenize_files(
             advance(len(chunk))
     if not documents:
         raise DataError(
-            f"{empty[0]}: no tokens are left to train on in this sample or in any other sample of "
-            f"its adapter; the prompts may be longer than max_length ({max_length})"
+            f"{empty[0]}: neither this sample nor any other sample of its adapter has tokens left "
+            f"to train on; the prompts may be longer than max_length ({max_length})"
         )
     if empty:
         notes.append(
@@ -238,10 +238,7 @@ def tokenize_files(
 def format_and_tokenize_prompt(
     text: str, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Format and tokenize a prompt in the same way as the prompts of a corpus.
-
-    Returns the token ids.
-    """
+    """Format a prompt like the prompts of a training corpus, and return its token ids."""
     example = corpus.example
     if example is not None and example.is_chat:
         return _tokenize_chat(

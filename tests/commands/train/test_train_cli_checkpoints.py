@@ -94,9 +94,9 @@ def test_a_second_run_needs_resume(
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("state.json", lambda b: b[:-9], "state.json: not a valid training state"),
+        ("state.json", lambda b: b[:-9], "state.json is not a valid training state"),
         ("state.json", lambda b: b.replace(b'"format": 1', b'"format": 7'), "format is 7, expe"),
-        ("state.json", lambda b: b'"x"', "state.json: not a valid training state"),
+        ("state.json", lambda b: b'"x"', "state.json is not a valid training state"),
         ("optimizers.safetensors", lambda b: b[:-9], "optimizers.safetensors: truncated"),
         ("adapters/a/adapter_model.safetensors", lambda b: b[:-9], "safetensors: truncated"),
     ],

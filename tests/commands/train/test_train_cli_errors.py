@@ -48,7 +48,7 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
     assert "empty.txt: no samples found" in fails(given)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 512, "completion": "y"}))
     given["adapters"]["a"] = {"data": str(tmp_path / "long.jsonl")}
-    assert "line 1: no tokens are left to train on in this sample or in any other" in fails(given)
+    assert "line 1: neither this sample nor any other sample of its adapter has" in fails(given)
     assert not (tmp_path / "out").exists()
 
 
@@ -154,7 +154,7 @@ def test_too_few_steps_and_forwards(
     given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
     assert "none of the 1 steps contains a sample of adapter" in fails(given)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "4 samples has 2 forward passes of 2 samples, but each of the 3 processes" in fails(
+    assert "2 forward passes of up to 2 samples, but each of the 3 processes needs" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"
     )
     # torchrun's variables without its rendezvous: nobody trains alone over the others' files.

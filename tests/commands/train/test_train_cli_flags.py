@@ -67,7 +67,7 @@ def test_flags_go_over_every_adapter(given: Any, tmp_path: Path, fails: Any) -> 
     ("flags", "words"),
     [
         (["--targets", "q_proj,v_porj"], "adapter 'a': target_modules entries ['v_porj'] match no"),
-        (["--targets", "q_proj,"], "target_modules must contain module names, got the entry ''"),
+        (["--targets", "q_proj,"], "the entries of target_modules must be module names, got ''"),
         (["--modules-to-save", "lm_haed"], "modules_to_save entries ['lm_haed'] match no module"),
     ],
 )
