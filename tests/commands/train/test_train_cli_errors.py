@@ -157,6 +157,8 @@ def test_too_few_steps_and_forwards(
     assert "2 forward passes of up to 2 samples, but each of the 3 processes needs" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"
     )
+    message = fails(given | {"steps": 4, "batch_size": 2, "micro_batch_size": 1}, "--dry-run")
+    assert message.rstrip().endswith("set batch_size to at least 3")
     # torchrun's variables without its rendezvous: nobody trains alone over the others' files.
     assert "torchrun started 3 processes" in fails(given)
 
