@@ -145,7 +145,7 @@ def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
 
 
 def import_error_text(name: str) -> str:
-    """Return the text of the error that importing a package raises.
+    """Return the message of the error that occurs when a package is imported.
 
     The text is one line. It is empty if there is no error.
     """

@@ -270,12 +270,12 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         bias: torch.Tensor | None,
         names: list[str],
         sign: float,
-        scales: dict[str, torch.Tensor],
+        dora_scales: dict[str, torch.Tensor],
     ) -> None:
         """Update the bias in place with the change that the last adapter in ``names`` makes.
 
         The change is multiplied by ``sign`` before it is added. Adapters are merged in the order of
-        ``names``. ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
+        ``names``. ``dora_scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
         before: torch.Tensor | None = None
         change: torch.Tensor | None = None
@@ -284,8 +284,8 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             if lora_bias is not None:
                 own = lora_bias.detach() * self.scaling[name]
                 change = own if change is None else change + own
-            elif name in scales and change is not None:
-                change = change * scales[name]
+            elif name in dora_scales and change is not None:
+                change = change * dora_scales[name]
         if bias is not None and change is not None:
             bias.add_((change if before is None else change - before) * sign)
 

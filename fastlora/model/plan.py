@@ -514,7 +514,7 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
 
 
 def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> TensorShapes:
-    """Return the shapes of an adapter's tensors on a module.
+    """Return the shapes of an adapter's tensors for a module.
 
     The result is a dict that maps key suffixes to shapes. A key suffix is the part of a key in an
     adapter file that follows the module's name.

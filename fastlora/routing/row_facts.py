@@ -44,7 +44,7 @@ class RowOriginKind(enum.Enum):
 
 
 class RowOriginFacts(NamedTuple):
-    """What is known about the origin of a tensor's rows.
+    """Known facts about the origin of a tensor's rows.
 
     This includes, if known, the sample of the batch that each row belongs to.
 
@@ -67,7 +67,7 @@ class RowOriginFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """What is known about the rows in a tensor's storage.
+    """Known facts about the rows in a tensor's storage.
 
     A weak reference to the storage prevents its key from being reused.
     """

@@ -143,19 +143,21 @@ class RunningBatch:
             chosen.append(job)
         return chosen
 
-    def _forward_and_choose_tokens(self, first: int, chosen: Sequence[EngineRequest]) -> None:
+    def _forward_and_choose_tokens(self, first_row: int, chosen: Sequence[EngineRequest]) -> None:
         """Run a forward pass for some requests, and choose their next tokens.
 
-        The requests are in adjacent rows, starting at row ``first``. Tokens are chosen only if the
-        prompts have now been processed completely. If the forward pass fails, the requests in it
-        fail.
+        The requests are in adjacent rows, starting at row ``first_row``. Tokens are chosen only if
+        the prompts have now been processed completely. If the forward pass fails, the requests in
+        it fail.
         """
         parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
         names = [job.pool_adapter_name for job in chosen]
         start = time.perf_counter()
         try:
             with self._block.route_rows(names):
-                logits = self._rows.last_token_logits(first, [job.done for job in chosen], parts)
+                logits = self._rows.last_token_logits(
+                    first_row, [job.done for job in chosen], parts
+                )
         except Exception as error:  # for instance out of memory; others continue
             _log.exception("a forward pass with %d rows failed", len(chosen))
             for job in chosen:
@@ -164,7 +166,7 @@ class RunningBatch:
         self._stats.forwards += 1
         self._stats.forward_rows += len(chosen)
         self._stats.forward_seconds += time.perf_counter() - start
-        reads = first == self._decoding_count
+        reads = first_row == self._decoding_count
         for job, part in zip(chosen, parts, strict=True):
             job.done += len(part)
             self._stats.prompt_tokens += reads * len(part)

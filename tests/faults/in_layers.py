@@ -431,8 +431,8 @@ FAULTS = (
         "unscaled bias",
         "c468db2",
         "fastlora/layers/merging.py",
-        "            elif name in scales and change is not None:\n"
-        "                change = change * scales[name]\n",
+        "            elif name in dora_scales and change is not None:\n"
+        "                change = change * dora_scales[name]\n",
         "",
         ("tests/layers/test_dora_merging.py::test_merging[biased-dora-True]",),
     ),

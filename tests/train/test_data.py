@@ -165,7 +165,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
     [
         ("a.xlsx", "x", r"a.xlsx: expected .* extensions: .jsonl, .json, .csv, .tsv,"),
         ("a", "x", r"a: expected a folder written by"),
-        ("a.csv", "question,answer\nhi,yo\n", r"\['question', 'answer'\] match no format"),
+        ("a.csv", "question,answer\nhi,yo\n", r"\['question', 'answer'\] do not match any format"),
         ("a.csv", "text,text\na,b\n", r"several columns have the same name: \['text', 'text'\]"),
         ("a.csv", "prompt,completion\nhi\n", r"a.csv, line 2: wrong .* expected 2 values"),
         ("a.csv", "prompt,completion\nhi,yo,no\n", r"a.csv, line 2: wrong .* expected 2 values"),
@@ -194,7 +194,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '\n{"text": "x y"}\n[1, 2]', r"line 3: expected a JSON object .*, got"),
         ("a.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
         ("a.jsonl", "\n  \n", r"a.jsonl: no samples found, expected at least one"),
-        ("a.jsonl", '{"prompt": "x"}', r"its columns \['prompt'\] match no format"),
+        ("a.jsonl", '{"prompt": "x"}', r"the columns \['prompt'\] do not match any format"),
         ("a.jsonl", '{"prompt": "x", "completion": 3}', r"column 'completion': expected a string"),
         ("a.jsonl", '{"text": null}', r"line 1, column 'text': expected a string, got 'null'"),
         ("a.jsonl", '{"text": "x"}\n{"texts": "y"}', r"line 2: this row has no column named 't"),

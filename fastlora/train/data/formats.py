@@ -1,7 +1,7 @@
 """Formats of training data: the columns of each format, and the samples that its rows become.
 
 Unless the format is given, it is determined from the columns of the file alone. It is an error if
-the columns match no format or several. TRL's SFTTrainer makes the same samples from each format.
+the columns match several formats or none. TRL's SFTTrainer makes the same samples from each format.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> S
         options: Options; None for the defaults.
 
     Raises:
-        DataError: See `read_rows`; or the columns of a file match no format, or a value is of the
-            wrong type for its column. The message names the file, the row, and the column.
+        DataError: See `read_rows`; or the columns of a file do not match any format, or a value is
+            of the wrong type for its column. The message names the file, the row, and the column.
     """
     options = options or DataOptions()
     samples: list[TextOrChatSample] = []
@@ -223,13 +223,13 @@ def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> 
         return fitting[0]
     if fitting:
         raise DataError(
-            f"{path}: its columns {list(columns)} match the formats "
+            f"{path}: the columns {list(columns)} match the formats "
             f'{" and ".join(fitting)}; choose one, for example format = "{fitting[0]}"'
         )
     known = "; ".join(" and ".join(f.required) for f in FORMATS.values())
     raise DataError(
-        f"{path}: its columns {list(columns)} match no format. Expected {known}. If your columns "
-        "have different names, map them, for example with columns = { prompt = "
+        f"{path}: the columns {list(columns)} do not match any format. Expected {known}. If your "
+        "columns have different names, map them, for example with columns = { prompt = "
         f"{columns[0] if columns else 'question'!r} }}"
     )
 
