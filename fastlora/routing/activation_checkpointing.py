@@ -4,7 +4,8 @@ A checkpoint runs its function again in the backward pass. By then, the `fastlor
 that set the routing may have ended, and the backward pass may run in another thread. Therefore the
 function that `torch.utils.checkpoint` stores is wrapped together with its routing. This works for
 both kinds of checkpoints and for every caller (transformers, user code). torch has no hook for it,
-so the two names that its `checkpoint` looks up at each call are replaced.
+so the two names that its `checkpoint` looks up at each call are replaced. One of them depends on
+the version of torch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ def patch_activation_checkpointing() -> None:
 
     The patch applies to all checkpoints that the process creates afterwards.
     """
-    reentrant = torch_checkpoint.CheckpointFunction
-    other = torch_checkpoint._checkpoint_without_reentrant_generator
+    module: Any = torch_checkpoint
+    reentrant = module.CheckpointFunction
+    name = "_checkpoint_without_reentrant_generator"
+    if hasattr(module, f"{name}_impl"):  # torch 2.14 and newer
+        name = f"{name}_impl"
+    other = getattr(module, name)
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
         """A replacement for torch's `CheckpointFunction` that restores the original routing.
@@ -42,9 +47,8 @@ def patch_activation_checkpointing() -> None:
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return other(_with_routing(function), *args, **kwargs)
 
-    module: Any = torch_checkpoint
     module.CheckpointFunction = CheckpointFunction
-    module._checkpoint_without_reentrant_generator = generator
+    setattr(module, name, generator)
 
 
 def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:

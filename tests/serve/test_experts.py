@@ -103,7 +103,10 @@ def test_an_adapter_of_another_number_of_experts_is_refused(served: Served) -> N
     path = {"lora_name": "other", "lora_path": "later/other"}
     made = served.http.post("/v1/load_lora_adapter", json=path)
     assert made.status_code == 422, made.text
-    assert "experts.down_proj' of this model" in made.json()["error"]["message"]
+    assert (
+        "this model's 'model.layers.0.mlp.experts.down_proj' expects"
+        in made.json()["error"]["message"]
+    )
     assert served.alone.is_answer(answer(served, "down", "the"), "the", "down", 8)
 
 
