@@ -86,8 +86,11 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
 
     @scaling.setter
     def scaling(self, values: dict[str, Scaling]) -> None:
+        changes = "_scaling" in self.__dict__
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
+        if changes:
+            weights_versions.invalidate_trained_weights()
 
     def _register_scalings_device_hook(self) -> None:
         """Register a hook that moves scalings to the device of their adapter's factors.

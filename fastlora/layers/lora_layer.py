@@ -390,11 +390,9 @@ class LoraLayer(Mergeable):
         r = self.r[adapter_name]
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
         self.scaling[adapter_name] = factor * self.lora_alpha[adapter_name] / base
-        self._clear_model_packed_factors()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of each active adapter by ``scale``."""
-        self._clear_model_packed_factors()
         for name in self._active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
@@ -404,7 +402,6 @@ class LoraLayer(Mergeable):
 
         If ``scale`` is None, reset the scalings to their initial values.
         """
-        self._clear_model_packed_factors()
         for name in self._active_adapters:
             if name in self.scaling:
                 if scale is None:

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
+from fastlora.weights_version import weights_versions
+
 Scaling = float | torch.Tensor
 
 
 class Scalings(dict[str, Scaling]):
     """Dict that maps each adapter name to the adapter's scaling.
 
-    A scaling is a number, or a tensor for PEFT's compiled hot swap.
+    A scaling is a number, or a tensor for PEFT's compiled hot swap. Changing the scaling of a name
+    invalidates the values that were cached with the old one, such as packed factors.
 
     Attributes:
         tensors: Maps an adapter name to a tensor with the same value. A new value creates a new
@@ -45,12 +48,15 @@ class Scalings(dict[str, Scaling]):
         return copied
 
     def __setitem__(self, name: str, value: Scaling) -> None:
+        changes = name in self
         super().__setitem__(name, value)
         before = self.tensors.get(name)
         device, dtype = (torch.device("cpu"), torch.float32)
         if before is not None:
             device, dtype = before.device, before.dtype
         self._make(name, device, dtype)
+        if changes:
+            weights_versions.invalidate_trained_weights()
 
     def move_to_factor_device(self, name: str, factor: torch.Tensor) -> None:
         """Move an adapter's scaling tensor to the device of its factors.

@@ -93,9 +93,14 @@ class BatchRows:
 
         The result is cached for the batch. It also holds the cache for the plans of the rows'
         matrix products.
+
+        Raises:
+            ValueError: The batch has fewer than m rows.
         """
         found = self._sorted.get(m)
         if found is None:
+            if m > self.slots.shape[0]:
+                raise ValueError(f"x has {m} rows, expected at most {self.slots.shape[0]}")
             # The ids are copied: the buffer is overwritten by the next batch.
             rows = sort_rows(self.slots[:m].clone(), m, self.count)
             found = self._sorted[m] = SortedRowsAndMatmulPlans(rows, {})

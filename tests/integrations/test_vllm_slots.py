@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fastlora.integrations.vllm.slots import LayerSlots
 from fastlora.ops.slots import BatchRows, SlotProducts
 from fastlora.ops.torch import packed_forward
+from fastlora.ops.torch.packed_slots import PackedSlots
 from fastlora.testing import assert_within_budget
 
 SLOTS, RANK, K, WIDTHS = 4, 16, 24, (12, 8)
@@ -114,6 +116,32 @@ def test_factors_that_other_code_writes_through_a_view() -> None:
     stack_b[0, 0, 3] -= 1.0
     adapters[0][1][1][3] -= 1.0
     _check(slots, adapters, batch, ROWS)
+
+
+def test_a_slot_is_cleared_after_a_write_failed() -> None:
+    """Though the write had set the slot's ranks in some of the products only."""
+    slots = _empty_slots()
+    adapters = {0: _load(slots, 0, 4)}
+    batch = _batch(ROWS)
+    _check(slots, adapters, batch, ROWS)
+    error = MemoryError("no memory for the pack")
+    with (
+        mock.patch.object(PackedSlots, "_allocate_and_copy", side_effect=error),
+        pytest.raises(MemoryError),
+    ):
+        _load(slots, 1, 16)
+    assert not slots.is_empty(1)
+    slots.clear(1)
+    _check(slots, adapters, batch, ROWS)
+
+
+def test_more_rows_than_the_buffer_has_are_refused() -> None:
+    slots = _empty_slots()
+    _load(slots, 0, 4)
+    batch = _batch(ROWS)
+    x, y = torch.randn(64, K), torch.randn(64, sum(WIDTHS))
+    with pytest.raises(ValueError, match="x has 64 rows, expected at most 32"):
+        slots.linear[0].add_(y, x, batch)
 
 
 @pytest.mark.parametrize("change", ["load", "clear"])

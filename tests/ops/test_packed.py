@@ -6,11 +6,14 @@ import copy
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -349,6 +352,91 @@ def test_an_adapter_that_another_layer_gets() -> None:
         expected = model(x).detach()
     torch.testing.assert_close(after, expected)
     assert not torch.allclose(before, expected)
+
+
+def _rescale(layer: Any) -> None:
+    layer.scaling = {name: 3 * scaling for name, scaling in layer.scaling.items()}
+
+
+def _replace_lora_b(layer: Any) -> None:
+    layer.lora_B = copy.deepcopy(layer.lora_B)
+    layer.lora_B["a0"].weight.data.mul_(3)
+
+
+SCALING_CHANGES: dict[str, Callable[[Any], None]] = {
+    "set_scale": lambda layer: layer.set_scale("a0", 3.0),
+    "scale_layer": lambda layer: layer.scale_layer(3.0),
+    "an item": lambda layer: layer.scaling.update(a0=7.0),
+    "another dict": _rescale,
+}
+
+
+def peft_build() -> Any:
+    """`build` with two adapters of PEFT in a patched model."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, target_modules=["q", "k", "v", "o"])
+    model = peft.get_peft_model(Attention(), config, "a0")
+    model.add_adapter("a1", config)
+    fastlora.patch(model)
+    randomize(model.eval())
+    return model
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("change", SCALING_CHANGES)
+def test_a_changed_scaling_is_used(change: str, patched: bool, in_block: bool) -> None:
+    """Of fastlora's and of patched layers, from the next forward on."""
+    model = peft_build() if patched else build([8, 8], everywhere=True)
+    x, names = torch.randn(4, 48), list[str | None](["a0", "a1", None, "a0"])
+    before = steps(model, x, names)[-1]
+    if in_block:
+        with torch.no_grad(), adapters(model, names):
+            model(x), model(x)
+            SCALING_CHANGES[change](model.base_model.model.q)
+            after = model(x)
+    else:
+        SCALING_CHANGES[change](model.base_model.model.q)
+        after = steps(model, x, names)[-1]
+    with torch.enable_grad(), adapters(model, names):  # nothing is kept
+        expected = model(x).detach()
+    torch.testing.assert_close(after, expected)
+    assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_pefts_rescale_adapter_scale_in_mixed_batches(patched: bool) -> None:
+    """Packed before its block and packed in it."""
+    model = peft_build() if patched else build([8, 8], everywhere=True)
+    x, names = torch.randn(4, 48), list[str | None](["a0", "a1", None, "a0"])
+    before = steps(model, x, names)[-1]
+    with torch.no_grad(), adapters(model, [None] * 4):
+        base = model(x)
+    with rescale_adapter_scale(model, 0.0):
+        torch.testing.assert_close(steps(model, x, names)[-1], base)
+    torch.testing.assert_close(steps(model, x, names)[-1], before)
+    assert not torch.allclose(before, base)
+
+
+def _add_by_hand(layer: Any) -> None:
+    layer.lora_A["a0"] = nn.Linear(48, 8, bias=False).eval()
+    layer.lora_B["a0"] = nn.Linear(8, 24, bias=False).eval()
+    layer.lora_dropout["a0"] = nn.Identity().eval()
+    layer.scaling["a0"], layer.r["a0"] = 2.0, 8
+
+
+def test_modules_that_replace_factors_are_used() -> None:
+    """In the place of a layer's ModuleDict, and added by hand to a layer without the adapter."""
+    x, names = torch.randn(4, 48), list[str | None](["a0", "a1", None, "a0"])
+    for change, layer in ((_replace_lora_b, "q"), (_add_by_hand, "k")):
+        model = build([8, 8])  # k lacks a0
+        before = steps(model, x, names)[-1]
+        change(model.base_model.model.get_submodule(layer))
+        after = steps(model, x, names)[-1]
+        with torch.enable_grad(), adapters(model, names):  # nothing is kept
+            expected = model(x).detach()
+        torch.testing.assert_close(after, expected)
+        assert not torch.allclose(before, expected)
 
 
 def test_a_block_finds_its_factors_once() -> None:

@@ -119,9 +119,10 @@ class LayerSlots:
     def is_empty(self, slot: int) -> bool:
         """Return whether a slot is empty.
 
-        An empty slot contains no adapter for this layer, and its rank is 0 in all slices.
+        An empty slot contains no adapter for this layer, and its rank is 0 in all slices. A slot in
+        which a write failed may have ranks in some of the products only, and is not empty.
         """
-        return all(each.is_empty(slot) for each in self.expand)
+        return all(each.is_empty(slot) for each in (*self.linear, *self.shrink, *self.expand))
 
     def clear(self, slot: int) -> None:
         """Empty a slot.
