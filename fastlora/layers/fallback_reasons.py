@@ -6,7 +6,7 @@ mode, and of CUDA graph captures.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -71,8 +71,9 @@ def fusion_status(
 def uses_dora(layer: BaseLinearWithAdapters, names: list[str]) -> bool:
     """Return whether any of the named adapters uses DoRA on a layer."""
     holder = layer._modules.get("lora_magnitude_vector")
-    magnitudes: Any = None if holder is None else holder._modules
-    return bool(magnitudes) and any(name in magnitudes for name in names)
+    if holder is None or not holder._modules:  # Dynamo in torch 2.11 does not trace `bool(dict)`.
+        return False
+    return any(name in holder._modules for name in names)
 
 
 def reason_dora_prevents_fusion(layer: BaseLinearWithAdapters, names: list[str]) -> str:
