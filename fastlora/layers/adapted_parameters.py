@@ -36,7 +36,7 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.mixed_dispatch import check_not_merged
-from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
+from fastlora.layers.unfused import BaseUnfusedLoraLayer, call_with_parameters
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import (
     ExecutionMode,
@@ -491,7 +491,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, made, (x, *args), kwargs)
-        return copy_with_parameters(base, made)(x, *args, **kwargs)
+        return call_with_parameters(base, made, x, *args, **kwargs)
 
     def _run_mixed(
         self,

@@ -29,7 +29,12 @@ from fastlora.layers.layer_kinds import (
 )
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.unfused import BaseUnfusedLoraLayer, copy_with_parameters
+from fastlora.layers.unfused import (
+    BaseUnfusedLoraLayer,
+    call_with_parameters,
+    copy_with_parameters,
+    has_bound_forward,
+)
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import disable_autocast_on
 from fastlora.routing.active import active_routing
@@ -145,10 +150,12 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         base = self.base_layer
         weight = _add_lora_updates(self, base.in_proj_weight, own)
         out_weight = _add_lora_updates(self._out(), self._out().weight, inner)
+        weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
-            weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
+        if has_bound_forward(base):
+            return call_with_parameters(base, weights, query, *args, **kwargs)
         out = copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
         stand_in = copy_with_parameters(base, {"in_proj_weight": weight})
         stand_in._modules = {**base._modules, "out_proj": out}

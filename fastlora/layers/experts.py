@@ -87,8 +87,13 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     Args:
         base_layer: The module with the stacks.
+
+    Attributes:
+        module_of_forward: The Python module that defines the ``forward`` which the layer replaces.
+            If a class overrides it, or another library replaces it, the layer calls the module.
     """
 
+    module_of_forward = "transformers.integrations.moe"
     runs_kernels = True
     fallback_reason = "its products depend on the number of rows"
 
@@ -104,6 +109,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
         is never fused.
         """
+        if not self._has_known_forward():
+            return super().fusion(gathered)
         base = self.base_layer
         config = getattr(base, "config", None)
         replaced = getattr(config, "_experts_implementation", None)
@@ -113,6 +120,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             f"experts_implementation={replaced!r} while an adapter is active",
         )
 
+    def _has_known_forward(self) -> bool:
+        return _module_of_forward(self.base_layer) == self.module_of_forward
+
     def _run(
         self,
         applied: Mapping[str, list[str]],
@@ -120,14 +130,15 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if has_module_hooks(self.base_layer):  # Only a call of the module runs its hooks.
+        # Only a call of the module runs its hooks, and a forward that is not transformers' own.
+        if has_module_hooks(self.base_layer) or not self._has_known_forward():
             return super()._run(applied, conditions, *args, **kwargs)
         return self._forward(None, conditions, *args, **kwargs)
 
     def _run_mixed(
         self, routing: Routing, conditions: ExecutionMode, *args: Any, **kwargs: Any
     ) -> Any:
-        if has_module_hooks(self.base_layer):
+        if has_module_hooks(self.base_layer) or not self._has_known_forward():
             raise UnsupportedLayerError(
                 f"{self._description()} has hooks or a replaced forward method, so it does not "
                 "support mixed batches; run one adapter at a time"
@@ -375,6 +386,8 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
     says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x is multiplied by lora_B first.
     """
 
+    module_of_forward = "transformers.models.llama4.modeling_llama4"
+
     def _forward(  # type: ignore[override]  # these experts get no choices of a router
         self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
     ) -> torch.Tensor:
@@ -412,6 +425,12 @@ def _is_marked(module: nn.Module) -> bool:
         and not isinstance(module, LoraLayer)
         and all(_is_stack(module, name) for name in _product_names(module))
     )
+
+
+def _module_of_forward(module: nn.Module) -> str | None:
+    """Return the name of the Python module that defines the ``forward`` of a module's class."""
+    namespace: dict[str, Any] = getattr(type(module).forward, "__globals__", {})
+    return namespace.get("__name__")
 
 
 def _is_stack(module: nn.Module, name: str) -> bool:

@@ -7,6 +7,7 @@ adapter runs on its own samples.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -271,6 +272,38 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         scaling = self._scaling_on_device_of(name, lora_a) if compiling else self.scaling[name]
         squares = adapted_squared_norms(self, lora_a, lora_b, scaling, compiling)
         return dora_scale(self._local_magnitude(name), squares)
+
+
+# Only one thread at a time replaces parameters of modules in place.
+_REPLACEMENT = threading.RLock()
+
+
+def call_with_parameters(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module with some parameters replaced by tensors, and return the result.
+
+    A copy of the module is called, so that other threads do not see the replacement. The attributes
+    that the call sets on the copy are set on the module. A ``forward`` that was replaced on the
+    instance is bound to the module. In this case, the parameters are replaced in place during the
+    call.
+    """
+    if has_bound_forward(module):
+        with _REPLACEMENT:
+            return torch.func.functional_call(module, dict(tensors), args, kwargs)
+    copied = copy_with_parameters(module, tensors)
+    before = dict(copied.__dict__)
+    result = copied(*args, **kwargs)
+    for name, value in copied.__dict__.items():
+        if name not in before or before[name] is not value:
+            module.__dict__[name] = value
+    return result
+
+
+def has_bound_forward(module: nn.Module) -> bool:
+    """Return whether a module's ``forward`` was replaced on the instance, or compiled in place."""
+    own = module.__dict__
+    return "forward" in own or own.get("_compiled_call_impl") is not None
 
 
 def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

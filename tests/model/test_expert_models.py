@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 
 import fastlora
@@ -459,6 +461,93 @@ def test_hooks_of_experts_run_with_adapters() -> None:
         fastlora.adapters(model, ["default", "other", None]),
     ):
         logits(model)
+
+
+def _bind(module: Any) -> None:
+    forward = type(module).forward
+    module.forward = types.MethodType(lambda self, *args: forward(self, *args), module)
+
+
+def _wrap(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda *args: forward(*args)
+
+
+def _hook_by_accelerate(module: Any) -> None:
+    add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+
+
+@pytest.mark.parametrize("replace", [_bind, _wrap, _hook_by_accelerate])
+@pytest.mark.parametrize("target", ["experts.down_proj", "mlp.gate.weight"])
+def test_a_forward_that_was_replaced_on_the_instance(target: str, replace: Any) -> None:
+    """It runs with the adapter, as under `accelerate.dispatch_model`."""
+    found = []
+    for replaces in (False, True):
+        base = moe_model("qwen3_moe", DOUBLE, "eager")
+        if replaces:
+            for name, module in base.named_modules():
+                if name.endswith(target.split(".")[-2]):
+                    replace(module)
+        config = fastlora.LoraConfig(r=2, target_modules=[], target_parameters=[target])
+        model = fastlora.get_peft_model(base, config)
+        before = logits(model)
+        copy_random_factors([model])
+        y = logits(model)
+        y.square().sum().backward()
+        found.append((y.detach(), file_gradients(model)))
+        assert not torch.allclose(y, before)
+    torch.testing.assert_close(*found)
+
+
+def test_an_attribute_that_a_router_sets_in_its_forward() -> None:
+    """It is set on the module, where a model reads it."""
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.loss = torch.nn.Parameter(torch.randn(4, 6)), torch.zeros(())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.weight.T
+            self.loss = y.square().sum()
+            return y
+
+    router = Router()
+    config = fastlora.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
+    model = fastlora.get_peft_model(torch.nn.Sequential(router), config)
+    copy_random_factors([model])
+    y = model(torch.randn(3, 6))
+    torch.testing.assert_close(router.loss, y.square().sum())
+    router.loss.backward()
+    assert all(gradient.abs().sum() > 0 for gradient in file_gradients(model).values())
+
+
+@pytest.mark.parametrize("how", ["subclass", "class"])
+def test_a_class_of_experts_with_a_forward_of_its_own(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs, with each parameter and its update added, instead of grouped products."""
+    base = moe_model("qwen3_moe", DOUBLE, "eager")
+    kind = type(base.model.layers[0].mlp.experts)
+    forward = kind.forward
+
+    def twice(self: Any, *args: Any) -> Any:
+        return 2 * forward(self, *args)
+
+    if how == "class":
+        monkeypatch.setattr(kind, "forward", twice)
+    else:
+        for module in base.modules():
+            if type(module) is kind:
+                module.__class__ = type("Experts", (kind,), {"forward": twice})
+    expected = logits(base)
+    config = fastlora.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    model = fastlora.get_peft_model(base, config)
+    torch.testing.assert_close(logits(model), expected)
+    copy_random_factors([model])
+    y = logits(model)
+    assert not torch.allclose(y, expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), y)
 
 
 def test_lora_fa_and_unusable_names_raise() -> None:
