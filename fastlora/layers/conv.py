@@ -156,7 +156,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         down, up = self.lora_A[name], self.lora_B[name]
         return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias
 
-    def _copy_into_factors(
+    def _write_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         down, up = self.lora_A[name], self.lora_B[name]

@@ -310,8 +310,25 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     ) -> None:
         """Copy tensors into an adapter's factors.
 
-        The tensors have the shapes that `_factors` returns.
+        The tensors must have the shapes that `_factors` returns.
+
+        Raises:
+            AdapterStateError: If a tensor has a different shape.
         """
+        pairs = list(zip(self._factors(name), (lora_a, lora_b, bias), strict=True))
+        for place, value in pairs:
+            # `copy_` would broadcast the factors of rank 1.
+            if place is not None and value is not None and place.shape != value.shape:
+                raise AdapterStateError(
+                    f"a factor of adapter {name!r} has shape {tuple(place.shape)}, but the tensor "
+                    f"to copy into it has shape {tuple(value.shape)}"
+                )
+        self._write_factors(name, lora_a, lora_b, bias)
+
+    def _write_factors(
+        self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Copy tensors of the right shapes into an adapter's factors."""
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)

@@ -6,7 +6,6 @@ All factors of a new adapter are computed before the model is changed.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -177,9 +176,10 @@ def build_computed_adapter(
         ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
     copies = _sole_copy_owners(model, list(configs))
+    ranks = {name: each.rank for name, each in factors.items()}
     if config is None:
-        ranks = {name: each.rank for name, each in factors.items()}
         config = _computed_adapter_config(list(configs.values()), ranks, copies)
+    alphas = {name: config.alpha_for(name) for name in factors}
     plan = plan_target_modules(model, config)
     layers = lora_layers(model)
     parameters = {name for name in factors if not layers[name].replaces_module}
@@ -190,6 +190,7 @@ def build_computed_adapter(
         config.target_modules = outer
         config.target_parameters = sorted(parameters) or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.set_layer_ranks_and_alphas(ranks, alphas)
         plan = plan_target_modules(model, config)
     holders = (layers[name]._factors(a) for name in factors for a in configs if a in layers[name].r)
     return ComputedAdapter(plan, factors, copies, next(holders)[0].dtype == torch.float32)
@@ -259,8 +260,6 @@ def _computed_adapter_config(
     rank = max(ranks.values())
     config.r = config.lora_alpha = rank
     config.use_rslora = False  # alpha / sqrt(rank) would scale a second time
-    config.rank_pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    config.alpha_pattern = dict(config.rank_pattern)
     config.bias = "none"  # the biases of the base model do not belong to the adapter
     config.lora_bias = any(each.lora_bias for each in configs)
     config.init_lora_weights = True
@@ -273,4 +272,5 @@ def _computed_adapter_config(
         config.target_modules = {name for each in lists for name in each}
     parameters = {name for each in configs for name in each.target_parameters or ()}
     config.target_parameters = sorted(parameters) or None
+    config.set_layer_ranks_and_alphas(ranks, ranks)
     return config

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -385,6 +386,26 @@ class LoraConfig(PeftConfigMethods):
         # A config may list any number of names.
         with count_toward_matching_time_limit("target_parameters"):
             return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
+
+    def set_layer_ranks_and_alphas(
+        self, ranks: Mapping[str, int], alphas: Mapping[str, int | float]
+    ) -> None:
+        """Set the patterns so that each of the given layers has the given rank and alpha.
+
+        ``rank_pattern`` and ``alpha_pattern`` are replaced. They contain only the layers with
+        values other than ``r`` and ``lora_alpha``. Call this method after ``target_parameters`` is
+        set, because this field determines the names that the patterns are matched against.
+
+        Args:
+            ranks: A mapping from the names of modules and target parameters to ranks.
+            alphas: A mapping from the same names to values of ``lora_alpha``.
+        """
+
+        def pattern(name: str) -> str:
+            return f"^{re.escape(self._name_for_rank_and_alpha_patterns(name))}"
+
+        self.rank_pattern = {pattern(n): rank for n, rank in ranks.items() if rank != self.r}
+        self.alpha_pattern = {pattern(n): a for n, a in alphas.items() if a != self.lora_alpha}
 
     def scaling_for(self, name: str) -> float:
         """Return the LoRA scaling for the module or target parameter called ``name``."""

@@ -27,7 +27,7 @@ from fastlora.layers.base_layers import linear_features, stores_weight_transpose
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.adapter_folder import KEY_PREFIX
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import lora_layers
+from fastlora.model.inject import adapted_layers, lora_layers
 from fastlora.model.plan import adapter_settings_for, to_lora_config
 from fastlora.model.targets import find_target_modules, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
@@ -245,7 +245,7 @@ def initialize_lora_eva_weights(
     The adapter must have been added with ``init_lora_weights="eva"``. If the rank of a layer
     changes, the layer gets new parameters, so create the optimizer after this call. A layer that is
     assigned a rank of 0 loses the adapter. The adapter's config is updated: ``rank_pattern``,
-    ``alpha_pattern``, and ``target_modules`` describe the new state.
+    ``alpha_pattern``, ``target_modules``, and ``target_parameters`` describe the new state.
 
     Args:
         model: The model with the adapter.
@@ -313,7 +313,8 @@ def _apply_eva_state_dict(
                 f"[rank, {layers[name].in_features}]"
             )
     settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
-    ranks, alphas, adapted, missing = {}, {}, [], []
+    ranks, alphas, missing = {}, {}, []
+    parameters = _parameters_of_layers(layers, config)
     for name, layer in layers.items():
         new_settings = adapter_settings_for(name, config)
         rank, alpha = new_settings.r, new_settings.lora_alpha
@@ -332,14 +333,13 @@ def _apply_eva_state_dict(
         if name in found:
             weight: Any = layer.lora_A[adapter_name].weight
             weight.copy_(found[name])
-        adapted.append(name)
+        pattern = config._name_for_rank_and_alpha_patterns(name)
         if rank != config.r:
-            ranks[name] = rank
+            ranks[pattern] = rank
         if alpha != config.lora_alpha:
-            alphas[name] = alpha
-    config.target_modules = set(adapted)
-    config.target_modules = resolve_target_modules(tuner.model, config)
+            alphas[pattern] = alpha
     config.rank_pattern, config.alpha_pattern = ranks, alphas
+    _store_adapted_layers_as_targets(tuner, adapter_name, config, parameters)
     tuner._find_routed()
     tuner.set_adapter(tuner.active_adapters, config.inference_mode)
     if missing:
@@ -348,6 +348,35 @@ def _apply_eva_state_dict(
             f"not found in the eva state_dict: {missing}",
             stacklevel=3,
         )
+
+
+def _parameters_of_layers(layers: Mapping[str, LoraLayer], config: LoraConfig) -> dict[str, str]:
+    """Return a dict that maps layer names to the full names of their target parameters.
+
+    Layers that ``target_modules`` selects are left out.
+    """
+    weights = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
+    return {n: w for n, w in weights.items() if w != n or not layers[n].replaces_module}
+
+
+def _store_adapted_layers_as_targets(
+    tuner: LoraTuner, adapter_name: str, config: LoraConfig, parameters: Mapping[str, str]
+) -> None:
+    """Update an adapter's config to select exactly the layers that have the adapter.
+
+    Args:
+        tuner: The tuner of the model.
+        adapter_name: The name of the adapter.
+        config: The adapter's config.
+        parameters: The result of `_parameters_of_layers` for the layers that had the adapter.
+    """
+    left = adapted_layers(tuner.model, adapter_name)
+    config.target_modules = {name for name in left if name not in parameters}
+    config.target_modules = resolve_target_modules(tuner.model, config)
+    kept = [parameter for name, parameter in parameters.items() if name in left]
+    if len(kept) < len(parameters):
+        config.target_parameters = sorted(kept) or None
+        tuner._parameters_by_adapter[adapter_name] = kept
 
 
 def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> None:

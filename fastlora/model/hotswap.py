@@ -480,20 +480,14 @@ def _update_config_ranks_and_scalings(
     ranks = {name: layer.r[adapter_name] for name, layer in own.items()}
     rank = max(ranks.values())
     config.r = rank
-    others = {_exact_pattern(name): r for name, r in ranks.items() if r != rank}
-    config.rank_pattern = others or dict.fromkeys(config.rank_pattern, rank)
     alphas = {}
     for name, layer in own.items():
         by = math.sqrt(ranks[name]) if config.use_rslora else ranks[name]
         alphas[name] = float(layer.scaling[adapter_name]) * by
     config.lora_alpha = next(iter(alphas.values()))
-    config.alpha_pattern = {
-        _exact_pattern(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha
-    }
-
-
-def _exact_pattern(name: str) -> str:
-    return f"^{re.escape(name)}"
+    before = config.rank_pattern
+    config.set_layer_ranks_and_alphas(ranks, alphas)
+    config.rank_pattern = config.rank_pattern or dict.fromkeys(before, rank)
 
 
 def _drop_unchanged_base_weights(

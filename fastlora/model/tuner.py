@@ -288,6 +288,9 @@ class LoraTuner(nn.Module):
                 f"Adapter {adapter_name} does not exist; loaded adapters: {known}"
                 f"{near_names(adapter_name, known)}"
             )
+        self._delete_adapter(adapter_name)
+
+    def _delete_adapter(self, adapter_name: str) -> None:
         biases = self._selected_base_biases(adapter_name) if adapter_name in self._active else []
         inject.delete_adapter(self.model, adapter_name)
         for bias in biases:
@@ -365,14 +368,18 @@ class LoraTuner(nn.Module):
     def add_computed_adapter(self, adapter_name: str, computed: ComputedAdapter) -> None:
         """Add a computed adapter to the model.
 
-        The new adapter is frozen and inactive.
+        The new adapter is frozen and inactive. If an error is raised, the adapter is not added.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
             computed: The computed adapter.
         """
         self.add_adapter(adapter_name, computed.plan, autocast_adapter_dtype=computed.wide)
-        computed.copy_into_adapter(self.model, adapter_name)
+        try:
+            computed.copy_into_adapter(self.model, adapter_name)
+        except BaseException:
+            self._delete_adapter(adapter_name)  # also in an open `fastlora.adapters` block
+            raise
 
     def check_new_adapter_name(self, adapter_name: str) -> None:
         """Check that ``adapter_name`` is a valid name and is not in use.
