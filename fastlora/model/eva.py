@@ -350,13 +350,13 @@ def _apply_eva_state_dict(
         )
 
 
-def _parameters_of_layers(layers: Mapping[str, LoraLayer], config: LoraConfig) -> dict[str, str]:
+def _parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
     """Return a dict that maps layer names to the full names of their target parameters.
 
     Layers that ``target_modules`` selects are left out.
     """
-    weights = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
-    return {n: w for n, w in weights.items() if w != n or not layers[n].replaces_module}
+    names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
+    return {name: weight for name, weight in names.items() if weight != name}
 
 
 def _store_adapted_layers_as_targets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,22 @@ def test_a_share_of_an_update_has_the_smallest_rank_that_keeps_it() -> None:
     assert (
         nothing.num_singular_values_to_keep(0.5) == 1 and nothing.relative_truncation_error(1) == 0
     )
+
+
+@pytest.mark.parametrize("within_block", [False, True])
+def test_a_failed_sum_is_not_left_in_the_model(
+    within_block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factor of another rank, which may broadcast, is an error, and the adapter is removed."""
+    model = filled(fastlora, {"r": 1}, {"r": 1})
+    names = list(model.state_dict())
+    wrong = "set_layer_ranks_and_alphas"
+    monkeypatch.setattr(fastlora.LoraConfig, wrong, lambda c, *_: c.rank_pattern.update(q=3))
+    blocks = contextlib.ExitStack()
+    with blocks, torch.no_grad():
+        if within_block:
+            blocks.enter_context(fastlora.adapters(model, ["a"] * len(X)))
+        with pytest.raises(AdapterStateError, match=r"shape \(3, 16\), but .* shape \(1, 16\)"):
+            model.add_weighted_adapter(["a"], [1.0], "sum")
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["a", "b"]

@@ -8,9 +8,11 @@ _BIASES = "tests/model/test_base_biases.py"
 _CALLS = "tests/integrations/test_peft_compatibility_calls.py"
 _DROPIN = "tests/model/test_dropin.py"
 _EXPERT_FILES = "tests/model/test_expert_files.py"
+_EXPERT_MODELS = "tests/model/test_expert_models.py"
 _HOTSWAP = "tests/model/test_hotswap.py"
 _PATTERNS = "tests/test_patterns.py"
 _OPEN_BLOCKS = "tests/routing/test_open_blocks.py"
+_WEIGHTED = "tests/algebra/test_weighted.py"
 
 FAULTS = (
     Fault(
@@ -360,5 +362,27 @@ FAULTS = (
             "tests/routing/test_open_blocks.py::"
             "test_a_failed_addition_within_an_open_block_is_undone",
         ),
+    ),
+    Fault(
+        sentence="The rank of a linear layer in target_parameters is written by another name.",
+        kind="a pattern of another name",
+        source="b1be4d6",
+        path="fastlora/model/config.py",
+        before='            return f"^{re.escape(self._name_for_rank_and_alpha_patterns(name))}"\n',
+        after='            return f"^{re.escape(name)}"\n',
+        tests=(
+            f"{_EXPERT_MODELS}::test_weighted_sums_over_weights_of_linear_layers",
+            f"{_EXPERT_MODELS}::test_reducing_the_rank_of_weights_of_linear_layers",
+            f"{_EXPERT_MODELS}::test_a_hot_swap_of_weights_of_linear_layers",
+        ),
+    ),
+    Fault(
+        sentence="A weighted sum that fails stays in the model.",
+        kind="an error that leaves its work",
+        source="b1be4d6",
+        path="fastlora/model/tuner.py",
+        before="self._delete_adapter(adapter_name)  # also in",
+        after="pass  # also in",
+        tests=(f"{_WEIGHTED}::test_a_failed_sum_is_not_left_in_the_model",),
     ),
 )

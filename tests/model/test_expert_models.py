@@ -275,6 +275,127 @@ def test_hot_swap(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), logits(other))
 
 
+# ------------------------------------------------------------ weights of linear layers
+
+
+Q, V = "q_proj.weight", "v_proj.weight"
+
+
+def with_adapters(**configs: dict[str, Any]) -> LoraModel:
+    """A float64 model with random adapters that are named as the arguments."""
+    base = moe_model("qwen3_moe", DOUBLE, "eager")
+    made = {name: fastlora.LoraConfig(**{"lora_alpha": 4, **c}) for name, c in configs.items()}
+    first, *others = made
+    model = fastlora.get_peft_model(base, made[first], first)
+    for name in others:
+        model.add_adapter(name, made[name])
+    for seed, name in enumerate(made):
+        copy_random_factors([model], name, seed)
+    return model
+
+
+def deltas(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    layers = fastlora.model.inject.lora_layers(model.base_model.model).items()
+    return {name: layer.get_delta_weight(adapter) for name, layer in layers if adapter in layer.r}
+
+
+def check_files(model: Any, adapter: str, folder: Path) -> None:
+    """Saves the adapter, and compares the logits of both libraries with the model's."""
+    model.set_adapter(adapter)
+    expected = logits(model).detach()
+    assert float((expected - logits(moe_model("qwen3_moe", DOUBLE, "eager"))).abs().max()) > 1e-3
+    model.save_pretrained(folder, selected_adapters=[adapter])
+    folder = folder if adapter == "default" else folder / adapter
+    for library in (LoraModel, peft.PeftModel):
+        base = moe_model("qwen3_moe", DOUBLE, "eager")
+        torch.testing.assert_close(logits(library.from_pretrained(base, folder)), expected)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ([Q], [V]),
+        ([Q], ["experts.down_proj"]),
+        (["0.self_attn.q_proj.weight", "experts.down_proj"], ["1.self_attn.q_proj.weight"]),
+    ],
+)
+def test_weighted_sums_over_weights_of_linear_layers(
+    targets: tuple[list[str], ...], ranks: tuple[int, int], kind: str, tmp_path: Path
+) -> None:
+    one, two = ({"r": r, "target_parameters": t} for r, t in zip(ranks, targets, strict=True))
+    model = with_adapters(default=one, second=two)
+    model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum", kind)
+    expected = {n: 0.5 * d for n, d in deltas(model, "default").items()}
+    expected |= {n: -2.0 * d for n, d in deltas(model, "second").items()}
+    torch.testing.assert_close(deltas(model, "sum"), expected)
+    check_files(model, "sum", tmp_path)
+
+
+def test_a_weighted_sum_that_lists_weights_of_linear_layers_as_modules(tmp_path: Path) -> None:
+    """The adapters select layers in different ways, so the patterns name modules."""
+    one = {"r": 2, "target_parameters": [Q], "layers_to_transform": [0]}
+    model = with_adapters(default=one, second={"r": 3, "target_parameters": [V]})
+    model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum", "cat")
+    expected = {n: 0.5 * d for n, d in deltas(model, "default").items()}
+    expected |= {n: -2.0 * d for n, d in deltas(model, "second").items()}
+    assert model.peft_config["sum"].target_modules == set(expected)
+    torch.testing.assert_close(deltas(model, "sum"), expected)
+    check_files(model, "sum", tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0.5, 0.9])
+def test_reducing_the_rank_of_weights_of_linear_layers(rank: float, tmp_path: Path) -> None:
+    config = {
+        "r": 4,
+        "target_parameters": [Q, "experts.down_proj", "gate.weight"],
+        "rank_pattern": {"gate.weight": 1, Q: 2},
+    }
+    model = with_adapters(default=config)
+    report = fastlora.reduce_rank(model, rank, "default", "less")
+    full, less = deltas(model, "default"), deltas(model, "less")
+    assert len(set(report.ranks.values())) > 1
+    for name, error in report.errors.items():
+        assert abs(float((full[name] - less[name]).norm() / full[name].norm()) - error) < 1e-9, name
+    check_files(model, "less", tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [{"alpha_pattern": {Q: 20}}, {"rank_pattern": {Q: 1}}])
+@pytest.mark.parametrize("other", [V, "experts.down_proj"])
+def test_a_hot_swap_of_weights_of_linear_layers(
+    other: str, pattern: dict[str, Any], tmp_path: Path
+) -> None:
+    targets = {"target_parameters": [Q, other]}
+    source = with_adapters(default={"r": 4, **targets, **pattern})
+    source.save_pretrained(tmp_path / "source")
+    model = with_adapters(default={"r": 2, **targets})
+    fastlora.hotswap_adapter(model, tmp_path / "source", "default")
+    torch.testing.assert_close(logits(model), logits(source))
+    check_files(model, "default", tmp_path / "again")
+
+
+@pytest.mark.parametrize("modules", [[], ["v_proj"]])
+def test_eva_on_weights_of_linear_layers(modules: list[str], tmp_path: Path) -> None:
+    """One layer gets another rank, and one none."""
+    torch.manual_seed(0)
+    parameters = [Q] if modules else [Q, V]
+    config = fastlora.LoraConfig(
+        r=3, target_modules=modules, target_parameters=parameters, init_lora_weights="eva"
+    )
+    model = fastlora.get_peft_model(moe_model("qwen3_moe", DOUBLE, "eager"), config)
+    ranks = {"0.self_attn.q_proj": 5, "0.self_attn.v_proj": 2, "1.self_attn.q_proj": 0}
+    state = {
+        f"base_model.model.model.layers.{name}": torch.randn(rank, 16, dtype=DOUBLE)
+        for name, rank in {**ranks, "1.self_attn.v_proj": 3}.items()
+    }
+    fastlora.initialize_lora_eva_weights(model, eva_state_dict=state)
+    copy_random_factors([model])
+    assert len(deltas(model, "default")) == 3
+    assert not [n for n in model.base_model.targeted_parameter_names if "1.self_attn.q" in n]
+    check_files(model, "default", tmp_path)
+
+
 # ------------------------------------------------------------ routers, and other modules
 
 
