@@ -14,6 +14,7 @@ it ``base_layer.lora_A``.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,12 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.mixed_dispatch import check_not_merged
-from fastlora.layers.unfused import BaseUnfusedLoraLayer, call_with_parameters
+from fastlora.layers.unfused import (
+    BaseUnfusedLoraLayer,
+    call_with_parameters,
+    copy_with_parameters,
+    has_bound_forward,
+)
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import (
     ExecutionMode,
@@ -472,26 +478,38 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         factors = {
             n: [layers[n].factors_and_scaling(a) for a in names] for n, names in applied.items()
         }
-        return self._run_with_factors(factors, conditions, x, *args, **kwargs)
+        base, tensors = self.base_layer, self._adapted_tensors(factors)
+        # The compiler does not support modules that are created during the call.
+        if conditions.compiling:
+            return torch.func.functional_call(base, tensors, (x, *args), kwargs)
+        return call_with_parameters(base, tensors, x, *args, **kwargs)
 
-    def _run_with_factors(
-        self,
-        factors: Mapping[str, Sequence[Factors]],
-        conditions: ExecutionMode,
-        x: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the module with the LoRA updates that result from the given factors.
+    def _adapted_tensors(self, factors: Mapping[str, Sequence[Factors]]) -> dict[str, torch.Tensor]:
+        """Return a dict of the adapted parameters that result from the given factors.
 
         ``factors`` maps the name of each parameter to the factors of the adapters applied to it.
         """
-        base, layers = self.base_layer, self._modules["parameters_with_adapters"]
-        made: Any = {name: layers[name].adapted(given) for name, given in factors.items()}
-        # The compiler does not support modules that are created during the call.
-        if conditions.compiling:
-            return torch.func.functional_call(base, made, (x, *args), kwargs)
-        return call_with_parameters(base, made, x, *args, **kwargs)
+        layers: Any = self._modules["parameters_with_adapters"]
+        return {name: layers[name].adapted(given) for name, given in factors.items()}
+
+    def _call_without_forward_hooks(
+        self, factors: Mapping[str, Sequence[Factors]], x: torch.Tensor
+    ) -> Any:
+        """Call the module with the LoRA updates that result from the given factors.
+
+        The module's forward hooks and forward pre-hooks do not run.
+        """
+        base, tensors = self.base_layer, self._adapted_tensors(factors)
+        if has_bound_forward(base):
+            if base._forward_hooks or base._forward_pre_hooks:
+                raise UnsupportedLayerError(
+                    f"{self._description()} has forward hooks and a replaced forward method, so it "
+                    "does not support mixed batches; run one adapter at a time"
+                )
+            return call_with_parameters(base, tensors, x)
+        made = copy_with_parameters(base, tensors)
+        made.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+        return made(x)
 
     def _run_mixed(
         self,
@@ -503,9 +521,30 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     ) -> Any:
         """Run the module on a mixed batch.
 
-        This implementation runs the module separately for each adapter's rows. The layer for
-        experts overrides it, and sorts the rows instead. Each row along the first dimension of x
-        uses at most one adapter. An output must have the same number of rows for each row of x.
+        This implementation runs the module separately for each adapter's rows. The module's forward
+        hooks and forward pre-hooks run once, with the whole batch. The layer for experts overrides
+        this method, and sorts the rows instead.
+        """
+
+        def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._run_separately(routing, conditions, x, *args, **kwargs)
+
+        if conditions.compiling:
+            return run(x, *args, **kwargs)  # Raises.
+        return _copy_with_forward(self.base_layer, run)(x, *args, **kwargs)
+
+    def _run_separately(
+        self,
+        routing: Routing,
+        conditions: ExecutionMode,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the module separately for each adapter's rows, without its forward hooks.
+
+        Each row along the first dimension of x uses at most one adapter. An output must have the
+        same number of rows for each row of x. The outputs have the rows in the order of x.
         """
         count = routing.ids.numel()
         if (
@@ -521,20 +560,20 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 "and are not supported under torch.compile; run one adapter at a time"
             )
         if not len(x):
-            return self.base_layer(x)
+            return self._call_without_forward_hooks({}, x)
         rows = routing.sorted_rows(len(x), x.device, read_on_host=True)
         spans = [*rows.segments, Segment(-1, int(rows.slot_start[-1]), len(x))]
         if len(rows.segments) == 1 and not rows.has_rows_without_slot:
             own = self._factors_in_slot(routing, rows.segments[0].slot)
-            return self._run_with_factors(own, conditions, x)
+            return self._call_without_forward_hooks(own, x)
         with torch.no_grad():
-            whole = self.base_layer(x)
+            whole = self._call_without_forward_hooks({}, x)
         shapes = [(t.shape[0] / len(x), *t.shape[1:]) for t in _as_tuple(whole)]
         outputs: list[tuple[torch.Tensor, ...]] = []
         for slot, start, stop in (span for span in spans if span.start < span.stop):
             own = {} if slot < 0 else self._factors_in_slot(routing, slot)
             own_x = x[rows.order[start:stop].long()]
-            made = _as_tuple(self._run_with_factors(own, conditions, own_x))
+            made = _as_tuple(self._call_without_forward_hooks(own, own_x))
             if [(t.shape[0] / (stop - start), *t.shape[1:]) for t in made] != shapes:
                 raise UnsupportedLayerError(
                     f"{self._description()} does not return the same number of output rows for "
@@ -557,6 +596,22 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         name = "" if checks is None else f" {checks.name_of(self)!r}"
         adapted = ", ".join(map(repr, self.inner_layers()))
         return f"module{name} ({type(self.base_layer).__name__}, target_parameters {adapted})"
+
+
+def _copy_with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Return a copy of a module with another ``forward`` method.
+
+    The copy runs the module's forward hooks and forward pre-hooks. It has no backward hooks,
+    because the modules that ``forward`` calls have them.
+    """
+    made = copy_with_parameters(module, {})
+    made.__dict__.update(
+        forward=forward,
+        _compiled_call_impl=None,
+        _backward_hooks=OrderedDict(),
+        _backward_pre_hooks=OrderedDict(),
+    )
+    return made
 
 
 def _as_tuple(outputs: torch.Tensor | Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:

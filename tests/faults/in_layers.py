@@ -724,6 +724,18 @@ FAULTS = (
         ("tests/model/test_expert_models.py::test_adapters_on_different_parameters",),
     ),
     Fault(
+        sentence="The hooks of a router see each adapter's rows of a mixed batch separately.",
+        kind="hooks of partial calls",
+        source="output_router_logits of mixed batches",
+        path="fastlora/layers/adapted_parameters.py",
+        before="_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict()",
+        after="",
+        tests=(
+            "tests/model/test_expert_models.py::test_router_logits_of_mixed_batches",
+            "tests/model/test_expert_models.py::test_hooks_of_routers_run_once_with_the_whole_batch",
+        ),
+    ),
+    Fault(
         sentence="To PEFT, a module with adapted parameters is a layer without any adapter.",
         kind="a layer in PEFT's classes",
         source="target_parameters in PEFT's suite",

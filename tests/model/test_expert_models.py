@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +451,105 @@ def test_mixed_batches_of_whole_models(kind: str) -> None:
             torch.testing.assert_close(gradients[name][key], gradient)
     with model.disable_adapter():
         torch.testing.assert_close(found[1:2], logits(model, ids[1:2]))
+
+
+def routers_with_two_adapters(kind: str) -> Any:
+    """A model whose routers have the adapters default and second."""
+    config = {"target_parameters": ["mlp.gate.weight"], "target_modules": ["o_proj"]}
+    model = adapted(kind, **config)
+    model.add_adapter("second", fastlora.LoraConfig(r=2, lora_alpha=3, **config))
+    copy_random_factors([model])
+    copy_random_factors([model], "second", seed=10)
+    model.base_model.set_adapter(["default", "second"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_router_logits_of_mixed_batches(kind: str) -> None:
+    """transformers records them with forward hooks of the routers."""
+    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    model, ids = routers_with_two_adapters(kind), batch()[[0, 1, 2, 0]]
+    rows, mask = ["second", None, "default", "second"], torch.ones_like(ids)
+    mask[0, :3] = mask[2, :2] = 0  # The auxiliary loss depends on the order of the rows.
+    inputs = {"input_ids": ids, "attention_mask": mask, "output_router_logits": True}
+    with fastlora.adapters(model, rows):
+        found = model(**inputs)
+    (found.logits.square().sum() + 100 * found.aux_loss).backward()
+    gradients = [file_gradients(model, name) for name in ("default", "second")]
+    model.zero_grad()
+    alone = {}
+    for name in ("default", "second"):
+        model.base_model.set_adapter(name)
+        alone[name] = model(**inputs)
+    with model.disable_adapter():
+        alone[None] = model(**inputs)
+    model.base_model.set_adapter(["default", "second"])
+    expected = tuple(
+        torch.cat(
+            [
+                alone[name].router_logits[layer].unflatten(0, (4, 7))[i]
+                for i, name in enumerate(rows)
+            ]
+        )
+        for layer in range(2)
+    )
+    assert len(found.router_logits) == len(expected)
+    for ours, wanted in zip(found.router_logits, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    config = model.config
+    count = getattr(config, "num_experts", None) or config.num_local_experts
+    loss = modeling.load_balancing_loss_func(expected, count, config.num_experts_per_tok, mask)
+    torch.testing.assert_close(found.aux_loss, loss)
+    outputs = torch.stack([alone[name].logits[i] for i, name in enumerate(rows)])
+    (outputs.square().sum() + 100 * loss).backward()
+    for name, own in zip(("default", "second"), gradients, strict=True):
+        for key, gradient in file_gradients(model, name).items():
+            assert gradient is not None and own[key] is not None, key
+            torch.testing.assert_close(own[key], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [["second", None, "default"], ["default"] * 3, [None] * 3, None],
+    ids=["mixed", "one adapter", "no adapter", "no block"],
+)
+def test_hooks_of_routers_run_once_with_the_whole_batch(rows: list[str | None] | None) -> None:
+    model = routers_with_two_adapters("qwen3_moe")
+    router = model.base_model.model.model.layers[0].mlp.gate
+    calls: dict[str, list[Any]] = {"wrapper": [], "before": [], "after": [], "backward": []}
+
+    def halve(module: Any, args: Any, kwargs: Any) -> Any:
+        calls["before"].append(args[0])
+        return (args[0] / 2, *args[1:]), kwargs
+
+    def double(module: Any, args: Any, output: Any) -> Any:
+        calls["after"].append((args[0], output))
+        return (output[0] * 2, *output[1:])
+
+    def count(module: Any, grad_input: Any, grad_output: Any) -> None:
+        calls["backward"].append(len(grad_input[0]))
+
+    def run(x: torch.Tensor) -> Any:
+        with fastlora.adapters(model, rows) if rows else nullcontext():
+            return router(x)
+
+    x = torch.randn(6, 16, dtype=DOUBLE, requires_grad=True)
+    expected = run(x / 2)
+    router.register_forward_hook(lambda module, args, output: calls["wrapper"].append(output))
+    base = router.base_layer
+    base.register_forward_pre_hook(halve, with_kwargs=True)
+    base.register_forward_hook(double)
+    base.register_full_backward_hook(count)
+    found = run(x)
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted * 2 if wanted is expected[0] else wanted)
+    assert [len(calls[name]) for name in ("wrapper", "before", "after")] == [1, 1, 1]
+    assert torch.equal(calls["before"][0], x) and torch.equal(calls["after"][0][0], x / 2)
+    for ours, wanted in zip(calls["after"][0][1], expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert torch.equal(calls["wrapper"][0][0], found[0])
+    found[0].square().sum().backward()
+    assert sum(calls["backward"]) == len(x)
 
 
 def test_a_module_with_other_outputs_is_refused_in_mixed_batches() -> None:
