@@ -12,7 +12,7 @@ for the whole process:
 
 * ``trained`` is for weights that may be trained. It changes at every step of any PyTorch optimizer,
   when the forward pass of a LoRA layer runs with gradients outside compiled code, when a LoRA layer
-  enters or leaves training mode, and at `fastlora.clear_caches`.
+  enters or leaves training mode, when an adapter's scaling changes, and at `fastlora.clear_caches`.
 * ``frozen`` is for frozen base weights. Their norms are expensive to compute, and training an
   adapter does not change them. This version therefore changes only when an optimizer that has one
   of these weights among its parameters takes a step, at every compiled optimizer step, and at

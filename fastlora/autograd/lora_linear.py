@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 import fastlora.ops.operator_backend  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, BackwardArguments
-from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import AdapterOperands, Base
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
@@ -187,8 +186,8 @@ class LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if saves_x else None, weight, s if saves_s else None, scaling, seeds, *factors
         )
-        if is_being_compiled():
-            # torch 2.11 loses the gradient of a result that was written in place.
+        if x.dim() == 2:
+            # Compiled code in torch 2.11 loses the gradient of a result that was written in place.
             made = torch.ops.aten._unsafe_view.default(made, made.shape)
         return made
 

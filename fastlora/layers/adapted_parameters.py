@@ -41,7 +41,7 @@ from fastlora.layers.unfused import (
     BaseUnfusedLoraLayer,
     call_with_parameters,
     copy_with_parameters,
-    has_bound_forward,
+    has_opaque_forward,
 )
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import (
@@ -478,18 +478,27 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         factors = {
             n: [layers[n].factors_and_scaling(a) for a in names] for n, names in applied.items()
         }
-        base, tensors = self.base_layer, self._adapted_tensors(factors)
+        base, tensors = self.base_layer, self._adapted_tensors(factors, x)
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, tensors, (x, *args), kwargs)
         return call_with_parameters(base, tensors, x, *args, **kwargs)
 
-    def _adapted_tensors(self, factors: Mapping[str, Sequence[Factors]]) -> dict[str, torch.Tensor]:
+    def _adapted_tensors(
+        self, factors: Mapping[str, Sequence[Factors]], x: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Return a dict of the adapted parameters that result from the given factors.
 
         ``factors`` maps the name of each parameter to the factors of the adapters applied to it.
+        ``x`` is the module's input.
         """
         layers: Any = self._modules["parameters_with_adapters"]
+        for name in factors:
+            if layers[name].parameter.is_meta and not x.is_meta:
+                raise UnsupportedLayerError(
+                    f"{self._description()} cannot run, because its parameter {name!r} is on the "
+                    "meta device; load the module on a device, without offloading"
+                )
         return {name: layers[name].adapted(given) for name, given in factors.items()}
 
     def _call_without_forward_hooks(
@@ -499,8 +508,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
 
         The module's forward hooks and forward pre-hooks do not run.
         """
-        base, tensors = self.base_layer, self._adapted_tensors(factors)
-        if has_bound_forward(base):
+        base, tensors = self.base_layer, self._adapted_tensors(factors, x)
+        if has_opaque_forward(base):
             if base._forward_hooks or base._forward_pre_hooks:
                 raise UnsupportedLayerError(
                     f"{self._description()} has forward hooks and a replaced forward method, so it "
@@ -607,7 +616,6 @@ def _copy_with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Mod
     made = copy_with_parameters(module, {})
     made.__dict__.update(
         forward=forward,
-        _compiled_call_impl=None,
         _backward_hooks=OrderedDict(),
         _backward_pre_hooks=OrderedDict(),
     )

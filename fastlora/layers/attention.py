@@ -33,7 +33,7 @@ from fastlora.layers.unfused import (
     BaseUnfusedLoraLayer,
     call_with_parameters,
     copy_with_parameters,
-    has_bound_forward,
+    has_opaque_forward,
 )
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import disable_autocast_on
@@ -154,7 +154,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
-        if has_bound_forward(base):
+        if has_opaque_forward(base):
             return call_with_parameters(base, weights, query, *args, **kwargs)
         out = copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
         stand_in = copy_with_parameters(base, {"in_proj_weight": weight})

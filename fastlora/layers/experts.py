@@ -109,8 +109,8 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
         is never fused.
         """
-        if not self._has_known_forward():
-            return super().fusion(gathered)
+        if self._calls_module():
+            return FusionStatus(False, FastLoraAdaptedParameters.fallback_reason)
         base = self.base_layer
         config = getattr(base, "config", None)
         replaced = getattr(config, "_experts_implementation", None)
@@ -120,8 +120,13 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             f"experts_implementation={replaced!r} while an adapter is active",
         )
 
-    def _has_known_forward(self) -> bool:
-        return _module_of_forward(self.base_layer) == self.module_of_forward
+    def _calls_module(self) -> bool:
+        """Return whether the module is called, and is not replaced by grouped products.
+
+        Only a call of the module runs its hooks, and a ``forward`` that is not transformers' own.
+        """
+        base = self.base_layer
+        return has_module_hooks(base) or _module_of_forward(base) != self.module_of_forward
 
     def _run(
         self,
@@ -130,18 +135,24 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Only a call of the module runs its hooks, and a forward that is not transformers' own.
-        if has_module_hooks(self.base_layer) or not self._has_known_forward():
+        if self._calls_module():
+            layers: Any = self._modules["parameters_with_adapters"]
+            given = ((layers[name], own) for name, names in applied.items() for own in names)
+            if any(_drops(layer.lora_dropout[own]) for layer, own in given):
+                raise UnsupportedLayerError(
+                    f"{self._description()} has hooks, or a forward method that was replaced or "
+                    "overridden, so it does not support lora_dropout; set lora_dropout=0"
+                )
             return super()._run(applied, conditions, *args, **kwargs)
         return self._forward(None, conditions, *args, **kwargs)
 
     def _run_mixed(
         self, routing: Routing, conditions: ExecutionMode, *args: Any, **kwargs: Any
     ) -> Any:
-        if has_module_hooks(self.base_layer) or not self._has_known_forward():
+        if self._calls_module():
             raise UnsupportedLayerError(
-                f"{self._description()} has hooks or a replaced forward method, so it does not "
-                "support mixed batches; run one adapter at a time"
+                f"{self._description()} has hooks, or a forward method that was replaced or "
+                "overridden, so it does not support mixed batches; run one adapter at a time"
             )
         return self._forward(routing, conditions, *args, **kwargs)
 
@@ -425,6 +436,10 @@ def _is_marked(module: nn.Module) -> bool:
         and not isinstance(module, LoraLayer)
         and all(_is_stack(module, name) for name in _product_names(module))
     )
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def _module_of_forward(module: nn.Module) -> str | None:

@@ -7,7 +7,8 @@ adapter runs on its own samples.
 from __future__ import annotations
 
 import contextlib
-import threading
+import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -274,23 +275,18 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         return dora_scale(self._local_magnitude(name), squares)
 
 
-# Only one thread at a time replaces parameters of modules in place.
-_REPLACEMENT = threading.RLock()
-
-
 def call_with_parameters(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any
 ) -> Any:
     """Call a module with some parameters replaced by tensors, and return the result.
 
-    A copy of the module is called, so that other threads do not see the replacement. The attributes
-    that the call sets on the copy are set on the module. A ``forward`` that was replaced on the
-    instance is bound to the module. In this case, the parameters are replaced in place during the
+    A copy of the module is called, so that other threads do not see the replacement. Plain
+    attributes that the call sets on the copy are set on the module, too. If ``forward`` was
+    replaced by a function that cannot be copied, the parameters are replaced in place during the
     call.
     """
-    if has_bound_forward(module):
-        with _REPLACEMENT:
-            return torch.func.functional_call(module, dict(tensors), args, kwargs)
+    if has_opaque_forward(module):
+        return torch.func.functional_call(module, dict(tensors), args, kwargs)
     copied = copy_with_parameters(module, tensors)
     before = dict(copied.__dict__)
     result = copied(*args, **kwargs)
@@ -300,20 +296,37 @@ def call_with_parameters(
     return result
 
 
-def has_bound_forward(module: nn.Module) -> bool:
-    """Return whether a module's ``forward`` was replaced on the instance, or compiled in place."""
-    own = module.__dict__
-    return "forward" in own or own.get("_compiled_call_impl") is not None
+def has_opaque_forward(module: nn.Module) -> bool:
+    """Return whether ``forward`` was replaced on the instance and cannot be bound to a copy."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and _bound_to(forward, module, module) is None
 
 
 def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a module with some parameters replaced by tensors.
 
     The copy is shallow. The original is not changed, so other threads do not see the replacement.
+    A ``forward`` that was replaced on the instance is bound to the copy, and one that was compiled
+    in place is not compiled in the copy.
     """
     made = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
     made.__dict__["_parameters"] = {**module._parameters, **tensors}
+    made.__dict__["_compiled_call_impl"] = None
+    for name in ("forward", "_old_forward"):  # accelerate's hooks set both.
+        bound = _bound_to(module.__dict__.get(name), module, made)
+        if bound is not None:
+            made.__dict__[name] = bound
     for name in tensors:  # FSDP stores gathered weights here.
         made.__dict__.pop(name, None)
     return made
+
+
+def _bound_to(function: Any, module: nn.Module, copied: nn.Module) -> Any:
+    """Return a method or partial function of ``module``, bound to ``copied``; None for others."""
+    if isinstance(function, types.MethodType) and function.__self__ is module:
+        return types.MethodType(function.__func__, copied)
+    if isinstance(function, functools.partial) and any(a is module for a in function.args):
+        own = [copied if each is module else each for each in function.args]
+        return functools.partial(function.func, *own, **function.keywords)
+    return None

@@ -190,7 +190,7 @@ def build_computed_adapter(
         config.target_modules = outer
         config.target_parameters = sorted(parameters) or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        config.set_layer_ranks_and_alphas(ranks, alphas)
+        config._set_layer_ranks_and_alphas(ranks, alphas)
         plan = plan_target_modules(model, config)
     holders = (layers[name]._factors(a) for name in factors for a in configs if a in layers[name].r)
     return ComputedAdapter(plan, factors, copies, next(holders)[0].dtype == torch.float32)
@@ -272,5 +272,5 @@ def _computed_adapter_config(
         config.target_modules = {name for each in lists for name in each}
     parameters = {name for each in configs for name in each.target_parameters or ()}
     config.target_parameters = sorted(parameters) or None
-    config.set_layer_ranks_and_alphas(ranks, ranks)
+    config._set_layer_ranks_and_alphas(ranks, ranks)
     return config

@@ -387,7 +387,7 @@ class LoraConfig(PeftConfigMethods):
         with count_toward_matching_time_limit("target_parameters"):
             return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
 
-    def set_layer_ranks_and_alphas(
+    def _set_layer_ranks_and_alphas(
         self, ranks: Mapping[str, int], alphas: Mapping[str, int | float]
     ) -> None:
         """Set the patterns so that each of the given layers has the given rank and alpha.

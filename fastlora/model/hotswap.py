@@ -486,7 +486,7 @@ def _update_config_ranks_and_scalings(
         alphas[name] = float(layer.scaling[adapter_name]) * by
     config.lora_alpha = next(iter(alphas.values()))
     before = config.rank_pattern
-    config.set_layer_ranks_and_alphas(ranks, alphas)
+    config._set_layer_ranks_and_alphas(ranks, alphas)
     config.rank_pattern = config.rank_pattern or dict.fromkeys(before, rank)
 
 

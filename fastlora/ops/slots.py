@@ -95,7 +95,7 @@ class BatchRows:
         matrix products.
 
         Raises:
-            ValueError: The batch has fewer than m rows.
+            ValueError: m is larger than the number of rows in the buffer.
         """
         found = self._sorted.get(m)
         if found is None:

@@ -39,9 +39,9 @@ class AdapterSnapshot:
         self._dropouts: list[nn.Module] = []
         self._hooks: list[dict[Any, Any]] = []
         self._own: list[dict[str, Any]] = []
-        # The adapters of layers that lack one of the recorded adapters, and their number.
+        # Recorded adapters that a layer lacks: its adapters, and the missing name.
         self._tables: list[dict[str, Any]] = []
-        self._sizes: list[int] = []
+        self._missing: list[str] = []
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
@@ -56,9 +56,9 @@ class AdapterSnapshot:
         for part in ("lora_A", "lora_B", "lora_dropout"):
             self._remember(modules, part)
         present = [name for name in names if name in downs]
-        if len(present) < len(names):
-            self._tables.append(downs)
-            self._sizes.append(len(downs))
+        missing = [name for name in names if name not in downs]
+        self._tables += [downs] * len(missing)
+        self._missing += missing
         for name in present:
             for table in (downs, ups, dropouts, scaling):
                 self._remember(table, name)
@@ -99,7 +99,7 @@ class AdapterSnapshot:
                 and not self._has_inference_tensors
                 and all(map(is_, map(getitem, self._holders, self._keys), self._objects))
                 and all(map(eq, states, self._states))
-                and all(map(eq, map(len, self._tables), self._sizes))
+                and not any(map(contains, self._tables, self._missing))
                 and not any(map(_training, self._dropouts))
                 and not any(self._hooks)
                 and not any(map(contains, self._own, repeat("forward")))

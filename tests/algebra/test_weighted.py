@@ -320,7 +320,7 @@ def test_a_failed_sum_is_not_left_in_the_model(
     """A factor of another rank, which may broadcast, is an error, and the adapter is removed."""
     model = filled(fastlora, {"r": 1}, {"r": 1})
     names = list(model.state_dict())
-    wrong = "set_layer_ranks_and_alphas"
+    wrong = "_set_layer_ranks_and_alphas"
     monkeypatch.setattr(fastlora.LoraConfig, wrong, lambda c, *_: c.rank_pattern.update(q=3))
     blocks = contextlib.ExitStack()
     with blocks, torch.no_grad():

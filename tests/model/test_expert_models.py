@@ -699,7 +699,11 @@ def _hook_by_accelerate(module: Any) -> None:
     add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
 
 
-@pytest.mark.parametrize("replace", [_bind, _wrap, _hook_by_accelerate])
+def _compile_in_place(module: Any) -> None:
+    module.compile(backend="eager")
+
+
+@pytest.mark.parametrize("replace", [_bind, _wrap, _hook_by_accelerate, _compile_in_place])
 @pytest.mark.parametrize("target", ["experts.down_proj", "mlp.gate.weight"])
 def test_a_forward_that_was_replaced_on_the_instance(target: str, replace: Any) -> None:
     """It runs with the adapter, as under `accelerate.dispatch_model`."""
@@ -719,6 +723,37 @@ def test_a_forward_that_was_replaced_on_the_instance(target: str, replace: Any) 
         found.append((y.detach(), file_gradients(model)))
         assert not torch.allclose(y, before)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("replace", [_bind, _wrap, _hook_by_accelerate, _compile_in_place])
+def test_a_router_whose_forward_was_replaced_in_a_mixed_batch(replace: Any) -> None:
+    found = []
+    for replaces in (False, True):
+        model = adapted("qwen3_moe", target_modules=None, target_parameters=["mlp.gate.weight"])
+        copy_random_factors([model])
+        for name, module in model.named_modules():
+            if replaces and name.endswith("gate.base_layer"):
+                replace(module)
+        with fastlora.adapters(model, ["default", None, "default"]):
+            found.append(logits(model).detach())
+    torch.testing.assert_close(*found)
+
+
+def test_experts_with_hooks_refuse_dropout_in_training() -> None:
+    model = adapted("qwen3_moe", lora_dropout=0.5)
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    experts.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayerError, match="does not support lora_dropout"):
+        logits(model.train())
+    logits(model.eval())
+
+
+def test_an_adapter_on_an_offloaded_parameter_is_refused() -> None:
+    model = adapted("qwen3_moe", target_modules=None, target_parameters=["mlp.gate.weight"])
+    gate = model.base_model.model.model.layers[0].mlp.gate.base_layer
+    gate.weight = torch.nn.Parameter(gate.weight.to("meta"), requires_grad=False)
+    with pytest.raises(UnsupportedLayerError, match="'weight' is on the meta device"):
+        logits(model)
 
 
 def test_an_attribute_that_a_router_sets_in_its_forward() -> None:
