@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectedParameters:
-    """The parameters that a config selects as targets, with their exclusions and patterns.
+    """The parameters that a config selects as targets, and those that it excludes.
 
     Attributes:
         parameters: The selected parameters, in the model's order.

@@ -227,7 +227,7 @@ class Rows:
         )
 
     def in_sorted_order(self) -> Rows:
-        """Return a `Rows` for the same rows in sorted order.
+        """Return a `Rows` object that contains the same rows in sorted order.
 
         It describes a tensor whose rows have been sorted.
         """

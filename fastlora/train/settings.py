@@ -117,7 +117,7 @@ class AdapterSettings:
     )
 
     def new_adapter_config(self, advice: Recommendation) -> LoraConfig:
-        """Return the `LoraConfig` of a new adapter.
+        """Return the `LoraConfig` for a new adapter.
 
         Args:
             advice: Recommended values for the fields that are not given.
