@@ -48,7 +48,7 @@ class Scalings(dict[str, Scaling]):
         return copied
 
     def __setitem__(self, name: str, value: Scaling) -> None:
-        changes = name in self.tensors
+        changes = name in self
         super().__setitem__(name, value)
         before = self.tensors.get(name)
         device, dtype = (torch.device("cpu"), torch.float32)

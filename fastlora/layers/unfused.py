@@ -322,7 +322,7 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
     return made
 
 
-def _bound_to(function: Any, module: nn.Module, copied: nn.Module) -> Any:
+def _bound_to(function: object, module: nn.Module, copied: nn.Module) -> Any:
     """Return a method or partial function of ``module``, bound to ``copied``; None for others."""
     if isinstance(function, types.MethodType) and function.__self__ is module:
         return types.MethodType(function.__func__, copied)
