@@ -124,7 +124,7 @@ else:
 
 def __dir__() -> list[str]:
     """Return the package's names, including the names that PEFT provides if PEFT is installed."""
-    return sorted({*globals(), *_from_peft.peft_names_if_installed()})
+    return sorted({*globals(), *_from_peft.provided_peft_names()})
 
 
 # PEFT's name for `LoraModel`, so that PEFT code works with only its import changed.

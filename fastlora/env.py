@@ -66,9 +66,10 @@ def vllm_plugin_enabled(device: str) -> bool:
 
 
 def vllm_plugin_disabled() -> bool:
-    """Return whether the environment disables fastlora's vLLM plugin.
+    """Return whether an environment variable disables fastlora's vLLM plugin.
 
-    ``FASTLORA_VLLM`` disables it with 0, which makes vLLM use its own LoRA backend.
+    The variable ``FASTLORA_VLLM`` disables the plugin if its value is 0. vLLM then uses its own
+    LoRA backend.
     """
     return os.environ.get("FASTLORA_VLLM") == "0"
 
@@ -113,7 +114,11 @@ def server_admin_key() -> str | None:
 
 
 def user_configured_malloc() -> bool:
-    """Return whether the user has configured glibc's malloc with an environment variable."""
+    """Return whether the user has configured the memory allocator.
+
+    The allocator is glibc's malloc. The result is True if any of the environment variables that
+    configure it is set.
+    """
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
 

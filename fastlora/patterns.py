@@ -34,10 +34,11 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedPatternMatcher:
-    """Matches patterns with limits on time and memory.
+    """Matches patterns within limits on time and memory.
 
-    Each outermost `bounded_matching` block has its own matcher. It measures the CPU time spent on
-    matching so far, and caches the compiled patterns.
+    A pattern that exceeds a limit raises `CheckpointError`. Each outermost `bounded_matching` block
+    has its own matcher. The matcher measures the CPU time spent on matching so far, and caches the
+    compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -54,9 +55,10 @@ class _BoundedPatternMatcher:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Count the CPU time of a ``with`` block as time spent on pattern matching.
+        """Count the CPU time of a ``with`` block toward the time limit for pattern matching.
 
-        The time of nested blocks is counted only once.
+        All CPU time of the block counts, not only the time spent on matching. The time of nested
+        blocks is counted only once.
 
         Args:
             config_field: Name of the config field, for error messages.
@@ -113,7 +115,7 @@ class _BoundedPatternMatcher:
                 "pcre2; install it with: pip install pcre2"
             ) from error
         # PCRE2 accepts limits only at the start of a pattern, so later ones cannot override these.
-        steps = min(_STEPS, _CHARACTERS // _max_length_with_repeats_expanded(pattern, expression))
+        steps = min(_STEPS, _CHARACTERS // _max_expanded_expression_length(pattern, expression))
         limits = f"(*LIMIT_MATCH={steps})(*LIMIT_HEAP={_HEAP_KIB})"
         try:
             found = pcre2.compile(f"{limits}(?:{expression})", jit=False)
@@ -163,12 +165,13 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts its block's CPU time as time spent on pattern matching.
+    """Return a context manager that counts CPU time toward the time limit for pattern matching.
 
-    The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
-    the block also checks the limit. A block around a loop over patterns therefore counts the time
-    of the loop itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`,
-    the context manager does nothing.
+    All CPU time of the ``with`` block counts, not only the time spent on matching. The block raises
+    `CheckpointError` at its end if the time limit is exceeded. Each match inside the block also
+    checks the limit. A block around a loop over patterns therefore counts the time of the loop
+    itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`, the context
+    manager does nothing.
 
     Args:
         config_field: Name of the config field, for error messages.
@@ -359,10 +362,12 @@ def _match(field: str, pattern: str, template: str, name: str, *, full_match: bo
         return re.fullmatch(expression, name) if full_match else re.match(expression, name)
 
 
-def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
+def _max_expanded_expression_length(pattern: str, expression: str) -> int:
     """Return an upper bound on the length of an expression after PCRE2 has expanded its repeats.
 
-    For example, PCRE2 expands ``a{3}`` to ``aaa``.
+    For example, PCRE2 expands ``a{3}`` to ``aaa``. The bound applies to the length of the
+    expression itself, not to the length of a match. The function stops counting repeats when the
+    length exceeds ``_CHARACTERS``.
     """
     length = len(expression)
     for count in _COUNT.findall(pattern):
@@ -372,19 +377,19 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
     return length
 
 
-def _suffix_as_plain_pattern(name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return the suffix of a name, with dots between parts of the given lengths.
+def _suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
+    """Return the suffix of a module name as a plain pattern with parts of the given lengths.
 
-    The result is a plain pattern. In it, a dot replaces the character between two parts of the
-    name, because a dot in a pattern matches any character. Returns None if the name is too short,
-    or if the first part does not start at the beginning of a component of the name.
+    In the pattern, a dot replaces the character between two parts of the name, because a dot in a
+    pattern matches any character. The result is None if the name is too short, or if the first part
+    does not start at the beginning of a component of the name.
     """
-    at = start = len(name) - sum(part_lengths) - len(part_lengths) + 1
-    if start < 0 or (start > 0 and name[start - 1] != "."):
+    at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1
+    if start < 0 or (start > 0 and module_name[start - 1] != "."):
         return None
     parts = []
     for length in part_lengths:
-        parts.append(name[at : at + length])
+        parts.append(module_name[at : at + length])
         at += length + 1
     return ".".join(parts)
 

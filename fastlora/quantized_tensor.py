@@ -88,10 +88,11 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def is_unmodified(self) -> bool:
-        """Whether the quantized data is unchanged since this tensor was created.
+        """Whether the quantized data is unmodified.
 
-        Changes are detected by the version counters of the data's tensors. Inference tensors have
-        none, so their changes are not detected.
+        The value is False if the quantized data has changed since this tensor was created. Changes
+        are detected by the version counters of the data's tensors. Inference tensors have no
+        version counters, so changes to them are not detected.
         """
         return _versions(self.data_tensors) == self._versions
 

@@ -20,9 +20,9 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A configuration value is invalid or unsupported.
+    """A configuration is invalid or unsupported.
 
-    It is the value of a `LoraConfig` field, of a setting, or of an argument.
+    The error concerns the value of a `LoraConfig` field, of a setting, or of an argument.
     """
 
 
@@ -56,10 +56,10 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint is invalid, or cannot be read or written.
+    """A checkpoint is invalid or cannot be loaded.
 
-    Adapter folders are checkpoints too. For example, a file is missing, damaged, or unsafe, or does
-    not match the model.
+    For example, a file is missing, damaged, or unsafe, or does not match the model. The error is
+    also raised if a checkpoint cannot be saved. Adapter folders are checkpoints too.
     """
 
 
@@ -71,7 +71,9 @@ class PoolClosedError(AdapterStateError):
 
 
 class AdapterTooLargeError(CheckpointError):
-    """An adapter exceeds a limit of an adapter pool.
+    """An adapter is too large for an adapter pool.
+
+    The adapter's rank or its size in bytes exceeds a limit of the pool.
 
     Attributes:
         argument: Name of the `AdapterPool` argument that sets the limit.

@@ -80,7 +80,10 @@ class TensorStamp:
             self._states = _states_of(tensors)
 
     def matches(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Return whether the tensors' state and the context match the recorded ones.
+        """Return whether the stamp still matches the tensors and the context.
+
+        The stamp matches if the state of the tensors and the context are equal to the recorded
+        ones.
 
         Args:
             tensors: The current tensors, in the same order.
@@ -117,12 +120,12 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A unique object that identifies one version of this process's weights.
+    """A version of this process's weights, used to detect outdated cached values.
 
     A cached value records the version that the weights had when it was cached. If the current
-    version is a different object, the weights may have changed. A version is an object rather than
-    a number because a compiler that traces an optimizer's step also traces fastlora's hook. The
-    compiler would guard on a number and recompile at each step.
+    version is a different object, the weights may have changed. A version is a unique object rather
+    than a number because a compiler that traces an optimizer's step also traces fastlora's hook.
+    The compiler would guard on a number and recompile at each step.
     """
 
 

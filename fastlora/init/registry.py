@@ -53,9 +53,9 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight, dequantized if necessary, as an fp32 matrix ``[N, K]``.
+        """Return the base weight, dequantized if necessary.
 
-        A weight that is stored in fp64 stays in fp64.
+        The result is a matrix ``[N, K]`` in fp32, or in fp64 if the weight is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -99,7 +99,9 @@ class InitResult:
 
 @dataclass(frozen=True)
 class InitConfigField:
-    """The field of `fastlora.LoraConfig` that holds the config of an initialization method.
+    """Description of the config field for an initialization method.
+
+    The field belongs to `fastlora.LoraConfig` and holds the config of the method.
 
     Attributes:
         field: Name of the field.

@@ -47,7 +47,7 @@ AUTO_CLASSES = (
 NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
-def peft_names_if_installed() -> tuple[str, ...]:
+def provided_peft_names() -> tuple[str, ...]:
     """Return the names of PEFT's classes and functions that fastlora also provides.
 
     If PEFT is not installed, the result is empty.

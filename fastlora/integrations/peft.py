@@ -210,7 +210,7 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
-    """PEFT's `ParamWrapper` with fastlora's forward pass.
+    """Replacement for PEFT's `ParamWrapper` in a patched model.
 
     A `ParamWrapper` is PEFT's layer for one adapted parameter. fastlora's forward pass runs only
     for stacked experts. In all other cases, PEFT's forward method runs.
@@ -321,7 +321,7 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's ``LoraModel`` with fastlora's patched LoRA layers.
+    """Subclass of PEFT's ``LoraModel`` that creates LoRA layers patched by fastlora.
 
     PEFT's ``LoraModel`` is the LoRA tuner. Each new LoRA layer is patched when the tuner creates
     it. The model supports mixed batches.
@@ -334,7 +334,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter into the model as PEFT does, but with patched LoRA layers.
+        """Inject an adapter into the model as PEFT does, and patch the new LoRA layers.
 
         `_create_new_module` patches each new layer. Then the list of the model's LoRA layers is
         updated.
@@ -437,7 +437,8 @@ class FastPeftLoraModel(PeftLoraModel):
     def _router_for(self, names: Any) -> PatchedModelRouter | None:
         """Return the router for a batch with the given adapter names.
 
-        The result is None if PEFT must process the batch, or raise an error for it.
+        The result is None if fastlora does not route the batch. PEFT then processes the batch or
+        raises an error.
         """
         wanted = {name for name in names if name != BASE}
         if not wanted <= set(self.peft_config):
@@ -530,9 +531,10 @@ _finding = threading.Lock()
 
 
 def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
-    """Return the `PatchedModelRouter` of a patched model.
+    """Return the router of a patched model.
 
-    The result is None if the model is not patched.
+    The router is a `PatchedModelRouter`, which routes the rows of mixed batches to adapters. The
+    result is None if the model is not patched.
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -610,10 +612,10 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place, and return the number of LoRA layers.
+    """Patch the LoRA layers of a PEFT model in place.
 
-    The number includes LoRA layers of classes that fastlora does not patch. The tuners are also
-    patched.
+    The tuners are also patched. The result is the number of LoRA layers found, which includes
+    layers of classes that fastlora does not patch.
     """
     seen = 0
     for module in model.modules():

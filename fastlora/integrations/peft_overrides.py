@@ -77,11 +77,11 @@ def set_peft_model_state_dict(
     *_: Any,
     **__: Any,
 ) -> _IncompatibleKeys:
-    """Load a state dict into an adapter, and return the missing and unexpected keys.
+    """Load an adapter's state dict into a model.
 
     The tensors are copied into the parameters of the adapter, which belongs to a `LoraModel`. The
-    keys of ``peft_model_state_dict`` are those of PEFT's adapter files. See
-    `adapter_state.set_adapter_tensors`.
+    keys of ``peft_model_state_dict`` are those of PEFT's adapter files. The function returns the
+    missing and unexpected keys. See `adapter_state.set_adapter_tensors`.
     """
     return adapter_state.set_adapter_tensors(
         find_wrapped_lora_model(model), adapter_name, peft_model_state_dict

@@ -45,9 +45,9 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 @contextlib.contextmanager
 def convert_model_load_errors(folder: object) -> Iterator[None]:
-    """Convert errors that occur in a ``with`` block to `CheckpointError`.
+    """Raise `CheckpointError` for errors that occur while a ``with`` block loads a model.
 
-    The block must load a causal language model. The errors in `CANNOT_READ` and RuntimeError are
+    The model must be a causal language model. The errors in `CANNOT_READ` and RuntimeError are
     converted.
     """
     try:

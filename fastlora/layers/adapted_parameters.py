@@ -41,7 +41,7 @@ from fastlora.layers.unfused import (
     BaseUnfusedLoraLayer,
     call_with_parameters,
     copy_with_parameters,
-    has_opaque_forward,
+    has_uncopyable_forward,
 )
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import (
@@ -77,9 +77,9 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether a module stores its stacks of matrices transposed.
+    """Return whether a module stores its weights transposed.
 
-    Transposed stacks have the shape ``[E, K, N]``.
+    The weights are stacks of matrices. Transposed stacks have the shape ``[E, K, N]``.
     """
     return bool(getattr(module, "is_transposed", False))
 
@@ -186,12 +186,12 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and transposed lora_b as stacks of matrices with R rows.
+        """Return an adapter's lora_a and lora_b as rank rows.
 
-        The result is a tuple of lora_a ``[E, R, K]`` and the rank rows ``[E, R, N]``, which are the
-        rows of the transposed lora_b. The rank rows are a copy, which is cached while gradients
-        are disabled. If lora_b is stored as rank rows, as in a pool, they are a view of lora_b.
-        ``name`` identifies the adapter in the cache.
+        The result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``, which
+        are stacks of matrices with R rows. The transposed lora_b is a copy, which is cached while
+        gradients are disabled. If lora_b is stored as rank rows, as in a pool, the transposed
+        lora_b is a view of it instead. ``name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
@@ -245,16 +245,20 @@ class ParameterLoraLayer(LoraLayer):
 
     @torch.no_grad()
     def _add_delta_weight(
-        self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        adapter_name: str,
+        sign: float,
+        scale: torch.Tensor | None = None,
     ) -> None:
-        """Add ``sign`` times an adapter's delta weight to a stack of matrices in place.
+        """Add ``sign`` times an adapter's delta weight to a weight in place.
 
-        The delta weight is ``scaling * B @ A``. It is added to the stack ``weight [E, N, K]``
-        matrix by matrix.
+        The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
+        which are changed one by one. ``scale`` is not used.
         """
-        factors = rank_row_views(*self._factors(name)[:2], self.num_matrices)
+        factors = rank_row_views(*self._factors(adapter_name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
-        alpha = sign * float(self.scaling[name])
+        alpha = sign * float(self.scaling[adapter_name])
         for matrix, lora_a, lora_b in zip(weight, *factors, strict=True):
             wide = matrix.to(compute)  # A matrix that is wide already is not copied.
             wide.addmm_(lora_b.t().to(compute), lora_a.to(compute), alpha=alpha)
@@ -509,7 +513,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         The module's forward hooks and forward pre-hooks do not run.
         """
         base, tensors = self.base_layer, self._adapted_tensors(factors, x)
-        if has_opaque_forward(base):
+        if has_uncopyable_forward(base):
             if base._forward_hooks or base._forward_pre_hooks:
                 raise UnsupportedLayerError(
                     f"{self._description()} has forward hooks and a replaced forward method, so it "
@@ -550,10 +554,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module separately for each adapter's rows, without its forward hooks.
+        """Run the module separately for each adapter's rows, and return the combined outputs.
 
-        Each row along the first dimension of x uses at most one adapter. An output must have the
-        same number of rows for each row of x. The outputs have the rows in the order of x.
+        The module's forward hooks do not run. Each row along the first dimension of x uses at most
+        one adapter. An output must have the same number of rows for each row of x. The outputs have
+        the rows in the order of x.
         """
         count = routing.ids.numel()
         if (

@@ -231,7 +231,7 @@ def dora_scales_of_adapters(
 
 
 class AdapterSource(Protocol):
-    """Protocol for an object that provides the factors of a batch's adapters.
+    """Protocol for the source from which a layer gets the factors of a batch's adapters.
 
     The factors are parameters of the model's layers or belong to a pool.
     """
@@ -353,15 +353,15 @@ class PoolSource:
 def factors_in_slots(
     source: AdapterSource,
     layer: BaseLinearWithAdapters,
-    which: Sequence[int],
-    excluded: Sequence[int] = (),
+    slots: Sequence[int],
+    excluded_slots: Sequence[int] = (),
 ) -> Slots:
     """Return a layer's factors in the given slots.
 
-    The result is a list that has one entry for each slot in ``which``. The entry is None for a slot
-    in ``excluded`` and for an adapter that does not adapt the layer.
+    The result is a list that has one entry for each slot in ``slots``. The entry is None for a slot
+    in ``excluded_slots`` and for an adapter that does not adapt the layer.
     """
     found: Slots = []
-    for slot in which:
-        found.append(None if slot in excluded else source.factors(layer, slot))
+    for slot in slots:
+        found.append(None if slot in excluded_slots else source.factors(layer, slot))
     return found

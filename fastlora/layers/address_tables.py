@@ -105,10 +105,11 @@ def _dtype_and_rank_without_adapters(routing: Routing) -> tuple[torch.dtype, int
 def _collect_factors(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> list[tuple[int, int, Factors]] | None:
-    """Collect the factors of every adapter on every layer.
+    """Collect the factors of a routing's adapters.
 
-    The result is a list of tuples (row, column, factors), where the row and the column are the
-    position in the tables. The result is None if a factor is not a plain tensor.
+    The result is a list of tuples (row, column, factors) for every adapter on every linear layer.
+    The row is the layer's row in the tables, and the column is the adapter's slot. The result is
+    None if a factor is not a plain tensor.
     """
     found = []
     for row, layer in enumerate(routing.layers):

@@ -33,7 +33,7 @@ from fastlora.layers.unfused import (
     BaseUnfusedLoraLayer,
     call_with_parameters,
     copy_with_parameters,
-    has_opaque_forward,
+    has_uncopyable_forward,
 )
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import disable_autocast_on
@@ -85,12 +85,12 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether `nn.TransformerEncoderLayer` may read the base weights itself.
+        """Substitute for the ``_qkv_same_embed_dim`` attribute of `nn.MultiheadAttention`.
 
-        `nn.MultiheadAttention` has an attribute with this name, which means that q, k, and v have
-        the same embedding dimension. The encoder layer reads it in evaluation. The value is False
-        while an adapter applies, so that the encoder layer calls this layer. Otherwise, it would
-        ignore the adapters.
+        The attribute means that q, k, and v have the same embedding dimension. In evaluation mode,
+        `nn.TransformerEncoderLayer` may read the base weights itself only if the attribute is True.
+        Here, the value is False while an adapter applies, so that the encoder layer calls this
+        layer. Otherwise, the encoder layer would ignore the adapters.
         """
         return not self._applied_adapters() and not self._out()._applied_adapters()
 
@@ -135,7 +135,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return DenseMergeTarget(weight), bias
 
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the attention module with the active adapters added to its weights."""
+        """Run the attention module with the active adapters applied.
+
+        The adapters' updates are added to the module's weights for this call.
+        """
         routing = None if self._disabled else active_routing(self)
         if routing is not None and any(name in self.r for name in routing.names):
             raise UnsupportedLayerError(
@@ -154,7 +157,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
-        if has_opaque_forward(base):
+        if has_uncopyable_forward(base):
             return call_with_parameters(base, weights, query, *args, **kwargs)
         out = copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
         stand_in = copy_with_parameters(base, {"in_proj_weight": weight})

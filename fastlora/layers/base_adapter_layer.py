@@ -93,9 +93,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             weights_versions.invalidate_trained_weights()
 
     def _register_scalings_device_hook(self) -> None:
-        """Register a hook that moves scalings to the device of their adapter's factors.
+        """Register a hook that moves the scalings to the device of the factors.
 
-        The hook runs after ``load_state_dict``.
+        The hook runs after ``load_state_dict``. Each scaling is moved to the device of its
+        adapter's factors.
         """
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)

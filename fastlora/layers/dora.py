@@ -136,7 +136,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 # ----------------------------------------------------------------------------- mixed batches
 
 
-class DoraSlotIndices(NamedTuple):
+class DoraSlots(NamedTuple):
     """Indices of the slots of a batch that hold adapters with DoRA on a given layer.
 
     Attributes:
@@ -148,7 +148,7 @@ class DoraSlotIndices(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlotIndices | None:
+def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlots | None:
     """Return the slots whose adapters use DoRA on a layer.
 
     Returns None if there are none. The slots of a captured CUDA graph are not known. In this case,
@@ -157,7 +157,7 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
     source = routing.source
     if routing.captured:
         tables = source.tables
-        return None if tables is None or tables.scale_address is None else DoraSlotIndices()
+        return None if tables is None or tables.scale_address is None else DoraSlots()
     if source.loaded_adapters is not None:
         scaled = tuple(
             slot
@@ -167,7 +167,7 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
             and (factors := source.factors(layer, slot)) is not None
             and factors.magnitude is not None
         )
-        return DoraSlotIndices(scaled) if scaled else None
+        return DoraSlots(scaled) if scaled else None
     magnitudes = layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules:
         return None
@@ -176,18 +176,19 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
         return None
     dropouts = layer._modules["lora_dropout"]._modules
     dropped = tuple(slot for slot in slots if _is_active_dropout(dropouts[routing.names[slot]]))
-    return DoraSlotIndices(tuple(slot for slot in slots if slot not in dropped), dropped)
+    return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
 def _is_active_dropout(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlotIndices) -> torch.Tensor:
-    """Apply DoRA to the rows of y that belong to the given slots.
+def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
+    """Apply DoRA to rows of y, using the DoRA scale of each row's adapter.
 
-    Returns the result. y is ``[..., N]`` and includes the bias. On entry, the rows of
-    ``slots.dropped`` contain the base layer's output.
+    Returns the result. Rows that do not belong to any of the given slots are not changed. y is
+    ``[..., N]`` and includes the bias. On entry, the rows of ``slots.dropped`` contain the base
+    layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._local_base_bias(), None
@@ -214,7 +215,7 @@ def _must_gather_adapter_rows(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
-    slots: DoraSlotIndices,
+    slots: DoraSlots,
 ) -> bool:
     """Return whether each adapter's rows must be gathered for DoRA.
 

@@ -49,9 +49,9 @@ def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
 
 
 def may_cache_tensors(device: torch.device) -> bool:
-    """Return whether new tensors on a device may be cached.
+    """Return whether new tensors on a device may currently be cached.
 
-    The result is False for a CUDA device while a CUDA graph is being captured.
+    Tensors on a CUDA device must not be cached while a CUDA graph is being captured.
     """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -184,7 +184,7 @@ def _base_stamp_arguments(layer: BaseLinearWithAdapters) -> _StampArguments | No
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments to pass to `stamp_tensors`.
+    """Return the arguments of `stamp_tensors` for the given tensors and context.
 
     Returns None if a stamp cannot detect changes to the tensors.
     """

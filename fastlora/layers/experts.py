@@ -48,10 +48,12 @@ _MARKS = (
 
 
 class _SortedRows(NamedTuple):
-    """The input rows of one call to an experts module, sorted by expert and slot.
+    """The rows of one call to an experts module, sorted by expert.
+
+    The rows of each expert are sorted by adapter slot.
 
     Attributes:
-        rows: The sorted rows, with ``expert * S + slot`` as slots.
+        rows: The order and the segments of the sorted rows, with ``expert * S + slot`` as slots.
         matrix: The expert of each sorted row, int64 ``[P]``; 0 for rows without an expert.
         routing: The routing of a mixed batch, or None if the same adapters apply to all rows.
         adapters: The slots of the routing that keys distinguish. In a graph that is compiled, they
@@ -67,10 +69,11 @@ class _SortedRows(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """The number of adapter slots of each expert.
+        """The number of adapter slots.
 
-        This is the S in the keys, ``expert * S + slot``. It is 1 if the same adapters apply to all
-        rows. Otherwise, the last slot is for rows without an adapter.
+        The number is the same for each expert, and is the S in the keys, ``expert * S + slot``. The
+        number is 1 if the same adapters apply to all rows. Otherwise, the last slot is for rows
+        without an adapter.
         """
         return 1 if self.routing is None else len(self.adapters) + 1
 
@@ -390,11 +393,11 @@ def _stacked_linear(
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):
-    """LoRA layer for experts that each get all tokens.
+    """LoRA layer for experts that each get all tokens, as in Llama 4 models.
 
-    These are Llama 4's experts, each of which gets one input row for each token. The input is
-    ``[E * T, H]``, expert by expert. The stacks are ``[E, K, N]``, which no attribute of the module
-    says. PEFT 0.21.2 therefore takes them for ``[E, N, K]``, and x is multiplied by lora_B first.
+    Each expert gets one input row for each token. The input is ``[E * T, H]``, expert by expert.
+    The stacks are ``[E, K, N]``, but no attribute of the module indicates this layout. PEFT 0.21.2
+    therefore takes the stacks for ``[E, N, K]``, and x is multiplied by lora_B first.
     """
 
     module_of_forward = "transformers.models.llama4.modeling_llama4"

@@ -92,10 +92,10 @@ def reason_dora_prevents_fusion(layer: BaseLinearWithAdapters, names: list[str])
 
 
 def raise_if_triton_required(layer: BaseLinearWithAdapters, names: list[str]) -> None:
-    """Raise `ImplementationError` if a layer has ``impl="triton"``.
+    """Raise `ImplementationError` if Triton is required for a layer that cannot use it.
 
-    The caller has found that the adapters' modules must be called, so Triton kernels cannot compute
-    the update.
+    Triton is required if the layer has ``impl="triton"``. The caller has found that the adapters'
+    modules must be called, so Triton kernels cannot compute the update.
     """
     if layer.impl == "triton":
         raise ImplementationError(
@@ -142,10 +142,10 @@ def batch_invariant_fallback_reason(
     )
 
 
-def fallback_reason_for_factors(routing: Routing, slots: Slots) -> str:
-    """Return the reason why kernels do not support a batch's factors.
+def fallback_reason_for_factor_dtypes(routing: Routing, slots: Slots) -> str:
+    """Return the reason why kernels do not support the dtypes of a batch's factors.
 
-    The reason is an empty string if the kernels support the factors.
+    The reason is an empty string if the kernels support the dtypes.
     """
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):

@@ -168,9 +168,10 @@ def _as_slots(own: Factors | Slots) -> Slots:
 
 
 def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return the objects that all results of a call depend on.
+    """Return the context of a call, on which all its results depend.
 
-    They are state such as the open block and autocast, and are compared by identity.
+    The context is a tuple of objects such as the open block and the autocast state. These objects
+    are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, TableLaunchArguments):

@@ -220,10 +220,10 @@ def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, ow
 
 
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return a list of the tensors among a layer's operands.
+    """Return a list of the tensors that are a layer's operands.
 
-    They are the factors, the scaling, the base weight, and the bias. The layer's output depends on
-    these tensors and on x. A weight or bias of None is left out.
+    The operands are the factors lora_a and lora_b, the scaling, and the base weight and bias. The
+    layer's output depends on these tensors and on x. A weight or bias of None is left out.
     """
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
@@ -353,19 +353,21 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record why a layer does not share a pass over x in the graph that is being compiled.
+    """Record a layer's fallback reason for the graph that is being compiled.
 
-    ``reason`` is an empty string if the layer shares a pass.
+    The reason states why the layer does not share a pass over x with its shared-input group. The
+    reason is an empty string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 
 
 def describe_input_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
-    """Return a message that states whether a layer and its shared-input group share a pass over x.
+    """Return a description of how a layer shares its input with other layers.
 
-    The message is for the fusion report. It describes training, and gives the reason if the pass is
-    not shared. It is ``"none"`` if no other layer has the same input. ``uses_kernels`` tells
-    whether Triton kernels compute the layer's output.
+    The description is for the fusion report and applies to training. It states how many layers
+    share a pass over x, or the reason why the layer does not share a pass. ``uses_kernels`` tells
+    whether Triton kernels compute the layer's output. With kernels, the description is ``"none"``
+    if no other layer has the same input.
     """
     if not uses_kernels:
         return _IN_PYTORCH

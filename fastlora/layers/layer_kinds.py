@@ -24,9 +24,9 @@ PEFT_LAYER_ALTERNATIVE = (
 
 
 class ParameterRankAndAlpha(NamedTuple):
-    """An adapter's rank and alpha for one parameter of a module.
+    """The rank and alpha of an adapter on a parameter of a module.
 
-    Other settings are the same for all parameters of the module.
+    The adapter's other settings are the same for all parameters of the module.
 
     Attributes:
         name: The name of the parameter, relative to the module.

@@ -193,14 +193,15 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def base_layer(self) -> nn.Linear:
         """The base layer as an `nn.Linear`.
 
-        The attribute's name is PEFT's. It shares this layer's weight and bias.
+        The `nn.Linear` shares this layer's weight and bias. The attribute's name is PEFT's.
         """
         return self.to_linear()
 
     def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return a list of the modules that may hold a calibration result.
+        """Return a list of the modules that may have been calibrated.
 
-        The list contains the layer and, if any, the `nn.Linear` that it was created from.
+        A calibration stores its result as an attribute of the calibrated module. The list contains
+        the layer and, if the layer was created from an `nn.Linear`, also that `nn.Linear`.
         """
         return [self, *self.__dict__.get("_linear", ())]
 

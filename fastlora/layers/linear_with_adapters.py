@@ -94,9 +94,10 @@ class BaseLinearWithAdapters(nn.Module):
         return None
 
     def _local_quantized(self) -> BaseQuantizedWeight | None:
-        """Return this process's part of a quantized base weight.
+        """Return the quantized base weight of this process.
 
-        Returns None for other weights.
+        If the layer is split over processes, the result is this process's part of the weight.
+        Returns None if the base weight is not quantized.
         """
         return None
 
@@ -126,10 +127,10 @@ class BaseLinearWithAdapters(nn.Module):
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Add up squared row norms across processes.
+        """Sum squared row norms over the processes.
 
         Each entry of ``sums`` contains the squared norms ``[N]`` of an adapted weight over this
-        process's columns. Each result contains the squared norms ``[N]`` of whole rows, with
-        infinity instead of 0. By default, a process has whole rows, so nothing is added.
+        process's columns. Each result contains the squared norms ``[N]`` of whole rows. By default,
+        a process has whole rows, so nothing is added. Results of 0 are replaced by infinity.
         """
         return [replace_zeros_with_infinity(each) for each in sums]

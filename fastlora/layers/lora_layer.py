@@ -115,7 +115,10 @@ class LoraLayer(Mergeable):
         return init
 
     def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return a list of the modules that may hold a calibration result."""
+        """Return a list of the modules that may have been calibrated.
+
+        A calibration stores its result as an attribute of the calibrated module.
+        """
         return [self.get_base_layer()]
 
     def _weight_for_init(self, purpose: str) -> torch.Tensor:
@@ -139,10 +142,10 @@ class LoraLayer(Mergeable):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers to which a new adapter is added, and the arguments for adding it.
+        """Return the layers to which a new adapter is added, each with the arguments for adding it.
 
-        By default, these are this layer and its inner layers. The adapter has the same settings on
-        all of them.
+        By default, these are this layer and its inner layers, with the same arguments for all of
+        them.
 
         Args:
             settings: The fields of a `LayerAdapterSettings`.
@@ -305,12 +308,12 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
+        """Recompute an adapter's DoRA magnitude from the current weights.
 
-        The adapted weight is the base weight plus the adapter's update. The magnitude has the dtype
-        of the factors. The adapter then changes only the direction of the weight's rows. While
-        lora_B is zero, as it is at initialization, the layer's output is that of its base layer.
-        The new magnitude is frozen.
+        The magnitude is set to the row norms of the adapted weight, which is the base weight plus
+        the adapter's update. The magnitude has the dtype of the factors. The adapter then changes
+        only the direction of the weight's rows. While lora_B is zero, as it is at initialization,
+        the layer's output is that of its base layer. The new magnitude is frozen.
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)

@@ -133,8 +133,8 @@ class DenseMergeTarget:
     def write(self, dense: torch.Tensor) -> None:
         """Write a dense matrix to the weight.
 
-        The matrix is the result of `merge_buffer`, which is the weight itself, so this method does
-        nothing.
+        The matrix is the result of `merge_buffer`, which is the weight itself. Nothing remains to
+        be written, so this method does nothing.
         """
 
     def snapshot(self) -> object:

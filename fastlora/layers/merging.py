@@ -239,7 +239,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     @torch.no_grad()
     def _add_delta_weight(
-        self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,
+        adapter_name: str,
+        sign: float,
+        scale: torch.Tensor | None = None,
     ) -> None:
         """Add ``sign`` times an adapter's delta weight to a weight in place.
 
@@ -247,9 +251,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         For a DoRA adapter, ``scale [N]`` is its g or the inverse of g. The sum is multiplied by
         ``scale``, or, if the update is subtracted (``sign < 0``), the weight is multiplied before.
         """
-        lora_a, lora_b, _ = self._factors(name)
+        lora_a, lora_b, _ = self._factors(adapter_name)
         compute = torch.promote_types(torch.float32, weight.dtype)
-        alpha = sign * float(self.scaling[name])
+        alpha = sign * float(self.scaling[adapter_name])
         lora_a = lora_a.to(compute)
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = weight[start : start + _MERGE_ROWS]

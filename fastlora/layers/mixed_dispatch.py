@@ -18,7 +18,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.fallback_reasons import (
     BASE_GEMM_VARIES,
     batch_invariant_fallback_reason,
-    fallback_reason_for_factors,
+    fallback_reason_for_factor_dtypes,
     graph_capture_error_message,
 )
 from fastlora.ops.factors import AddressTables, Base, Slots
@@ -144,7 +144,7 @@ def slot_factors_for_kernels(
         return None
     routing = call.routing
     slots = factors_in_slots(routing.source, layer, range(len(routing.names)), excluded)
-    reason = fallback_reason_for_factors(routing, slots)
+    reason = fallback_reason_for_factor_dtypes(routing, slots)
     if reason and layer.impl == "triton":
         raise ImplementationError(
             f"impl='triton' cannot be used for a mixed batch with gradients: {reason}"

@@ -61,7 +61,7 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
     """
     layer, routing = call.layer, call.routing
     if call.conditions.compiling:
-        made = _forward_in_graph(call, base)
+        made = _forward_in_compiled_graph(call, base)
         if made is not None:
             return made
     magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
@@ -202,7 +202,7 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
 # ------------------------------------------------------------------------- in a compiled graph
 
 
-def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
+def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     """Compute a layer's output in a graph that is being compiled.
 
     Returns None if the graph does not support the call. Graphs do not support factors with hooks,
@@ -215,7 +215,7 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     call = replace(call, routing=batch)
     if batch.source.tables is not None:
         return _forward_pool_in_compiled_graph(call, base, batch.source.tables)
-    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlotIndices()
+    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlots()
     slots = slot_factors_for_compiled_graph(call, layer, dora.dropped)
     if slots is None:
         return None

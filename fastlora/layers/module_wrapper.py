@@ -119,7 +119,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained_copy(self, adapter_name: str) -> None:
-        """Remove an adapter's trained copy of the module or of its rows."""
+        """Remove an adapter's trained copy.
+
+        The adapter has its own copy of the wrapped module or of some of the module's rows.
+        """
         del self._trained_modules_or_rows_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:

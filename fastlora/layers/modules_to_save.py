@@ -53,13 +53,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str, tied_to: nn.Module | None = None) -> None:
-        """Add an adapter to this module.
-
-        The adapter gets its own copy of the original module.
+        """Add an adapter with its own copy of the original module.
 
         Args:
             adapter_name: The adapter that gets the copy.
-            tied_to: A module that shares its weight with the copy.
+            tied_to: A module whose weight the copy shares. With None, the copy has its own weight.
         """
         weight: Any = getattr(self.original_module, "weight", None)
         memo = {} if tied_to is None else {id(weight): tied_to.weight}

@@ -68,7 +68,7 @@ def output_from_packed_factors(
     if base.weight is not None:
         y = packed_forward.linear(flat, base.weight, base.bias, adapter, pack, plan)
     else:
-        y = packed_forward.add_(base.writable_output(), flat, adapter, pack, plan)
+        y = packed_forward.add_(base.writable_y(), flat, adapter, pack, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -33,7 +33,8 @@ def freeze_and_convert(
 ) -> Factor:
     """Freeze a factor, convert it to the device and dtype of ``reference``, and return it.
 
-    ``training_mode`` sets the mode of a factor that is a module.
+    A factor is not converted if ``reference`` is None. If the factor is a module, its ``training``
+    flag is set to ``training_mode``.
     """
     if isinstance(factor, nn.Module):
         if reference is not None:

@@ -297,7 +297,10 @@ def clear_weight_dependent_caches(layer: object, release_captured: bool = False)
 def _stamp_arguments_unless_replaced(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments of `stamp_tensors` for a weight, or None if the weight was replaced."""
+    """Return the arguments with which `stamp_tensors` makes a stamp of a module's weight.
+
+    Returns None if the weight was replaced.
+    """
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

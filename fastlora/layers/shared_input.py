@@ -209,9 +209,9 @@ class SharedInputGroup(SharedResultCache):
     def discard_untaken(self) -> set[int]:
         """Discard the results that no layer has taken.
 
-        Returns the layers for which these results were computed. Only this thread's results are
-        discarded. The layers are also recorded as idle. Nothing is computed for an idle layer until
-        it is called again.
+        Returns a set of the ids of the layers for which these results were computed. Only this
+        thread's results are discarded. The layers are also recorded as idle. Nothing is computed
+        for an idle layer until the layer is called again.
         """
         untaken = super().discard_untaken()
         if untaken:
@@ -220,9 +220,9 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the group's caches.
+        """Clear the group's cached results and launches.
 
-        They contain the results of every thread, the launches, and the set of idle layers.
+        The results of every thread are discarded. The set of idle layers is cleared too.
         """
         super().clear()
         self.launches.clear()

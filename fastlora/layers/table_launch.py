@@ -116,7 +116,7 @@ def output_from_tables(
     """
     if base.weight is not None:
         return linear_from_tables(call, base, launch)[0]
-    y, of = base.writable_output(), launch.of
+    y, of = base.writable_y(), launch.of
     # PyTorch does not need the largest rank. A constant avoids recompilation by a guard on it.
     max_rank = of.max_rank if impl == "triton" else 0
     torch.ops.fastlora.lora_add_at_(

@@ -168,9 +168,10 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
+        """Recompute an adapter's DoRA magnitude from the current weights.
 
-        All processes must call this method.
+        The magnitude is set to the row norms of the adapted weight. All processes must call this
+        method.
         """
         from torch.distributed.tensor import DTensor
 
@@ -297,12 +298,13 @@ class TensorParallelLora(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share of the base bias, or None if the base layer has no bias.
+        """Return the part of the base layer's bias that belongs to this process.
 
-        The share is included in this process's share of y. Column-wise, it is this process's slice
+        The part is included in this process's share of y. Column-wise, it is this process's slice
         of the bias. Row-wise, each process gets an equal part: the bias divided by the number of
         processes. DoRA subtracts these parts before it scales y and adds them afterwards, so that
         they sum to the bias in whichever process torch has added it. All parts may be trained.
+        Returns None if the base layer has no bias.
         """
         bias = super()._local_base_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -310,10 +312,11 @@ class TensorParallelLora(FastLoraWrapper):
         return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds.
+        """Return this process's dropout seeds, derived from ``seed``.
 
-        They are derived from ``seed``, are int64, and have its shape. Column-wise, all processes
-        use the same seeds. Row-wise, each process uses its own.
+        The seeds are int64 and have the shape of ``seed``. Row-wise, each process has its own seeds
+        for masking its shard of x. Column-wise, all processes mask the same x and use the same
+        seeds.
         """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
@@ -350,9 +353,9 @@ class TensorParallelLora(FastLoraWrapper):
         return FusionStatus(False, reason)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return this process's shards of the base weight and bias.
+        """Return the base weight and bias, into which adapters are merged.
 
-        Adapters are merged into these shards.
+        Both are this process's shards. The bias is None if the base layer has no bias.
         """
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
@@ -378,9 +381,10 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's unsharded weight update ``scaling * B @ A``.
+        """Return an adapter's delta weight ``scaling * B @ A``.
 
-        The shape of the update is ``[N, K]``. All processes must call this method.
+        The delta weight ``[N, K]`` covers the whole layer and is not sharded. All processes must
+        call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Module whose weight is the transpose of another layer's factor.
+    """Transposed view of an embedding's LoRA factor.
 
-    The module has no parameters.
+    The view is the ``weight`` of a module that has no parameters of its own.
     """
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
@@ -37,7 +37,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The transpose of the embedding's LoRA factor."""
+        """The weight, which is the transpose of the embedding's LoRA factor."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -82,9 +82,10 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add an adapter that shares its factors with the embedding's adapter of the same name.
+        """Add an adapter to the head.
 
-        ``settings`` are those of `LoraLayer.add_adapter`.
+        The adapter shares its factors with the embedding's adapter of the same name. ``settings``
+        are those of `LoraLayer.add_adapter`.
         """
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)

@@ -58,10 +58,10 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TrainableTokensLayer(nn.Module):
-    """Layer that stores each adapter's trained token rows for an embedding or a linear layer.
+    """Layer with trainable rows for selected tokens of an embedding or a linear layer.
 
-    `TrainableTokensWrapper` uses the rows in its forward pass. The class and attribute names follow
-    PEFT.
+    The layer stores the rows of every adapter. `TrainableTokensWrapper` uses them in its forward
+    pass. The class and attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -185,7 +185,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def _trained_modules_or_rows_by_adapter(self) -> nn.ParameterDict:
-        """The trained copies of the token rows, keyed by adapter name."""
+        """The trained modules or rows, keyed by adapter name.
+
+        In this class, each value contains an adapter's trained copies of rows of the weight.
+        """
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -406,8 +409,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
         """Merge adapters that have already passed `check_merge`.
 
-        Their rows are written into the weight, and the old rows are saved for `unmerge`, even if
-        ``keep_base`` is False.
+        The adapters' trained rows are written into the weight. The old rows are saved for
+        `unmerge`, even if ``keep_base`` is False.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()
@@ -435,9 +438,11 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _rows_before_merge_by_adapter(self) -> dict[str, torch.Tensor]:
-        """Return the weight rows as they were before each merge, keyed by the merged adapter.
+        """Return the weight rows as they were before merging, keyed by adapter name.
 
-        Modules that share the weight share the dict.
+        The dict has one entry for each merged adapter. The entry contains the weight rows that the
+        adapter replaced, as they were just before this adapter was merged. Modules that share the
+        weight share the dict.
         """
         own, tied = self.token_adapter, self.token_adapter.tied_adapter
         shares = tied is not None and tied.base_layer.weight is own.base_layer.weight

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -285,7 +285,7 @@ def call_with_parameters(
     replaced by a function that cannot be copied, the parameters are replaced in place during the
     call.
     """
-    if has_opaque_forward(module):
+    if has_uncopyable_forward(module):
         return torch.func.functional_call(module, dict(tensors), args, kwargs)
     copied = copy_with_parameters(module, tensors)
     before = dict(copied.__dict__)
@@ -296,8 +296,12 @@ def call_with_parameters(
     return result
 
 
-def has_opaque_forward(module: nn.Module) -> bool:
-    """Return whether ``forward`` was replaced on the instance and cannot be bound to a copy."""
+def has_uncopyable_forward(module: nn.Module) -> bool:
+    """Return whether a module's ``forward`` cannot be bound to a copy of the module.
+
+    A ``forward`` method that was replaced on the instance can be bound to a copy only if the
+    replacement is a method or a partial function of the module.
+    """
     forward = module.__dict__.get("forward")
     return forward is not None and _bound_to(forward, module, module) is None
 
@@ -322,8 +326,11 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
     return made
 
 
-def _bound_to(function: object, module: nn.Module, copied: nn.Module) -> Any:
-    """Return a method or partial function of ``module``, bound to ``copied``; None for others."""
+def _bound_to(function: object, module: nn.Module, copied: nn.Module) -> Callable[..., Any] | None:
+    """Return a method or partial function of ``module``, bound to ``copied``.
+
+    Returns None if ``function`` is neither a method nor a partial function of ``module``.
+    """
     if isinstance(function, types.MethodType) and function.__self__ is module:
         return types.MethodType(function.__func__, copied)
     if isinstance(function, functools.partial) and any(a is module for a in function.args):

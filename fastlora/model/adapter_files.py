@@ -131,7 +131,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def make_weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
+def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str]:
     """Create the metadata for a weights file.
 
     The weights file is saved together with a config file. The metadata contains the new config. If
@@ -140,36 +140,36 @@ def make_weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
 
     Args:
         folder: The folder that the weights are saved into.
-        text: The new content of the config file.
+        new_config: The new content of the config file.
     """
-    metadata = {_CONFIG: text.decode("utf-8")}
+    metadata = {_CONFIG: new_config.decode("utf-8")}
     with contextlib.suppress(OSError, CheckpointError):
         replaced = _read_config(folder / CONFIG_NAME)
-        if replaced != text:
+        if replaced != new_config:
             metadata[_REPLACES] = hashlib.sha256(replaced).hexdigest()
     return metadata
 
 
-def config_bytes_to_write_without_weights(folder: Path, text: bytes) -> bytes:
-    """Return the content to write for a config that is saved without weights.
+def bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
+    """Return the bytes to write to the config file when only the config is saved.
 
     The weights file in the folder contains a hash of the config file that was replaced when the
-    weights were saved. If ``text`` has the same hash, readers would conclude that saving the
+    weights were saved. If ``new_config`` has the same hash, readers would conclude that saving the
     weights was interrupted, and would ignore the config file. In this case, a newline is appended
-    to ``text``. Otherwise, ``text`` is returned unchanged.
+    to ``new_config``. Otherwise, ``new_config`` is returned unchanged.
 
     Args:
         folder: The folder that the config is saved into.
-        text: The content of the config file.
+        new_config: The new content of the config file.
     """
     path = folder / WEIGHTS_NAME
     with (
         contextlib.suppress(OSError, CheckpointError),
         SafetensorsFile(open_regular_file(path), path) as weights,
     ):
-        if hashlib.sha256(text).hexdigest() == weights.metadata.get(_REPLACES):
-            return text + b"\n"
-    return text
+        if hashlib.sha256(new_config).hexdigest() == weights.metadata.get(_REPLACES):
+            return new_config + b"\n"
+    return new_config
 
 
 def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:

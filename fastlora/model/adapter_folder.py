@@ -96,9 +96,9 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The config and the tensor descriptions of an adapter folder.
+    """The header of an adapter: its config and the descriptions of its tensors.
 
-    They are the validated contents of the folder, excluding the tensor data.
+    The header consists of the validated contents of the adapter folder, excluding the tensor data.
 
     Attributes:
         path: The folder.
@@ -133,9 +133,9 @@ class AdapterContents:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers that have LoRA factors.
+        """The names of the layers for which the adapter has LoRA factors.
 
-        They are in the order of the keys in the file.
+        The names are in the order of the keys in the file.
         """
         names = (parts.module for parts in self.keys.values() if parts.kind in _PARTNERS)
         return list(dict.fromkeys(names))
@@ -171,10 +171,11 @@ class OpenAdapterFolder:
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The adapter's header.
+        """The header of the adapter folder.
 
-        It consists of the validated contents of the folder, excluding the tensor data. The header
-        of the weights file is checked against the config. No tensor data is read.
+        The header consists of the validated contents of the folder, excluding the tensor data. When
+        the property is read for the first time, the header of the weights file is checked against
+        the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -359,7 +360,7 @@ def parse_and_check_tensors(
 
 
 def _open_error_message(folder: Path, error: OSError) -> str:
-    """Return an error message that explains why an adapter folder cannot be opened."""
+    """Return the error message for an adapter folder whose files could not be opened."""
     if folder.is_file():
         return f"{folder}: expected the folder that contains {WEIGHTS_NAME}, found a file"
     if not folder.is_dir():
@@ -451,15 +452,15 @@ def _check_factor(
                 raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
 
 
-def _may_be_stacked_rank(config: LoraConfig, size: int) -> bool:
-    """Return whether factors for a stack of matrices may have a rank dimension of ``size``.
+def _may_be_stacked_rank(config: LoraConfig, rank_dim_size: int) -> bool:
+    """Return whether ``rank_dim_size`` may be a rank multiplied by a number of stacked matrices.
 
     A target parameter may be a stack of matrices. The rank dimension of its factors is then the
     rank multiplied by the number of matrices. Only a model tells which modules have target
     parameters, and how many matrices they stack. `check_adapter_fits_model` compares the shapes.
     """
     ranks = {config.r, *config.rank_pattern.values()} if config.target_parameters else ()
-    return size > 0 and any(size % rank == 0 for rank in ranks)
+    return rank_dim_size > 0 and any(rank_dim_size % rank == 0 for rank in ranks)
 
 
 def target_name_of_inner_layer(layer_name: str) -> str:

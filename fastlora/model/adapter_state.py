@@ -219,26 +219,29 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 
 
 def _file_shapes_of_tied_heads(
-    model: nn.Module, other_shapes: dict[str, tuple[int, ...]], plan: AdapterPlan
+    model: nn.Module, expected_shapes: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
     """Return a dict that maps the file keys of the tied output heads to the tensors' shapes.
 
     The dict contains no other file keys. A tied head uses the LoRA factors of the input embedding.
-    PEFT may save these factors a second time, transposed, under the head's name. ``other_shapes``
-    must contain the shapes of the embedding's factors, and is not changed.
+    PEFT may save these factors a second time, transposed, under the head's name.
+
+    If there are tied heads, ``expected_shapes`` must contain the shapes of the embedding's
+    factors, keyed by file key. Other entries are ignored, and the dict is not changed.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding_name(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = other_shapes[f"{at}.{own}"][::-1]
+            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected_shapes[f"{at}.{own}"][::-1]
     return shapes
 
 
 def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Return the base model's biases, keyed by their names in the model without adapters.
+    """Return the base model's biases, keyed by name.
 
-    Each value is a tuple of the bias's current name and the parameter.
+    The keys are the names that the biases have in the model without adapters. Each value is a tuple
+    of the bias's current name and the parameter.
     """
     return {
         strip_wrapper_prefixes(str(key_without_adapters(model, name))): (name, parameter)

@@ -171,7 +171,10 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked_temp_folder(path: Path) -> Iterator[Path]:
-    """Create a locked temporary folder next to ``path``, and remove it when the block ends."""
+    """Create a locked temporary folder next to ``path`` for the duration of a ``with`` block.
+
+    The folder is removed when the block ends.
+    """
     remove_abandoned_temp_folders(path.parent)
     folder, descriptor = _create_locked_temp_folder(path)
     try:

@@ -32,7 +32,10 @@ def strip_wrapper_prefixes(name: str) -> str:
 
 
 def is_lora_layer(module: nn.Module) -> bool:
-    """Return whether ``module`` is a LoRA layer of fastlora or PEFT."""
+    """Return whether ``module`` is a LoRA layer.
+
+    The LoRA layers of fastlora and of PEFT are recognized.
+    """
     return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
 
 
@@ -78,7 +81,7 @@ def base_module_of(module: nn.Module) -> nn.Module:
 
 
 def named_outer_modules(
-    model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
+    model: nn.Module, *, remove_duplicate: bool = True, include_inner_lora_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
     """Return a model's modules, except those inside LoRA layers and wrappers.
 
@@ -90,8 +93,8 @@ def named_outer_modules(
     Args:
         model: The model, with or without adapters.
         remove_duplicate: Whether to return a module with several names only once.
-        inner_layers: Whether to include LoRA layers that are part of other LoRA layers. See
-            `LoraLayer.inner_layers`.
+        include_inner_lora_layers: Whether to include LoRA layers that are part of other LoRA
+            layers. See `LoraLayer.inner_layers`.
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[nn.Module] = set()
@@ -111,7 +114,9 @@ def named_outer_modules(
             for part in (module._modules.get("base_layer"), *module.__dict__.get("_linear", ())):
                 if part is not None:
                     seen.update(part.modules())
-            inner: Any = getattr(module, "inner_layers", None) if inner_layers else None
+            inner: Any = (
+                getattr(module, "inner_layers", None) if include_inner_lora_layers else None
+            )
             if inner is not None:
                 for below, layer in inner().items():
                     found.append((f"{name}.{below}", layer))
@@ -147,19 +152,19 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
 
 
 def peft_function_or_raise(
-    model: nn.Module, module: str, name: str, no_peft_layers_error: Exception
+    model: nn.Module, python_module: str, function_name: str, no_peft_layers_error: Exception
 ) -> Any:
     """Return a PEFT function, or raise an error if the model has no PEFT adapter layers.
 
     Args:
         model: The model.
-        module: The name of the Python module that defines the function.
-        name: The name of the function.
+        python_module: The name of the Python module that defines the function.
+        function_name: The name of the function.
         no_peft_layers_error: The error to raise if the model has no PEFT adapter layers.
     """
     layers: Any = sys.modules.get("peft.tuners.tuners_utils")
     kind = () if layers is None else layers.BaseTunerLayer
     # The layers of fastlora are registered as virtual subclasses of BaseTunerLayer.
     if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(python_module), function_name)
     raise no_peft_layers_error

@@ -22,8 +22,10 @@ from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
-class ComputedLayerParameters(NamedTuple):
-    """The parameters of a computed adapter on one layer.
+class LayerAdapterParameters(NamedTuple):
+    """An adapter's parameters for one layer.
+
+    The adapter was computed from one or more other adapters.
 
     Attributes:
         lora_a, lora_b: The factors, ``[R, K]`` and ``[N, R]``.
@@ -42,7 +44,10 @@ class ComputedLayerParameters(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank of the adapter on the layer."""
+        """The rank of the adapter on this layer.
+
+        The adapter may have different ranks on other layers.
+        """
         return self.lora_a.shape[0] // self.num_matrices
 
 
@@ -60,7 +65,7 @@ class ComputedAdapter(NamedTuple):
     """
 
     plan: AdapterPlan
-    factors: Mapping[str, ComputedLayerParameters]
+    factors: Mapping[str, LayerAdapterParameters]
     copies: Mapping[str, str]
     wide: bool
 
@@ -156,7 +161,7 @@ def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.Fa
 def build_computed_adapter(
     model: nn.Module,
     configs: Mapping[str, LoraConfig],
-    factors: Mapping[str, ComputedLayerParameters],
+    factors: Mapping[str, LayerAdapterParameters],
     config: LoraConfig | None = None,
 ) -> ComputedAdapter:
     """Create a `ComputedAdapter` from factors.
@@ -207,9 +212,10 @@ def _sole_copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, st
 
 
 def check_modules_to_save_disjoint(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Check that no two adapters own copies of the same module.
+    """Raise an error if two of the given adapters own copies of the same module.
 
-    If a name occurs twice in ``adapters``, its copies count twice, as in PEFT.
+    An adapter owns a copy of each module in its ``modules_to_save``. An adapter whose name occurs
+    twice in ``adapters`` counts as two adapters, as in PEFT.
 
     Raises:
         AdapterStateError: If two adapters own copies of the same module.

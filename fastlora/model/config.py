@@ -24,7 +24,7 @@ from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
-    config_bytes_to_write_without_weights,
+    bytes_for_config_only_save,
     read_config_saved_with_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
@@ -377,10 +377,11 @@ class LoraConfig(PeftConfigMethods):
         return self.lora_alpha if key is None else patterns[key]
 
     def _name_for_rank_and_alpha_patterns(self, name: str) -> str:
-        """Return the name that ``rank_pattern`` and ``alpha_pattern`` are matched against.
+        """Return the name to match against ``rank_pattern`` and ``alpha_pattern``.
 
-        This is the name of the weight if the weight of the module is a target parameter, as in
-        PEFT.
+        ``name`` is the name of a module or target parameter. If the weight of the module is a
+        target parameter, the result is the name of the weight, as in PEFT. Otherwise, ``name`` is
+        returned unchanged.
         """
         weight, entries = f"{name}.weight", self.target_parameters or ()
         # A config may list any number of names.
@@ -525,10 +526,12 @@ class LoraConfig(PeftConfigMethods):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder), atomic_replace_file(folder / CONFIG_NAME) as partial:
-            partial.write_bytes(config_bytes_to_write_without_weights(folder, text.encode("utf-8")))
+            partial.write_bytes(bytes_for_config_only_save(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
-        """Return the config as a JSON string in the format of ``adapter_config.json``.
+        """Return the config as a JSON string.
+
+        The string has the format of ``adapter_config.json``.
 
         Args:
             **overrides: Values that replace the config's own values. A value of None is ignored.

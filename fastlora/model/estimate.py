@@ -61,15 +61,14 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters divided by the base model's number of parameters."""
+        """The number of trainable parameters as a fraction of the base model's parameter count."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The total size in bytes of the trainable parameters, their gradients, and the optimizer
-        state.
+        """The memory for the trainable parameters, their gradients, and the optimizer state.
 
-        The base model, activations, and `workspace_bytes` are not included.
+        The value is in bytes. The base model, activations, and `workspace_bytes` are not included.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
@@ -96,9 +95,9 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the size of an adapter and the memory needed to train it.
+    """Estimate the memory needed to train an adapter.
 
-    The adapter is not created.
+    The estimate also includes the size of the adapter. The adapter is not created.
 
     Args:
         model: Any module on any device, with or without adapters. A model on
@@ -156,8 +155,8 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _ValueAndScaleBytes(NamedTuple):
-    """The sizes, in bytes, of a parameter's values and scales.
+class _ParameterBytes(NamedTuple):
+    """The sizes, in bytes, of a parameter as stored and after dequantization.
 
     Attributes:
         values: The size of the stored values, quantized or not.
@@ -170,7 +169,7 @@ class _ValueAndScaleBytes(NamedTuple):
     dense: int = 0
 
 
-def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
+def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterBytes:
     """Return the sizes, in bytes, of a parameter's values and scales.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
@@ -188,15 +187,15 @@ def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _ValueAndScaleBytes(values, scales, numel * compute.itemsize)
+        return _ParameterBytes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _ValueAndScaleBytes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _ParameterBytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _ValueAndScaleBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _ValueAndScaleBytes(parameter.nbytes)
+        return _ParameterBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _ParameterBytes(parameter.nbytes)
 
 
 def _quant_state_bytes(state: object) -> int:

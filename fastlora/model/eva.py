@@ -24,6 +24,7 @@ from fastlora.init.eva import Prepare, flatten_first_input
 from fastlora.init.eva_search import EvaSearch
 from fastlora.layers import LoraLayer
 from fastlora.layers.base_layers import linear_features, stores_weight_transposed
+from fastlora.layers.layer_kinds import LayerAdapterSettings
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.adapter_folder import KEY_PREFIX
 from fastlora.model.config import LoraConfig
@@ -329,7 +330,7 @@ def _apply_eva_state_dict(
             missing.append(name)
             new_settings = new_settings._replace(init_lora_weights=True)
         if rank != layer.r[adapter_name] or (name in missing and _is_linear(layer, adapter_name)):
-            _replace_factors(layer, adapter_name, new_settings._replace(r=rank, lora_alpha=alpha))
+            _recreate_factors(layer, adapter_name, new_settings._replace(r=rank, lora_alpha=alpha))
         if name in found:
             weight: Any = layer.lora_A[adapter_name].weight
             weight.copy_(found[name])
@@ -379,10 +380,13 @@ def _store_adapted_layers_as_targets(
         tuner._parameters_by_adapter[adapter_name] = kept
 
 
-def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> None:
-    """Replace an adapter's factors on a layer with factors created from new settings.
+def _recreate_factors(
+    layer: LoraLayer, adapter_name: str, new_settings: LayerAdapterSettings
+) -> None:
+    """Recreate an adapter's factors on a layer with new settings.
 
-    ``new_settings`` determines the shapes of the new factors. Their dtype does not change.
+    ``new_settings`` determines the shapes and the initialization of the new factors. The dtype of
+    the factors does not change.
     """
     before = layer.lora_A[adapter_name].weight.dtype
     layer.delete_adapter(adapter_name)

@@ -61,7 +61,10 @@ def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
 
 
 def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
-    """Convert a file's factors for the experts' linear layers to factors for stacked parameters.
+    """Convert the expert factors of an adapter file to the layout of the model's experts.
+
+    The factors for the linear layers of the individual experts become factors for the model's
+    stacked parameters.
 
     Args:
         model: The base model, with or without adapters.
@@ -137,10 +140,12 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return an adapter's config, changed so that PEFT adapts the same parameters as fastlora.
+    """Return an adapter's config, modified for use by PEFT.
 
-    Whenever PEFT reads a config, it converts the former names of experts. It then adapts all
-    experts, and no linear layer with a former name. The returned config has no former names.
+    If the base model has stacked experts, the modifications keep PEFT from adapting other experts
+    than fastlora does. Whenever PEFT reads a config, it converts the former names of experts. It
+    then adapts all experts, and no linear layer with a former name. The returned config has no
+    former names. For other base models, the config is returned unchanged.
 
     PEFT cannot adapt some linear layers that fastlora adapts. If the adapter has such layers, a
     warning names them. When fastlora loads the adapter, it recognizes these layers by their
@@ -227,9 +232,9 @@ def _with_renamed_expert_blocks(
 
 
 class InferredFactorSettings(NamedTuple):
-    """The rank, alpha, and scaling of an adapter's factors, inferred from the adapter's file.
+    """The settings of an adapter's factors, inferred from the adapter's file.
 
-    The factors are those on one module or parameter.
+    The object describes the factors on one module or parameter.
 
     Attributes:
         rank: The rank.
@@ -339,24 +344,27 @@ def _layers_by_former_name(
 
 
 def _prepend_stack_patterns(
-    field: str, config: LoraConfig, values: Mapping[str, Any], names: Sequence[str]
+    field: str, config: LoraConfig, values_by_parameter: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the patterns of a config, preceded by new patterns for stacked parameters.
+    """Return a config's patterns, with patterns for stacked parameters added.
+
+    The added patterns come first, because the first pattern that matches a name is used.
 
     Args:
-        field: The name of the field of the config.
+        field: The field of the config: ``"rank_pattern"`` or ``"alpha_pattern"``.
         config: The adapter's config.
-        values: The value of each parameter.
+        values_by_parameter: A mapping from the names of stacked parameters to their ranks or
+            alphas.
         names: The names of the layers and parameters of the adapter. Patterns that match none of
             them are left out.
     """
     value_for = config.rank_for if field == "rank_pattern" else config.alpha_for
     by_end: dict[str, set[float]] = {}
-    for name, value in values.items():
+    for name, value in values_by_parameter.items():
         by_end.setdefault(_last_two_components(name), set()).add(value)
     added = {
         _last_two_components(name) if len(by_end[_last_two_components(name)]) == 1 else name: value
-        for name, value in values.items()
+        for name, value in values_by_parameter.items()
         if value_for(name) != value
     }
     patterns = added | {k: v for k, v in getattr(config, field).items() if k not in added}

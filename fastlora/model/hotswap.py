@@ -259,7 +259,7 @@ def _check_and_write_tensors(
             )
     keys = adapter_state.file_keys_to_state_keys(model, adapter_name)
     tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
-    prefixes = _file_key_prefixes_by_loaded_parameter(tuner.model, adapter_name)
+    prefixes = _file_key_prefixes_by_adapted_parameter(tuner.model, adapter_name)
     tensors = _rename_parameters_as_loaded(tuner.model, tensors, config, prefixes)
     unexpected = [key for key in tensors if key not in keys]
     if unexpected:
@@ -300,10 +300,11 @@ def _new_layer_tensors(
     config: LoraConfig,
     prefix: str,
 ) -> dict[str, torch.Tensor]:
-    """Return a dict of the new tensors for a layer.
+    """Check the new adapter's tensors for a layer, and return them as a dict.
 
-    The keys are those of PEFT's adapter files without the layer's name. The dict is empty if the
-    new adapter does not adapt the layer. ``prefix`` is the layer's name in ``tensors``.
+    The keys of the dict are those of PEFT's adapter files without the layer's name. The dict is
+    empty if the new adapter does not adapt the layer. ``prefix`` is the layer's name in the keys of
+    ``tensors``, followed by a dot.
 
     Raises:
         HotswapError: If only some of the layer's tensors are given, or if a shape differs.
@@ -323,10 +324,10 @@ def _new_layer_tensors(
     return found
 
 
-def _file_key_prefixes_by_loaded_parameter(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Return the key prefixes, in an adapter's files, of the parameters that the adapter adapts.
+def _file_key_prefixes_by_adapted_parameter(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Return a dict that maps adapted parameters to their key prefixes in the adapter's files.
 
-    The result is a dict that maps the full names of the parameters to the prefixes.
+    The keys of the dict are the full names of the parameters that the adapter adapts.
     """
     by_module: dict[str, list[str]] = {}
     for name, layer in adapted_layers(model, adapter_name).items():
@@ -365,7 +366,7 @@ def _rename_parameters_as_loaded(
         model: The base model with its adapters.
         tensors: The tensors of the new adapter, with the keys of its file.
         config: The config of the new adapter.
-        loaded: The result of `_file_key_prefixes_by_loaded_parameter`.
+        loaded: The result of `_file_key_prefixes_by_adapted_parameter`.
     """
     if not loaded:
         return dict(tensors)

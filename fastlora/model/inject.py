@@ -197,7 +197,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     for _, module in found:
         # Tied rows were deleted together with their source.
-        if filter_adapter_names(module, [adapter_name]):
+        if existing_adapter_names(module, [adapter_name]):
             module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
@@ -212,7 +212,7 @@ def modules_with_adapters(model: nn.Module, *, inner_layers: bool = True) -> lis
     are part of other LoRA layers.
     """
     kinds = (LoraLayer, ModuleWrapper)
-    found = named_outer_modules(model, inner_layers=inner_layers)
+    found = named_outer_modules(model, include_inner_lora_layers=inner_layers)
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
@@ -267,7 +267,7 @@ def base_biases_trained_by(
     modules = [
         module
         for _, module in modules_with_adapters(model)
-        if filter_adapter_names(module, [adapter_name])
+        if existing_adapter_names(module, [adapter_name])
     ]
     targets = [module for module in modules if isinstance(module, LoraLayer)]
     copied = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
@@ -356,13 +356,13 @@ def unload(
                 if dequantize
                 else contextlib.nullcontext()
             ):
-                module.check_merge(safe_merge, filter_adapter_names(module, adapter_names))
+                module.check_merge(safe_merge, existing_adapter_names(module, adapter_names))
     dtype = dtype_for_dequantized_weights(model) if dequantize else None
     shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
-            names = filter_adapter_names(module, adapter_names)
+            names = existing_adapter_names(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
                 shared.untie_if_shared(name, module)
@@ -400,8 +400,8 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
         )
 
 
-def filter_adapter_names(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return the given adapter names for which the module has an adapter.
+def existing_adapter_names(module: Any, adapter_names: list[str] | None) -> list[str] | None:
+    """Return the given names of adapters that exist on a module.
 
     None, which stands for the active adapters, is returned unchanged.
     """

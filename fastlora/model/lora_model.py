@@ -131,7 +131,10 @@ class LoraModel(PeftModelMethods, nn.Module):
     def _wrap_in_tuner_with_active_adapter(
         self, model: nn.Module, plan: AdapterPlan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
-        """Wrap a model in a `LoraTuner`, add an adapter to it, and make the adapter active."""
+        """Wrap a model in a `LoraTuner` with a new, active adapter.
+
+        The adapter is added according to ``plan``.
+        """
         nn.Module.__init__(self)
         self.base_model = LoraTuner(model)
         self.base_model.add_adapter(
@@ -448,6 +451,23 @@ class LoraModel(PeftModelMethods, nn.Module):
                 return generate(*args, **kwargs)
             finally:
                 discard_unused_results(self.base_model.group)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Enable gradient checkpointing in the base model.
+
+        The `Trainer` of transformers 4 calls this method, and uses reentrant checkpointing by
+        default. With reentrant checkpointing, the adapters only get gradients if the output of the
+        input embedding requires gradients, so this method makes the output require them.
+
+        Args:
+            *args: Positional arguments of the base model's method.
+            **kwargs: Keyword arguments of the base model's method.
+        """
+        base: Any = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)
+        # Models of transformers 5 have this method, and do the rest themselves.
+        if not hasattr(base, "activation_checkpointing_enable"):
+            _require_embedding_output_gradients(base)
 
     def _adapters_block(
         self, adapter_names: Sequence[str | None] | None

@@ -78,18 +78,22 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config of this class with the given fields.
+        """Create a config for a PEFT type from the given fields.
 
-        In PEFT, ``peft_type`` determines the class instead.
+        In PEFT, ``peft_type`` determines the class of the config. The only PEFT type that fastlora
+        supports is ``"LORA"``, so the config is always an instance of this class.
+
+        Raises:
+            ConfigError: If ``peft_type`` is another type, or if another field has an invalid value.
         """
         return cls(**fields)
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the given fields without checking them.
+        """Return the given fields, which are checked when a config is created.
 
-        The fields are only checked when a config is created. PEFT's method of the same name checks
-        the fields itself.
+        The method itself does not check the fields. In PEFT, subclasses can override the method to
+        add checks.
         """
         return fields
 

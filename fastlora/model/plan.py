@@ -45,7 +45,7 @@ from fastlora.model.tied_weights import (
     find_ties_and_update_config,
 )
 from fastlora.model.trainable_tokens import (
-    TrainableTokenIndices,
+    TrainableRows,
     check_trained_once,
     find_trainable_tokens,
 )
@@ -60,9 +60,7 @@ from fastlora.validation import (
 
 
 class TargetModule(NamedTuple):
-    """A module to which an adapter applies LoRA.
-
-    The object also describes how LoRA is applied to the module.
+    """A module that an adapter adapts with LoRA, together with the adapter's settings for it.
 
     Attributes:
         base: The module without adapters.
@@ -111,7 +109,7 @@ class AdapterPlan:
     target_modules: set[str] | str
     from_file: bool = False
     parameters: list[str] = field(default_factory=list)
-    tokens: dict[str, TrainableTokenIndices] = field(default_factory=dict)
+    tokens: dict[str, TrainableRows] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
     replication: RevertibleLayerReplication | None = None
@@ -371,11 +369,12 @@ def _has_own_forward(linear: nn.Linear) -> bool:
 
 
 def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
-    """Emit warnings for targets that ignore dropout or are computed differently than in PEFT.
+    """Emit warnings about targets that behave differently than users may expect.
 
-    The first warning is emitted if a new adapter has ``lora_dropout`` and a target has no input
-    that dropout can be applied to. The second warning is emitted if the adapter was saved by PEFT
-    and fastlora computes a target of this kind differently.
+    There are two warnings. The first is about targets that ignore dropout: a new adapter has
+    ``lora_dropout``, but a target has no input that dropout can be applied to. The second is about
+    targets that are computed differently than in PEFT. It is emitted only for an adapter that was
+    loaded from a file with a ``peft_version`` in its config.
     """
     config = plan.config
     without = [name for name, target in plan.targets.items() if not target.kind.uses_dropout]
@@ -533,9 +532,9 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
     return {} if kind is None else kind.shapes(base, settings)
 
 
-def to_lora_config(config: Any) -> LoraConfig:
+def to_lora_config(peft_config: Any) -> LoraConfig:
     """Convert a PEFT config to a `LoraConfig`.
 
     A `LoraConfig` is returned unchanged.
     """
-    return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)
+    return peft_config if isinstance(peft_config, LoraConfig) else LoraConfig.from_peft(peft_config)

@@ -168,7 +168,10 @@ class Recommendation:
 def recommend(
     model_or_num_params: nn.Module | int, *, memory_bytes: int | None = None
 ) -> Recommendation:
-    """Recommend initial hyperparameters for a base model of a given size.
+    """Recommend LoRA hyperparameters for a base model.
+
+    The recommended values are starting points for tuning. They depend on the number of parameters
+    of the base model:
 
     | parameters            | r        | alpha    | dropout |
     |-----------------------|----------|----------|---------|

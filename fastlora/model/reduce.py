@@ -25,7 +25,7 @@ from fastlora.model.adapter_folder import save_adapter_folder
 from fastlora.model.base_modules import peft_function_or_raise
 from fastlora.model.computed_adapters import (
     ComputedAdapter,
-    ComputedLayerParameters,
+    LayerAdapterParameters,
     build_computed_adapter,
     factor_matrices,
     join_per_matrix_factors,
@@ -248,7 +248,7 @@ def reduce_intruder_dimension(
         )
         tell(f"{name}: {f'Intruders: {found[1]}' if found else 'No intruders'}")
         pair = found[0] if found else pair
-        factors[name] = ComputedLayerParameters(*pair, layer._factors(old_adapter_name)[2])
+        factors[name] = LayerAdapterParameters(*pair, layer._factors(old_adapter_name)[2])
     old = tuner.peft_config[old_adapter_name]
     config = copy.deepcopy(old)
     config.bias, config.init_lora_weights = "none", True
@@ -303,12 +303,14 @@ def _scale_down_intruder_dimensions(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute an adapter of reduced rank and its approximation error on each layer.
+    """Compute a reduced-rank adapter and its approximation error on each layer.
 
-    The model is not changed.
+    The reduced-rank adapter approximates the adapter called ``adapter_name``. The model is not
+    changed.
 
     Returns:
-        A tuple of the computed adapter and a dict that maps layer names to relative errors.
+        A tuple of the computed adapter and a dict that maps layer names to the relative errors of
+        the approximation.
     """
     share = isinstance(rank, float)
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank <= 0:
@@ -346,7 +348,7 @@ def _compute_reduced_adapter(
         )
         bias = layer._factors(adapter_name)[2]
         magnitude: Any = layer._factors_by_part(adapter_name).get("lora_magnitude_vector")
-        factors[name] = ComputedLayerParameters(
+        factors[name] = LayerAdapterParameters(
             lora_a,
             lora_b,
             None if bias is None else bias.detach() * scaling,

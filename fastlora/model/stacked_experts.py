@@ -58,7 +58,9 @@ _LISTED = 4
 
 
 class BaseModelParameter(NamedTuple):
-    """A parameter of the base model, with its name and its module.
+    """A parameter of the base model.
+
+    The object also contains the name and the module of the parameter.
 
     Attributes:
         name: The name of the parameter in the model without adapters.
@@ -77,15 +79,18 @@ class BaseModelParameter(NamedTuple):
 
     @property
     def leaf(self) -> str:
-        """The name of the parameter relative to the module."""
+        """The last component of the parameter's name.
+
+        This is the name of the parameter relative to its module.
+        """
         return self.name.rpartition(".")[2]
 
 
 def base_parameters_outside_auxiliary_wrappers(modules: BaseModules) -> list[BaseModelParameter]:
-    """Return the parameters of the base model, except those inside auxiliary wrappers.
+    """Return the parameters of the base model that are not inside auxiliary wrappers.
 
-    These wrappers replace modules that adapters own copies of or train rows of. See
-    `is_auxiliary_wrapper`.
+    The result is not limited to parameters of experts. Auxiliary wrappers replace modules that
+    adapters own copies of or train rows of. See `is_auxiliary_wrapper`.
     """
     return [
         BaseModelParameter(f"{name}.{leaf}" if name else leaf, base, parameter)

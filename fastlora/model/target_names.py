@@ -33,9 +33,10 @@ _MOST_SHOWN = 10
 
 
 def saved_modules_and_heads(config: LoraConfig) -> list[str]:
-    """Return the entries of ``modules_to_save`` and the names of the heads from `task_heads`.
+    """Return the names of the modules to save, including the heads of the config's task type.
 
-    The list has no duplicates.
+    The list consists of the entries of ``modules_to_save`` and the names from `task_heads`, without
+    duplicates.
     """
     return list(dict.fromkeys([*(config.modules_to_save or ()), *task_heads(config)]))
 
@@ -51,7 +52,11 @@ def is_all_linear(targets: object) -> bool:
 
 
 def dotted_suffixes(name: str) -> list[str]:
-    """Return the suffixes of a dotted name, from the last component to the whole name."""
+    """Return the suffixes of a dotted name.
+
+    The suffixes are ordered by length, from the last component to the whole name. For example, the
+    suffixes of ``"a.b.c"`` are ``["c", "b.c", "a.b.c"]``.
+    """
     found, at = [], len(name)
     while at >= 0:
         at = name.rfind(".", 0, at)
@@ -75,9 +80,10 @@ def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> se
 
 
 def matches_names(name: str, entries: Collection[str]) -> bool:
-    """Return whether a name matches at least one of the entries.
+    """Return whether the last components of a name match at least one of the entries.
 
-    A name matches an entry if it equals the entry, or ends with a dot followed by the entry.
+    The last components may make up the whole name. For example, the entry ``"b.c"`` matches
+    ``"b.c"`` and ``"a.b.c"``, but not ``"a.bb.c"``.
     """
     return any(map(entries.__contains__, dotted_suffixes(name)))
 
@@ -107,11 +113,11 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
 
 
 def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
-    """Return whether a name matches the targets.
+    """Return whether a name matches the target modules of a config.
 
     The targets are a set of names or a regular expression. If they are a set, the name must also
     belong to one of the layers in the config's ``layers_to_transform``. A full name in the set is
-    exempt from this rule.
+    exempt from this rule. Exclusions are checked separately, by `is_excluded`.
     """
     if isinstance(targets, str):
         return matches_whole_name("target_modules", targets, name)

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectedParameters:
-    """The parameters that a config selects as targets, and those that it excludes.
+    """The parameters of a model that a config selects as targets.
+
+    The object also contains the names of parameters that the config selects but also excludes.
 
     Attributes:
         parameters: The selected parameters, in the model's order.

@@ -260,13 +260,17 @@ def _warn_of_unmatched_config_values(
         warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=4)
 
 
-def _hint_of_experts(left: Sequence[BaseModelParameter]) -> str:
-    """Return a hint that explains how to adapt experts that no target selects."""
-    if not left:
+def _hint_of_experts(unselected: Sequence[BaseModelParameter]) -> str:
+    """Return a hint about experts that no target selects.
+
+    The hint is part of a message, and explains how to adapt these experts. If there are no such
+    experts, the result is an empty string.
+    """
+    if not unselected:
         return ""
-    entries = sorted({".".join(each.name.split(".")[-2:]) for each in left})
+    entries = sorted({".".join(each.name.split(".")[-2:]) for each in unselected})
     return (
-        f" ({format_parameters_with_wildcards(each.name for each in left)}). "
+        f" ({format_parameters_with_wildcards(each.name for each in unselected)}). "
         f"Their weights are parameters, not linear layers; adapt them with "
         f"target_parameters={entries}"
     )
@@ -305,7 +309,7 @@ def _warn_of_routers_and_skipped_linears(
 
 
 def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
-    """Check that every entry of ``target_modules`` matches at least one module or stack of experts.
+    """Raise an error if an entry of ``target_modules`` matches neither a module nor experts.
 
     This check is stricter than `find_target_modules`, which only emits a warning for such an entry
     if other entries match.
@@ -463,7 +467,9 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
 
 
 class _FoundLinear(NamedTuple):
-    """The name of a linear layer in the base model, and whether the layer is wrapped.
+    """A linear layer that was found in the base model.
+
+    The layer is represented by its name.
 
     Attributes:
         name: The name of the layer.
@@ -508,10 +514,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Return message text that explains why a module counts as auxiliary.
+    """Return message text that explains why a module cannot be selected.
 
-    The text follows the module's name in the message. The module called ``name`` is, or
-    is inside, a module that adapters own copies of or train rows of.
+    The text follows the module's name in the message. The reason is that the module called ``name``
+    is, or is inside, a module that adapters own copies of or train rows of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
@@ -570,7 +576,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
 def _format_unmatched_config_values(
     unmatched_targets: list[str], found: list[str], any_excluded: bool, config: LoraConfig
 ) -> list[str]:
-    """Format the config values that match no module, for a warning.
+    """Format the config values that match no module, for a message.
 
     The result is a list of texts, one for each field that has such values. The fields are
     ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.

@@ -206,15 +206,15 @@ def write_safetensors(
         raise CheckpointError(f"{path}: could not be written ({error})") from error
 
 
-def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
-    """Reorder the metadata in a file's header to match ``texts``.
+def _reorder_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Reorder the metadata in the header of a safetensors file.
 
-    safetensors writes the metadata in a random order.
+    The new order is that of ``metadata``. safetensors writes the metadata in a random order.
     """
-    ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
+    ordered = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
         written, end = _parse_leading_metadata(_read_header(file)[0])
-        if written == texts and len(_METADATA_START) + len(ordered) == end:
+        if written == metadata and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
             file.write((_METADATA_START + ordered).encode())
 
@@ -244,7 +244,8 @@ def _read_header(file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES) -> tuple[str
         max_bytes: The maximum size of the header in bytes.
 
     Returns:
-        A tuple of the header as text and the position of the tensor data in the file, in bytes.
+        A tuple of the header as text and the position of the tensor data in the file, in bytes. The
+        position is the length of the header plus the 8 bytes that store this length.
 
     Raises:
         CheckpointError: If the file is truncated, or if the header is too long or is not valid

@@ -92,7 +92,7 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
 def find_ties_and_update_config(
     model: nn.Module, config: LoraConfig
 ) -> ModulesAdaptedWithEmbedding:
-    """Find the modules tied to the input embedding, and update the adapter's config for them.
+    """Find the modules tied to the input embedding, and update the adapter's config accordingly.
 
     The result contains the modules to adapt together with the embedding. If there are such modules,
     the config is changed in place: ``modules_to_save`` or ``target_modules`` then contains the
@@ -174,9 +174,10 @@ def _warn(message: str) -> None:
 
 
 class SharedWeightUntier:
-    """Finds and unties weights that several modules of a model share.
+    """Unties weights that several modules of a model share.
 
-    It is used before adapters are merged.
+    The object can also find shared weights without untying them. It is used before adapters are
+    merged, and before an initialization method changes base weights.
 
     Args:
         model: The base model with its adapters.

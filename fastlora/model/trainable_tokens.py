@@ -30,7 +30,7 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 
 @dataclass(frozen=True)
-class TrainableTokenIndices:
+class TrainableRows:
     """The rows of a module's weight that an adapter trains.
 
     Each row belongs to a token.
@@ -44,11 +44,11 @@ class TrainableTokenIndices:
     tied_to: str | None = None
 
 
-def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokenIndices]:
+def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableRows]:
     """Find the tokens that an adapter trains in each module of a model.
 
-    The result is a dict that maps module names to tokens. Each token is a row of the module's
-    weight. Modules without such tokens are not in the dict.
+    The result is a dict that maps the name of each module to the rows of these tokens in the
+    module's weight. Modules without such tokens are not in the dict.
 
     If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
     each key refers to every module with a name that ends with the key. If the input embedding is
@@ -89,10 +89,10 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
             f"layers: trainable_token_indices gives {of_tied}; expected the same indices for all "
             "tied layers, or ensure_weight_tying=False"
         )
-    tokens = {name: TrainableTokenIndices(indices) for name, indices in found.items()}
+    tokens = {name: TrainableRows(indices) for name, indices in found.items()}
     if embedding in found and not differ:
         rows = tokens.pop(embedding)
-        tied_rows = {name: TrainableTokenIndices(rows.indices, embedding) for name in tied}
+        tied_rows = {name: TrainableRows(rows.indices, embedding) for name in tied}
         tokens = {embedding: rows, **tokens, **tied_rows}
     for name, rows in tokens.items():
         _check_rows_trainable(model, name, rows)
@@ -102,7 +102,11 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
 def check_trained_once(
     tokens: Collection[str], targets: Collection[str], saved: Collection[str], tied: Collection[str]
 ) -> None:
-    """Check that an adapter does not train the same module in two ways.
+    """Raise an error if an adapter would train the same module in two ways.
+
+    A module that shares the input embedding's adapter must not also be a target. A module in which
+    the adapter trains rows must not be a target. It also must not be, or be inside, a module that
+    the adapter owns a copy of or a module that shares the input embedding's adapter.
 
     Args:
         tokens: The names of the modules in which the adapter trains rows.
@@ -158,7 +162,7 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     return found
 
 
-def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokenIndices) -> None:
+def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableRows) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:

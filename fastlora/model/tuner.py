@@ -215,7 +215,9 @@ class LoraTuner(nn.Module):
     def check_adapter_replaceable(
         self, operation: str, adapter_name: str, config: LoraConfig
     ) -> None:
-        """Check that the weights of a loaded adapter can be replaced with those of another adapter.
+        """Check that a loaded adapter can be replaced with another adapter.
+
+        The other adapter's weights replace those of the loaded adapter, which keeps its name.
 
         Args:
             operation: The name of the method that replaces the weights, for messages.
@@ -251,7 +253,7 @@ class LoraTuner(nn.Module):
         """
         names = self._as_loaded_names(adapter_name)
         for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
-            owners = inject.filter_adapter_names(wrapper, names) or []
+            owners = inject.existing_adapter_names(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(  # the second sentence begins as in PEFT
                     f"adapters {owners} each have their own {wrapper.owns} of the same module "
@@ -420,7 +422,10 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether adapters are disabled on every layer."""
+        """Whether the adapters are disabled.
+
+        The value is False if the adapters are disabled on only some layers.
+        """
         return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
@@ -530,7 +535,8 @@ class LoraTuner(nn.Module):
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
-            held: An exit stack for resources to release when the block ends. It is not used here.
+            held: An exit stack for resources to release when the block ends. It is not used,
+                because a tuner has no such resources.
         """
         return routing_from_parameters(
             self.group,
@@ -543,9 +549,10 @@ class LoraTuner(nn.Module):
         )
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return example routings for `warm_up`.
+        """Return example routings for up to the given number of adapters and for the given ranks.
 
-        See `fastlora.routing.routers.AdapterRouter`.
+        `warm_up` uses the routings to determine which kernels to compile. See
+        `fastlora.routing.routers.AdapterRouter.sample_routings`.
         """
         known = tuple(self.peft_config)
         layers = self.modules_selecting_adapter_per_row
@@ -609,7 +616,7 @@ class LoraTuner(nn.Module):
             )
         shared = SharedWeightUntier(self.model)
         chosen = {
-            name: inject.filter_adapter_names(layer, wanted) for name, layer in layers.items()
+            name: inject.existing_adapter_names(layer, wanted) for name, layer in layers.items()
         }
         anything = False
         for layer, names in zip(layers.values(), chosen.values(), strict=True):

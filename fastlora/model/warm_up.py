@@ -80,7 +80,7 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Compile a model's inference kernels in advance.
+    """Warm up a model by compiling its inference kernels in advance.
 
     No request then waits for compilation. Kernels are compiled into Triton's cache folder, in
     separate processes. Later starts reuse them. Which kernels the model launches is recorded from
@@ -224,7 +224,7 @@ class _SharedInputLayers(NamedTuple):
     dtype: torch.dtype
 
     def run(self, rows: int) -> None:
-        """Run each layer on an input with ``rows`` rows.
+        """Run each of the layers once on an input with the given number of rows.
 
         The layers receive the same tensor, which is uninitialized.
         """

@@ -13,7 +13,7 @@ from fastlora.algebra import combine, low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model.computed_adapters import (
     ComputedAdapter,
-    ComputedLayerParameters,
+    LayerAdapterParameters,
     build_computed_adapter,
     check_modules_to_save_disjoint,
     factor_matrices,
@@ -162,7 +162,7 @@ def _combine_on_layer(
     layer: LoraLayer,
     holders: Sequence[AdapterNameAndWeight],
     options: CombinationOptions,
-) -> ComputedLayerParameters:
+) -> LayerAdapterParameters:
     """Compute the combined adapter's parameters for one layer.
 
     Args:
@@ -190,7 +190,7 @@ def _combine_on_layer(
             made = [_concatenate(own, scales) for own in by_matrix]
         else:
             made = [_combine_by_svd(own, scalings, weights, options, rank) for own in by_matrix]
-        return ComputedLayerParameters(
+        return LayerAdapterParameters(
             *join_per_matrix_factors(made), bias, None, layer.num_matrices
         )
     if len(set(ranks.values())) > 1:
@@ -202,7 +202,7 @@ def _combine_on_layer(
     # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    return ComputedLayerParameters(
+    return LayerAdapterParameters(
         _combine([a for a, _ in pairs], signed, options),
         _combine([b for _, b in pairs], roots, options),
         bias,

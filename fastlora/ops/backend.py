@@ -23,12 +23,12 @@ _Gradient = torch.Tensor | None
 
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a dropout seed on the device from which the implementation reads it.
+    """Draw a random dropout seed for the given implementation.
 
-    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. For kernels, the seed
-    is on x's device, so that the host does not wait for it. For the PyTorch implementation, it is
-    on the CPU. Activation checkpointing restores the default generator, so a recomputed forward
-    pass draws the same seed.
+    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. The tensor is on the
+    device from which the implementation reads the seed. For kernels, this is x's device, so that
+    the host does not wait for the seed. For the PyTorch implementation, this is the CPU. Activation
+    checkpointing restores the default generator, so a recomputed forward pass draws the same seed.
 
     Raises:
         TypeError: Dropout does not support x's dtype. In this case, no seed is drawn.
@@ -115,8 +115,8 @@ class Backend(ABC):
             base: A weight and bias in x's dtype, or the base layer's output y, which is contiguous
                 ``[M, N]``.
             operands: The adapters.
-            rows: The adapter of each row, or None if one adapter applies to all rows. In the latter
-                case, the caller adds the adapter's lora_bias.
+            rows: The adapter of each row, or None if one adapter applies to all rows. If rows is
+                None, the caller adds the adapter's lora_bias.
             s: The s of the layer if it has already been computed, or None to compute it here.
             plan: As in `fastlora.functional.lora_linear`.
         """
@@ -130,9 +130,9 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA updates for a stack of weights to y in place, and return s.
+        """Add the LoRA updates for a stack of weights to y in place.
 
-        s is the shrink output, as in `forward`.
+        Returns s, the shrink output, as in `forward`.
 
         Args:
             y: The base product, ``[P, N]``, in x's dtype.

@@ -221,7 +221,9 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """The backend that executes a forward pass, and the modes in which it is executed.
+    """The mode in which a forward pass is executed.
+
+    The mode includes the backend that executes the forward pass.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested

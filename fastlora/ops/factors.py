@@ -45,9 +45,10 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The weight and bias of a base layer, or its output if it has already been computed.
+    """The weight and bias of a base layer, as functions and backends receive them.
 
-    The bias is optional.
+    If the output of the base layer has already been computed, the tuple contains this output
+    instead. The bias is optional.
 
     Attributes:
         weight: ``[N, K]``, or None if a module was called.
@@ -62,7 +63,7 @@ class Base(NamedTuple):
     inplace: bool = False
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the base layer.
+        """Return the output of the base layer for the input x.
 
         The shape is ``[..., N]``. No adapters are applied.
         """
@@ -72,10 +73,11 @@ class Base(NamedTuple):
             raise ValueError("neither a base weight nor a base output is given")
         return self.y
 
-    def writable_output(self) -> torch.Tensor:
-        """Return the output of the base layer as a tensor that may be overwritten.
+    def writable_y(self) -> torch.Tensor:
+        """Return y as a tensor that may be overwritten.
 
-        The result is y as a tensor ``[M, N]``. It is a copy if y itself may not be overwritten.
+        y is the output of the base layer. The result has the shape ``[M, N]``, and is a copy if y
+        itself may not be overwritten.
         """
         if self.y is None:
             raise ValueError("no base output is given")
@@ -88,7 +90,7 @@ Slots = list[Factors | None]
 
 
 class AdapterOperands(NamedTuple):
-    """The operands of one linear layer's adapters.
+    """The operands that describe a linear layer's adapters: factors, scalings, and dropout.
 
     Backends and operators receive adapters in this form.
 
@@ -143,7 +145,7 @@ class AddressTables(NamedTuple):
     def operator_arguments(self) -> list[torch.Tensor]:
         """Return the list of tensors to pass to an operator.
 
-        The list is its ``tables`` argument.
+        The list is the operator's ``tables`` argument.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
@@ -151,10 +153,10 @@ class AddressTables(NamedTuple):
         return found
 
 
-def unpack_address_tables(
+def address_tables_from_tensors(
     tables: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
 ) -> AddressTables:
-    """Unpack an operator's ``tables`` argument, a list of tensors, into an `AddressTables`."""
+    """Build an `AddressTables` from the tensors in an operator's ``tables`` argument."""
     a_address, b_address, rank, scaling, *biases = tables
     bias_address = biases[0] if biases else None
     return AddressTables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)

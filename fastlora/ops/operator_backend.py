@@ -332,12 +332,12 @@ def weight_for_kernels(
     plan: str,
     launch: str = "coded_lora_linear",
 ) -> torch.Tensor | QuantizedData:
-    """Return a base weight in a form that kernels can read.
+    """Return a base weight in the form that kernels read: quantized data or a dense matrix.
 
-    The form is a dense matrix or a `QuantizedData`. A dense weight is returned unchanged. For a
-    quantized weight, the result is its quantized data, or a new dense matrix if there are too many
-    rows. The table's plan for ``launch`` decides which. ``x`` is ``[M, K]``, or dy ``[M, N]`` to
-    compute a dx. ``r`` is the largest rank.
+    A dense weight is returned unchanged. For a quantized weight, the result is its `QuantizedData`
+    if the kernel of the plan for ``launch`` reads quantized data. Otherwise, the result is a new
+    dense matrix. If there are many rows, the table's plan requires a dense matrix. ``x`` is
+    ``[M, K]``, or dy ``[M, N]`` to compute a dx. ``r`` is the largest rank.
     """
     if not isinstance(weight, QuantizedTensor):
         return weight

@@ -32,12 +32,12 @@ define_operator("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Te
 
 
 class Segment(NamedTuple):
-    """The rows of one slot, as a range of positions in sorted order.
+    """A run of consecutive sorted rows that have the same slot.
 
     Attributes:
         slot: The slot.
-        start: First position.
-        stop: Position after the last one.
+        start: Sorted position of the first row.
+        stop: Sorted position after that of the last row.
     """
 
     slot: int
@@ -79,7 +79,7 @@ class Rows:
     def operator_arguments(self) -> list[torch.Tensor]:
         """Return the list of tensors to pass to an operator.
 
-        The list is its ``rows`` argument.
+        The list is the operator's ``rows`` argument.
         """
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 

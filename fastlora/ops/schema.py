@@ -93,7 +93,7 @@ def define_and_register_fake(
 
 
 class Operators(Protocol):
-    """An object whose attributes are the operators."""
+    """Protocol for objects that provide the operators as attributes."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 

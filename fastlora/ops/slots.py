@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _PIECE_ROWS = (16, 64, 128)
 
 
-class SortedRowsAndMatmulPlans(NamedTuple):
-    """The sorted rows of one batch, and the plans for the batch's matrix products.
+class SortedRowsAndPlanCache(NamedTuple):
+    """The sorted rows of one batch, and the cache of the plans for the batch's matrix products.
 
     Attributes:
         rows: The rows, sorted by slot.
-        plans: The plans for the matrix products.
+        plans: The plans that have been made for the matrix products.
     """
 
     rows: Rows
@@ -59,17 +59,17 @@ class BatchRows:
         self.slots = slots
         self.count = count
         self.used_slots: list[int] = []
-        self._sorted: dict[int, SortedRowsAndMatmulPlans] = {}
+        self._sorted: dict[int, SortedRowsAndPlanCache] = {}
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
-    def start(self, slots_on_host: np.ndarray) -> None:
+    def start(self, batch_slots: np.ndarray) -> None:
         """Start a new batch whose rows have the given slots.
 
         Args:
-            slots_on_host: The slot of each row, on the host. The caller has already copied this
+            batch_slots: The slot of each row, on the host. The caller has already copied this
                 array to the device.
         """
-        self.used_slots = sorted(set(slots_on_host[slots_on_host >= 0].tolist()))
+        self.used_slots = sorted(set(batch_slots[batch_slots >= 0].tolist()))
         self._sorted.clear()
         if self._whole is not None:
             pairs = zip(
@@ -88,7 +88,7 @@ class BatchRows:
         with torch.inference_mode(False):
             return sort_rows(self.slots, self.slots.shape[0], self.count)
 
-    def sort_first_rows(self, m: int) -> SortedRowsAndMatmulPlans:
+    def sort_first_rows(self, m: int) -> SortedRowsAndPlanCache:
         """Sort the first m rows of the batch by slot.
 
         The result is cached for the batch. It also holds the cache for the plans of the rows'
@@ -103,13 +103,13 @@ class BatchRows:
                 raise ValueError(f"x has {m} rows, expected at most {self.slots.shape[0]}")
             # The ids are copied: the buffer is overwritten by the next batch.
             rows = sort_rows(self.slots[:m].clone(), m, self.count)
-            found = self._sorted[m] = SortedRowsAndMatmulPlans(rows, {})
+            found = self._sorted[m] = SortedRowsAndPlanCache(rows, {})
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the list of tensors to pass to an operator as its ``rows`` argument.
+        """Return the list of tensors to pass to an operator for the first m rows.
 
-        The tensors describe the first m rows.
+        The list is the operator's ``rows`` argument.
 
         In traced code, the sort is part of the graph unless the rows were sorted in advance.
         Compilers merge the sorts of all layers.
@@ -132,7 +132,9 @@ def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
 
 
 class _PackedFactorsAndPlan(NamedTuple):
-    """The packed factors for one batch, and the plan for the matrix products that use them.
+    """The packed factors of a layer's adapters, and the plan for the products that use them.
+
+    The plan is for one batch.
 
     Attributes:
         batch: The rows of the batch.
@@ -142,7 +144,7 @@ class _PackedFactorsAndPlan(NamedTuple):
         plan: The plan. It is None if ``factors`` is None.
     """
 
-    batch: SortedRowsAndMatmulPlans
+    batch: SortedRowsAndPlanCache
     version: int
     dtype: torch.dtype
     factors: PackedLayerFactors | None
@@ -150,12 +152,11 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """The matrix products with the LoRA factors of a layer's slots.
+    """The matrix products of rows with the LoRA factors in the rows' slots.
 
-    The methods add each row's update to y. The update of a row is ``scaling * (x @ lora_a.T) @
-    lora_b``, with the factors in the row's slot. There are up to four slices with the same input x.
-    Their outputs are adjacent columns of y.
-
+    Each object holds the factors of one layer. The methods add each row's update to y. The update
+    of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot. There are
+    up to four slices with the same input x. Their outputs are adjacent columns of y.
 
     Args:
         lora_a: For each slice, ``[slots, R, K]``.
@@ -214,7 +215,10 @@ class SlotProducts:
         self._version = self._storage._version
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot has rank 0 in all slices."""
+        """Return whether a slot is empty.
+
+        An empty slot contains no adapter for this layer. Its rank is 0 in all slices.
+        """
         return all(factors is None for factors in self._factors[slot])
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
@@ -259,9 +263,7 @@ class SlotProducts:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
             packed_forward.add_(y, x, rows.rows.slot_index, found.factors, found.plan)
 
-    def _prepare(
-        self, batch: SortedRowsAndMatmulPlans, dtype: torch.dtype
-    ) -> _PackedFactorsAndPlan:
+    def _prepare(self, batch: SortedRowsAndPlanCache, dtype: torch.dtype) -> _PackedFactorsAndPlan:
         factors, plan = self._packed_slots(dtype).factors, None
         if factors is not None:
             plan = cached_plan(batch.rows, batch.rows.slot_index, factors, batch.plans)

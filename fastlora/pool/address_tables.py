@@ -92,9 +92,10 @@ class PoolTables:
         self._copy(self._numbers[:, :, column], numbers)
 
     def assign(self, slot: int, column: int) -> None:
-        """Assign a column to a slot.
+        """Assign a column of the tables to a slot.
 
-        `NO_COLUMN` marks the slot as empty. The assignment runs on the current stream.
+        The slot then refers to the adapter in the assigned column. If ``column`` is `NO_COLUMN`,
+        the slot is marked as empty. The assignment runs on the current stream.
         """
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column

@@ -39,10 +39,11 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class PoolLoraLayers:
-    """The LoRA layers of an adapter pool, which replace the target modules of a model.
+    """The LoRA layers that an adapter pool installs in a model.
 
-    The constructor installs the layers, and `restore_model` removes them. The layers contain no
-    adapters. In each forward pass, they use adapters from the pool.
+    The LoRA layers replace the target modules of the model. The constructor installs the layers,
+    and `restore_model` removes them. The layers contain no adapters. In each forward pass, the
+    layers use adapters from the pool.
 
     Args:
         model: The base model. It is unchanged if the constructor raises.
@@ -120,10 +121,12 @@ class PoolLoraLayers:
         ]
 
     def _wrap_forward_and_generate(self) -> None:
-        """Make ``forward`` and ``generate`` accept ``adapter_names=`` and check the batch size.
+        """Wrap the model's ``forward`` and ``generate`` so that they accept ``adapter_names=``.
 
-        The number of samples or tokens must equal the number of adapter ids. In `generate`, only
-        the batch that the caller passes is checked, because beam search adds rows to it later.
+        During a call with ``adapter_names=``, the named adapters are active. The wrappers also
+        check the batch size: the number of samples or tokens must equal the number of adapter ids.
+        In ``generate``, only the batch that the caller passes is checked, because beam search adds
+        rows to the batch later.
         """
         self._wrap_method_with_adapter_names("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
@@ -132,7 +135,10 @@ class PoolLoraLayers:
     def _wrap_method_with_adapter_names(
         self, method_name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Wrap a model method so that it accepts ``adapter_names=`` and checks the batch size.
+        """Wrap a model method so that it accepts ``adapter_names=``.
+
+        During a call with ``adapter_names=``, the named adapters are active. The wrapper also
+        checks the batch size.
 
         Args:
             method_name: Name of the method.

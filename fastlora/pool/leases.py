@@ -181,9 +181,10 @@ class LeaseManager:
                 )
 
     def acquire_all_loaded(self) -> Lease:
-        """Return a lease on all adapters that are currently on the device.
+        """Return a lease on all adapters that are currently loaded.
 
-        This method never waits for space on the device.
+        The loaded adapters are those on the device. This method therefore never waits for space on
+        the device.
         """
         with self.changed:
             self.check_pool_open()
@@ -307,7 +308,7 @@ class LeaseManager:
         are in memory.
         """
         entries = {name: self._tiers.entry(name) for name in request.names}
-        images = {name: self._tiers.packed_adapter_in_memory(name) for name in entries}
+        images = {name: self._tiers.find_packed_adapter(name) for name in entries}
         request.in_memory = {name: image for name, image in images.items() if image is not None}
         return [entry for name, entry in entries.items() if name not in request.in_memory]
 
@@ -392,12 +393,12 @@ class LeaseManager:
         return first or request.owner in self.held or not request.names
 
     def _can_grant_after_leases_end(self, request: LeaseRequest) -> bool:
-        """Return whether a request can be granted once other threads have ended their leases.
+        """Return whether a request can be granted once the leases of other threads have ended.
 
-        The method is Dijkstra's banker's algorithm. It assumes that running threads will end their
-        leases, and that a waiting thread will end its leases only if its own request can be
-        granted. If two threads wait for each other, the result is False for the request that
-        arrived last.
+        If the result is False, waiting for room is futile. The method implements Dijkstra's
+        banker's algorithm. The algorithm assumes that running threads will end their leases, and
+        that a waiting thread will end its leases only if its own request can be granted. If two
+        threads wait for each other, the result is False for the request that arrived last.
         """
         waiting = [other for other in self.queue if other is not request]
         stuck = {other.owner for other in waiting} | {request.owner}

@@ -144,7 +144,8 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 class PackedAdapter:
     """An adapter whose tensors are packed into one tensor.
 
-    The packed tensor is 1-D, in CPU or GPU memory.
+    The packed tensor is 1-D and is stored in CPU or GPU memory. A single transfer copies all of an
+    adapter's tensors to a GPU.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.

@@ -206,9 +206,10 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_registered(self, entry: RegisteredAdapter) -> None:
-        """Load the adapter that a `RegisteredAdapter` describes.
+        """Load the adapter of a `RegisteredAdapter` from the adapter's folder.
 
-        See `load`.
+        The adapter does not have to be registered yet. The new adapter replaces any adapter with
+        the same name. See `load` for details.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -246,9 +247,10 @@ class AdapterPool:
         self.register_adapter(RegisteredAdapter(name, Path(folder).absolute()))
 
     def register_adapter(self, entry: RegisteredAdapter) -> None:
-        """Register the adapter that a `RegisteredAdapter` describes.
+        """Register an adapter with the pool.
 
-        See `register`.
+        The adapter's tensors are read when the adapter is first used. The method `register` does
+        the same, but takes a name and a folder instead of a `RegisteredAdapter`.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -388,8 +390,8 @@ class AdapterPool:
     def replaced(self) -> int:
         """Number of adapters that have been replaced or unloaded so far.
 
-        As long as this number does not change, each name in an open `fastlora.adapters` block still
-        refers to the same adapter.
+        Evicted adapters do not count. As long as this number does not change, each name in an open
+        `fastlora.adapters` block still refers to the same adapter.
         """
         return self._tiers.replaced
 
@@ -486,10 +488,10 @@ class AdapterPool:
         return self._lease_manager.acquire(LeaseRequest(self._require_registered(names)), timeout)
 
     def lease_loaded(self) -> Lease:
-        """Return a lease on every adapter that is on the device now.
+        """Return a lease on all adapters that are currently loaded.
 
-        `fastlora.adapters` uses this lease if row ids are slots, because slots may refer to any of
-        these adapters.
+        The loaded adapters are those on the device, and the lease keeps them there. If row ids are
+        slots, `fastlora.adapters` uses this lease, because slots may refer to any loaded adapter.
 
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.
@@ -497,21 +499,23 @@ class AdapterPool:
         return self._lease_manager.acquire_all_loaded()
 
     def recompute_scales(self) -> None:
-        """Recompute DoRA scales after the base weights have changed.
+        """Recompute the DoRA scales of the pool's adapters.
 
-        Only outdated scales of adapters on the device are recomputed.
+        Only adapters on the device are included. Their scales are recomputed only if the scales are
+        outdated, which means that the base weights have changed. Missing scales are computed too.
         """
         self._lease_manager.recompute_stale_dora_scales()
 
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Close the pool, free its memory, and restore the model's original modules.
+        """Close the pool and free its memory.
 
-        The adapters are removed from memory, and the pool's layers from the model. If ``wait`` is
-        given, new leases and `fastlora.adapters` blocks raise `PoolClosedError` in every thread
-        from now on, and other threads have ``wait`` seconds to end their leases. Prefetch threads
-        finish the adapter that they are reading and then stop. Closing a closed pool does nothing.
+        All adapters are removed from memory. The pool's layers are removed from the model, and the
+        model's original modules are restored. If ``wait`` is given, new leases and
+        `fastlora.adapters` blocks raise `PoolClosedError` in every thread from now on, and other
+        threads have ``wait`` seconds to end their leases. Prefetch threads finish the adapter that
+        they are reading and then stop. Closing a closed pool does nothing.
 
         Args:
             wait: Maximum time in seconds to wait for leases to end, or None to raise an error

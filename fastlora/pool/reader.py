@@ -52,7 +52,9 @@ _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
 class PackedTensorLocation(NamedTuple):
-    """The target and the kind of a tensor, which locate it in a packed adapter.
+    """The location of a tensor in a packed adapter.
+
+    The target and the kind of the tensor determine its location.
 
     Attributes:
         row: Index of the target in the pool.
@@ -83,9 +85,10 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads, validates, and packs adapters for the pool of one model.
+    """Reads adapters and packs them for the pool of one model.
 
-    Any thread may use the reader, because it stores no adapters.
+    The reader reads adapters from folders or state dicts, and validates them. Any thread may use
+    the reader, because the reader stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -150,10 +153,11 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
-        """Context manager that opens an adapter folder and checks its config and its size.
+        """Context manager that opens and checks an adapter folder.
 
-        The block gets the open folder. The time and memory for matching the config's patterns are
-        limited inside the block.
+        The context manager checks the config and the size of the tensor file, and yields the open
+        folder. Inside the ``with`` block, the time and memory for matching the config's patterns
+        are limited.
         """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
@@ -200,7 +204,11 @@ class AdapterReader:
         )
 
     def _convert_experts_and_pack(self, file: AdapterContents, source: str) -> PackedAdapter:
-        """Convert individual experts' factors to stacked factors, and return the packed adapter."""
+        """Convert the factors of individual experts, and return the packed adapter.
+
+        The factors of individual experts become factors for the model's stacked parameters. If the
+        pool has no stacks, nothing is converted.
+        """
         if self._has_stacks:
             file = convert_expert_factors(self._model, file)
         config, tensors = file.config, file.tensors
@@ -352,13 +360,13 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Map each layer in an adapter file to its target, its parameter, and its rank.
+        """Return the adapted parameter and the rank of each layer in an adapter file.
 
         Only layers whose factors adapt a parameter are included. The result is a dict that maps the
         name of each layer to a tuple (name of the target, name of the parameter, rank). The
-        parameter is the one that the factors adapt. If it belongs to a linear layer, the target is
-        that layer. The names of the layers in the file depend on the parameters that the adapter
-        adapts.
+        parameter is the one that the factors adapt. If the parameter belongs to a linear layer, the
+        target is that layer. The names of the layers in the file depend on the parameters that the
+        adapter adapts.
 
         Raises:
             CheckpointError: A parameter does not support the config.

@@ -77,9 +77,10 @@ class LoadedAdapter:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's factors for the module with the given table row.
+        """Return the adapter's LoRA factors for a row of the pool's tables.
 
-        The result is None if the adapter has no factors for the module.
+        Each row of the tables represents one module. The result is None if the adapter has no
+        factors for the module.
 
         Args:
             table_row: Index of the module in the pool, which is the ``table_row`` of its layer.
@@ -101,10 +102,11 @@ class LoadedAdapter:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter: its name, folder, and state.
+    """The pool's record of a registered adapter.
 
-    The state is whether the adapter is pinned and whether it is being read. A replacement adapter
-    gets its own record.
+    The record contains the adapter's name and folder. It also states whether the adapter is pinned
+    and whether a thread is reading its files. The adapter may be in any storage tier. An adapter
+    that replaces another adapter gets its own record.
 
     Attributes:
         name: Name of the adapter.
@@ -122,7 +124,9 @@ class RegisteredAdapter:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Statistics about a pool's contents and operations.
+    """Statistics about an adapter pool.
+
+    The statistics describe the pool's current contents and count its operations so far.
 
     Attributes:
         registered: Number of registered adapters, in any tier.

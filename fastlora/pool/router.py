@@ -84,11 +84,13 @@ def lease_batch_routing(
 
 
 def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
-    """Return routings without adapters, as examples for `warm_up`.
+    """Return sample routings of a pool for `warm_up`.
 
-    There is one routing for each range of ranks that share kernel configs, largest rank first. Each
-    has as many slots as a batch of the pool, and all slots are empty. A launch processes the rank
-    rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of two.
+    If ``ranks`` is given, there is one routing for each of these ranks. Otherwise, there is one
+    routing for each range of ranks that share kernel configs. The routing with the largest rank
+    comes first. Each routing has as many slots as a batch of the pool, and all slots are empty. A
+    launch processes the rank rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of
+    two.
 
     Args:
         pool: The `AdapterPool`.

@@ -80,10 +80,11 @@ class StorageTiers:
             raise adapter_not_found_error(name, self.entries)
         return found
 
-    def packed_adapter_in_memory(self, name: str) -> PackedAdapter | None:
-        """Return the `PackedAdapter` of an adapter from memory.
+    def find_packed_adapter(self, name: str) -> PackedAdapter | None:
+        """Find the `PackedAdapter` of an adapter in the pool's memory.
 
-        The result is None if it is not in memory.
+        The packed adapter may be on the device or in the CPU tier, or a thread may have just read
+        it from files. The result is None if the adapter is not in memory.
         """
         loaded = self.device.get(name)
         if loaded is not None:
@@ -113,10 +114,10 @@ class StorageTiers:
         self._tables.uses_dora |= uses_dora
 
     def remove(self, name: str) -> None:
-        """Remove an adapter from the pool.
+        """Remove an adapter from all tiers.
 
-        If the adapter is leased, its memory on the device is freed when the last lease on it ends;
-        otherwise it is freed immediately.
+        The adapter is also unregistered. If the adapter is leased, its memory on the device is
+        freed when the last lease on the adapter ends. Otherwise, the memory is freed immediately.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -129,13 +130,12 @@ class StorageTiers:
         self.replaced += 1
 
     def register_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
-        """Register an adapter, and load it onto the device if there is room.
+        """Register an adapter, or replace the adapter with the same name.
 
-        An adapter with the same name is replaced. A new adapter on the device takes over the slot
-        of the adapter that it replaces. If leased and pinned adapters leave no room on the device,
-        an adapter that is not pinned is stored in the CPU tier. An adapter that replaces a pinned
+        The new adapter is loaded onto the device if there is room, and takes over the slot of the
+        adapter that it replaces. If leased and pinned adapters leave no room on the device, the new
+        adapter is stored in the CPU tier unless it is pinned. An adapter that replaces a pinned
         adapter is pinned too.
-
 
         Args:
             entry: Record of the adapter.
@@ -184,7 +184,7 @@ class StorageTiers:
         others = [n for n, entry in self.entries.items() if entry.folder is None and n != name]
         images = [
             image,
-            *(found for n in others if (found := self.packed_adapter_in_memory(n)) is not None),
+            *(found for n in others if (found := self.find_packed_adapter(n)) is not None),
         ]
         homeless = sum(image.nbytes for image in images)
         if homeless > self.cpu_bytes:
@@ -197,9 +197,10 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """List of all adapters on the device.
+        """List of the loaded adapters.
 
-        Adapters that were replaced or removed are included while they are leased.
+        The list contains all adapters on the device. Adapters that were replaced or removed are
+        included while they are leased.
         """
         return [*self.device.values(), *self.retired]
 
@@ -218,7 +219,10 @@ class StorageTiers:
         held: Collection[LoadedAdapter],
         replaced_but_leased: LoadedAdapter | None = None,
     ) -> bool:
-        """Return whether the given adapters fit on the device alongside pinned and leased adapters.
+        """Return whether the wanted adapters fit on the device beside pinned and held adapters.
+
+        Pinned adapters and the adapters in ``held`` stay on the device and take up room. All other
+        adapters can be evicted.
 
         Args:
             wanted: Maps the name of each adapter that should fit to its image.
@@ -331,12 +335,11 @@ class StorageTiers:
         return loaded
 
     def _evict_until_device_has_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
-        """Evict the least recently used adapters until the device has room for the given adapters.
+        """Evict adapters until the device has room for the wanted adapters.
 
-        Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
-        A new adapter takes over the room of the adapter that it replaces unless that adapter is
-        leased.
-
+        The least recently used adapters are evicted first. Leased and pinned adapters are not
+        evicted, and neither are adapters that will be replaced. A new adapter takes over the room
+        of the adapter that it replaces unless that adapter is leased.
 
         Args:
             wanted: Maps the name of each adapter that must fit to its image. Those that are already

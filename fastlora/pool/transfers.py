@@ -74,9 +74,9 @@ class DeviceTransfers:
 
 
 class AsyncCudaTransfers(DeviceTransfers):
-    """Transfers packed adapters to a GPU asynchronously, on a separate CUDA stream.
+    """Transfers packed adapters to a GPU asynchronously.
 
-    The adapters are copied from page-locked memory.
+    The copies read page-locked memory and run on a separate CUDA stream.
 
     Args:
         device: A CUDA device.
@@ -97,15 +97,19 @@ class AsyncCudaTransfers(DeviceTransfers):
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
-        """Start an asynchronous copy of a packed adapter to the GPU, and return the copy."""
+        """Copy a packed adapter to the GPU, and return the copy.
+
+        The transfer runs asynchronously on the current stream.
+        """
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
 
     def record_write_event(self) -> torch.cuda.Event:
-        """Record an event after all writes issued so far, and return the event.
+        """Record a CUDA event after all writes issued so far, and return the event.
 
-        The event is recorded on the pool's stream.
+        The event is recorded on the pool's stream, on which all writes to adapters and tables run.
+        The event therefore completes when these writes have completed.
         """
         event = torch.cuda.Event()
         event.record(self._stream)

@@ -46,10 +46,10 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
     return by_group.get(layer.routing_group) if by_group else None
 
 
-def is_tracking_rows() -> bool:
+def is_checking_rows() -> bool:
     """Return whether any open block of this thread checks rows.
 
-    Such a block may track its rows, which intercepts every operator.
+    A block that checks rows may track them, and row tracking intercepts every operator.
     """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 

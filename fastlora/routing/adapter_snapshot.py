@@ -16,14 +16,14 @@ _training = attrgetter("training")
 
 
 class AdapterSnapshot:
-    """A record of the state of adapters, for detecting later changes.
+    """A snapshot of the state of adapters, for detecting later changes.
 
-    It contains modules, parameters, parameter versions, scalings, and dropouts. The record is
-    checked once when a block begins. It does not detect writes that do not change a tensor's
-    version. Weights versions (`fastlora.weights_version`) cover these writes, and are checked
-    within a block too.
+    The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
+    snapshot is checked once per block. The check does not detect writes that do not change a
+    tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
+    checked within a block too.
 
-    The record keeps the factors' memory alive, so that no other tensor can get the same address. An
+    The snapshot keeps the factors' memory alive, so no other tensor can get the same address. An
     address and a version then identify the contents. A `TensorStamp` keeps no memory alive, but
     takes longer to compare. The lists are flat and are compared without a Python loop, because
     every block checks each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
@@ -45,10 +45,11 @@ class AdapterSnapshot:
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record the state of a layer's adapters.
+        """Add a layer's adapters to the snapshot.
 
-        ``names`` lists the adapters to record. The layer may lack some of them.
-        ``scaling`` maps the name of each adapter to its scaling in the layer.
+        The snapshot records the current state of the adapters, so that it can detect later changes.
+        ``names`` lists the adapters to record. The layer may lack some of the adapters in
+        ``names``. ``scaling`` maps the name of each adapter to its scaling in the layer.
         """
         modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules

@@ -157,10 +157,12 @@ def sample_routings_from_parameters(
     adapters: int | None,
     ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return example routings for adapters stored as parameters of the model's layers.
+    """Return sample routings for adapters stored as parameters of the model's layers.
 
-    For each rank and dtype, one has a single adapter, and one also has adapters of at most this
-    rank, up to ``adapters`` in total. See `fastlora.routing.routers.AdapterRouter.sample_routings`.
+    The routings are for `warm_up`. For each combination of rank and dtype, one routing has a single
+    adapter. Another routing also has other adapters of at most this rank, up to ``adapters`` in
+    total. If ``ranks`` is given, there are routings only for these ranks. See
+    `fastlora.routing.routers.AdapterRouter.sample_routings`.
     """
     sizes: dict[str, tuple[int, torch.dtype]] = {}
     for layer in layers:

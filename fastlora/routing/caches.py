@@ -90,9 +90,10 @@ class PackedAdapterSet:
         return self.weights_version is None or self.weights_version is weights_versions.trained
 
     def is_valid(self) -> bool:
-        """Return whether the packed factors are valid.
+        """Return whether this cached set is still valid.
 
-        Each LoRA factor is checked.
+        A set is valid if its weights version is current and no LoRA factor has changed since the
+        factors were packed. Each factor is checked.
         """
         return self.has_current_weights_version and (
             self.snapshot is None or self.snapshot.is_unchanged()
@@ -179,9 +180,10 @@ class PackedAdapterSetsCache:
             return known
 
     def clear(self) -> None:
-        """Clear all cached sets.
+        """Clear the cache.
 
-        This is required if factors may have changed or may change without being detected.
+        All cached sets are discarded. Clearing the cache is required if factors may have changed,
+        or may change later, without the change being detected.
         """
         weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
         with self._lock:

@@ -119,14 +119,15 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
     return not rows % ids if ids else not rows
 
 
-def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether the rows of each id are consecutive, complete slices along one dimension.
+def ids_cover_whole_entries(leading_shape: Sequence[int], ids: int) -> bool:
+    """Return whether each id covers whole entries along one of the leading dimensions.
 
-    ``shape`` contains the leading dimensions of a tensor. Each id has an equal share of the
-    flattened rows. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5
-    of the 10 rows would cover 2.5 slices along the first dimension.
+    ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each id has an equal
+    share of consecutive flattened rows. The rows of each id must be complete entries (slices) along
+    one dimension. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5
+    of the 10 rows would cover 2.5 entries along the first dimension.
     """
-    for size in shape:
+    for size in leading_shape:
         if size % ids == 0:
             return True
         if ids % size:
@@ -179,11 +180,12 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Read the results of earlier batches' id checks, and raise an error if one has failed.
+        """Check the ids of earlier batches, and raise an error if an id is out of range.
 
-        The error is an `AdapterNotFoundError`. A check fails if an id is out of range. Results that
-        have not arrived on the host yet are usually left to a later call. Events cannot be queried
-        while a CUDA graph is being captured. In this case, a later call raises.
+        The error is an `AdapterNotFoundError`. This method reads the results of the deferred
+        checks. Results that have not arrived on the host yet are usually left to a later call.
+        While a CUDA graph is being captured, events cannot be queried. A call during a capture
+        therefore does nothing, and a later call raises the error.
         """
         if not self._pending:
             return

@@ -67,7 +67,7 @@ class RoutedLayerGroup(UncopiedCache):
     def change_open_blocks(self, change: int) -> None:
         """Add ``change`` to the number of open blocks.
 
-        ``change`` is 1 or -1. The model's open blocks in all threads are counted.
+        ``change`` is 1 or -1. The number includes the group's open blocks in all threads.
         """
         with self._lock:
             self._open += change
@@ -85,9 +85,9 @@ class RoutedLayerGroup(UncopiedCache):
                     results.discard_untaken()
 
     def check_no_open_blocks(self, operation: str) -> None:
-        """Raise `AdapterStateError` if any block is open.
+        """Raise `AdapterStateError` if a block that uses this group is open.
 
-        Blocks of the model in all threads count.
+        The operation is not allowed while such a block is open. The blocks of all threads count.
 
         Args:
             operation: Name of the method that would change the adapters or weights of the block's
@@ -219,7 +219,11 @@ class Routing:
         Use it around code that restores the row order.
         """
         row_checker = self.cache.row_checker
-        if row_checker is None or row_checker.order is None or not row_checker.order.is_recording:
+        if (
+            row_checker is None
+            or row_checker.order is None
+            or not row_checker.order.has_valid_facts
+        ):
             return contextlib.nullcontext()
         return row_checker.order.pause_row_tracking()
 
@@ -245,12 +249,11 @@ class Routing:
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the cached `PackedAdapterSet` for a key, or a new one if there is none or it is
-        outdated.
+        """Return the cached `PackedAdapterSet` for a key, creating it if necessary.
 
-        The set is looked up in the cache of the block and then in that of the model. Whether
-        factors have changed is checked once per block, and again after a change of the weights
-        version.
+        A new set is also created if the cached set is outdated. The set is looked up in the cache
+        of the block and then in the cache of the model. Whether factors have changed is checked
+        once per block, and again after a change of the weights version.
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:

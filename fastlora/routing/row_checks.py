@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from fastlora.routing.row_facts import RowOriginKind
-from fastlora.routing.row_tracking import RowTrackingMode
+from fastlora.routing.row_tracking import RowTracker
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class LayerRowOrderChecks:
 
     def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayerProtocol]]) -> None:
         layers = list(layers)
-        experts = _StructuralExpertDetector()
+        experts = _ExpertDetector()
         self._first = layers[0][1] if layers else None
         self._names = {layer.routing_index: name for name, layer in layers}
         # By mode (training or not): the layers that got all rows in a tracked block, and the
@@ -108,7 +108,7 @@ class LayerRowOrderChecks:
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
             return AllRowsInOrderChecker(self, mode, None)
-        return AllRowsInOrderChecker(self, mode, RowTrackingMode(num_ids, root.buffers()))
+        return AllRowsInOrderChecker(self, mode, RowTracker(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayerProtocol) -> str:
         """Return the name of a layer in the model."""
@@ -124,7 +124,7 @@ class LayerRowOrderChecks:
         ran: Iterable[RoutedLayerProtocol],
         selected_in_order: Collection[int] = (),
     ) -> None:
-        """Record which layers ran in a block whose rows were tracked.
+        """Record a block whose rows were tracked, and the layers that ran in it.
 
         The layers in ``ran`` got all rows.
 
@@ -144,9 +144,10 @@ class LayerRowOrderChecks:
                 layer.may_see_partial_rows = False
 
     def raise_now_and_always_for(self, layer: RoutedLayerProtocol, reason: str) -> None:
-        """Raise an error for a layer now and in all later mixed batches.
+        """Raise an error for a layer now and at every later check of the layer.
 
-        The layer then raises the error in compiled code too. The error message contains ``reason``.
+        The layer therefore raises an error in all later mixed batches, including in compiled code.
+        The error message contains ``reason``.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -185,9 +186,7 @@ class AllRowsInOrderChecker:
             checked, and the next block tracks its rows.
     """
 
-    def __init__(
-        self, checks: LayerRowOrderChecks, mode: bool, order: RowTrackingMode | None
-    ) -> None:
+    def __init__(self, checks: LayerRowOrderChecks, mode: bool, order: RowTracker | None) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
         self._ran: dict[int, RoutedLayerProtocol] = {}
@@ -225,13 +224,13 @@ class AllRowsInOrderChecker:
         """
         self._ran.clear()
         if self.order is not None:
-            self.order.stop_recording()
+            self.order.invalidate_facts()
 
     def check_gets_all_rows_in_order(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
         """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
         if self._checks.unsupported_reason(layer) is not None:
             raise_partial_batch(layer)
-        if self.order is not None and self.order.is_recording:
+        if self.order is not None and self.order.has_valid_facts:
             kind = self.order.row_origin_kind(x)
             # For an expert, a selection that fits this batch is a coincidence.
             if kind is RowOriginKind.CHOSEN or (
@@ -298,7 +297,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _StructuralExpertEvidence(NamedTuple):
-    """Properties of a module that indicate whether it is an expert in a mixture of experts.
+    """Structural evidence about whether a module is an expert in a mixture of experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -313,10 +312,11 @@ class _StructuralExpertEvidence(NamedTuple):
     beside: set[tuple[int, ...]]
 
 
-class _StructuralExpertDetector:
-    """Detects layers that look like experts, based on the structure of the model.
+class _ExpertDetector:
+    """Detects experts in a model based on the structure of its modules.
 
-    The detector looks for modules with the same structure, and caches the results.
+    A layer counts as an expert if it looks like one; see `looks_like_expert`. The detector looks
+    for modules with the same structure, and caches the results.
     """
 
     def __init__(self) -> None:
@@ -357,7 +357,7 @@ class _StructuralExpertDetector:
     def _last_module_expert_evidence(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
     ) -> _StructuralExpertEvidence:
-        """Return the properties that indicate whether the last module of a path is an expert.
+        """Return the evidence about whether the last module of a path is an expert.
 
         Args:
             path_modules: The path, starting at the model.
@@ -392,11 +392,12 @@ class _StructuralExpertDetector:
         return known
 
     def _base_structure_id(self, module: nn.Module) -> int:
-        """Return an id for the structure of a module, without its adapters.
+        """Return an id for the base structure of a module.
 
-        The id is the same for all modules with the same structure, even if their adapters differ.
-        Two modules have the same structure if they have the same class, parameters of the same
-        names and shapes, and children of the same names and structures.
+        The base structure is the structure without adapters. The id is the same for all modules
+        with the same structure, even if their adapters differ. Two modules have the same structure
+        if they have the same class, parameters of the same names and shapes, and children of the
+        same names and structures.
         """
         known = self._known.get(id(module))
         if known is None:

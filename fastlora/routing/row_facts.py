@@ -115,8 +115,8 @@ class RowFactsTable:
             return entry.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
-    def origin_key(self, tensor: torch.Tensor) -> int:
-        """Return the key of the index that a tensor was derived from.
+    def source_index_key(self, tensor: torch.Tensor) -> int:
+        """Return a key that identifies the index that a tensor was derived from.
 
         If the tensor was not derived from an index, return its own key.
         """
@@ -146,22 +146,22 @@ class RowFactsTable:
                 self._by_storage, self._next_drop = live, max(_FIRST_DROP, 2 * len(live))
             self._by_storage[key] = StorageFacts(StorageWeakRef(tensor.untyped_storage()), own)
 
-    def samples(self, tensor: torch.Tensor, lead: int) -> torch.Tensor | None:
-        """Return the sample that each row of a tensor belongs to.
+    def samples_of_rows(self, tensor: torch.Tensor, num_row_dims: int) -> torch.Tensor | None:
+        """Return the sample of the batch that each row of a tensor belongs to.
 
-        Each entry of the tensor's first ``lead`` dimensions is a row. Returns None if the samples
-        are unknown.
+        Each entry of the tensor's first ``num_row_dims`` dimensions is a row. Returns None if the
+        samples are unknown.
         """
-        facts, shape = self.facts_of(tensor), tensor.shape[:lead]
-        if len(shape) < lead:
+        facts, shape = self.facts_of(tensor), tensor.shape[:num_row_dims]
+        if len(shape) < num_row_dims:
             return None
         if facts.kind in ORDERED:
             moved = row_samples.has_stride_larger_than_first(tensor)
-            return None if moved else row_samples.samples_in_order(shape, self.count)
+            return None if moved else row_samples.samples_in_batch_order(shape, self.count)
         if facts.kind in TABLES:
             return row_samples.no_samples(shape)
         known = facts.samples
-        return None if known is None else row_samples.samples_of_view(tensor, known, lead)
+        return None if known is None else row_samples.samples_of_view(tensor, known, num_row_dims)
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
         """Return the sample that each row of a result belongs to.
@@ -179,25 +179,23 @@ class RowFactsTable:
             return None
         if not row_samples.is_contiguous_and_covers_storage(out):
             return None
-        found = self.samples(source, lead)
+        found = self.samples_of_rows(source, lead)
         return None if found is None else found.flatten()
 
     def facts_from_samples(
-        self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
+        self, samples: torch.Tensor | None, index_key: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Return the `RowOriginFacts` for rows that an index selected.
-
-        They are derived from the sample that each row belongs to.
+        """Return the `RowOriginFacts` of rows that an index selected, given their samples.
 
         Args:
             samples: The sample of each row, or None if the samples are unknown.
-            origin: The key of the index.
+            index_key: The key of the index, or None if it is unknown.
             fixed: See `RowOriginFacts`.
         """
         if samples is not None and row_samples.are_samples_in_batch_order(samples, self.count):
             return ROWS if fixed else RowOriginFacts(RowOriginKind.EVEN)
         found = None if samples is None else samples.flatten()
-        return RowOriginFacts(RowOriginKind.CHOSEN, origin, None, found, fixed)
+        return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def are_samples_fixed_across_batches(self, *tensors: torch.Tensor) -> bool:
         """Return whether the rows of all given tensors belong to the same samples in every batch.
@@ -237,15 +235,15 @@ def storage_key(tensor: torch.Tensor) -> int:
         return 0
 
 
-def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield each tensor in ``value``.
+def tensors_in(tree: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a nested structure of tuples, lists, and dicts.
 
-    Tuples, lists, and dicts are searched, including nested ones.
+    ``tree`` may also be a single tensor. Objects of other types are ignored.
     """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for each in tree:
             yield from tensors_in(each)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))

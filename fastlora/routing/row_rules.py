@@ -70,7 +70,7 @@ def _default_rule(
     is_copy = getattr(func, "overloadpacket", None) in _COPIES
     if kind in (RowOriginKind.COUNTED, RowOriginKind.IDENTITY) and not is_copy:
         kind = RowOriginKind.CONSTANT
-    origin = facts.origin if operand.is_floating_point() else known.origin_key(operand)
+    origin = facts.origin if operand.is_floating_point() else known.source_index_key(operand)
     samples = known.samples_of_result(operand, out) if kind is RowOriginKind.CHOSEN else None
     return RowOriginFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
@@ -130,11 +130,11 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
         and own.inverse == facts.origin
     ):
         return ROWS  # This restores the order from before the choice.
-    samples = known.samples(source, row_samples.indexed_dimensions(indices))
+    samples = known.samples_of_rows(source, row_samples.indexed_dimensions(indices))
     if samples is not None:
         samples = row_samples.selected_samples(samples, indices)
     fixed = known.are_data_independent(*indices) and known.are_samples_fixed_across_batches(source)
-    return known.facts_from_samples(samples, known.origin_key(index), fixed=fixed)
+    return known.facts_from_samples(samples, known.source_index_key(index), fixed=fixed)
 
 
 def _counts_up_through_all_rows(
@@ -163,7 +163,7 @@ def _table_lookup_facts(
     for index in indices:
         own = ROWS if index is None else known.facts_of(index)
         if own.kind is RowOriginKind.CHOSEN and index is not None:
-            samples = known.samples(index, index.dim())
+            samples = known.samples_of_rows(index, index.dim())
             found = None if samples is None else samples.flatten()
             return RowOriginFacts(own.kind, own.origin, None, found, own.fixed)
         if own.kind is RowOriginKind.EVEN:
@@ -190,7 +190,7 @@ def _facts_after_write(
     first = bool(dest.dim()) and (indices[0] is not None or dest.shape[0] == 1)
     if index is None:
         return facts
-    origin = known.origin_key(index)
+    origin = known.source_index_key(index)
     if brought.kind is RowOriginKind.COUNTED and first:
         # The result is the inverse of the index.
         return RowOriginFacts(RowOriginKind.CONSTANT, None, origin)
@@ -250,7 +250,7 @@ def _samples_after_write(
     there = None if before is None else row_samples.selected_samples(before, indices)
     if before is None or there is None:
         return None
-    samples = known.samples(values, there.dim())
+    samples = known.samples_of_rows(values, there.dim())
     if samples is None or samples.shape != there.shape:
         return None
     return row_samples.samples_after_write(before, indices, samples, adds=adds)
@@ -302,9 +302,10 @@ def _index(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
 
 
 def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for `copy_`.
+    """Apply the rule for `copy_`: the filled tensor takes over the row facts of the copied tensor.
 
-    The operator fills a tensor or a part of one.
+    If `copy_` fills only a part of a tensor, the facts change only if the tensor contains no rows
+    of the batch.
     """
     dest, source = args[:2]
     kind = known.facts_of(dest).kind
@@ -381,7 +382,7 @@ def _take_or_masked_select(
     return (
         facts
         if facts.kind in TABLES
-        else RowOriginFacts(RowOriginKind.CHOSEN, known.origin_key(index))
+        else RowOriginFacts(RowOriginKind.CHOSEN, known.source_index_key(index))
     )
 
 
@@ -402,10 +403,10 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFac
     (mask,) = args
     if known.are_data_independent(mask):
         return CONSTANT
-    samples = known.samples(mask, mask.dim()) if mask.dim() else None
+    samples = known.samples_of_rows(mask, mask.dim()) if mask.dim() else None
     if samples is not None:
         samples = row_samples.selected_samples(samples, [mask.bool()])
-    return known.facts_from_samples(samples, known.origin_key(mask), fixed=False)
+    return known.facts_from_samples(samples, known.source_index_key(mask), fixed=False)
 
 
 def _sort(
@@ -418,7 +419,7 @@ def _sort(
     source = next(tensors_in(args))
     _topk(known, args, out)
     if not source.is_floating_point():
-        known.put(out[1], known.facts_of(out[1])._replace(inverse=known.origin_key(source)))
+        known.put(out[1], known.facts_of(out[1])._replace(inverse=known.source_index_key(source)))
     return None
 
 
@@ -432,10 +433,10 @@ def _topk(
     source = next(tensors_in(args))
     facts = ROWS
     if out[0].dim() == 1 and not known.are_data_independent(source):
-        samples = known.samples(source, 1)
+        samples = known.samples_of_rows(source, 1)
         if samples is not None:
             samples = row_samples.selected_samples(samples, [out[1]])
-        facts = known.facts_from_samples(samples, known.origin_key(out[1]), fixed=False)
+        facts = known.facts_from_samples(samples, known.source_index_key(out[1]), fixed=False)
     known.put(out[0], facts)
     known.put(out[1], facts._replace(origin=None))
     return None
@@ -459,7 +460,7 @@ def _cat_or_stack_rule(stacks: bool) -> Rule:
         ):
             return facts
         lead = max(out.dim() - 1, 1) - stacks
-        found = [known.samples(part, lead) for part in parts]
+        found = [known.samples_of_rows(part, lead) for part in parts]
         samples = [each for each in found if each is not None]
         if len(samples) < len(parts):
             return facts._replace(samples=None)

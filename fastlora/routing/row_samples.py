@@ -23,25 +23,25 @@ SEVERAL_SAMPLES = -2
 Indices = Sequence["torch.Tensor | None"]
 
 
-def samples_in_order(shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
-    """Return the sample that each row belongs to, assuming that the rows are in batch order.
+def samples_in_batch_order(leading_shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
+    """Return the sample that each row belongs to, for rows that are in batch order.
 
-    Row r of R then belongs to sample ``r * num_samples // R``, as a layer in a mixed batch assumes.
-    R is the number of elements of ``shape``. Returns None if R is zero or is not a multiple of
-    ``num_samples``.
+    Row r of R rows belongs to sample ``r * num_samples // R``, as a layer in a mixed batch assumes.
+    R is the product of the sizes in ``leading_shape``. Returns None if R is zero or is not a
+    multiple of ``num_samples``.
     """
-    rows = math.prod(shape)
+    rows = math.prod(leading_shape)
     if not rows or rows % num_samples:
         return None
-    return (torch.arange(rows, device="cpu") * num_samples // rows).view(*shape)
+    return (torch.arange(rows, device="cpu") * num_samples // rows).view(*leading_shape)
 
 
-def no_samples(shape: Sequence[int]) -> torch.Tensor:
+def no_samples(leading_shape: Sequence[int]) -> torch.Tensor:
     """Return a tensor that marks each row as belonging to no sample.
 
-    It has the given shape and is filled with `NO_SAMPLE`.
+    The tensor has the shape ``leading_shape`` and is filled with `NO_SAMPLE`.
     """
-    return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
+    return torch.full(tuple(leading_shape), NO_SAMPLE, device="cpu")
 
 
 def are_samples_in_batch_order(
@@ -52,7 +52,7 @@ def are_samples_in_batch_order(
     ``samples`` contains the sample of each row. Each sample must have the same number of rows. If
     ``allow_no_sample`` is set, rows without a sample are accepted at any position.
     """
-    expected = samples_in_order(samples.shape, num_samples)
+    expected = samples_in_batch_order(samples.shape, num_samples)
     if expected is None:
         return False
     fits = samples == expected
@@ -70,29 +70,31 @@ def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
     return any(n > 1 and step > strides[0] for n, step in zip(sizes, strides, strict=True))
 
 
-def samples_of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
-    """Return the sample that each row of a view belongs to.
+def samples_of_view(
+    tensor: torch.Tensor, storage_samples: torch.Tensor, num_row_dims: int
+) -> torch.Tensor | None:
+    """Return the sample of the batch that each row of a view belongs to.
 
     Returns None if the samples are unknown.
 
     Args:
         tensor: Any view of its storage.
-        samples: The sample of each part of the storage, which is divided into that many equal
-            parts.
-        lead: Number of leading dimensions. Each of their entries is a row.
+        storage_samples: The sample of each part of the storage. The storage is divided into
+            ``storage_samples.numel()`` equal parts.
+        num_row_dims: Number of leading dimensions. Each of their entries is a row.
     """
     total = storage_numel(tensor)
-    if not samples.numel() or total % samples.numel():
+    if not storage_samples.numel() or total % storage_samples.numel():
         return None
-    part = total // samples.numel()
+    part = total // storage_samples.numel()
     at = torch.tensor(tensor.storage_offset(), device="cpu")
     dimensions = list(zip(tensor.shape, tensor.stride(), strict=True))
-    for size, step in dimensions[:lead]:
+    for size, step in dimensions[:num_row_dims]:
         at = at.unsqueeze(-1) + torch.arange(size, device="cpu") * step
-    last = sum((size - 1) * step for size, step in dimensions[lead:])
+    last = sum((size - 1) * step for size, step in dimensions[num_row_dims:])
     if at.numel() and int((at % part).max()) + last >= part:
         return None
-    return samples[at // part]
+    return storage_samples[at // part]
 
 
 def storage_numel(tensor: torch.Tensor) -> int:
@@ -146,24 +148,24 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 
 
 def samples_after_write(
-    samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
+    samples_before: torch.Tensor, indices: Indices, written_samples: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the sample of each row of a tensor after a write.
+    """Return the sample of each row of a tensor after rows have been written to it.
 
-    The write changes the rows at ``indices``. ``samples`` are the samples of the rows before the
-    write, and ``values`` are the samples of the written rows. If ``adds`` is set, the written rows
-    are added to the existing rows. Returns None if the indices cannot be read.
+    The write changes the rows at ``indices``. ``samples_before`` are the samples of the rows before
+    the write, and ``written_samples`` are the samples of the written rows. If ``adds`` is set, the
+    written rows are added to the existing rows. Returns None if the indices cannot be read.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:
         return None
-    before = torch.ops.aten.index(samples, values_of_indices)
+    before = torch.ops.aten.index(samples_before, values_of_indices)
     if adds:
-        several = (before != NO_SAMPLE) & (before != values)
-        values = values.masked_fill(several, SEVERAL_SAMPLES)
-    after = torch.ops.aten.index_put(samples, values_of_indices, values)
+        several = (before != NO_SAMPLE) & (before != written_samples)
+        written_samples = written_samples.masked_fill(several, SEVERAL_SAMPLES)
+    after = torch.ops.aten.index_put(samples_before, values_of_indices, written_samples)
     # If several rows were put in one place, the place has one of them, and the others differ.
-    differ = (torch.ops.aten.index(after, values_of_indices) != values).long()
+    differ = (torch.ops.aten.index(after, values_of_indices) != written_samples).long()
     shared = torch.ops.aten.index_put(torch.zeros_like(after), values_of_indices, differ, True)
     return after.masked_fill(shared > 0, SEVERAL_SAMPLES)
 

@@ -1,9 +1,9 @@
-"""`RowTrackingMode`, a dispatch mode that finds tensors with rows out of the batch's order.
+"""`RowTracker`, a dispatch mode that finds tensors with rows out of the batch's order.
 
 A mixed batch assigns a layer's rows to adapters by their position. That is wrong for a tensor with
-rows that the data chose, as when a router chooses tokens for an expert. `RowTrackingMode`
-intercepts every operator in a block. It records the storage of each tensor with rows that are not
-all rows of the batch in order. Views share their storage, so they need no record of their own.
+rows that the data chose, as when a router chooses tokens for an expert. `RowTracker` intercepts
+every operator in a block. It records the storage of each tensor with rows that are not all rows of
+the batch in order. Views share their storage, so they need no record of their own.
 
 If an index comes from data, or permutes, the operator alone does not show whether the rows stay in
 order. In this case the values of the index are read once, and `fastlora.routing.row_samples` finds
@@ -32,10 +32,11 @@ from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOriginKind
 from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_changed
 
 
-class RowTrackingMode(TorchDispatchMode):
-    """Dispatch mode that tracks the rows of a batch through all operators.
+class RowTracker(TorchDispatchMode):
+    """Tracks the rows of a batch through all operators.
 
-    The mode records which tensors do not contain the batch's rows in order.
+    The tracker is a `TorchDispatchMode`. The mode records which tensors do not contain the batch's
+    rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -54,13 +55,14 @@ class RowTrackingMode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return True, because the mode ignores operators in code that `torch.compile` compiles.
+        """Tell PyTorch that the mode ignores code that `torch.compile` compiles.
 
-        Code is compiled as if the mode were off.
+        PyTorch calls this method, which always returns True. Code is compiled as if the mode were
+        off.
         """
         return True
 
-    def __enter__(self) -> RowTrackingMode:
+    def __enter__(self) -> RowTracker:
         self._thread = threading.get_ident()
         return super().__enter__()
 
@@ -68,19 +70,20 @@ class RowTrackingMode(TorchDispatchMode):
         self._thread = 0
         super().__exit__(*error)
 
-    def stop_recording(self) -> None:
-        """Stop using the recorded facts.
+    def invalidate_facts(self) -> None:
+        """Mark the recorded facts as invalid, so that they are no longer used.
 
-        From then on, `is_recording` is False, even while the mode is still on, and the rows of
+        From then on, `has_valid_facts` is False, even while the mode is still on, and the rows of
         layers are no longer checked against the facts.
         """
         self._thread = 0
 
     @property
-    def is_recording(self) -> bool:
-        """Whether the recorded facts may be used in this thread.
+    def has_valid_facts(self) -> bool:
+        """Whether the recorded facts are valid in this thread.
 
-        This is the case if the mode is on in this thread and `stop_recording` has not been called.
+        The facts are valid, and may be used, if the mode is on in this thread and
+        `invalidate_facts` has not been called.
         """
         return self._thread == threading.get_ident()
 
@@ -130,7 +133,7 @@ class RowTrackingMode(TorchDispatchMode):
         The tensors are, for example, a model's inputs.
         """
         for tensor in tensors:
-            if isinstance(tensor, torch.Tensor) and self.is_recording:
+            if isinstance(tensor, torch.Tensor) and self.has_valid_facts:
                 self._known.discard(tensor)
 
     def __torch_dispatch__(

@@ -293,9 +293,9 @@ class ServedAdapters:
             self._unload_if_unused(version)
 
     def _unload_if_unused(self, version: AdapterVersion) -> None:
-        """Unload a version if it is no longer used.
+        """Unload a version from the pool if it is not current and no request uses it.
 
-        A version is used if it is current, or if a request uses it. It is unloaded from the pool.
+        The current version of an adapter stays loaded for later requests.
         """
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
@@ -341,7 +341,8 @@ class ServedAdapters:
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
     """Return a fingerprint of the adapter files in a folder.
 
-    Returns None if there is no adapter, which means that there is no config file.
+    Files that are missing or inaccessible are left out. Returns None if the config file is left
+    out, because the folder then does not count as an adapter folder.
     """
     found: list[object] = []
     for name in _FILES:

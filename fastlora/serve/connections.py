@@ -100,12 +100,12 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Close a waiting connection if the limit is reached, and return whether there is room.
+        """Close a connection if the maximum number is open, and return whether there is room.
 
-        A waiting connection waits for its client. Unfinished requests are closed before idle
-        connections, because a client with an idle connection has been served. A quarter of the
-        connections is reserved for unfinished requests, so that idle connections do not keep new
-        clients out.
+        Only a connection that waits for its client is closed. A connection is idle between two
+        requests. Connections with unfinished requests are closed before idle connections, because
+        the clients of idle connections have been served. A quarter of the connections is reserved
+        for unfinished requests, so that idle connections do not keep new clients out.
         """
         if self.ending:
             return False
@@ -135,7 +135,7 @@ class DeadlineProtocol(H11Protocol):
         self._every, self._counted = every, False
         limiter = SmallChunkLimiter(self.conn.next_event, self.abort)
         self.conn.next_event = limiter.next_event  # type: ignore
-        self._deadline = Deadline(self, every)
+        self._deadline = DeadlineTimer(self, every)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -196,10 +196,10 @@ class DeadlineProtocol(H11Protocol):
         self._counted = False
 
 
-class Deadline:
-    """A deadline for a connection.
+class DeadlineTimer:
+    """A timer that closes a connection when the client misses a deadline.
 
-    The connection is closed if it waits too long for the client.
+    The timer runs while the connection waits for the client.
 
     Attributes:
         waits: The event that the connection waits for; None while the client waits for the server.

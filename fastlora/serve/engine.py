@@ -22,8 +22,8 @@ from fastlora.serve.detokenizer import IncrementalDetokenizer
 from fastlora.serve.engine_request import (
     AnswerChunk,
     ClosedOrCanceledError,
+    EngineCounters,
     EngineRequest,
-    EngineStats,
     QueueFullError,
     to_client_error,
 )
@@ -67,12 +67,12 @@ class Engine:
         self._pool: AdapterPool = adapters.pool
         cached = KVCacheModelRunner(model, rows, length)
         self.length, self._max_rows, self._max_waiting = cached.length, rows, max_waiting
-        self.stats = EngineStats()
+        self.stats = EngineCounters()
         self._changed = threading.Condition()
         self._waiting: deque[EngineRequest] = deque()
         self._tokenizer, ends = tokenizer, end_token_ids(model, tokenizer)
         self._running = RunningBatch(
-            ends, self._pool, cached, self.stats, self._release_adapter_and_report_error_or_cancel
+            ends, self._pool, cached, self.stats, self._release_adapter_and_report_failure
         )
         self._closing = False
         self._thread = threading.Thread(
@@ -132,10 +132,10 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Close the engine, and wait for its requests to finish.
+        """Shut down the engine, waiting at most ``timeout`` seconds for its requests to finish.
 
-        The engine accepts no more requests. Requests that have not finished after ``timeout``
-        seconds fail with `ClosedOrCanceledError`. If ``timeout`` is None, there is no limit.
+        The engine accepts no more requests. Requests that have not finished within this time fail
+        with `ClosedOrCanceledError`. If ``timeout`` is None, there is no time limit.
         """
         with self._changed:
             self._closing = True
@@ -200,7 +200,7 @@ class Engine:
     def _thread_main(self) -> None:
         """Run the main loop of the engine's thread.
 
-        The batch is closed when the loop ends.
+        When the loop ends, the open `fastlora.adapters` context is exited.
         """
         try:
             self._run_loop()
@@ -237,7 +237,7 @@ class Engine:
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            self._release_adapter_and_report_error_or_cancel(job, None)
+            self._release_adapter_and_report_failure(job, None)
 
     def _admit_waiting(self) -> None:
         """Move waiting requests into the batch.
@@ -264,7 +264,7 @@ class Engine:
                         _log.exception("loading adapter %r to the device failed", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_adapter_and_report_error_or_cancel(job, to_client_error(error))
+                    self._release_adapter_and_report_failure(job, to_client_error(error))
                     continue
                 if job.lease is None:
                     blocked.append(job)
@@ -295,14 +295,14 @@ class Engine:
                 return None
             raise
 
-    def _release_adapter_and_report_error_or_cancel(
+    def _release_adapter_and_report_failure(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the request's error or cancellation.
+        """Release a request's adapter, and report the request's failure to the client.
 
-        Nothing is reported if the request has already ended. Otherwise, the error is reported to
-        the request's ``on_chunk`` function. Without ``error``, the reported error says that the
-        request was canceled.
+        The error is reported to the request's ``on_chunk`` function. If ``error`` is None, the
+        reported error says that the request was canceled. Nothing is reported if the request has
+        already ended.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

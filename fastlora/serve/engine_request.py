@@ -45,9 +45,10 @@ def to_client_error(error: Exception) -> FastLoraError:
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """A chunk of an answer: the next part of its text, or an error.
+    """A chunk of an answer.
 
-    The last chunk has a finish reason or an error.
+    A chunk contains the next part of the answer's text, or an error. The last chunk has a finish
+    reason or an error.
 
     Attributes:
         text: The next part of the text.
@@ -124,10 +125,10 @@ def _counter(what: str, start: float = 0) -> Any:
 
 
 @dataclass
-class EngineStats:
-    """Statistics of an engine.
+class EngineCounters:
+    """Counters of an engine's requests, tokens, and forward passes.
 
-    Each field is a counter that is exported as a metric. Times are wall-clock times in seconds.
+    Each field is exported as a metric. Times are wall-clock times in seconds.
     """
 
     requests: int = _counter("Accepted requests.")

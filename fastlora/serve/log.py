@@ -67,9 +67,9 @@ class OncePerMinuteFilter(logging.Filter):
 
 
 def log_warnings_to_stderr() -> None:
-    """Log warnings and errors to stderr.
+    """Set up logging so that warnings and errors are written to stderr.
 
-    The whole process is affected.
+    The function configures the root logger, so it affects the whole process.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineMessageFormatter())

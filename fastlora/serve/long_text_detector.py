@@ -19,11 +19,12 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that are certain to have too many tokens, without tokenizing them.
+    """Detects texts that have too many tokens, without tokenizing them.
 
-    The detector uses the maximum number of characters per token. This maximum exists for byte-level
-    BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the ``tokenizers``
-    library.
+    A detected text is certain to have too many tokens. Other texts may have too many tokens as
+    well. The detector uses the maximum number of characters per token. This maximum exists for
+    byte-level BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the
+    ``tokenizers`` library.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -94,11 +95,15 @@ def _character_bound_and_vanishing(
     return longest * (_COMPOSED if composed else 1), pattern
 
 
-def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a normalizer or pre-tokenizer, with nested sequences flattened."""
+def _flatten_steps(part: Mapping[str, Any] | None, steps_key: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normalizer or a pre-tokenizer, with nested sequences flattened.
+
+    ``part`` is the normalizer or pre-tokenizer as JSON. ``steps_key`` is the key under which a
+    sequence lists its steps.
+    """
     if part is not None and part["type"] == "Sequence":
-        for own in part[inner]:
-            yield from _flatten_steps(own, inner)
+        for own in part[steps_key]:
+            yield from _flatten_steps(own, steps_key)
     elif part is not None:
         yield part
 

@@ -23,7 +23,7 @@ from fastlora.validation import FastLoraError
 _T = TypeVar("_T")
 
 
-class AnswerChunkStream:
+class EngineAnswerStream:
     """An asynchronous stream of the chunks of an answer from the engine.
 
     A coroutine reads the chunks while the engine produces them in another thread. Creating a stream
@@ -66,7 +66,7 @@ class EventStreamResponse(StreamingResponse):
     If the client disconnects, the request is canceled.
     """
 
-    def __init__(self, answer: AnswerChunkStream, events: AsyncIterator[str]) -> None:
+    def __init__(self, answer: EngineAnswerStream, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._answer = answer
 
@@ -92,7 +92,7 @@ class BaseAnswerFormat(abc.ABC):
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream_events(
-        self, answer: AnswerChunkStream, first: AnswerChunk, usage: bool
+        self, answer: EngineAnswerStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
         """Yield the events of a stream.
 

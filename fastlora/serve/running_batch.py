@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 from fastlora.pool import AdapterPool
-from fastlora.routing.active import is_tracking_rows
+from fastlora.routing.active import is_checking_rows
 from fastlora.routing.block import adapters as routed_to
 from fastlora.serve.adapters import AdapterVersion
 from fastlora.serve.engine_request import (
     AnswerChunk,
+    EngineCounters,
     EngineRequest,
-    EngineStats,
     RequestFailedError,
     to_client_error,
 )
@@ -35,9 +35,9 @@ PREFILL_TOKENS = 512
 class PersistentAdaptersBlock:
     """A `fastlora.adapters` block that stays open between forward passes.
 
-    It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
-    when a forward pass fails, and after a forward pass in which the block tracked rows
-    (`is_tracking_rows`). While the block is open, it keeps its adapters on the device: call
+    The block is closed when the rows use other adapters, when the pool replaces or unloads an
+    adapter, when a forward pass fails, and after a forward pass in which the block checked rows
+    (`is_checking_rows`). While the block is open, it keeps its adapters on the device: call
     `close_adapters_block_if_open` before their requests release them.
     """
 
@@ -57,11 +57,14 @@ class PersistentAdaptersBlock:
         self._key = None
         with self._held.pop_all() as held:
             yield
-            if not is_tracking_rows():
+            if not is_checking_rows():
                 self._held, self._key = held.pop_all(), key
 
     def close_adapters_block_if_open(self) -> None:
-        """Close the `fastlora.adapters` block if it is open."""
+        """Exit the `fastlora.adapters` context if it is open.
+
+        Exiting the context closes the block.
+        """
         self._key = None
         self._held.close()
 
@@ -83,7 +86,7 @@ class RunningBatch:
         ends: Collection[int],
         pool: AdapterPool,
         rows: KVCacheModelRunner,
-        stats: EngineStats,
+        stats: EngineCounters,
         ended: Callable[[EngineRequest, FastLoraError | None], None],
     ) -> None:
         self._ends, self._rows = ends, rows
@@ -111,9 +114,9 @@ class RunningBatch:
             self._fail(job, error)
 
     def close_adapters_block(self) -> None:
-        """Close the open `fastlora.adapters` block.
+        """Exit the `fastlora.adapters` context that the last forward pass left open.
 
-        The last forward pass left it open.
+        Nothing happens if no context is open.
         """
         self._block.close_adapters_block_if_open()
 
@@ -143,45 +146,47 @@ class RunningBatch:
             chosen.append(job)
         return chosen
 
-    def _forward_and_choose_tokens(self, first_row: int, chosen: Sequence[EngineRequest]) -> None:
-        """Run a forward pass for some requests, and choose their next tokens.
+    def _forward_and_choose_tokens(self, first_row: int, requests: Sequence[EngineRequest]) -> None:
+        """Run a forward pass for the given requests, and choose their next tokens.
 
         The requests are in adjacent rows, starting at row ``first_row``. Tokens are chosen only if
         the prompts have now been processed completely. If the forward pass fails, the requests in
         it fail.
         """
-        parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
-        names = [job.pool_adapter_name for job in chosen]
+        parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in requests]
+        names = [job.pool_adapter_name for job in requests]
         start = time.perf_counter()
         try:
             with self._block.route_rows(names):
                 logits = self._rows.last_token_logits(
-                    first_row, [job.done for job in chosen], parts
+                    first_row, [job.done for job in requests], parts
                 )
         except Exception as error:  # for instance out of memory; others continue
-            _log.exception("a forward pass with %d rows failed", len(chosen))
-            for job in chosen:
+            _log.exception("a forward pass with %d rows failed", len(requests))
+            for job in requests:
                 self._fail(job, error)
             return
         self._stats.forwards += 1
-        self._stats.forward_rows += len(chosen)
+        self._stats.forward_rows += len(requests)
         self._stats.forward_seconds += time.perf_counter() - start
         reads = first_row == self._decoding_count
-        for job, part in zip(chosen, parts, strict=True):
+        for job, part in zip(requests, parts, strict=True):
             job.done += len(part)
             self._stats.prompt_tokens += reads * len(part)
-        if chosen[0].done >= len(chosen[0].prompt):
-            self._decoding_count += reads * len(chosen)
-            self._sample_and_emit(chosen, logits)
+        if requests[0].done >= len(requests[0].prompt):
+            self._decoding_count += reads * len(requests)
+            self._sample_and_emit_text(requests, logits)
 
-    def _sample_and_emit(self, chosen: Sequence[EngineRequest], logits: torch.Tensor) -> None:
+    def _sample_and_emit_text(
+        self, requests: Sequence[EngineRequest], logits: torch.Tensor
+    ) -> None:
         """Sample the next token of each request, and emit the new text.
 
         Finished requests are removed from the batch.
         """
-        settings = [job.sampling for job in chosen]
-        tokens = sample_tokens(logits, settings, [job.generator for job in chosen])
-        for job, token in zip(chosen, tokens, strict=True):
+        settings = [job.sampling for job in requests]
+        tokens = sample_tokens(logits, settings, [job.generator for job in requests])
+        for job, token in zip(requests, tokens, strict=True):
             if token is None:
                 self._fail(job, _non_finite_error(job.version))
             else:

@@ -109,11 +109,11 @@ class _RecordingDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Return placeholders instead of loading a kernel.
+        """Stand in for the ``load_binary`` function of a Triton driver.
 
-        As with a real Triton driver, the tuple consists of a module handle, a function handle
-        (here, the binary), the numbers of registers and spills, and the maximum number of threads
-        per program.
+        The kernel is not loaded, and the returned tuple contains placeholders. As with a real
+        driver, the tuple consists of a module handle, a function handle (here, the binary), the
+        numbers of registers and spills, and the maximum number of threads per program.
         """
         return object(), binary, 0, 0, 1024
 

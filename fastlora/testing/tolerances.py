@@ -75,7 +75,7 @@ def run_with_largest_error(runs: Iterable[torch.Tensor], truth: torch.Tensor) ->
 
 @contextlib.contextmanager
 def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
-    """Make a model's linear layers accumulate their sums in a random order during a ``with`` block.
+    """Randomize the order of summation in a model's linear layers during a ``with`` block.
 
     No order of summation is more accurate than another, but a deep model can amplify a difference
     in the last bit. The largest error over several random orders therefore shows how inaccurate

@@ -101,9 +101,10 @@ class AdapterTrainingState:
         return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Multiply a loss by ``weight`` and by the adapter's loss scale.
+        """Scale a loss for the backward pass.
 
-        The loss is a scalar tensor. Without a scaler, the loss scale is 1.
+        The loss, a scalar tensor, is multiplied by ``weight`` and by the adapter's loss scale.
+        Without a scaler, the loss scale is 1.
         """
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -147,7 +148,7 @@ class AdapterTrainingState:
         return finite
 
     def zero_grad(self) -> None:
-        """Clear the gradients of all parameters.
+        """Clear the gradients of the adapter's parameters.
 
         Each gradient is set to None.
         """
@@ -201,9 +202,10 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """Set the optimizer's learning rate to the value that the schedule specifies.
+        """Set the optimizer's learning rate to the current value of the adapter's schedule.
 
-        This is the value for the next step. Schedulers other than `LambdaLR` are left alone.
+        This is the learning rate for the next step. If the scheduler is not a `LambdaLR`, the
+        learning rate remains unchanged.
         """
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler

@@ -62,9 +62,10 @@ def adapter_losses(
     mask: torch.Tensor | None = None,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Compute each adapter's mean loss over its own tokens.
+    """Compute the loss of each adapter in a mixed batch from the token losses.
 
-    The computation synchronizes the host with the device once.
+    The loss of an adapter is the mean loss over its own tokens. The computation synchronizes the
+    host with the device once.
 
     Args:
         token_losses: A loss for each token or sample, of shape ``[B, ...]`` and any floating-point

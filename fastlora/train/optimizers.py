@@ -229,7 +229,7 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the number of tokens for each adapter, summed over all processes.
+        """Sum the token counts of each adapter over all processes.
 
         The result is a dict that maps adapter names to token counts. Pass it to
         `causal_lm_losses` or `adapter_losses` as ``tokens``.
@@ -308,13 +308,14 @@ class AdapterOptimizers:
     def step(self, present: Iterable[str] | None = None) -> StepReport:
         """Step the optimizers of the adapters, and return a report.
 
-        Only adapters that had a finite loss since the last step are stepped. An adapter with a
-        non-finite gradient is skipped: its optimizer and its schedule do not advance, and its loss
-        scale, if any, is lowered. The call causes one host-device synchronization.
+        By default, only the adapters that had a finite loss since the last step are stepped. An
+        adapter with a non-finite gradient is skipped: its optimizer and its schedule do not
+        advance, and its loss scale, if any, is lowered. The call causes one host-device
+        synchronization.
 
         Args:
-            present: The adapters to step, if the backward pass was run without calling `backward`.
-                None steps the adapters with finite losses in `backward`.
+            present: Names of the adapters to step, if the backward pass was run without calling
+                `backward`. None steps the adapters with finite losses in `backward`.
 
         Returns:
             A `StepReport` with the updated adapters, the skipped adapters, and the gradient norms.
@@ -371,20 +372,20 @@ class AdapterOptimizers:
             self._present.discard(adapter.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training state of all adapters as a dict.
+        """Return the state of the optimizers as a dict.
 
         The dict maps each adapter to its training state, and can be passed to `load_state_dict`.
-        Call this method after `step`, because gradients that are still being accumulated are not
-        included.
+        A training state includes the states of the optimizer, the schedule, and the loss scale, as
+        well as the seed and the counts. Call this method after `step`, because gradients that are
+        still being accumulated are not included.
         """
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the training state of each adapter in ``state``.
+        """Load the state of the optimizers.
 
-        The training state consists of the states of the optimizer, the schedule, and the loss
-        scale, and of the seed and the counts. Other adapters remain unchanged.
-
+        ``state`` is a dict that maps adapters to their training states, as returned by
+        `state_dict`. Adapters that are not in ``state`` remain unchanged.
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.
@@ -397,10 +398,11 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Set each adapter's learning rate as its schedule specifies.
+        """Set each adapter's learning rate to the current value of its schedule.
 
-        The learning rate is that for the next step. A loaded state contains the learning rates of
-        the schedule that it was saved with.
+        This is the learning rate for the next step. A loaded state contains the learning rates of
+        the schedule that it was saved with. If an adapter's schedule is not a `LambdaLR`, its
+        learning rate remains unchanged.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

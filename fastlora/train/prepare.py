@@ -30,13 +30,17 @@ from fastlora.train.settings import AdapterSettings, TrainSettings
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class SampleSchedule:
-    """A schedule that assigns samples to the steps of a run.
+    """A schedule that assigns the samples of a training run to its steps.
+
+    The order of the samples depends only on the settings and the data, so a resumed run uses the
+    samples in the same order.
 
     Attributes:
         order: The samples of each step.
@@ -52,10 +56,11 @@ class SampleSchedule:
 
 
 def check_model_and_out_paths(settings: TrainSettings) -> None:
-    """Raise an error if the model folder does not exist or the output path is a file.
+    """Check that the model path and the output path of a run are usable.
 
-    `CheckpointError` is raised unless the model is a local folder with a ``config.json``, and
-    `TrainError` is raised if ``out`` is a file.
+    Raises:
+        CheckpointError: The model is not a local folder with a ``config.json``.
+        TrainError: The output path ``out`` exists and is not a folder.
     """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
@@ -259,8 +264,10 @@ class _StreamIgnoringWriteErrors:
             self._stream.flush()
 
 
-def progress_bar(**options: Any) -> Any:
+def progress_bar(**options: Any) -> tqdm[Any]:
     """Return a tqdm progress bar.
+
+    ``options`` are keyword arguments of `tqdm.tqdm`.
 
     Raises:
         TrainError: tqdm is not installed.

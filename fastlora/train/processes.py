@@ -27,7 +27,7 @@ _STOP = "/stop"
 class TrainError(FastLoraError, RuntimeError):
     """A training run failed.
 
-    It could not start or could not continue.
+    The run could not start or could not continue.
     """
 
 
@@ -43,7 +43,9 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedFiniteLosses(NamedTuple):
-    """The adapters with and without a finite loss for a batch, as agreed by all processes.
+    """The adapters whose losses for a batch are finite, as agreed by all processes.
+
+    If an adapter's loss is not finite in at least one process, all processes leave out that loss.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -176,9 +178,12 @@ class RunProcesses:
         self.device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
 
-    def runs_forward_pass(self, number: int) -> bool:
-        """Return whether this process runs the forward pass with index ``number`` in a step."""
-        return number % self.count == self._accelerator.process_index
+    def runs_forward_pass(self, index: int) -> bool:
+        """Return whether this process runs the forward pass with the given index.
+
+        The index is the position of the forward pass in a step or in an evaluation.
+        """
+        return index % self.count == self._accelerator.process_index
 
     def sum_values_and_stop_flags(
         self, values: dict[str, float], *, stop: bool

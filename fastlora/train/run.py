@@ -348,7 +348,7 @@ class Run:
         if self.step == self.schedule.steps and self._failure is None:
             with self._record_write_error("losses"):
                 logged = run_log.read_logged_losses(folder)
-                means = run_log.mean_training_losses(logged)
+                means = run_log.mean_training_loss_by_adapter(logged)
                 files = [
                     run_log.write_loss_table(folder, logged),
                     run_log.plot_losses(folder, logged),
@@ -383,12 +383,14 @@ class Run:
         The result is the same in all processes. A single process checks directly. Several processes
         agree when they exchange their losses.
         """
-        return self._stop_agreed if self.processes.count > 1 else self._process_should_stop()
+        return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
-    def _process_should_stop(self) -> bool:
+    def _this_process_should_stop(self) -> bool:
         """Return whether this process should stop after this step.
 
-        The reasons to stop are a received signal and a recorded failure to write.
+        The reasons to stop are a received signal and a recorded failure to write. Other processes
+        may have no reason to stop. In contrast, the result of `_run_should_stop` is the same in all
+        processes.
         """
         return self._signals.received is not None or self._failure is not None
 
@@ -534,7 +536,7 @@ class Run:
                 if accumulate_gradients
                 else None
             )
-            if not accumulate_gradients and self._process_should_stop():
+            if not accumulate_gradients and self._this_process_should_stop():
                 break
             if not self.processes.runs_forward_pass(number):
                 continue
@@ -549,7 +551,7 @@ class Run:
             for name, value in losses.values.items():
                 sums[name] += value
         found, self._stop_agreed = self.processes.sum_values_and_stop_flags(
-            sums, stop=self._process_should_stop()
+            sums, stop=self._this_process_should_stop()
         )
         return found
 
@@ -581,9 +583,10 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Compute each adapter's mean loss over its evaluation data, and return the losses.
+        """Evaluate the adapters on their evaluation data, and return each adapter's mean loss.
 
-        Returns an empty dict if the run is about to stop.
+        The losses are also logged. If the run is about to stop, nothing is logged, and the result
+        is an empty dict.
         """
         rows = [SampleRef(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
         self.model.eval()
@@ -668,14 +671,15 @@ class Run:
         if failures:
             raise self._with_recovery_hint(failures[0], saved) from failures[0]
 
-    def _with_recovery_hint(self, error: _Failure, names: Iterable[str]) -> _Failure:
-        """Return a copy of an error with a hint about how to resume the run.
+    def _with_recovery_hint(self, error: _Failure, saved_adapters: Iterable[str]) -> _Failure:
+        """Return a copy of an error with a hint on how to recover.
 
-        The hint also names the saved adapters.
+        The hint names the saved adapters and, if there is one, the checkpoint from which the run
+        can resume. Before the first step is completed, the hint says only that nothing was trained.
         """
         if self._is_before_first_step():
             return type(error)(f"{error}; nothing was trained")
-        saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
+        saved = ", ".join(str(self.settings.out / name) for name in saved_adapters) or "none"
         found = checkpoint.list_checkpoints(self.root)
         resume = f"continue from {found[-1]} with --resume" if found else "no checkpoint was saved"
         text = f"{error}; adapters saved after step {self.step}: {saved}; {resume}"

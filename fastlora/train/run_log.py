@@ -79,9 +79,10 @@ class RunLogFile:
 
 
 class LoggedLoss(NamedTuple):
-    """The training or evaluation loss of an adapter at a step, as recorded in the log of a run.
+    """A loss that is recorded in the log of a training run.
 
-    A number that was not finite or was not logged is None.
+    The loss is the training loss or the evaluation loss of an adapter at a step. A number that was
+    not finite or was not logged is None.
     """
 
     step: int
@@ -108,10 +109,11 @@ def read_logged_losses(folder: Path) -> list[LoggedLoss]:
     return found
 
 
-def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Return a dict that maps each adapter to its mean training loss.
+def mean_training_loss_by_adapter(losses: Sequence[LoggedLoss]) -> dict[str, float]:
+    """Return the mean training loss of each adapter.
 
-    Losses that are not finite are ignored. Adapters without a finite loss are left out.
+    The result is a dict that maps adapter names to mean losses. Losses that are not finite are
+    ignored. Adapters without a finite loss are left out.
     """
     found: dict[str, list[float]] = {}
     for entry in losses:

@@ -142,14 +142,15 @@ def setting_field(
     return dataclasses.field(default=default, metadata={"setting_type": setting_type, "help": text})
 
 
-def validate_known_settings(
+def select_and_validate_settings(
     settings_class: type, given: Mapping[str, Any], prefix: str
 ) -> dict[str, Any]:
-    """Validate the given settings of a settings class, and return their values as a dict.
+    """Select the settings that ``settings_class`` defines, validate them, and return their values.
 
-    Settings in ``given`` that ``settings_class`` does not define are ignored. The values are
-    converted to the types of the settings. None is accepted for a field whose default
-    is None. ``prefix`` precedes the name of a setting in error messages.
+    The result is a dict that maps the names of the given settings to their values. Settings in
+    ``given`` that ``settings_class`` does not define are ignored. The values are converted to the
+    types of the settings. None is accepted for a field whose default is None. ``prefix`` precedes
+    the name of a setting in error messages.
     """
     found = {}
     for own in dataclasses.fields(settings_class):

@@ -31,8 +31,8 @@ from fastlora.train.setting_types import (
     integer_from,
     number_up_to,
     one_of,
+    select_and_validate_settings,
     setting_field,
-    validate_known_settings,
 )
 from fastlora.train.settings_file import read_settings_file
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
@@ -58,11 +58,11 @@ _LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Settings for training one adapter.
+    """Settings of one adapter in a training run.
 
-    They cover its data, its LoRA config, and its optimizer. `fastlora.recommend` supplies the rank,
-    alpha, dropout, targets, and learning rate that are not given. If the rank is given and alpha is
-    not, alpha is twice the rank.
+    The settings cover the adapter's LoRA config, data, and optimizer. `fastlora.recommend` supplies
+    the rank, alpha, dropout, targets, and learning rate that are not given. If the rank is given
+    and alpha is not, alpha is twice the rank.
 
     Attributes:
         name: Name of the adapter and of its folder in the output folder: letters, digits, ``_``,
@@ -285,7 +285,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
         start = defaults if table.get("init_from") is None else of_loaded
         adapters.append(_adapter_settings(name, start | table | forced))
     settings = TrainSettings(
-        adapters=tuple(adapters), **validate_known_settings(TrainSettings, top, "")
+        adapters=tuple(adapters), **select_and_validate_settings(TrainSettings, top, "")
     )
     if settings.steps is None and not settings.epochs:
         raise ConfigError(f"epochs must be greater than 0, got {settings.epochs}")
@@ -324,7 +324,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     if "data" not in table:
         raise ConfigError(f"{where}: data is missing; expected a file or a list of files")
     return AdapterSettings(
-        name=name, lora=lora, **validate_known_settings(AdapterSettings, table, f"{where}.")
+        name=name, lora=lora, **select_and_validate_settings(AdapterSettings, table, f"{where}.")
     )
 
 

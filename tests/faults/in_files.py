@@ -114,7 +114,7 @@ FAULTS = (
         kind="an old config saved again",
         source="59aa300",
         path="fastlora/model/config.py",
-        before='config_bytes_to_write_without_weights(folder, text.encode("utf-8"))',
+        before='bytes_for_config_only_save(folder, text.encode("utf-8"))',
         after='text.encode("utf-8")',
         tests=(f"{_FILES}::test_the_config_that_was_replaced_can_be_saved_again",),
     ),

@@ -467,7 +467,7 @@ FAULTS = (
         "bound forward",
         "b1be4d63",
         "fastlora/layers/unfused.py",
-        "    if has_opaque_forward(module):\n",
+        "    if has_uncopyable_forward(module):\n",
         "    if False:\n",
         ("tests/model/test_expert_models.py::test_a_forward_that_was_replaced_on_the_instance",),
     ),

@@ -39,7 +39,7 @@ FAULTS = (
         kind="a mode left on",
         source="M10",
         path="fastlora/serve/running_batch.py",
-        before="            if not is_tracking_rows():\n",
+        before="            if not is_checking_rows():\n",
         after="            if True:\n",
         tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
     ),
@@ -104,11 +104,11 @@ FAULTS = (
         before="""\
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_adapter_and_report_error_or_cancel(job, to_client_error(error))
+                    self._release_adapter_and_report_failure(job, to_client_error(error))
                     continue
 """,
         after="""\
-                    self._release_adapter_and_report_error_or_cancel(job, to_client_error(error))
+                    self._release_adapter_and_report_failure(job, to_client_error(error))
                     continue
 """,
         tests=(f"{_ENGINE}::test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests",),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
@@ -150,6 +151,44 @@ def test_checkpointing_without_transformers_methods() -> None:
     model = TwoLayers()
     model.is_gradient_checkpointing = True
     get_peft_model(model, LoraConfig(r=2, target_modules=["q"]))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_enabled_after_adapters_were_added(use_reentrant: bool) -> None:
+    """The factors get gradients, as `Trainer` of transformers 4 enables checkpointing late."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layers = nn.Embedding(5, 16), TwoLayers()
+            self.classifier = nn.Linear(5, 3)
+            self.arguments: dict[str, bool] | None = None
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed
+
+        def gradient_checkpointing_enable(self, arguments: dict[str, bool]) -> None:
+            self.arguments = arguments
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(ids)
+            if self.arguments is None:
+                return self.classifier(self.layers(x))
+            return self.classifier(checkpoint(self.layers, x, **self.arguments))
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2, target_modules=["q"], modules_to_save=["classifier"], init_lora_weights=False
+    )
+    model = get_peft_model(Checkpointed(), config)
+    ids = torch.arange(5)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(parameters) == 4
+    expected = torch.autograd.grad(model(ids).square().sum(), list(parameters.values()))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(ids).square().sum().backward()
+    for (name, parameter), grad in zip(parameters.items(), expected, strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, grad), name
 
 
 def test_multihead_attention_is_unsupported() -> None:

@@ -135,10 +135,10 @@ def test_an_expert_raises_where_rows_are_not_followed(
 
 def test_rows_are_followed_until_every_layer_has_run() -> None:
     model, x = _model(), torch.ones(2, D)
-    assert not active.is_tracking_rows()
+    assert not active.is_checking_rows()
     for followed in (True, False):
         with torch.no_grad(), adapters(model, ["a", "b"]):
-            assert active.is_tracking_rows() is followed
+            assert active.is_checking_rows() is followed
             model(x)
 
 

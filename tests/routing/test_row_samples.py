@@ -47,11 +47,11 @@ def test_rows_of_several_samples_have_no_sample() -> None:
 
 def test_the_order_of_the_batch() -> None:
     expected = torch.tensor([[0, 0, 0], [1, 1, 1]])
-    assert torch.equal(row_samples.samples_in_order((2, 3), 2), expected)
-    assert torch.equal(row_samples.samples_in_order((3, 2), 2), expected.view(3, 2))
+    assert torch.equal(row_samples.samples_in_batch_order((2, 3), 2), expected)
+    assert torch.equal(row_samples.samples_in_batch_order((3, 2), 2), expected.view(3, 2))
     assert (
-        row_samples.samples_in_order((3,), 2) is None
-        and row_samples.samples_in_order((0,), 2) is None
+        row_samples.samples_in_batch_order((3,), 2) is None
+        and row_samples.samples_in_batch_order((0,), 2) is None
     )
     assert row_samples.are_samples_in_batch_order(expected, 2)
     for samples, allow_no_sample, fits in (

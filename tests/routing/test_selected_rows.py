@@ -200,9 +200,9 @@ def test_a_block_that_is_abandoned_follows_nothing() -> None:
     model = ours(Head(IN_ORDER["mask"]))
     followed = model.base_model.group.row_checks.row_checker_if_needed(2)
     with followed:
-        assert followed.order.is_recording
+        assert followed.order.has_valid_facts
         followed.stop_tracking()
-        assert not followed.order.is_recording
+        assert not followed.order.has_valid_facts
 
 
 @pytest.mark.parametrize("kind", ["BartForSequenceClassification", "T5ForSequenceClassification"])

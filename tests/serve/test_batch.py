@@ -15,7 +15,7 @@ from fastlora.routing.active import active_routings
 from fastlora.serve import running_batch as batch_module
 from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.detokenizer import IncrementalDetokenizer
-from fastlora.serve.engine_request import EngineRequest, EngineStats, RequestFailedError
+from fastlora.serve.engine_request import EngineCounters, EngineRequest, RequestFailedError
 from fastlora.serve.model_runner import KVCacheModelRunner
 from fastlora.serve.running_batch import RunningBatch
 from fastlora.serve.sampling import SamplingParams
@@ -56,7 +56,7 @@ class Run:
         self.fails = False
         rows = KVCacheModelRunner(model, 4, 64)
         self._forward, rows.last_token_logits = rows.last_token_logits, self._noted  # type: ignore[method-assign]
-        self.batch = RunningBatch((), self.pool, rows, EngineStats(), self._left)
+        self.batch = RunningBatch((), self.pool, rows, EngineCounters(), self._left)
 
     def _noted(self, *args: Any) -> torch.Tensor:
         if self.fails:

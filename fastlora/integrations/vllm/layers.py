@@ -198,17 +198,17 @@ def _scaling(lora_b: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------ prompts' logits
 
 
-def with_prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``GPUModelRunner._get_prompt_logprobs_dict`` so that requests use their own adapters.
+def with_prompt_logprobs_by_request(get_prompt_logprobs: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``GPUModelRunner._get_prompt_logprobs_dict`` so that it runs once per request.
 
-    vLLM computes the logits of one request's prompt at a time, but its LoRA backends only know the
-    adapters of the sampled rows.
+    Each request then uses its own adapter. vLLM computes the logits of one request's prompt at a
+    time, but its LoRA backends only know the adapters of the sampled rows.
     """
 
     def _get_prompt_logprobs_dict(self: Any, hidden_states: Any, num_scheduled_tokens: Any) -> Any:
         manager = getattr(self, "lora_manager", None)
         if not manager or not self.num_prompt_logprobs:
-            return get(self, hidden_states, num_scheduled_tokens)
+            return get_prompt_logprobs(self, hidden_states, num_scheduled_tokens)
         adapters, unfinished = manager._adapter_manager, self.num_prompt_logprobs
         found: dict[str, Any] = {}
         wrappers = set(adapters.punica_wrapper_mapping.values())
@@ -220,7 +220,7 @@ def with_prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., An
                     for each in wrappers:
                         own = (lora.lora_int_id if lora else 0, adapters.lora_index_to_id)
                         stack.enter_context(each.logits_of_one_request(*own))
-                    found |= get(self, hidden_states, num_scheduled_tokens)
+                    found |= get_prompt_logprobs(self, hidden_states, num_scheduled_tokens)
                 if not self.num_prompt_logprobs:
                     del unfinished[request]
         finally:
@@ -233,7 +233,9 @@ def with_prompt_logprobs_by_request(get: Callable[..., Any]) -> Callable[..., An
 # ----------------------------------------------------------------------- the adapters of a batch
 
 
-def with_one_request_per_adapter_id(make_inputs: Callable[..., Any]) -> Callable[..., Any]:
+def with_one_request_per_adapter_id(
+    make_batch_lora_inputs: Callable[..., Any],
+) -> Callable[..., Any]:
     """Wrap ``InputBatch.make_lora_inputs`` so that it returns one request for each adapter ID.
 
     vLLM puts the requests into a set, in which requests with the same adapter name are equal. If an
@@ -244,7 +246,7 @@ def with_one_request_per_adapter_id(make_inputs: Callable[..., Any]) -> Callable
     def make_lora_inputs(
         self: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any
     ) -> tuple[Any, Any, tuple[Any, ...]]:
-        sampled, tokens, _ = make_inputs(self, num_scheduled_tokens, num_sampled_tokens)
+        sampled, tokens, _ = make_batch_lora_inputs(self, num_scheduled_tokens, num_sampled_tokens)
         return sampled, tokens, tuple(self.lora_id_to_lora_request.values())
 
     return make_lora_inputs

@@ -159,7 +159,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Compute the shrink output ``scale * x @ lora_a.T`` of each slice, and add it to y.
+        """Add the shrink output ``scale * x @ lora_a.T`` of each slice to y.
 
         Each row of x is multiplied by the lora_a of its adapter. The output of slice i is added to
         ``y[i]``. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls
@@ -196,9 +196,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Set each row of y to the output of its adapter's own classification head.
+        """Replace each row of y with the output of its adapter's own linear layer.
 
-        Rows are not changed if their adapter does not have its own head.
+        The layer is the adapter's own classification head. Rows are not changed if their adapter
+        does not have its own head.
 
         Args:
             y: ``[M, labels]``.

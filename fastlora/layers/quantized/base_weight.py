@@ -33,9 +33,9 @@ UNREFERENCED_OUTPUT_MODULES: set[str] = set()
 
 # The name has no suffix Error: it is a fallback reason, and does not leave this folder.
 class KernelsCannotRead(Exception):  # noqa: N818
-    """Raised if kernels cannot read a quantized weight.
+    """Exception that is raised if kernels cannot read a quantized weight.
 
-    The message is the fallback reason.
+    The message states why, and is used as the fallback reason.
     """
 
 

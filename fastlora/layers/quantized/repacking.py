@@ -137,7 +137,7 @@ class RepackedProduct:
 
 
 def _max_rows_for_repacked_product(base: nn.Module) -> int:
-    """Return the maximum number of rows for which a `RepackedProduct` is faster than the module.
+    """Return the maximum number of rows for which a `RepackedProduct` is used.
 
     In bf16, it is faster to dequantize the weight and multiply, as the module does, if there are
     more rows. In other compute dtypes, there is no limit. The result is 0 if the product is not

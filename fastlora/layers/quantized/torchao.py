@@ -131,7 +131,11 @@ class TorchaoWeight(BaseQuantizedWeight):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` if the torchao class does not support requantization."""
+        """Raise `UnsupportedLayerError` if the weight cannot be written.
+
+        A torchao weight cannot be written if fastlora does not support requantization for its
+        class.
+        """
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
                 f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
@@ -152,23 +156,18 @@ class TorchaoWeight(BaseQuantizedWeight):
                 (part[rows] if by_row else part).copy_(value)
 
 
-class _TorchaoAttributes(Protocol):
-    """Protocol for the attributes that fastlora reads from a torchao weight."""
+class _TorchaoWeightAttributes(Protocol):
+    """Protocol for torchao weights, with the attributes that fastlora reads."""
 
     tensor_data_names: Sequence[str]
     block_size: Sequence[int]
     qdata: torch.Tensor
-    zero_point: torch.Tensor | None
     act_quant_kwargs: object
-    act_quant_scale: object
-    act_quant_zero_point: object
-    act_pre_scale: object
-    reduce_range: bool
     mm_config: object
     kernel_preference: object
 
 
-def _stored_tensors(weight: _TorchaoAttributes | torch.Tensor) -> list[torch.Tensor]:
+def _stored_tensors(weight: _TorchaoWeightAttributes | torch.Tensor) -> list[torch.Tensor]:
     """Return a list of the tensors that store a torchao weight."""
     own: Any = weight
     optional = getattr(own, "optional_tensor_data_names", None) or ()
@@ -177,26 +176,28 @@ def _stored_tensors(weight: _TorchaoAttributes | torch.Tensor) -> list[torch.Ten
 
 
 def _quantize_int8(
-    weight: _TorchaoAttributes, dense: torch.Tensor, granularity: object
+    weight: _TorchaoWeightAttributes, dense: torch.Tensor, granularity: object
 ) -> torch.Tensor:
     mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
-    zero = weight.zero_point
+    zero = getattr(weight, "zero_point", None)  # torchao 0.15 has only symmetric weights
     shifted = zero is not None and bool(zero.any())
     kind: Any = type(weight)
+    # The attributes of the weight are named like the parameters of `from_hp`. Older versions of
+    # torchao have only some of them.
+    names = (
+        *("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point"),
+        *("act_pre_scale", "reduce_range"),
+    )
     return kind.from_hp(
         dense,
         granularity,
         mapping_type=mapping.ASYMMETRIC if shifted else mapping.SYMMETRIC,
-        act_quant_kwargs=weight.act_quant_kwargs,
-        act_quant_scale=weight.act_quant_scale,
-        act_quant_zero_point=weight.act_quant_zero_point,
-        act_pre_scale=weight.act_pre_scale,
-        reduce_range=weight.reduce_range,
+        **{name: getattr(weight, name) for name in names if hasattr(weight, name)},
     )
 
 
 def _quantize_float8(
-    weight: _TorchaoAttributes, dense: torch.Tensor, granularity: object
+    weight: _TorchaoWeightAttributes, dense: torch.Tensor, granularity: object
 ) -> torch.Tensor:
     kind: Any = type(weight)
     return kind.from_hp(
@@ -209,7 +210,7 @@ def _quantize_float8(
     )
 
 
-def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
+def _granularity(weight: _TorchaoWeightAttributes, dense: torch.Tensor) -> Any:
     """Return the torchao granularity of a weight's scales.
 
     A scale applies to a row, to the whole tensor, or to a group.

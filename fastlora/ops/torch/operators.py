@@ -61,9 +61,9 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Return the shrink output s of all modules.
+    """Return the shrink output s, computed with each row's own adapter.
 
-    For G modules, s has the shape ``[G, M, R]``.
+    s contains the shrink outputs of all modules. For G modules, s has the shape ``[G, M, R]``.
     """
     return segments.shrink(
         x, _operands_per_module(lora_a, modules, seeds, dropout_p), rows_from_tensors(rows)
@@ -103,7 +103,10 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add each row's update ``scaling * (s @ lora_b.T + lora_bias)`` to y in place."""
+    """Add the LoRA update of each row's adapter to y in place.
+
+    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``.
+    """
     # x is not read if s is given.
     _add_(
         y,
@@ -134,9 +137,10 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ds and the packed gradients of lora_b and lora_bias.
+    """Return the gradients of lora_b and lora_bias, and the gradient ds of s.
 
-    The result is a tuple (ds, buffer with the gradients, empty tensor).
+    The result is a tuple of ds, a buffer with the packed gradients of the factors, and an empty
+    tensor.
     """
     batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)
@@ -184,9 +188,9 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return the gradients of the adapters' lora_a for all modules.
+    """Return the gradients of the adapters' lora_a.
 
-    The list contains one buffer with all gradients.
+    The result is a list that contains one buffer with the gradients of all modules.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     packed, layers = (

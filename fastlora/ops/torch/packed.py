@@ -34,10 +34,11 @@ ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """The layout of packed factors.
+    """The layout in which the factors of several adapters are packed.
 
-    It gives the position of each adapter in them. A rank row is a row of lora_a or a column of
-    lora_b. Layers on which the adapters have the same ranks share a layout.
+    The layout gives the position of each adapter in the packed factors of a layer. A rank row is a
+    row of lora_a or a column of lora_b. Layers on which the adapters have the same ranks share a
+    layout.
 
     Attributes:
         unit: Number of rank rows in a unit.
@@ -132,7 +133,7 @@ def pack_layer_factors(
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
     is_dense = dense_is_fastest(layout.unit, layout.units, dtype, every_unit_is_used=True)
-    lora_a, rank_rows_a = zero_lora_a(layout, 1, k, dtype, device, is_dense)
+    lora_a, rank_rows_a = allocate_packed_lora_a(layout, 1, k, dtype, device, is_dense)
     lora_b = torch.zeros(layout.rank_rows, n, dtype=dtype, device=device)
     lora_bias = None
     if any(f is not None and f.lora_bias is not None for f in slots):
@@ -172,7 +173,7 @@ def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> t
     return rows * scaling
 
 
-def zero_lora_a(
+def allocate_packed_lora_a(
     layout: PackedLayout,
     slices: int,
     k: int,
@@ -180,9 +181,9 @@ def zero_lora_a(
     device: torch.device | None,
     is_dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a zero-filled tensor for the packed lora_a, and a view of that tensor.
+    """Allocate a tensor for the packed lora_a, and return the tensor and a view of it.
 
-    The result is a tuple (tensor, view). The view has the shape ``[units, slices, unit, K]``.
+    The tensor is filled with zeros. The view has the shape ``[units, slices, unit, K]``.
     ``is_dense`` states whether the packed factors are for dense products.
     """
     unit, units = layout.unit, layout.units

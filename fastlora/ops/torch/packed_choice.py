@@ -47,9 +47,9 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch.
+    """The kind of a batch, which determines how its matrix products are arranged.
 
-    It determines how the matrix products are arranged.
+    The kind depends on the number of rows, and on whether adjacent rows form long samples.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -75,10 +75,10 @@ def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
 def dense_is_fastest(
     unit: int, units: int, dtype: torch.dtype, *, every_unit_is_used: bool
 ) -> bool:
-    """Return whether dense products are the fastest way to compute the adapters' updates.
+    """Return whether dense products are expected to be faster than all other kinds of products.
 
-    Dense products multiply every row by the rank rows of all adapters. There are ``units`` units of
-    ``unit`` rank rows each.
+    Dense products multiply every row by the packed rank rows of all adapters. There are ``units``
+    units of ``unit`` rank rows each.
 
     If a batch does not use every unit, dense products waste time, except on a matrix unit: for 16
     rows of one adapter in 4 slots of rank 8, the linears of SmolLM2 take 8.5 ms longer than without
@@ -115,10 +115,10 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
 
 
 def unit_coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether blocks of several units are faster than blocks of one unit.
+    """Return whether it is faster to combine several units into each block of a product.
 
-    The number of rank rows in a unit is the largest rank. Blocks of several units are faster for
-    few rows in a 16-bit dtype.
+    If combining units is not faster, each block has one unit. The number of rank rows in a unit is
+    the largest rank. Blocks of several units are faster for few rows in a 16-bit dtype.
 
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product if blocks have 4
     rows, and 6.1 times as long if blocks have 1 row. In fp32, the block size makes no difference.

@@ -68,7 +68,7 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms of the weighted sums from which the rows' updates are computed.
+    """The terms whose sums are the updates of the rows.
 
     Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
     update of a row of y is the sum of one term for each rank row of its adapter.
@@ -121,11 +121,11 @@ class DensePlan(NamedTuple):
 
 
 class BlockedPlan(NamedTuple):
-    """A plan for gathering rows into blocks of equal size, and multiplying all blocks at once.
+    """A plan for multiplying the rows of a batch in blocks of equal size.
 
-    One batched product multiplies each block by the rank rows of one or more adjacent units. Each
-    block contains the rows of the batch whose adapters are in its units. Rows without an adapter
-    fill free places.
+    Rows are gathered into the blocks. One batched product multiplies all blocks, each by the rank
+    rows of one or more adjacent units. Each block contains the rows of the batch whose adapters are
+    in its units. Rows without an adapter fill free places.
 
     Attributes:
         start: The first unit of the first block.
@@ -170,7 +170,9 @@ class PerSamplePlan(NamedTuple):
 
 
 class RowsOfOneAdapter(NamedTuple):
-    """The rows of one adapter in a `PerAdapterPlan`.
+    """The rows of a batch that use one adapter.
+
+    A `PerAdapterPlan` contains one of these objects for each adapter that has rows.
 
     Attributes:
         first: The adapter's first rank row.

@@ -16,8 +16,8 @@ from fastlora.ops.factors import Factors
 from fastlora.ops.torch.packed import (
     PackedLayerFactors,
     PackedLayout,
+    allocate_packed_lora_a,
     unrounded_scaled_lora_b_rank_rows,
-    zero_lora_a,
 )
 from fastlora.ops.torch.packed_choice import dense_is_fastest
 
@@ -49,9 +49,9 @@ class _PackedSlotTensors(NamedTuple):
     unit: int
 
     def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
-        """Write factors into a slot, and return whether all of their values are finite.
+        """Write the factors of an adapter into a slot, in place of the slot's previous factors.
 
-        The new factors replace those that were in the slot.
+        Returns whether all values of the new factors are finite.
         """
         own_a, dtype, is_finite = self.rank_rows_a[slot], self.lora_a.dtype, True
         for a, lora_b, factors in zip(own_a, self.lora_b, slices, strict=True):
@@ -67,9 +67,9 @@ class _PackedSlotTensors(NamedTuple):
 
 
 class PackedSlots:
-    """The packed factors of a layer's slots.
+    """A packed copy of the factors in a layer's slots.
 
-    All slots are copied only if the largest rank changes.
+    All slots are copied only if the largest rank changes. Any other change copies one slot.
 
     Args:
         num_slots: Number of slots.
@@ -163,37 +163,36 @@ class PackedSlots:
                     "only lora_a, lora_b, and scaling"
                 )
 
-    def _allocate_and_copy(self, unit: int) -> _PackedSlotTensors:
-        """Allocate tensors with ``unit`` rank rows for each slot, and copy the current factors to
-        them.
+    def _allocate_and_copy(self, rank_rows_per_slot: int) -> _PackedSlotTensors:
+        """Allocate tensors for the factors of all slots, and copy the current factors to them.
 
-        Returns the new tensors.
+        Returns the new tensors, which have ``rank_rows_per_slot`` rank rows for each slot.
         """
         slots, dtype, device = len(self._ranks), self._dtype, self._device
-        layout = one_unit_per_slot(unit, (0,) * slots)
-        is_dense = dense_is_fastest(unit, slots, dtype, every_unit_is_used=False)
-        lora_a, rank_rows_a = zero_lora_a(
+        layout = one_unit_per_slot(rank_rows_per_slot, (0,) * slots)
+        is_dense = dense_is_fastest(rank_rows_per_slot, slots, dtype, every_unit_is_used=False)
+        lora_a, rank_rows_a = allocate_packed_lora_a(
             layout, len(self._widths), self._in_features, dtype, device, is_dense
         )
-        shapes = [(slots * unit, n) for n in self._widths]
+        shapes = [(slots * rank_rows_per_slot, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         made, old = (
-            _PackedSlotTensors(lora_a, rank_rows_a, lora_b, unit),
+            _PackedSlotTensors(lora_a, rank_rows_a, lora_b, rank_rows_per_slot),
             self._storage,
         )
         self.num_full_packings += 1
         if old is not None:
-            rows = slice(0, min(unit, old.unit))
+            rows = slice(0, min(rank_rows_per_slot, old.unit))
             rank_rows_a[:, :, rows] = old.rank_rows_a[:, :, rows]
             for new_b, old_b in zip(lora_b, old.lora_b, strict=True):
-                by_slot = new_b.view(slots, unit, -1)
+                by_slot = new_b.view(slots, rank_rows_per_slot, -1)
                 by_slot[:, rows] = old_b.view(slots, old.unit, -1)[:, rows]
         return made
 
     def _as_packed_factors(self, storage: _PackedSlotTensors) -> PackedLayerFactors:
-        """Return the packed factors of the current adapters.
+        """Return the tensors of the slots as a `PackedLayerFactors`.
 
-        They are views of the storage.
+        The result contains the factors of the current adapters. The tensors are not copied.
         """
         layout = one_unit_per_slot(storage.unit, tuple(map(max, self._ranks)))
         used = (any(ranks) for ranks in zip(*self._ranks, strict=True))

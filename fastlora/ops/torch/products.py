@@ -30,7 +30,9 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductThresholds:
-    """The sizes that determine whether and how products in an emulated dtype are computed in fp32.
+    """The size thresholds that determine whether and how a product is computed in fp32.
+
+    The operands of the product have a dtype that the processor emulates.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.

@@ -333,10 +333,11 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return a list of the lora_a gradients of all layers and adapters.
+    """Return a list of the gradients of the adapters' lora_a.
 
-    ``wants`` tells which gradients are wanted. The list contains None for an adapter without rows,
-    and for a gradient that is not wanted. The rows of x may be in any order.
+    The list has one item for each adapter of each layer. ``wants`` tells which gradients are
+    wanted. The item is None for an adapter without rows, and for a gradient that is not wanted. The
+    rows of x may be in any order.
     """
     found: list[torch.Tensor | None] = []
     x = rows.sorted(x)

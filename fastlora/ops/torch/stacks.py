@@ -349,9 +349,10 @@ def grouped_linear(
 
 
 def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Multiply each group of rows of x by the transpose of the group's matrix in the stack.
+    """Multiply each group of rows of x by the group's own matrix in the stack.
 
-    The result is a tensor ``[P, N]``, as in `grouped_linear`, but autograd is not supported.
+    The matrix is transposed, as the weight of a linear layer is. The result is a tensor ``[P, N]``,
+    as in `grouped_linear`, but autograd is not supported.
 
     ``starts [E + 1]`` contains the position at which the rows of each matrix start, followed by the
     number of rows that belong to any matrix.

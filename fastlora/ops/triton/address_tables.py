@@ -40,9 +40,10 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object with the addresses and ranks of the given lora_a factors.
+    """Return a `RankRows` object from which kernels read the given lora_a factors by address.
 
-    All factors must be aligned. ``shape`` is the shape of the tables.
+    The object contains the address and the rank of each factor. All factors must be aligned.
+    ``shape`` is the shape of the tables.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -73,14 +74,19 @@ def lora_b_rank_rows(
     return RankRows(*own, lora_b[0].dtype, max(ranks), by_column=True)
 
 
-def lora_b_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
-    """Return a `RankRows` object for lora_b, taken from the given address tables.
+def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slice) -> RankRows:
+    """Return a `RankRows` object for the lora_b factors in the given address tables.
 
-    It contains the addresses of lora_b and lora_bias, the ranks, and the scalings. ``index``
-    selects one module, or adjacent modules.
+    The object contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
+    ``module_index`` selects one module, or adjacent modules.
     """
-    bias = None if tables.bias_address is None else tables.bias_address[index]
-    own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
+    bias = None if tables.bias_address is None else tables.bias_address[module_index]
+    own = (
+        tables.b_address[module_index],
+        bias,
+        tables.rank[module_index],
+        tables.scaling[module_index],
+    )
     return RankRows(*own, tables.dtype, tables.max_rank)
 
 

@@ -141,9 +141,10 @@ def grouped_gradients(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | QuantizedData | None,
 ) -> list[torch.Tensor | None]:
-    """Return a list of the gradients of x, the biases, and the factors of a shared-input group.
+    """Return the gradients of a shared-input group of linear layers.
 
-    See `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s.
+    The result is a list of the gradients of x, of the biases, and of the factors. See
+    `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s.
     """
     count: int = len(dropout_p)
     each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
@@ -292,11 +293,11 @@ def _grad_x_of_group(
     seeds: Sequence[torch.Tensor | None],
     dropout_p: Sequence[float],
 ) -> torch.Tensor | None:
-    """Return the gradient of x for a shared-input group.
+    """Return the gradient of the input x that a group of modules shares.
 
-    The result is None if no module has a ds. Without dropout, one launch adds the parts of all
-    adapters, and library products accumulate onto it. With dropout, every module has its own
-    launch, because it has its own mask.
+    Return None if no module has a ds. Without dropout, one launch adds up the contributions of all
+    adapters, and library products are accumulated onto the sum. With dropout, every module has its
+    own launch, because it has its own mask.
     """
     some = [*ds]  # in the order in which autograd would add the dx of the modules
     chosen: Any = [[own[i] for i in some] for own in (dys, weights, lora_a, seeds)]

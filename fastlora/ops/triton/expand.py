@@ -12,7 +12,7 @@ from fastlora.kernels.configs import sums_s_once
 from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
-from fastlora.ops.factors import Factor, replace_missing_with_empty, unpack_address_tables
+from fastlora.ops.factors import Factor, address_tables_from_tensors, replace_missing_with_empty
 from fastlora.ops.triton.address_tables import (
     align_factors,
     lora_b_rank_rows,
@@ -74,11 +74,11 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Compute the LoRA update of each row's adapter from the layer's input x, and add it to y.
+    """Add the LoRA update of each row's adapter to y in place.
 
-    y is changed in place. A shrink and an expand are launched.
+    A shrink and an expand are launched to compute the update from the layer's input x.
     """
-    found = unpack_address_tables(tables, max_rank, factor_dtype)
+    found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     x = to_kernel_layout(x)
     s = mixed_shrink_partials(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]

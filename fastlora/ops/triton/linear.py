@@ -18,7 +18,7 @@ from fastlora.kernels.configs import sums_s_once
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module, Weight, are_of_a_kind, has_usual_strides
-from fastlora.ops.factors import Factor, replace_missing_with_empty, unpack_address_tables
+from fastlora.ops.factors import Factor, address_tables_from_tensors, replace_missing_with_empty
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.address_tables import (
     align_factors,
@@ -100,7 +100,7 @@ def linear_at(
     Returns a list that starts with the output y. If ``shrink_range`` is given and s is not, the
     list also contains the split-K partial sums of s for the modules in this range.
     """
-    found = unpack_address_tables(tables, max_rank, factor_dtype)
+    found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
     x = to_kernel_layout(x, contiguous=invariant)
@@ -133,7 +133,7 @@ def mixed_grouped_forward(
     a shrink and a linear. If many adapters may share a row tile, they are computed by library
     products, a shrink, and an expand instead. Quantized weights must all be of one kind.
     """
-    found = unpack_address_tables(tables, max_rank, factor_dtype)
+    found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     own, x = slice(first, first + len(weights)), to_kernel_layout(x)
     up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _plan_and_base_products("mixed_lora", x, weights, biases, up, "auto")

@@ -78,9 +78,10 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the shrink output s for one adapter, and its split-K partial sums.
+    """Return the shrink output s and its split-K partial sums.
 
-    The result is a tuple. s is ``[M, R]``, with the modules side by side.
+    All rows use one adapter, and ``lora_a`` contains the adapter's factor for each module. The
+    result is a tuple. Its first item is s, ``[M, R]``, with the modules side by side.
 
     If K is not split, the second item is s itself. Otherwise, s is uninitialized, and the next
     launch adds the partial sums and stores the result in s. Each partial sum has M rows. The stride
@@ -156,11 +157,11 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Compute the shrink output s of a group of modules for a mixed batch.
+    """Return the shrink output s for a mixed batch, and whether a single launch computed it.
 
-    The result is a tuple. Its first item is s, ``[G, M, R]`` for G modules. The second item is True
-    if a single launch computed s. If K is split, a second launch adds the partial sums, and the
-    second item is False. Dropout requires one module.
+    The result is a tuple. Its first item is s, ``[G, M, R]`` for G modules that share the input x.
+    If K is split, a second launch adds the partial sums, and the second item is False. Dropout is
+    supported for only one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

@@ -13,9 +13,10 @@ from fastlora.ops.triton.launch_configs import config_of
 def sort_rows_into(
     ids: torch.Tensor, slots: int, outputs: tuple[torch.Tensor, ...], block_m: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """Sort rows by slot into ``outputs``, and return ``outputs``.
+    """Sort rows by slot, and write the results to the tensors in ``outputs``.
 
-    The result is None if there are too many ids or slots for one program.
+    The function returns ``outputs``. If there are no ids, or too many ids or slots for one program,
+    it writes nothing and returns None.
 
     Args:
         ids: ``[B]`` on the device.

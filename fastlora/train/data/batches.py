@@ -28,7 +28,7 @@ def derive_seed(*parts: object, nbytes: int = 7) -> int:
 
 
 class SampleRef(NamedTuple):
-    """A reference to a sample.
+    """A reference to a sample in an adapter's data.
 
     Attributes:
         adapter: The name of the adapter.
@@ -74,9 +74,9 @@ class SampleOrder:
         ]
 
     def count_steps_with_samples(self, total_steps: int) -> dict[str, int]:
-        """For each adapter, count how many of the first steps contain its samples.
+        """For each adapter, count the steps that contain at least one of its samples.
 
-        The first ``total_steps`` steps are counted.
+        Only the first ``total_steps`` steps of the run are considered.
         """
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])

@@ -53,7 +53,7 @@ class SampleLocation(NamedTuple):
 
 
 class FileRows(NamedTuple):
-    """The rows of a data file.
+    """The rows that were read from a data file.
 
     Attributes:
         found: List of tuples (source of the row, row). A plain text file has one row, its text. In
@@ -149,7 +149,9 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
     return FileRows([(source, parse_json(source, line)) for source, line in lines], digest)
 
 
-def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleLocation, Any]]:
+def _parse_table(
+    path: Path, text: str, delimiter: str
+) -> list[tuple[SampleLocation, dict[str, str]]]:
     """Parse the text of a CSV or TSV file, and return its rows.
 
     The text begins with a header line. Each row is returned as a tuple (location, dict of the
@@ -157,7 +159,7 @@ def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleLoca
     """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[SampleLocation, Any]] = []
+    rows: list[tuple[SampleLocation, dict[str, str]]] = []
     try:
         columns = list(reader.fieldnames or ())
         if len(set(columns)) < len(columns):

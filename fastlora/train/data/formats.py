@@ -82,13 +82,18 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample consists of chat messages rather than text."""
+        """Whether the sample is in chat format.
+
+        A sample in chat format consists of messages. All other samples consist of text.
+        """
         return isinstance(self.text, list)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for reading samples from files and preparing them for training.
+    """Options for the data of a training run.
+
+    The options specify how samples are read from files and how they are prepared for training.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.

@@ -31,7 +31,7 @@ from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.config_tables import cdiv
 from fastlora.kernels.configs import choose, reads_twice, run_rows, sums_s_once
-from fastlora.ops.factors import unpack_address_tables
+from fastlora.ops.factors import address_tables_from_tensors
 from fastlora.ops.layout import shrink_partials_shape
 from fastlora.ops.triton.shrink import mixed_shrink_partials
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
@@ -190,7 +190,7 @@ def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
     )
     with on(chip), counter:
         s = mixed_shrink_partials(
-            problem.x, rows, unpack_address_tables(tables, r, kind), slice(0, 1)
+            problem.x, rows, address_tables_from_tensors(tables, r, kind), slice(0, 1)
         )
         counter.register("s", s)
         base = problem.x, problem.weights[0], problem.biases[0], rows, s, tables, 0, r, kind
