@@ -403,9 +403,9 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
             return ParsedAdapterKey(outer, "duplicate" if copied else "saved")
     if leaf in _FOREIGN:
         raise CheckpointError(
-            f"found {key!r}, a tensor of {_FOREIGN[leaf]}, which fastlora does not support; load "
-            "the adapter with PEFT: model = peft.PeftModel.from_pretrained(model, folder), then "
-            "fastlora.patch(model)"
+            f"found {key!r}, which PEFT saves if the config has {_FOREIGN[leaf]}; fastlora does "
+            f"not support {_FOREIGN[leaf]}. Load the adapter with PEFT instead: "
+            "model = peft.PeftModel.from_pretrained(model, folder), then fastlora.patch(model)"
         )
     copied = any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
     if config.ensure_weight_tying and copied and module.rpartition(".")[2] in _EMBEDDINGS:

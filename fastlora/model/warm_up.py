@@ -435,7 +435,7 @@ def _run_and_list_kernels(
 
 @contextlib.contextmanager
 def _sort_with_pytorch_while_recording() -> Iterator[None]:
-    """Use PyTorch to sort the rows of mixed batches inside a ``with`` block.
+    """Inside a ``with`` block, sort the rows of mixed batches with PyTorch.
 
     Kernels are only recorded in this block. PyTorch may use the result of the sort as indices, so
     the result must not be the uninitialized output of a kernel that is only recorded.
