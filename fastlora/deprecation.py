@@ -8,21 +8,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
+
+from fastlora.user_warnings import warn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+def warn_renamed(old: str, new: str) -> None:
     """Warn that ``old`` was renamed to ``new``.
 
     The warning is a `FutureWarning`.
     """
-    warnings.warn(
-        f"{old} is deprecated and will be removed; use {new}", FutureWarning, stacklevel=stacklevel
-    )
+    warn(f"{old} is deprecated and will be removed; use {new}", FutureWarning)
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -74,7 +73,7 @@ class RenamedAttribute:
 
     def _warn(self, instance: object) -> None:
         owner = type(instance).__name__
-        warn_renamed(f"{owner}.{self.name}", f"{owner}.{self.new}", stacklevel=4)
+        warn_renamed(f"{owner}.{self.name}", f"{owner}.{self.new}")
 
 
 def without_old_names(instance: object, names: Iterable[str]) -> list[str]:

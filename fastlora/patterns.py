@@ -34,11 +34,11 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedPatternMatcher:
-    """Matches patterns within limits on time and memory.
+    """A pattern matcher that limits the cost of matching.
 
-    A pattern that exceeds a limit raises `CheckpointError`. Each outermost `bounded_matching` block
-    has its own matcher. The matcher measures the CPU time spent on matching so far, and caches the
-    compiled patterns.
+    Both time and memory are limited. A pattern that exceeds a limit raises `CheckpointError`. Each
+    outermost `bounded_matching` block has its own matcher. The matcher measures the CPU time spent
+    on matching so far, and caches the compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -363,11 +363,15 @@ def _match(field: str, pattern: str, template: str, name: str, *, full_match: bo
 
 
 def _max_expanded_expression_length(pattern: str, expression: str) -> int:
-    """Return an upper bound on the length of an expression after PCRE2 has expanded its repeats.
+    """Return an upper bound on the length of an expanded regular expression.
 
-    For example, PCRE2 expands ``a{3}`` to ``aaa``. The bound applies to the length of the
-    expression itself, not to the length of a match. The function stops counting repeats when the
-    length exceeds ``_CHARACTERS``.
+    PCRE2 expands the repeats in an expression. For example, ``a{3}`` is expanded to ``aaa``. The
+    bound applies to the length of the expression itself, not to the length of a match. The function
+    stops counting repeats when the length exceeds ``_CHARACTERS``.
+
+    Args:
+        pattern: The pattern in the config, whose repeats are counted.
+        expression: The expression to compile, which contains the pattern.
     """
     length = len(expression)
     for count in _COUNT.findall(pattern):
@@ -378,11 +382,12 @@ def _max_expanded_expression_length(pattern: str, expression: str) -> int:
 
 
 def _suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return the suffix of a module name as a plain pattern with parts of the given lengths.
+    """Return a plain pattern that matches a suffix of a module name.
 
-    In the pattern, a dot replaces the character between two parts of the name, because a dot in a
-    pattern matches any character. The result is None if the name is too short, or if the first part
-    does not start at the beginning of a component of the name.
+    The pattern consists of parts of the given lengths, separated by dots. The parts are copied from
+    the name. A dot replaces the character between two parts, because a dot in a pattern matches any
+    character. The result is None if the name is too short, or if the first part does not start at
+    the beginning of a component of the name.
     """
     at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and module_name[start - 1] != "."):

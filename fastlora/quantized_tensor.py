@@ -53,7 +53,9 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A weight tensor ``[N, K]`` that is stored as quantized data.
+    """A tensor that represents a weight ``[N, K]`` and is stored as quantized data.
+
+    Kernels read the quantized data directly. Most PyTorch operations dequantize the weight first.
 
     Args:
         quantized_data: The quantized data that kernels read.

@@ -151,7 +151,7 @@ class ProcessWeightsVersions:
         self._purge_at = 1024
         self._hooked = False
 
-    def for_trained_weights(self) -> WeightsVersion:
+    def for_trainable_weights(self) -> WeightsVersion:
         """Return the current version of the trainable weights.
 
         The version is stored with cached values that were computed from these weights.
@@ -171,13 +171,13 @@ class ProcessWeightsVersions:
         weights share one version, and so do all trainable weights.
         """
         if weight.requires_grad:
-            return self.for_trained_weights()
-        self.for_trained_weights()
+            return self.for_trainable_weights()
+        self.for_trainable_weights()
         if _storage_id(weight) not in self._watched:
             self._watch(weight)
         return self.frozen
 
-    def invalidate_trained_weights(self) -> None:
+    def invalidate_trainable_weights(self) -> None:
         """Invalidate all cached values that were computed from trainable weights."""
         self.trained, self.step = WeightsVersion(), WeightsVersion()
 

@@ -57,6 +57,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "weights_version",
         "sharding",
         "quantized_tensor",
+        "user_warnings",
         "kernels",
     ),
     ("ops", "init", "command_line"),
@@ -75,6 +76,7 @@ TOGETHER = {
     "fastlora.env": "fastlora.kernels",
     "fastlora.quantized_tensor": "fastlora.kernels",
     "fastlora.deprecation": "fastlora.validation",
+    "fastlora.user_warnings": "fastlora.validation",
     "fastlora.__main__": "fastlora.commands",
 }
 

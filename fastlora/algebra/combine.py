@@ -22,7 +22,8 @@ SVD = "_svd"
 class CombinationMethod(NamedTuple):
     """A method for combining adapters, such as ``"linear"`` or ``"ties"``.
 
-    It combines several tensors of the same shape, the adapters' factors or updates, into one.
+    The method combines several tensors of the same shape into one tensor. The tensors are the
+    adapters' factors or updates.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its

@@ -91,10 +91,10 @@ def svd_of_weighted_sum(
 ) -> Svd:
     """Return the singular value decomposition of a weighted sum of factor products.
 
-    The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. If the sum R of the pairs' ranks is
-    less than both N and K, the result is computed from the factors, without forming the ``[N, K]``
-    sum: only an ``[R, R]`` matrix is decomposed. Otherwise, the ``[N, K]`` sum is decomposed
-    directly.
+    The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. Usually, the result is computed
+    from the factors, without forming the ``[N, K]`` sum: only an ``[R, R]`` matrix is decomposed,
+    where R is the sum of the pairs' ranks. If R is at least N or at least K, the ``[N, K]`` sum is
+    formed and decomposed directly.
 
     Args:
         pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).

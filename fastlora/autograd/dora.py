@@ -112,12 +112,12 @@ def _enumerate_adapters_with_rows(
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[tuple[int, torch.Tensor, slice, DropoutAdapter]]:
-    """Iterate over the adapters that have rows in the batch.
+    """Enumerate the adapters that have rows in the batch.
 
-    Yields a tuple (index, rows, positions, adapter) for each of them. ``index`` is the adapter's
-    index among all adapters, and ``rows`` are the indices of its rows in x. ``positions`` is the
-    slice of these rows in the batch sorted by slot, which is the order of s and z. ``slots`` lists
-    each adapter's slot in ids.
+    For each of these adapters, yields a tuple (index, rows, positions, adapter). ``index`` is the
+    adapter's index among all adapters, and ``rows`` are the indices of its rows in x.
+    ``positions`` is the slice of these rows in the batch sorted by slot, which is the order of s
+    and z. ``slots`` lists each adapter's slot in ids.
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
@@ -133,9 +133,10 @@ def _enumerate_adapters_with_rows(
 def _allocate_s_and_z(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the tensors s and z for `_dora_with_dropout`.
+    """Allocate the tensors for the intermediate results s and z of DoRA with dropout.
 
-    The tensors are not initialized. Only the rows of adapters are used later.
+    See `_dora_with_dropout`. If ``needs_z`` is False, z has no rows. The tensors are not
+    initialized. Only the rows of adapters are used later.
     """
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if needs_z else 0, y.shape[1])

@@ -147,12 +147,12 @@ def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
 
 
 class LoraLinear(torch.autograd.Function):
-    """Autograd function for a linear layer with one or more LoRA adapters.
+    """Autograd function for a linear layer with LoRA.
 
-    It computes a base layer and the updates of its adapters as one autograd node. A given y is not
-    overwritten. Saves x, s, the seeds, and the parameters. Dropout masks are computed again from
-    the seeds. If ``s`` is shared with other layers, every lora_a is detached, and x is not saved
-    for it.
+    The base layer and the updates of one or more adapters are computed as one autograd node. A
+    given y is not overwritten. The function saves x, s, the seeds, and the parameters. Dropout
+    masks are computed again from the seeds. If ``s`` is shared with other layers, every lora_a is
+    detached, and x is not saved for the gradient of lora_a.
     """
 
     @staticmethod

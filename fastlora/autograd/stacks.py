@@ -22,7 +22,7 @@ from fastlora.ops.library import (
     register_implementation,
 )
 from fastlora.ops.rows import Rows, rows_from_tensors
-from fastlora.ops.stacks import StackAdapterOperands
+from fastlora.ops.stacks import WeightStackAdapterOperands
 from fastlora.ops.torch.stacks import (
     dtype_of_s,
     grouped_gradients,
@@ -36,7 +36,7 @@ def stacked_lora_linear(
     weight_stack: torch.Tensor | None,
     y: torch.Tensor | None,
     slots: int,
-    operands: StackAdapterOperands,
+    operands: WeightStackAdapterOperands,
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
@@ -90,7 +90,7 @@ class WeightStackLoraLinear(torch.autograd.Function):
         impl: str,
         *factors: Any,  # lora_a and lora_b of each adapter in turn
     ) -> torch.Tensor:
-        operands = StackAdapterOperands(
+        operands = WeightStackAdapterOperands(
             list(factors[::2]), list(factors[1::2]), scaling, dropout_p, seeds
         )
         adds_to_y = y is not None
@@ -112,7 +112,9 @@ class WeightStackLoraLinear(torch.autograd.Function):
     @once_differentiable_without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, stack, s, scaling, seeds, *factors = ctx.saved_tensors
-        operands = StackAdapterOperands(factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds)
+        operands = WeightStackAdapterOperands(
+            factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds
+        )
         (needs_x, needs_stack, needs_y), wants = ctx.needs_input_grad[:3], ctx.needs_input_grad[9:]
         dx = d_stack = None
         if stack is not None:
@@ -149,14 +151,15 @@ define_operator(
 def _stacked_linear(
     x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
 ) -> torch.Tensor:
-    """Multiply rows by a stack of weights, and return the products plus the LoRA updates.
+    """Compute the output of a stack of linear layers with LoRA adapters.
 
-    The rows are sorted. If y ``[P, N]`` is given, it is added to the result. Without a stack, the
-    LoRA updates are added to y. There may be no adapters. The operator decomposes when autograd is
+    The sorted rows are multiplied by the weights of the stack, and the LoRA updates are added to
+    the products. If y ``[P, N]`` is given, it is added to the result. Without a stack, the LoRA
+    updates are added to y. There may be no adapters. The operator decomposes when autograd is
     traced.
     """
     *operands, tensors, impl = given
-    rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)
+    rows, adapters = rows_from_tensors(tensors), WeightStackAdapterOperands(*operands)
     if stack is not None:
         product = stacked_lora_linear(x, stack, None, slots, adapters, rows, impl)
         return product if y is None else product + y
@@ -169,14 +172,14 @@ def _stacked_linear(
 def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, tensors, impl = given
     y, rows = y.clone(), rows_from_tensors(tensors)
-    s = BACKENDS[impl].add_stacked_updates_(y, x, StackAdapterOperands(*operands), rows)
+    s = BACKENDS[impl].add_stacked_updates_(y, x, WeightStackAdapterOperands(*operands), rows)
     return y, s
 
 
 @register_fake("stacked_updates")
 def _(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, _, impl = given
-    adapters = StackAdapterOperands(*operands)
+    adapters = WeightStackAdapterOperands(*operands)
     columns, dtype = max(a.shape[1] for a in adapters.lora_a), dtype_of_s(x, adapters)
     if impl == "triton":
         columns, dtype = rank_to_multiple_of_16(columns), x.dtype
@@ -188,7 +191,7 @@ def _stacked_gradients(
     dy: torch.Tensor, x: torch.Tensor | None, s: torch.Tensor, *given: Any
 ) -> list[torch.Tensor]:
     *operands, tensors, impl, wants_x, wants, dx = given
-    rows, adapters = rows_from_tensors(tensors), StackAdapterOperands(*operands)
+    rows, adapters = rows_from_tensors(tensors), WeightStackAdapterOperands(*operands)
     dx = None if dx is None else dx.clone()
     dx, found = BACKENDS[impl].stacked_gradients(dy, x, s, adapters, rows, wants_x, wants, dx)
     return [gradient.contiguous() for gradient in (dx, *found) if gradient is not None]

@@ -103,9 +103,11 @@ def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 class Chat:
-    """A conversation with a model and its adapters.
+    """A chat session on the command line.
 
-    The model is in evaluation mode. Initially, the first adapter answers.
+    The session holds a model with its adapters, and the messages of the conversation. The model is
+    in evaluation mode. Initially, the first adapter answers, or the base model if there are no
+    adapters.
 
     Args:
         model: The model with its adapters.

@@ -14,7 +14,10 @@ from fastlora.validation import FastLoraError
 
 
 class CommandError(FastLoraError):
-    """Raised if a command cannot do what was requested."""
+    """An error that a command reports to the user.
+
+    This error is raised if the command cannot do what was requested.
+    """
 
 
 # The options that `load_base_model_and_tokenizer` reads.

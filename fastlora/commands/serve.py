@@ -209,7 +209,7 @@ class _LoadingThread(threading.Thread):
         app.on_startup = self.start
 
     def run(self) -> None:
-        """Load the model, and start the application."""
+        """Run the thread, which loads the model and starts the application."""
         try:
             self._load()
         except BaseException as error:

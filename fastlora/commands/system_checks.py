@@ -115,9 +115,10 @@ def check_python(found: DoctorFindings) -> dict[str, str]:
 
 
 def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
-    """Check the installed packages, and yield a dict of facts about each.
+    """Check the installed packages and their versions.
 
-    The facts are the package's name, version, supported range, and purpose.
+    Problems and notes are added to ``found``. For each package, yields a dict of facts: the
+    package's name, version, supported range, and purpose.
     """
     ranges, own = supported_versions(), installed_version(DISTRIBUTION)
     yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
@@ -163,9 +164,10 @@ def import_error_text(name: str) -> str:
 def describe_devices() -> Iterator[dict[str, Any]]:
     """Describe the devices that torch detects.
 
-    Yields a dict for the CPU, for each GPU, and for an accelerator of another type. The dict
-    contains the device's name, the implementation that ``impl="auto"`` selects on the device, and
-    the reason for this choice. For a GPU, the dict also contains facts about its architecture.
+    For each device, yields a dict of facts. The devices are the CPU, each GPU, and any accelerator
+    of another type. The dict contains the device's name, the implementation that ``impl="auto"``
+    selects on the device, and the reason for this choice. For a GPU, the dict also contains facts
+    about its architecture.
     """
     import torch
 

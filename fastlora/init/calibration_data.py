@@ -173,14 +173,14 @@ def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) ->
 
 
 def cached_tensor_on_device(
-    cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
+    cache: Mapping[str, torch.Tensor], key: str, cache_path: str | None, module: nn.Module
 ) -> torch.Tensor:
     """Return a cached tensor, moved to the device of a module's weight.
 
     Args:
         cache: The tensors of the cache file, from `read_tensor_cache`.
         key: Key of the tensor.
-        path: Path of the cache file, for error messages.
+        cache_path: Path of the cache file, for error messages.
         module: The module.
 
     Raises:
@@ -188,8 +188,8 @@ def cached_tensor_on_device(
     """
     if key not in cache:
         raise InitializationError(
-            f"{path} has no {key!r}, because the file was created for other target modules; remove "
-            "the file, or use another one"
+            f"{cache_path} has no {key!r}, because the file was created for other target modules; "
+            "remove the file, or use another one"
         )
     weight: Any = module.weight
     return cache[key].to(weight.device)

@@ -14,8 +14,8 @@ from fastlora.init.registry import InitInputs, InitResult, register_init
 def mica(given: InitInputs) -> InitResult:
     """Compute the initial factors of a layer using MiCA.
 
-    A is zero, and B contains the last R columns of U, where ``W = U S V^T``. The base weight does
-    not change.
+    MiCA uses the minor singular components of the weight W: B contains the last R columns of U,
+    where ``W = U S V^T``, and A is zero. The base weight does not change.
 
     Raises:
         InitializationError: The weight has values that are not finite, or R exceeds its smaller

@@ -53,9 +53,10 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight, dequantized if necessary.
+        """Return the base weight for the initialization.
 
-        The result is a matrix ``[N, K]`` in fp32, or in fp64 if the weight is stored in fp64.
+        A quantized weight is dequantized. The result is a matrix ``[N, K]`` in fp32, or in fp64 if
+        the weight is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.

@@ -87,11 +87,11 @@ def import_from_peft(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Add an adapter to a model in place, and return the model.
+    """Inject an adapter into a model in place, and return the model.
 
-    This function works as PEFT's function of the same name does. The new LoRA layers are patched.
-    Use `unpatch` to restore PEFT's own layers. The result is the model itself, without a
-    `peft.PeftModel` around it.
+    This function works as PEFT's function of the same name does. The injected LoRA layers are
+    PEFT's layers, patched to run with fastlora. Use `unpatch` to restore PEFT's own layers. The
+    result is the model itself, without a `peft.PeftModel` around it.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

@@ -6,9 +6,10 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
+
+from fastlora.user_warnings import warn
 
 
 def call_when_imported(name: str, action: Callable[[], None]) -> None:
@@ -32,18 +33,18 @@ def _call_or_warn(name: str, action: Callable[[], None]) -> None:
     try:
         action()
     except (ImportError, AttributeError, TypeError) as error:
-        warnings.warn(
+        warn(
             f"fastlora does not support this version of {name}, so the integration with it is "
             f"incomplete: {error}",
-            stacklevel=2,
         )
 
 
 class _ImportHookFinder(importlib.abc.MetaPathFinder):
-    """An import finder that adds an import hook to a given module.
+    """An import finder that runs an action when a module is imported.
 
-    The hook runs an action after the module is imported. The finder finds the module through the
-    other finders in ``sys.meta_path``.
+    Each finder handles one module and one action. The finder finds the module through the other
+    finders in ``sys.meta_path``, and adds an import hook to the module. The hook runs the action
+    after the module is imported.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:

@@ -157,7 +157,11 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
+        """Raise `UnsupportedLayerError` if the layer cannot run a mixed batch with a given routing.
+
+        The layer cannot run the batch if a routed adapter uses a PEFT variant of LoRA that fastlora
+        does not implement.
+        """
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -168,9 +172,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 )
 
     def _applied_adapters(self: Any) -> list[str]:
-        """Return the names of the adapters that fastlora applies in the next forward pass.
+        """Return the names of the active adapters that fastlora applies.
 
-        The list is empty if adapters are disabled or merged, or if PEFT's forward must be called.
+        The list is empty if adapters are disabled or merged, or if PEFT's ``forward`` method must
+        be called.
         """
         if self.disable_adapters or self.merged:
             return []
@@ -210,10 +215,10 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
-    """Replacement for PEFT's `ParamWrapper` in a patched model.
+    """PEFT's `ParamWrapper` with fastlora's forward pass for stacked experts.
 
-    A `ParamWrapper` is PEFT's layer for one adapted parameter. fastlora's forward pass runs only
-    for stacked experts. In all other cases, PEFT's forward method runs.
+    A `ParamWrapper` is PEFT's layer for one adapted parameter. If the parameter does not belong to
+    stacked experts, or if fastlora cannot run the layer, PEFT's forward method runs.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -321,10 +326,11 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """Subclass of PEFT's ``LoraModel`` that creates LoRA layers patched by fastlora.
+    """Subclass of PEFT's ``LoraModel`` with fastlora's LoRA layers.
 
-    PEFT's ``LoraModel`` is the LoRA tuner. Each new LoRA layer is patched when the tuner creates
-    it. The model supports mixed batches.
+    PEFT's ``LoraModel`` is the LoRA tuner. PEFT creates each new LoRA layer, and `patch_layer` then
+    replaces the class of the layer with fastlora's subclass, if there is one. The model supports
+    mixed batches.
     """
 
     @staticmethod
@@ -333,13 +339,15 @@ class FastPeftLoraModel(PeftLoraModel):
         patch_layer(module)
         return module
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Inject an adapter into the model as PEFT does, and patch the new LoRA layers.
 
         `_create_new_module` patches each new layer. Then the list of the model's LoRA layers is
         updated.
         """
-        super().inject_adapter(*args, **kwargs)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._update_routed_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -477,7 +485,9 @@ class PatchedModelRouter:
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
-        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
+        """Find the model's routed LoRA layers, and return them in a list.
+
+        In a mixed batch, a routed layer selects an adapter for each row.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -614,8 +624,8 @@ def check_can_unpatch(module: nn.Module) -> None:
 def patch_model(model: nn.Module) -> int:
     """Patch the LoRA layers of a PEFT model in place.
 
-    The tuners are also patched. The result is the number of LoRA layers found, which includes
-    layers of classes that fastlora does not patch.
+    The tuners are also patched. Layers of classes that fastlora does not patch remain unchanged.
+    The result is the number of LoRA layers found, which includes these unchanged layers.
     """
     seen = 0
     for module in model.modules():

@@ -59,9 +59,10 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's state dict.
+    """Return the state dict of an adapter of a fastlora model.
 
-    Its keys have the names that PEFT's adapter files use.
+    For fastlora's models, this function replaces PEFT's function of the same name. The keys of the
+    state dict have the names that PEFT's adapter files use.
     """
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
@@ -140,10 +141,11 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
 
 
 def override_peft_functions() -> None:
-    """Replace functions of PEFT with versions that also accept fastlora's models.
+    """Override functions of PEFT with fastlora's versions.
 
-    `PEFT_OVERRIDES` lists the functions. If a PEFT module is not imported yet, its functions are
-    replaced when it is imported.
+    fastlora's versions also accept fastlora's models. For any other model, an overridden function
+    calls PEFT's original function. `PEFT_OVERRIDES` lists the functions. If a PEFT module is not
+    imported yet, its functions are overridden when the module is imported.
     """
     for module, is_fastlora, functions in PEFT_OVERRIDES:
         call_when_imported(

@@ -55,7 +55,7 @@ def register_as_peft_subclasses() -> None:
     override_peft_functions()
 
 
-def _subclasshook_excluding_adapted_parameters(abstract: type, subclass: type) -> Any:
+def _subclasshook_excluding_adapted_parameters(lora_layer_class: type, subclass: type) -> Any:
     """Exclude `FastLoraAdaptedParameters` from the subclasses of PEFT's ``LoraLayer``.
 
     The result is False for this class, and NotImplemented for all others, which are checked as
@@ -68,9 +68,10 @@ def _subclasshook_excluding_adapted_parameters(abstract: type, subclass: type) -
 def _create_patched_peft_layer(
     target: nn.Module, adapter_name: str, *, config: Any, **options: Any
 ) -> Any:
-    """Create PEFT's LoRA layer for a module, patch it, and return it.
+    """Create a patched PEFT LoRA layer for a module.
 
-    The layer is patched as `fastlora.patch` does.
+    PEFT's LoRA tuner creates the layer. The layer is then patched in the same way as by
+    `fastlora.patch`.
     """
     from peft.tuners.lora import LoraModel as PeftTuner
 

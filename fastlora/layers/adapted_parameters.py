@@ -76,12 +76,12 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return (count, second, first) if is_transposed(module) else (count, first, second)
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Return whether a module stores its weights transposed.
+def is_transposed(module_with_stacks: nn.Module) -> bool:
+    """Return whether a module stores its stacks of weights transposed.
 
-    The weights are stacks of matrices. Transposed stacks have the shape ``[E, K, N]``.
+    Transposed stacks have the shape ``[E, K, N]``. Other stacks have the shape ``[E, N, K]``.
     """
-    return bool(getattr(module, "is_transposed", False))
+    return bool(getattr(module_with_stacks, "is_transposed", False))
 
 
 class LoraBRankRowsCache(UncopiedCache):
@@ -204,7 +204,7 @@ class ParameterLoraLayer(LoraLayer):
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
-        context = (id(watched), weights_versions.for_trained_weights())
+        context = (id(watched), weights_versions.for_trainable_weights())
         known = cache.get(name)
         if known is None or not known[0].matches((watched,), context):
             stamp = stamp_tensors((watched,), context)
@@ -254,7 +254,8 @@ class ParameterLoraLayer(LoraLayer):
         """Add ``sign`` times an adapter's delta weight to a weight in place.
 
         The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
-        which are changed one by one. ``scale`` is not used.
+        which are changed one by one. ``scale`` is ignored, because adapters on parameters do not
+        use DoRA.
         """
         factors = rank_row_views(*self._factors(adapter_name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -601,7 +602,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return combined[0] if isinstance(whole, torch.Tensor) else tuple(combined)
 
     def _factors_in_slot(self, routing: Routing, slot: int) -> dict[str, list[Factors]]:
-        """Return a dict that maps parameter names to the factors of a slot's adapter."""
+        """Return each parameter's factors for the adapter in a slot.
+
+        The result is a dict that maps each parameter's name to a list with one entry, which is the
+        parameter's `Factors`. Parameters that the adapter does not adapt are left out.
+        """
         found = ((n, routing.source.factors(own, slot)) for n, own in self.inner_layers().items())
         return {name: [factors] for name, factors in found if factors is not None}
 

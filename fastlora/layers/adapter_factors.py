@@ -237,19 +237,19 @@ class AdapterSource(Protocol):
     """
 
     @property
-    def loaded_adapters(self) -> tuple[Any, ...] | None:
-        """The adapters loaded in the source.
+    def loaded_adapters(self) -> tuple[LoadedAdapter | None, ...] | None:
+        """The adapters loaded in the pool's slots.
 
-        The value is None if the source is not a pool. The tuple has an entry for each slot, which
-        is None for an empty slot.
+        The tuple has one entry per slot. The entry of an empty slot is None. If the source is not a
+        pool, the value is None instead of a tuple.
         """
 
     @property
     def tables(self) -> AddressTables | None:
-        """The pool's address tables.
+        """The address tables of the source.
 
-        The value is None if the source is not a pool. `find_address_tables` builds the tables of a
-        model's own adapters.
+        Only a pool provides its tables. For a model's own adapters, the value is None, and
+        `find_address_tables` builds the tables.
         """
 
     def factors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from fastlora.layers.base_layers import (
     reason_weight_not_replaceable,
     stores_weight_transposed,
 )
+from fastlora.user_warnings import warn
 from fastlora.validation import AdapterStateError, InitializationError, UnsupportedLayerError
 
 
@@ -36,7 +36,9 @@ class InitializableLayer(Protocol):
 
 
 class AdapterInitializer:
-    """Initializer for one adapter's new factors on one layer.
+    """Initializer for a new adapter's factors on one layer.
+
+    This class is used for all initialization methods.
 
     Args:
         layer: The layer, which is not changed.
@@ -86,10 +88,9 @@ class AdapterInitializer:
                     "...) with a config whose target_modules select this layer"
                 )
             if not linear and not from_file:
-                warnings.warn(
+                warn(
                     f"init_lora_weights={name!r} supports only linear layers; the adapter on a "
                     f"{type(base).__name__} is initialized as with True",
-                    stacklevel=5,
                 )
             self.name, self.init = True, find_init_method(True)
         self.data = None if found is None else found[1]

@@ -73,7 +73,7 @@ def _build_model_tables(
     if dtypes:
         dtype, largest = functools.reduce(torch.promote_types, dtypes), 0
     else:
-        dtype, largest = _dtype_and_rank_without_adapters(routing)
+        dtype, largest = _dtype_and_rank_for_empty_tables(routing)
     for row, column, factors in found:
         for kind, tensor in enumerate((factors.lora_a, factors.lora_b.t(), factors.lora_bias)):
             if tensor is not None:
@@ -89,11 +89,13 @@ def _build_model_tables(
     return AddressTables(a, b, bias, *numbers, dtype, rows=rows, keepalive=tuple(held))
 
 
-def _dtype_and_rank_without_adapters(routing: Routing) -> tuple[torch.dtype, int]:
-    """Return the dtype and largest rank to use in the tables of a batch without adapters.
+def _dtype_and_rank_for_empty_tables(routing: Routing) -> tuple[torch.dtype, int]:
+    """Return the dtype and largest rank to use for address tables without factors.
 
-    They are those of one of the model's adapters, and no kernel reads the tables. The batch then
-    launches the kernels of a batch with this adapter, which `warm_up` compiles.
+    The tables have no factors if no adapter of the batch has factors on a linear layer. The dtype
+    and the rank are those of one of the model's adapters. The batch therefore launches the same
+    kernels as a batch with this adapter, and `warm_up` compiles these kernels. The kernels read
+    no factors from empty tables.
     """
     layers = [layer for layer in routing.layers if getattr(layer, "is_linear", False)]
     name = next((name for layer in layers for name in layer.lora_A), None)

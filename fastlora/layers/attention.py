@@ -85,12 +85,13 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Substitute for the ``_qkv_same_embed_dim`` attribute of `nn.MultiheadAttention`.
+        """Counterpart of the ``_qkv_same_embed_dim`` attribute of `nn.MultiheadAttention`.
 
-        The attribute means that q, k, and v have the same embedding dimension. In evaluation mode,
+        The attribute of `nn.MultiheadAttention` states whether q, k, and v have the same embedding
+        dimension. The attribute is True for every supported module. In evaluation mode,
         `nn.TransformerEncoderLayer` may read the base weights itself only if the attribute is True.
-        Here, the value is False while an adapter applies, so that the encoder layer calls this
-        layer. Otherwise, the encoder layer would ignore the adapters.
+        The value of this property is therefore False while an adapter applies, so that the encoder
+        layer calls this layer. Otherwise, the encoder layer would ignore the adapters.
         """
         return not self._applied_adapters() and not self._out()._applied_adapters()
 
@@ -101,8 +102,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def inner_layers(self) -> dict[str, LoraLayer]:
         """Return a dict of the LoRA layers inside this layer.
 
-        The dict is keyed by relative name. It contains only the LoRA layer of out_proj, because
-        this layer itself has the adapters of in_proj.
+        The dict is keyed by relative name. The only inner layer is the LoRA layer of out_proj. The
+        adapters of in_proj belong to this layer itself.
         """
         return {_OUT: self._out()}
 

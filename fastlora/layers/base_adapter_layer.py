@@ -28,7 +28,7 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
     """
     clear_weight_dependent_caches(layer)
     clear_group_cache(layer)
-    weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
+    weights_versions.invalidate_trainable_weights()  # Open blocks cache results too.
     layer._clear_model_packed_factors()
 
 
@@ -90,13 +90,13 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
         if changes:
-            weights_versions.invalidate_trained_weights()
+            weights_versions.invalidate_trainable_weights()
 
     def _register_scalings_device_hook(self) -> None:
-        """Register a hook that moves the scalings to the device of the factors.
+        """Register a hook that keeps the scalings on the device of the factors.
 
-        The hook runs after ``load_state_dict``. Each scaling is moved to the device of its
-        adapter's factors.
+        The hook runs after ``load_state_dict``, which may replace the factors with tensors on
+        another device. Each scaling is moved to the device of its adapter's factors.
         """
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)

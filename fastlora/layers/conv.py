@@ -148,10 +148,10 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias as a tuple.
+        """Return an adapter's factors and lora_bias.
 
-        lora_bias may be None. The factors are matrices. If the convolution has groups, lora_b is
-        ``[N, R / groups]``.
+        The result is a tuple (lora_a, lora_b, lora_bias). lora_bias may be None. The factors are
+        matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias

@@ -159,7 +159,7 @@ def cached_adapted_squared_norms(
     if may_cache and not torch.is_grad_enabled():
         base = base_weight_stamp(layer)
         if base is not None:
-            version = weights_versions.for_trained_weights()
+            version = weights_versions.for_trainable_weights()
             watched = _stamp_arguments((lora_a, lora_b), version, base, scaling)
     own = local_shard(lora_a), local_shard(lora_b)
     return _get_or_compute(

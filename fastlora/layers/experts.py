@@ -36,7 +36,7 @@ from fastlora.ops.execution_mode import ExecutionMode, disable_autocast_on
 from fastlora.ops.factors import Factors, number_tensor_without_sync
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
-from fastlora.ops.stacks import StackAdapterOperands, dropout_seeds_of_keys
+from fastlora.ops.stacks import WeightStackAdapterOperands, dropout_seeds_of_keys
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
 
@@ -261,7 +261,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             x = x.to(stack.dtype)
             bias = None if bias is None else bias[call.matrix]
             adapters = [] if layer is None else self._operands(layer, x, call)
-            none = StackAdapterOperands([], [], x.new_empty(0), ())
+            none = WeightStackAdapterOperands([], [], x.new_empty(0), ())
             first, *others = adapters or [none]
             y = _stacked_linear(x, stack, bias, first, call)
             for operands in others:
@@ -270,10 +270,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows
-    ) -> list[StackAdapterOperands]:
-        """Return the operands of a stack's adapters as a list.
+    ) -> list[WeightStackAdapterOperands]:
+        """Return the operands of a layer's adapters for the sorted rows.
 
-        An update is computed from each entry of the list. The updates are added one after another.
+        The layer holds the adapters of one stack of weights. The result is a list. One update is
+        computed from each entry of the list, and the updates are added one after another.
         """
         if call.routing is None:
             return [self._uniform_operands(layer, n, x, call) for n in layer._applied_adapters()]
@@ -281,7 +282,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _uniform_operands(
         self, layer: ParameterLoraLayer, name: str, x: torch.Tensor, call: _SortedRows
-    ) -> StackAdapterOperands:
+    ) -> WeightStackAdapterOperands:
         factors = layer.factors_in_file_shapes(
             name, UniformCall(layer, x, x, call.conditions, [name])
         )
@@ -290,11 +291,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             seeds = dropout_seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
         lora_a, lora_b = self._factors_in_product_order(layer, name, factors)
         scaling = scalings_as_tensor([factors.scaling], x)
-        return StackAdapterOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
+        return WeightStackAdapterOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
 
     def _mixed_operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows, routing: Routing
-    ) -> list[StackAdapterOperands]:
+    ) -> list[WeightStackAdapterOperands]:
         count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
         found = [routing.source.factors(layer, slot, own) for slot in call.adapters]
@@ -327,7 +328,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             seeds = dropout_seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
-        return [StackAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
+        return [WeightStackAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
     def _factors_in_product_order(
         self, layer: ParameterLoraLayer, name: str, factors: Factors
@@ -371,7 +372,7 @@ def _stacked_linear(
     x: torch.Tensor,
     stack: torch.Tensor | None,
     addend: torch.Tensor | None,
-    operands: StackAdapterOperands,
+    operands: WeightStackAdapterOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
     """Multiply sorted rows by a stack of matrices, and add ``addend`` and the adapters' updates.

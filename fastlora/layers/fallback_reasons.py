@@ -104,9 +104,9 @@ def raise_if_triton_required(layer: BaseLinearWithAdapters, names: list[str]) ->
 
 
 def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the error message for a CUDA graph that cannot be captured.
+    """Return the error message for a layer that cannot be captured in a CUDA graph.
 
-    The message is for a model with a pool.
+    The graph uses the adapters of a pool. The message states the reason and a remedy.
     """
     if inference_only:
         reason = "the layer runs without kernels"
@@ -126,9 +126,10 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 def batch_invariant_fallback_reason(
     inference_only: bool, autocast_dtype: torch.dtype | None
 ) -> str:
-    """Return the reason why a mixed batch cannot run in batch-invariant mode.
+    """Return the reason why a layer cannot run a mixed batch in batch-invariant mode.
 
-    This function is called only for batches that cannot, although kernels are available.
+    The caller has found that the layer cannot run the batch in this mode, although kernels are
+    available.
     """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"

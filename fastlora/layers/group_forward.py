@@ -146,9 +146,10 @@ def group_forward(
 
 
 def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
-    """Return the reason that a call cannot share results.
+    """Return the reason why a call cannot share a computation with the layer's group.
 
-    Returns an empty string if it can.
+    The group is the layer's shared-input group. Returns an empty string if the call can share a
+    computation.
     """
     if call.conditions.invariant:
         return _INVARIANT
@@ -318,9 +319,9 @@ def _compute_s_with_later_layers(
 ) -> tuple[PrecomputedResult | None, str]:
     """Compute s for a layer and for later layers in its group, in one pass over x.
 
-    The later layers are those that are called after it. Returns a tuple (result, reason). The
-    result is that of the layer itself, and the reason is empty. If s is not shared, the result is
-    None, and the reason explains why.
+    The later layers are those that are called after the layer. Returns a tuple (result, reason). If
+    s is shared, the tuple contains the layer's own result and an empty string. Otherwise, the tuple
+    contains None and the reason why s is not shared.
     """
     members: list[Any] = [reference() for reference in group.members]
     behind = members[members.index(call.layer) + 1 :]

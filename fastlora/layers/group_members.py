@@ -77,9 +77,10 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the launch is prepared for x, the base layer, and the factors.
+        """Return whether the prepared launch matches x, the base layer, and the factors.
 
-        Of x, only the dtype and the device must match.
+        The base layer and the factors must be those for which the launch was prepared. Of x, only
+        the dtype and the device must match.
         """
         before, known = self.own, self.base
         return (
@@ -353,10 +354,11 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record a layer's fallback reason for the graph that is being compiled.
+    """Record why a layer falls back to its own pass over x in a compiled graph.
 
-    The reason states why the layer does not share a pass over x with its shared-input group. The
-    reason is an empty string if the layer shares a pass.
+    This function is called while the graph is being compiled. The reason states why the layer does
+    not share a pass over x with its shared-input group. The reason is an empty string if the layer
+    shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 

@@ -191,14 +191,16 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @property
     def base_layer(self) -> nn.Linear:
-        """The base layer as an `nn.Linear`.
+        """The base `nn.Linear`, without the adapters.
 
-        The `nn.Linear` shares this layer's weight and bias. The attribute's name is PEFT's.
+        The `nn.Linear` shares this layer's weight and bias. If the layer was created from an
+        `nn.Linear`, the value is that module. Otherwise, the value is a new `nn.Linear`. The
+        attribute's name is PEFT's.
         """
         return self.to_linear()
 
     def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return a list of the modules that may have been calibrated.
+        """Return a list of the modules that may hold a calibration result.
 
         A calibration stores its result as an attribute of the calibrated module. The list contains
         the layer and, if the layer was created from an `nn.Linear`, also that `nn.Linear`.

@@ -111,10 +111,11 @@ class BaseLinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return the part of the base layer's bias that belongs to this process.
+        """Return the local part of the base layer's bias.
 
-        The part is ``[N]``. If the layer is not split over processes, it is the whole bias. Returns
-        None if the base layer has no bias.
+        The local part ``[N]`` is the part that belongs to this process. If the layer is not split
+        over processes, the local part is the whole bias. Returns None if the base layer has no
+        bias.
         """
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias

@@ -115,7 +115,7 @@ class LoraLayer(Mergeable):
         return init
 
     def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return a list of the modules that may have been calibrated.
+        """Return a list of the modules that may hold a calibration result.
 
         A calibration stores its result as an attribute of the calibrated module.
         """
@@ -174,10 +174,10 @@ class LoraLayer(Mergeable):
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
     def _rank_blocks(self, part: str) -> int:
-        """Return the number of blocks into which the rank dimension of a factor is divided.
+        """Return the number of blocks along the rank dimension of a factor.
 
-        The lora_A of a convolution has one block per group, and the lora_A of a stack has one block
-        per matrix. Any other factor has one block.
+        The blocks have the same size. The lora_A of a convolution has one block per group, and the
+        lora_A of a stack has one block per matrix. Any other factor has one block.
         """
         base: Any = self.get_base_layer()
         return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
@@ -308,16 +308,17 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Recompute an adapter's DoRA magnitude from the current weights.
+        """Reset an adapter's DoRA magnitude to the row norms of the current adapted weight.
 
-        The magnitude is set to the row norms of the adapted weight, which is the base weight plus
-        the adapter's update. The magnitude has the dtype of the factors. The adapter then changes
-        only the direction of the weight's rows. While lora_B is zero, as it is at initialization,
-        the layer's output is that of its base layer. The new magnitude is frozen.
+        The adapted weight is the base weight plus the adapter's update. The magnitude of a new
+        adapter is initialized in the same way. The magnitude has the dtype of the factors. The
+        adapter then changes only the direction of the weight's rows. While lora_B is zero, as it is
+        at initialization, the layer's output is that of its base layer. The new magnitude is
+        frozen.
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
-        squares = self._squared_row_norms_by_name([adapter_name])[adapter_name]
+        squares = self._adapted_squared_norms_by_name([adapter_name])[adapter_name]
         norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
         norms = self._reshape_to_magnitude(norms.to(lora_b.device, lora_b.dtype))
         magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)
@@ -401,9 +402,10 @@ class LoraLayer(Mergeable):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of each active adapter by ``scale``.
+        """Undo the effect of `scale_layer` on the active adapters.
 
-        If ``scale`` is None, reset the scalings to their initial values.
+        The scaling of each active adapter is divided by ``scale``. If ``scale`` is None, the
+        scalings are reset to their initial values.
         """
         for name in self._active_adapters:
             if name in self.scaling:

@@ -21,9 +21,10 @@ _ROWS = 64
 
 
 class MergeTarget(Protocol):
-    """Protocol for a base weight that adapters are merged into.
+    """Protocol for a base weight into which adapters are merged.
 
-    As a matrix, the weight is ``[N, K]``.
+    A merge target has methods that read, write, save, and restore the weight. As a matrix, the
+    weight is ``[N, K]``.
 
     Attributes:
         in_place: Whether a write to the result of `dense` changes the weight itself.
@@ -100,7 +101,7 @@ class MergeTarget(Protocol):
 
 
 class DenseMergeTarget:
-    """A dense floating-point weight that adapters are merged into.
+    """A dense floating-point weight into which adapters are merged.
 
     Args:
         weight: The weight, in any shape.

@@ -61,9 +61,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base layer has remained unmodified since the last merge.
+        """Return whether the base weight and bias have remained unmodified since the last merge.
 
-        The weight and the bias are compared.
+        If both are unmodified, `unmerge` can restore the weight and the bias that `merge` saved.
         """
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
@@ -204,15 +204,15 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
             name: dora_scale(layer._local_magnitude(name).detach(), squares)
-            for name, squares in self._squared_row_norms_by_name(dora).items()
+            for name, squares in self._adapted_squared_norms_by_name(dora).items()
         }
 
     @torch.no_grad()
-    def _squared_row_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict that maps adapter names to squared row norms of the adapted weights.
+    def _adapted_squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Return a dict that maps adapter names to squared row norms of adapted weights.
 
-        The squared norms are ``[N]``. An adapted weight is the unmerged base weight plus the
-        adapter's update.
+        The squared norms are ``[N]``. An adapter's adapted weight is the unmerged base weight plus
+        the adapter's update. DoRA scales and magnitudes are computed from these norms.
         """
         if not names:
             return {}
@@ -294,9 +294,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a, lora_b, and lora_bias as a tuple.
+        """Return an adapter's factors and lora_bias.
 
-        Their shapes are ``[R, K]``, ``[N, R]``, and ``[N]``. lora_bias may be None.
+        The result is a tuple (lora_a, lora_b, lora_bias). The shapes are ``[R, K]``, ``[N, R]``,
+        and ``[N]``. lora_bias may be None.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
@@ -332,7 +333,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _write_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Copy tensors of the right shapes into an adapter's factors."""
+        """Write tensors to an adapter's factors in place.
+
+        The tensors must have the shapes that `_factors` returns. Unlike `_copy_into_factors`, this
+        method does not check the shapes.
+        """
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)

@@ -33,10 +33,11 @@ def choose_mixed_implementation(
 ) -> tuple[bool, AddressTables | None, Slots | None]:
     """Choose the implementation that runs a layer's forward pass on a mixed batch.
 
-    Returns a tuple. The first item says whether the forward pass runs without gradients, dropout,
+    Returns a tuple. The first item says whether the forward pass can use address tables or packed
+    factors. Address tables and packed factors require a forward pass without gradients, dropout,
     and autocast. The second item is the address tables if kernels read factors by address. The
-    third item is a list with the factors of each slot if kernels take them as tensors. If both are
-    None, PyTorch operators run.
+    third item is a list with the factors of each slot if kernels take the factors as tensors. If
+    the second and third items are None, PyTorch operators run.
 
     Args:
         call: The call of the layer.

@@ -84,10 +84,11 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 def _forward_before_dora(
     call: MixedCall, base: Base, excluded_slots: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
-    """Compute a layer's output for a mixed batch without applying DoRA.
+    """Compute a layer's output for a mixed batch, before DoRA is applied.
 
-    Returns a tuple (output ``[..., N]``, whether kernels found the factors by address). Rows of the
-    slots in ``excluded_slots`` get the base layer's output.
+    Returns a tuple (y, by_address). y is the output ``[..., N]``. by_address says whether kernels
+    found the factors by address. Rows of the slots in ``excluded_slots`` get the base layer's
+    output.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = choose_mixed_implementation(call, base, excluded_slots)
@@ -124,7 +125,7 @@ def _forward_by_address(call: MixedCall, base: Base, tables: AddressTables) -> t
     )
     if table_launch is None:
         conditions.raise_if_batch_invariant(call.layer, ADAPTED_AFTER_BLOCK)
-        return base.output(x)
+        return base.output_without_adapters(x)
     shared = None if base.weight is None else group_forward(call, base, table_launch)
     if shared is None:
         y = output_from_tables(call, base, table_launch, conditions.backend)
@@ -190,7 +191,7 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
     """
     weight, bias, y, _ = base
     if weight is None:
-        return base.output(x)
+        return base.output_without_adapters(x)
     if impl != "eager":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # An adapter of rank 0 lets the backend compute the base product and its gradients.
@@ -221,7 +222,7 @@ def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | No
         return None
     # At most DoRA adapters with dropout remain.
     if slots.count(None) == len(slots):
-        return dora_layer.apply_dora_to_rows(call, base.output(x), dora)
+        return dora_layer.apply_dora_to_rows(call, base.output_without_adapters(x), dora)
     return dora_layer.apply_dora_to_rows(call, _forward_lists_in_graph(call, base, slots), dora)
 
 

@@ -6,12 +6,12 @@ Names and flags follow PEFT, for tools that inspect a model's modules.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
 
+from fastlora.user_warnings import warn
 from fastlora.validation import UnsupportedLayerError
 
 
@@ -106,9 +106,7 @@ class ModuleWithAdapters:
         `set_adapter`, this method accepts the names of adapters that the module lacks.
         """
         if self.merged and not keep_merged:
-            warnings.warn(
-                ("set_adapter() unmerges the adapters that are currently merged"), stacklevel=3
-            )
+            warn("set_adapter() unmerges the adapters that are currently merged")
             self.unmerge()
         self._active_adapters = list(dict.fromkeys(names))
         self._train_only([] if inference_mode else self._active_adapters)

@@ -17,10 +17,11 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that keep a trained copy of a module for each adapter.
+    """Base class of wrappers for modules that adapters train without LoRA.
 
-    The copy is of the whole wrapped module or of some of its rows. A subclass defines what an
-    adapter trains. Names of parameters and of file keys follow PEFT.
+    A wrapper keeps a trained copy of the module for each adapter. The copy is of the whole wrapped
+    module (``modules_to_save``) or of some of its rows (``trainable_token_indices``). A subclass
+    defines what an adapter trains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.

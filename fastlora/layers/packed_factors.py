@@ -12,7 +12,7 @@ import torch
 
 from fastlora.layers.adapter_factors import factors_in_slots
 from fastlora.layers.call import MixedCall
-from fastlora.ops.factors import Base, Slots
+from fastlora.ops.factors import Base, Factors
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed_forward, packed_plans
 from fastlora.ops.torch.packed import PackedLayerFactors, pack_layer_factors
@@ -109,11 +109,14 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
     return found
 
 
-def _factors_to_pack(layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
-    """Return a list of a layer's factors to pack, or None if they cannot be packed.
+def _factors_to_pack(
+    layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows
+) -> list[Factors | None] | None:
+    """Return the factors of a layer that are to be packed.
 
-    The list has one entry for each slot with rows. Active dropout, hooks, and factors on another
-    device than x prevent packing.
+    The result is a list with one entry for each slot that the batch uses. The entry is None for an
+    adapter that does not adapt the layer. Returns None instead of a list if the factors cannot be
+    packed. Active dropout, hooks, and factors on a device other than that of x prevent packing.
     """
     try:
         slots = factors_in_slots(call.routing.source, layer, rows.used_slots)

@@ -31,10 +31,10 @@ class DoraMagnitude(nn.Module):
 def freeze_and_convert(
     factor: Factor, reference: torch.Tensor | None, training_mode: bool
 ) -> Factor:
-    """Freeze a factor, convert it to the device and dtype of ``reference``, and return it.
+    """Freeze a factor, convert it to ``reference``'s device and dtype, and set its training mode.
 
-    A factor is not converted if ``reference`` is None. If the factor is a module, its ``training``
-    flag is set to ``training_mode``.
+    Returns the frozen factor. The factor is not converted if ``reference`` is None. The training
+    mode is set to ``training_mode`` only if the factor is a module.
     """
     if isinstance(factor, nn.Module):
         if reference is not None:

@@ -113,8 +113,8 @@ class KernelWeightCache(UncopiedCache):
             made[dtype] = kernel_weight
         return kernel_weight
 
-    def to_base(self, kernel_weight: KernelWeight) -> Base:
-        """Convert a kernel weight to a `Base`.
+    def create_base(self, kernel_weight: KernelWeight) -> Base:
+        """Create a `Base` from a kernel weight and the module's bias.
 
         The `Base` is used instead of calling the module. A weight that a CUDA graph reads is kept
         until `fastlora.clear_caches`.
@@ -196,7 +196,7 @@ def quantized_base_for_kernels(call: UniformCall | MixedCall) -> Base | None:
         return None
     if x.dtype is not call.original_x.dtype and not kernel_weight.kind.casts:
         return None
-    return cache.to_base(kernel_weight)
+    return cache.create_base(kernel_weight)
 
 
 def call_base_layer(
@@ -232,7 +232,7 @@ def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), None)
-    return None if isinstance(kernel_weight, str) else cache.to_base(kernel_weight)
+    return None if isinstance(kernel_weight, str) else cache.create_base(kernel_weight)
 
 
 def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:

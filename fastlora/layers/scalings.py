@@ -56,7 +56,7 @@ class Scalings(dict[str, Scaling]):
             device, dtype = before.device, before.dtype
         self._make(name, device, dtype)
         if changes:
-            weights_versions.invalidate_trained_weights()
+            weights_versions.invalidate_trainable_weights()
 
     def move_to_factor_device(self, name: str, factor: torch.Tensor) -> None:
         """Move an adapter's scaling tensor to the device of its factors.

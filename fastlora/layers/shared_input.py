@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # The location of a result: the thread, and the ``id`` of the tensor.
 _Location = tuple[int, int]
+# A number that identifies a layer. In a `SharedInputGroup`, it is the layer's ``id``.
+_LayerNumber = int
 
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
@@ -41,17 +43,17 @@ class GroupCallResults:
         version: The tensor version of x, which counts writes to it; 0 for an inference tensor,
             which has none.
         context: Objects that all results depend on, compared by identity.
-        computed_by: The layer that computed the results.
-        own: Maps a layer to a cache key, which covers the rest of what its result depends on,
-            and its result.
+        computed_by: The number of the layer that computed the results.
+        own: Maps the number of a layer to a tuple (cache key, result). The cache key covers the
+            rest of what the layer's result depends on.
         unfinished: The model's record of pending results; None outside a model.
     """
 
     x: weakref.ref[torch.Tensor]
     version: int
     context: tuple[object, ...]
-    computed_by: int
-    own: dict[int, tuple[object, object]]
+    computed_by: _LayerNumber
+    own: dict[_LayerNumber, tuple[object, object]]
     unfinished: dict[tuple[int, int, int], SharedResultCache] | None
 
     def is_valid_for(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
@@ -91,14 +93,15 @@ class SharedResultCache(UncopiedCache):
         self,
         x: torch.Tensor,
         context: tuple[object, ...],
-        computed_by: int,
-        results: Mapping[int, tuple[object, object]],
+        computed_by: _LayerNumber,
+        results: Mapping[_LayerNumber, tuple[object, object]],
         model: RoutedLayerGroup | None = None,
     ) -> None:
         """Store the results that one layer has computed, so that other layers can use them.
 
-        The results were computed from x. ``computed_by`` is the layer that has computed them.
-        ``results`` maps each of the other layers to a tuple (cache key, result).
+        The results were computed from x. ``computed_by`` is the number of the layer that has
+        computed the results. ``results`` maps the number of each of the other layers to a tuple
+        (cache key, result).
         """
         thread, version = get_ident(), 0 if x.is_inference() else x._version
         location = thread, id(x)
@@ -124,15 +127,16 @@ class SharedResultCache(UncopiedCache):
     def pop_result(
         self,
         x: torch.Tensor,
-        layer: int,
+        layer: _LayerNumber,
         context: tuple[object, ...],
         entry: GroupCallResults | None = None,
     ) -> tuple[Any, Any] | None:
         """Remove and return the result that was computed for a layer.
 
-        The return value is a tuple (cache key, result), or None if there is no result. The result
-        was computed by this thread, from the current values of x in the same ``context``. ``entry``
-        is this thread's entry for x, if the caller has looked it up.
+        ``layer`` is the layer's number. The return value is a tuple (cache key, result), or None if
+        there is no result. The result was computed by this thread, from the current values of x in
+        the same ``context``. ``entry`` is this thread's entry for x, if the caller has looked it
+        up.
         """
         location = get_ident(), id(x)
         if entry is None:
@@ -148,13 +152,13 @@ class SharedResultCache(UncopiedCache):
             self._drop(location)
         return found
 
-    def discard_untaken(self) -> set[int]:
+    def discard_untaken(self) -> set[_LayerNumber]:
         """Discard the results that no layer has taken.
 
-        Returns the layers for which these results were computed. Only this thread's results are
-        discarded.
+        Returns a set with the numbers of the layers for which these results were computed. Only
+        this thread's results are discarded.
         """
-        untaken: set[int] = set()
+        untaken: set[_LayerNumber] = set()
         if self.entries:
             thread = get_ident()
             for location in [location for location in [*self.entries] if location[0] == thread]:
@@ -202,11 +206,11 @@ class SharedInputGroup(SharedResultCache):
         super().__init__()
         self.members = members
         self.unwritten = unwritten
-        self.fallback_reasons: dict[int, str] = {}
-        self.launches: dict[int, Any] = {}
-        self.idle: set[int] = set()
+        self.fallback_reasons: dict[_LayerNumber, str] = {}
+        self.launches: dict[_LayerNumber, Any] = {}
+        self.idle: set[_LayerNumber] = set()
 
-    def discard_untaken(self) -> set[int]:
+    def discard_untaken(self) -> set[_LayerNumber]:
         """Discard the results that no layer has taken.
 
         Returns a set of the ids of the layers for which these results were computed. Only this
@@ -220,9 +224,9 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the group's cached results and launches.
+        """Clear the group's cache.
 
-        The results of every thread are discarded. The set of idle layers is cleared too.
+        The results of every thread, the launches, and the set of idle layers are discarded.
         """
         super().clear()
         self.launches.clear()
@@ -328,9 +332,9 @@ def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
 
 
 def clear_group_cache(layer: object) -> None:
-    """Clear the cache of a layer's shared-input group.
+    """Clear everything that is cached for a layer's shared-input group.
 
-    The cache contains results and launches.
+    The group caches results and launches.
     """
     group = getattr(layer, "__dict__", {}).get("_shared_input_group")
     if group is not None:

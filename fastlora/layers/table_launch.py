@@ -132,10 +132,11 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Compute a layer's output from its base weight and the adapters that the tables list.
+    """Compute a linear layer's output with the adapters that the address tables list.
 
-    The result is a list with y ``[M, N]``. ``s`` is given if a neighbor has computed it. If
-    ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains it
+    The output y ``[M, N]`` is computed from the base weight and includes the update of each row's
+    adapter. The result is a list that contains y. ``s`` is given if a neighbor has computed it. If
+    ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains s
     after y.
     """
     of, plan = launch.of, "invariant" if launch.invariant else "auto"

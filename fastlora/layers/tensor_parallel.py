@@ -136,9 +136,9 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return it.
+        """Remove this layer's hook from the base layer, and return the base layer.
 
-        This layer's hook is removed from the base layer.
+        Without the hook, the base layer no longer adds the LoRA update.
         """
         if self._handle is not None:
             self._handle.remove()

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Transposed view of an embedding's LoRA factor.
+    """Transposed LoRA factor of an embedding, for the head that is tied to the embedding.
 
-    The view is the ``weight`` of a module that has no parameters of its own.
+    The factor is a module without parameters of its own. The module's ``weight`` is a transposed
+    view of the embedding's factor.
     """
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:

@@ -58,10 +58,10 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TrainableTokensLayer(nn.Module):
-    """Layer with trainable rows for selected tokens of an embedding or a linear layer.
+    """Layer that stores each adapter's trainable embedding rows for selected tokens.
 
-    The layer stores the rows of every adapter. `TrainableTokensWrapper` uses them in its forward
-    pass. The class and attribute names follow PEFT.
+    The base layer may also be a linear layer, such as an output head. `TrainableTokensWrapper` uses
+    the rows in its forward pass. The class and attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -76,13 +76,16 @@ class TrainableTokensLayer(nn.Module):
     """
 
     owned: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
+    base_layer: nn.Embedding | nn.Linear
     trainable_tokens_delta: nn.ParameterDict
     token_indices: dict[str, list[int]]
     # A plain list, so that its items are not submodules.
     together: list[TrainableTokensLayer]
     tables: dict[object, tuple[torch.Tensor, torch.Tensor]]
 
-    def __init__(self, base_layer: nn.Module, tied_adapter: TrainableTokensLayer | None) -> None:
+    def __init__(
+        self, base_layer: nn.Embedding | nn.Linear, tied_adapter: TrainableTokensLayer | None
+    ) -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
@@ -114,7 +117,7 @@ class TrainableTokensLayer(nn.Module):
         """
         return self._tied[0] if self._tied else None
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> nn.Embedding | nn.Linear:
         """Return the base layer."""
         return self.base_layer
 
@@ -136,8 +139,9 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     def __init__(self, original: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(original)
+        base_layer: Any = original
         self.token_adapter = TrainableTokensLayer(
-            original, None if tied_to is None else tied_to.token_adapter
+            base_layer, None if tied_to is None else tied_to.token_adapter
         )
         original.requires_grad_(False)
 
@@ -204,12 +208,12 @@ class TrainableTokensWrapper(ModuleWrapper):
         return {key: f"{key}.{adapter_name}"}
 
     @property
-    def original_module(self) -> nn.Module:
+    def original_module(self) -> nn.Embedding | nn.Linear:
         """The original embedding or linear layer that this object wraps.
 
         The property's name is PEFT's.
         """
-        return self.get_base_layer()
+        return self.token_adapter.base_layer
 
     @property
     def is_tied(self) -> bool:
@@ -239,7 +243,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def get_base_layer(self) -> nn.Module:
         """Return the base layer.
 
-        It is an embedding or a linear layer.
+        The base layer is the original embedding or linear layer that this object wraps.
         """
         return self.token_adapter.base_layer
 
@@ -409,8 +413,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
         """Merge adapters that have already passed `check_merge`.
 
-        The adapters' trained rows are written into the weight. The old rows are saved for
-        `unmerge`, even if ``keep_base`` is False.
+        The adapters' trained rows are written into the weight. The old rows are always saved for
+        `unmerge`, even if `merge` is called with ``keep_base=False``.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

@@ -85,7 +85,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
     def _check_execution_mode(self, x: torch.Tensor) -> ExecutionMode:
-        """Check that the layer supports the execution mode for x, and return the mode.
+        """Check that the layer can run in the execution mode for x, and return the mode.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
@@ -327,9 +327,11 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
 
 
 def _bound_to(function: object, module: nn.Module, copied: nn.Module) -> Callable[..., Any] | None:
-    """Return a method or partial function of ``module``, bound to ``copied``.
+    """Return a method of ``module``, bound to ``copied`` instead.
 
-    Returns None if ``function`` is neither a method nor a partial function of ``module``.
+    A partial function that has ``module`` among its positional arguments is handled in the same
+    way: ``copied`` replaces ``module``. Returns None if ``function`` is neither such a method nor
+    such a partial function.
     """
     if isinstance(function, types.MethodType) and function.__self__ is module:
         return types.MethodType(function.__func__, copied)

@@ -30,15 +30,16 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a linear-like base layer.
+    """LoRA layer that wraps a base layer and calls it unchanged.
 
-    The base layer is called unchanged. The layer computes ``y = base_layer(x) + scaling *
+    The base layer may be any linear-like module. The layer computes ``y = base_layer(x) + scaling *
     dropout(x) @ lora_A.T @ lora_B.T``.
 
     The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
     layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
-    added to the base layer's output in place where that is safe. If kernels can read the quantized
-    base weight, they compute the base product too.
+    added to the base layer's output in place where that is safe. If kernels run and can read the
+    quantized base weight, the kernels compute the base product too, and the base layer is not
+    called.
 
     Args:
         base_layer: Any linear-like module.

@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import stat
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastlora.model.tensor_file import MAX_HEADER_BYTES, SafetensorsFile
+from fastlora.user_warnings import warn
 from fastlora.validation import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -132,11 +132,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str]:
-    """Create the metadata for a weights file.
+    """Create the metadata for a weights file, including the config saved with the weights.
 
-    The weights file is saved together with a config file. The metadata contains the new config. If
-    the folder already contains a different config file, the metadata also contains a hash of that
-    file.
+    If the folder already contains a different config file, the metadata also contains a hash of
+    that file.
 
     Args:
         folder: The folder that the weights are saved into.
@@ -153,10 +152,11 @@ def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str
 def bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
     """Return the bytes to write to the config file when only the config is saved.
 
-    The weights file in the folder contains a hash of the config file that was replaced when the
-    weights were saved. If ``new_config`` has the same hash, readers would conclude that saving the
-    weights was interrupted, and would ignore the config file. In this case, a newline is appended
-    to ``new_config``. Otherwise, ``new_config`` is returned unchanged.
+    The weights file in the folder may contain a hash of the config file that was replaced when the
+    weights were saved. The function compares this hash with the hash of ``new_config``. If the
+    hashes are equal, readers would conclude that saving the weights was interrupted, and would
+    ignore the config file. To prevent this, a newline is then appended to ``new_config``.
+    Otherwise, ``new_config`` is returned unchanged.
 
     Args:
         folder: The folder that the config is saved into.
@@ -173,12 +173,12 @@ def bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
 
 
 def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:
-    """Open a regular file for reading.
+    """Open a file for reading, and make sure that it is a regular file.
 
-    The function checks that the file is a regular file. The check uses the open file descriptor,
-    since the path may refer to another file in the meantime. Symbolic links are followed. With
-    ``root``, the resolved path must be inside that folder, and links that are created after the
-    path was resolved are not followed. (Windows offers no way to ensure the latter.)
+    The check uses the open file descriptor, since the path may refer to another file by then.
+    Symbolic links are followed. With ``root``, the resolved path must be inside that folder, and
+    links that are created after the path was resolved are not followed. (On Windows, links that are
+    created after the path was resolved cannot be detected and are followed.)
 
     Raises:
         CheckpointError: If the file is not a regular file, or is outside ``root``.
@@ -266,11 +266,10 @@ def _select_config_saved_with_weights(
             f"{path.with_name(WEIGHTS_NAME)}: the stored config is {len(saved)} bytes long, "
             f"expected at most {max_bytes}"
         )
-    warnings.warn(
+    warn(
         f"{path}: is older than {WEIGHTS_NAME}, because a save was interrupted or is still "
         "running. The config stored in the weights file is used instead. Save the adapter again to "
         "replace the outdated file",
-        stacklevel=2,
     )
     return saved
 

@@ -31,7 +31,7 @@ from fastlora.model.adapter_files import (
 )
 from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
-from fastlora.model.target_names import saved_modules_and_heads
+from fastlora.model.target_names import saved_modules_and_task_heads
 from fastlora.model.tensor_file import TensorInfo, write_safetensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
@@ -395,7 +395,7 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
         if name.endswith(suffix):
             return ParsedAdapterKey(name.removesuffix(suffix), kind)
     module, _, leaf = name.rpartition(".")
-    entries = tuple(saved_modules_and_heads(config))
+    entries = tuple(saved_modules_and_task_heads(config))
     for outer in accumulate(module.split("."), "{}.{}".format):  # a, a.b, a.b.c
         if entries and outer.endswith(entries):
             rest = name.removeprefix(f"{outer}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from fastlora.model.plan import AdapterPlan
 from fastlora.model.replication import temporary_replication
 from fastlora.model.tied_weights import input_embedding_name
 from fastlora.sharding import copy_full_tensor_
+from fastlora.user_warnings import warn
 from fastlora.validation import CheckpointError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def check_adapter_fits_model(
         raise CheckpointError(
             f"{message}; pass ignore_mismatched_sizes=True to skip mismatched tensors"
         )
-    warnings.warn(f"{message}; mismatched tensors keep their initial values", stacklevel=3)
+    warn(f"{message}; mismatched tensors keep their initial values")
     return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
 
 
@@ -219,15 +219,16 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 
 
 def _file_shapes_of_tied_heads(
-    model: nn.Module, expected_shapes: dict[str, tuple[int, ...]], plan: AdapterPlan
+    model: nn.Module, expected_shapes: Mapping[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return a dict that maps the file keys of the tied output heads to the tensors' shapes.
+    """Return the shapes that the tensors of tied output heads have in adapter files.
 
-    The dict contains no other file keys. A tied head uses the LoRA factors of the input embedding.
-    PEFT may save these factors a second time, transposed, under the head's name.
+    The result is a dict that maps the file keys of these tensors, and no other file keys, to the
+    shapes. A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a
+    second time, transposed, under the head's name.
 
     If there are tied heads, ``expected_shapes`` must contain the shapes of the embedding's
-    factors, keyed by file key. Other entries are ignored, and the dict is not changed.
+    factors, keyed by file key. Other entries are ignored.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding_name(model)) if plan.tied_heads else ""
@@ -307,12 +308,11 @@ def adapter_file_state_dict(
             save = _targets_embedding_or_head(embeddings, adapter_name, config)
             reason = "embedding layers found in `target_modules`"
         if save:
-            warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=4)
+            warn(f"Setting `save_embedding_layers` to `True` as {reason}.")
     elif save and not hasattr(model, "get_input_embeddings"):
-        warnings.warn(
+        warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
             "model.",
-            stacklevel=4,
         )
     if save:
         for name, module in embeddings.items():

@@ -21,10 +21,10 @@ BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes of wrapper modules from the name of a module or tensor.
+    """Remove the prefixes that ``torch.compile``, FSDP1, and activation checkpointing add to names.
 
-    The prefixes are the name components that ``torch.compile``, FSDP1, and activation checkpointing
-    add. They are removed wherever they occur in the name.
+    ``name`` is the name of a module or tensor. The prefixes are removed wherever they occur in the
+    name.
     """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
@@ -57,10 +57,11 @@ def is_auxiliary_wrapper(module: nn.Module) -> bool:
     return is_modules_to_save_wrapper(module) or is_trainable_tokens_wrapper(module)
 
 
-def original_module_of(module: nn.Module) -> nn.Module:
-    """Return the original module inside a wrapper.
+def unwrap_auxiliary_wrapper(module: nn.Module) -> nn.Module:
+    """Return the original module inside an auxiliary wrapper.
 
-    Any other module is returned unchanged.
+    A module that is not an auxiliary wrapper (see `is_auxiliary_wrapper`), for example a LoRA
+    layer, is returned unchanged.
     """
     original: nn.Module | None = module
     if not module._modules:
@@ -77,18 +78,22 @@ def base_module_of(module: nn.Module) -> nn.Module:
 
     Any other module is returned unchanged.
     """
-    return module.get_base_layer() if isinstance(module, LoraLayer) else original_module_of(module)
+    return (
+        module.get_base_layer()
+        if isinstance(module, LoraLayer)
+        else unwrap_auxiliary_wrapper(module)
+    )
 
 
 def named_outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, include_inner_lora_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return a model's modules, except those inside LoRA layers and wrappers.
+    """Return a model's modules and their names, treating each LoRA layer and wrapper as one module.
 
     The result is a list of tuples ``(name, module)``, in the order of ``named_modules()``. The LoRA
-    layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included. Modules that
-    belong to an adapter are never included. The running time does not depend on the number of
-    adapters.
+    layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included, but by default the
+    modules inside them are not. Modules that belong to an adapter are never included. The running
+    time does not depend on the number of adapters.
 
     Args:
         model: The model, with or without adapters.
@@ -121,7 +126,7 @@ def named_outer_modules(
                 for below, layer in inner().items():
                     found.append((f"{name}.{below}", layer))
         elif is_auxiliary_wrapper(module):
-            seen.update(original_module_of(module).modules())
+            seen.update(unwrap_auxiliary_wrapper(module).modules())
         else:
             for child_name, child in reversed(module._modules.items()):
                 if child is not None:
@@ -144,7 +149,7 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
         wraps = bool(module._modules) and is_auxiliary_wrapper(module)
         found.append((name, module, wraps))
         if wraps:
-            original = original_module_of(module)
+            original = unwrap_auxiliary_wrapper(module)
             for inner, part in original.named_modules(remove_duplicate=remove_duplicate):
                 if inner:
                     found.append((f"{name}.{inner}", part, True))

@@ -23,7 +23,7 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
 class LayerAdapterParameters(NamedTuple):
-    """An adapter's parameters for one layer.
+    """A computed adapter's factors and other parameters for one layer.
 
     The adapter was computed from one or more other adapters.
 
@@ -44,17 +44,17 @@ class LayerAdapterParameters(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank of the adapter on this layer.
+        """The rank of the adapter's factors for this layer.
 
-        The adapter may have different ranks on other layers.
+        The adapter's factors for other layers may have different ranks.
         """
         return self.lora_a.shape[0] // self.num_matrices
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter that was computed from other adapters.
+    """An adapter whose parameters were computed from those of other adapters.
 
-    It has not yet been added to the model.
+    The adapter has not yet been added to the model.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -180,7 +180,7 @@ def build_computed_adapter(
         AdapterStateError: If two of the adapters own a copy of the same module.
         ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
-    copies = _sole_copy_owners(model, list(configs))
+    copies = _owner_by_copied_module(model, list(configs))
     ranks = {name: each.rank for name, each in factors.items()}
     if config is None:
         config = _computed_adapter_config(list(configs.values()), ranks, copies)
@@ -201,7 +201,7 @@ def build_computed_adapter(
     return ComputedAdapter(plan, factors, copies, next(holders)[0].dtype == torch.float32)
 
 
-def _sole_copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
+def _owner_by_copied_module(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
     """Return a dict that maps the name of each copied module to the adapter that owns the copy.
 
     Raises:

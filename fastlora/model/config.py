@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
 from fastlora.model.peft_config_methods import PeftConfigMethods
 from fastlora.patterns import count_toward_matching_time_limit, first_suffix_match
+from fastlora.user_warnings import warn
 from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, error_prefix
 
 # Fields that fastlora does not support -> the values that leave the feature switched off.
@@ -204,10 +204,10 @@ class LoraConfig(PeftConfigMethods):
     def _normalize_init_settings(
         self, init: InitMethod, settings_field: InitConfigField, is_selected: bool, stage: Stage
     ) -> None:
-        """Normalize the config field that contains the settings of an initialization method.
+        """Normalize and check the settings of an initialization method in the config.
 
-        A warning is emitted if settings are given for a method that is not selected, or if default
-        settings are used for the selected method.
+        For a new adapter, a warning is emitted if settings are given for a method that is not
+        selected, or if default settings are used for the selected method.
 
         Args:
             init: The initialization method.
@@ -216,8 +216,8 @@ class LoraConfig(PeftConfigMethods):
             stage: See `check_supported`.
 
         Raises:
-            ConfigError: If the adapter is new and the selected method requires settings, but none
-                are given.
+            ConfigError: If the settings are invalid, or if the adapter is new and the selected
+                method requires settings, but none are given.
         """
         field_name = settings_field.field
         made = convert_init_config(getattr(self, field_name) or None, settings_field.cls)
@@ -227,17 +227,15 @@ class LoraConfig(PeftConfigMethods):
             )
         if made is None and is_selected and settings_field.missing == "default":
             if stage == "new":
-                warnings.warn(
+                warn(
                     f"`init_lora_weights` is {init.name!r} but `{field_name}` is not specified. "
                     f"Using default {init.title} config.",
-                    stacklevel=6,
                 )
             made = settings_field.cls()
         if made is not None and not is_selected and stage == "new":
-            warnings.warn(
+            warn(
                 f"`{field_name}` specified but will be ignored when `init_lora_weights` is not "
                 f"{init.name!r}.",
-                stacklevel=6,
             )
         if settings_field.as_dict:
             made = {} if made is None or not is_selected else dataclasses.asdict(made)
@@ -245,13 +243,12 @@ class LoraConfig(PeftConfigMethods):
 
     def _warn_of_conversion(self) -> None:
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
-            warnings.warn(
+            warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
                 f"conversion is not supported: {self.init.title} changes the base weights, and "
                 "save_pretrained() will not accept path_initial_model_for_weight_conversion. To "
                 "convert the adapter after training, leave use_rslora or the patterns at their "
                 "defaults",
-                stacklevel=5,
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
@@ -294,10 +291,9 @@ class LoraConfig(PeftConfigMethods):
         if not self.init.changes_base:
             return
         if not self.init.must_repeat:
-            warnings.warn(
+            warn(
                 f"init_lora_weights={self.init_lora_weights!r} changed the base weights for "
                 f"training; {what} adds the adapter to the current base weights, as in PEFT",
-                stacklevel=3,
             )
         else:
             raise ConfigError(
@@ -425,7 +421,7 @@ class LoraConfig(PeftConfigMethods):
 
     @classmethod
     def from_dict(cls: type[_T], data: Mapping[str, Any], *, for_loading: bool = False) -> _T:
-        """Create a config from a dict.
+        """Create a config from a dict, and check its values.
 
         The dict has the fields of an ``adapter_config.json``. Unknown keys, such as those of a
         newer PEFT version, are dropped with a single warning, as in PEFT.
@@ -494,13 +490,12 @@ class LoraConfig(PeftConfigMethods):
             )
         unknown = sorted(set(data) - set(fields) - {_LAYOUT_OF_UNSLOTH})
         if unknown:
-            warnings.warn(
+            warn(
                 f"ignoring the config keys {unknown}: LoraConfig has no such fields; "
                 "the file is probably from a newer PEFT",
-                stacklevel=3,
             )
         if "runtime_config" in data:
-            warnings.warn("ignoring runtime_config: it is never read from a file", stacklevel=3)
+            warn("ignoring runtime_config: it is never read from a file")
         return config
 
     def save_pretrained(

@@ -28,7 +28,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of an adapter's size and the memory needed to train it.
+    """An estimate of an adapter's size, its base model's size, and the memory needed for training.
 
     The memory for activations is not included.
 
@@ -66,9 +66,10 @@ class Estimate:
 
     @property
     def training_bytes(self) -> int:
-        """The memory for the trainable parameters, their gradients, and the optimizer state.
+        """The memory that the trainable parameters need during training, in bytes.
 
-        The value is in bytes. The base model, activations, and `workspace_bytes` are not included.
+        The value is the total size of the trainable parameters, their gradients, and the optimizer
+        state. The base model, activations, and `workspace_bytes` are not included.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
@@ -156,7 +157,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 
 
 class _ParameterBytes(NamedTuple):
-    """The sizes, in bytes, of a parameter as stored and after dequantization.
+    """The size of a parameter in bytes, as stored and after dequantization.
 
     Attributes:
         values: The size of the stored values, quantized or not.

@@ -11,7 +11,6 @@ batches other than dicts of tokens, and raises an error if no batch has enough r
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,17 +31,20 @@ from fastlora.model.inject import adapted_layers, lora_layers
 from fastlora.model.plan import adapter_settings_for, to_lora_config
 from fastlora.model.targets import find_target_modules, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
+from fastlora.user_warnings import warn
 from fastlora.validation import AdapterStateError, ConfigError, InitializationError
 
 # A larger rho means "no limit". It is reduced to the largest dimension of a parameter divided by r.
 _MOST_RHO = 1000
 
 
-def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Prepare a batch of a language model's inputs for use by EVA.
+def prepare_model_inputs_fn_language_modeling(
+    model_input: Any, peft_config: Any
+) -> torch.Tensor | None:
+    """Return the indices of the tokens that EVA uses in a batch of a language model's inputs.
 
-    The result selects the tokens that EVA uses. A token is used if it is not masked by the
-    attention mask and, with ``use_label_mask``, its label is not ``label_mask_value``.
+    A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
+    label is not ``label_mask_value``.
 
     Args:
         model_input: The batch.
@@ -61,7 +63,8 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     labels = model_input.get("labels")
     if config.use_label_mask and labels is not None:
         mask = mask & (labels != config.label_mask_value)
-    return mask.nonzero()
+    indices: torch.Tensor = mask.nonzero()
+    return indices
 
 
 def prepare_layer_inputs_fn_language_modeling(
@@ -344,10 +347,9 @@ def _apply_eva_state_dict(
     tuner._find_routed()
     tuner.set_adapter(tuner.active_adapters, config.inference_mode)
     if missing:
-        warnings.warn(
+        warn(
             "the following layers were initialized with init_lora_weights=True because they were "
             f"not found in the eva state_dict: {missing}",
-            stacklevel=3,
         )
 
 

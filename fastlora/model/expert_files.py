@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from fastlora.model.target_names import distinguishing_suffixes, matches_names, 
 from fastlora.model.target_parameters import target_parameters_selecting_exactly
 from fastlora.model.targets import model_type_of
 from fastlora.patterns import patterns_matching_no_suffix
+from fastlora.user_warnings import warn
 from fastlora.validation import CheckpointError
 
 _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
@@ -176,11 +176,10 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         written.target_parameters = [*own, *weights]
     dropped = [name for name in linears if name not in (*others, *routers)]
     if dropped:
-        warnings.warn(
+        warn(
             f"PEFT {PEFT_VERSION} ignores the factors of {len(dropped)} linear layers when it "
             f"loads this adapter, because their names mean experts to it: lora_A and lora_B of "
             f"{format_parameters_with_wildcards(dropped, len(dropped))}. fastlora loads them",
-            stacklevel=3,
         )
     return written
 
@@ -232,9 +231,9 @@ def _with_renamed_expert_blocks(
 
 
 class InferredFactorSettings(NamedTuple):
-    """The settings of an adapter's factors, inferred from the adapter's file.
+    """The settings of an adapter's factors on one module, inferred from the adapter's file.
 
-    The object describes the factors on one module or parameter.
+    If the module has several adapted parameters, the object describes the factors of one of them.
 
     Attributes:
         rank: The rank.

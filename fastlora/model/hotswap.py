@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 import re
-import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,7 @@ from fastlora.model.expert_files import convert_expert_factors
 from fastlora.model.inject import adapted_layers, lora_layers
 from fastlora.model.plan import adapter_tensor_shapes, plan_target_modules, to_lora_config
 from fastlora.model.tuner import tuner_of
+from fastlora.user_warnings import warn
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
@@ -99,10 +99,9 @@ def prepare_model_for_compiled_hotswap(
                 "Call prepare_model_for_compiled_hotswap *before* compiling the model"
             )
         if check_compiled == "warn":
-            warnings.warn(
+            warn(
                 "prepare_model_for_compiled_hotswap was called with a model that is already "
                 "compiled; swapping in an adapter of another rank will recompile it",
-                stacklevel=2,
             )
     tuner = tuner_of(getattr(model, "_orig_mod", model))
     layers = lora_layers(model if tuner is None else tuner.model)
@@ -260,7 +259,7 @@ def _check_and_write_tensors(
     keys = adapter_state.file_keys_to_state_keys(model, adapter_name)
     tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
     prefixes = _file_key_prefixes_by_adapted_parameter(tuner.model, adapter_name)
-    tensors = _rename_parameters_as_loaded(tuner.model, tensors, config, prefixes)
+    tensors = _with_keys_of_loaded_adapter(tuner.model, tensors, config, prefixes)
     unexpected = [key for key in tensors if key not in keys]
     if unexpected:
         names = ", ".join(_insert_adapter_name(key, adapter_name) for key in unexpected)
@@ -352,23 +351,24 @@ def _file_key_prefixes_by_parameter(
     }
 
 
-def _rename_parameters_as_loaded(
+def _with_keys_of_loaded_adapter(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig,
-    loaded: Mapping[str, str],
+    loaded_prefixes: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
     """Return a new adapter's tensors with the keys that a file of the loaded adapter would have.
 
-    The keys in a file depend on which parameters the file's adapter adapts.
+    The keys in a file depend on which parameters the file's adapter adapts. Tensors that are not
+    factors of adapted parameters keep their keys.
 
     Args:
         model: The base model with its adapters.
         tensors: The tensors of the new adapter, with the keys of its file.
         config: The config of the new adapter.
-        loaded: The result of `_file_key_prefixes_by_adapted_parameter`.
+        loaded_prefixes: The result of `_file_key_prefixes_by_adapted_parameter`.
     """
-    if not loaded:
+    if not loaded_prefixes:
         return dict(tensors)
     names = (key.partition(".lora_")[0].removeprefix(KEY_PREFIX) for key in tensors)
     layers = {name.replace(".base_layer", "") for name in names}
@@ -380,7 +380,7 @@ def _rename_parameters_as_loaded(
         }
     )
     new_keys = {
-        f"{KEY_PREFIX}{prefix}{part}": f"{KEY_PREFIX}{loaded.get(name, f'{name}.')}{part}"
+        f"{KEY_PREFIX}{prefix}{part}": f"{KEY_PREFIX}{loaded_prefixes.get(name, f'{name}.')}{part}"
         for name, prefix in given.items()
         for part in ("lora_A.weight", "lora_B.weight")
     }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastlora.model.atomic_files import atomic_replace_file
 from fastlora.model.config_checks import PEFT_VERSION
+from fastlora.user_warnings import warn
 from fastlora.validation import ImplementationError
 
 CARD_NAME = "README.md"
@@ -87,9 +87,7 @@ def write_or_update_model_card(
     try:
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _CARD)
     except Exception as error:  # may be raised by the YAML library that huggingface_hub uses
-        warnings.warn(
-            f"{path} is not a valid model card and was left unchanged: {error}", stacklevel=4
-        )
+        warn(f"{path} is not a valid model card and was left unchanged: {error}")
         return
     data: Any = card.data
     data.library_name = "peft"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,6 +32,7 @@ from fastlora.model.tied_weights import (
     input_embedding_name,
     untie_config_if_weights_untied,
 )
+from fastlora.user_warnings import warn
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix
 
 
@@ -382,21 +382,20 @@ def unload(
     return model
 
 
-def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
+def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> None:
     """Emit a warning about rounding errors caused by requantizing merged weights.
 
     Args:
-        errors: A mapping from layer names to the fraction of the merged update that rounding lost,
-            or None for a layer without a quantized weight.
+        merge_errors: A mapping from layer names to the fraction of the merged update that rounding
+            lost, or None for a layer without a quantized weight.
     """
-    lossy = {name: error for name, error in errors.items() if error is not None}
+    lossy = {name: error for name, error in merge_errors.items() if error is not None}
     if lossy:
         worst = max(lossy, key=lossy.__getitem__)
-        warnings.warn(
+        warn(
             f"merged into {len(lossy)} quantized weights, which were rounded again. Rounding lost "
             f"{sum(lossy.values()) / len(lossy):.1%} of the merged update on average, and at most "
             f"{lossy[worst]:.1%} ({worst}). Adapters that are not merged have no such loss",
-            stacklevel=4,
         )
 
 

@@ -116,7 +116,7 @@ def _open_unquantized_weights(
     path: str | Path | None,
     layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Open the files that contain the unquantized weights of layers, and return the weights.
+    """Open the files that contain the unquantized weights of layers.
 
     The result is a dict that maps layer names to weights. Each weight is a slice of an open
     safetensors file, of shape ``[N, K]``. Its data is read only when the slice is indexed.

@@ -513,15 +513,16 @@ class LoraModel(PeftModelMethods, nn.Module):
 
 
 def _check_arguments_and_read_folder(
-    model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
+    model_id: str | os.PathLike[str], subfolder: str | None, other_arguments: dict[str, Any]
 ) -> AdapterContents:
     """Reject unknown arguments, and read an adapter folder.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.
-        TypeError: If ``unused`` contains an argument that is not one of PEFT's ignored arguments.
+        TypeError: If ``other_arguments`` contains an argument that is not one of the arguments of
+            PEFT that are accepted and ignored.
     """
-    for name, value in unused.items():
+    for name, value in other_arguments.items():
         if name not in _WITHOUT_EFFECT:
             raise TypeError(f"unexpected argument {name}={value!r}")
     return load_adapter_folder(Path(model_id) / (subfolder or ""))

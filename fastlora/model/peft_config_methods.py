@@ -7,7 +7,6 @@ After PEFT is imported, ``peft.LoraConfig`` is also a base class of `LoraConfig`
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,12 +14,13 @@ from typing import Any, ClassVar, TypeVar
 from fastlora.model.adapter_files import read_config_file
 from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.hub import push_to_hub
+from fastlora.user_warnings import warn
 
 _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """Base class of `LoraConfig` that provides the methods of PEFT's config classes.
+    """A base class of `LoraConfig` that provides methods of PEFT's config classes.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
@@ -73,7 +73,7 @@ class PeftConfigMethods:
         """
         data = read_config_file(Path(path_json_file))
         if data.pop("runtime_config", None) is not None:
-            warnings.warn("ignoring runtime_config: it is never read from a file", stacklevel=2)
+            warn("ignoring runtime_config: it is never read from a file")
         return data
 
     @classmethod

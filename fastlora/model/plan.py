@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,24 +31,25 @@ from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import (
     RevertibleLayerReplication,
-    create_replication_if_needed,
+    prepare_layer_replication,
     temporary_replication,
 )
-from fastlora.model.target_names import saved_modules_and_heads
+from fastlora.model.target_names import saved_modules_and_task_heads
 from fastlora.model.target_parameters import SelectedParameters
 from fastlora.model.targets import find_modules_to_save, resolve_target_modules, select_targets
 from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
     ModulesAdaptedWithEmbedding,
     SharedWeightUntier,
-    find_ties_and_update_config,
+    update_config_for_tied_embedding,
 )
 from fastlora.model.trainable_tokens import (
     TrainableRows,
-    check_trained_once,
+    check_modules_trained_once,
     find_trainable_tokens,
 )
 from fastlora.routing.ids import check_adapter_name
+from fastlora.user_warnings import warn
 from fastlora.validation import (
     PEFT_MODEL_ALTERNATIVE,
     AdapterStateError,
@@ -60,7 +60,9 @@ from fastlora.validation import (
 
 
 class TargetModule(NamedTuple):
-    """A module that an adapter adapts with LoRA, together with the adapter's settings for it.
+    """A module that an adapter adapts with LoRA.
+
+    The object also contains the adapter's settings for the module.
 
     Attributes:
         base: The module without adapters.
@@ -176,16 +178,16 @@ def make_adapter_plan(
     check_adapter_name(adapter_name)
     config = copy.deepcopy(to_lora_config(peft_config))
     config.check_supported("load" if loading else "new")
-    replication = create_replication_if_needed(model, config.layer_replication)
+    replication = prepare_layer_replication(model, config.layer_replication)
     with temporary_replication(replication):
-        ties = find_ties_and_update_config(model, config)
+        ties = update_config_for_tied_embedding(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unexpected_target_behavior(plan)
         config.target_modules = plan.target_modules
-        config.fan_in_fan_out = _peft_fan_in_fan_out(plan)
+        config.fan_in_fan_out = _fan_in_fan_out_to_store(plan)
     if plan.modules_to_save:
-        config.modules_to_save = saved_modules_and_heads(config)
+        config.modules_to_save = saved_modules_and_task_heads(config)
     if not config.base_model_name_or_path:
         name = getattr(model, "name_or_path", None) or getattr(
             getattr(model, "config", None), "_name_or_path", None
@@ -194,10 +196,11 @@ def make_adapter_plan(
     return plan
 
 
-def _peft_fan_in_fan_out(plan: AdapterPlan) -> bool:
-    """Return the value of ``fan_in_fan_out`` that PEFT would store in the config.
+def _fan_in_fan_out_to_store(plan: AdapterPlan) -> bool:
+    """Return the value of ``fan_in_fan_out`` to store in the config.
 
-    PEFT sets the field according to the last linear layer among the targets.
+    As in PEFT, the last linear layer among the targets determines the value. If no target is a
+    linear layer, the config's own value is returned.
     """
     for target in reversed(plan.targets.values()):
         transposed = stores_weight_transposed(target.base)
@@ -253,7 +256,7 @@ def plan_target_modules(
         targets += [name for name in tied if name not in (*heads, *targets)]
         _check_can_share_embedding_factors(model, config, targets, heads)
     tokens = find_trainable_tokens(model, config)
-    check_trained_once(tokens, targets, saved, [*copies, *heads])
+    check_modules_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
         _check_init_changes_no_shared_weight(model, config, targets)
     found = _check_target_modules(model, config, targets, from_file)
@@ -305,11 +308,10 @@ def _check_target_modules(
         if isinstance(parent, nn.TransformerEncoderLayer) and not isinstance(
             base, nn.MultiheadAttention
         ):
-            warnings.warn(
+            warn(
                 f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
                 "module in evaluation mode, which skips the adapter; call "
                 "torch.backends.mha.set_fastpath_enabled(False)",
-                stacklevel=5,
             )
     return found
 
@@ -369,45 +371,43 @@ def _has_own_forward(linear: nn.Linear) -> bool:
 
 
 def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
-    """Emit warnings about targets that behave differently than users may expect.
+    """Warn about targets that ignore dropout or are computed differently than in PEFT.
 
-    There are two warnings. The first is about targets that ignore dropout: a new adapter has
-    ``lora_dropout``, but a target has no input that dropout can be applied to. The second is about
-    targets that are computed differently than in PEFT. It is emitted only for an adapter that was
-    loaded from a file with a ``peft_version`` in its config.
+    The warning about dropout is emitted if a new adapter has ``lora_dropout``, but a target has no
+    input to which dropout can be applied. The warning about differences from PEFT is emitted only
+    for an adapter that was loaded from a file with a ``peft_version`` in its config.
     """
     config = plan.config
     without = [name for name, target in plan.targets.items() if not target.kind.uses_dropout]
     if without and config.lora_dropout and not plan.from_file:
         more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
-        warnings.warn(
+        warn(
             f"lora_dropout={config.lora_dropout} has no effect on {without[0]!r}{more}, as in "
             f"PEFT: the adapter of a {type(plan.targets[without[0]].base).__name__} has no input "
             "to apply dropout to",
-            stacklevel=4,
         )
     if config.peft_version and plan.from_file:
         notes = {target.kind.peft_note: name for name, target in plan.targets.items()}
         for note, name in notes.items():
             if note:
                 base = plan.targets[name].base
-                warnings.warn(f"{name!r} is a {type(base).__name__}: {note}", stacklevel=4)
+                warn(f"{name!r} is a {type(base).__name__}: {note}")
 
 
 def _check_can_share_embedding_factors(
-    model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
+    model: nn.Module, config: LoraConfig, targets: Sequence[str], tied_heads: Sequence[str]
 ) -> None:
-    """Check that tied modules can share the LoRA factors of the input embedding.
+    """Check that tied heads can share the LoRA factors of the input embedding.
 
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
         targets: The names of the modules that get their own LoRA factors.
-        tied: The names of the modules that will share the input embedding's factors.
+        tied_heads: The names of the modules that will share the input embedding's factors.
 
     Raises:
         UnsupportedLayerError: If a target shares the input embedding's factors for another adapter,
-            or if a tied module is not a linear layer that can share them.
+            or if a tied head is not a linear layer that can share them.
         ConfigError: If the config uses DoRA or an initialization with a frozen factor.
     """
     for name in targets:
@@ -417,7 +417,7 @@ def _check_can_share_embedding_factors(
                 "adapters (ensure_weight_tying=True); set ensure_weight_tying=True for this "
                 "adapter too, or choose other targets"
             )
-    for name in tied:
+    for name in tied_heads:
         module = model.get_submodule(name)
         if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
             raise UnsupportedLayerError(
@@ -425,7 +425,7 @@ def _check_can_share_embedding_factors(
                 "the module must be an nn.Linear without its own LoRA factors; got a "
                 f"{type(module).__name__}"
             )
-    if tied and (config.use_dora or config.init.frozen):
+    if tied_heads and (config.use_dora or config.init.frozen):
         raise ConfigError(
             "ensure_weight_tying=True with LoRA on the embedding requires use_dora=False and "
             "an initialization method that trains both factors, got "

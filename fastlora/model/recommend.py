@@ -49,9 +49,9 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended hyperparameters for training an adapter.
+    """A set of recommended hyperparameters for training an adapter on a base model.
 
-    The rank, alpha, and the learning rate have a starting value and a range to search.
+    The rank, alpha, and the learning rate each have a starting value and a range to search.
 
     Attributes:
         num_params: The number of parameters of the base model.

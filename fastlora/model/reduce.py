@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from fastlora.model.computed_adapters import (
 )
 from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
+from fastlora.user_warnings import warn
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 if TYPE_CHECKING:
@@ -123,12 +123,12 @@ def convert_to_lora(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """Convert an adapter to a LoRA adapter of a given rank.
 
-    The model is not changed. A warning reports the approximation error, as described in
-    `reduce_rank`.
+    In a PEFT model, the adapter may use any method that PEFT can convert to LoRA. In a `LoraModel`,
+    the adapter is already a LoRA adapter. Its rank is then reduced as in `reduce_rank`, and a
+    warning reports the approximation error. The model is not changed.
 
     Args:
-        model: A `LoraModel`. For a PEFT model with an adapter of any method, PEFT's function is
-            called.
+        model: A `LoraModel` or a PEFT model. For a PEFT model, PEFT's function is called.
         rank: See `reduce_rank`.
         adapter_name: The adapter to convert. It is not changed.
         progressbar, compile_kwargs: Arguments of PEFT. They are ignored for a `LoraModel`.
@@ -146,10 +146,9 @@ def convert_to_lora(
             model, rank, adapter_name, progressbar, compile_kwargs
         )
     new, errors = _compute_reduced_adapter(model, rank, adapter_name)
-    warnings.warn(
+    warn(
         "Converting a PEFT adapter to LoRA that is already a LoRA adapter: "
         f"{RankReduction(adapter_name, new.ranks, errors)}",
-        stacklevel=2,
     )
     tuner = model.base_model
     tuner.add_computed_adapter(_CONVERTED, new)

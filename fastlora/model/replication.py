@@ -71,9 +71,10 @@ class RevertibleLayerReplication:
         }
 
     def apply(self) -> None:
-        """Replace the model's list of layers with the list of replicated layers.
+        """Apply the replication to the model.
 
-        The model's config is updated too.
+        The model's list of layers is replaced with the list of replicated layers, and the model's
+        config is updated.
         """
         setattr(self._holder, self._name, self._new)
         for name in self._before:
@@ -105,13 +106,13 @@ def temporary_replication(replication: RevertibleLayerReplication | None) -> Ite
         replication.undo()
 
 
-def create_replication_if_needed(
+def prepare_layer_replication(
     model: nn.Module, ranges: Ranges | None
 ) -> RevertibleLayerReplication | None:
-    """Create a `RevertibleLayerReplication` of a model's layers if one is needed.
+    """Prepare the layer replication that an adapter's config requires.
 
-    It replicates the given ranges, which are those in an adapter's config. The result is None if
-    the config requires no replication, or if the model's layers are already replicated with the
+    The model is not changed before `RevertibleLayerReplication.apply` is called. The result is None
+    if the config requires no replication, or if the model's layers are already replicated with the
     same ranges.
 
     Args:

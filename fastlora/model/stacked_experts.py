@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -157,9 +157,10 @@ def is_quantized(parameter: BaseModelParameter) -> bool:
 
 
 def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
-    """Return a dict that maps the former names of a model type's linear layers to parameter names.
+    """Return a dict that maps the former names of experts and routers to parameter names.
 
-    The former names are those in transformers 4. The dict may be empty.
+    The former names are those that the linear layers of experts and routers of the model type had
+    in transformers 4. The dict is empty for a model type without former names.
     """
     return FORMER_NAMES.get(model_type, {}) if isinstance(model_type, str) else {}
 
@@ -167,10 +168,11 @@ def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
 def former_names_of_parameter(
     former: Mapping[str, str], parameter: BaseModelParameter
 ) -> list[str]:
-    """Return the names that a parameter's linear layers had in transformers 4.
+    """Return the names of the linear layers that a parameter replaced in transformers 5.
 
-    An example of these former names is ``["gate_proj", "up_proj"]``. The list is empty if the
-    parameter has no former names. A router that is still a linear layer has none.
+    The layers' names in transformers 4, for example ``["gate_proj", "up_proj"]``, are called the
+    former names of the parameter. The list is empty if the parameter has no former names. A router
+    that is still a linear layer has none.
 
     Args:
         former: The result of `former_to_parameter_names`.
@@ -232,7 +234,7 @@ def check_fused_parameter_not_split(
     parameter: BaseModelParameter,
     former_names_in_config: Collection[str],
     *,
-    verb: str,
+    verb: Literal["selects", "excludes"],
 ) -> None:
     """Check that a config does not select or exclude only part of a fused parameter.
 
@@ -254,8 +256,10 @@ def check_fused_parameter_not_split(
         )
 
 
-def unreached_experts(
-    stacks: Iterable[BaseModelParameter], linears: Collection[str], config: LoraConfig
+def experts_named_but_not_selected(
+    unselected_stacks: Iterable[BaseModelParameter],
+    target_module_names: Collection[str],
+    config: LoraConfig,
 ) -> list[BaseModelParameter]:
     """Return the stacked experts that a config appears to name but does not select.
 
@@ -264,13 +268,16 @@ def unreached_experts(
     blocks in which it matches. ``"all-linear"`` means all blocks.
 
     Args:
-        stacks: The stacked experts that no target selects and that the config does not exclude.
-        linears: The names of the target modules.
+        unselected_stacks: The stacked experts that no target selects and that the config does not
+            exclude.
+        target_module_names: The names of the target modules.
         config: The adapter's config.
     """
     targets = config.target_modules
     if isinstance(targets, str) and not is_all_linear(targets):
-        projections = [name for name in linears if name.rpartition(".")[2] in FEED_FORWARD_NAMES]
+        projections = [
+            name for name in target_module_names if name.rpartition(".")[2] in FEED_FORWARD_NAMES
+        ]
 
         def is_requested(stack: BaseModelParameter) -> bool:
             block, at = stack.module_name.rpartition(".")[0], stack.module_name
@@ -280,11 +287,11 @@ def unreached_experts(
                 matches_targets(name, targets, config) for name in probes
             )
 
-        return [stack for stack in stacks if is_requested(stack)]
+        return [stack for stack in unselected_stacks if is_requested(stack)]
     leaves = {entry.rpartition(".")[2] for entry in targets or ()} if targets else set()
     return [
         stack
-        for stack in stacks
+        for stack in unselected_stacks
         if is_all_linear(targets)
         or (leaves & {stack.leaf, *FEED_FORWARD_NAMES} and in_layers(stack.name, config))
     ]

@@ -32,7 +32,7 @@ _TASK_HEADS = {
 _MOST_SHOWN = 10
 
 
-def saved_modules_and_heads(config: LoraConfig) -> list[str]:
+def saved_modules_and_task_heads(config: LoraConfig) -> list[str]:
     """Return the names of the modules to save, including the heads of the config's task type.
 
     The list consists of the entries of ``modules_to_save`` and the names from `task_heads`, without
@@ -52,9 +52,9 @@ def is_all_linear(targets: object) -> bool:
 
 
 def dotted_suffixes(name: str) -> list[str]:
-    """Return the suffixes of a dotted name.
+    """Return the suffixes of a dotted name, from the shortest to the longest.
 
-    The suffixes are ordered by length, from the last component to the whole name. For example, the
+    The first suffix is the last component, and the last suffix is the whole name. For example, the
     suffixes of ``"a.b.c"`` are ``["c", "b.c", "a.b.c"]``.
     """
     found, at = [], len(name)
@@ -96,7 +96,7 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
     Args:
         name: The name of a module or parameter.
         config: The adapter's config.
-        saved: The result of `saved_modules_and_heads`.
+        saved: The result of `saved_modules_and_task_heads`.
     """
     exclude = config.exclude_modules
     if isinstance(exclude, str):

@@ -28,7 +28,7 @@ from fastlora.model.target_names import (
     in_layers,
     is_excluded,
     matches_names,
-    saved_modules_and_heads,
+    saved_modules_and_task_heads,
     suggest_names,
 )
 from fastlora.validation import TargetNotFoundError, UnsupportedLayerError
@@ -112,7 +112,7 @@ def select_parameters(
     entries = set(config.target_parameters or ())
     if not entries and not former:
         return SelectedParameters(entries=config.target_parameters)
-    saved = saved_modules_and_heads(config)
+    saved = saved_modules_and_task_heads(config)
     selected, excluded, by_former_name = list[BaseModelParameter](), set[str](), set[str]()
     fused: dict[str, int] = {}
     linears = {each.module_name for each in parameters if isinstance(each.module, nn.Linear)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from fastlora.model.base_modules import (
     is_trainable_tokens_wrapper,
     named_base_modules,
     named_outer_modules,
-    original_module_of,
+    unwrap_auxiliary_wrapper,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
@@ -32,11 +31,11 @@ from fastlora.model.stacked_experts import (
     FEED_FORWARD_NAMES,
     BaseModelParameter,
     base_parameters_outside_auxiliary_wrappers,
+    experts_named_but_not_selected,
     format_parameters_with_wildcards,
     former_names_of_parameter,
     former_to_parameter_names,
     stacked_experts_among,
-    unreached_experts,
 )
 from fastlora.model.target_names import (
     ALL_LINEAR,
@@ -47,12 +46,13 @@ from fastlora.model.target_names import (
     is_excluded,
     matches_names,
     matches_targets,
-    saved_modules_and_heads,
+    saved_modules_and_task_heads,
     suggest_names,
     task_heads,
 )
 from fastlora.model.target_parameters import SelectedParameters, select_parameters
 from fastlora.patterns import patterns_matching_no_suffix
+from fastlora.user_warnings import warn
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
 
 # The value of target_modules that PEFT uses for an adapter without targets.
@@ -69,7 +69,9 @@ _MINIMIZE_FROM = 20
 
 
 class SelectedTargets(NamedTuple):
-    """The modules and parameters that a config selects in a model.
+    """The targets that a config selects in a model.
+
+    Targets are modules and parameters.
 
     Attributes:
         modules: The names of the target modules, in the order of ``named_modules()``.
@@ -141,7 +143,7 @@ def select_targets(
     selected = select_parameters(former, config, base, layers_in_file)
     if targets == NO_TARGETS:
         return SelectedTargets([], selected)
-    saved = saved_modules_and_heads(config)
+    saved = saved_modules_and_task_heads(config)
     wrapped = {name: inside for name, _, inside in modules if name}
     names = list(wrapped)
     excludes = bool(config.exclude_modules or saved)
@@ -169,7 +171,7 @@ def select_targets(
         and each.name not in selected.excluded
         and not any(is_excluded(name, config, saved) for name in (each.name, each.module_name))
     ]
-    left = unreached_experts(left, found, config) if left else []
+    left = experts_named_but_not_selected(left, found, config) if left else []
     if not found and not selected.parameters:
         message = _no_target_message(names, excluded, targets, config)
         raise TargetNotFoundError(f"{message}{_hint_of_experts(left)}")
@@ -182,15 +184,14 @@ def select_targets(
             )
     # The warning of experts that are left out is about projections too.
     told = {*former_names, *(FEED_FORWARD_NAMES if left or not is_new else ())}
-    lost = _unmatched_entries(names, targets)
+    lost = _unmatched_targets(names, targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     excludes = bool(excluded or selected.excluded)
     _warn_of_unmatched_config_values(unmatched, found, selected, excludes, config)
     if left:
-        warnings.warn(
+        warn(
             f"target_modules={format_value(config.target_modules)} leaves out experts"
             f"{_hint_of_experts(left)}",
-            stacklevel=3,
         )
     if is_all_linear(config.target_modules):
         _warn_of_routers_and_skipped_linears(model, modules, config, excluded, selected)
@@ -231,33 +232,33 @@ def _check_no_target_has_selected_parameters(
 
 def _warn_of_unmatched_config_values(
     unmatched_targets: list[str],
-    found: list[str],
-    selected: SelectedParameters,
-    excludes: bool,
+    target_module_names: list[str],
+    selected_parameters: SelectedParameters,
+    any_excluded: bool,
     config: LoraConfig,
 ) -> None:
     """Warn about config values that match no module.
 
     These values are entries of ``target_modules`` and ``exclude_modules``, and keys of
-    ``rank_pattern`` and ``alpha_pattern``.
+    ``rank_pattern`` and ``alpha_pattern``. `select_parameters` checks the entries of
+    ``target_parameters``.
 
     Args:
         unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
-        found: The names of the target modules.
-        selected: The selected parameters.
-        excludes: Whether at least one module or parameter is excluded.
+        target_module_names: The names of the target modules.
+        selected_parameters: The selected parameters.
+        any_excluded: Whether at least one module or parameter is excluded.
         config: The adapter's config.
     """
-    names = [*found, *selected.names]
-    unused = _format_unmatched_config_values(unmatched_targets, names, excludes, config)
-    if selected.parameters and not found and unmatched_targets:  # in PEFT's words
-        warnings.warn(
+    names = [*target_module_names, *selected_parameters.names]
+    unused = _format_unmatched_config_values(unmatched_targets, names, any_excluded, config)
+    if selected_parameters.parameters and not target_module_names and unmatched_targets:
+        warn(  # in PEFT's words
             f"target_modules={config.target_modules} were set but no module was matched.",
             RuntimeWarning,
-            stacklevel=4,
         )
     elif unused:
-        warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=4)
+        warn(f"these config values match no module: {'; '.join(unused)}")
 
 
 def _hint_of_experts(unselected: Sequence[BaseModelParameter]) -> str:
@@ -290,21 +291,19 @@ def _warn_of_routers_and_skipped_linears(
     routers = [each.name for each in selected.parameters if each.parameter.dim() == 2]
     routers = [name for name in routers if name in selected.former]
     if routers:
-        warnings.warn(
+        warn(
             f"{ALL_LINEAR!r} also adapts the routers of experts "
             f"({format_parameters_with_wildcards(routers)}), as in PEFT; leave them out with "
             "exclude_modules",
-            stacklevel=4,
         )
     if any(wrapped for _, _, wrapped in modules):
         linears = _linears_without_head(model, config, modules)
         left = [n for n, inside in linears if inside and n not in excluded]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            warnings.warn(
+            warn(
                 f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: "
                 f"it {_explain_auxiliary_module(model, left[0])}",
-                stacklevel=4,
             )
 
 
@@ -326,7 +325,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     }
     lost = [
         entry
-        for entry in _unmatched_entries(names, config.target_modules or ())
+        for entry in _unmatched_targets(names, config.target_modules or ())
         if entry.rpartition(".")[2] not in olds
     ]
     if lost:
@@ -355,7 +354,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
             some entries match no module, a warning lists them instead.
         UnsupportedLayerError: If a match is inside a module that other adapters own copies of.
     """
-    entries = tuple(saved_modules_and_heads(config))
+    entries = tuple(saved_modules_and_task_heads(config))
     if not entries:
         return []
     # Modules with several names can be matched by each of their names.
@@ -368,7 +367,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
         message = f"modules_to_save entries {format_value(lost)} match no module{suggested}"
         if lost == named:
             raise TargetNotFoundError(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
     found: list[str] = []
     for name in names:  # parents come before their children
         if name.endswith(entries) and not any(name.startswith(f"{p}.") for p in found):
@@ -490,7 +489,7 @@ def _linears_without_head(
 
     def is_linear(module: nn.Module) -> bool:
         if not is_lora_layer(module):
-            return isinstance(original_module_of(module), kinds)
+            return isinstance(unwrap_auxiliary_wrapper(module), kinds)
         # The class name is checked too. PEFT recognizes its own layers in this way.
         under = (module, module._modules.get("base_layer"))
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
@@ -562,14 +561,14 @@ def _no_target_message(
     return f"{shown} matches no module{suggest_names(entries, names)}"
 
 
-def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list[str]:
-    """Return a list of the entries of ``targets`` that match none of the names.
+def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) -> list[str]:
+    """Return a sorted list of the entries of ``targets`` that match no module name.
 
-    The list is sorted. If ``targets`` is a regular expression, the list is empty.
+    If ``targets`` is a string, such as a regular expression, the list is empty.
     """
     if isinstance(targets, str):
         return []
-    known = {suffix for name in names for suffix in dotted_suffixes(name)}
+    known = {suffix for name in module_names for suffix in dotted_suffixes(name)}
     return sorted(entry for entry in targets if entry not in known)
 
 

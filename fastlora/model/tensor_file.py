@@ -94,7 +94,7 @@ class SafetensorsFile:
         self._state = self._stat()
         try:
             with error_prefix(path):
-                self._header, self._start = _read_header(file, max_header_bytes)
+                self._header, self._start = _read_header_and_data_start(file, max_header_bytes)
         except BaseException:
             file.close()
             raise
@@ -213,7 +213,7 @@ def _reorder_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """
     ordered = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
-        written, end = _parse_leading_metadata(_read_header(file)[0])
+        written, end = _parse_leading_metadata(_read_header_and_data_start(file)[0])
         if written == metadata and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
             file.write((_METADATA_START + ordered).encode())
@@ -236,8 +236,10 @@ def _parse_leading_metadata(header: str) -> tuple[dict[str, str], int]:
     return {key: text for key, text in pairs if isinstance(text, str)}, end
 
 
-def _read_header(file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES) -> tuple[str, int]:
-    """Read the header of a safetensors file.
+def _read_header_and_data_start(
+    file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES
+) -> tuple[str, int]:
+    """Read the header of a safetensors file, and return it with the position of the tensor data.
 
     Args:
         file: The open file, positioned at its start.

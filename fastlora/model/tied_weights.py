@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.patterns import matches_consecutive_components, matches_whole_name
+from fastlora.user_warnings import warn
 
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
@@ -89,14 +89,15 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
     )
 
 
-def find_ties_and_update_config(
+def update_config_for_tied_embedding(
     model: nn.Module, config: LoraConfig
 ) -> ModulesAdaptedWithEmbedding:
-    """Find the modules tied to the input embedding, and update the adapter's config accordingly.
+    """Update the config for a tied embedding, and return the modules to adapt with the embedding.
 
-    The result contains the modules to adapt together with the embedding. If there are such modules,
-    the config is changed in place: ``modules_to_save`` or ``target_modules`` then contains the
-    embedding instead of the modules tied to it.
+    The embedding is the model's input embedding. The modules in the result are tied to the
+    embedding. If there are such modules, the config is changed in place: ``modules_to_save`` or
+    ``target_modules`` then contains the embedding instead of the modules tied to it. If
+    ``target_modules`` is a regular expression, it is extended so that it matches the embedding too.
 
     As in PEFT, a warning is emitted if the config requires tying that is not possible, or if a tied
     module is adapted without ``ensure_weight_tying``.
@@ -170,7 +171,7 @@ def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
+    warn(message)
 
 
 class SharedWeightUntier:
@@ -262,10 +263,9 @@ class SharedWeightUntier:
         name, other, _ = self._untied[0]
         more = f" (likewise for {len(self._untied) - 1} more)" if len(self._untied) > 1 else ""
         total = sum(size for _, _, size in self._untied)
-        warnings.warn(
+        warn(
             f"{name} shared its weight with {other}, and now has its own weight with the adapter "
             f"merged in{more}. This takes {total / 2**20:,.1f} MiB more memory",
-            stacklevel=4,
         )
 
 
@@ -293,10 +293,9 @@ def untie_config_if_weights_untied(model: nn.Module) -> None:
             return
     if weights[0] is not None and weights[1] is not None and weights[0] is not weights[1]:
         config.tie_word_embeddings = False
-        warnings.warn(
+        warn(
             "Input and output embeddings are no longer tied after merging; tie_word_embeddings "
             "was set to False in the model's config",
-            stacklevel=4,
         )
 
 

@@ -5,7 +5,6 @@ The rules follow `set_additional_trainable_modules` in PEFT 0.21.2, ``utils/othe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from fastlora.model.base_modules import (
     is_auxiliary_wrapper,
     is_modules_to_save_wrapper,
     named_base_modules,
-    original_module_of,
+    unwrap_auxiliary_wrapper,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.tied_weights import (
@@ -26,6 +25,7 @@ from fastlora.model.tied_weights import (
     input_embedding_name,
     names_tied_to_embedding,
 )
+from fastlora.user_warnings import warn
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError, near_names
 
 
@@ -76,10 +76,9 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
     tied = names_tied_to_embedding(model) if ties and embedding else []
     found = _matches(model, wanted)
     if not ties and config.ensure_weight_tying:
-        warnings.warn(
+        warn(
             "ensure_weight_tying=True but the model does not have tied weights "
             "(tie_word_embeddings=False): no rows of trainable_token_indices are shared",
-            stacklevel=5,
         )
     of_tied = {name: found[name] for name in (embedding, *tied) if name in found}
     differ = any(indices != next(iter(of_tied.values())) for indices in of_tied.values())
@@ -99,8 +98,11 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
     return tokens
 
 
-def check_trained_once(
-    tokens: Collection[str], targets: Collection[str], saved: Collection[str], tied: Collection[str]
+def check_modules_trained_once(
+    token_modules: Collection[str],
+    target_modules: Collection[str],
+    saved_modules: Collection[str],
+    tied_modules: Collection[str],
 ) -> None:
     """Raise an error if an adapter would train the same module in two ways.
 
@@ -109,24 +111,24 @@ def check_trained_once(
     the adapter owns a copy of or a module that shares the input embedding's adapter.
 
     Args:
-        tokens: The names of the modules in which the adapter trains rows.
-        targets: The names of the modules that the adapter adapts with LoRA.
-        saved: The names of the modules of which the adapter owns a copy.
-        tied: The names of the modules that share the input embedding's adapter.
+        token_modules: The names of the modules in which the adapter trains rows.
+        target_modules: The names of the modules that the adapter adapts with LoRA.
+        saved_modules: The names of the modules of which the adapter owns a copy.
+        tied_modules: The names of the modules that share the input embedding's adapter.
 
     Raises:
         UnsupportedLayerError: If a module is trained in two ways.
     """
-    for name in tied:
-        if name in targets:
+    for name in tied_modules:
+        if name in target_modules:
             raise UnsupportedLayerError(
                 f"ensure_weight_tying makes {name!r} share the copy of the input embedding that "
                 f"modules_to_save creates, but target_modules also names {name!r}; train the "
                 "module in only one of these two ways"
             )
-    for name in tokens:
-        copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
-        if name in targets or copied:
+    for name in token_modules:
+        copied = any(name == n or name.startswith(f"{n}.") for n in (*saved_modules, *tied_modules))
+        if name in target_modules or copied:
             how = "adapted with LoRA (target_modules)"
             if copied:
                 how = "marked to be trained fully (modules_to_save)"
@@ -176,7 +178,7 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableRows) -> N
             f"trainable_token_indices selects rows of {name!r} for training, but another adapter "
             f"already adapts this module with {how}"
         )
-    check_tokens_trainable(original_module_of(module), rows.indices)
+    check_tokens_trainable(unwrap_auxiliary_wrapper(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
             f"trainable_token_indices: in adapters {module.adapter_names}, the trainable rows of "

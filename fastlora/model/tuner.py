@@ -7,7 +7,6 @@ implements saving, loading, and calling the model.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from fastlora.routing.block import routing_from_parameters, sample_routings_from
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_adapter_router
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
+from fastlora.user_warnings import warn
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -194,11 +194,10 @@ class LoraTuner(nn.Module):
         changing = init.title if init.changes_base else ""
         changing = changing or next((other.title for other in others.values()), "")
         if changing and self.peft_config:
-            warnings.warn(
+            warn(
                 f"{changing} changes the base weights of the model and should thus not be used "
                 "with other adapters. Consider converting the adapter into a normal LoRA adapter: "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-                stacklevel=4,
             )
         if plan.from_file and init.changes_base_randomly(config.init_lora_weights):
             reason = (
@@ -206,10 +205,9 @@ class LoraTuner(nn.Module):
                 if init.must_repeat
                 else "changed the base weights for training, and loading does not change them"
             )
-            warnings.warn(
+            warn(
                 f"init_lora_weights={config.init_lora_weights!r} {reason}, as in PEFT. "
                 "To avoid this, save the adapter with path_initial_model_for_weight_conversion",
-                stacklevel=4,
             )
 
     def check_adapter_replaceable(
@@ -368,7 +366,7 @@ class LoraTuner(nn.Module):
         )
 
     def add_computed_adapter(self, adapter_name: str, computed: ComputedAdapter) -> None:
-        """Add a computed adapter to the model.
+        """Add an adapter that has been computed from other adapters.
 
         The new adapter is frozen and inactive. If an error is raised, the adapter is not added.
 
@@ -506,10 +504,9 @@ class LoraTuner(nn.Module):
         layers = inject.lora_layers(self.model).values()
         irregular = len({layer._disabled for layer in layers}) > 1
         if irregular:
-            warnings.warn(
+            warn(
                 "The model contains some adapter layers that are enabled and others that are "
                 "disabled. After disable_adapter(), all of them are enabled",
-                stacklevel=3,
             )
         with contextlib.ExitStack() as stack:
             if irregular:
@@ -535,8 +532,8 @@ class LoraTuner(nn.Module):
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
-            held: An exit stack for resources to release when the block ends. It is not used,
-                because a tuner has no such resources.
+            held: An exit stack for resources to release when the block ends. A tuner has no
+                such resources.
         """
         return routing_from_parameters(
             self.group,
@@ -629,7 +626,7 @@ class LoraTuner(nn.Module):
                     "modules; use merge_and_unload(), which gives the target its own weight"
                 )
         if not anything and any(layer.merged for layer in layers.values()):
-            warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
+            warn("All adapters are already merged, nothing to do")
         for name, layer in layers.items():
             layer.merge(adapter_names=chosen[name], keep_base=keep_base)
         inject.warn_of_requantization_errors(

@@ -8,7 +8,6 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,10 +24,13 @@ from fastlora.routing.active import activate_routing
 from fastlora.routing.caches import PerBlockCache
 from fastlora.routing.routers import router_of
 from fastlora.routing.routing import Routing
+from fastlora.user_warnings import warn
 from fastlora.validation import ConfigError
 
 if TYPE_CHECKING:
     from fastlora.kernels.precompile import KernelVariant
+
+    _VariantsByKey = dict[str, KernelVariant]
 
 _log = logging.getLogger("fastlora")
 # Kernels' row tiles are multiples of this, so configs change only from one multiple to the next.
@@ -80,10 +82,10 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Warm up a model by compiling its inference kernels in advance.
+    """Warm up a model's inference kernels, so that requests do not wait for compilation.
 
-    No request then waits for compilation. Kernels are compiled into Triton's cache folder, in
-    separate processes. Later starts reuse them. Which kernels the model launches is recorded from
+    The kernels are compiled in advance into Triton's cache folder, in separate processes. Programs
+    that start later reuse the compiled kernels. Which kernels the model launches is recorded from
     calls of its own layers, for few rows (decode) and for many (prefill). During these calls, no
     kernel runs.
 
@@ -147,10 +149,9 @@ def warm_up(
         for variant, error in progress_bar(made, "Compiling kernels", shows, total=len(missing)):
             if error:
                 failed.append((variant.name, error))
-                warnings.warn(
+                warn(
                     f"kernel {variant.name} was not compiled ({error}); the first request that "
                     "needs it will compile it",
-                    stacklevel=2,
                 )
     counts = len(variants), len(variants) - len(missing)
     return WarmUpReport(*counts, tuple(failed), time.monotonic() - start)
@@ -224,9 +225,9 @@ class _SharedInputLayers(NamedTuple):
     dtype: torch.dtype
 
     def run(self, rows: int) -> None:
-        """Run each of the layers once on an input with the given number of rows.
+        """Run the layers once on an input with the given number of rows.
 
-        The layers receive the same tensor, which is uninitialized.
+        All layers receive the same tensor, which is uninitialized.
         """
         device = next(iter(self.layers[0].parameters())).device
         x = torch.empty(rows, self.layers[0].in_features, dtype=self.dtype, device=device)
@@ -234,8 +235,8 @@ class _SharedInputLayers(NamedTuple):
             layer(x)
 
     @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """The sizes K and N of each layer."""
+    def in_and_out_features(self) -> tuple[tuple[int, int], ...]:
+        """The numbers of input and output features of each layer."""
         return tuple((layer.in_features, layer.out_features) for layer in self.layers)
 
 
@@ -246,7 +247,7 @@ def record_kernel_variants(
     adapters: int | None = None,
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
-) -> dict[str, KernelVariant]:
+) -> _VariantsByKey:
     """Record the kernel variants that a model would launch during inference.
 
     The model and its layers are run, but launches are only recorded: nothing is compiled or
@@ -260,7 +261,7 @@ def record_kernel_variants(
     mixed = [] if adapters == 0 else router_of(model).sample_routings(adapters, ranks)
     if ranks is not None and adapters != 0 and not mixed:
         raise ConfigError(f"no adapter in the model has any of the ranks {list(ranks)}")
-    found: dict[str, KernelVariant] = {}
+    found: _VariantsByKey = {}
     with (
         _in_evaluation_mode(model),
         record_variants(chip_of(device)) as launched,
@@ -359,27 +360,27 @@ def _sample_count(inputs: Any) -> int:
 
 
 def _distinct_groups(
-    groups: Sequence[_SharedInputLayers], rows: int, launched: dict[str, KernelVariant]
+    groups: Sequence[_SharedInputLayers], rows: int, launch_record: _VariantsByKey
 ) -> list[_SharedInputLayers]:
-    """Return one group of each kind.
+    """Return the distinct groups of layers, which differ in sizes, dtypes, or kernels.
 
-    Groups are of one kind if their sizes, dtypes, and kernels are equal. Groups that launch no
-    kernel are left out. All groups run with 1 row and with ``rows``. In a Llama-8B, there are four
-    kinds.
+    If several groups have equal sizes, dtypes, and kernels, the result contains the first one.
+    Groups that launch no kernel are left out. All groups run with 1 row and with ``rows``. In a
+    Llama-8B, there are four distinct groups.
     """
     found: dict[object, _SharedInputLayers] = {}
     for group in groups:
-        kernels = tuple(_run_and_list_kernels(group, count, launched) for count in (1, rows))
+        kernels = tuple(_run_and_list_kernels(group, count, launch_record) for count in (1, rows))
         if not any(kernels):
             continue
-        found.setdefault((group.sizes, group.dtype, kernels), group)
+        found.setdefault((group.in_and_out_features, group.dtype, kernels), group)
     return list(found.values())
 
 
 def _bisect_variant_changes(
     group: _SharedInputLayers,
     rows: int,
-    launch_record: dict[str, KernelVariant],
+    launch_record: _VariantsByKey,
     extra_row_counts: Sequence[int],
 ) -> list[int]:
     """Use bisection to find the row counts at which a group's kernel variants change.
@@ -422,14 +423,14 @@ def _bisect_variant_changes(
 
 
 def _run_and_list_kernels(
-    group: _SharedInputLayers, rows: int, launched: dict[str, KernelVariant]
+    group: _SharedInputLayers, rows: int, launch_record: _VariantsByKey
 ) -> frozenset[str]:
     """Run a group of layers, and return the keys of the kernels that the layers launch."""
-    others = dict(launched)
-    launched.clear()
+    others = dict(launch_record)
+    launch_record.clear()
     group.run(rows)
-    found = frozenset(launched)
-    launched.update(others)
+    found = frozenset(launch_record)
+    launch_record.update(others)
     return found
 
 

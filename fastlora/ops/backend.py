@@ -17,7 +17,7 @@ from fastlora.validation import check_dropout_dtype
 if TYPE_CHECKING:
     from fastlora.ops.factors import AdapterOperands
     from fastlora.ops.rows import Rows
-    from fastlora.ops.stacks import StackAdapterOperands
+    from fastlora.ops.stacks import WeightStackAdapterOperands
 
 _Gradient = torch.Tensor | None
 
@@ -25,10 +25,10 @@ _Gradient = torch.Tensor | None
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     """Draw a random dropout seed for the given implementation.
 
-    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. The tensor is on the
-    device from which the implementation reads the seed. For kernels, this is x's device, so that
-    the host does not wait for the seed. For the PyTorch implementation, this is the CPU. Activation
-    checkpointing restores the default generator, so a recomputed forward pass draws the same seed.
+    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. For kernels, the
+    tensor is on x's device, so that the host does not wait for the seed. For the PyTorch
+    implementation, the tensor is on the CPU. Activation checkpointing restores the default
+    generator, so a recomputed forward pass draws the same seed.
 
     Raises:
         TypeError: Dropout does not support x's dtype. In this case, no seed is drawn.
@@ -128,9 +128,9 @@ class Backend(ABC):
     # ------------------------------------------------------------------------- stacks of weights
 
     def add_stacked_updates_(
-        self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
+        self, y: torch.Tensor, x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA updates for a stack of weights to y in place.
+        """Add the LoRA update of each row to y in place, for a stack of weights.
 
         Returns s, the shrink output, as in `forward`.
 
@@ -141,14 +141,14 @@ class Backend(ABC):
             rows: The sorted rows.
         """
         base = Base(y=y, inplace=True)
-        return self.forward(x, base, operands.per_key(), rows.in_sorted_order(), None, "auto")[1]
+        return self.forward(x, base, operands.unstacked(), rows.in_sorted_order(), None, "auto")[1]
 
     def stacked_gradients(
         self,
         dy: torch.Tensor,
         x: torch.Tensor | None,
         s: torch.Tensor,
-        operands: StackAdapterOperands,
+        operands: WeightStackAdapterOperands,
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],
@@ -168,7 +168,7 @@ class Backend(ABC):
             for flag in pair
         ] * count
         given = BackwardArguments(
-            *(dy, None, x, operands.per_key(), rows.in_sorted_order(), s, "auto"),
+            *(dy, None, x, operands.unstacked(), rows.in_sorted_order(), s, "auto"),
             *(wants_x, False, False, each),
         )
         update, _, _, found = self.gradients(given)

@@ -221,7 +221,7 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """The mode in which a forward pass is executed.
+    """The mode in which a forward pass runs, such as compiled, traced, or batch-invariant.
 
     The mode includes the backend that executes the forward pass.
 

@@ -62,10 +62,10 @@ class Base(NamedTuple):
     y: torch.Tensor | None = None
     inplace: bool = False
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the base layer for the input x.
+    def output_without_adapters(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the base layer for the input x, without adapters.
 
-        The shape is ``[..., N]``. No adapters are applied.
+        The shape is ``[..., N]``. If the output y is given instead of a weight, the result is y.
         """
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)

@@ -14,6 +14,8 @@ import torch
 
 from fastlora.ops.factors import Factor, replace_missing_with_empty
 
+_Offsets = list[int]
+
 # Each split of K adds a split-K partial sum of s. With at most four splits, the shrink is still
 # short enough to hide behind a base GEMM.
 _MAX_SPLITS = 4
@@ -60,7 +62,7 @@ def shrink_partials_shape(
     return torch.sym_max(splits, 1), modules, m, columns
 
 
-def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[_Offsets, int]:
     """Return the layout of a buffer into which all lora_a gradients are packed.
 
     The result is a tuple (offsets, size). ``offsets`` has the offset of each gradient. All values
@@ -71,7 +73,7 @@ def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int
 
 def grad_b_buffer_layout(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
-) -> tuple[list[int], list[int], int]:
+) -> tuple[_Offsets, _Offsets, int]:
     """Return the layout of a buffer into which all lora_b and lora_bias gradients are packed.
 
     The result is a tuple (lora_b offsets, lora_bias offsets, size). Each list contains one offset
@@ -118,7 +120,7 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
     ]
 
 
-def _offsets_aligned_to_16_bytes(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
+def _offsets_aligned_to_16_bytes(sizes: Sequence[int], itemsize: int) -> tuple[_Offsets, int]:
     """Return 16-byte-aligned offsets for blocks of the given sizes, and the total size.
 
     The result is a tuple, in elements of ``itemsize`` bytes.

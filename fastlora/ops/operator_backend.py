@@ -250,7 +250,7 @@ class OperatorBackend(Backend):
         with_s: bool = False,
     ) -> list[torch.Tensor]:
         read: Sequence[torch.Tensor | QuantizedData | None] = operands
-        if _has_quantized_weight(operands, len(dropout_p)):
+        if _any_weight_is_quantized(operands, len(dropout_p)):
             read = _with_kernel_weights(operands, len(dropout_p), x, "coded_lora_linear")
         function = schema.launch_module(False).grouped_forward
         made: list[torch.Tensor] = call_on_device_of(x, function, x, dropout_p, with_s, *read)
@@ -266,7 +266,7 @@ class OperatorBackend(Backend):
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
         read: Sequence[torch.Tensor | QuantizedData | None] = operands
-        if _has_quantized_weight(operands, len(dropout_p)):
+        if _any_weight_is_quantized(operands, len(dropout_p)):
             dy = next(dy for dy in dys if dy is not None) if wants[0] else None
             read = _with_kernel_weights(operands, len(dropout_p), dy, "coded_lora_grad_x")
         function = schema.launch_module(True).grouped_gradients
@@ -304,11 +304,12 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Compute all outputs of a shared-input group for a mixed batch together, if possible.
+    """Compute the outputs of a group of layers at once, for a mixed batch.
 
-    The result is a list of the outputs. It is None if something observes operators, or if one
-    launch cannot read all of the weights. The kernels are launched directly, without a registered
-    operator. The modules have adjacent rows in the address tables, starting at ``first``.
+    The layers share the input x, and have adjacent rows in the address tables, starting at
+    ``first``. The result is a list of the outputs. The result is None if something observes
+    operators, because the kernels are launched directly, without a registered operator. The result
+    is also None if one launch cannot read all of the weights.
     """
     if operators_are_observed(x, by_profiler=False):
         return None
@@ -345,7 +346,7 @@ def weight_for_kernels(
     return weight.quantized_data if reads_codes else dequantize(weight)
 
 
-def _has_quantized_weight(operands: Sequence[torch.Tensor | None], num_modules: int) -> bool:
+def _any_weight_is_quantized(operands: Sequence[torch.Tensor | None], num_modules: int) -> bool:
     """Return whether any base weight among the operands is quantized.
 
     The base weights are the first ``num_modules`` operands.

@@ -32,7 +32,9 @@ define_operator("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Te
 
 
 class Segment(NamedTuple):
-    """A run of consecutive sorted rows that have the same slot.
+    """A range of adjacent rows that have the same slot.
+
+    The rows are adjacent in sorted order.
 
     Attributes:
         slot: The slot.
@@ -110,10 +112,10 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments of the sorted rows.
+        """The segments of the rows: ranges of adjacent rows that have the same slot.
 
-        There is one segment for each slot that has rows, in slot order. If the ids are on a GPU,
-        the host waits for the GPU.
+        The rows of a segment are adjacent in sorted order. There is one segment for each slot that
+        has rows, in slot order. If the ids are on a GPU, the host waits for the GPU.
         """
         if self.ids is None:
             starts = self.slot_start.tolist()
@@ -308,10 +310,10 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Sort the rows of a batch by slot, and return a tuple of tensors that describes them.
+    """Sort the rows of a batch by slot, and return tensors that describe the sorted rows.
 
-    The tuple consists of the first five fields of `Rows`, and a tensor with the start positions of
-    the pieces for ``block_m``. If ``block_m`` is 0, the last tensor is empty.
+    The result is a tuple of the first five fields of `Rows`, and a tensor with the start positions
+    of the pieces for ``block_m``. If ``block_m`` is 0, the last tensor is empty.
     """
     if slots < 0:
         raise ValueError(f"the number of slots must be non-negative, got {slots}")
@@ -403,9 +405,10 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def piece_starts_length(m: int, slots: int, block_m: int) -> int:
-    """Return the length of the tensor that `Rows.piece_starts` returns.
+    """Return the length of the tensor to allocate for the start positions of the pieces.
 
-    It is an upper bound of the number of pieces, plus one. The arguments may be symbolic.
+    `Rows.piece_starts` returns this tensor. The length is an upper bound on the number of pieces,
+    plus one. The arguments may be symbolic.
     """
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries

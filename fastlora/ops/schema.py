@@ -93,7 +93,11 @@ def define_and_register_fake(
 
 
 class Operators(Protocol):
-    """Protocol for objects that provide the operators as attributes."""
+    """The operators that backends call, as attributes of one object.
+
+    This protocol describes the results of `operators_for`: `torch.ops.fastlora`, or an object that
+    provides the functions that the operators run.
+    """
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
@@ -197,9 +201,9 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
 def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     """Return an uninitialized tensor for the dropout mask of x.
 
-    See `reference.draw_keep_mask`. ``after`` is not read. A backward pass passes one of its own
-    tensors. The dependency prevents compilers from merging the mask with that of the forward pass
-    and from computing it there, either of which would make them save it.
+    See `reference.draw_keep_mask`. ``after`` is not read. A backward pass passes one of its
+    own tensors. The dependency prevents compilers from merging the mask with that of the forward
+    pass and from computing it there, either of which would make them save it.
     """
     return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 

@@ -152,7 +152,7 @@ class _PackedFactorsAndPlan(NamedTuple):
 
 
 class SlotProducts:
-    """The matrix products of rows with the LoRA factors in the rows' slots.
+    """Computes the LoRA matrix products of a layer whose adapters are in slots.
 
     Each object holds the factors of one layer. The methods add each row's update to y. The update
     of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot. There are
@@ -241,8 +241,8 @@ class SlotProducts:
     def num_full_packings(self) -> int:
         """Number of times that the factors of all slots have been packed at once.
 
-        It is the total over the current packs. Each time, new storage is allocated, and the factors
-        of all slots are copied into it.
+        The number is the total over the current packs. Each time, new storage is allocated, and the
+        factors of all slots are copied into it.
         """
         return sum(pack.num_full_packings for pack in self._packs.values())
 

@@ -17,7 +17,7 @@ from fastlora.ops.factors import AdapterOperands
 from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
-class StackAdapterOperands(NamedTuple):
+class WeightStackAdapterOperands(NamedTuple):
     """The factors, scalings, and dropout of the adapters on a stack of weights.
 
     Backends receive the adapters in this form. The stack consists of E weights.
@@ -41,11 +41,12 @@ class StackAdapterOperands(NamedTuple):
         """Number of matrices in the stack, E."""
         return self.lora_a[0].shape[0]
 
-    def per_key(self) -> AdapterOperands:
-        """Return operands in which each key has an adapter of its own.
+    def unstacked(self) -> AdapterOperands:
+        """Return unstacked operands, in which each matrix of the stack has its own adapters.
 
-        A key stands for one matrix of the stack and one adapter. The result has ``E * S`` adapters
-        in the order of the keys. Their factors are views of this object's factors.
+        A key stands for one matrix of the stack and one adapter. The result has one adapter for
+        each key, and thus ``E * S`` adapters in the order of the keys. The factors of the result
+        are views of this object's factors.
         """
         count = self.num_matrices
         lora_a = [

@@ -13,7 +13,6 @@ DoRA magnitude) are not treated as half of a factor pair.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 
 from fastlora.layers.adapted_parameters import ParameterLoraLayer
 from fastlora.sharding import local_shard
+from fastlora.user_warnings import warn
 from fastlora.validation import ConfigError
 from fastlora.weights_version import TensorStamp, stamp_tensors
 
@@ -32,10 +32,10 @@ _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """An optimizer that implements LoRA-FA.
+    """An optimizer that implements LoRA-FA, in which lora_A is frozen and lora_B is trained.
 
-    It is AdamW with the LoRA-FA gradient for lora_B. All other parameters that have a gradient are
-    updated by plain AdamW.
+    The optimizer is AdamW with the LoRA-FA gradient for lora_B. All other parameters that have a
+    gradient are updated by plain AdamW.
 
     Args:
         params: Parameter groups. Each group is a dict with ``params``, their ``names`` in the
@@ -210,11 +210,10 @@ def create_lorafa_optimizer(
                 f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, but the config "
                 f"of {wrong} has use_rslora={not use_rslora}; omit the argument"
             )
-        warnings.warn(
+        warn(
             "`use_rslora` in create_lorafa_optimizer is deprecated: the config already specifies "
             "it",
             FutureWarning,
-            stacklevel=2,
         )
     named = dict(model.named_parameters())
     partners = {name: _paired_lora_a_name(name) for name in named}

@@ -39,11 +39,11 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class PoolLoraLayers:
-    """The LoRA layers that an adapter pool installs in a model.
+    """The LoRA layers of a model that use the adapters of a pool.
 
     The LoRA layers replace the target modules of the model. The constructor installs the layers,
-    and `restore_model` removes them. The layers contain no adapters. In each forward pass, the
-    layers use adapters from the pool.
+    and `restore_model` removes them. The pool stores the adapters, and the layers use them in each
+    forward pass.
 
     Args:
         model: The base model. It is unchanged if the constructor raises.
@@ -121,12 +121,12 @@ class PoolLoraLayers:
         ]
 
     def _wrap_forward_and_generate(self) -> None:
-        """Wrap the model's ``forward`` and ``generate`` so that they accept ``adapter_names=``.
+        """Wrap the model's ``forward`` and ``generate`` so that they can use the pool's adapters.
 
-        During a call with ``adapter_names=``, the named adapters are active. The wrappers also
-        check the batch size: the number of samples or tokens must equal the number of adapter ids.
-        In ``generate``, only the batch that the caller passes is checked, because beam search adds
-        rows to the batch later.
+        The wrappers accept ``adapter_names=``. During a call with ``adapter_names=``, the named
+        adapters are active. The wrappers also check the batch size: the number of samples or tokens
+        must equal the number of adapter ids. In ``generate``, only the batch that the caller passes
+        is checked, because beam search adds rows to the batch later.
         """
         self._wrap_method_with_adapter_names("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):

@@ -26,7 +26,7 @@ _THREADS = 4
 
 
 class Lease:
-    """A guarantee that a set of adapters stays on the device until the lease ends.
+    """A lease that keeps adapters of a pool on the device until the lease ends.
 
     The adapters stay unchanged. Use the lease as a context manager. Exit it in the thread, and on
     the CUDA stream, that ran the forward pass.
@@ -150,7 +150,10 @@ class LeaseManager:
         raise adapter_not_found_error(lost, known)  # outside the lock: finding close names is slow
 
     def drain(self, wait: float | None) -> None:
-        """Reject new leases, and wait until all open leases have ended.
+        """Wait until all leases have ended.
+
+        New leases are rejected from now on. However, if ``wait`` is None and a lease is held, this
+        method only raises an error.
 
         Args:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
@@ -233,7 +236,7 @@ class LeaseManager:
             lease = self._create_lease((loaded,))  # it is on the device and needs no more room
         self._make_stream_wait_until_ready(lease).release()
 
-    def recompute_stale_dora_scales(self) -> None:
+    def recompute_all_stale_dora_scales(self) -> None:
         """Recompute the stale DoRA scales of all adapters on the device.
 
         Scales are stale if the base weights have changed since they were computed. Adapters that
@@ -288,7 +291,9 @@ class LeaseManager:
             ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
-            if not self._can_grant_after_leases_end(request) or (left is not None and left <= 0):
+            if not self._can_grant_after_other_leases_end(request) or (
+                left is not None and left <= 0
+            ):
                 nbytes = sum(image.nbytes for image in request.in_memory.values())
                 raise PoolFullError(
                     f"a batch needs {len(request.in_memory)} adapters ({nbytes} bytes in total) "
@@ -392,13 +397,14 @@ class LeaseManager:
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
-    def _can_grant_after_leases_end(self, request: LeaseRequest) -> bool:
-        """Return whether a request can be granted once the leases of other threads have ended.
+    def _can_grant_after_other_leases_end(self, request: LeaseRequest) -> bool:
+        """Return whether a request can be granted after other leases have ended.
 
-        If the result is False, waiting for room is futile. The method implements Dijkstra's
-        banker's algorithm. The algorithm assumes that running threads will end their leases, and
-        that a waiting thread will end its leases only if its own request can be granted. If two
-        threads wait for each other, the result is False for the request that arrived last.
+        The other leases are those of other threads. If the result is False, waiting for room is
+        futile. The method implements Dijkstra's banker's algorithm. The algorithm assumes that
+        running threads will end their leases, and that a waiting thread will end its leases only if
+        its own request can be granted. If two threads wait for each other, the result is False for
+        the request that arrived last.
         """
         waiting = [other for other in self.queue if other is not request]
         stuck = {other.owner for other in waiting} | {request.owner}

@@ -166,9 +166,10 @@ class PackedAdapter:
 
 
 class AdapterPacker:
-    """Packs all tensors of an adapter into one tensor.
+    """Packs the tensors of adapters for a pool.
 
-    The result is a `PackedAdapter` with a 1-D tensor.
+    Each adapter becomes a `PackedAdapter`, in which one 1-D tensor contains all of the adapter's
+    tensors.
 
     Args:
         targets: The modules that adapters may adapt.

@@ -25,7 +25,7 @@ from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import PoolStats, RegisteredAdapter
-from fastlora.pool.router import lease_batch_routing, sample_pool_routings
+from fastlora.pool.router import lease_batch_routing, sample_routing_per_rank
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
@@ -206,10 +206,10 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_registered(self, entry: RegisteredAdapter) -> None:
-        """Load the adapter of a `RegisteredAdapter` from the adapter's folder.
+        """Load the adapter of a `RegisteredAdapter` into the pool.
 
-        The adapter does not have to be registered yet. The new adapter replaces any adapter with
-        the same name. See `load` for details.
+        The adapter is read from its folder. If the adapter is not registered yet, it is registered.
+        The new adapter replaces any adapter with the same name. See `load` for details.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -318,9 +318,10 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Keep an adapter on the device, so that it is not evicted until `unpin` is called.
+        """Pin an adapter on the device, so that it is not evicted.
 
-        If it is not on the device, it is brought there.
+        The adapter stays pinned until `unpin` is called. If the adapter is not on the device yet,
+        it is brought there.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -388,7 +389,7 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that have been replaced or unloaded so far.
+        """Number of adapters that have been replaced so far, including unloaded adapters.
 
         Evicted adapters do not count. As long as this number does not change, each name in an open
         `fastlora.adapters` block still refers to the same adapter.
@@ -504,7 +505,7 @@ class AdapterPool:
         Only adapters on the device are included. Their scales are recomputed only if the scales are
         outdated, which means that the base weights have changed. Missing scales are computed too.
         """
-        self._lease_manager.recompute_stale_dora_scales()
+        self._lease_manager.recompute_all_stale_dora_scales()
 
     # -------------------------------------------------------------------------------- closing
 
@@ -570,7 +571,7 @@ class AdapterPool:
 
         See `fastlora.routing.routers.AdapterRouter`.
         """
-        return sample_pool_routings(self, ranks)
+        return sample_routing_per_rank(self, ranks)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
         """Check that all names are registered, and return them as a tuple.

@@ -51,10 +51,8 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class PackedTensorLocation(NamedTuple):
-    """The location of a tensor in a packed adapter.
-
-    The target and the kind of the tensor determine its location.
+class TensorTargetAndKind(NamedTuple):
+    """The target and kind that determine the location of a tensor in a packed adapter.
 
     Attributes:
         row: Index of the target in the pool.
@@ -85,10 +83,10 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads adapters and packs them for the pool of one model.
+    """Reads adapters for the pool of one model.
 
-    The reader reads adapters from folders or state dicts, and validates them. Any thread may use
-    the reader, because the reader stores no adapters.
+    The reader reads adapters from folders or state dicts, validates them, and packs them. Any
+    thread may use the reader, because the reader stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -254,7 +252,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, PackedTensorLocation]:
+    ) -> dict[str, TensorTargetAndKind]:
         """Update the config, and return the location of each tensor in the packed adapter.
 
         The selected parameters are stored in the config; see
@@ -267,7 +265,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, PackedTensorLocation] = {}
+        locations: dict[str, TensorTargetAndKind] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
@@ -286,7 +284,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = PackedTensorLocation(index, _BLOCK_OF[kind], name)
+            locations[key] = TensorTargetAndKind(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_selected_targets_have_factors(
@@ -302,7 +300,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, PackedTensorLocation],
+        locations: Mapping[str, TensorTargetAndKind],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:
@@ -360,7 +358,7 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return the adapted parameter and the rank of each layer in an adapter file.
+        """Return the parameter name and the rank of each layer in an adapter file.
 
         Only layers whose factors adapt a parameter are included. The result is a dict that maps the
         name of each layer to a tuple (name of the target, name of the parameter, rank). The

@@ -36,7 +36,7 @@ class DoraScales:
 
 
 class LoadedAdapter:
-    """An adapter on the device.
+    """The pool's record of an adapter that is loaded on the device.
 
     A hot swap creates a new `LoadedAdapter` with the new factors. The factors never change. Their
     memory is guaranteed to stay valid only while a lease on the adapter is active. The pool's lock

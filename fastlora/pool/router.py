@@ -83,8 +83,8 @@ def lease_batch_routing(
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 
-def sample_pool_routings(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
-    """Return sample routings of a pool for `warm_up`.
+def sample_routing_per_rank(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
+    """Return sample routings of a pool for `warm_up`, one for each rank or range of ranks.
 
     If ``ranks`` is given, there is one routing for each of these ranks. Otherwise, there is one
     routing for each range of ranks that share kernel configs. The routing with the largest rank

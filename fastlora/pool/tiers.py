@@ -197,16 +197,18 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """List of the loaded adapters.
+        """List of all adapters that are loaded on the device.
 
-        The list contains all adapters on the device. Adapters that were replaced or removed are
-        included while they are leased.
+        Adapters that were replaced or removed are included while they are leased.
         """
         return [*self.device.values(), *self.retired]
 
     @property
     def device_bytes_used(self) -> int:
-        """Size in bytes of all packed adapters on the device."""
+        """Number of bytes used in the device tier.
+
+        The value is the total size of all packed adapters on the device.
+        """
         return sum(loaded.packed.nbytes for loaded in self.loaded_adapters)
 
     def leased(self) -> set[LoadedAdapter]:
@@ -382,15 +384,15 @@ class StorageTiers:
                 self._tables.assign(loaded.slot, NO_COLUMN)
             self._free_slots.append(loaded.slot)
 
-    def _free_memory_when_unleased(self, loaded: LoadedAdapter) -> None:
+    def _free_memory_when_unleased(self, removed: LoadedAdapter) -> None:
         """Free a removed adapter's memory once the adapter is no longer leased.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.
         """
-        if loaded.leases:
-            self.retired.add(loaded)
+        if removed.leases:
+            self.retired.add(removed)
         else:
-            self._free(loaded)
+            self._free(removed)
 
     def _free(self, loaded: LoadedAdapter) -> None:
         # Later writes to this memory are ordered after the reads.
@@ -403,7 +405,10 @@ class StorageTiers:
 
     @property
     def cpu_bytes_used(self) -> int:
-        """Size in bytes of all packed adapters in the CPU tier."""
+        """Number of bytes used in the CPU tier.
+
+        The value is the total size of all packed adapters in the tier.
+        """
         return sum(image.nbytes for image in self.host.values())
 
     def _add_to_cpu_lru(self, name: str, image: PackedAdapter) -> None:

@@ -20,9 +20,10 @@ from fastlora.validation import AdapterStateError
 
 
 class DeviceTransfers:
-    """Transfers packed adapters to the device.
+    """Manages the transfers of packed adapters to a pool's device.
 
-    This is the base class of such transfers. It is itself used for CPUs, and then copies nothing.
+    This base class is itself used if the device is a CPU, and it then copies nothing. The subclass
+    `AsyncCudaTransfers` overrides the methods for GPUs.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -32,9 +33,9 @@ class DeviceTransfers:
     shares_memory = True
 
     def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that selects the stream for writes to adapters and tables.
+        """Return a context manager that selects the stream for writes as the current stream.
 
-        On a CPU, it does nothing.
+        The writes are those to adapters and tables. On a CPU, the context manager does nothing.
         """
         return contextlib.nullcontext()
 
@@ -45,10 +46,11 @@ class DeviceTransfers:
         """
         return image
 
-    def record_write_event(self) -> Any:
-        """Record an event after all writes issued so far, and return the event.
+    def record_write_event(self) -> torch.cuda.Event | None:
+        """Record an event after the writes to adapters and tables, and return the event.
 
-        On a CPU, which needs no events, return None.
+        The event completes when all such writes issued so far have completed. On a CPU, which
+        needs no events, return None.
         """
         return None
 
@@ -62,10 +64,12 @@ class DeviceTransfers:
         On a CPU, do nothing.
         """
 
-    def record_read_event_unless_capturing(self) -> tuple[Any, Any] | None:
-        """Record an event after all reads issued so far, and return the event and its stream.
+    def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
+        """Record an event after the reads of adapters, unless a CUDA graph is being captured.
 
-        On a CPU, return None.
+        The event completes when all reads issued so far on the current stream have completed.
+        Return a tuple (event, id of the stream), or None if no event was recorded. On a CPU, no
+        event is recorded.
         """
         return None
 
@@ -74,9 +78,9 @@ class DeviceTransfers:
 
 
 class AsyncCudaTransfers(DeviceTransfers):
-    """Transfers packed adapters to a GPU asynchronously.
+    """Copies packed adapters to a GPU asynchronously, on a separate CUDA stream.
 
-    The copies read page-locked memory and run on a separate CUDA stream.
+    The copies read page-locked memory.
 
     Args:
         device: A CUDA device.
@@ -89,10 +93,10 @@ class AsyncCudaTransfers(DeviceTransfers):
         self._stream = torch.cuda.Stream(device)
 
     def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that selects the stream for writes to adapters and tables.
+        """Return a context manager that selects the stream for writes as the current stream.
 
-        The pool's stream becomes the current stream. All writes to adapters and tables run on it,
-        so they run in order.
+        The stream for writes is the pool's own stream. All writes to adapters and tables run on
+        this stream, so they run in order.
         """
         return torch.cuda.stream(self._stream)
 
@@ -106,10 +110,10 @@ class AsyncCudaTransfers(DeviceTransfers):
         return dataclasses.replace(image, data=data)
 
     def record_write_event(self) -> torch.cuda.Event:
-        """Record a CUDA event after all writes issued so far, and return the event.
+        """Record a CUDA event after the writes to adapters and tables, and return the event.
 
-        The event is recorded on the pool's stream, on which all writes to adapters and tables run.
-        The event therefore completes when these writes have completed.
+        The event is recorded on the pool's stream, on which all such writes run. The event
+        therefore completes when all writes issued so far have completed.
         """
         event = torch.cuda.Event()
         event.record(self._stream)
@@ -140,10 +144,10 @@ class AsyncCudaTransfers(DeviceTransfers):
             stream.wait_event(event)
 
     def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after all reads issued so far, and return the event and its stream.
+        """Record an event after the reads of adapters, unless a CUDA graph is being captured.
 
-        The event is recorded on the current stream. The result is a tuple (event, id of the
-        stream).
+        The event completes when all reads issued so far on the current stream have completed.
+        Return a tuple (event, id of the stream).
 
         While a CUDA graph is being captured, only return None, because a captured forward pass has
         not read anything yet.

@@ -14,9 +14,10 @@ from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
 class _ThreadRoutings(threading.local):
-    """The active routings of a thread.
+    """Thread-local storage for the active routings of each thread.
 
-    They are those of its open blocks. They include each model's innermost routing.
+    The active routings of a thread are those of its open blocks. The storage also maps each group
+    of layers to the group's innermost routing.
     """
 
     def __init__(self) -> None:
@@ -47,17 +48,18 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
 
 
 def is_checking_rows() -> bool:
-    """Return whether any open block of this thread checks rows.
+    """Return whether the input rows of layers are being checked in this thread.
 
-    A block that checks rows may track them, and row tracking intercepts every operator.
+    This is the case if any open block of this thread checks rows. A block that checks rows may
+    track them, and row tracking intercepts every operator.
     """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether operations on a tensor are being captured into a CUDA graph.
+    """Return whether a CUDA graph is being captured and the given tensor is on a GPU.
 
-    Only captures by this thread count.
+    Operations on the tensor are then captured into the graph. Only captures by this thread count.
     """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -118,9 +120,9 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def skip_batch_size_check() -> Iterator[None]:
-    """Context manager that disables the check of the batch size against the number of ids.
+    """Context manager that skips the check that the batch size matches the number of adapter ids.
 
-    The check is `check_batch_matches_ids`. It is disabled in this thread only.
+    The check is `check_batch_matches_ids`. The check is skipped in this thread only.
     """
     before, _thread.unchecked = _thread.unchecked, True
     try:

@@ -16,12 +16,12 @@ _training = attrgetter("training")
 
 
 class AdapterSnapshot:
-    """A snapshot of the state of adapters, for detecting later changes.
+    """A snapshot of the state of adapters.
 
-    The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
-    snapshot is checked once per block. The check does not detect writes that do not change a
-    tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
-    checked within a block too.
+    The snapshot is used to detect later changes. It records modules, parameters, parameter
+    versions, scalings, and dropouts. The snapshot is checked once per block. The check does not
+    detect writes that do not change a tensor's version. Weights versions
+    (`fastlora.weights_version`) cover these writes, and are checked within a block too.
 
     The snapshot keeps the factors' memory alive, so no other tensor can get the same address. An
     address and a version then identify the contents. A `TensorStamp` keeps no memory alive, but

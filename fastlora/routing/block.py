@@ -113,10 +113,11 @@ def routing_from_parameters(
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Return a block's routing for adapters stored as parameters of the model's layers.
+    """Return a routing for layers whose adapters are stored as parameters.
 
-    A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
-    `AdapterSource` for a sequence of these names.
+    The routing is for one block. The adapters are stored as parameters of the layers. A slot is an
+    index into ``known``, the names of the model's adapters. ``source`` returns the `AdapterSource`
+    for a sequence of these names.
 
     Raises:
         AdapterStateError: An adapter is merged.
@@ -200,13 +201,14 @@ def _convert_slots_to_known(
 
 
 def _spread_seeds_to_known(
-    seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]
+    seeds: torch.Tensor, known: tuple[str, ...], seeded_names: tuple[str, ...]
 ) -> torch.Tensor:
     """Return a tensor with one seed for each name in ``known``.
 
-    ``seeds`` contains the seeds for the adapters in ``names``. All other adapters get the seed 0.
+    ``seeds`` contains the seeds for the adapters in ``seeded_names``. All other adapters get the
+    seed 0.
     """
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)
-    spread[[place[name] for name in names]] = seeds
+    spread[[place[name] for name in seeded_names]] = seeds
     return spread

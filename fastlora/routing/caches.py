@@ -17,10 +17,10 @@ import torch
 
 from fastlora.ops.factors import AddressTables
 from fastlora.ops.rows import Rows
-from fastlora.ops.torch.packed import PackedLayerFactors, has_required_layout
+from fastlora.ops.torch.packed import PackedLayerFactors, has_layout_for
 from fastlora.ops.torch.packed_choice import BatchKind
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
-from fastlora.routing.row_checks import AllRowsInOrderChecker
+from fastlora.routing.row_checks import LayerInputRowsChecker
 from fastlora.weights_version import weights_versions
 
 # Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
@@ -75,7 +75,7 @@ class PackedAdapterSet:
     def __init__(self, factors_can_change: bool) -> None:
         self.snapshot = AdapterSnapshot() if factors_can_change else None
         self.weights_version = (
-            weights_versions.for_trained_weights() if factors_can_change else None
+            weights_versions.for_trainable_weights() if factors_can_change else None
         )
         self.tables: AddressTables | Literal[False] | None = None
         self._met: set[tuple[int, torch.dtype, BatchKind]] = set()
@@ -114,7 +114,7 @@ class PackedAdapterSet:
             return pack, False
         for other in BatchKind:
             pack = self._packs.get((layer_number, dtype, other))
-            if pack is not None and has_required_layout(pack, dtype, kind):
+            if pack is not None and has_layout_for(pack, dtype, kind):
                 self._packs[key] = pack
                 return pack, False
         if key in self._met:
@@ -185,7 +185,7 @@ class PackedAdapterSetsCache:
         All cached sets are discarded. Clearing the cache is required if factors may have changed,
         or may change later, without the change being detected.
         """
-        weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
+        weights_versions.invalidate_trainable_weights()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()
 
@@ -234,4 +234,4 @@ class PerBlockCache:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
-    row_checker: AllRowsInOrderChecker | None = None
+    row_checker: LayerInputRowsChecker | None = None

@@ -180,12 +180,12 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Check the ids of earlier batches, and raise an error if an id is out of range.
+        """Check that adapter ids are valid, and raise an error if an id is out of range.
 
-        The error is an `AdapterNotFoundError`. This method reads the results of the deferred
-        checks. Results that have not arrived on the host yet are usually left to a later call.
-        While a CUDA graph is being captured, events cannot be queried. A call during a capture
-        therefore does nothing, and a later call raises the error.
+        The ids are those of earlier batches, and the error is an `AdapterNotFoundError`. This
+        method reads the results of the deferred checks. Results that have not arrived on the host
+        yet are usually left to a later call. While a CUDA graph is being captured, events cannot be
+        queried. A call during a capture therefore does nothing, and a later call raises the error.
         """
         if not self._pending:
             return

@@ -16,7 +16,7 @@ from fastlora.routing.routing import Routing
 
 
 class AdapterRouter(Protocol):
-    """Protocol for objects that route the rows of a model's batches to adapters.
+    """Protocol for classes that route each row of a batch to its adapter.
 
     A router creates a `Routing` for each block.
     """

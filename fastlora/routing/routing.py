@@ -85,13 +85,13 @@ class RoutedLayerGroup(UncopiedCache):
                     results.discard_untaken()
 
     def check_no_open_blocks(self, operation: str) -> None:
-        """Raise `AdapterStateError` if a block that uses this group is open.
+        """Raise `AdapterStateError` if an operation is called while blocks are open.
 
-        The operation is not allowed while such a block is open. The blocks of all threads count.
+        The blocks of all threads count, but only those that use this group.
 
         Args:
-            operation: Name of the method that would change the adapters or weights of the block's
-                rows.
+            operation: Name of the method that would change the adapters or weights of an open
+                block's rows.
         """
         if self._open:
             raise AdapterStateError(
@@ -192,10 +192,10 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
-        """Raise an error if the first dimension of ``x`` cannot be the sample dimension.
+        """Check that the sample dimension of a layer's input is consistent with the adapter ids.
 
-        This is the case if the shape of ``x``, ``[..., K]``, does not match the number of adapter
-        ids.
+        The input ``x`` has the shape ``[..., K]``. An error is raised if the first dimension of
+        ``x`` cannot be the sample dimension, because the shape does not match the number of ids.
 
         Raises:
             ValueError: An id's rows would end inside a slice along one of the leading dimensions.

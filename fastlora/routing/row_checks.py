@@ -17,7 +17,6 @@ gets all rows.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -29,6 +28,7 @@ from torch import nn
 
 from fastlora.routing.row_facts import RowOriginKind
 from fastlora.routing.row_tracking import RowTracker
+from fastlora.user_warnings import warn
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class LayerRowOrderChecks:
                 root, name, layer
             )
 
-    def row_checker_if_needed(self, num_ids: int) -> AllRowsInOrderChecker | None:
+    def row_checker_if_needed(self, num_ids: int) -> LayerInputRowsChecker | None:
         """Return a checker for the rows of a batch, or None if none is needed.
 
         The checker is a context manager for the block of the batch. No checker is needed if each
@@ -107,8 +107,8 @@ class LayerRowOrderChecks:
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return AllRowsInOrderChecker(self, mode, None)
-        return AllRowsInOrderChecker(self, mode, RowTracker(num_ids, root.buffers()))
+            return LayerInputRowsChecker(self, mode, None)
+        return LayerInputRowsChecker(self, mode, RowTracker(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayerProtocol) -> str:
         """Return the name of a layer in the model."""
@@ -166,16 +166,15 @@ class LayerRowOrderChecks:
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return
         self._blocks[mode] = 0
-        warnings.warn(
+        warn(
             f"layer {self.name_of(layer)!r} runs in a mixed batch for the first time, after "
             f"{_MOST_BLOCKS} mixed batches without it. fastlora checks from the next mixed batch "
             "on whether the layer gets every row of the batch in order",
-            stacklevel=2,
         )
 
 
-class AllRowsInOrderChecker:
-    """Checks that layers get all rows of a batch, in batch order.
+class LayerInputRowsChecker:
+    """Checks that the inputs of layers contain all rows of a batch, in batch order.
 
     The checker is a context manager. It checks the layers that run in its ``with`` block.
 
@@ -192,7 +191,7 @@ class AllRowsInOrderChecker:
         self._ran: dict[int, RoutedLayerProtocol] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> AllRowsInOrderChecker:
+    def __enter__(self) -> LayerInputRowsChecker:
         if self.order is not None:
             self.order.__enter__()
         return self
@@ -296,8 +295,10 @@ def _outermost_sequence_first_class_name(root: nn.Module, name: str) -> str | No
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _StructuralExpertEvidence(NamedTuple):
-    """Structural evidence about whether a module is an expert in a mixture of experts.
+class _ExpertModuleEvidence(NamedTuple):
+    """Evidence about whether a module is an expert in a mixture of experts.
+
+    The evidence comes from the structure and the names of the model's modules.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -313,10 +314,11 @@ class _StructuralExpertEvidence(NamedTuple):
 
 
 class _ExpertDetector:
-    """Detects experts in a model based on the structure of its modules.
+    """Detects whether layers of a model are experts in a mixture of experts.
 
-    A layer counts as an expert if it looks like one; see `looks_like_expert`. The detector looks
-    for modules with the same structure, and caches the results.
+    The detection is based on the structure and the names of the model's modules. A layer counts as
+    an expert if it looks like one; see `looks_like_expert`. The detector looks for modules with the
+    same structure, and caches the results.
     """
 
     def __init__(self) -> None:
@@ -324,7 +326,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._evidence: dict[tuple[str, bool], _StructuralExpertEvidence] = {}
+        self._evidence: dict[tuple[str, bool], _ExpertModuleEvidence] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayerProtocol) -> bool:
         """Return whether a layer looks like an expert.
@@ -345,7 +347,7 @@ class _ExpertDetector:
             key = at, child is layer
             evidence = self._evidence.get(key)
             if evidence is None:
-                evidence = self._evidence[key] = self._last_module_expert_evidence(
+                evidence = self._evidence[key] = self._expert_evidence(
                     modules, names, child is layer
                 )
             if evidence.alike > 1 and (
@@ -354,9 +356,9 @@ class _ExpertDetector:
                 return True
         return False
 
-    def _last_module_expert_evidence(
+    def _expert_evidence(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
-    ) -> _StructuralExpertEvidence:
+    ) -> _ExpertModuleEvidence:
         """Return the evidence about whether the last module of a path is an expert.
 
         Args:
@@ -367,12 +369,12 @@ class _ExpertDetector:
         parent, child = path_modules[-2:]
         alike = self._same_structure_counts_by_child(parent)[path_names[-1]]
         if alike == 1:
-            return _StructuralExpertEvidence(alike, False, set())
+            return _ExpertModuleEvidence(alike, False, set())
         words = [path_names[-1], _class_name(child)]
         if not ends_at_layer or isinstance(parent, _LISTS):
             words += [path_names[-2], _class_name(parent)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, path_modules[-3:-1]))
-        return _StructuralExpertEvidence(alike, "expert" in " ".join(words).lower(), beside)
+        return _ExpertModuleEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
         """Return, for each child of ``parent``, the number of children with the same structure.

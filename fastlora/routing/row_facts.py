@@ -17,9 +17,10 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """The kind of a tensor's rows, which depends on where they come from.
+    """The kind of a tensor's rows, determined by the origin and the order of the rows.
 
-    For example, the rows may come from the batch, from parameters, or from constants.
+    For example, the rows may be the rows of the batch in order, rows that the data selected, or
+    rows made from parameters or constants.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
@@ -115,20 +116,22 @@ class RowFactsTable:
             return entry.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
-    def source_index_key(self, tensor: torch.Tensor) -> int:
-        """Return a key that identifies the index that a tensor was derived from.
+    def source_index_key(self, index: torch.Tensor) -> int:
+        """Return a key that identifies the source of an index tensor.
 
-        If the tensor was not derived from an index, return its own key.
+        The source is the index from which the tensor was derived. If the tensor was not derived
+        from another index, the tensor is its own source.
         """
-        origin = self.facts_of(tensor).origin
-        return storage_key(tensor) if origin is None else origin
+        origin = self.facts_of(index).origin
+        return storage_key(index) if origin is None else origin
 
-    def put(self, out: object, facts: RowOriginFacts) -> None:
-        """Record facts about the rows of an operator's output.
+    def put(self, tensors: object, facts: RowOriginFacts) -> None:
+        """Record facts about the rows of one or more tensors.
 
-        The output is one tensor or several.
+        ``tensors`` is a tensor, or a tuple or list of tensors, such as the output of an operator.
+        Objects that are not tensors are ignored.
         """
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        for tensor in tensors if isinstance(tensors, (tuple, list)) else (tensors,):
             if not isinstance(tensor, torch.Tensor):
                 continue
             own = facts
@@ -185,7 +188,9 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, index_key: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Return the `RowOriginFacts` of rows that an index selected, given their samples.
+        """Return the `RowOriginFacts` of rows, given the sample of each row.
+
+        The rows were selected by an index, or they result from joining tensors with such rows.
 
         Args:
             samples: The sample of each row, or None if the samples are unknown.

@@ -146,7 +146,7 @@ def _counts_up_through_all_rows(
     """
     if known.facts_of(index).kind is not RowOriginKind.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
-    return not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())
+    return not row_samples.values_are_readable(index) or bool((index.flatten().diff() >= 0).all())
 
 
 def _table_lookup_facts(

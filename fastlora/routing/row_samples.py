@@ -123,15 +123,17 @@ def copy_indices_to_cpu(indices: Indices) -> list[torch.Tensor | None] | None:
 
     Returns None if the host cannot read the values of an index.
     """
-    if not all(index is None or host_can_read_values(index) for index in indices):
+    if not all(index is None or values_are_readable(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]
 
 
-def host_can_read_values(tensor: torch.Tensor) -> bool:
-    """Return whether the host can read a tensor's values.
+def values_are_readable(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's values can be read on the host.
 
-    The result is False during the capture of a CUDA graph, and for meta tensors and subclasses.
+    Reading the values of a GPU tensor makes the host wait for the GPU. The result is False for meta
+    tensors, for tensor subclasses other than `torch.nn.Parameter`, and, during the capture of a
+    CUDA graph, for CUDA tensors.
     """
     if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
@@ -154,7 +156,8 @@ def samples_after_write(
 
     The write changes the rows at ``indices``. ``samples_before`` are the samples of the rows before
     the write, and ``written_samples`` are the samples of the written rows. If ``adds`` is set, the
-    written rows are added to the existing rows. Returns None if the indices cannot be read.
+    written rows are added to the existing rows. Returns None if the indices cannot be read, because
+    the samples are then unknown.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:

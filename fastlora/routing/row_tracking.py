@@ -33,10 +33,10 @@ from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_
 
 
 class RowTracker(TorchDispatchMode):
-    """Tracks the rows of a batch through all operators.
+    """Tracks the origin of the rows of tensors through the operators in a block.
 
     The tracker is a `TorchDispatchMode`. The mode records which tensors do not contain the batch's
-    rows in order.
+    rows in order, so that a layer that gets such a tensor can raise an error.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -55,7 +55,7 @@ class RowTracker(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Tell PyTorch that the mode ignores code that `torch.compile` compiles.
+        """Tell PyTorch to ignore the mode when `torch.compile` compiles code.
 
         PyTorch calls this method, which always returns True. Code is compiled as if the mode were
         off.
@@ -80,7 +80,7 @@ class RowTracker(TorchDispatchMode):
 
     @property
     def has_valid_facts(self) -> bool:
-        """Whether the recorded facts are valid in this thread.
+        """Whether the recorded facts about rows are still valid.
 
         The facts are valid, and may be used, if the mode is on in this thread and
         `invalidate_facts` has not been called.
@@ -120,7 +120,7 @@ class RowTracker(TorchDispatchMode):
         if x.dim() > 2 and x.shape[0] == self._known.count:
             return False
         rows = x.numel() // max(x.shape[-1], 1)
-        if not rows or not row_samples.host_can_read_values(x):
+        if not rows or not row_samples.values_are_readable(x):
             return False
         if rows % self._known.count:
             return True

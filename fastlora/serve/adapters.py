@@ -35,8 +35,10 @@ _log = logging.getLogger("fastlora.serve")
 class AdapterVersion(RegisteredAdapter):
     """A version of a served adapter.
 
-    Each change to the adapter's files creates a new version. A version is also the adapter's entry
-    in the pool. Its ``name`` in the pool is unique, so old and new versions can run side by side.
+    Each change to the adapter's files creates a new version. A version exists even before its files
+    have been read. A request keeps its version from beginning to end. A version is also the
+    adapter's entry in the pool. Each version has a unique ``name`` in the pool, so old and new
+    versions can run side by side.
 
     Attributes:
         served_as: The name that clients use.

@@ -21,10 +21,10 @@ from fastlora.serve.keys import AdminKeyRequiredError, ApiKeys, CallerRole
 from fastlora.serve.metrics import PrometheusMetrics
 from fastlora.serve.middleware import KeyAndSizeMiddleware
 from fastlora.serve.openai_responses import (
+    AsyncAnswerStream,
     BaseAnswerFormat,
     ChatCompletionFormat,
     CompletionFormat,
-    EngineAnswerStream,
     EventStreamResponse,
     result_unless_disconnected,
 )
@@ -238,7 +238,7 @@ class Server:
             raise ConfigError("stream_options requires stream=true")
         adapter = None if self._is_base(body.model) else body.model
         try:
-            answer = EngineAnswerStream(self.engine, tokens, adapter, sampling)
+            answer = AsyncAnswerStream(self.engine, tokens, adapter, sampling)
         except AdapterNotFoundError as error:
             if request.state.caller is not CallerRole.ADMIN:
                 raise

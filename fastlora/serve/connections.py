@@ -100,12 +100,14 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Close a connection if the maximum number is open, and return whether there is room.
+        """Make room for a new connection if necessary, and return whether there is room.
 
-        Only a connection that waits for its client is closed. A connection is idle between two
-        requests. Connections with unfinished requests are closed before idle connections, because
-        the clients of idle connections have been served. A quarter of the connections is reserved
-        for unfinished requests, so that idle connections do not keep new clients out.
+        If the maximum number of connections is open, a connection that waits for its client is
+        closed. Connections with unfinished requests are closed before connections between two
+        requests, because a client between two requests has been served. A quarter of the
+        connections is reserved for unfinished requests, so that connections between two requests do
+        not keep new clients out. There is no room if no connection can be closed or if the server
+        is shutting down.
         """
         if self.ending:
             return False
@@ -197,9 +199,10 @@ class DeadlineProtocol(H11Protocol):
 
 
 class DeadlineTimer:
-    """A timer that closes a connection when the client misses a deadline.
+    """A timer for the deadline of a connection.
 
-    The timer runs while the connection waits for the client.
+    The timer closes the connection when the client misses the deadline. The timer runs while the
+    connection waits for the client.
 
     Attributes:
         waits: The event that the connection waits for; None while the client waits for the server.

@@ -165,9 +165,10 @@ class Engine:
 
     @property
     def closing(self) -> bool:
-        """Whether the engine is closing or closed.
+        """Whether the engine is closing.
 
-        If so, it accepts no requests.
+        The value remains True after the engine has closed. An engine that is closing or closed
+        accepts no requests.
         """
         return self._closing
 
@@ -298,11 +299,11 @@ class Engine:
     def _release_adapter_and_report_failure(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the request's failure to the client.
+        """Release a request's adapter, and report the request's failure, if any, to the client.
 
-        The error is reported to the request's ``on_chunk`` function. If ``error`` is None, the
-        reported error says that the request was canceled. Nothing is reported if the request has
-        already ended.
+        Nothing is reported if the request has already ended. Otherwise, the error is reported to
+        the request's ``on_chunk`` function. If ``error`` is None, the reported error says that the
+        request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

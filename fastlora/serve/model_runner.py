@@ -20,11 +20,11 @@ _ROPES_BY_LENGTH = ("dynamic", "longrope")
 _STEP = 256  # minimum number of positions by which the cache grows
 
 
-class RowKVCache:
-    """A key-value cache with one row per request.
+class BatchKVCache:
+    """A key-value cache for a batch of requests.
 
-    It covers all layers of a model and has the interface of a transformers cache. Layers call
-    `update` to write and read their keys and values.
+    Each request has one row. The cache covers all layers of a model and has the interface of a
+    transformers cache. Layers call `update` to write and read their keys and values.
 
     The buffers have shape ``[rows, heads, length, head_dim]``. They are initialized to zeros,
     because a masked position still takes part in a product with weight 0. Their length grows as
@@ -138,7 +138,7 @@ class RowKVCache:
 class KVCacheModelRunner:
     """Runs forward passes of a language model with a key-value cache.
 
-    The model is a causal language model of transformers, and the cache is a `RowKVCache`.
+    The model is a causal language model of transformers, and the cache is a `BatchKVCache`.
 
     Args:
         model: The model, in evaluation mode.
@@ -168,7 +168,7 @@ class KVCacheModelRunner:
                 f"tokens, but the model supports at most {most}; set it to {most} or less"
             )
         self.length = length or min(most or 2048, 2048)
-        self.cache = RowKVCache(rows, self.length)
+        self.cache = BatchKVCache(rows, self.length)
         self._model = model
 
     @torch.no_grad()
@@ -216,9 +216,10 @@ class KVCacheModelRunner:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of positions that a model supports.
+    """Return the maximum number of positions that a model supports according to its config.
 
-    The maximum applies to each request. It is None if there is no limit. Raises
+    The maximum applies to each request. If the model uses a sliding window, the maximum is at most
+    the size of the window. The result is None if the config contains no limit. Raises
     `UnsupportedLayerError` if the model caches something other than keys and values.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -23,8 +23,8 @@ from fastlora.validation import FastLoraError
 _T = TypeVar("_T")
 
 
-class EngineAnswerStream:
-    """An asynchronous stream of the chunks of an answer from the engine.
+class AsyncAnswerStream:
+    """An asynchronous stream of the chunks of an answer.
 
     A coroutine reads the chunks while the engine produces them in another thread. Creating a stream
     submits the request, and raises the errors of `Engine.submit`.
@@ -66,7 +66,7 @@ class EventStreamResponse(StreamingResponse):
     If the client disconnects, the request is canceled.
     """
 
-    def __init__(self, answer: EngineAnswerStream, events: AsyncIterator[str]) -> None:
+    def __init__(self, answer: AsyncAnswerStream, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._answer = answer
 
@@ -92,7 +92,7 @@ class BaseAnswerFormat(abc.ABC):
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream_events(
-        self, answer: EngineAnswerStream, first: AnswerChunk, usage: bool
+        self, answer: AsyncAnswerStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
         """Yield the events of a stream.
 
@@ -143,7 +143,7 @@ class BaseAnswerFormat(abc.ABC):
 
 
 class CompletionFormat(BaseAnswerFormat):
-    """The JSON format of a completion."""
+    """The JSON format of responses from OpenAI's completions endpoint."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -154,7 +154,7 @@ class CompletionFormat(BaseAnswerFormat):
 
 
 class ChatCompletionFormat(BaseAnswerFormat):
-    """The JSON format of a chat completion."""
+    """The JSON format of responses from OpenAI's chat completions endpoint."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

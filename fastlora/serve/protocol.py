@@ -200,8 +200,9 @@ class ChatBody(BaseGenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _check_conversation_part_count(cls, data: Any) -> Any:
-        """Raise an error if the messages of a conversation have too many parts in total.
+        """Raise an error if a conversation has too many parts.
 
+        The parts of all messages are counted together. Each message counts as at least one part.
         This validator runs before the parts themselves are validated.
         """
         messages = data.get("messages") if isinstance(data, dict) else None

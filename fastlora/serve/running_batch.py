@@ -132,10 +132,12 @@ class RunningBatch:
             self._forward_and_choose_tokens(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
-        """Return the requests to prefill in the next forward pass.
+        """Choose the requests to prefill in the next forward pass.
 
-        The result is one request with a long prompt, or several requests with short prompts. The
-        forward pass processes at most `PREFILL_TOKENS` tokens, including the padding.
+        Requests are chosen from the requests in the batch whose prompts have not been processed
+        completely, in the order of their rows. The result is one request with a long prompt, or as
+        many requests with short prompts as fit in the forward pass. The forward pass processes at
+        most `PREFILL_TOKENS` tokens, including the padding.
         """
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)
@@ -223,11 +225,12 @@ class RunningBatch:
     def _remove_and_fill_from_end(
         self, job: EngineRequest, error: FastLoraError | None = None
     ) -> None:
-        """Remove a request from the batch, and move a later request into its row.
+        """Remove a request from the batch, and fill the empty row from the end of the batch.
 
-        If the request was generating tokens, the last request that generates tokens moves into its
-        row, and the last request of the batch moves into the row that is then empty. Otherwise, the
-        last request of the batch moves into the row of the removed request.
+        The last request of the batch moves into the empty row, unless the removed request was
+        generating tokens. If the removed request was generating tokens, the last request that
+        generates tokens moves into the empty row, and the last request of the batch moves into the
+        row that is then empty.
 
         First, the open `fastlora.adapters` block is closed. Afterwards, the lease on the request's
         adapter is released, and the ``ended`` function is called with the request and ``error``.

@@ -118,9 +118,10 @@ class _RecordingDriver(StandInDriver):
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return a launcher that records each launch of a kernel instead of executing it.
+        """Return a launcher that records each launch of a kernel.
 
-        A launch is recorded as a `Launch`.
+        The launcher replaces Triton's launcher. A launch is recorded as a `Launch`, and the kernel
+        is not executed.
         """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared

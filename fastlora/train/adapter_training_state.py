@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Training counts of one adapter.
+    """Counts for one adapter in training, such as its number of steps.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -101,10 +101,10 @@ class AdapterTrainingState:
         return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Scale a loss for the backward pass.
+        """Multiply a loss by its weight and by the adapter's loss scale.
 
-        The loss, a scalar tensor, is multiplied by ``weight`` and by the adapter's loss scale.
-        Without a scaler, the loss scale is 1.
+        The result is the loss for the backward pass. ``loss`` is a scalar tensor. Without a
+        gradient scaler, the loss scale is 1.
         """
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)

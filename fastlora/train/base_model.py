@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the base model.
+    """Load the tokenizer of the base model that is specified in the settings.
 
     If `chat_template` is set, it replaces the chat template of the tokenizer.
 

@@ -82,9 +82,11 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 @contextlib.contextmanager
 def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> Iterator[Path]:
-    """Write a new checkpoint, and yield the folder for its adapters.
+    """Write a new checkpoint, and yield the folder in which the caller saves the adapters.
 
-    The checkpoint is complete on exit. Then all but the newest ``max_to_keep`` are removed.
+    In the ``with`` block, the checkpoint is a temporary folder. On exit, the state is written, and
+    the checkpoint is completed by renaming the folder. Then all but the newest ``max_to_keep``
+    checkpoints are removed.
 
     Args:
         root: The folder of all checkpoints of the run.

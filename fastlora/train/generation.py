@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def generate_answers(
     model: LoraModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Mapping[str, Sequence[str]],
+    prompts_by_adapter: Mapping[str, Sequence[str]],
     corpora: Mapping[str, TokenizedCorpus],
     max_new_tokens: int,
     pad_token_id: int,
@@ -36,7 +36,7 @@ def generate_answers(
     Args:
         model: The model with its adapters.
         tokenizer: The tokenizer of the base model.
-        prompts: Dict that maps each adapter to its prompts.
+        prompts_by_adapter: Dict that maps each adapter to its prompts.
         corpora: Dict that maps each adapter to its training data.
         max_new_tokens: Maximum number of tokens in an answer.
         pad_token_id: Token id for padding.
@@ -45,10 +45,10 @@ def generate_answers(
         A dict that maps each adapter with prompts to the list of its answers, in the order of its
         prompts.
     """
-    names = [name for name, texts in prompts.items() for _ in texts]
+    names = [name for name, texts in prompts_by_adapter.items() for _ in texts]
     asked = [
         torch.tensor(format_and_tokenize_prompt(text, corpora[name], tokenizer), dtype=torch.int64)
-        for name, texts in prompts.items()
+        for name, texts in prompts_by_adapter.items()
         for text in texts
     ]
     if not asked:
@@ -67,4 +67,4 @@ def generate_answers(
             eos_token_id=sorted(end_token_ids(model.get_base_model(), tokenizer)) or None,
         )
     texts = iter(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))
-    return {name: [next(texts) for _ in own] for name, own in prompts.items() if own}
+    return {name: [next(texts) for _ in own] for name, own in prompts_by_adapter.items() if own}

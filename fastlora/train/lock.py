@@ -15,13 +15,13 @@ import shlex
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastlora.model.atomic_files import acquire_flock
 from fastlora.train.processes import TrainError
 from fastlora.train.run_log import os_error_as_train_error
+from fastlora.user_warnings import warn
 
 LOCK = ".run.lock"
 # File descriptors of the locks that this process holds.
@@ -92,10 +92,9 @@ def _acquire_lock_if_supported(path: Path) -> int | None:
             free = acquire_flock(descriptor)
             if free is None:
                 path.unlink(missing_ok=True)
-                warnings.warn(
+                warn(
                     f"{path.parent}: the file system does not support locks; make sure that no "
                     "other run writes to this folder",
-                    stacklevel=2,
                 )
                 return None
             if not free:

@@ -229,10 +229,11 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Sum the token counts of each adapter over all processes.
+        """Return the total number of tokens of each adapter.
 
-        The result is a dict that maps adapter names to token counts. Pass it to
-        `causal_lm_losses` or `adapter_losses` as ``tokens``.
+        The token counts are summed over all processes. The result is a dict that maps adapter names
+        to token counts. Adapters without tokens are left out. Pass the dict to `causal_lm_losses`
+        or `adapter_losses` as ``tokens``.
 
         Args:
             counts: Token counts of this process for all batches of the step; see `count_tokens`.

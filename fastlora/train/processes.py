@@ -43,7 +43,7 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedFiniteLosses(NamedTuple):
-    """The adapters whose losses for a batch are finite, as agreed by all processes.
+    """The agreement among all processes on which losses of a batch are finite.
 
     If an adapter's loss is not finite in at least one process, all processes leave out that loss.
 

@@ -173,7 +173,11 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean training loss of each adapter, and the paths of the written files."""
+    """The mean training losses, and the paths of the written files.
+
+    There is one mean loss for each adapter. If the run has steps left, there are no mean losses and
+    no files.
+    """
 
     means: dict[str, float]
     files: tuple[Path, ...]
@@ -598,9 +602,10 @@ class Run:
         return found
 
     def generate_and_log_answers(self) -> None:
-        """Generate each adapter's answers to its prompts, and log them.
+        """Generate answers to the prompts in the settings, and log the answers.
 
-        Only the main process does this. The other processes wait at the next step.
+        Each adapter answers its own prompts. Only the main process generates answers. The other
+        processes wait at the next step.
         """
         prompts = {a.name: a.prompts for a in self.settings.adapters if a.prompts}
         if not prompts or not self.processes.main:
@@ -656,10 +661,11 @@ class Run:
         self.processes.run_in_main_and_broadcast(write)
 
     def _save_trained_adapters(self) -> None:
-        """Save all trained adapters, each to its own output folder.
+        """Save all trained adapters.
 
-        These are the adapters that have taken at least one step. If an adapter cannot be written,
-        the other adapters are still written before `CheckpointError` is raised.
+        Each adapter is saved to its own folder in the output folder of the run. A trained adapter
+        is an adapter that has taken at least one step. If an adapter cannot be written, the other
+        adapters are still written before `CheckpointError` is raised.
         """
         saved, failures = [], []
         for name, folder in self._trained_adapter_folders().items():

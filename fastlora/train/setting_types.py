@@ -143,20 +143,20 @@ def setting_field(
 
 
 def select_and_validate_settings(
-    settings_class: type, given: Mapping[str, Any], prefix: str
+    settings_class: type, given: Mapping[str, Any], message_prefix: str
 ) -> dict[str, Any]:
     """Select the settings that ``settings_class`` defines, validate them, and return their values.
 
     The result is a dict that maps the names of the given settings to their values. Settings in
     ``given`` that ``settings_class`` does not define are ignored. The values are converted to the
-    types of the settings. None is accepted for a field whose default is None. ``prefix`` precedes
-    the name of a setting in error messages.
+    types of the settings. None is accepted for a field whose default is None. ``message_prefix``
+    precedes the name of a setting in error messages.
     """
     found = {}
     for own in dataclasses.fields(settings_class):
         if own.name in given and "setting_type" in own.metadata:
             value = given[own.name]
             if value is not None or own.default is not None:
-                value = own.metadata["setting_type"].check(value, f"{prefix}{own.name}")
+                value = own.metadata["setting_type"].check(value, f"{message_prefix}{own.name}")
             found[own.name] = value
     return found

@@ -96,8 +96,8 @@ FAULTS = (
         "wrong slot",
         "bc02d30",
         "fastlora/routing/block.py",
-        "    spread[[place[name] for name in names]] = seeds\n",
-        "    spread[: len(names)] = seeds\n",
+        "    spread[[place[name] for name in seeded_names]] = seeds\n",
+        "    spread[: len(seeded_names)] = seeds\n",
         ("tests/conformance/test_compiled.py::test_values[aot_eager-model-mixed-dropout]",),
     ),
     Fault(
@@ -170,7 +170,7 @@ FAULTS = (
         "order of an index",
         "ce2f116",
         "fastlora/routing/row_rules.py",
-        "not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())",
+        "not row_samples.values_are_readable(index) or bool((index.flatten().diff() >= 0).all())",
         "True",
         (f"{_SELECTED}test_rows_out_of_order_raise[counted down]",),
     ),
@@ -237,7 +237,7 @@ FAULTS = (
         kind="no mark",
         source="M10",
         path="fastlora/routing/caches.py",
-        before="weights_versions.for_trained_weights() if factors_can_change else None\n",
+        before="weights_versions.for_trainable_weights() if factors_can_change else None\n",
         after="None\n",
         tests=(
             "tests/kernels/test_mixed_tables.py::test_tables_end_with_what_they_were_made_from",

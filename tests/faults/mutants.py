@@ -64,6 +64,7 @@ TESTS = {
         *_BLOCKS,
         _CONFORMANCE,
         "tests/routing/test_selected_rows.py",
+        "tests/routing/test_sample_routings.py",
         "tests/test_public_api.py",
     ),
     "fastlora/ops/rows.py": ("tests/ops/test_rows.py", _CONFORMANCE),
@@ -73,7 +74,11 @@ TESTS = {
         "tests/pool/test_pool_threads.py",
         "tests/pool/test_pool_batches.py",
     ),
-    "fastlora/model/targets.py": ("tests/model/test_targets.py",),
+    "fastlora/model/targets.py": (
+        "tests/model/test_targets.py",
+        "tests/model/test_experts.py",
+        "tests/model/test_expert_files.py",
+    ),
 }
 # Variables are renamed only by operators that need their names. Identity for equality changes
 # nothing for None, names, and small numbers.

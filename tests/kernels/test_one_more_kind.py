@@ -33,7 +33,7 @@ from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.merge_target import Fingerprint, bit_sums
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
-    KernelsCannotRead,
+    KernelsCannotReadError,
     address_tensor,
     qualified_class_name,
     register_quantized_weight,
@@ -116,7 +116,9 @@ class TwoBitWeight(BaseQuantizedWeight):
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
         n, k = self.shape
         if k % BLOCK:
-            raise KernelsCannotRead(f"blocks of {BLOCK} weights do not divide its {k} in_features")
+            raise KernelsCannotReadError(
+                f"blocks of {BLOCK} weights do not divide its {k} in_features"
+            )
         codes, scales = self.base.codes, self.base.scales
         return QuantizedData("two bits", codes, address_tensor(scales), n, k, BLOCK), (
             codes,

@@ -231,6 +231,22 @@ def test_other_configs_warn_of_nothing(kind: str, fields: dict[str, Any]) -> Non
     assert warned(kind, **fields) == []
 
 
+def test_targets_that_match_nothing_beside_parameters() -> None:
+    """PEFT's warning if no module matches at all, and otherwise the entries that match none."""
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    (said,) = warned("olmoe", target_modules=["nothing"], target_parameters=parameters)
+    assert said == "target_modules={'nothing'} were set but no module was matched."
+    (said,) = warned("olmoe", target_modules=["q_proj", "nothing"], target_parameters=parameters)
+    assert "match no module" in said and "nothing" in said and "q_proj" not in said
+
+
+def test_the_first_layer_that_is_selected_twice_is_named() -> None:
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in "abc"})
+    config = LoraConfig(target_modules=["b", "c"], target_parameters=["c.weight", "b.weight"])
+    with pytest.raises(ConfigError, match=r"of layer 'b' of type Linear.* selects \['weight'\]"):
+        get_peft_model(model, config)
+
+
 def test_all_linear_says_that_it_adapts_routers() -> None:
     (said,) = warned("olmoe", target_modules="all-linear")
     assert "also adapts the routers of experts ('model.layers.*.mlp.gate.weight')" in said

@@ -204,22 +204,22 @@ def test_only_a_processor_without_the_instructions_widens(monkeypatch: pytest.Mo
     for name in has:
         monkeypatch.setattr(mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: has[name])
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
-    assert products._emulated_dtypes() == dict.fromkeys(HALVES, products.DOTS)
+    assert products._cpu_emulated_dtypes() == dict.fromkeys(HALVES, products.DOTS)
     has["bf16"] = True  # oneDNN says so of what it emulates with AVX512, too
-    assert products._emulated_dtypes() == {torch.float16: products.DOTS}
+    assert products._cpu_emulated_dtypes() == {torch.float16: products.DOTS}
     capability, has_avx512_bf16 = "AVX512", False
     both = {torch.bfloat16: products.ONEDNN, torch.float16: products.DOTS}
-    assert products._emulated_dtypes() == both
+    assert products._cpu_emulated_dtypes() == both
     has_avx512_bf16 = True
-    assert products._emulated_dtypes() == {torch.float16: products.DOTS}
+    assert products._cpu_emulated_dtypes() == {torch.float16: products.DOTS}
     has["fp16"] = True
-    assert not products._emulated_dtypes()
+    assert not products._cpu_emulated_dtypes()
     capability, has = "AVX2", {"bf16": False, "fp16": False}
     monkeypatch.setattr(backends.mkldnn, "is_available", lambda: False)
-    assert not products._emulated_dtypes()
+    assert not products._cpu_emulated_dtypes()
     capability = "DEFAULT"
     monkeypatch.setattr(backends.mkldnn, "is_available", lambda: True)
-    assert not products._emulated_dtypes()
+    assert not products._cpu_emulated_dtypes()
 
 
 def test_what_stays_with_pytorch() -> None:

@@ -132,6 +132,13 @@ def test_one_sort_serves_every_padded_size(largest: int) -> None:
             assert view.data_ptr() == tensor.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"), [([0, 1, 1, 0], False), ([0, 1, 1, -1], True), ([2, 2, 2, 2], False)]
+)
+def test_rows_without_a_slot(ids: list[int], expected: bool) -> None:
+    assert sort_rows(torch.tensor(ids), len(ids), 3).has_rows_without_slot is expected
+
+
 def test_sizes_do_not_depend_on_the_ids() -> None:
     shapes = {
         tuple(tuple(t.shape) for t in (g.order, g.segment_of, g.segment_slot, g.piece_starts(16)))

@@ -16,7 +16,7 @@ def test_sets_of_replaced_factors_are_dropped_together() -> None:
     cache = PackedAdapterSetsCache()
     kept = [weakref.ref(cache.get((name,), True)) for name in "ab"]
     assert all(known() is not None for known in kept)
-    weights_versions.invalidate_trained_weights()
+    weights_versions.invalidate_trainable_weights()
     cache.get(("a",), True)
     assert all(known() is None for known in kept)
 
@@ -33,7 +33,7 @@ def test_the_sets_that_were_used_last_stay_cached() -> None:
 def test_sets_that_cannot_change_hold_after_training() -> None:
     fixed, trained = PackedAdapterSet(False), PackedAdapterSet(True)
     assert fixed.is_valid() and trained.is_valid()
-    weights_versions.invalidate_trained_weights()
+    weights_versions.invalidate_trainable_weights()
     assert fixed.is_valid()
     assert not trained.has_current_weights_version and not trained.is_valid()
 

@@ -97,8 +97,8 @@ def test_the_host_reads_cpu_tensors_while_a_graph_is_captured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert row_samples.host_can_read_values(torch.ones(1))
-    assert row_samples.host_can_read_values(torch.nn.Parameter(torch.ones(1)))
+    assert row_samples.values_are_readable(torch.ones(1))
+    assert row_samples.values_are_readable(torch.nn.Parameter(torch.ones(1)))
 
 
 def test_what_is_no_sample_is_told_from_each_sample() -> None:

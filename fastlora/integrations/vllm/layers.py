@@ -41,16 +41,17 @@ def replacement(class_name: str, method: str, original: Callable[..., Any]) -> C
 def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _replace_stacks_with_slots(self)
+        _create_layer_slots(self)
 
     return create_lora_weights
 
 
-def _replace_stacks_with_slots(layer: Any) -> None:
-    """Replace a vLLM layer's stacks of factors with views of a new `LayerSlots`.
+def _create_layer_slots(layer: Any) -> None:
+    """Create the `LayerSlots` in which a vLLM layer stores its adapters.
 
-    The layer then stores its adapters in the `LayerSlots`. The lora_a of an embedding layer is not
-    replaced.
+    The layer's stacks of factors are replaced with views of the `LayerSlots`. The lora_a of an
+    embedding layer is not replaced. If the layer already has a `LayerSlots`, this function does
+    nothing.
     """
     stacks_b = _as_list(layer.lora_b_stacked)
     if hasattr(stacks_b[0], "fastlora_slots"):
@@ -199,9 +200,9 @@ def _scaling(lora_b: torch.Tensor) -> float:
 
 
 def with_prompt_logprobs_by_request(get_prompt_logprobs: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``GPUModelRunner._get_prompt_logprobs_dict`` so that it runs once per request.
+    """Wrap ``GPUModelRunner._get_prompt_logprobs_dict`` so that each request uses its own adapter.
 
-    Each request then uses its own adapter. vLLM computes the logits of one request's prompt at a
+    The wrapped method runs once per request. vLLM computes the logits of one request's prompt at a
     time, but its LoRA backends only know the adapters of the sampled rows.
     """
 
@@ -233,14 +234,14 @@ def with_prompt_logprobs_by_request(get_prompt_logprobs: Callable[..., Any]) -> 
 # ----------------------------------------------------------------------- the adapters of a batch
 
 
-def with_one_request_per_adapter_id(
+def with_one_lora_request_per_adapter_id(
     make_batch_lora_inputs: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Wrap ``InputBatch.make_lora_inputs`` so that it returns one request for each adapter ID.
+    """Wrap ``InputBatch.make_lora_inputs`` so that it returns one LoRA request per adapter ID.
 
-    vLLM puts the requests into a set, in which requests with the same adapter name are equal. If an
-    adapter is unloaded and another one is loaded under its name, requests for both can run
-    together, and vLLM would activate only one of the two adapters.
+    vLLM puts the LoRA requests into a set, in which LoRA requests with the same adapter name are
+    equal. If an adapter is unloaded and another one is loaded under its name, requests for both
+    adapters can run together, and vLLM would activate only one of the two adapters.
     """
 
     def make_lora_inputs(
@@ -252,11 +253,11 @@ def with_one_request_per_adapter_id(
     return make_lora_inputs
 
 
-def one_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
     """Return one LoRA request for each adapter ID that the given requests use.
 
     This function replaces ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can
-    omit an adapter, for the reason given in `with_one_request_per_adapter_id`.
+    omit an adapter, for the reason given in `with_one_lora_request_per_adapter_id`.
     """
     found = (self.lora_requests.get(name) for name in req_ids)
     return tuple({each.lora_int_id: each for each in found if each is not None}.values())

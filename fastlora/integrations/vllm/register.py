@@ -115,11 +115,11 @@ class NotRegisteredReason(NamedTuple):
 
 
 def register() -> NotRegisteredReason | None:
-    """Register fastlora as vLLM's LoRA backend.
+    """Register fastlora with vLLM.
 
-    The registration applies to this process. The function may be called several times. If vLLM
-    cannot be taken over, nothing is changed, and a warning is logged. No exception is raised,
-    because vLLM does not catch it.
+    In this process, vLLM then uses fastlora as its LoRA backend. The function may be called several
+    times. If the registration is not possible, vLLM is not changed, and the reason is logged. No
+    exception is raised, because vLLM would not catch it.
 
     Returns:
         None if vLLM uses fastlora, otherwise the reason why it does not.
@@ -302,11 +302,11 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
         # A copy of lora_b in pinned memory or on another device would lose its scaling.
         found.append((_find_class(_WEIGHTS), "optimize", layers.keep_scaling_apart))
     state = _find_class(_STATE)
-    found.append((state, "get_activate_loras", layers.one_request_per_adapter_id))
+    found.append((state, "get_activate_loras", layers.one_lora_request_per_adapter_id))
     for owner, name, wrap in (
         (_MANAGER, "_load_adapter", layers.with_adapter_checks),
         (_RUNNER, _PROMPTS, layers.with_prompt_logprobs_by_request),
-        (_BATCH, "make_lora_inputs", layers.with_one_request_per_adapter_id),
+        (_BATCH, "make_lora_inputs", layers.with_one_lora_request_per_adapter_id),
     ):
         cls = _find_class(owner)
         original = vars(cls)[name]

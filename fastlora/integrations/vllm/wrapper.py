@@ -159,11 +159,12 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the shrink output ``scale * x @ lora_a.T`` of each slice to y.
+        """Compute the shrink output of each slice, and add it to y.
 
-        Each row of x is multiplied by the lora_a of its adapter. The output of slice i is added to
-        ``y[i]``. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls
-        this method if ``fully_sharded_loras`` is set.
+        The shrink output is ``scale * x @ lora_a.T``, where each row of x is multiplied by the
+        lora_a of its adapter. The output of slice i is added to ``y[i]``, which vLLM fills with
+        zeros. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this
+        method if ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
         for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):

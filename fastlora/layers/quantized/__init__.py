@@ -14,7 +14,7 @@ from fastlora.layers.quantized import (
 from fastlora.layers.quantized.base_weight import (
     UNREFERENCED_OUTPUT_MODULES,
     BaseQuantizedWeight,
-    KernelsCannotRead,
+    KernelsCannotReadError,
     address_tensor,
     peft_quantized_layers,
     qualified_class_name,
@@ -30,7 +30,7 @@ from fastlora.layers.quantized.repacking import (
 
 __all__ = [
     "UNREFERENCED_OUTPUT_MODULES",
-    "KernelsCannotRead",
+    "KernelsCannotReadError",
     "BaseQuantizedWeight",
     "RepackedProduct",
     "address_tensor",

@@ -31,8 +31,7 @@ _kinds: list[type[BaseQuantizedWeight]] = []
 UNREFERENCED_OUTPUT_MODULES: set[str] = set()
 
 
-# The name has no suffix Error: it is a fallback reason, and does not leave this folder.
-class KernelsCannotRead(Exception):  # noqa: N818
+class KernelsCannotReadError(Exception):
     """Exception that is raised if kernels cannot read a quantized weight.
 
     The message states why, and is used as the fallback reason.
@@ -132,9 +131,9 @@ class BaseQuantizedWeight(MergeTarget):
         The method checks the dtypes, the sizes, and the values of tables in the library's object.
 
         Raises:
-            KernelsCannotRead: Kernels cannot read the weight. The message gives the reason.
+            KernelsCannotReadError: Kernels cannot read the weight. The message gives the reason.
         """
-        raise KernelsCannotRead(
+        raise KernelsCannotReadError(
             f"its base layer is {type(self.base).__name__}, which the kernels do not support"
         )
 
@@ -172,7 +171,7 @@ class BaseQuantizedWeight(MergeTarget):
             if own is not None and own is not dtype:
                 return f"its base layer computes in {own}, but x has dtype {dtype}"
             quantized_data, data_tensors = self.read_for_kernels(dtype)
-        except KernelsCannotRead as error:
+        except KernelsCannotReadError as error:
             return str(error)
         # The library has an unsupported version.
         except AttributeError as error:
@@ -223,10 +222,10 @@ class BaseQuantizedWeight(MergeTarget):
         return lambda: self.dense().to(dtype)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product.
+        """Return the bias to add to a matrix product in ``dtype``.
 
-        ``dtype`` is the dtype of the product. If calling the module would convert the module's own
-        bias, this method also converts it.
+        Returns None if the module has no bias. If calling the module would convert the module's own
+        bias to the dtype of the product, this method also converts it.
         """
         bias: torch.Tensor | None = self.base.bias
         return bias
@@ -304,8 +303,9 @@ class BaseQuantizedWeight(MergeTarget):
     ) -> object:
         """Return the snapshot unchanged, because `restore` can use it as it is.
 
-        ``fn``, which ``nn.Module._apply`` applies to the module's tensors, may change dtypes, so it
-        is not applied to the snapshot. `restore` moves the data to the weight's device.
+        The function that ``nn.Module._apply`` applies to the module's tensors is not applied to the
+        snapshot, because the function may change dtypes. `restore` moves the data to the weight's
+        device.
         """
         return snapshot
 
@@ -384,22 +384,22 @@ def check_weight_tensor(
         library: The library's name and version, for the message.
 
     Raises:
-        KernelsCannotRead: The part does not meet the requirements.
+        KernelsCannotReadError: The part does not meet the requirements.
     """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if not isinstance(part, torch.Tensor) or part.dtype not in wanted:
         found = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
         names = " or ".join(map(str, wanted))
-        raise KernelsCannotRead(
+        raise KernelsCannotReadError(
             f"{library}: {name} is {found}, expected {names}; falling back to the base layer's own "
             "forward pass"
         )
     if part.device != like.device:
-        raise KernelsCannotRead(
+        raise KernelsCannotReadError(
             f"{library}: {name} is on {part.device}, but the quantized values are on {like.device}"
         )
     if part.numel() != count or not part.is_contiguous():
-        raise KernelsCannotRead(
+        raise KernelsCannotReadError(
             f"{library}: {name} has {part.numel()} elements, shape {tuple(part.shape)}, and "
             f"strides {part.stride()}, but the kernels expect {count} contiguous elements; falling "
             "back to the base layer's own forward pass"
@@ -424,13 +424,13 @@ def check_decoded_values(
     Kernels and the library must decode codes to the same fp32 values.
 
     Raises:
-        KernelsCannotRead: The values differ, because the library has changed its format.
+        KernelsCannotReadError: The values differ, because the library has changed its format.
     """
     scale = rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
     if error > 1e-5:
         relative = f"{error:.2g}"
-        raise KernelsCannotRead(
+        raise KernelsCannotReadError(
             f"{library}: a {what} does not dequantize to the values that fastlora expects (the "
             f"error is {relative} times the largest value); falling back to the base layer's own "
             "forward pass"

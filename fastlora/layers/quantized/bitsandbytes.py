@@ -16,7 +16,7 @@ from fastlora.layers.merge_target import Fingerprint
 from fastlora.layers.quantized.base_weight import (
     PIECES,
     BaseQuantizedWeight,
-    KernelsCannotRead,
+    KernelsCannotReadError,
     address_tensor,
     check_decoded_values,
     check_weight_tensor,
@@ -32,8 +32,8 @@ _NESTED_BLOCK = 256
 
 
 @register_quantized_weight
-class BitsAndBytes4Bit(BaseQuantizedWeight):
-    """Weight of a bitsandbytes 4-bit layer.
+class BitsAndBytes4BitWeight(BaseQuantizedWeight):
+    """Base weight of a bitsandbytes 4-bit layer, with methods that read and write it.
 
     The layer is a `Linear4bit`. The weight is stored as blocks of 4-bit codes with one absmax each.
     In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
@@ -100,27 +100,29 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
         library, block = self.library_and_version(), state.blocksize
         if not self.base.compute_type_is_set:
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 "bitsandbytes chooses its compute dtype in its first forward pass"
             )
         if self._is_repacked():
-            raise KernelsCannotRead("an evaluation on the CPU has repacked its base weight")
+            raise KernelsCannotReadError("an evaluation on the CPU has repacked its base weight")
         if state.quant_type not in ("nf4", "fp4"):
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"{library}: quant_type is {state.quant_type!r}, expected 'nf4' or 'fp4'"
             )
         if tuple(state.shape) != (n, k):
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"{library}: quant_state.shape is {tuple(state.shape)}, expected {(n, k)}"
             )
         if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"the block size of {block} is not a power of 2 that divides in_features={k}"
             )
         if block < 16:  # Kernels load words of 8 codes.
-            raise KernelsCannotRead(f"the block size is {block}, but the kernels need at least 16")
+            raise KernelsCannotReadError(
+                f"the block size is {block}, but the kernels need at least 16"
+            )
         if not weight.data.is_contiguous():
-            raise KernelsCannotRead(f"{library}: the quantized values are not contiguous")
+            raise KernelsCannotReadError(f"{library}: the quantized values are not contiguous")
         # detach(), unlike `.data`, also counts writes to the parameter.
         codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_weight_tensor, like=codes, library=library)
@@ -129,7 +131,7 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         if state.nested:
             inner = state.state2
             if inner.blocksize != _NESTED_BLOCK:
-                raise KernelsCannotRead(
+                raise KernelsCannotReadError(
                     f"{library}: quant_state.state2.blocksize is {inner.blocksize}, expected "
                     f"{_NESTED_BLOCK}"
                 )
@@ -180,10 +182,10 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product.
+        """Return the bias to add to a matrix product in ``dtype``.
 
-        The bias is converted to ``dtype``. As in bitsandbytes, the module's own bias is also
-        converted.
+        Returns None if the module has no bias. As in bitsandbytes, the module's own bias is
+        converted to ``dtype`` in place.
         """
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
@@ -312,8 +314,8 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
 
 
 @register_quantized_weight
-class BitsAndBytes8Bit(BaseQuantizedWeight):
-    """Weight of a bitsandbytes 8-bit layer.
+class BitsAndBytes8BitWeight(BaseQuantizedWeight):
+    """Base weight of a bitsandbytes 8-bit layer, with methods that read and write it.
 
     The layer is a `Linear8bitLt`. The weight is stored as int8 codes with one absmax per row.
     """
@@ -347,13 +349,13 @@ class BitsAndBytes8Bit(BaseQuantizedWeight):
         return [self.weight, self.scales]
 
     def read_for_kernels(self, dtype: torch.dtype) -> NoReturn:
-        """Always raise `KernelsCannotRead`.
+        """Always raise `KernelsCannotReadError`.
 
         Kernels cannot read the weight because bitsandbytes also rounds x to int8.
         """
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
-        raise KernelsCannotRead(
+        raise KernelsCannotReadError(
             f"bitsandbytes also rounds x to int8{apart}, so the base layer's own forward pass is "
             "used"
         )

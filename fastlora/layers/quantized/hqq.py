@@ -13,7 +13,7 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantized_weight
 class HqqWeight(BaseQuantizedWeight):
-    """Weight of an HQQ layer.
+    """Base weight of an HQQ layer, with methods that dequantize it.
 
     The layer is an `HQQLinear`. The weight is stored as codes with a zero point and a scale for
     each group.

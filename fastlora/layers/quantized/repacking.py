@@ -16,13 +16,13 @@ import copy
 import functools
 import importlib
 import sys
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastlora.layers.quantized.base_weight import qualified_class_name
+from fastlora.user_warnings import warn
 
 # Classes with a known forward; a subclass may do anything.
 MODULES = tuple(
@@ -44,9 +44,10 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
     """Prevent bitsandbytes from repacking a model's 4-bit weights.
 
-    Otherwise, forward passes may repack the weights. A layer with a repacked weight computes no
-    gradient for its input, so this function is for models with trainable adapters. It applies to
-    all 4-bit layers, because gradients also pass through those without adapters.
+    Without this function, forward passes may repack the weights. A layer with a repacked weight
+    computes no gradient for its input, so this function is for models with trainable adapters. The
+    function applies to all 4-bit layers, because gradients also pass through layers without
+    adapters. Kernels cannot read a repacked weight.
     """
     repacked = False
     for module in model.modules():
@@ -167,10 +168,9 @@ def _library() -> Any:
 
 
 def _warn() -> None:
-    warnings.warn(
+    warn(
         "bitsandbytes repacked 4-bit weights during an evaluation on the CPU. Repacked layers "
         "pass no gradient to their input, so adapters below them do not train, and their scales "
         "are rounded to bf16. To train, load the base model again and, before evaluating it, add "
         "adapters (or load them with is_trainable=True, or patch the model)",
-        stacklevel=3,
     )

@@ -12,7 +12,7 @@ import torch
 from fastlora.layers.quantized.base_weight import (
     PIECES,
     BaseQuantizedWeight,
-    KernelsCannotRead,
+    KernelsCannotReadError,
     address_tensor,
     check_decoded_values,
     check_weight_tensor,
@@ -31,9 +31,9 @@ _LOADERS = {
 
 @register_quantized_weight
 class TorchaoWeight(BaseQuantizedWeight):
-    """Weight quantized by torchao.
+    """Base weight that torchao has quantized, with methods that read and write it.
 
-    Examples are int8 or float8 with one scale per row or per tensor.
+    Examples are weights in int8 or float8 with one scale per row or per tensor.
     """
 
     backend = "torchao"
@@ -56,28 +56,28 @@ class TorchaoWeight(BaseQuantizedWeight):
         """
         weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
         if name not in _TORCHAO:
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"its base weight is a torchao {name}, which the kernels do not support"
             )
         if weight.act_quant_kwargs is not None:
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 "torchao also rounds x, so the base layer's own forward pass is used"
             )
         for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
             if getattr(weight, field, None) is not None:
-                raise KernelsCannotRead(
+                raise KernelsCannotReadError(
                     f"its base weight is a torchao {name} that has an {field}, which the kernels "
                     "do not support"
                 )
         block = [int(size) for size in weight.block_size]
         if block not in ([1, k], [n, k]):
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"its base weight is a torchao {name} that has one scale per block of shape "
                 f"{block}, but the kernels expect one scale per row or one for the whole weight"
             )
         library, codes = self.library_and_version(), weight.qdata
         if codes.dtype not in _LOADERS or codes.shape != (n, k):
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"{library}: qdata has dtype {codes.dtype} and shape {tuple(codes.shape)}, which "
                 "the kernels do not support"
             )
@@ -87,7 +87,7 @@ class TorchaoWeight(BaseQuantizedWeight):
         scale = own("scale", weight.scale, dtypes=torch.float32, count=count).view(-1)
         zero = getattr(weight, "zero_point", None)
         if zero is not None and bool(zero.any()):
-            raise KernelsCannotRead(
+            raise KernelsCannotReadError(
                 f"its base weight is a torchao {name} that has nonzero zero points, which the "
                 "kernels do not support"
             )
@@ -157,7 +157,10 @@ class TorchaoWeight(BaseQuantizedWeight):
 
 
 class _TorchaoWeightAttributes(Protocol):
-    """Protocol for torchao weights, with the attributes that fastlora reads."""
+    """Attributes that fastlora reads from a torchao weight.
+
+    This protocol is used only in annotations.
+    """
 
     tensor_data_names: Sequence[str]
     block_size: Sequence[int]

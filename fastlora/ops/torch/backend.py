@@ -17,7 +17,7 @@ from fastlora.ops.execution_mode import is_traced
 from fastlora.ops.factors import AdapterOperands, Base
 from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import Rows
-from fastlora.ops.stacks import StackAdapterOperands
+from fastlora.ops.stacks import WeightStackAdapterOperands
 from fastlora.ops.torch import products, reference, segments, single, stacks
 
 
@@ -75,7 +75,7 @@ class TorchBackend(OperatorBackend):
         return dx, dy.sum(0) if given.wants_bias else None, ds, factors
 
     def add_stacked_updates_(
-        self, y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
+        self, y: torch.Tensor, x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
         return stacks.add_updates_and_return_s_(y, x, operands, rows)
 
@@ -84,7 +84,7 @@ class TorchBackend(OperatorBackend):
         dy: torch.Tensor,
         x: torch.Tensor | None,
         s: torch.Tensor,
-        operands: StackAdapterOperands,
+        operands: WeightStackAdapterOperands,
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],

@@ -243,16 +243,16 @@ class DropoutAdapter(NamedTuple):
     dropout_p: float
     impl: str
 
-    def apply_dropout(self, rows: torch.Tensor, run_after: torch.Tensor | None) -> torch.Tensor:
-        """Return rows after dropout.
+    def apply_dropout(self, rows: torch.Tensor, dependency: torch.Tensor | None) -> torch.Tensor:
+        """Return the rows after dropout.
 
-        The rows have the shape ``[M, K]``. Every call uses the same mask. ``run_after`` is as in
+        The rows have the shape ``[M, K]``. Every call uses the same mask. ``dependency`` is as in
         `fastlora.ops.torch.single.keep_mask`.
         """
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
-        keep = keep_mask(rows, self.seed, self.dropout_p, run_after)
+        keep = keep_mask(rows, self.seed, self.dropout_p, dependency)
         return reference.overwrite_mask_with_kept_elements_(keep, rows).mul_(
             1.0 / (1.0 - self.dropout_p)
         )

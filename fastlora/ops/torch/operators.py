@@ -28,7 +28,7 @@ _Factors = Sequence[Factor]
 
 
 def keep(
-    like: torch.Tensor, seed: torch.Tensor, dropout_p: float, run_after: torch.Tensor | None
+    like: torch.Tensor, seed: torch.Tensor, dropout_p: float, dependency: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the mask of the elements that dropout keeps.
 
@@ -103,7 +103,7 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place.
+    """Add the LoRA update of each row's adapter, including its lora_bias, to y in place.
 
     The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``.
     """
@@ -137,10 +137,11 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of lora_b and lora_bias, and the gradient ds of s.
+    """Return the gradient ds of s, and the gradients of lora_b and lora_bias.
 
-    The result is a tuple of ds, a buffer with the packed gradients of the factors, and an empty
-    tensor.
+    The result is a tuple of ds, one buffer into which all gradients of lora_b and lora_bias are
+    packed, and an empty tensor. The empty tensor takes the place of the column sums that the
+    operator returns for one slot.
     """
     batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)
@@ -220,9 +221,9 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the adapters' updates to y in place.
+    """Add the LoRA update of each row's adapter to y in place.
 
-    Each row gets the update of its own adapter.
+    The factors are read from the addresses in ``tables``.
     """
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
     batch, k, n = rows_from_tensors(rows), x.shape[1], y.shape[1]
@@ -243,18 +244,24 @@ def add_at_(
 
 def scale_(
     y: torch.Tensor,
-    bias: torch.Tensor | None,
+    included_bias: torch.Tensor | None,
     rows: _Tensors,
     dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of y by their adapters' DoRA scales, in place.
+    """Scale the rows of y by their adapters' DoRA scales in place, but leave the bias unscaled.
 
-    Only rows of DoRA adapters are changed. Rows of adapters with the address `PENDING` become NaN.
+    Only rows of DoRA adapters are changed. Each of these rows becomes
+    ``(y - included_bias) * scale + included_bias``, because y includes the base layer's bias. If
+    ``included_bias`` is None, y includes no bias. Rows of adapters with the address `PENDING`
+    become NaN.
     """
     if not y.numel():
         return
-    batch, shift = rows_from_tensors(rows), None if bias is None else bias.to(y.dtype)
+    batch, shift = (
+        rows_from_tensors(rows),
+        None if included_bias is None else included_bias.to(y.dtype),
+    )
     for slot, start, stop in batch.segments:
         own, address = batch.order[start:stop].long(), int(dora_scale_address[index, slot])
         if address == PENDING:

@@ -64,9 +64,10 @@ class PackedLayout:
 
 @functools.lru_cache(maxsize=256)
 def first_fit_layout(ranks: tuple[int, ...], round_units_to_blocks: bool = False) -> PackedLayout:
-    """Return a layout that places each adapter in the first unit with enough unused rank rows.
+    """Return the first-fit layout for adapters with the given ranks.
 
-    The adapters of the largest ranks are placed first.
+    Each adapter is placed in the first unit with enough unused rank rows. The adapters of the
+    largest ranks are placed first.
 
     If ``round_units_to_blocks`` is set, units will be combined into blocks, and a large number of
     units is rounded up to full blocks.
@@ -121,7 +122,7 @@ class PackedLayerFactors(NamedTuple):
 def pack_layer_factors(
     slots: Slots, dtype: torch.dtype, kind: BatchKind
 ) -> PackedLayerFactors | None:
-    """Pack the factors of a layer's adapters for a given kind of batch.
+    """Pack the factors of a layer's adapters together, for a given kind of batch.
 
     The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
     any factor is not finite, because one product serves several adapters and would carry a NaN from
@@ -202,8 +203,8 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout |
     return first_fit_layout(ranks, unit_coalescing_is_faster(dtype, kind)) if any(ranks) else None
 
 
-def has_required_layout(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether packed factors have the layout required for a dtype and a kind of batch.
+def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
+    """Return whether packed factors have the right layout for a dtype and a kind of batch.
 
     Factors that were packed for another kind of batch can have the same layout.
     """

@@ -47,9 +47,10 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch, which determines how its matrix products are arranged.
+    """The kind of a batch, such as a batch of few rows or a batch of long samples.
 
-    The kind depends on the number of rows, and on whether adjacent rows form long samples.
+    The kind depends on the number of rows, and on whether adjacent rows form long samples. The kind
+    determines how the matrix products of the batch are arranged.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.

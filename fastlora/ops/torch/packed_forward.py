@@ -22,7 +22,7 @@ from fastlora.ops.torch.packed_plans import (
     PerSamplePlan,
     Plan,
     RowsOfOneAdapter,
-    RowUpdateTerms,
+    WeightedSumTerms,
 )
 
 
@@ -41,7 +41,7 @@ def linear(
     """
     lora_b = pack.lora_b[0] if len(pack.lora_b) == 1 else None
     if lora_b is not None and isinstance(plan, BlockedPlan) and plan.exact and plan.terms is None:
-        x, s = _arrange_and_shrink(x, pack, plan)
+        x, s = _arrange_rows_and_shrink(x, pack, plan)
         (s,) = _zero_other_columns(s, pack, plan)
         y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
@@ -72,7 +72,7 @@ def add_(
     if isinstance(plan, PerAdapterPlan):
         _add_per_adapter(y, x, pack, plan)
         return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
-    _, s = _arrange_and_shrink(x, pack, plan)
+    _, s = _arrange_rows_and_shrink(x, pack, plan)
     parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
     terms = None if isinstance(plan, PerSamplePlan) else plan.terms
     if terms is None:
@@ -81,11 +81,11 @@ def add_(
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _add_rank_rows_weighted_by_s(parts, s, pack, terms)
+        _add_weighted_sums(parts, s, pack, terms)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
 
 
-def _arrange_and_shrink(
+def _arrange_rows_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arrange the rows of x as the plan requires, and compute the shrink output s.
@@ -133,20 +133,21 @@ def _zero_other_columns(
     return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
-def _add_rank_rows_weighted_by_s(
+def _add_weighted_sums(
     y_slices: Sequence[torch.Tensor],
     s: torch.Tensor,
     pack: PackedLayerFactors,
-    terms: RowUpdateTerms,
+    terms: WeightedSumTerms,
 ) -> None:
-    """Compute each row's update as a weighted sum, and add it to y in place.
+    """Add weighted sums of the rank rows of lora_b to the rows of y in place.
 
-    The sum is over the rank rows of the row's adapter in the packed lora_b. The weights are the
-    row's elements of s in the columns that belong to this adapter.
+    The sum for a row of y is the row's update. The sum is over the rank rows of the row's adapter
+    in the packed lora_b. The weights are the row's elements of s in the columns that belong to this
+    adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
-        s: The result of `_arrange_and_shrink`.
+        s: The result of `_arrange_rows_and_shrink`.
         pack: The packed factors.
         terms: The terms of each row.
     """
@@ -231,22 +232,24 @@ def _add_adapter(
         products.addmm_(part, s, lora_b[own.first : own.first + own.rank])
 
 
-def _lora_a_of_units(pack: PackedLayerFactors, units: torch.Tensor) -> torch.Tensor:
-    """Select units of the packed lora_a by index, and return them.
+def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> torch.Tensor:
+    """Return the units of the packed lora_a that have the given indices.
 
-    For B indices in ``units``, the result has the shape ``[B, K, slices * unit]``.
+    A unit can contain the rank rows of several adapters. For B indices in ``unit_indices``, the
+    result has the shape ``[B, K, slices * unit]``.
     """
     if pack.lora_a.is_contiguous():
-        return pack.lora_a.index_select(0, units)
-    return pack.lora_a.transpose(1, 2).index_select(0, units).transpose(1, 2)
+        return pack.lora_a.index_select(0, unit_indices)
+    return pack.lora_a.transpose(1, 2).index_select(0, unit_indices).transpose(1, 2)
 
 
 def _lora_b_of_blocks(
     lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan
 ) -> torch.Tensor:
-    """Return the parts of the packed lora_b that the blocks are multiplied by.
+    """Return a view of the packed lora_b with one part for each block of the plan.
 
-    The result is a view of shape ``[blocks, rank rows per block, N]``.
+    Each part consists of the rank rows of the block's units. The view has the shape
+    ``[blocks, rank rows per block, N]``.
     """
     unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
     own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]

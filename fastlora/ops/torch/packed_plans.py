@@ -18,7 +18,7 @@ units. The kinds of plans are:
 
 For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, dense and
 blocked plans multiply x by lora_a only. Each row's update is then a sum of its own rank rows of
-lora_b (`RowUpdateTerms`), and no row is moved back.
+lora_b (`WeightedSumTerms`), and no row is moved back.
 
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
@@ -67,8 +67,8 @@ _PLACES_EACH = 4
 
 
 @dataclass(frozen=True, eq=False)
-class RowUpdateTerms:
-    """The terms whose sums are the updates of the rows.
+class WeightedSumTerms:
+    """The terms of the weighted sums that are the updates of the rows.
 
     Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
     update of a row of y is the sum of one term for each rank row of its adapter.
@@ -117,15 +117,15 @@ class DensePlan(NamedTuple):
 
     other: torch.Tensor | None
     unit: int | None
-    terms: RowUpdateTerms | None = None
+    terms: WeightedSumTerms | None = None
 
 
 class BlockedPlan(NamedTuple):
-    """A plan for multiplying the rows of a batch in blocks of equal size.
+    """A plan for multiplying the rows of a batch in blocks.
 
-    Rows are gathered into the blocks. One batched product multiplies all blocks, each by the rank
-    rows of one or more adjacent units. Each block contains the rows of the batch whose adapters are
-    in its units. Rows without an adapter fill free places.
+    Rows are gathered into blocks of equal size. One batched product multiplies all blocks, each by
+    the rank rows of one or more adjacent units. Each block contains the rows of the batch whose
+    adapters are in its units. Rows without an adapter fill free places.
 
     Attributes:
         start: The first unit of the first block.
@@ -148,7 +148,7 @@ class BlockedPlan(NamedTuple):
     place: torch.Tensor
     other: torch.Tensor | None
     exact: bool
-    terms: RowUpdateTerms | None = None
+    terms: WeightedSumTerms | None = None
 
 
 class PerSamplePlan(NamedTuple):
@@ -170,9 +170,10 @@ class PerSamplePlan(NamedTuple):
 
 
 class RowsOfOneAdapter(NamedTuple):
-    """The rows of a batch that use one adapter.
+    """A group of rows that use the same adapter.
 
-    A `PerAdapterPlan` contains one of these objects for each adapter that has rows.
+    A `PerAdapterPlan` contains one group for each adapter that adapts the layer and has rows in the
+    batch.
 
     Attributes:
         first: The adapter's first rank row.
@@ -192,7 +193,7 @@ class PerAdapterPlan(NamedTuple):
     """A plan for multiplying each adapter's rows by that adapter's factors.
 
     Attributes:
-        adapters: The adapters that have rows.
+        adapters: The group of rows of each adapter that adapts the layer and has rows.
         gather: The rows of adapters whose rows are not adjacent, as an int64 tensor. They are
             grouped by adapter.
     """
@@ -241,7 +242,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first
             return DensePlan(
-                None, None, _make_row_update_terms(begin, first, rank, layout.rank_rows)
+                None, None, _make_weighted_sum_terms(begin, first, rank, layout.rank_rows)
             )
         return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
     if not pack.is_finite or not used:
@@ -275,20 +276,20 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     if sums_rank_rows:
         # Units are not coalesced in fp32.
         begin = plan.place * layout.unit + first % layout.unit
-        terms = _make_row_update_terms(begin, first, rank, layout.unit)
+        terms = _make_weighted_sum_terms(begin, first, rank, layout.unit)
         return plan._replace(other=None, terms=terms)
     gather, place = plan.gather.to(device), plan.place.to(device)
     masks = None if plan.other is None else plan.other.to(device)
     return plan._replace(gather=gather, place=place, other=masks)
 
 
-def _make_row_update_terms(
+def _make_weighted_sum_terms(
     first_weight_positions: torch.Tensor,
     first_rank_rows: torch.Tensor,
-    ranks: torch.Tensor,
+    rank_per_row: torch.Tensor,
     width: int,
-) -> RowUpdateTerms:
-    """Build the `RowUpdateTerms` of a batch.
+) -> WeightedSumTerms:
+    """Build the `WeightedSumTerms` of a batch.
 
     Each row has one term for each rank row of its adapter.
 
@@ -296,16 +297,17 @@ def _make_row_update_terms(
         first_weight_positions: The position in the flattened s of one slice at which each row's
             weights start.
         first_rank_rows: The rank row at which each row's adapter starts.
-        ranks: The number of rank rows of each row's adapter, or 0 for a row without an adapter.
-        width: As in `RowUpdateTerms`.
+        rank_per_row: The number of rank rows of each row's adapter, or 0 for a row without an
+            adapter.
+        width: As in `WeightedSumTerms`.
     """
-    starts = torch.cumsum(ranks, 0) - ranks
-    within = torch.arange(int(ranks.sum())) - torch.repeat_interleave(starts, ranks)
+    starts = torch.cumsum(rank_per_row, 0) - rank_per_row
+    within = torch.arange(int(rank_per_row.sum())) - torch.repeat_interleave(starts, rank_per_row)
     positions, rank_rows = (
-        torch.repeat_interleave(own, ranks) + within
+        torch.repeat_interleave(own, rank_per_row) + within
         for own in (first_weight_positions, first_rank_rows)
     )
-    return RowUpdateTerms(rank_rows, starts, positions, width)
+    return WeightedSumTerms(rank_rows, starts, positions, width)
 
 
 def _mask_outside(
@@ -372,21 +374,28 @@ def _make_per_sample_plan(
 
 def _make_blocked_plan(
     first_rank_rows: torch.Tensor,
-    ranks: torch.Tensor,
+    rank_per_row: torch.Tensor,
     layout: PackedLayout,
     unit_range: tuple[int, int],
     coalesced: int,
 ) -> BlockedPlan:
-    """Make a `BlockedPlan` for the rows of a batch.
+    """Make a `BlockedPlan`, which groups the rows of a batch into blocks.
 
-    The blocks cover the units in ``unit_range``, and each block covers ``coalesced`` adjacent
-    units. Each row gets a place in the block that contains its adapter's rank rows. Rows without an
+    Each row gets a place in the block that contains its adapter's rank rows. Rows without an
     adapter fill free places.
+
+    Args:
+        first_rank_rows: The rank row at which each row's adapter starts.
+        rank_per_row: The number of rank rows of each row's adapter, or 0 for a row without an
+            adapter.
+        layout: The layout of the packed factors.
+        unit_range: The range of units that the blocks cover.
+        coalesced: The number of adjacent units that each block covers.
     """
     (start, stop), m = unit_range, first_rank_rows.numel()
     blocks, width = (stop - start) // coalesced, coalesced * layout.unit
     first_rank_rows = first_rank_rows - start * layout.unit
-    own = ranks > 0
+    own = rank_per_row > 0
     block = torch.where(own, first_rank_rows // width, 0)
     taken = torch.bincount(block[own], minlength=blocks)
     longest = max(int(taken.max()), -(-m // blocks))
@@ -404,7 +413,7 @@ def _make_blocked_plan(
     from_block = first_rank_rows - block * width
     # Results at places without a row are not read.
     others = torch.zeros(blocks * longest, width, dtype=torch.bool)
-    others[place] = (at < from_block[:, None]) | (at >= (from_block + ranks)[:, None])
+    others[place] = (at < from_block[:, None]) | (at >= (from_block + rank_per_row)[:, None])
     shape = (blocks, longest, coalesced, 1, layout.unit)
     other = others.view(shape) if others.any() else None
     exact = blocks * longest == m

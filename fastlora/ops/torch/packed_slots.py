@@ -33,8 +33,8 @@ def one_unit_per_slot(unit: int, ranks: tuple[int, ...]) -> PackedLayout:
     return PackedLayout(unit, len(ranks), tuple(unit * slot for slot in range(len(ranks))), ranks)
 
 
-class _PackedSlotTensors(NamedTuple):
-    """The tensors that contain the packed factors of all slots.
+class _PackedSlotFactors(NamedTuple):
+    """The packed factors of all slots.
 
     Attributes:
         lora_a: As in `PackedLayerFactors`.
@@ -67,9 +67,10 @@ class _PackedSlotTensors(NamedTuple):
 
 
 class PackedSlots:
-    """A packed copy of the factors in a layer's slots.
+    """A layer's adapter slots, whose factors are packed together.
 
-    All slots are copied only if the largest rank changes. Any other change copies one slot.
+    The packed factors are copies of the adapters' factors. The factors of all slots are copied only
+    if the largest rank changes. Any other change copies the factors of one slot.
 
     Args:
         num_slots: Number of slots.
@@ -99,7 +100,7 @@ class PackedSlots:
         self._dtype, self._device = dtype, device
         self._ranks = [(0,) * len(self._widths)] * num_slots
         self._is_finite = [True] * num_slots
-        self._storage: _PackedSlotTensors | None = None
+        self._storage: _PackedSlotFactors | None = None
 
     def set_slot(self, slot: int, slices: Sequence[Factors | None]) -> None:
         """Replace the adapter in a slot.
@@ -163,7 +164,7 @@ class PackedSlots:
                     "only lora_a, lora_b, and scaling"
                 )
 
-    def _allocate_and_copy(self, rank_rows_per_slot: int) -> _PackedSlotTensors:
+    def _allocate_and_copy(self, rank_rows_per_slot: int) -> _PackedSlotFactors:
         """Allocate tensors for the factors of all slots, and copy the current factors to them.
 
         Returns the new tensors, which have ``rank_rows_per_slot`` rank rows for each slot.
@@ -177,7 +178,7 @@ class PackedSlots:
         shapes = [(slots * rank_rows_per_slot, n) for n in self._widths]
         lora_b = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         made, old = (
-            _PackedSlotTensors(lora_a, rank_rows_a, lora_b, rank_rows_per_slot),
+            _PackedSlotFactors(lora_a, rank_rows_a, lora_b, rank_rows_per_slot),
             self._storage,
         )
         self.num_full_packings += 1
@@ -189,7 +190,7 @@ class PackedSlots:
                 by_slot[:, rows] = old_b.view(slots, old.unit, -1)[:, rows]
         return made
 
-    def _as_packed_factors(self, storage: _PackedSlotTensors) -> PackedLayerFactors:
+    def _as_packed_factors(self, storage: _PackedSlotFactors) -> PackedLayerFactors:
         """Return the tensors of the slots as a `PackedLayerFactors`.
 
         The result contains the factors of the current adapters. The tensors are not copied.

@@ -59,11 +59,11 @@ DOTS = Fp32ProductThresholds(few_rows=3, few_other_rows=0, largest_part=1 << 22)
 ONEDNN = Fp32ProductThresholds(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
-def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
-    """Return the dtypes that this processor emulates, and the thresholds of each dtype.
+def _cpu_emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
+    """Return the dtypes that this CPU emulates, and the thresholds of each dtype.
 
-    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. It is empty for
-    processors other than x86.
+    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. The dict is empty if
+    the CPU is not an x86 CPU.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -79,7 +79,7 @@ def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
     return emulated
 
 
-EMULATED = _emulated_dtypes()
+EMULATED = _cpu_emulated_dtypes()
 
 
 def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:

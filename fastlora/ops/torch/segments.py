@@ -251,11 +251,11 @@ def _padded_gather_and_scatter_positions(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
-    """Compute the shrink output s for layers that share the input x.
+    """Compute the shrink output s with the lora_a of each row's own adapter.
 
-    After dropout, each row of x is multiplied by the ``lora_a.T`` of its own adapter. The result is
-    one tensor, which has the shape ``[G, M, R]`` for G layers. The rows of x may be in any order.
-    Those of s are sorted.
+    After dropout, each row of x is multiplied by the ``lora_a.T`` of its own adapter. The layers
+    share the input x. For G layers, s is one tensor ``[G, M, R]``. The rows of x may be in any
+    order. The rows of s are sorted.
     """
     columns = rank_to_multiple_of_16(
         max(a.shape[0] for operands in layers for a in operands.lora_a)

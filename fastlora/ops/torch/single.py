@@ -17,15 +17,16 @@ def keep_mask(
     x: torch.Tensor,
     seed: torch.Tensor,
     dropout_p: float,
-    run_after: torch.Tensor | None,
+    dependency: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the dropout mask of x.
 
-    If a compiler is tracing, a registered operator computes the mask. ``run_after`` is a tensor of
-    the backward pass that needs the mask, or None in a forward pass.
+    If a compiler is tracing, a registered operator computes the mask. In a backward pass,
+    ``dependency`` is a tensor of this pass, which prevents a compiler from computing the mask in
+    the forward pass. In a forward pass, ``dependency`` is None.
     """
     if is_traced(seed):
-        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, run_after)
+        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, dependency)
     return reference.draw_keep_mask(x, seed, dropout_p)
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.rows import Rows, Segment
-from fastlora.ops.stacks import StackAdapterOperands
+from fastlora.ops.stacks import WeightStackAdapterOperands
 from fastlora.ops.torch import products, reference
 from fastlora.validation import UnsupportedLayerError
 
@@ -31,7 +31,9 @@ _PART_ROWS = 512
 
 
 class _AdjacentKeysAndRows(NamedTuple):
-    """Adjacent keys and their rows.
+    """A range of adjacent keys, and the rows that have these keys.
+
+    Each key stands for one matrix of the stack and one adapter.
 
     Attributes:
         keys: The range of keys.
@@ -62,7 +64,7 @@ class _RowsOfOneKey(NamedTuple):
     key: int
 
 
-def _rows_of_each_key(operands: StackAdapterOperands, rows: Rows) -> Iterator[_RowsOfOneKey]:
+def _rows_of_each_key(operands: WeightStackAdapterOperands, rows: Rows) -> Iterator[_RowsOfOneKey]:
     """Yield the rows of each key.
 
     Keys without rows and keys whose adapter has rank 0 are omitted.
@@ -75,7 +77,7 @@ def _rows_of_each_key(operands: StackAdapterOperands, rows: Rows) -> Iterator[_R
 
 
 def _key_rows_after_dropout(
-    x: torch.Tensor, operands: StackAdapterOperands, its: _RowsOfOneKey, dtype: torch.dtype
+    x: torch.Tensor, operands: WeightStackAdapterOperands, its: _RowsOfOneKey, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the rows of x that belong to one key, with dropout applied.
 
@@ -88,7 +90,7 @@ def _key_rows_after_dropout(
 
 
 def add_updates_and_return_s_(
-    y: torch.Tensor, x: torch.Tensor, operands: StackAdapterOperands, rows: Rows
+    y: torch.Tensor, x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
 ) -> torch.Tensor:
     """Add each row's LoRA update to y in place, and return s.
 
@@ -122,7 +124,7 @@ def gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
-    operands: StackAdapterOperands,
+    operands: WeightStackAdapterOperands,
     rows: Rows,
     wants_x: bool,
     wants: Sequence[bool],
@@ -174,7 +176,7 @@ def gradients(
     return dx, found
 
 
-def dtype_of_s(x: torch.Tensor, operands: StackAdapterOperands) -> torch.dtype:
+def dtype_of_s(x: torch.Tensor, operands: WeightStackAdapterOperands) -> torch.dtype:
     """Return the dtype in which s is stored.
 
     This is fp32 if x is a 16-bit tensor on a CPU and a factor is in fp32. Otherwise, it is the
@@ -185,7 +187,9 @@ def dtype_of_s(x: torch.Tensor, operands: StackAdapterOperands) -> torch.dtype:
     return torch.float32 if is_wider else x.dtype
 
 
-def _dtype_of_products(x: torch.Tensor, operands: StackAdapterOperands, rows: Rows) -> torch.dtype:
+def _dtype_of_products(
+    x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
+) -> torch.dtype:
     """Return the dtype in which products with the factors are computed.
 
     This is `dtype_of_s` if keys have few rows, and otherwise the dtype of x. A few rows take less
@@ -195,7 +199,7 @@ def _dtype_of_products(x: torch.Tensor, operands: StackAdapterOperands, rows: Ro
     return dtype_of_s(x, operands) if has_few_rows else x.dtype
 
 
-def _uses_grouped_mm(dtype: torch.dtype, operands: StackAdapterOperands, rows: Rows) -> bool:
+def _uses_grouped_mm(dtype: torch.dtype, operands: WeightStackAdapterOperands, rows: Rows) -> bool:
     """Return whether multiplications by the factors use `torch.nn.functional.grouped_mm`.
 
     This requires one adapter without dropout, and factors in the dtype of the products. For 8,192
@@ -262,7 +266,7 @@ def _grouped_factor_gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
-    operands: StackAdapterOperands,
+    operands: WeightStackAdapterOperands,
     rows: Rows,
     dx: torch.Tensor | None,
     wants: Sequence[bool],
@@ -308,7 +312,7 @@ def _add_dx_(
     dx: torch.Tensor,
     ds: torch.Tensor,
     lora_a: torch.Tensor,
-    operands: StackAdapterOperands,
+    operands: WeightStackAdapterOperands,
     its: _RowsOfOneKey,
 ) -> None:
     """Add the contribution of one key's LoRA update to dx in place.
@@ -435,9 +439,10 @@ def grouped_gradients(
 
 
 def grouped_products_or_operator(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return `grouped_products`, or the operator of this name if the values of x are unknown.
+    """Return `grouped_products` or the registered operator of the same name.
 
-    The values are unknown if a compiler is tracing operations on x, and on the meta device.
+    The operator is returned only if the values of x are unknown. The values are unknown if a
+    compiler is tracing operations on x, or if x is on the meta device.
     """
     registered: Callable[..., torch.Tensor] = torch.ops.fastlora.grouped_products
     return registered if has_unknown_values(x) else grouped_products

@@ -40,10 +40,10 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object from which kernels read the given lora_a factors by address.
+    """Return the tables that kernels use to read the rank rows of lora_a factors by address.
 
-    The object contains the address and the rank of each factor. All factors must be aligned.
-    ``shape`` is the shape of the tables.
+    The result is a `RankRows` object that contains the address and the rank of each factor. All
+    factors must be aligned. ``shape`` is the shape of the tables.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -59,9 +59,10 @@ def lora_b_rank_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return a `RankRows` object with addresses, ranks, and scalings for lora_b and lora_bias.
+    """Return the tables that kernels use to read the rank rows of lora_b factors by address.
 
-    The tensors must be aligned.
+    The result is a `RankRows` object that contains the addresses of lora_b and lora_bias, the
+    ranks, and the scalings. The tensors must be aligned.
     """
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)
@@ -114,10 +115,11 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_adapter_rank_sum(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
-    """Sum each adapter's ranks over each group of modules, and return the largest sum.
+    """Return the largest sum of an adapter's ranks over a group of modules.
 
-    A group consists of ``modules_per_group`` adjacent modules. Each rank is rounded up to a
-    multiple of 4 before it is added. The result is at least 1.
+    There is one sum for each adapter and each group. A group consists of ``modules_per_group``
+    adjacent modules. Each rank is rounded up to a multiple of 4 before it is added. The result is
+    at least 1.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

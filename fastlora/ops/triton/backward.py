@@ -230,10 +230,12 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Compute the gradients of s and lora_b and the column sums of dy, possibly as partial sums.
+    """Return the gradients of s and lora_b, the column sums of dy, and a list of partial sums.
 
     The result is a tuple of the result of `_grad_b_one_adapter` and a list of partial sums. The
     caller must add up the partial sums with `_add_partials`, which stores the totals in the result.
+    Until then, the tensors for these totals are uninitialized.
+
     One launch reads dy. If several programs contribute to a sum, they write partial sums. If the
     partial sums of ds would cost more than another read of dy, a library product computes ds
     instead.
@@ -324,7 +326,11 @@ def _can_share_adapter_grad_x(
     lora_a: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one launch can compute the adapters' contributions to dx for all modules."""
+    """Return whether one launch can compute the adapters' contribution to the gradient of x.
+
+    The launch adds up the contributions of the adapters on all modules that share the input x. The
+    contributions of the base layers are computed separately.
+    """
     return (
         len(dys) > 1
         and all(seed is None for seed in seeds)

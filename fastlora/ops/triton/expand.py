@@ -74,9 +74,9 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place.
+    """Compute the LoRA update from the layer's input x, and add it to y in place.
 
-    A shrink and an expand are launched to compute the update from the layer's input x.
+    Each row gets the update of its own adapter. The function launches a shrink and an expand.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     x = to_kernel_layout(x)

@@ -48,16 +48,17 @@ def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tens
 @cached_launches
 def scale_(
     y: torch.Tensor,
-    bias: torch.Tensor | None,
+    included_bias: torch.Tensor | None,
     rows: Sequence[torch.Tensor],
     dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
     """Scale the rows of y by their adapters' DoRA scales, in place.
 
-    Only rows of DoRA adapters are changed.
+    Only rows of DoRA adapters are changed. ``included_bias`` is the base layer's bias that y
+    includes, or None. The bias itself is not scaled.
     """
-    whole_bias = None if bias is None else bias.contiguous()
+    whole_bias = None if included_bias is None else included_bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
         *(y, whole_bias, rows, dora_scale_address[index]),
         config=config_of("mixed_dora_scale", y, *y.shape),

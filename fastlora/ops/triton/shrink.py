@@ -157,11 +157,12 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return the shrink output s for a mixed batch, and whether a single launch computed it.
+    """Return the shrink output s for a mixed batch.
 
     The result is a tuple. Its first item is s, ``[G, M, R]`` for G modules that share the input x.
-    If K is split, a second launch adds the partial sums, and the second item is False. Dropout is
-    supported for only one module.
+    The second item states whether a single launch computed s. If K is split, a second launch adds
+    the partial sums, and the second item is False. ``dropout`` must be None if there are several
+    modules.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

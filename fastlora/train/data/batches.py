@@ -40,7 +40,7 @@ class SampleRef(NamedTuple):
 
 
 class SampleOrder:
-    """The order in which the steps of a run use its samples.
+    """The order in which a run uses its training samples.
 
     The order determines the samples of each step. In every epoch, the data of all adapters is
     shuffled together.

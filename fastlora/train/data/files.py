@@ -52,8 +52,8 @@ class SampleLocation(NamedTuple):
         return f"{text} (and {self.others} more in the same row)" if self.others else text
 
 
-class FileRows(NamedTuple):
-    """The rows that were read from a data file.
+class ParsedDataFile(NamedTuple):
+    """A data file that has been parsed into rows.
 
     Attributes:
         found: List of tuples (source of the row, row). A plain text file has one row, its text. In
@@ -68,7 +68,7 @@ class FileRows(NamedTuple):
     cells: bool = False
 
 
-def read_rows(path: Path) -> FileRows:
+def read_rows(path: Path) -> ParsedDataFile:
     """Read the rows of a data file.
 
     Raises:
@@ -121,7 +121,7 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
-def _read_text_file(path: Path, suffix: str) -> FileRows:
+def _read_text_file(path: Path, suffix: str) -> ParsedDataFile:
     data = _read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
@@ -130,14 +130,14 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
         raise DataError(f"{SampleLocation(path, line)}: cannot be read ({error})") from error
     digest = hashlib.sha256(data).digest()
     if suffix in (".csv", ".tsv"):
-        return FileRows(
+        return ParsedDataFile(
             _parse_table(path, text, "," if suffix == ".csv" else "\t"), digest, cells=True
         )
     if suffix in TEXTS:
-        return FileRows([(SampleLocation(path, 0), text)] if text.strip() else [], digest)
+        return ParsedDataFile([(SampleLocation(path, 0), text)] if text.strip() else [], digest)
     if suffix == ".json" and text.lstrip().startswith("["):
         entries = parse_json(SampleLocation(path, 1), text)
-        return FileRows(
+        return ParsedDataFile(
             [(SampleLocation(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest
         )
     # splitlines() would also split at U+2028, which a JSON string may contain.
@@ -146,7 +146,7 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
         for n, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
-    return FileRows([(source, parse_json(source, line)) for source, line in lines], digest)
+    return ParsedDataFile([(source, parse_json(source, line)) for source, line in lines], digest)
 
 
 def _parse_table(
@@ -178,7 +178,7 @@ def _parse_table(
     return rows
 
 
-def _read_parquet(path: Path) -> FileRows:
+def _read_parquet(path: Path) -> ParsedDataFile:
     data = _read_bytes(path)
     pyarrow = _import_library(path, "pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
@@ -187,10 +187,10 @@ def _read_parquet(path: Path) -> FileRows:
         entries = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not valid Parquet ({error})") from error
-    return FileRows(_number_rows(path, entries), hashlib.sha256(data).digest())
+    return ParsedDataFile(_number_rows(path, entries), hashlib.sha256(data).digest())
 
 
-def _read_saved_dataset(path: Path) -> FileRows:
+def _read_saved_dataset(path: Path) -> ParsedDataFile:
     if (path / _SPLITS_FILE).is_file():
         splits = sorted(entry.name for entry in path.iterdir() if (entry / _STATE_FILE).is_file())
         named = " or ".join(str(path / name) for name in splits)
@@ -213,7 +213,7 @@ def _read_saved_dataset(path: Path) -> FileRows:
         raise DataError(f"{path}: cannot be read ({error})") from error
     columns = list(entries)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*entries.values(), strict=True)]
-    return FileRows(_number_rows(path, rows), digest.digest())
+    return ParsedDataFile(_number_rows(path, rows), digest.digest())
 
 
 def _import_library(path: Path, name: str) -> Any:

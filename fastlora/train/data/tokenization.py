@@ -38,9 +38,10 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus of tokenized samples.
+    """A corpus of tokenized samples with their loss masks.
 
-    It also contains their loss masks. Each adapter has its own corpus.
+    The method `labels` creates the labels of a sample from its tokens and its loss mask. Each
+    adapter has its own corpus.
 
     Attributes:
         ids: Tokens of all samples, int32.
