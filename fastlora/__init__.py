@@ -134,11 +134,11 @@ __version__ = "0.1.0"
 
 
 def _make_kernels_and_bench_importable() -> None:
-    """Make the folders `kernels/` and `bench/` importable from fastlora.
+    """Make `fastlora.kernels` and `fastlora.bench` importable in a source checkout.
 
-    They become the packages `fastlora.kernels` and `fastlora.bench`. In a source checkout, these
-    folders are next to this package's folder. An installed package contains both folders, so
-    nothing is registered. See `setup.py` for the reason why they have no `__init__.py`.
+    In a source checkout, the folders `kernels/` and `bench/` are next to this package's folder, so
+    the two packages are registered. An installed package contains both folders, so nothing is
+    registered. See `setup.py` for the reason why the folders have no `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
     if not (checkout / "kernels" / "lora_linear.py").is_file():

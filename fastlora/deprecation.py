@@ -77,9 +77,10 @@ class RenamedAttribute:
 
 
 def without_old_names(instance: object, names: Iterable[str]) -> list[str]:
-    """Return a list of ``names`` without deprecated attribute names.
+    """Return the attribute names of an instance without the deprecated names.
 
-    A name is left out if it is the old name of a renamed attribute of the instance's class.
+    ``names`` are the names to filter, such as those that ``__dir__`` returns. A name is left out if
+    it is the old name of a renamed attribute of the instance's class.
     """
     owner = type(instance)
     return [

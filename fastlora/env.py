@@ -35,11 +35,11 @@ def batch_invariant() -> bool:
 
 
 def default_plan() -> str:
-    """Return the name of the default plan.
+    """Return the default plan, which the environment variable ``FASTLORA_PLAN`` sets.
 
-    It applies to calls that specify no plan. A plan selects the kernels of a LoRA layer; see
-    `fastlora.functional.lora_linear`. ``FASTLORA_PLAN`` sets the default plan, which is ``"auto"``
-    if the variable is not set.
+    The result is the plan's name, which is ``"auto"`` if the variable is not set. A plan selects
+    the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default plan applies to
+    calls that specify no plan.
     """
     return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
 

@@ -55,7 +55,7 @@ class _BoundedPatternMatcher:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Count the CPU time of a ``with`` block toward the time limit for pattern matching.
+        """Count the time of a ``with`` block toward the time limit for pattern matching.
 
         All CPU time of the block counts, not only the time spent on matching. The time of nested
         blocks is counted only once.
@@ -148,11 +148,12 @@ _bounded: ContextVar[_BoundedPatternMatcher | None] = ContextVar(
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the cost of pattern matching for the duration of a ``with`` block.
+    """Limit the time of pattern matching for the duration of a ``with`` block.
 
-    Both time and memory are limited, and the limits apply to this thread. Inside the block, a
-    pattern that exceeds a limit raises `CheckpointError`. A regular expression also raises this
-    error if pcre2 is not installed. A nested block shares the limits of the outer block.
+    The memory of pattern matching is also limited. Both limits apply to the current thread. Inside
+    the block, a pattern that exceeds a limit raises `CheckpointError`. A regular expression also
+    raises this error if pcre2 is not installed. A nested block shares the limits of the outer
+    block.
     """
     if _bounded.get() is not None:
         yield
@@ -165,7 +166,7 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts CPU time toward the time limit for pattern matching.
+    """Return a context manager that counts time toward the time limit for pattern matching.
 
     All CPU time of the ``with`` block counts, not only the time spent on matching. The block raises
     `CheckpointError` at its end if the time limit is exceeded. Each match inside the block also
@@ -274,7 +275,7 @@ def patterns_matching_no_suffix(
 
 
 class _SuffixPatternIndex:
-    """An index of patterns, for finding those that match the end of a module name.
+    """An index for finding the patterns that match a suffix of a module name.
 
     The patterns are those of one config field. Patterns that are plain names are looked up in
     dicts. All other patterns are regular expressions, which are matched one by one.

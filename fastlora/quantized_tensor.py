@@ -45,9 +45,10 @@ class QuantizedData(NamedTuple):
         return (self.k, self.n) if self.transposed else (self.n, self.k)
 
     def t(self) -> QuantizedData:
-        """Return the transpose of the matrix.
+        """Return the transpose of the quantized data.
 
-        The result shares the quantized data of this object.
+        The result represents the transpose of the matrix. As with `torch.Tensor.t`, the result
+        shares the memory of this object, and no data is copied.
         """
         return self._replace(transposed=not self.transposed)
 

@@ -244,9 +244,10 @@ def fully_shard_was_called() -> bool:
 
 
 def is_fsdp2_module(module: nn.Module) -> bool:
-    """Return whether a module is an FSDP2 module.
+    """Return whether FSDP2's `fully_shard` has been applied to a module.
 
-    This means that `fully_shard` has been called on the module itself, not only on a parent.
+    The result is False for a submodule of such a module, unless `fully_shard` has also been applied
+    to the submodule itself.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))

@@ -20,9 +20,9 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A configuration is invalid or unsupported.
+    """A configuration is invalid.
 
-    The error concerns the value of a `LoraConfig` field, of a setting, or of an argument.
+    The value of a `LoraConfig` field, of a setting, or of an argument is invalid or unsupported.
     """
 
 
@@ -31,9 +31,9 @@ class TargetNotFoundError(FastLoraError, ValueError):
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A module is not supported by fastlora's LoRA layers.
+    """A layer or another module is not supported by fastlora.
 
-    The reason is its type or its state.
+    The reason is the type or the state of the module.
     """
 
 
@@ -64,9 +64,9 @@ class CheckpointError(FastLoraError, ValueError):
 
 
 class PoolClosedError(AdapterStateError):
-    """An adapter pool is closed or closing.
+    """An adapter pool cannot be used because it is closed.
 
-    It no longer grants leases.
+    The error is also raised while the pool is closing, because the pool then grants no new leases.
     """
 
 
@@ -92,9 +92,10 @@ PEFT_MODEL_ALTERNATIVE = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """An adapter pool has no room for the requested adapters.
+    """An adapter pool has no room to load the requested adapters.
 
-    There is no room even after eviction.
+    There is no room even after eviction. A pool may limit the number of adapters and their total
+    size in bytes.
     """
 
 

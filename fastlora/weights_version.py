@@ -48,17 +48,19 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """The recorded state of one or more tensors, used to detect whether they have changed.
+    """A record of the memory and the versions of tensors, used to detect changes to the tensors.
 
-    A cached value was computed from the tensors. The memory address and the ``_version`` of a
-    tensor are not sufficient. PyTorch reuses freed memory, so a tensor that is replaced twice may
-    have its first address again. A stamp therefore also compares the identity of the storage, and
-    it has a weak reference to the storage. The weak reference does not keep the memory alive, but
-    as long as it exists, no other storage can have the same identity.
+    A value that was computed from the tensors is cached with their stamp. The memory address and
+    the ``_version`` of a tensor are not sufficient to detect all changes. PyTorch reuses freed
+    memory, so a tensor that is replaced twice may have its first address again. A stamp therefore
+    also compares the identity of the storage, and it has a weak reference to the storage. The weak
+    reference does not keep the memory alive, but as long as it exists, no other storage can have
+    the same identity.
 
-    A stamp does not detect writes that leave ``_version`` unchanged. To detect these, the caller
-    includes a `WeightsVersion` in ``context``. A stamp does not compare the tensors as Python
-    objects either. If their identity matters, the caller includes their ``id`` in ``context``.
+    A stamp does not detect writes that leave ``_version`` unchanged. To detect such writes, the
+    caller includes a `WeightsVersion` in ``context``. A stamp identifies tensors by their memory,
+    not by their Python objects. If the objects matter, the caller includes their ``id`` in
+    ``context``.
 
     Args:
         tensors: The tensors, which must have a ``_version``.
@@ -130,7 +132,7 @@ class WeightsVersion:
 
 
 class ProcessWeightsVersions:
-    """The current versions of this process's weights.
+    """The current versions of this process's weights, used to detect outdated cached values.
 
     A version is replaced with a new one when its weights may have changed. This invalidates all
     values that were cached with the old version.

@@ -51,10 +51,10 @@ def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tenso
 
 
 def random_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Randomly keep a ``density`` fraction of a tensor's values, and zero the others.
+    """Randomly drop values of a tensor so that, on average, a ``density`` fraction remains.
 
-    Each value is kept with probability ``density``, and is then divided by ``density``. Return the
-    result as a new tensor.
+    Each value is kept with probability ``density``, and is then divided by ``density``. The dropped
+    values become zero. Return the result as a new tensor.
     """
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
@@ -72,9 +72,9 @@ COMBINATIONS = (*METHODS, "svd", *(name + SVD for name in METHODS if name != "li
 
 
 def check_required_density(combination: str, density: float | None) -> None:
-    """Raise `ConfigError` if a combination type requires a density and no valid one is given.
+    """Raise `ConfigError` if a combination type requires a density and none is given.
 
-    A valid density is a number in (0, 1].
+    The error is also raised if the required density is not a number in (0, 1].
     """
     method = METHODS.get(combination.removesuffix(SVD))
     if method is None or method.prune is None:

@@ -14,7 +14,9 @@ FactorPair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Svd(NamedTuple):
-    """A singular value decomposition ``u @ diag(s) @ vh`` of a matrix ``[N, K]``.
+    """The factors u, s, and vh of a singular value decomposition.
+
+    The decomposed matrix ``[N, K]`` is ``u @ diag(s) @ vh``.
 
     Attributes:
         u: Left singular vectors, ``[N, R]``.

@@ -118,7 +118,7 @@ def _native_autograd_is_faster(
     """
     dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
     rows = x.numel() // max(x.shape[-1], 1)
-    if dtype is torch.bfloat16 and not products.native_product_is_slow(dtype, rows):
+    if dtype is torch.bfloat16 and not products.native_product_may_be_slow(dtype, rows):
         few, fits = _FEW_BF16_ROWS, factors is dtype or factors is torch.float32
     else:
         fits = factors is dtype and (dtype is torch.float32 or dtype is torch.float64)
@@ -145,14 +145,16 @@ def _linear_with_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the base output plus the LoRA update, using PyTorch's native autograd.
+    """Return the output of a linear layer with a LoRA update, using PyTorch's native autograd.
 
-    Compared with `fastlora.autograd.lora_linear.run_adapters`, the result has the same bits in fp32
-    and fp64. In bf16 the update is rounded before it is added, and x is converted for fp32 factors.
-    No Python code runs in the backward pass, and little runs here: between two products of a large
+    This function is used where it is faster than `fastlora.autograd.lora_linear.run_adapters`. No
+    Python code runs in the backward pass, and little runs here: between two products of a large
     model, code is evicted from the processor's cache, so each call takes microseconds. The
     autograd nodes save x, ``scaling * s``, and the parameters. dx is the sum of two products, where
     `LoraLinear` adds one to the other in place.
+
+    In fp32 and fp64, the result has the same bits as the result of `run_adapters`. In bf16, the
+    update is rounded before it is added, and x is converted for fp32 factors.
     """
     shape = x.shape
     # A 2-D input makes fewer nodes. Without gradients, y would be a view that cannot be written to

@@ -230,11 +230,12 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
 class DoraWithDropout(torch.autograd.Function):
     """Autograd function for DoRA adapters with dropout.
 
-    It computes the output of adapters whose dropout is active; see the module's docstring.
+    The dropout of the adapters is active. The base output is computed from x, and the terms that
+    are added to the base output are computed from ``dropout(x)``; see the module's docstring.
 
-    Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves
-    ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor ``1 / (1 - p)``. The
-    backward pass computes the mask again from the seed.
+    The function saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, the
+    function also saves ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor
+    ``1 / (1 - p)``. The backward pass computes the mask again from the seed.
     """
 
     @staticmethod
@@ -250,13 +251,14 @@ class DoraWithDropout(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the output y of a linear layer with DoRA adapters.
+        """Compute the output of a linear layer with DoRA adapters.
 
-        The dropout of the adapters is active. y is computed from the base layer's output, or from
-        weight and bias if ``base`` is None. ``adapters`` has six tensors for each adapter; see
-        `DropoutAdapter`. ``ids [B]`` are slots per sample or per token, and ``slots`` lists each
-        adapter's slot. If ids is None, there is one adapter, which applies to all rows. With ids,
-        ``base`` must be given.
+        The adapters have active dropout with the probabilities ``dropout_p``. Tensors that the
+        backward pass needs are saved in ``ctx``. The output is computed from the base layer's
+        output, or from weight and bias if ``base`` is None. ``adapters`` has six tensors for each
+        adapter; see `DropoutAdapter`. ``ids [B]`` are slots per sample or per token, and ``slots``
+        lists each adapter's slot. If ids is None, there is one adapter, which applies to all rows.
+        With ids, ``base`` must be given.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad

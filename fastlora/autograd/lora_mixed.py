@@ -19,7 +19,7 @@ import torch
 
 from fastlora.autograd.lora_linear import run_adapters
 from fastlora.ops.factors import AdapterOperands, Base, replace_missing_with_empty
-from fastlora.ops.library import define_operator, register_composite_implementation
+from fastlora.ops.library import define_operator, register_composite_implicit_autograd
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
 
@@ -30,7 +30,7 @@ define_operator(
 )
 
 
-@register_composite_implementation("lora_mixed")
+@register_composite_implicit_autograd("lora_mixed")
 def _lora_mixed(
     x: torch.Tensor,
     weight: torch.Tensor | None,

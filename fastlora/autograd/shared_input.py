@@ -33,9 +33,10 @@ _Factor = torch.Tensor | None
 
 
 class PrecomputedResult(NamedTuple):
-    """A precomputed result of a layer.
+    """A layer's precomputed result: the output y, or the shrink output s.
 
-    The layer's output y or shrink output s was computed together with those of other layers.
+    The result is usually computed together with the results of other layers that receive the same
+    input x. If the result is s, the layer computes y from s.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.

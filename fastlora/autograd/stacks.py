@@ -17,7 +17,7 @@ from fastlora.ops.execution_mode import has_unknown_values
 from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.library import (
     define_operator,
-    register_composite_implementation,
+    register_composite_implicit_autograd,
     register_fake,
     register_implementation,
 )
@@ -147,7 +147,7 @@ define_operator(
 )
 
 
-@register_composite_implementation("stacked_linear")
+@register_composite_implicit_autograd("stacked_linear")
 def _stacked_linear(
     x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
 ) -> torch.Tensor:

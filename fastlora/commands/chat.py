@@ -349,7 +349,7 @@ def _load_adapted_model_and_tokenizer(
 def _read_user_lines(chat: Chat) -> Iterator[str]:
     """Yield the lines that the user enters.
 
-    The input comes from the terminal or a pipe.
+    The input comes from the terminal or a pipe. The iteration ends at the end of the input.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()

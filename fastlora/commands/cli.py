@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments, or exit if they are missing or invalid.
+    """Parse the command-line arguments, or exit with a message if they are invalid.
 
-    If there are none, print the help and exit. If the command is unknown, print similar names and
-    exit.
+    If there are no arguments, print the help and exit. If the command is unknown, print similar
+    names and exit.
     """
     parser, commands = _build_parser()
     if not arguments:

@@ -161,7 +161,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def examples_data_path(name: str) -> Path:
-    """Return the path of a file in ``examples/data``.
+    """Return the path of an example data file.
+
+    The file is in the folder ``examples/data`` of the source repository.
 
     Raises:
         DataError: The file is missing.
@@ -196,17 +198,24 @@ def adapter_settings_for_files(files: Sequence[Path]) -> dict[str, dict[str, Any
 
 @contextlib.contextmanager
 def open_demo_run(
-    folder: Path, adapters: Mapping[str, Any], out: Path, steps: int
+    model_folder: Path, adapters: Mapping[str, Any], out: Path, steps: int
 ) -> Iterator[Run]:
-    """Open a training run for the demo, and yield it.
+    """Open a training run for the demo, and yield the run.
 
-    The run writes to ``out`` and replaces any earlier run.
+    The run trains the adapters on the model for the given number of steps. The run writes to
+    ``out`` and replaces any earlier run there.
     """
     template = out / "chat_template.jinja"
     with lock_folder(out):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         template.write_text(smollm2.TEMPLATE, encoding="utf-8")
-    given = {"model": folder, "out": out, "steps": steps, "batch_size": BATCH, "dtype": "float32"}
+    given = {
+        "model": model_folder,
+        "out": out,
+        "steps": steps,
+        "batch_size": BATCH,
+        "dtype": "float32",
+    }
     given |= {"chat": True, "chat_template": template, "save_every": 0, "defaults": DEFAULTS}
     given |= {"deterministic": False}  # deterministic kernels would slow down the timings on a GPU
     settings = settings_from_dict(given | {"adapters": dict(adapters)}, {}, "the demo")

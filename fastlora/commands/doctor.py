@@ -41,9 +41,9 @@ _ALIGNMENT = 16  # bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fastlora doctor``, and return the exit code.
+    """Run ``fastlora doctor``, and print the findings.
 
-    The findings are printed. The code is 1 if a problem was found, otherwise 0.
+    Return the exit code, which is 1 if a problem was found, and otherwise 0.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora doctor",
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_environment_variables(found)
     report = None
     if args.model is not None:
-        report, facts["model"] = _report_and_facts(args.model, args.adapter, found)
+        report, facts["model"] = _fusion_report_and_model_facts(args.model, args.adapter, found)
     facts |= asdict(found) | {"ok": not found.problems}
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
@@ -97,12 +97,12 @@ def _vllm_plugin_facts() -> dict[str, Any] | None:
     return None if found is None else found._asdict()
 
 
-def _report_and_facts(
+def _fusion_report_and_model_facts(
     folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Return a model's fusion report and a dict of facts about the model.
+    """Return the fusion report of a model with an adapter, and facts about the model.
 
-    The report is for the model with an adapter. The facts can be written as JSON. If the model
+    The facts are a dict that can be written as JSON. Findings are added to ``found``. If the model
     cannot be loaded, the error is added to the problems, and the report is None.
     """
     from fastlora.layers.fallback_reasons import DORA_WITH_DROPOUT
@@ -115,7 +115,7 @@ def _report_and_facts(
             warnings.simplefilter("always", UserWarning)
             base, quantization = _load_model_and_quantization_method(folder)
             kind = type(base).__name__
-            report, left_out = _report_and_unadapted_layers(base, adapter)
+            report, left_out = _fusion_report_and_unadapted_layers(base, adapter)
     except (FastLoraError, OSError, ImportError) as error:
         if isinstance(error, ImportError):
             what = f"checking a MODEL failed: a package cannot be imported ({error})"
@@ -174,12 +174,13 @@ def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | 
             return library.AutoModelForCausalLM.from_config(config, dtype=dtype), None
 
 
-def _report_and_unadapted_layers(
+def _fusion_report_and_unadapted_layers(
     base: nn.Module, adapter: Path | None
 ) -> tuple[FusionReport, list[str]]:
-    """Return the fusion report and the names of the linear layers without an adapter.
+    """Return a model's fusion report and the names of its layers without an adapter.
 
-    The report is for the accelerator, or for the CPU if no accelerator is available.
+    Only linear layers are listed. The report is for the model with the adapter, on the accelerator,
+    or on the CPU if no accelerator is available. If ``adapter`` is None, a new adapter is used.
     """
     import torch
 

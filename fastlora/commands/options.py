@@ -43,9 +43,9 @@ def parse_options(
     argv: Sequence[str] | None,
     **more: Any,
 ) -> argparse.Namespace:
-    """Parse the options of a command, and return their values.
+    """Parse the arguments of a command that has the given options.
 
-    Raises `ConfigError` if a number is below its minimum.
+    Returns the values of the options. Raises `ConfigError` if a number is below its minimum.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, **more)
     for option in options:

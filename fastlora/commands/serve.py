@@ -237,10 +237,11 @@ class _LoadingThread(threading.Thread):
 
 
 def _warms_up(args: argparse.Namespace) -> bool:
-    """Return whether the server warms up before it accepts requests.
+    """Return whether the server warms up.
 
-    The warm-up compiles the kernels. The server skips the warm-up if ``--no-warm-up`` or ``--cpu``
-    is given, if there is no GPU, or if compiled kernels do not run on the GPU.
+    The warm-up compiles the kernels before the server accepts requests. The server skips the
+    warm-up if ``--no-warm-up`` or ``--cpu`` is given, if there is no GPU, or if compiled kernels do
+    not run on the GPU.
     """
     if args.no_warm_up or args.cpu or not torch.cuda.is_available():
         return False

@@ -131,10 +131,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def chat_prompt(prompt: str) -> str:
-    """Return a prompt in the model's chat format.
+    """Return a prompt in SmolLM2's chat format.
 
-    The prompt becomes a user turn, ready for the answer. There is no system prompt, because the
-    system prompt in the tokenizer's own template makes the answers worse.
+    The prompt becomes a user turn, ready for the answer, as in the chat template `TEMPLATE`. There
+    is no system prompt, because the system prompt in the tokenizer's own template makes the answers
+    worse.
     """
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 

@@ -65,10 +65,11 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def supported_versions() -> dict[str, str]:
-    """Return a dict that maps each package to its supported version range.
+def supported_version_ranges() -> dict[str, str]:
+    """Return the supported version ranges of Python and of fastlora's dependencies.
 
-    The packages include those of the extras. The ranges are those of pyproject.toml at the time of
+    The result is a dict that maps ``"python"`` and the name of each package to a version range. The
+    packages include those of the extras. The ranges are those of pyproject.toml at the time of
     installation. The dict is empty if fastlora is not installed.
     """
     try:
@@ -108,7 +109,7 @@ def check_python(found: DoctorFindings) -> dict[str, str]:
 
     The facts are the version and the supported range.
     """
-    have, wanted = platform.python_version(), supported_versions().get("python", "")
+    have, wanted = platform.python_version(), supported_version_ranges().get("python", "")
     if not is_version_in_range(have, wanted):
         found.add_problem(f"Python {have} is not supported", f"use Python {wanted}")
     return {"version": have, "supported": wanted}
@@ -120,7 +121,7 @@ def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
     Problems and notes are added to ``found``. For each package, yields a dict of facts: the
     package's name, version, supported range, and purpose.
     """
-    ranges, own = supported_versions(), installed_version(DISTRIBUTION)
+    ranges, own = supported_version_ranges(), installed_version(DISTRIBUTION)
     yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
     if own is None:
         found.notes.append(

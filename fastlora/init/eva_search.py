@@ -107,9 +107,10 @@ class EvaSearch:
         self.ranks = dict(self.limits)
 
     def run_until_converged(self, loader: Iterable[Any], show: bool) -> None:
-        """Run the model on batches until the directions of all layers have converged.
+        """Run batches through the model until all layers have converged.
 
-        Only as many directions of a layer as its current rank must have converged.
+        Each batch updates the principal directions of the layers that have not converged. A layer
+        has converged if its first R directions have converged, where R is its current rank.
 
         Args:
             loader: The data loader, which is iterated as often as necessary.
@@ -161,7 +162,9 @@ class EvaSearch:
             self.forward(self.model, batch)
 
     def _cycle_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches of a data loader, and start over when the loader is exhausted.
+        """Yield the batches of a data loader in an endless cycle.
+
+        When the loader is exhausted, it is iterated again.
 
         Raises:
             InitializationError: After one pass over the loader, no batch had enough rows for one of

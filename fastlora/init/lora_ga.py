@@ -39,12 +39,12 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     settings=InitConfigField("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: InitInputs) -> InitResult:
-    """Compute the initial factors of a layer using LoRA-GA.
+    """Compute the initial factors of a layer from the gradient of its weight, using LoRA-GA.
 
-    With the gradient ``U S V^T``, A consists of R rows of ``V^T``, and B consists of R columns of
-    ``U S``. `LoraGAConfig.direction` selects the rows and columns, and `LoraGAConfig.scale`
-    determines how the factors are scaled. The new base weight is the old one minus the update of
-    these factors.
+    With the singular value decomposition ``U S V^T`` of the weight's gradient, A consists of R rows
+    of ``V^T``, and B consists of R columns of ``U S``. `LoraGAConfig.direction` selects the rows
+    and columns, and `LoraGAConfig.scale` determines how the factors are scaled. The new base weight
+    is the old one minus the update of these factors.
 
     Raises:
         InitializationError: The config or the gradient is missing, the gradient has values that are

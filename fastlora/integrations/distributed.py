@@ -22,7 +22,7 @@ from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clip the gradients by their total norm, and return the norm before clipping.
+    """Clip the gradients of parameters by their total norm, and return the norm.
 
     Plain tensors and DTensors may be mixed. For plain tensors, the function is equivalent to
     `torch.nn.utils.clip_grad_norm_`. Every process must call it.
@@ -82,7 +82,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
             base.set_submodule(name, layer.to_linear())
         parallelize_module(base, device_mesh, plan)
         split = {
-            name: _move_adapters_to_sharded(base.get_submodule(name), m)
+            name: _move_adapters_to_sharded_layer(base.get_submodule(name), m)
             for name, m in layers.items()
         }
     except BaseException:
@@ -95,13 +95,13 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
     return model
 
 
-def _move_adapters_to_sharded(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Move a layer's adapters to a new LoRA layer for a sharded base layer; return the new layer.
+def _move_adapters_to_sharded_layer(base_layer: nn.Module, layer: FastLoraLinear) -> LoraLayer:
+    """Move the adapters of a layer to a new LoRA layer whose base layer is sharded.
 
-    If ``linear`` is not sharded, ``layer`` itself is returned.
+    The new layer is returned. If the base layer is not sharded, ``layer`` itself is returned.
     """
-    if tensor_parallel_style(linear) is None:
+    if tensor_parallel_style(base_layer) is None:
         return layer
-    split = TensorParallelLora(linear)
+    split = TensorParallelLora(base_layer)
     split.move_adapters_from(layer)
     return split

@@ -46,7 +46,8 @@ def patch(peft_model: nn.Module) -> FusionReport:
 def unpatch(peft_model: nn.Module) -> None:
     """Undo `patch` on a PEFT model.
 
-    The classes of the patched layers are restored. A model that is not patched is left unchanged.
+    The patched layers get back their original classes, and thus PEFT's forward methods. A model
+    that is not patched is left unchanged.
 
     Raises:
         UnsupportedLayerError: Other code has changed the class of a patched layer.
@@ -61,7 +62,7 @@ def unpatch(peft_model: nn.Module) -> None:
 def _patched_model_router(model: Any) -> AdapterRouter | None:
     """Return the router of a patched PEFT model.
 
-    The result is None for any other object.
+    The result is None if ``model`` is not a patched PEFT model.
 
     Raises:
         UnsupportedLayerError: A layer of the model cannot take part in a mixed batch.

@@ -121,7 +121,8 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add or update an adapter, as PEFT's layer does.
 
-        The packed factors are then cleared.
+        The state that fastlora keeps is then updated: the adapter's scaling is moved to the device
+        of the factors, and the packed factors are cleared.
         """
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._move_scalings_to_factors([adapter_name])
@@ -143,7 +144,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """Merge adapters into the base weight, as PEFT's layer does.
 
-        The layer's weight caches are cleared first.
+        The caches that fastlora keeps for the layer's weights are cleared first.
         """
         clear_weight_dependent_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
@@ -151,7 +152,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def unmerge(self: Any) -> None:
         """Unmerge the adapters from the base weight, as PEFT's layer does.
 
-        The layer's weight caches are cleared first.
+        The caches that fastlora keeps for the layer's weights are cleared first.
         """
         clear_weight_dependent_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
@@ -187,9 +188,9 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return self.disable_adapters
 
     def fusion(self: Any, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the layer is fused and, if not, the reason.
 
-        The layer is fused if the base GEMM and the LoRA term are computed in one call.
+        A fused layer computes the base GEMM and the LoRA update in one call.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
@@ -211,7 +212,10 @@ def _has_unsupported_variant(layer: Any, name: str) -> bool:
 
 
 class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
-    """PEFT's LoRA linear layer with fastlora's fused forward pass."""
+    """Subclass of PEFT's LoRA linear layer with fastlora's fused forward pass.
+
+    `patch_layer` replaces the class of PEFT's layer with this subclass.
+    """
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
@@ -224,7 +228,8 @@ class FastPeftParamWrapper(PeftParamWrapper):
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with fastlora if possible, or else with PEFT's ``forward`` method.
 
-        fastlora only runs layers on modules of stacked experts.
+        PEFT's ``forward`` method always runs a layer whose module is not a module of stacked
+        experts.
         """
         layer = None if kwargs or is_being_compiled() else self._layer_with_shared_adapters()
         return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)
@@ -268,10 +273,10 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return layer
 
     def fusion(self) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the layer is fused and, if not, the reason.
 
-        The layer is never fused, because PEFT or the experts' layer computes it. The status
-        contains this as the fallback reason.
+        A layer of this class is never fused. The reason states whether PEFT or the experts' layer
+        computes the layer.
         """
         found = experts_layer_class(self.get_base_layer())
         if found is None:
@@ -351,7 +356,7 @@ class FastPeftLoraModel(PeftLoraModel):
         self._update_routed_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the model.
+        """Delete an adapter from the model, as PEFT does.
 
         The list of the model's LoRA layers is then updated.
 
@@ -379,6 +384,9 @@ class FastPeftLoraModel(PeftLoraModel):
 
     def _check_no_open_block(self, operation: str) -> None:
         """Raise `AdapterStateError` if a `fastlora.adapters` block of the model is open.
+
+        A running call of the model with ``adapter_names`` counts as a block if fastlora routes the
+        batch. ``operation`` is the name of the called method, for the error message.
 
         `disable_adapter_layers` does not call this method, because PEFT's context manager
         `disable_adapter` may call `disable_adapter_layers` inside a block.
@@ -445,7 +453,7 @@ class FastPeftLoraModel(PeftLoraModel):
     def _router_for(self, names: Any) -> PatchedModelRouter | None:
         """Return the router for a batch with the given adapter names.
 
-        The result is None if fastlora does not route the batch. PEFT then processes the batch or
+        The result is None if fastlora cannot route the batch. PEFT then processes the batch or
         raises an error.
         """
         wanted = {name for name in names if name != BASE}
@@ -576,7 +584,8 @@ def patch_layer(module: nn.Module) -> None:
 def unpatch_layer(module: nn.Module) -> None:
     """Undo `patch_layer` on a layer.
 
-    The class that the layer had before is restored. Modules that are not patched are ignored.
+    The layer gets back its original class, and thus PEFT's forward method. Modules that are not
+    patched are ignored.
 
     Raises:
         UnsupportedLayerError: Other code replaced the layer's class after `patch_layer` was called.
@@ -640,9 +649,9 @@ def patch_model(model: nn.Module) -> int:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Unpatch all patched layers of a model.
+    """Undo `patch_model` on a model.
 
-    This undoes `patch_model`. The layers and the tuners get back the classes that they had before.
+    All patched layers and tuners get back their original classes, and thus PEFT's forward methods.
     """
     for module in model.modules():
         check_can_unpatch(module)

@@ -27,10 +27,11 @@ from fastlora.optimizers import create_loraplus_optimizer
 
 
 def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
-    """Return the `LoraModel` inside a model's wrappers.
+    """Return the `LoraModel` inside a possibly wrapped model.
 
-    The wrappers are those of torch.compile, FSDP1, and DDP. A `LoraModel` without a wrapper is
-    returned unchanged. The result is None if there is no `LoraModel`.
+    A wrapper is recognized by the name of the attribute that contains the model, as in the wrappers
+    of torch.compile, FSDP1, and DDP. A `LoraModel` without a wrapper is returned unchanged. The
+    result is None if there is no `LoraModel`.
     """
     while possibly_wrapped_model is not None and not isinstance(possibly_wrapped_model, LoraModel):
         inner: Any = getattr(possibly_wrapped_model, "_modules", {})
@@ -100,9 +101,9 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
 ) -> _IncompatibleKeys:
-    """Load a state dict into the base model, and return the missing and unexpected keys.
+    """Load a state dict into the base model of a model with adapters.
 
-    The tensors are copied. See `load_base_state_dict`.
+    The tensors are copied. Return the missing and unexpected keys. See `load_base_state_dict`.
     """
     return load_base_state_dict(find_wrapped_lora_model(model).get_base_model(), state_dict, strict)
 

@@ -102,7 +102,8 @@ class FusionReport:
     def runs_as(self, row: LayerFusion) -> str:
         """Return a description of how a layer runs.
 
-        The result is ``"Triton kernels"``, ``"PyTorch"``, or ``"base layer and separate LoRA"``.
+        The result is ``"Triton kernels"`` or ``"PyTorch"`` if the layer runs as one fused call, and
+        ``"base layer and separate LoRA"`` otherwise.
         """
         if not row.fused or (row.reads and self.implementation != "triton"):
             return "base layer and separate LoRA"
@@ -126,6 +127,8 @@ def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def fusion_report(model: nn.Module) -> FusionReport:
     """Return a report that shows which LoRA layers of a model are fused.
+
+    For each layer that is not fused, the report gives the reason.
 
     Args:
         model: A fastlora model, a PEFT model (patched or not), or any other module, with or without

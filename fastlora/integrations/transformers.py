@@ -45,10 +45,10 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 @contextlib.contextmanager
 def convert_model_load_errors(folder: object) -> Iterator[None]:
-    """Raise `CheckpointError` for errors that occur while a ``with`` block loads a model.
+    """Convert errors to `CheckpointError` while a ``with`` block loads a model.
 
     The model must be a causal language model. The errors in `CANNOT_READ` and RuntimeError are
-    converted.
+    converted. The error message starts with ``folder``.
     """
     try:
         yield

@@ -64,10 +64,10 @@ _INITS = (True, False, "gaussian")
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Return the shape that a module's parameter has as a stack of matrices.
+    """Return the shape (E, N, K) of a module's parameter as a stack of matrices.
 
-    The result is a tuple (E, N, K). The parameter has two or three dimensions. If it has two, E is
-    1.
+    E is the number of matrices, and each matrix is ``[N, K]``. The parameter has two or three
+    dimensions. A parameter with two dimensions is a single matrix, so E is 1.
     """
     shape = module._parameters[name].shape  # type: ignore[union-attr]
     if len(shape) == 2:
@@ -87,7 +87,7 @@ def is_transposed(module_with_stacks: nn.Module) -> bool:
 class LoraBRankRowsCache(UncopiedCache):
     """Cache for the rank rows of lora_B.
 
-    It is used while gradients are disabled.
+    The cache is used only while gradients are disabled.
 
     Attributes:
         entries: Maps an adapter name to a stamp of its lora_B and the rank rows ``[E, R, N]``.
@@ -136,9 +136,10 @@ class ParameterLoraLayer(LoraLayer):
         return self.get_base_layer()._parameters[self.parameter_name]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
-        A layer of this class is never fused.
+        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
+        is never fused.
         """
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
@@ -146,15 +147,15 @@ class ParameterLoraLayer(LoraLayer):
     def _rank_blocks(self, part: str) -> int:
         return self.num_matrices if part == "lora_A" else 1
 
-    def as_stack(self, parameter: torch.Tensor) -> torch.Tensor:
+    def as_stack(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor as a stack of matrices.
 
         The tensor must have the shape of the layer's parameter. The result is a view ``[E, N, K]``
         of the tensor.
         """
-        if parameter.dim() == 2:
-            return parameter.unsqueeze(0)
-        return parameter.transpose(1, 2) if is_transposed(self.get_base_layer()) else parameter
+        if tensor.dim() == 2:
+            return tensor.unsqueeze(0)
+        return tensor.transpose(1, 2) if is_transposed(self.get_base_layer()) else tensor
 
     # -------------------------------------------------------------------------------- factors
 
@@ -329,10 +330,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers to which a new adapter is added, and the arguments for adding it.
+        """Return the layers that a new adapter adapts, each with its own settings.
 
-        There is one layer for each parameter that the adapter adapts. See
-        `LoraLayer._layers_to_adapt`.
+        There is one layer for each parameter that the adapter adapts. Layers that do not exist yet
+        are created. The settings of a layer are the arguments for adding the adapter to the layer.
+        See `LoraLayer._layers_to_adapt`.
         """
         common = {name: value for name, value in settings.items() if name != "parameters"}
         parameters: Any = settings["parameters"]
@@ -410,7 +412,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     # -------------------------------------------------------------------------------- forward
 
     def _check_not_sharded(self) -> None:
-        """Raise `AdapterStateError` if a parameter of the module is sharded.
+        """Raise `AdapterStateError` if the module has a sharded parameter.
 
         A sharded parameter is a DTensor.
         """
@@ -475,7 +477,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module with the applied adapters.
+        """Run the module with the given adapters applied.
 
         ``applied`` maps the name of each parameter to the adapters applied to it.
         """
@@ -509,9 +511,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def _call_without_forward_hooks(
         self, factors: Mapping[str, Sequence[Factors]], x: torch.Tensor
     ) -> Any:
-        """Call the module with the LoRA updates that result from the given factors.
+        """Call the module with its adapted parameters, without running its forward hooks.
 
-        The module's forward hooks and forward pre-hooks do not run.
+        The module's forward pre-hooks do not run either. ``factors`` maps the name of each adapted
+        parameter to the factors of the adapters applied to it.
         """
         base, tensors = self.base_layer, self._adapted_tensors(factors, x)
         if has_uncopyable_forward(base):
@@ -650,9 +653,10 @@ def file_prefixes_by_parameter(parameter_names: Sequence[str]) -> dict[str, str]
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return a dict of the shapes of an adapter's tensors for a module's parameters.
+    """Return the shapes of an adapter's factors for the parameters of a module.
 
-    The dict is keyed by the tensors' names in adapter files.
+    The parameters are those in ``settings.parameters``. The result is a dict that is keyed by the
+    factors' names in adapter files.
     """
     prefixes = file_prefixes_by_parameter([each.name for each in settings.parameters])
     shapes: TensorShapes = {}

@@ -63,7 +63,9 @@ def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
 def _has_non_parameter_weight(module: nn.Module) -> bool:
     """Return whether a module has a weight that is not an `nn.Parameter`.
 
-    The result is False for a module that has hooks or is not an `nn.Linear`.
+    Such a weight is a tensor that has replaced the parameter, for example in
+    `torch.func.functional_call`. The result is False for a module that has hooks or is not an
+    `nn.Linear`, because such modules are not examined.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return False
@@ -356,7 +358,7 @@ def factors_in_slots(
     slots: Sequence[int],
     excluded_slots: Sequence[int] = (),
 ) -> Slots:
-    """Return a layer's factors in the given slots.
+    """Return a layer's factors in the given slots, except in the excluded slots.
 
     The result is a list that has one entry for each slot in ``slots``. The entry is None for a slot
     in ``excluded_slots`` and for an adapter that does not adapt the layer.

@@ -78,7 +78,7 @@ class AdapterInitializer:
         is_meta = base_weight is not None and base_weight.is_meta  # There are no values to read.
         if is_meta or (from_file and not self.init.changes_base):
             self.name, self.init = True, find_init_method(True)
-        found = find_calibration(layer, self.init) if self.init.data else None
+        found = find_calibration_result(layer, self.init) if self.init.data else None
         if self.init.data and found is None:
             linear = linear_features(base) is not None
             if linear and not (from_file and not self.init.must_repeat):
@@ -181,13 +181,14 @@ class AdapterInitializer:
         return layer._weight_for_init(f"init_lora_weights={name!r} reads the base weight")
 
 
-def find_calibration(
+def find_calibration_result(
     layer: InitializableLayer, init: InitMethod
 ) -> tuple[nn.Module, object] | None:
-    """Return a layer's calibration result and the module that holds it.
+    """Return a layer's calibration result and the module that holds the result.
 
-    Returns a tuple (module, result), or None if there is no result. The module is the one on which
-    the calibration has stored its result.
+    The calibration result is the data that the initialization method needs. Returns a tuple
+    (module, result), or None if there is no calibration result. The module is the one on which the
+    calibration has stored its result.
     """
     for module in layer._modules_that_may_be_calibrated():
         if init.data in module.__dict__:
@@ -195,11 +196,12 @@ def find_calibration(
     return None
 
 
-def delete_calibration(layer: InitializableLayer, init: InitMethod) -> None:
+def delete_calibration_result(layer: InitializableLayer, init: InitMethod) -> None:
     """Delete a layer's calibration result.
 
-    This function is called after an adapter has been initialized from the result.
+    This function is called after an adapter has been initialized from the calibration result, which
+    is then no longer needed.
     """
-    found = find_calibration(layer, init)
+    found = find_calibration_result(layer, init)
     if found is not None:
         delattr(found[0], init.data)

@@ -33,8 +33,9 @@ def table_row_of(
 def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
     """Return the address tables for a batch.
 
-    Returns None if they cannot be built. They can be built only if all factors are plain tensors on
-    one device.
+    Returns None if there are no tables for the batch. A pool provides its own tables. For a model's
+    own adapters, the tables are built unless they are already cached. Tables cannot be built if the
+    modules of an adapter must be called, or if factors are on several devices.
     """
     if routing.source.tables is not None:
         return routing.source.tables
@@ -55,9 +56,9 @@ def _build_model_tables(
     """Build the address tables of a model.
 
     The tables contain the addresses of a batch's adapters on all layers. The result is False if the
-    tables cannot be built, because a factor is not a plain tensor or because factors are on several
-    devices. Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once,
-    because kernels read it transposed, as rank rows.
+    tables cannot be built, because the modules of an adapter must be called or because factors are
+    on several devices. Kernels read lora_a in place if its dtype and layout allow it. lora_b is
+    copied once, because kernels read it transposed, as rank rows.
     """
     found = _collect_factors(routing, watch)
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
@@ -107,11 +108,13 @@ def _dtype_and_rank_for_empty_tables(routing: Routing) -> tuple[torch.dtype, int
 def _collect_factors(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> list[tuple[int, int, Factors]] | None:
-    """Collect the factors of a routing's adapters.
+    """Collect the factors of a batch's adapters for the address tables.
 
-    The result is a list of tuples (row, column, factors) for every adapter on every linear layer.
-    The row is the layer's row in the tables, and the column is the adapter's slot. The result is
-    None if a factor is not a plain tensor.
+    The result is a list of tuples (row, column, factors), one for each adapter on each linear layer
+    that the adapter adapts. The row is the layer's row in the tables, and the column is the
+    adapter's slot. The result is None if the modules of an adapter must be called, for example
+    because they have hooks. Kernels do not call modules, so the tables cannot be built in this
+    case.
     """
     found = []
     for row, layer in enumerate(routing.layers):

@@ -108,10 +108,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Release and return the base layer, with its original out_proj restored.
+        """Release and return the original attention module.
 
-        The base layer is the attention module. It replaces this layer when the adapters are
-        removed.
+        The module's original out_proj is restored. The module is the base layer, and it replaces
+        this layer when the adapters are removed.
         """
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):

@@ -61,10 +61,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return the local shard of the base weight.
+        """Return the part of the base layer's weight that belongs to this process.
 
-        It is this process's part of the weight, as a dense matrix ``[N, K]``. By default, it is the
-        whole weight.
+        The part is a dense matrix ``[N, K]``. By default, the part is the whole weight. With tensor
+        parallelism, the part is the local shard of the weight.
         """
         return dense_weight(self.get_base_layer())
 

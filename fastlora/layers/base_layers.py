@@ -75,10 +75,12 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor that has the device and dtype to use for new factors.
+    """Return a tensor whose device and dtype new factors should have.
 
-    Returns None if new factors should have the default device and dtype. As in PEFT, new factors
-    use the ``compute_dtype`` of a base layer that has one (bitsandbytes' 4-bit layers, HQQ).
+    Returns None if new factors should have the default device and dtype. The tensor is usually one
+    of the base layer's parameters. As in PEFT, new factors use the ``compute_dtype`` of a base
+    layer that has one (bitsandbytes' 4-bit layers, HQQ). For a base layer with a
+    ``compute_dtype``, the tensor is an empty tensor of this dtype.
     """
     own = list(base.parameters(recurse=False))
     compute = getattr(base, "compute_dtype", None)

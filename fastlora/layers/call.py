@@ -59,7 +59,8 @@ class MixedCall:
     def sorted_rows(self, *, read_on_host: bool = False) -> Rows:
         """Return the rows of x, sorted by adapter.
 
-        ``read_on_host`` tells whether the host reads the slots of the rows.
+        Set ``read_on_host`` if the sorted rows are read on the host. If it is set, the adapter ids
+        of the batch are checked immediately, except in a graph that is being compiled.
         """
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]

@@ -166,12 +166,14 @@ class FastLoraConv(BaseAdditiveLoraLayer):
             up.bias.copy_(bias)
 
     def _factors_for_dora_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors from which an adapter's DoRA norms are computed.
+        """Return an adapter's factors in the form needed to compute its DoRA norms.
 
-        The norms are those of PEFT. With one group, the two factors are the adapter's own. With
-        groups, PEFT multiplies the flattened ``lora_B`` and ``lora_A`` and reshapes the product to
-        ``[N, C / groups, ...]``. Row n of the reshaped product is row ``n//groups`` of lora_B times
-        share ``n%groups`` of lora_A's input channels.
+        The result is a pair of matrices. The norms are those of PEFT. With one group, the matrices
+        are the adapter's own factors. With groups, PEFT multiplies the flattened ``lora_B`` and
+        ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped
+        product is row ``n//groups`` of lora_B times share ``n%groups`` of lora_A's input channels.
+        The product of the returned matrices has the same rows, with the columns in the order of
+        `_flatten_kernels`.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
     """Run a base layer with one DoRA adapter.
 
-    Returns the output ``[..., N]``. DoRA scales each column of the LoRA layer's output before the
-    bias is added.
+    The adapter applies to all rows. Returns the output ``[..., N]``. DoRA scales each column of the
+    LoRA layer's output before the bias is added.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     factors = layer._local_factors(name, call)
@@ -137,7 +137,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlots(NamedTuple):
-    """Indices of the slots of a batch that hold adapters with DoRA on a given layer.
+    """The slots of a batch whose adapters use DoRA on a layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.

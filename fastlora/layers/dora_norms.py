@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastlora.ops.torch.dora import RowChunkedWeight, squared_norms_with_update, squared_row_norms
+from fastlora.ops.torch.dora import (
+    RowChunkedWeight,
+    squared_row_norms,
+    squared_row_norms_with_update,
+)
 from fastlora.sharding import fully_shard_was_called, is_dtensor, local_shard
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
@@ -121,7 +125,7 @@ def local_adapted_squared_norms(
     """
     weight = layer._local_weight() if compiling else base_weight_rows(layer)
     squares = base_squared_norms(layer, weight, compiling)
-    return squared_norms_with_update(weight, squares, lora_a, lora_b, scaling)
+    return squared_row_norms_with_update(weight, squares, lora_a, lora_b, scaling)
 
 
 def adapted_squared_norms(
@@ -133,8 +137,9 @@ def adapted_squared_norms(
 ) -> torch.Tensor:
     """Return the squared row norms of a layer's adapted weight.
 
-    They are ``[N]``. A norm of 0 is replaced by infinity. With tensor parallelism, the norms are
-    summed over the processes.
+    The adapted weight is ``weight + scaling * lora_b @ lora_a``. The norms are ``[N]`` and are
+    computed without storing the adapted weight. A norm of 0 is replaced by infinity. With tensor
+    parallelism, the norms are summed over the processes.
     """
     return layer._reduce_row_squared_norms(
         [local_adapted_squared_norms(layer, lora_a, lora_b, scaling, compiling)]
@@ -144,11 +149,11 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: BaseLinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return the squared row norms of the adapted weight, from the cache if possible.
+    """Return the squared norms of a layer's adapted weight, from the cache if possible.
 
-    They are the norms that `local_adapted_squared_norms` computes, for the adapter ``name``. If
-    gradients are enabled, the norms are computed in every forward pass, because an optimizer may be
-    about to step, and not all optimizers change the versions of tensors.
+    The norms are those of the rows, as `local_adapted_squared_norms` computes them for the adapter
+    ``name``. If gradients are enabled, the norms are computed in every forward pass, because an
+    optimizer may be about to step, and not all optimizers change the versions of tensors.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight
@@ -207,27 +212,27 @@ def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _St
 
 def _get_or_compute(
     layer: BaseLinearWithAdapters,
-    name: str | None,
+    cache_key: str | None,
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's cached tensor, or compute and cache the tensor.
+    """Return squared row norms from a layer's cache, or compute and cache the norms.
 
-    ``name`` is the key of the tensor in the cache. The tensor is computed if the cache has no
-    tensor with a valid stamp. If ``watched`` is None, the tensor is always computed, and it is not
-    cached.
+    ``cache_key`` is the name of an adapter, or None for the base weight. The norms are computed if
+    the cache has no norms with a valid stamp under this key. If ``watched`` is None, or if no stamp
+    can be created, the norms are always computed, and they are not cached.
     """
     if watched is None:
         return make()
     entries = _cache(layer).entries
-    known = entries.get(name)
+    known = entries.get(cache_key)
     if known is None or not known[0].matches(*watched):
         stamp = stamp_tensors(*watched)
         if stamp is None:
             return make()
         # A later backward pass may need the result.
         with torch.inference_mode(False), torch.no_grad():
-            known = entries[name] = stamp, make()
+            known = entries[cache_key] = stamp, make()
     return known[1]
 
 

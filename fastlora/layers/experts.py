@@ -84,9 +84,10 @@ def _product_names(module: nn.Module) -> tuple[str, str]:
 
 
 class FastLoraExperts(FastLoraAdaptedParameters):
-    """LoRA layer for the experts of a transformers model.
+    """LoRA layer for a mixture-of-experts module with stacked weights.
 
-    transformers marks these experts with `use_experts_implementation`.
+    The module contains experts of a transformers model. transformers marks modules of experts with
+    `use_experts_implementation`.
 
     Args:
         base_layer: The module with the stacks.
@@ -124,9 +125,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         )
 
     def _calls_module(self) -> bool:
-        """Return whether the module is called, and is not replaced by grouped products.
+        """Return whether the layer calls the base module instead of computing grouped products.
 
-        Only a call of the module runs its hooks, and a ``forward`` that is not transformers' own.
+        The layer calls the module if the module has hooks or a ``forward`` that is not
+        transformers' own. Only a call of the module runs such hooks or such a ``forward``.
         """
         base = self.base_layer
         return has_module_hooks(base) or _module_of_forward(base) != self.module_of_forward

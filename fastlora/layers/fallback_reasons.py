@@ -77,9 +77,10 @@ def uses_dora(layer: BaseLinearWithAdapters, names: list[str]) -> bool:
 
 
 def reason_dora_prevents_fusion(layer: BaseLinearWithAdapters, names: list[str]) -> str:
-    """Return the reason why DoRA prevents fusing adapters.
+    """Return the reason why DoRA prevents a layer from being fused.
 
-    Returns an empty string if it does not.
+    Returns an empty string if none of the named adapters uses DoRA on the layer, or if the layer
+    can be fused even though an adapter uses DoRA.
     """
     if not uses_dora(layer, names):
         return ""
@@ -144,7 +145,7 @@ def batch_invariant_fallback_reason(
 
 
 def fallback_reason_for_factor_dtypes(routing: Routing, slots: Slots) -> str:
-    """Return the reason why kernels do not support the dtypes of a batch's factors.
+    """Return the reason why the dtypes of a batch's factors prevent the use of kernels.
 
     The reason is an empty string if the kernels support the dtypes.
     """

@@ -169,10 +169,10 @@ def _as_slots(own: Factors | Slots) -> Slots:
 
 
 def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return the context of a call, on which all its results depend.
+    """Return the objects on which all results of a call depend.
 
-    The context is a tuple of objects such as the open block and the autocast state. These objects
-    are compared by identity.
+    The objects are the context of the call, for example the open block and the autocast state. A
+    stored result is valid only in the same context. The objects are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, TableLaunchArguments):
@@ -249,7 +249,11 @@ def _base_tensors(base: Base) -> list[torch.Tensor]:
 def _can_group_outputs(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> bool:
-    """Return whether one call may compute a layer's output together with other layers' outputs."""
+    """Return whether the outputs of a layer and of its group may be computed in one call.
+
+    The function checks the call, the group, and the operands of the given layer, but not the
+    operands of the other layers.
+    """
     conditions = call.conditions
     return (
         base.weight is not None
@@ -405,8 +409,9 @@ def _compute_outputs_with_neighbors(
 ) -> PrecomputedResult | None:
     """Compute the outputs of a layer and its neighbors in one launch.
 
-    The neighbors are the layers next to it in the address tables. Returns the layer's own result,
-    or None if one launch cannot compute all outputs.
+    The neighbors are the layers of the same shared-input group that are next to the layer in the
+    address tables. The results of the neighbors are stored in the group. Returns the layer's own
+    result, or None if the layers cannot share a launch.
     """
     if own.group is None or own.invariant or len(own.members) > MAX_LAYERS_PER_LAUNCH:
         return None

@@ -45,10 +45,10 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class PreparedGroupLaunch:
-    """A prepared kernel launch for several layers of a group.
+    """A kernel launch for several layers of a group, prepared so that later calls can reuse it.
 
-    It consists of the arguments for computing the outputs of these layers in one call. The layers
-    are the one that is called first and those that are called after it.
+    The launch consists of the arguments for computing the outputs of these layers in one call. The
+    layers are the one that is called first and those that are called after it.
 
     Attributes:
         dtype, device: Dtype and device of x.
@@ -97,9 +97,10 @@ class PreparedGroupLaunch:
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node can compute the outputs of all layers for the input x.
+        """Return whether the launch fits into one autograd node for the input x.
 
-        Since the launch was prepared, parameters may have been frozen or may have received hooks.
+        The launch fits if one node can compute the outputs of all its layers. Since the launch was
+        prepared, parameters may have been frozen or may have received hooks.
         """
         if not self.others:
             return True
@@ -170,12 +171,13 @@ def prepare_launch_with_later_layers(
 def _groupable_operands(
     member: BaseLinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return a member's operands for a kernel launch that it shares with the first layer.
+    """Return a member's operands if the member can share the first layer's kernel launch.
 
-    The operands are its `Base` and `Factors`. Returns None if the member needs its own launch. The
-    member can share the first layer's kernel launch if one call can compute the outputs of both
-    layers. With gradients, there are two more conditions. No parameter may have hooks, because the
-    shared autograd node calls the hooks, with None, even for a y that was never used. If x needs no
+    The operands are the member's `Base` and `Factors`. Returns None if the member needs its own
+    launch. The member can share the first layer's kernel launch if one call can compute the outputs
+    of both layers, which depends on devices, dtypes, and shapes, among other things. With
+    gradients, there are two more conditions. No parameter may have hooks, because the shared
+    autograd node calls the hooks, with None, even for a y that was never used. If x needs no
     gradient, either both layers must train or neither, because autograd treats every output of a
     node as one that needs a gradient.
     """
@@ -223,8 +225,9 @@ def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, ow
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
     """Return a list of the tensors that are a layer's operands.
 
-    The operands are the factors lora_a and lora_b, the scaling, and the base weight and bias. The
-    layer's output depends on these tensors and on x. A weight or bias of None is left out.
+    The operands are the lora_a, lora_b, and scaling of the layer's factors, and the weight and bias
+    of the base layer. The layer's output depends on these tensors and on x. A weight or bias of
+    None is left out.
     """
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
@@ -239,12 +242,13 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 def select_sharing_layers(
     members: Sequence[BaseLinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Select the layers of a group that can share the calling layer's pass over x.
+    """Select the layers of a shared-input group that can share one pass over x.
 
-    Returns a tuple (pairs, reason). Each pair is a layer and a list of its factors for each slot.
-    If the calling layer itself cannot share, the list of pairs is empty and the reason explains it.
-    Otherwise, the reason explains why the last layer that was left out cannot share. It is empty if
-    no layer was left out.
+    The pass is that of the calling layer. Returns a tuple (pairs, reason). Each pair is a layer and
+    a list of its factors for each slot. If the calling layer itself cannot share the pass, the list
+    of pairs is empty, and the reason explains why. Otherwise, the reason explains why the last
+    layer that was left out cannot share the pass. The reason is an empty string if no layer was
+    left out.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""

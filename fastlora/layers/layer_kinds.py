@@ -60,7 +60,7 @@ class LayerAdapterSettings(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """A kind of module that supports adapters.
+    """A kind of base layer that supports adapters, and the LoRA layer for it.
 
     Attributes:
         name: Name of the kind, for messages.
@@ -91,9 +91,9 @@ _KINDS: list[LayerKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register a layer kind, and return it.
+    """Register a layer kind.
 
-    The kind takes precedence over the kinds that were registered before it.
+    The new kind takes precedence over the kinds that were registered before. Returns ``kind``.
     """
     _KINDS.insert(0, kind)
     return kind

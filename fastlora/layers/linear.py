@@ -131,10 +131,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain `nn.Linear` with the base layer's weight and bias.
+        """Return the base layer as a plain `nn.Linear`, without adapters.
 
-        It shares both with this layer, and has no adapters. It is the `nn.Linear` that the layer
-        was created from, if any.
+        The `nn.Linear` shares its weight and bias with this layer. If this layer was created from
+        an `nn.Linear`, that module is returned.
         """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
@@ -157,7 +157,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for x, with the active adapters applied.
 
-        The output is ``[..., N]`` for ``x [..., K]``.
+        The output is ``[..., N]`` for ``x [..., K]``. In a mixed batch, each row uses its own
+        adapter or none.
         """
         call = create_call(self, x)
         # Read `_parameters` directly: an attribute lookup on a module takes a microsecond.

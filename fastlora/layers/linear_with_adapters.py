@@ -101,13 +101,13 @@ class BaseLinearWithAdapters(nn.Module):
         """
         return None
 
-    def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
-        """Return the base weight that is saved for the backward pass.
+    def _weight_saved_for_backward(self, dequantize: bool) -> torch.Tensor:
+        """Return the base weight to save for the backward pass.
 
-        It is in the form that autograd saves. If the weight is quantized, the result represents it
-        without a dense matrix.
+        The result is in the form that autograd saves. A quantized weight is represented without a
+        dense matrix, unless ``dequantize`` is set, for example during compilation.
         """
-        found = None if compiling else self._local_quantized()
+        found = None if dequantize else self._local_quantized()
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:

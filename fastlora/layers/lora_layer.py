@@ -12,7 +12,11 @@ from torch import nn
 from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.init import InitMethod
 from fastlora.layers import parts
-from fastlora.layers.adapter_init import AdapterInitializer, delete_calibration, find_calibration
+from fastlora.layers.adapter_init import (
+    AdapterInitializer,
+    delete_calibration_result,
+    find_calibration_result,
+)
 from fastlora.layers.base_adapter_layer import clear_layer_caches
 from fastlora.layers.base_layers import (
     dense_weight,
@@ -91,7 +95,7 @@ class LoraLayer(Mergeable):
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+        """Return whether the layer is fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """
@@ -278,7 +282,7 @@ class LoraLayer(Mergeable):
             undo()
             raise
         if init.data:
-            delete_calibration(self, init)
+            delete_calibration_result(self, init)
 
     def _make_base_undo(self, init: InitMethod, copy_to_cpu: bool = False) -> Callable[[], None]:
         """Return a function that undoes an initialization's changes to the base layer.
@@ -286,7 +290,7 @@ class LoraLayer(Mergeable):
         If ``copy_to_cpu`` is set, a dense weight on an accelerator is saved in CPU memory. A
         quantized weight is saved on its device.
         """
-        data = find_calibration(self, init) if init.data else None
+        data = find_calibration_result(self, init) if init.data else None
         restore = (
             make_weight_restorer(self.get_base_layer(), copy_to_cpu) if init.changes_base else None
         )
@@ -443,10 +447,10 @@ class LoraLayer(Mergeable):
         return names
 
     def widen(self, adapter_name: str) -> None:
-        """Upcast an adapter's factors to fp32.
+        """Upcast an adapter's factors to higher precision.
 
-        Only factors that have lower precision are converted. If the adapter uses DoRA, its
-        magnitude is recomputed.
+        Factors that have lower precision than fp32 are converted to fp32. Other factors remain
+        unchanged. If the adapter uses DoRA, its magnitude is recomputed.
         """
         for part, factor in self._factors_by_part(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
@@ -458,7 +462,7 @@ class LoraLayer(Mergeable):
     def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
         """Return a dict of an adapter's factors, keyed by part.
 
-        The keys are part names such as ``"lora_A"``.
+        The keys are part names such as ``"lora_A"`` or, for DoRA, ``"lora_magnitude_vector"``.
         """
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:
@@ -469,7 +473,11 @@ class LoraLayer(Mergeable):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the module dicts that contain the adapters' factors."""
+        """Names of the attributes that contain the adapters' factors.
+
+        Each attribute, such as ``lora_A``, maps an adapter name to a factor.
+        ``lora_magnitude_vector`` is not included.
+        """
         return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
 
     def _all_available_adapter_names(self) -> list[str]:

@@ -41,10 +41,10 @@ class MergeTarget(Protocol):
         """
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a dense matrix to merge into.
+        """Return a buffer in which to compute the merged weight.
 
-        Adapters are merged into it before `write` is called. The matrix is the weight itself or a
-        new fp32 copy.
+        The buffer is a dense matrix: either the weight itself or a new fp32 copy of the weight.
+        Adapters are merged into the matrix before `write` is called.
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
@@ -82,12 +82,12 @@ class MergeTarget(Protocol):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot in the same way as ``nn.Module._apply`` converts the module's tensors.
+        """Return a snapshot converted by ``fn``, for example to another device.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
-        ``nn.Module._apply`` applies to the module's tensors. Returns the converted snapshot, which
-        is for use after the module has been converted. If `restore` can use ``snapshot`` as it is,
-        returns ``snapshot`` itself.
+        ``nn.Module._apply`` applies to the module's tensors. The converted snapshot is for use
+        after the module has been converted. If `restore` does not need a converted snapshot, an
+        implementation may return ``snapshot`` itself without applying ``fn``.
         """
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums, fin
 from fastlora.layers.module_with_adapters import ModuleWithAdapters
 from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.scalings import Scaling
-from fastlora.ops.torch.dora import dora_scale, squared_norms_with_update, squared_row_norms
+from fastlora.ops.torch.dora import dora_scale, squared_row_norms, squared_row_norms_with_update
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Number of rows that a merge handles at a time. These rows are its only temporary.
@@ -56,14 +56,19 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _base_fingerprints(self) -> list[Fingerprint]:
-        """Return a list with the fingerprints of the base weight and the bias."""
+        """Return fingerprints of the layer's base parameters.
+
+        The base parameters are the base weight and the bias, into which adapters are merged. The
+        list contains one fingerprint for each of them, in this order.
+        """
         weight, bias = self._weight_and_bias_to_merge()
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base weight and bias have remained unmodified since the last merge.
+        """Return whether the layer's base parameters have remained unmodified since the last merge.
 
-        If both are unmodified, `unmerge` can restore the weight and the bias that `merge` saved.
+        The base parameters are the base weight and the bias. If the weight and the bias are both
+        unmodified, `unmerge` can restore the values that `merge` saved.
         """
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
@@ -234,7 +239,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sums = []
         for name in names:
             factors = *self._factors_for_dora_norm(name), self.scaling[name]
-            sums.append(squared_norms_with_update(base, squares, *factors))
+            sums.append(squared_row_norms_with_update(base, squares, *factors))
         return dict(zip(names, self._reduce_row_squared_norms(sums), strict=True))
 
     @torch.no_grad()

@@ -128,9 +128,10 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list that contains the factors of each slot, for use by the kernels.
+    """Return the factors of each slot, for use by the kernels.
 
-    Returns None if PyTorch operators are used instead of the kernels.
+    The result is a list with one entry per slot. Returns None if PyTorch operators are used instead
+    of the kernels.
 
     Args:
         call: The call of a layer.

@@ -50,7 +50,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     def get_base_layer(self) -> nn.Module:
         """Return the base layer.
 
-        It is the original module that this object wraps.
+        The base layer is the original module that this object wraps.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
@@ -88,10 +88,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Release and return the wrapped module.
+        """Return the wrapped module without this wrapper.
 
-        The returned module replaces this wrapper when the adapters are removed. By default, it is
-        the base layer.
+        The returned module replaces this wrapper when the adapters are removed. By default, the
+        returned module is the base layer.
         """
         return self.get_base_layer()
 
@@ -120,9 +120,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained_copy(self, adapter_name: str) -> None:
-        """Remove an adapter's trained copy.
+        """Remove an adapter's trained copy of the wrapped module.
 
-        The adapter has its own copy of the wrapped module or of some of the module's rows.
+        The copy may contain only some of the module's rows.
         """
         del self._trained_modules_or_rows_by_adapter[adapter_name]
 

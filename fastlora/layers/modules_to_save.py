@@ -86,7 +86,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def get_base_layer(self) -> nn.Module:
         """Return the base layer.
 
-        It is the original module that this object wraps.
+        The base layer is the original module that this object wraps.
         """
         return self.original_module
 
@@ -125,8 +125,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _run_copies_on_rows(
         self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run each adapter's copy on the rows of x that use the adapter.
+        """Run each adapter's copy of the module on the rows of x that use the adapter.
 
+        The original module runs on the other rows, and all outputs are combined into one output.
         The rows are along x's first dimension. If ids are per token, the leading dimensions of
         ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
         the rows along their first dimension.

@@ -52,11 +52,11 @@ _Found = tuple[BaseQuantizedWeight | None, dict[torch.dtype, KernelWeight | str]
 
 
 class KernelWeightCache(UncopiedCache):
-    """Cache of a layer's base weight in the format that the kernels expect.
+    """Cache of a quantized base weight in the format that the kernels expect.
 
-    The weight is quantized, and an entry is valid until the weight changes. Entries are stored by
-    dtype of x, and include fallback reasons. Switching autocast on and off therefore recomputes
-    nothing. A copied layer starts with an empty cache.
+    The cache belongs to one layer, and an entry is valid until the layer's base weight changes.
+    The entries are keyed by the dtype of x. An entry is a weight or a fallback reason. Switching
+    autocast on and off therefore recomputes nothing. A copied layer starts with an empty cache.
 
     Attributes:
         dtype: Dtype of x in the last forward pass.
@@ -167,12 +167,12 @@ class KernelWeightCache(UncopiedCache):
         """
         known, stamp, entries = self._of
         if entries is not None and stamp is not None and known is module:
-            watched = _stamp_arguments_unless_replaced(module, entries[0])
+            watched = _stamp_arguments_unless_weight_replaced(module, entries[0])
             if watched is not None and stamp.matches(*watched):
                 return entries
         self._of, self.repacked = (None, None, None), None
         kind = quantized_weight_of(module)
-        watched = _stamp_arguments_unless_replaced(module, kind)
+        watched = _stamp_arguments_unless_weight_replaced(module, kind)
         stamp, entries = None if watched is None else stamp_tensors(*watched), (kind, {})
         self._of = module, stamp, entries
         return None if stamp is None else entries
@@ -200,11 +200,11 @@ def quantized_base_for_kernels(call: UniformCall | MixedCall) -> Base | None:
 
 
 def call_base_layer(
-    call: UniformCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
+    call: UniformCall | MixedCall, base_layer: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """Call a base layer, and return its output.
 
-    The base layer gets the input of its LoRA layer.
+    The base layer is called with the input of its LoRA layer and with ``args`` and ``kwargs``.
 
     In evaluation on a CPU, the output for a few rows may instead come from a product with a copy of
     the 4-bit codes (`RepackedProduct`). The copy is dropped by the next call with gradients, or
@@ -214,21 +214,22 @@ def call_base_layer(
     made: torch.Tensor | None = None
     if conditions.compiling or conditions.tracing:
         pass
-    elif not is_bitsandbytes_repacking_prevented(module):
-        warn_if_gradients_blocked(layer, module, x)
-    elif module.training or x.requires_grad:
+    elif not is_bitsandbytes_repacking_prevented(base_layer):
+        warn_if_gradients_blocked(layer, base_layer, x)
+    elif base_layer.training or x.requires_grad:
         if "_kernel_weights" in layer.__dict__:
             _cache_of(layer).repacked = None
     elif not (args or kwargs) and type(x) is torch.Tensor:
-        made = _cache_of(layer).output_from_repacked_codes(module, x)
-    return module(x, *args, **kwargs) if made is None else made
+        made = _cache_of(layer).output_from_repacked_codes(base_layer, x)
+    return base_layer(x, *args, **kwargs) if made is None else made
 
 
 def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
-    """Return a `Base` with a layer's quantized weight.
+    """Return a layer's quantized base weight as a `Base` for the kernels.
 
-    The weight has the dtype that the base layer computes in. Returns None if kernels cannot read
-    the weight.
+    The weight has the dtype that the base layer computes in. Returns None if the weight is not
+    quantized, or if the base layer itself must be called, for example because the kernels cannot
+    read the weight.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), None)
@@ -281,8 +282,8 @@ def to_base_output_dtype(
 def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
     """Clear the caches that depend on a layer's weights.
 
-    These are the DoRA norms, the rank rows of a stack's adapters, and the quantized weight for
-    kernels. If ``release_captured`` is set, weights that CUDA graphs read are released too.
+    The caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized weight
+    for kernels. If ``release_captured`` is set, weights that CUDA graphs read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)
@@ -294,7 +295,7 @@ def clear_weight_dependent_caches(layer: object, release_captured: bool = False)
             own["_shared_input_group"].launches.clear()  # Launches hold the weights too.
 
 
-def _stamp_arguments_unless_replaced(
+def _stamp_arguments_unless_weight_replaced(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
     """Return the arguments with which `stamp_tensors` makes a stamp of a module's weight.

@@ -18,10 +18,11 @@ Scaling = float | torch.Tensor
 
 
 class Scalings(dict[str, Scaling]):
-    """Dict that maps each adapter name to the adapter's scaling.
+    """Dict of the scalings of a layer's adapters.
 
-    A scaling is a number, or a tensor for PEFT's compiled hot swap. Changing the scaling of a name
-    invalidates the values that were cached with the old one, such as packed factors.
+    Each adapter name is mapped to the adapter's scaling. A scaling is a number, or a tensor for
+    PEFT's compiled hot swap. Changing an adapter's scaling invalidates the values that were cached
+    with the old scaling, such as packed factors.
 
     Attributes:
         tensors: Maps an adapter name to a tensor with the same value. A new value creates a new

@@ -258,9 +258,10 @@ class _SharedInputCallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append a layer that is called with input x to the sequence.
+        """Append a layer's call with input x to the sequence.
 
-        Also record whether x has been written to since the first call.
+        `form_group` later forms a group from the layers of the sequence. `append_call` also records
+        whether x has been written to since the first call.
         """
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):

@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastlora.autograd.shared_input import PrecomputedResult, grouped_shrink
 from fastlora.layers.shared_input import SharedResultCache
-from fastlora.ops.library import define_operator, register_composite_implementation
+from fastlora.ops.library import define_operator, register_composite_implicit_autograd
 from fastlora.ops.rows import sort_rows
 
 # The results of the first call in a trace, for the calls after it.
@@ -31,7 +31,7 @@ define_operator(
 )
 
 
-@register_composite_implementation("lora_shared")
+@register_composite_implicit_autograd("lora_shared")
 def _own_s_and_optional_seed(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],

@@ -150,7 +150,7 @@ def linear_from_tables(
         operators: schema.Operators = torch.ops.fastlora
     else:
         is_coded = isinstance(read, QuantizedTensor)
-        operators = schema.operators_for(x, in_autograd_function=is_coded)
+        operators = schema.registered_or_direct_operators(x, in_autograd_function=is_coded)
         if is_coded and operators is not torch.ops.fastlora:
             read = weight_for_kernels(base.weight, x, of.max_rank, plan)
     neighbors = None
@@ -166,10 +166,10 @@ def linear_from_tables(
 def run_launch_with_neighbors(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunchArguments
 ) -> list[torch.Tensor] | None:
-    """Compute the outputs of a layer and its neighbors in one launch.
+    """Compute the outputs of a layer and its neighbors at once.
 
-    The neighbors are the layers next to it in the address tables. Each output is y ``[M, N]``.
-    Returns None if one launch cannot compute all outputs.
+    The neighbors share the layer's input and are next to the layer in the address tables. Each
+    output is y ``[M, N]``. Returns None if the outputs cannot be computed together.
     """
     flat, biases = _to_2d(x), [base.bias for base in bases]
     weights = [base.weight for base in bases if base.weight is not None]

@@ -90,7 +90,7 @@ class TensorParallelLora(FastLoraWrapper):
     number. Row-wise, each process draws a mask for its own columns, so the masks differ from those
     of a single process.
 
-    Every process must call `add_adapter`; the first process's values are used. It raises
+    Every process must call `add_adapter`; the first process's values are used. `add_adapter` raises
     `AdapterStateError` if FSDP2 shards the layer too.
 
     Args:
@@ -116,7 +116,8 @@ class TensorParallelLora(FastLoraWrapper):
     def move_adapters_from(self, layer: LoraLayer) -> None:
         """Move all adapters of another layer to this layer.
 
-        Their settings are moved too.
+        The adapters' settings are moved too. The factors are distributed over the processes: each
+        factor is either split or replicated.
 
         Args:
             layer: A LoRA layer over the same base weight. It must not be used afterwards.

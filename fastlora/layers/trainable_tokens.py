@@ -442,11 +442,11 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _rows_before_merge_by_adapter(self) -> dict[str, torch.Tensor]:
-        """Return the weight rows as they were before merging, keyed by adapter name.
+        """Return, for each merged adapter, the weight rows that the adapter replaced.
 
-        The dict has one entry for each merged adapter. The entry contains the weight rows that the
-        adapter replaced, as they were just before this adapter was merged. Modules that share the
-        weight share the dict.
+        The result is a dict that is keyed by adapter name. Each entry contains the rows as they
+        were just before the adapter was merged, so that `unmerge` can restore the rows. Modules
+        that share the weight share the dict.
         """
         own, tied = self.token_adapter, self.token_adapter.tied_adapter
         shares = tied is not None and tied.base_layer.weight is own.base_layer.weight

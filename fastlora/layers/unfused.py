@@ -103,11 +103,10 @@ class BaseUnfusedLoraLayer(LoraLayer):
 
 
 class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
-    """Base class of additive LoRA layers.
+    """Base class of unfused LoRA layers that add the adapters' updates to the base output.
 
-    An additive layer adds the adapters' updates to the base output one by one. Besides the methods
-    that `LoraLayer` lists for subclasses, a subclass implements `_add_update` and
-    `_count_samples_and_sample_dims`.
+    The updates are added one by one. Besides the methods that `LoraLayer` lists for subclasses, a
+    subclass implements `_add_update` and `_count_samples_and_sample_dims`.
     """
 
     # ------------------------------------------- methods that a layer kind overrides

@@ -63,10 +63,11 @@ class FastLoraWrapper(LoraLayer):
         base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the layer's output for x.
+        """Return the base layer's output for x, with the adapters applied.
 
-        The shape of x is ``[..., K]``, and that of the output is ``[..., N]``. The base layer
-        receives all other arguments.
+        The applied adapters are the active adapters or, in a mixed batch, each row's adapter. The
+        shape of x is ``[..., K]``, and that of the output is ``[..., N]``. The base layer receives
+        all other arguments.
         """
         call = create_call(self, x)
         acts = not isinstance(call, UniformCall) or call.names
@@ -108,9 +109,10 @@ class FastLoraWrapper(LoraLayer):
         return quantized_base_of_layer(self)
 
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether y may be overwritten in place.
+        """Return whether the base layer's output y may be overwritten in place.
 
-        This is safe only if nothing else references y.
+        An overwrite is safe only if nothing else references y. The caller must also check that y
+        does not require a gradient.
         """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (

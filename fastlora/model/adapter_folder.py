@@ -133,7 +133,7 @@ class AdapterContents:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers for which the adapter has LoRA factors.
+        """The names of the LoRA layers for which the adapter has weights.
 
         The names are in the order of the keys in the file.
         """
@@ -171,11 +171,11 @@ class OpenAdapterFolder:
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The header of the adapter folder.
+        """The header of the adapter folder, without the tensor data.
 
-        The header consists of the validated contents of the folder, excluding the tensor data. When
-        the property is read for the first time, the header of the weights file is checked against
-        the config. No tensor data is read.
+        The header contains the validated config and a description of each tensor, such as the
+        tensor's shape and dtype. When the property is read for the first time, the header of the
+        weights file is checked against the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -453,11 +453,14 @@ def _check_factor(
 
 
 def _may_be_stacked_rank(config: LoraConfig, rank_dim_size: int) -> bool:
-    """Return whether ``rank_dim_size`` may be a rank multiplied by a number of stacked matrices.
+    """Return whether the size of a rank dimension may be the combined rank of stacked matrices.
 
-    A target parameter may be a stack of matrices. The rank dimension of its factors is then the
-    rank multiplied by the number of matrices. Only a model tells which modules have target
-    parameters, and how many matrices they stack. `check_adapter_fits_model` compares the shapes.
+    A target parameter may be a stack of matrices, such as the weights of several experts. The rank
+    dimension of its factors then has the combined rank, which is the adapter's rank multiplied by
+    the number of matrices. The combined rank is therefore a multiple of a rank in the config. The
+    result is False if the config has no target parameters. Only a model tells which modules have
+    target parameters, and how many matrices they stack. `check_adapter_fits_model` compares the
+    shapes.
     """
     ranks = {config.r, *config.rank_pattern.values()} if config.target_parameters else ()
     return rank_dim_size > 0 and any(rank_dim_size % rank == 0 for rank in ranks)

@@ -78,9 +78,9 @@ def file_keys_to_state_keys(
 
 
 def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a state dict with the names of wrapper modules removed from the keys.
+    """Strip the prefixes of wrapper modules from the keys of a state dict.
 
-    See `strip_wrapper_prefixes` for the wrappers. The tensors are not copied.
+    The result is a new dict with the same tensors. See `strip_wrapper_prefixes` for the wrappers.
     """
     return {strip_wrapper_prefixes(key): tensor for key, tensor in state.items()}
 
@@ -149,11 +149,11 @@ def check_adapter_fits_model(
 def check_overwritable_from_file(
     model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: AdapterPlan, path: Path
 ) -> None:
-    """Check that a loaded adapter can be overwritten with the weights in an adapter file.
+    """Check that a loaded adapter can be overwritten with the adapter in a file.
 
-    Both adapters must adapt the same modules. For each module, both configs must specify the same
-    rank and the same scaling. A scaling that was changed with `set_scale` is not compared and
-    remains in effect, as in PEFT.
+    The two adapters must adapt the same modules, with the same rank and scaling for each module.
+    Both adapters must also have the same ``use_dora`` and the same ``trainable_token_indices``. A
+    scaling that was changed with `set_scale` is not compared and remains in effect, as in PEFT.
 
     Args:
         model: The base model with its adapters.
@@ -239,10 +239,10 @@ def _file_shapes_of_tied_heads(
 
 
 def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Return the base model's biases, keyed by name.
+    """Return the base model's biases by name.
 
-    The keys are the names that the biases have in the model without adapters. Each value is a tuple
-    of the bias's current name and the parameter.
+    The result is a dict whose keys are the names of the biases in the model without adapters. Each
+    value is a tuple of the bias's current name and the parameter.
     """
     return {
         strip_wrapper_prefixes(str(key_without_adapters(model, name))): (name, parameter)
@@ -396,10 +396,16 @@ def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: Adapte
 
 
 def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source`` into ``target``.
+    """Copy a tensor into a tensor of the model.
 
-    ``key`` is the key of ``target`` in the model's state dict. A target on the meta device is
+    If ``target`` is sharded, each process copies its own shard. A target on the meta device is
     replaced with a new tensor on the device of the base layer.
+
+    Args:
+        lora_model: The model.
+        key: The key of ``target`` in the model's state dict.
+        target: The tensor of the model.
+        source: The tensor to copy. It must have the shape of ``target``.
 
     Raises:
         CheckpointError: If ``source`` itself is on the meta device.

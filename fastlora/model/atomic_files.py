@@ -130,10 +130,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def acquire_flock(descriptor: int, *, wait: bool = False) -> bool | None:
-    """Acquire an exclusive ``flock`` on an open file or folder.
+    """Acquire an ``flock`` on a file descriptor.
+
+    The lock is exclusive.
 
     Args:
-        descriptor: The file descriptor.
+        descriptor: The descriptor of an open file or folder.
         wait: Whether to wait until the lock is free.
 
     Returns:

@@ -45,7 +45,11 @@ def is_modules_to_save_wrapper(module: nn.Module) -> bool:
 
 
 def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is fastlora's or PEFT's wrapper for ``trainable_token_indices``."""
+    """Return whether ``module`` is a trainable-tokens wrapper.
+
+    A trainable-tokens wrapper is used for ``trainable_token_indices``. The wrappers of fastlora and
+    of PEFT are recognized.
+    """
     return "token_adapter" in module._modules
 
 
@@ -135,9 +139,10 @@ def named_outer_modules(
 
 
 def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
-    """Return the base model's modules, named as in a model without adapters.
+    """Return the modules of the base model with their original names.
 
-    LoRA layers and wrappers are listed in place of the modules that they replaced. In addition to
+    The original names are those in the model without adapters. LoRA layers and wrappers are listed
+    in place of the modules that they replaced, under the names of these modules. In addition to
     the modules that `named_outer_modules` returns, the modules inside wrapped modules are included.
 
     Returns:

@@ -36,15 +36,18 @@ from fastlora.model.tuner import tuner_of
 from fastlora.validation import ConfigError, InitializationError, error_prefix
 
 
-def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[str, nn.Module]:
-    """Return a dict that maps module names to the linear layers that a config targets.
+def target_linear_layers(
+    model: nn.Module, config: LoraConfig, init_method: str
+) -> dict[str, nn.Module]:
+    """Return the linear layers that a config targets.
 
-    Targets that are not linear layers are left out, as in PEFT.
+    The result is a dict that maps the names of the layers to the layers without adapters. Targets
+    that are not linear layers are left out, as in PEFT.
 
     Args:
         model: The model, with or without adapters.
         config: The adapter's config.
-        title: The name of the initialization method, for messages.
+        init_method: The name of the initialization method, for messages.
 
     Raises:
         TargetNotFoundError: If no module matches the config.
@@ -60,14 +63,14 @@ def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> di
         reason = reason_weight_not_replaceable(base, allow_quantized=False)
         if reason or hasattr(base, "quant_state"):
             raise InitializationError(
-                f"{title} does not support quantized models and cannot be used on module {name!r}: "
-                f"{reason or 'it has a quant_state'}"
+                f"{init_method} does not support quantized models and cannot be used on module "
+                f"{name!r}: {reason or 'it has a quant_state'}"
             )
         found[name] = base
     if not found:
         raise InitializationError(
-            f"No supported layers found for {title} initialization: none of the target modules is "
-            "an nn.Linear or a Conv1D"
+            f"No supported layers found for {init_method} initialization: none of the target "
+            "modules is an nn.Linear or a Conv1D"
         )
     return found
 

@@ -76,13 +76,14 @@ class ComputedAdapter(NamedTuple):
 
     @torch.no_grad()
     def copy_into_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        """Copy the computed parameters into an adapter that was added to a model.
+        """Copy the computed factors into an adapter of the model.
 
-        For each module in ``copies``, the existing adapter's copy of the module is copied too.
+        Computed DoRA magnitudes and biases are copied too. For each module in ``copies``, the
+        existing adapter's copy of the module is also copied.
 
         Args:
             model: The base model with its adapters.
-            adapter_name: The name of the adapter, which was added with ``plan``.
+            adapter_name: The name of the adapter to copy into, which was added with ``plan``.
         """
         layers = lora_layers(model)
         for name, made in self.factors.items():
@@ -101,7 +102,7 @@ class ComputedAdapter(NamedTuple):
 def factor_matrices(
     name: str, layer: LoraLayer, adapter: str, *, require_product: bool = True
 ) -> low_rank.FactorPair:
-    """Return an adapter's LoRA factors on a layer as a tuple of two matrices.
+    """Return the two LoRA factors of an adapter on a layer as matrices.
 
     The matrices have the dtype fp32 or, if a factor has a wider dtype, that dtype.
 
@@ -117,8 +118,8 @@ def factor_matrices(
 
     Raises:
         AdapterStateError: If the factors are sharded or contain values that are not finite.
-        UnsupportedLayerError: If ``require_product`` is True and the update is not the product of
-            the two matrices, as in a grouped convolution.
+        UnsupportedLayerError: If the update is not the product of the two matrices, as in a grouped
+            convolution, and ``require_product`` is True.
     """
     lora_a, lora_b, _ = layer._factors(adapter)
     if layer.is_split or is_dtensor(lora_a) or is_dtensor(lora_b):
@@ -139,9 +140,10 @@ def factor_matrices(
 def split_factors_by_matrix(
     layer: LoraLayer, pair: low_rank.FactorPair
 ) -> list[low_rank.FactorPair]:
-    """Split a layer's factors into one pair of factors for each matrix of the layer's weight.
+    """Split the factors of a layer with several matrices into one pair of factors per matrix.
 
-    The result is a list with one pair, unless the weight is a stack of matrices.
+    A layer has several matrices if its weight is a stack of matrices, as for stacked experts. For
+    any other layer, the result is a list that contains only ``pair``.
     """
     if layer.num_matrices == 1:
         return [pair]
@@ -150,9 +152,10 @@ def split_factors_by_matrix(
 
 
 def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
-    """Join the factors for the matrices of a layer's weight into one pair for the whole layer.
+    """Join the pairs of factors of a layer's matrices into one pair.
 
-    This is the inverse of `split_factors_by_matrix`.
+    The matrices form the layer's weight, and the result contains the factors of the whole layer.
+    This function is the inverse of `split_factors_by_matrix`.
     """
     lora_a, lora_b = zip(*pairs, strict=True)
     return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)
@@ -160,30 +163,31 @@ def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.Fa
 
 def build_computed_adapter(
     model: nn.Module,
-    configs: Mapping[str, LoraConfig],
+    source_configs: Mapping[str, LoraConfig],
     factors: Mapping[str, LayerAdapterParameters],
     config: LoraConfig | None = None,
 ) -> ComputedAdapter:
-    """Create a `ComputedAdapter` from factors.
+    """Build a `ComputedAdapter` from factors and configs.
 
-    The adapter is not added to the model.
+    The computed adapter can later be added to the model. This function does not change the model.
 
     Args:
         model: The base model with its adapters.
-        configs: A mapping from the names of the adapters that the new adapter was computed from to
-            their configs.
-        factors: A mapping from the names of the layers that the new adapter adapts to its factors.
-        config: The new adapter's config. With None, the factors already include all scalings, and
-            the config is derived from ``configs``.
+        source_configs: A mapping from adapter names to configs. It contains the adapters from which
+            the new adapter was computed.
+        factors: A mapping from layer names to the new adapter's parameters. It contains all layers
+            that the new adapter adapts.
+        config: The new adapter's config, which may be changed. With None, the factors already
+            include all scalings, and the config is derived from ``source_configs``.
 
     Raises:
         AdapterStateError: If two of the adapters own a copy of the same module.
         ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
-    copies = _owner_by_copied_module(model, list(configs))
+    copies = _owner_by_copied_module(model, list(source_configs))
     ranks = {name: each.rank for name, each in factors.items()}
     if config is None:
-        config = _computed_adapter_config(list(configs.values()), ranks, copies)
+        config = _computed_adapter_config(list(source_configs.values()), ranks, copies)
     alphas = {name: config.alpha_for(name) for name in factors}
     plan = plan_target_modules(model, config)
     layers = lora_layers(model)
@@ -197,7 +201,9 @@ def build_computed_adapter(
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config._set_layer_ranks_and_alphas(ranks, alphas)
         plan = plan_target_modules(model, config)
-    holders = (layers[name]._factors(a) for name in factors for a in configs if a in layers[name].r)
+    holders = (
+        layers[name]._factors(a) for name in factors for a in source_configs if a in layers[name].r
+    )
     return ComputedAdapter(plan, factors, copies, next(holders)[0].dtype == torch.float32)
 
 

@@ -252,16 +252,18 @@ class LoraConfig(PeftConfigMethods):
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
-        """Check that fastlora supports every field that the config sets.
+        """Raise an error if the config uses features that fastlora does not support.
 
-        Fields that fastlora does not support must have their default values.
+        The config's fields for these features must have their default values. Fields that have no
+        effect at the given stage are not checked.
 
         Args:
             stage: ``"new"`` if the adapter is about to be initialized, ``"load"`` if its weights
                 come from a file, or ``"live"`` if it is already in a model.
 
         Raises:
-            ConfigError: If an unsupported field is set. The message names all of these fields.
+            ConfigError: If a field for an unsupported feature is set. The message names all of
+                these fields.
         """
         idle = _IDLE_AFTER_INIT if stage != "new" else ()
         unset = {
@@ -359,7 +361,14 @@ class LoraConfig(PeftConfigMethods):
         return named or {}
 
     def rank_for(self, name: str) -> int:
-        """Return the rank for the module or target parameter called ``name``."""
+        """Return the rank for a module.
+
+        The first pattern in ``rank_pattern`` that matches the name determines the rank. If no
+        pattern matches, the rank is ``r``.
+
+        Args:
+            name: The name of a module or target parameter.
+        """
         patterns = self.rank_pattern
         name = self._name_for_rank_and_alpha_patterns(name) if patterns else name
         key = first_suffix_match("rank_pattern", patterns, name) if patterns else None
@@ -405,7 +414,14 @@ class LoraConfig(PeftConfigMethods):
         self.alpha_pattern = {pattern(n): a for n, a in alphas.items() if a != self.lora_alpha}
 
     def scaling_for(self, name: str) -> float:
-        """Return the LoRA scaling for the module or target parameter called ``name``."""
+        """Return the LoRA scaling for a module.
+
+        The scaling is the module's alpha divided by its rank or, with ``use_rslora``, by the square
+        root of the rank.
+
+        Args:
+            name: The name of a module or target parameter.
+        """
         rank = self.rank_for(name)
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -549,16 +565,17 @@ class LoraConfig(PeftConfigMethods):
     def from_pretrained(
         cls: type[_T], folder: str | os.PathLike[str], *, for_loading: bool = False
     ) -> _T:
-        """Load the config of a local adapter folder.
+        """Load an adapter's config from a local folder.
 
-        The result is the config that belongs to the folder's weights. If a save was interrupted
-        after it replaced the weights file and before it replaced ``adapter_config.json``, the
-        config stored in the metadata of the weights file is returned. To read the config file
-        itself, use `from_json_file`.
+        The result is the config that belongs to the folder's weights. Usually, this is the config
+        in ``adapter_config.json``. If a save was interrupted after it replaced the weights file and
+        before it replaced ``adapter_config.json``, the config stored in the metadata of the weights
+        file is returned. To read the config file itself, use `from_json_file`.
 
         Args:
             folder: The adapter folder.
-            for_loading: See `from_dict`.
+            for_loading: Whether the adapter's weights come from a file. Settings that only affect
+                the initialization are then not checked. See `from_dict`.
 
         Raises:
             CheckpointError: If the config file is missing or is not a JSON object.

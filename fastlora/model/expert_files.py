@@ -47,17 +47,21 @@ from fastlora.validation import CheckpointError
 _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
-def may_need_expert_conversion(model: nn.Module, layers: Iterable[str]) -> bool:
-    """Return whether an adapter file may need to be converted with `convert_expert_factors`.
+def may_need_expert_conversion(model: nn.Module, layers_in_file: Iterable[str]) -> bool:
+    """Return whether an adapter file may need to be converted for the model's experts.
 
-    ``layers`` contains the names of the layers in the file. The file may need to be converted if at
-    least one of these layers is not a module of the model, and `former_to_parameter_names` has
+    The function `convert_expert_factors` converts the file. The file may need to be converted if at
+    least one layer in the file is not a module of the model, and `former_to_parameter_names` has
     former names for the model's type.
+
+    Args:
+        model: The base model, with or without adapters.
+        layers_in_file: The names of the layers in the file.
     """
     if not former_to_parameter_names(model_type_of(model)):
         return False
     names = {name for name, _, _ in named_base_modules(model)}
-    return any(layer.replace(".base_layer", "") not in names for layer in layers)
+    return any(layer.replace(".base_layer", "") not in names for layer in layers_in_file)
 
 
 def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterContents:
@@ -140,12 +144,13 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return an adapter's config, modified for use by PEFT.
+    """Return an adapter's config in a form that PEFT can use.
 
-    If the base model has stacked experts, the modifications keep PEFT from adapting other experts
-    than fastlora does. Whenever PEFT reads a config, it converts the former names of experts. It
-    then adapts all experts, and no linear layer with a former name. The returned config has no
-    former names. For other base models, the config is returned unchanged.
+    If the base model has stacked experts with former names, the result is a modified config that
+    keeps PEFT from adapting experts that fastlora does not adapt. Whenever PEFT reads a config, it
+    converts the former names of experts. PEFT then adapts all experts, and no linear layer with a
+    former name. The modified config has no former names. For other base models, or if
+    ``target_modules`` is not set, the config is returned unchanged.
 
     PEFT cannot adapt some linear layers that fastlora adapts. If the adapter has such layers, a
     warning names them. When fastlora loads the adapter, it recognizes these layers by their
@@ -251,9 +256,10 @@ class InferredFactorSettings(NamedTuple):
 def infer_factor_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
 ) -> dict[str, InferredFactorSettings]:
-    """Infer the rank, alpha, and scaling of the factors in an adapter file.
+    """Infer the settings of the factors in an adapter file, such as the rank and alpha.
 
-    The keys of the result are the module names in the file.
+    See `InferredFactorSettings` for all settings. The keys of the result are the module names in
+    the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is
     therefore chosen so that each factor of a module has a rank that the config sets for one of the
@@ -345,9 +351,10 @@ def _layers_by_former_name(
 def _prepend_stack_patterns(
     field: str, config: LoraConfig, values_by_parameter: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return a config's patterns, with patterns for stacked parameters added.
+    """Prepend patterns for stacked parameters to a config's rank or alpha patterns.
 
-    The added patterns come first, because the first pattern that matches a name is used.
+    The result is a new dict. The added patterns come first, because the first pattern that matches
+    a name is used.
 
     Args:
         field: The field of the config: ``"rank_pattern"`` or ``"alpha_pattern"``.

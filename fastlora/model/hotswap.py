@@ -492,17 +492,24 @@ def _update_config_ranks_and_scalings(
 
 
 def _drop_unchanged_base_weights(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Return a copy of ``tensors`` without the base weights that are equal to the model's own.
+    """Drop unchanged base weights from the tensors of a new adapter.
 
-    PEFT saves the base weights of embeddings with some adapters.
+    A base weight is unchanged if it is equal to the model's weight of the same name. PEFT saves the
+    base weights of embeddings with some adapters. The result is a new dict.
+
+    Args:
+        model: The base model with its adapters.
+        tensors: A mapping from the keys of PEFT's adapter files to tensors.
+        adapter_keys: The keys of the loaded adapter's own tensors. Tensors with these keys are
+            kept.
     """
     own = dict(model.named_parameters())
     remaining = {}
     for key, tensor in tensors.items():
         weight = own.get(key.removeprefix("base_model.model."))
-        same = key not in keys and weight is not None and weight.shape == tensor.shape
+        same = key not in adapter_keys and weight is not None and weight.shape == tensor.shape
         if not (same and weight is not None and torch.equal(weight, tensor.to(weight))):
             remaining[key] = tensor
     return remaining

@@ -225,10 +225,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Return a dict of the LoRA layers that have an adapter, keyed by name.
+    """Return the LoRA layers that have the given adapter.
 
-    The names are those of the modules and parameters that the adapter adapts, as in
-    `AdapterPlan.adapted_module_and_parameter_names`. Other inner layers are not included.
+    The result is a dict. The keys are the names of the modules and parameters that the adapter
+    adapts, as in `AdapterPlan.adapted_module_and_parameter_names`, and the name of each
+    `TiedLoraHead` with the adapter. Inner layers that replace modules are not included. See
+    `LoraLayer.inner_layers`.
     """
     found: dict[str, LoraLayer] = {}
     for name, module in modules_with_adapters(model, inner_layers=False):

@@ -80,8 +80,8 @@ class PeftConfigMethods:
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
         """Create a config for a PEFT type from the given fields.
 
-        In PEFT, ``peft_type`` determines the class of the config. The only PEFT type that fastlora
-        supports is ``"LORA"``, so the config is always an instance of this class.
+        As in PEFT, the field ``peft_type`` determines the class of the config. The only PEFT type
+        that fastlora supports is ``"LORA"``, so the result is always an instance of this class.
 
         Raises:
             ConfigError: If ``peft_type`` is another type, or if another field has an invalid value.
@@ -100,7 +100,11 @@ class PeftConfigMethods:
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the config to the Hugging Face Hub.
 
-        The file is ``adapter_config.json``. See `fastlora.model.hub.push_to_hub`.
+        The file is ``adapter_config.json``. See `fastlora.model.hub.push_to_hub` for the options
+        and the result.
+
+        Raises:
+            ImplementationError: If huggingface_hub is not installed.
         """
         save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraConfig
         return push_to_hub(save, repo_id, **options)

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 class PeftModelMethods:
-    """Base class of `LoraModel` that provides methods and attributes of ``peft.PeftModel``.
+    """Mixin class that provides methods of ``peft.PeftModel`` for `LoraModel`.
 
-    The methods use only the tuner and the configs.
+    Most of these methods use only the tuner and the configs. The class also provides attributes of
+    ``peft.PeftModel``.
 
     Attributes:
         peft_type: The adapter method, always LoRA.
@@ -56,7 +57,10 @@ class PeftModelMethods:
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether at least one adapter is active and adapters are not disabled."""
+        """Whether an adapter is active and not disabled.
+
+        All adapters of a model are disabled together. See `disable_adapter`.
+        """
         return bool(self.active_adapters) and not self.base_model.disabled
 
     def set_requires_grad(

@@ -87,7 +87,8 @@ class TargetModule(NamedTuple):
 class AdapterPlan:
     """A plan for adding an adapter to a model.
 
-    It contains the checked config and the modules to adapt.
+    The plan contains the checked config and the modules to adapt, each with its rank, alpha, and
+    other settings.
 
     Attributes:
         config: The adapter's config.
@@ -126,9 +127,10 @@ class AdapterPlan:
 
     @property
     def adapted_module_and_parameter_names(self) -> list[str]:
-        """The names of all modules and parameters that the adapter adapts with LoRA.
+        """The names of the modules and parameters that the adapter adapts.
 
-        A module is left out if the adapter adapts its parameters.
+        Only modules and parameters with LoRA factors of their own are included. A module is left
+        out if the adapter adapts its parameters.
         """
         return [
             own
@@ -138,7 +140,7 @@ class AdapterPlan:
 
     @property
     def changed_module_names(self) -> list[str]:
-        """The names of all modules that change when the adapter is added."""
+        """The names of the modules that change when the adapter is added."""
         return [
             *self.targets,
             *self.modules_to_save,
@@ -216,9 +218,10 @@ def plan_target_modules(
     ties: ModulesAdaptedWithEmbedding = NO_TIED_MODULES,
     layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
-    """Find the target modules of a config, check them, and return them as a plan.
+    """Make a plan for adapting the modules that a config targets.
 
-    The model is not changed. In the config, the selected parameters are stored (see
+    The function finds the target modules and checks that they can be adapted. The model is not
+    changed. In the config, the selected parameters are stored (see
     `SelectedParameters.store_targets_and_patterns_in`).
 
     Args:
@@ -319,7 +322,7 @@ def _check_target_modules(
 def check_targets_of_parameters(
     model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check the modules that contain selected parameters, and return them as targets.
+    """Check that the selected parameters can be adapted, and return their modules.
 
     The result is a dict that maps the name of each module to a `TargetModule`. A linear layer with
     a selected weight is adapted as a whole, unless its class defines its own ``forward``. For

@@ -231,9 +231,10 @@ def recommend(
 
 
 def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
-    """Return the fields of `Recommendation` for the experts of a model.
+    """Return recommended settings for the experts of a model.
 
-    The result is empty if the model has no stacks of experts with a layer of experts.
+    The result is a dict of fields of `Recommendation`. The dict is empty if the model has no
+    stacked experts for which an expert layer class exists.
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
@@ -269,16 +270,26 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
 
 
 def _merge_exclude_modules(
-    routers: Sequence[str], changes: Mapping[str, Any]
+    recommended: Sequence[str], changes: Mapping[str, Any]
 ) -> list[str] | str | None:
-    """Return the value of ``exclude_modules`` in ``changes``, extended with ``routers``."""
+    """Merge the recommended ``exclude_modules`` with the user's ``exclude_modules``.
+
+    Args:
+        recommended: The recommended names, which are those of routers, linear layers inside
+            routers, and quantized stacks of experts.
+        changes: The fields that the user sets, with or without ``exclude_modules``.
+
+    Returns:
+        A regular expression if the user's value is a regular expression; otherwise, a list, or None
+        if there is nothing to exclude.
+    """
     given = changes.get("exclude_modules")
-    if isinstance(given, str) and routers:
-        names = "|".join(map(re.escape, routers))
+    if isinstance(given, str) and recommended:
+        names = "|".join(map(re.escape, recommended))
         return rf"(?:{given})|(?:.*\.)?(?:{names})"
     if isinstance(given, str):
         return given
-    return [*routers, *(name for name in given or () if name not in routers)] or None
+    return [*recommended, *(name for name in given or () if name not in recommended)] or None
 
 
 def _expert_rank(r: int, experts_per_token: int) -> int:

@@ -168,9 +168,10 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Save an adapter as a LoRA adapter of a given rank.
+    """Convert an adapter to a LoRA adapter of a given rank, and save it.
 
-    The adapter is converted as by `convert_to_lora`, and saved in PEFT's format.
+    The adapter is converted in the same way as by `convert_to_lora`. See that function for the
+    adapters that can be converted. The converted adapter is saved in PEFT's format.
 
     Args:
         path: The folder. It is created if it does not exist.
@@ -302,9 +303,9 @@ def _scale_down_intruder_dimensions(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute a reduced-rank adapter and its approximation error on each layer.
+    """Compute a reduced-rank adapter that approximates an adapter of the model.
 
-    The reduced-rank adapter approximates the adapter called ``adapter_name``. The model is not
+    The relative error of the approximation on each layer is also computed. The model is not
     changed.
 
     Returns:

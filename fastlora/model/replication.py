@@ -28,10 +28,10 @@ Ranges = Sequence[Sequence[int]]
 
 
 class RevertibleLayerReplication:
-    """A replication of a model's layers that can be applied and undone.
+    """A replication of a model's layers that can be undone.
 
-    It replaces the model's list of layers with a longer list that contains copies of the layers.
-    The model is not changed before `apply` is called.
+    The replication replaces the model's list of layers with a longer list that contains copies of
+    the layers. The model is not changed before `apply` is called.
 
     Args:
         model: The base model.

@@ -79,9 +79,9 @@ class BaseModelParameter(NamedTuple):
 
     @property
     def leaf(self) -> str:
-        """The last component of the parameter's name.
+        """The parameter's name within its module.
 
-        This is the name of the parameter relative to its module.
+        This name is the last component of ``name``.
         """
         return self.name.rpartition(".")[2]
 
@@ -148,9 +148,9 @@ def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | 
 
 
 def is_quantized(parameter: BaseModelParameter) -> bool:
-    """Return whether a parameter is quantized.
+    """Return whether a parameter of the base model is quantized.
 
-    A quantized parameter is stored as integers or as floats of at most 8 bits.
+    A quantized parameter is stored as integers or as floating-point numbers of at most 8 bits.
     """
     tensor = parameter.parameter
     return not tensor.is_floating_point() or tensor.itemsize < 2
@@ -189,7 +189,10 @@ def former_names_selected_by_target_modules(
     config: LoraConfig,
     listed_last_components: Collection[str],
 ) -> set[str]:
-    """Return which of a parameter's former names ``target_modules`` selects.
+    """Return those former names of a parameter that ``target_modules`` selects.
+
+    The former names are the names of the linear layers that the parameter replaced. These linear
+    layers were routers or parts of experts.
 
     As in PEFT, ``"all-linear"`` selects all former names, and an entry of a list selects all
     parameters that its last component stands for. The full name of a linear layer selects only this

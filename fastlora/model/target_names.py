@@ -52,10 +52,11 @@ def is_all_linear(targets: object) -> bool:
 
 
 def dotted_suffixes(name: str) -> list[str]:
-    """Return the suffixes of a dotted name, from the shortest to the longest.
+    """Return the suffixes of a dotted name.
 
-    The first suffix is the last component, and the last suffix is the whole name. For example, the
-    suffixes of ``"a.b.c"`` are ``["c", "b.c", "a.b.c"]``.
+    The suffixes are sorted from the shortest to the longest. The first suffix is the last
+    component, and the last suffix is the whole name. For example, the suffixes of ``"a.b.c"`` are
+    ``["c", "b.c", "a.b.c"]``.
     """
     found, at = [], len(name)
     while at >= 0:
@@ -171,7 +172,7 @@ def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules
     )
 
 
-def format_value(value: Collection[Any] | str | int | None) -> str:
+def format_config_value(value: Collection[Any] | str | int | None) -> str:
     """Format the value of a config field for a message.
 
     A long list is truncated.

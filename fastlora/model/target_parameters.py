@@ -24,7 +24,7 @@ from fastlora.model.stacked_experts import (
 )
 from fastlora.model.target_names import (
     dotted_suffixes,
-    format_value,
+    format_config_value,
     in_layers,
     is_excluded,
     matches_names,
@@ -94,6 +94,8 @@ def select_parameters(
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedParameters:
     """Find the parameters that a config selects.
+
+    Both ``target_parameters`` and former names in ``target_modules`` can select a parameter.
 
     Args:
         former: The result of `former_to_parameter_names` for the base model.
@@ -211,7 +213,7 @@ def _check_entries_match(
         lost = sorted(set(entries) - known)
         if lost:
             raise TargetNotFoundError(
-                f"target_parameters entries {format_value(lost)} match no parameter"
+                f"target_parameters entries {format_config_value(lost)} match no parameter"
                 f"{suggest_names(lost, names, 'parameters')}"
                 f"{_error_suffix_if_target_modules_unset(config)}"
             )

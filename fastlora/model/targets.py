@@ -41,7 +41,7 @@ from fastlora.model.target_names import (
     ALL_LINEAR,
     distinguishing_suffixes,
     dotted_suffixes,
-    format_value,
+    format_config_value,
     is_all_linear,
     is_excluded,
     matches_names,
@@ -190,7 +190,7 @@ def select_targets(
     _warn_of_unmatched_config_values(unmatched, found, selected, excludes, config)
     if left:
         warn(
-            f"target_modules={format_value(config.target_modules)} leaves out experts"
+            f"target_modules={format_config_value(config.target_modules)} leaves out experts"
             f"{_hint_of_experts(left)}",
         )
     if is_all_linear(config.target_modules):
@@ -226,7 +226,7 @@ def _check_no_target_has_selected_parameters(
         raise ConfigError(  # the first sentence is PEFT's
             f"Trying to wrap an `nn.Parameter` of layer {twice[0]!r} of type Linear, which is not "
             "a valid target. target_modules selects the whole layer, and target_parameters selects "
-            f"{parameters_by_module[twice[0]]}; select the layer with only one of these fields"
+            f"{parameters_by_module[twice[0]]}; use only one of these fields for the layer"
         )
 
 
@@ -307,11 +307,12 @@ def _warn_of_routers_and_skipped_linears(
             )
 
 
-def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
-    """Raise an error if an entry of ``target_modules`` matches neither a module nor experts.
+def check_all_target_modules_match(model: nn.Module, config: LoraConfig) -> None:
+    """Raise an error if an entry of ``target_modules`` matches nothing in the model.
 
-    This check is stricter than `find_target_modules`, which only emits a warning for such an entry
-    if other entries match.
+    An entry can match modules, or the former names of experts and routers. This check is stricter
+    than `find_target_modules`, which only emits a warning for an entry without a match if other
+    entries match.
 
     Raises:
         TargetNotFoundError: If an entry does not match anything.
@@ -331,7 +332,7 @@ def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     if lost:
         suggested = suggest_names(lost, names)
         raise TargetNotFoundError(
-            f"target_modules entries {format_value(lost)} match no module{suggested}"
+            f"target_modules entries {format_config_value(lost)} match no module{suggested}"
         )
 
 
@@ -364,7 +365,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
     if lost:
         suggested = suggest_names(lost, names)
-        message = f"modules_to_save entries {format_value(lost)} match no module{suggested}"
+        message = f"modules_to_save entries {format_config_value(lost)} match no module{suggested}"
         if lost == named:
             raise TargetNotFoundError(message)
         warn(message)
@@ -543,7 +544,7 @@ def _no_target_message(
 ) -> str:
     """Return an error message that explains why no module is a target."""
     entries = [targets] if isinstance(targets, str) else sorted(targets)
-    shown = f"target_modules={format_value(targets)}"
+    shown = f"target_modules={format_config_value(targets)}"
     before = [name for name in names if name in excluded and matches_targets(name, targets, config)]
     if before:
         return (
@@ -552,8 +553,8 @@ def _no_target_message(
         )
     if config.layers_to_transform is not None:
         layers = (
-            f" with layers_to_transform={format_value(config.layers_to_transform)}, "
-            f"layers_pattern={format_value(config.layers_pattern)}"
+            f" with layers_to_transform={format_config_value(config.layers_to_transform)}, "
+            f"layers_pattern={format_config_value(config.layers_pattern)}"
         )
         if not isinstance(targets, str) and any(matches_names(n, targets) for n in names):
             return f"{shown} matches modules, but none in the layers selected{layers}"
@@ -587,11 +588,13 @@ def _format_unmatched_config_values(
         config: The adapter's config.
     """
     unused = (
-        [f"target_modules entries {format_value(unmatched_targets)}"] if unmatched_targets else []
+        [f"target_modules entries {format_config_value(unmatched_targets)}"]
+        if unmatched_targets
+        else []
     )
     if config.exclude_modules and not any_excluded:
-        unused.append(f"exclude_modules={format_value(config.exclude_modules)}")
+        unused.append(f"exclude_modules={format_config_value(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
         lost = patterns_matching_no_suffix(field, getattr(config, field), found)
-        unused += [f"{field} keys {format_value(lost)}"] if lost else []
+        unused += [f"{field} keys {format_config_value(lost)}"] if lost else []
     return unused

@@ -210,10 +210,11 @@ class SharedWeightUntier:
         return next((name for name, module in holders if module not in ignored), None)
 
     def other_module_sharing_weight(self, module: Any) -> str | None:
-        """Return the name of another module that shares a layer's base weight.
+        """Return the name of another module that shares the weight of ``module``.
 
-        Modules that share the layer's LoRA factors or trained rows are ignored. The result is None
-        if no other module shares the weight.
+        The weight is that of the base layer of ``module``. Modules that share the LoRA factors or
+        trained rows of ``module`` are ignored. The result is None if no other module shares the
+        weight.
         """
         return self.find_module_sharing_weight(
             module.get_base_layer(),
@@ -254,9 +255,10 @@ class SharedWeightUntier:
         self._untied.append((name, other, own.numel() * own.element_size()))
 
     def warn_of_untied_weights(self) -> None:
-        """Emit a warning about the weights that were untied.
+        """Warn about tied weights that have been untied.
 
-        The warning says how much additional memory they need.
+        The warning states how much additional memory the untied weights need. If no weight has been
+        untied, no warning is emitted.
         """
         if not self._untied:
             return

@@ -31,9 +31,9 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class TrainableRows:
-    """The rows of a module's weight that an adapter trains.
+    """The rows of an embedding or linear layer that an adapter trains.
 
-    Each row belongs to a token.
+    The rows are those of the layer's weight. Each row belongs to a token.
 
     Attributes:
         indices: The indices of the rows.
@@ -168,8 +168,10 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableRows) -> N
     """Check that an adapter can train the given rows of a module.
 
     Raises:
-        UnsupportedLayerError: If rows of the module cannot be trained, or if other adapters adapt
-            the module in another way.
+        UnsupportedLayerError: If the module is not an embedding or linear layer with a plain
+            weight, or if other adapters adapt the module in another way.
+        ConfigError: If the index of a row is out of range.
+        AdapterStateError: If the module's weight is sharded.
     """
     module: Any = model.get_submodule(name)
     if isinstance(module, LoraLayer) or is_modules_to_save_wrapper(module):

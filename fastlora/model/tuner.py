@@ -87,7 +87,10 @@ class LoraTuner(nn.Module):
         return list(dict.fromkeys(names))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model."""
+        """Call the base model, which contains the adapters.
+
+        In a `fastlora.adapters` block, each row is routed to its own adapter.
+        """
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -106,7 +109,10 @@ class LoraTuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Alias of `active_adapters`, for compatibility with PEFT."""
+        """The names of the active adapters.
+
+        This property is an alias of `active_adapters`, for compatibility with PEFT.
+        """
         return list(self._active)
 
     def add_adapter(
@@ -171,10 +177,12 @@ class LoraTuner(nn.Module):
             self._weight_layout_set = True
 
     def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Check that the initialization of a new adapter does not conflict with other adapters.
+        """Check for conflicts between the initialization of a new adapter and other adapters.
 
-        A warning is emitted if an initialization method changes the base weights of a model with
-        several adapters, or if loading cannot repeat the change because it is random.
+        Some initialization methods change the base weights, which all adapters share. A warning is
+        emitted if such a method is used in a model with several adapters. A warning is also emitted
+        if the initialization of a loaded adapter changed the base weights at random, because
+        loading cannot repeat the change.
 
         Raises:
             AdapterStateError: If the adapter is loaded from a file, its initialization must be
@@ -233,11 +241,11 @@ class LoraTuner(nn.Module):
             config.check_plain(f"an adapter that replaces {adapter_name!r}")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate the given adapters, and deactivate all others.
+        """Set the active adapters.
 
-        The active adapters are made trainable, and the others are frozen. If an adapter's config
-        selects biases of the base model, these biases are trainable whenever the adapter's factors
-        are.
+        All other adapters are deactivated. The active adapters are made trainable, and the others
+        are frozen. If an adapter's config selects biases of the base model, these biases are
+        trainable whenever the adapter's factors are.
 
         Args:
             adapter_name: The name of an adapter, or a list of names. The updates of several
@@ -546,9 +554,10 @@ class LoraTuner(nn.Module):
         )
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return example routings for up to the given number of adapters and for the given ranks.
+        """Return example routings for `warm_up`.
 
-        `warm_up` uses the routings to determine which kernels to compile. See
+        `warm_up` uses the routings to determine which kernels to compile. The routings are for up
+        to the given number of adapters, and for the given ranks. See
         `fastlora.routing.routers.AdapterRouter.sample_routings`.
         """
         known = tuple(self.peft_config)

@@ -41,7 +41,9 @@ _MAX_PROCESSES = 16
 
 @dataclass(frozen=True)
 class WarmUpReport:
-    """Result of `warm_up`.
+    """Report on the warm-up of a model's kernels.
+
+    `warm_up` returns this report.
 
     Attributes:
         kernels: Number of kernels that the model launches.
@@ -329,7 +331,9 @@ def _groups_after_forward(
 
 
 def _default_token_ids(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return token ids for a transformers model.
+    """Return the token ids with which `warm_up` runs a model by default.
+
+    The result is a dict with the keyword argument ``input_ids``, which transformers models take.
 
     Raises:
         ConfigError: The model does not take token ids.

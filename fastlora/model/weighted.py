@@ -60,14 +60,14 @@ def combine_adapters(
     weights: Sequence[float],
     options: CombinationOptions,
 ) -> ComputedAdapter:
-    """Combine adapters into their weighted sum.
+    """Combine adapters with the given weights, and return the combined adapter.
 
-    The model is not changed.
+    The options specify how the adapters are combined. The model is not changed.
 
     Args:
         model: The base model with its adapters.
         configs: A mapping from the names of the adapters to their configs.
-        adapters: The names of the adapters in the sum. A name may occur more than once.
+        adapters: The names of the adapters to combine. A name may occur more than once.
         weights: The weights of the adapters, one number for each name.
         options: The options that control how the adapters are combined.
 

@@ -39,10 +39,10 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
 
 
 class BackwardArguments(NamedTuple):
-    """The arguments of a layer's backward pass.
+    """The arguments of the backward pass of a LoRA layer.
 
-    They are the arguments of `Backend.gradients`. The caller computes the gradient of the base
-    weight.
+    `Backend.gradients` takes these arguments for one layer. The caller computes the gradient of the
+    base weight.
 
     Attributes:
         dy: Gradient of y in x's dtype, with any strides.
@@ -82,12 +82,12 @@ MAX_LAYERS_PER_LAUNCH = 4
 
 
 class Backend(ABC):
-    """An implementation of linear layers with adapters.
+    """Base class of all backends, which implement linear layers with adapters.
 
-    This is the base class of all backends. Callers look up a backend by name in `BACKENDS`. It
-    implements `grouped_forward` and `grouped_gradients` if `supports_grouped_forward` can return
-    True. It implements `grouped_shrink` and `grouped_grad_a` if layers share s on it
-    (`fastlora.layers.group_forward`).
+    Callers look up a backend by name in `BACKENDS`. A backend implements `grouped_forward` and
+    `grouped_gradients` if `supports_grouped_forward` can return True. A backend implements
+    `grouped_shrink` and `grouped_grad_a` if layers that use the backend can share s (see
+    `fastlora.layers.group_forward`).
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and ds are
     ``[M, R]`` at sorted positions, and R is at least the largest rank. In the PyTorch backend they
@@ -123,7 +123,11 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Return the gradients of a layer's inputs as a `Gradients` tuple."""
+        """Compute the gradients of a layer with adapters.
+
+        The result is a `Gradients` tuple with the gradients of the layer's inputs: x, the base
+        bias, s, and the factors of the adapters.
+        """
 
     # ------------------------------------------------------------------------- stacks of weights
 
@@ -261,9 +265,10 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of the inputs of `grouped_forward`.
+        """Compute the gradients of several layers that share an input.
 
-        A gradient that is not wanted is None. The caller computes the gradients of base weights.
+        The gradients are those of the inputs of `grouped_forward`. A gradient that is not wanted is
+        None. The caller computes the gradients of base weights.
 
         Args:
             dys: dy of each layer, with any strides, or None if the layer's y was not used.

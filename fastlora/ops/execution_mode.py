@@ -89,7 +89,7 @@ def _gpu_support_and_description(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return whether the Triton kernels can run on a device, and an explanation as a string.
+    """Return whether the Triton kernels can run on a device.
 
     The result is a tuple (runs, explanation). If the kernels cannot run, the explanation states the
     reason. If they can run, it describes the GPU, or says that they run in Triton's interpreter.
@@ -146,11 +146,11 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether something, such as autograd or a profiler, observes operators on x.
+    """Return whether something observes operators on x.
 
-    Other observers are tracers, dispatch modes, and functorch transforms. If
-    ``in_autograd_function`` is set, autograd is ignored, because it records nothing inside an
-    autograd function. If ``by_profiler`` is False, profilers are ignored.
+    Compilers and other tracers, dispatch modes, profilers, autograd, and functorch transforms can
+    observe operators. If ``in_autograd_function`` is set, autograd is ignored, because it records
+    nothing inside an autograd function. If ``by_profiler`` is False, profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()

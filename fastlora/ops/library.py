@@ -24,13 +24,13 @@ def register_implementation(name: str) -> Callable[[Callable[..., Any]], Callabl
     return found
 
 
-def register_composite_implementation(
+def register_composite_implicit_autograd(
     name: str,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a function as an operator's composite implementation.
 
-    The implementation is registered above autograd. It runs while a graph is traced, and also if
-    nothing is traced.
+    The dispatch key is ``CompositeImplicitAutograd``, so the implementation runs above autograd.
+    The implementation runs while a graph is traced, and also if nothing is traced.
     """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeImplicitAutograd")
     return found

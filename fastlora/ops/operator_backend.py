@@ -32,8 +32,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class OperatorBackend(Backend):
     """Backend that calls the registered operators.
 
-    If nothing observes operators, such as a tracer or autograd, it calls their implementations
-    directly.
+    If nothing, such as a tracer or autograd, observes operators, the backend calls their
+    implementations directly.
 
     Args:
         impl: The implementation that the operators run, ``"triton"`` or ``"eager"``.
@@ -52,7 +52,7 @@ class OperatorBackend(Backend):
         """
         # With a quantized weight, no PyTorch operation runs that autograd could record.
         alone = isinstance(weight, QuantizedTensor) and self.impl == "triton"
-        return schema.operators_for(x, in_autograd_function=alone)
+        return schema.registered_or_direct_operators(x, in_autograd_function=alone)
 
     def forward(
         self,
@@ -101,9 +101,11 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight in a form that ``operators`` accept.
+        """Return the weight in the form that the operators take.
 
-        Registered operators and the PyTorch implementation receive the weight itself.
+        If Triton kernels are called directly, the form is that of `weight_for_kernels`: quantized
+        data or a dense matrix. Registered operators and the PyTorch implementation take the weight
+        itself.
         """
         if operators is torch.ops.fastlora or self.impl != "triton":
             return weight
@@ -139,9 +141,11 @@ class OperatorBackend(Backend):
         weight: torch.Tensor | QuantizedData | None,
         operators: schema.Operators,
     ) -> Gradients:
-        """Compute the gradients with the given operators.
+        """Compute the gradients of a layer by calling operators.
 
-        The result is that of `gradients`. The weight is in the form that the operators accept.
+        ``operators`` are the registered operators, or functions that run their implementations
+        directly. The result is that of `gradients`. The weight is in the form that ``operators``
+        take.
         """
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
@@ -180,10 +184,10 @@ class OperatorBackend(Backend):
     def _rows_argument_and_run_length(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the tensors for a launch's ``rows`` argument, and the number of rows in a run.
+        """Return the tensors for the ``rows`` argument of a launch, and the run length.
 
-        The result is a tuple (tensors, number of rows). A run is a range of sorted positions. Only
-        Triton kernels work on runs. For other implementations, the number of rows is 0.
+        The result is a tuple. A run is a range of sorted positions, and its length is the number of
+        rows in it. Only Triton kernels work on runs. For other implementations, the length is 0.
         """
         if self.impl != "triton":
             return rows.operator_arguments(), 0
@@ -199,7 +203,11 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Return a list of the lora_a gradients of all layers, given each layer's ``ds``."""
+        """Compute the lora_a gradients of one or more layers with the given operator.
+
+        The result is a list of the gradients of all layers. ``ds`` contains the gradient of each
+        layer's s.
+        """
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
@@ -357,10 +365,11 @@ def _any_weight_is_quantized(operands: Sequence[torch.Tensor | None], num_module
 def _with_kernel_weights(
     operands: Sequence[torch.Tensor | None], num_modules: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | QuantizedData | None]:
-    """Return a group's operands, with the base weights in a form that kernels can read.
+    """Replace the weights among the operands with weights that kernels can read.
 
-    The modules of the group share an input. The base weights are the first ``num_modules``
-    operands. If x is None, they are replaced by None.
+    The operands are those of a group of modules that share an input. The first ``num_modules``
+    operands are the base weights of the modules. Each weight is replaced with the result of
+    `weight_for_kernels`. If x is None, each weight is replaced with None. The result is a new list.
     """
     read: list[torch.Tensor | QuantizedData | None] = [None] * num_modules
     if x is not None:

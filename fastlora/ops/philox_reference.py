@@ -47,9 +47,10 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the four Philox output words of each counter.
+    """Generate random numbers with Philox4x32 in PyTorch.
 
-    The words are 32-bit values in int64 tensors.
+    The result is a tuple with the four output words of each counter. The words are 32-bit values in
+    int64 tensors.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -49,7 +49,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a batch, sorted by slot.
+    """The rows of a batch, grouped by adapter.
+
+    The rows are sorted by the slots of their adapters.
 
     Attributes:
         order: int32 ``[M]``, the row at each sorted position. The slots come first, in order, then
@@ -86,7 +88,7 @@ class Rows:
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def piece_starts(self, block_m: int) -> torch.Tensor:
-        """Return the start position of each piece of the sorted rows.
+        """Return the position at which each piece of rows starts.
 
         A piece is a range of sorted positions within one segment and within one tile of ``block_m``
         rows. The result is int32 ``[pieces + 1]``. Unused entries are M.
@@ -171,7 +173,10 @@ class Rows:
 
     @functools.cached_property
     def is_sorted(self) -> bool:
-        """Whether the rows are already in sorted order."""
+        """Whether the rows are already sorted by adapter.
+
+        If the rows are sorted, the position of each row is its sorted position.
+        """
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
         keys = self._sort_key_of_each_id_on_cpu
@@ -229,9 +234,9 @@ class Rows:
         )
 
     def in_sorted_order(self) -> Rows:
-        """Return a `Rows` object that contains the same rows in sorted order.
+        """Return a `Rows` object that contains the same rows, sorted by adapter.
 
-        It describes a tensor whose rows have been sorted.
+        The result describes a tensor whose rows have been sorted.
         """
         m, device = self.m, self.order.device
         order = torch.arange(m, dtype=torch.int32, device=device)
@@ -266,12 +271,15 @@ def sort_rows(
     *,
     cache_pieces: bool = True,
 ) -> Rows:
-    """Sort the rows of a batch by adapter slot, and return a `Rows`.
+    """Sort the rows of a batch by adapter, and return a `Rows`.
+
+    Each adapter is identified by its slot, and the rows are sorted by slot.
 
     Args:
-        ids: Integer tensor ``[B]``, where m is a multiple of B. Each id covers ``m / B`` adjacent
-            rows. -1 stands for no adapter. Other values outside ``[0, slots)`` are invalid. They
-            set a flag on the device instead of raising, because a check would wait for the device.
+        ids: The slots of the rows, as an integer tensor ``[B]``, where m is a multiple of B. Each
+            id covers ``m / B`` adjacent rows. -1 stands for no adapter. Other values outside
+            ``[0, slots)`` are invalid. They set a flag on the device instead of raising, because a
+            check would wait for the device.
         m: Number of rows.
         slots: Number of slots.
         device: Device on which rows are sorted, or None for the device of ids.
@@ -384,9 +392,9 @@ def _allocate_sort_results(
 
 @register_implementation("rows_pieces")
 def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the start position of each piece of the sorted rows.
+    """Return the position at which each piece of rows starts.
 
-    See `Rows.piece_starts`.
+    The positions refer to the sorted rows. See `Rows.piece_starts`.
     """
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)

@@ -95,20 +95,24 @@ def define_and_register_fake(
 class Operators(Protocol):
     """The operators that backends call, as attributes of one object.
 
-    This protocol describes the results of `operators_for`: `torch.ops.fastlora`, or an object that
-    provides the functions that the operators run.
+    This protocol describes the results of `registered_or_direct_operators`: `torch.ops.fastlora`,
+    or an object that provides the functions that the operators run.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
-def operators_for(x: torch.Tensor, in_autograd_function: bool = False) -> Operators:
-    """Return the operators to call for x.
+def registered_or_direct_operators(
+    x: torch.Tensor, in_autograd_function: bool = False
+) -> Operators:
+    """Return the registered operators, or functions that run their implementations directly.
 
-    They are the registered operators if something observes operators on x, or if x is on a device
-    other than the current one. Otherwise, the result provides the functions that the operators run,
-    which saves the dispatcher's 5 us per call. ``in_autograd_function`` means that the operators
-    will be called within an autograd function, in which autograd records nothing.
+    The caller passes x to the operators. The result is the registered operators if something
+    observes operators on x, or if x is on a GPU other than the current one. Otherwise, the result
+    provides the functions that the operators run, which saves the dispatcher's 5 us per call.
+    Operators that write to an argument are registered operators in both cases.
+    ``in_autograd_function`` means that the operators will be called within an autograd function, in
+    which autograd records nothing.
     """
     registered: Any = torch.ops.fastlora
     if operators_are_observed(x, in_autograd_function):
@@ -178,9 +182,10 @@ def lora_linear_fake(
     " Tensor scaling, str impl) -> ()"
 )
 def lora_expand_fake(*_: object) -> None:
-    """Do nothing.
+    """Fake implementation of the operator ``lora_expand_``, which changes y in place.
 
-    The operator adds ``scaling * (s @ lora_b.T + lora_bias)`` to y in place.
+    The fake implementation does nothing, because the operator returns nothing. The operator adds
+    ``scaling * (s @ lora_b.T + lora_bias)`` to y.
     """
 
 
@@ -326,9 +331,10 @@ def lora_linear_at_fake(
     f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()"
 )
 def lora_add_at_fake(*_: object) -> None:
-    """Do nothing.
+    """Fake implementation of the operator ``lora_add_at_``, which changes y in place.
 
-    The operator adds the update of each row's own adapter to y in place.
+    The fake implementation does nothing, because the operator returns nothing. The operator adds
+    the update of each row's own adapter to y.
     """
 
 
@@ -337,9 +343,10 @@ def lora_add_at_fake(*_: object) -> None:
     " str impl) -> ()"
 )
 def lora_scale_fake(*_: object) -> None:
-    """Do nothing.
+    """Fake implementation of the operator ``lora_scale_``, which changes y in place.
 
-    The operator computes ``y = (y - bias) * g + bias`` in the rows that belong to DoRA adapters.
-    All other rows are not changed. ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32
-    ``[N]``. 0 stands for no scales; see also `fastlora.ops.factors.PENDING`.
+    The fake implementation does nothing, because the operator returns nothing. The operator
+    computes ``y = (y - bias) * g + bias`` in the rows that belong to DoRA adapters. All other rows
+    are not changed. ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0
+    stands for no scales; see also `fastlora.ops.factors.PENDING`.
     """

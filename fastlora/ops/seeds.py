@@ -59,12 +59,12 @@ def dropout_seeds_of_layers(adapter_seeds: torch.Tensor, layers: Sequence[int]) 
     return _mixed_bits(adapter_seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
 
-def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
+def derive_seeds_of_layer(adapter_seeds: torch.Tensor, layer: int) -> torch.Tensor:
     """Derive the dropout seeds of one layer from the seeds of adapters.
 
     For S adapters, the result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
     """
-    return _mixed_bits(seeds + _to_int64((layer + 1) * _INCREMENT))
+    return _mixed_bits(adapter_seeds + _to_int64((layer + 1) * _INCREMENT))
 
 
 def _to_int64(value: int) -> int:

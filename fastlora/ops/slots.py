@@ -29,10 +29,13 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRowsAndPlanCache(NamedTuple):
-    """The sorted rows of one batch, and the cache of the plans for the batch's matrix products.
+    """The sorted rows of a batch, and a cache of the plans that are made from them.
+
+    The plans are for the matrix products of the batch. Layers whose packed factors have the same
+    layout and dtype can share a plan.
 
     Attributes:
-        rows: The rows, sorted by slot.
+        rows: The rows, sorted by the slots of their adapters.
         plans: The plans that have been made for the matrix products.
     """
 
@@ -107,9 +110,10 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the list of tensors to pass to an operator for the first m rows.
+        """Return the tensors that an operator takes as arguments for the first m rows.
 
-        The list is the operator's ``rows`` argument.
+        The tensors describe the slots of the rows. The returned list is the operator's ``rows``
+        argument.
 
         In traced code, the sort is part of the graph unless the rows were sorted in advance.
         Compilers merge the sorts of all layers.
@@ -197,9 +201,10 @@ class SlotProducts:
     def set_slot(
         self, slot: int, slice_ranks: Sequence[int], slice_scalings: Sequence[float]
     ) -> None:
-        """Set the rank and the scaling of each slice of a slot.
+        """Record the adapter in a slot, with the rank and the scaling of each slice.
 
-        The slot's factors must have been written before.
+        The adapter's factors must have been written to the slot before. A slice that the adapter
+        does not adapt has rank 0. If all slices have rank 0, the slot is empty.
         """
         own: list[Factors | None] = [None] * len(slice_ranks)
         for index, (rank, scaling) in enumerate(zip(slice_ranks, slice_scalings, strict=True)):

@@ -82,11 +82,12 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return a transposed copy of lora_b, with one row for each rank index.
+    """Return the transpose of lora_b, with one row for each rank index.
 
     lora_b has the shape ``[N, R * E]``, and the result has the shape ``[E, R, N]``. Each row of the
-    result is a column of lora_b, and is contiguous. PyTorch copies the transpose of a matrix
-    several times faster than other permutations, so the rows of one rank are adjacent in memory.
+    result is a column of lora_b, and is contiguous. The result is a copy unless lora_b is stored
+    in column-major order. PyTorch copies the transpose of a matrix several times faster than other
+    permutations, so the rows of one rank are adjacent in memory.
     """
     rows = lora_b.t().contiguous()
     return rows.view(-1, num_matrices, lora_b.shape[0]).transpose(0, 1)

@@ -82,7 +82,7 @@ class LoraFAOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the optimizer.
 
-        Each lora_B weight in the group is paired with the matching lora_A.
+        The method checks the group, and pairs each lora_B weight with the matching lora_A weight.
 
         Args:
             param_group: A dict as for `torch.optim.Optimizer`, with the additional keys ``names``

@@ -18,11 +18,12 @@ _SCALE = BLOCK_KINDS.index("magnitude")
 
 
 class PoolTables:
-    """The address tables of a pool.
+    """The address tables of a pool, from which kernels read the addresses of adapters' factors.
 
-    They have one row per module and one column per adapter on the device. The tensors are written
-    in place, and only in columns that no forward pass reads. Their addresses therefore do not
-    change, and a captured CUDA graph sees the new contents.
+    The tables have one row per module and one column per adapter on the device. ``column_of`` maps
+    each slot to a column. All tensors are written in place. Their addresses therefore do not
+    change, and a captured CUDA graph sees the new contents. The tables are written only in columns
+    that no forward pass reads.
 
     Args:
         modules: Number of rows, G.
@@ -110,16 +111,17 @@ class PoolTables:
         """
         self._copy(self.scale_address[:, column], addresses)
 
-    def columns_of_slots(self, ids: torch.Tensor) -> torch.Tensor:
-        """For each slot in ``ids``, return the table column of its adapter.
+    def columns_of_slots(self, slot_ids: torch.Tensor) -> torch.Tensor:
+        """Return the table column of each slot in ``slot_ids``.
 
-        The result is an int64 tensor of the same shape. It is -1 (base model) for the id -1, and -2
-        for an id that is out of range or an empty slot. The lookup runs on the device, so that a
-        CUDA graph repeats it at every replay. A graph that was captured before a DoRA adapter was
-        added to the pool does not use scales, so it treats the slots of DoRA adapters as empty.
+        The column is that of the adapter in the slot. The result is an int64 tensor of the shape of
+        ``slot_ids``. The column is -1 (base model) for the id -1, and -2 for an id that is out of
+        range or belongs to an empty slot. The lookup runs on the device, so a CUDA graph repeats
+        the lookup at every replay. A graph that was captured before a DoRA adapter was added to the
+        pool does not use scales, so the graph treats the slots of DoRA adapters as empty.
         """
         return lookup_or_negative_if_out_of_range(
-            self.column_of if self.uses_dora else self.plain_column_of, ids
+            self.column_of if self.uses_dora else self.plain_column_of, slot_ids
         )
 
     def clear_column(self, column: int) -> None:

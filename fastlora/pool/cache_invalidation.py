@@ -11,7 +11,10 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Clear all cached values that were computed from a model's weights.
+    """Clear the caches of all layers in a model.
+
+    The caches contain values that were computed from the model's weights. If the model has an
+    adapter pool, the DoRA scales of the pool's adapters are recomputed.
 
     Call this function only after writes to weights that fastlora cannot detect:
 

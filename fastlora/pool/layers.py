@@ -80,7 +80,7 @@ class PoolLoraLayers:
                 "AdapterPool that added them first"
             )
         if target_parameters is None and is_all_linear(target_modules):
-            target_parameters = _expert_and_router_parameters(model)
+            target_parameters = _expert_and_router_target_parameters(model)
         config = LoraConfig(target_modules=target_modules, target_parameters=target_parameters)
         found = plan_target_modules(model, config).targets
         if "" in found:
@@ -213,11 +213,13 @@ class PoolLoraLayers:
         return device, dtypes[0] if dtypes else torch.get_default_dtype()
 
 
-def _expert_and_router_parameters(model: nn.Module) -> list[str] | None:
-    """Return the names of a model's stacked experts and their routers.
+def _expert_and_router_target_parameters(model: nn.Module) -> list[str] | None:
+    """Return the names of a model's expert and router parameters.
 
-    The result is None if the model has none. Routers are parameters with former names. Other
-    modules with stacks are left out, and so are quantized stacks.
+    A pool adapts these parameters by default if its target modules are "all-linear". The result is
+    None if the model has no such parameters. The expert parameters are stacks. The router
+    parameters are those with former names; see `former_names_of_parameter`. Stacks of other modules
+    are left out, and so are quantized parameters.
     """
     parameters = base_parameters_outside_auxiliary_wrappers(named_base_modules(model))
     former = former_to_parameter_names(model_type_of(model))

@@ -65,7 +65,9 @@ class Lease:
 
 @dataclass(eq=False)
 class LeaseRequest:
-    """A thread's request for a lease on adapters.
+    """A request for a lease on adapters of a pool.
+
+    The request belongs to one thread, which may have to wait until the request is granted.
 
     Attributes:
         names: Names of the requested adapters, which may repeat.
@@ -124,9 +126,9 @@ class LeaseManager:
         self._prefetching: set[int] = set()  # thread ids
 
     def check_pool_open(self) -> None:
-        """Raise `PoolClosedError` unless the pool is open.
+        """Raise `PoolClosedError` if the pool is closed.
 
-        A pool that is closing is not open: it accepts no new leases.
+        The error is also raised if the pool is closing, because it then accepts no new leases.
         """
         if self.closed:
             raise PoolClosedError("the pool is closed")
@@ -261,10 +263,10 @@ class LeaseManager:
     def _wait_for_lease_or_reads(
         self, request: LeaseRequest, deadline: float | None
     ) -> Lease | list[RegisteredAdapter]:
-        """Wait for a lease, or return the adapters that the calling thread must read first.
+        """Wait until a lease is granted or until adapters must be read for the lease.
 
-        The thread must read the requested adapters that are not in memory and that no other thread
-        is reading.
+        The calling thread must read the requested adapters that are not in memory and that no other
+        thread is reading. The method returns as soon as there are such adapters.
 
         Returns:
             The lease if the request was granted. Otherwise the records of the adapters that the
@@ -348,10 +350,10 @@ class LeaseManager:
         return self._create_lease(tuple(loaded_adapters[name] for name in request.names))
 
     def _make_stream_wait_until_ready(self, lease: Lease) -> Lease:
-        """Make the current stream wait until the adapters of a lease are ready to use.
+        """Make the current stream wait until a lease's adapters have been copied to the device.
 
-        It waits for the copies of the adapters to the device and for the computation of DoRA
-        scales, which this method starts if necessary.
+        The stream also waits for the computation of DoRA scales, which this method starts if
+        necessary. The adapters are then ready to use.
 
         Returns:
             ``lease``. If this method raises an error, it releases the lease first.

@@ -51,7 +51,8 @@ class TargetableBaseWeight(NamedTuple):
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
         """Return the shape of an adapter's tensor of the given kind and rank.
 
-        The tensor is one of the adapter's tensors for this weight, in PEFT's layout.
+        The tensor is one of the adapter's tensors for this weight. The shape is the tensor's shape
+        in PEFT's layout, which the views of a packed adapter's tensors also use.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
@@ -65,10 +66,11 @@ class TargetableBaseWeight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AdapterLayout:
-    """The layout of a packed adapter: the rank and the tensor offsets of each module.
+    """The layout of an adapter's tensors in the packed tensor.
 
-    The offsets are positions within one packed 1-D tensor, the image. Adapters whose tensors have
-    the same shapes share a layout.
+    The layout consists of the rank and the tensor offsets of each module. The offsets are positions
+    within the packed 1-D tensor, which is also called the image. Adapters whose tensors have the
+    same shapes share a layout.
 
     Attributes:
         targets: The G modules of the pool.

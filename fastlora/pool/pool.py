@@ -303,10 +303,11 @@ class AdapterPool:
             self._tiers.register(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
-        """Unload an adapter from memory, and remove it from the pool.
+        """Unload an adapter from the pool.
 
-        Leases on the adapter remain valid. Its memory is freed when the last of these leases ends,
-        or immediately if the adapter is not leased.
+        Afterwards, no adapter in the pool has this name. Leases on the adapter remain valid. The
+        adapter's memory is freed when the last of these leases ends, or immediately if the adapter
+        is not leased.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -380,9 +381,9 @@ class AdapterPool:
 
     @property
     def loaded_names(self) -> list[str]:
-        """Names of the loaded adapters, which are those on the device.
+        """Names of the adapters that are currently loaded.
 
-        The least recently used adapter comes first.
+        An adapter is loaded while it is on the device. The least recently used adapter comes first.
         """
         with self._changed:
             return list(self._tiers.device)

@@ -329,9 +329,11 @@ class AdapterReader:
         key: str,
         source: str,
     ) -> None:
-        """Raise `CheckpointError` if a tensor does not fit the model.
+        """Raise `CheckpointError` if the shape of a tensor does not fit the model.
 
-        ``rank`` is the rank in the config, or None if the shape agrees with it.
+        If a rank exceeds the pool's ``max_rank``, the error is an `AdapterTooLargeError`, which
+        is a `CheckpointError`. ``rank`` is the rank in the config, or None if the shape has already
+        been checked against that rank.
         """
         name, k, n, count = self._packer.targets[index]
         if rank is not None:
@@ -409,16 +411,18 @@ class AdapterReader:
             )
 
     def _select_targets(self, config: LoraConfig, layers_in_file: set[str]) -> SelectedTargets:
-        """Return the targets that a config selects in the model.
+        """Return the targets that an adapter selects in the model.
 
-        A config without ``target_modules`` selects parameters only.
+        The targets depend on the adapter's config and on the layers in the adapter's file. A config
+        without ``target_modules`` selects parameters only.
 
         Args:
             config: The adapter's config.
-            layers_in_file: The names of the layers in the adapter's file.
+            layers_in_file: The names of the layers in the adapter's file. See `select_targets`.
 
         Raises:
-            CheckpointError: The adapter was made for another base model.
+            CheckpointError: The adapter was made for another base model, or the config is invalid
+                or is not supported for this model.
         """
         given = NO_TARGETS if config.target_modules in (None, NO_TARGETS) else None
         fields = (
@@ -460,10 +464,11 @@ class AdapterReader:
 def _config_and_header_limits(modules: Mapping[str, int]) -> ConfigAndHeaderSizeLimits:
     """Return the size limits for an adapter's config file and for the header of its tensor file.
 
-    The limits are in bytes. They bound the cost of parsing, during which Python's global
-    interpreter lock is held. For example, parsing 1 MiB of empty JSON lists takes 65 ms on one core
-    of an AMD EPYC. The parsed objects take up to 25 times as much memory as the text. A header's
-    metadata may repeat the config, with escape sequences of two bytes for some characters.
+    The limits are in bytes. They bound the time and the memory that parsing takes, even for a
+    malicious file. Python's global interpreter lock is held during parsing. For example, parsing
+    1 MiB of empty JSON lists takes 65 ms on one core of an AMD EPYC. The parsed objects take up to
+    25 times as much memory as the text. A header's metadata may repeat the config, with escape
+    sequences of two bytes for some characters.
 
     Args:
         modules: Maps the names of the targets that an adapter may adapt to their numbers of

@@ -27,7 +27,10 @@ _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new 
 
 
 class DoraScaleUpdater:
-    """Computes and updates the DoRA scales of adapters on the device.
+    """Updates the DoRA scales of a pool's adapters.
+
+    The scales of an adapter on the device are updated if base weights have changed since the scales
+    were computed. Missing scales are computed too. The scales are stored on the device.
 
     Args:
         layers: The pool's layers. The index of a layer is its ``table_row``.
@@ -80,17 +83,21 @@ class DoraScaleUpdater:
                     self._compute_scales(loaded, rows, stamps)
 
     def _find_stale_scales_and_stamps(
-        self, dora: list[LoadedAdapter]
+        self, dora_adapters: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
         """Return the stale scales of DoRA adapters, and the version stamps of the base weights.
 
+        Scales depend on the base weights. Scales are stale if they are missing, or if a base weight
+        may have changed since the scales were computed. The version stamps show such changes.
+
         Args:
-            dora: Adapters on the device that use DoRA.
+            dora_adapters: Adapters on the device that use DoRA.
 
         Returns:
             A tuple (stale, stamps). ``stale`` contains a tuple (adapter, indices of the modules
-            that need new scales) for each of these adapters. ``stamps`` contains a version stamp
-            for each module. The stamp identifies the current state of the module's base weight.
+            that need new scales) for each adapter with stale scales. ``stamps`` contains a version
+            stamp for each module. The stamp identifies the current state of the module's base
+            weight.
         """
         # DoRA is on linear layers only.
         stamps: list[Any] = [base_weight_stamp(x) if x.is_linear else () for x in self._layers]
@@ -98,7 +105,7 @@ class DoraScaleUpdater:
         if stamps == known:
             stamps = known
         self._stamps = stamps
-        stale = [(one, rows) for one in dora if (rows := self._stale_modules(one, stamps))]
+        stale = [(one, rows) for one in dora_adapters if (rows := self._stale_modules(one, stamps))]
         return stale, stamps
 
     def _stale_modules(self, loaded: LoadedAdapter, stamps: list[Any]) -> list[int]:

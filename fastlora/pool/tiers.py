@@ -92,9 +92,10 @@ class StorageTiers:
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters under the names in their records.
+        """Register adapters, so that they can be loaded on demand.
 
-        The adapters are not read from disk.
+        Each adapter is registered under the name in its record. This method does not read the
+        adapters' files.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.
@@ -221,7 +222,7 @@ class StorageTiers:
         held: Collection[LoadedAdapter],
         replaced_but_leased: LoadedAdapter | None = None,
     ) -> bool:
-        """Return whether the wanted adapters fit on the device beside pinned and held adapters.
+        """Return whether adapters fit in the device tier beside pinned and held adapters.
 
         Pinned adapters and the adapters in ``held`` stay on the device and take up room. All other
         adapters can be evicted.
@@ -452,7 +453,11 @@ class StorageTiers:
 
 
 def adapter_not_found_error(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Return the error to raise for an adapter name that is not registered."""
+    """Return the error to raise for an unknown adapter name.
+
+    The error message suggests names in ``known`` that are similar to ``name``, if there are any.
+    ``known`` contains the names of all registered adapters.
+    """
     return AdapterNotFoundError(
         f"no adapter {name!r} among the {len(known)} adapters of this pool"
         f"{near_names(str(name), known)}"

@@ -33,10 +33,10 @@ def patch_activation_checkpointing() -> None:
     other = getattr(module, name)
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
-        """A replacement for torch's `CheckpointFunction` that restores the original routing.
+        """An autograd function for activation checkpointing that keeps the original routing.
 
-        Activations are recomputed with this routing. It is the routing that was active in the
-        original forward pass.
+        The class replaces torch's `CheckpointFunction`. Activations are recomputed with the routing
+        that was active in the original forward pass.
         """
 
         @classmethod
@@ -52,7 +52,11 @@ def patch_activation_checkpointing() -> None:
 
 
 def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a wrapper that runs ``function`` with the routings that are active now, if any."""
+    """Return a wrapper that runs a function with the routings of the original forward pass.
+
+    The wrapper runs ``function`` with the routings that are active when `_with_routing` is called,
+    if any. The same routings are used when activations are recomputed in the backward pass.
+    """
     routings = active_routings()
 
     @functools.wraps(function, updated=())

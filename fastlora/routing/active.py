@@ -30,9 +30,10 @@ _thread = _ThreadRoutings()
 
 
 def active_routings() -> tuple[Routing, ...]:
-    """Return a tuple of this thread's active routings.
+    """Return the routings that are currently active.
 
-    They are the routings of the thread's open blocks, from outermost to innermost.
+    The result is a tuple with the routings of this thread's open blocks, from outermost to
+    innermost. Blocks of other threads are not included.
     """
     return _thread.open
 

@@ -31,7 +31,7 @@ _MOST_SETS = 2
 def cuda_stream_handle(device: torch.device) -> int:
     """Return the handle of a device's current CUDA stream.
 
-    The handle is 0 for a device without streams.
+    The handle is 0 for a device without streams. Caches use the handle in their keys.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
@@ -197,9 +197,10 @@ class PackedAdapterSetsCache:
         self._captured.update((id(each), each) for each in objects)
 
     def drop_cuda_graph_references(self) -> None:
-        """Drop the references to objects that CUDA graphs read.
+        """Drop the references that were kept for CUDA graphs.
 
-        The graphs must not be replayed afterwards.
+        The memory of the objects that the graphs read can then be freed. The graphs must not be
+        replayed afterwards.
         """
         self._captured.clear()
 
@@ -212,13 +213,14 @@ class PackedAdapterSetsCache:
 
 @dataclass(eq=False)
 class PerBlockCache:
-    """The cache of one `fastlora.adapters` block.
+    """A cache for the duration of one `fastlora.adapters` block.
 
-    Each entry is computed at most once per block.
+    An entry is computed when it is first needed in the block, and is reused in the rest of the
+    block while it is valid.
 
     Attributes:
-        layers: Maps the use ("packs" or "places") and the number of a layer to a key and a result.
-            The result is valid for a forward pass with an equal key.
+        layers: Maps the use ("packs" or "table_launches") and the number of a layer to a key and a
+            result. The result is valid for a forward pass with an equal key.
         plans: Plans for packed factors, by rows, and then by layout and element size.
         rows: Sorted rows, by number of rows, device, and stream.
         seeds: Dropout seeds by layer number, for each device and stream.

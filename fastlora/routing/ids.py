@@ -120,12 +120,13 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def ids_cover_whole_entries(leading_shape: Sequence[int], ids: int) -> bool:
-    """Return whether each id covers whole entries along one of the leading dimensions.
+    """Return whether each id covers whole entries along a tensor's leading dimensions.
 
-    ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each id has an equal
-    share of consecutive flattened rows. The rows of each id must be complete entries (slices) along
-    one dimension. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5
-    of the 10 rows would cover 2.5 entries along the first dimension.
+    ``leading_shape`` contains the sizes of the leading dimensions. Each id has an equal share of
+    consecutive flattened rows. The rows of each id must be complete entries (slices) along one of
+    the dimensions. Entries along the first dimension are usually samples. For example, the result
+    is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10 rows would cover 2.5 entries
+    along the first dimension.
     """
     for size in leading_shape:
         if size % ids == 0:
@@ -139,9 +140,9 @@ def ids_cover_whole_entries(leading_shape: Sequence[int], ids: int) -> bool:
 class _PendingIdCheck(NamedTuple):
     """A check of a batch's adapter ids whose result has not been read yet.
 
-    ``flag`` is true if an id is out of range, and ``message`` is the error message for this case.
-    ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
-    was on the CPU.
+    The result is read later, so that the host does not wait for the device. ``flag`` is true if an
+    id is out of range, and ``message`` is the error message for this case. ``arrived`` is the CUDA
+    event recorded after the flag's copy to the host, or None if the flag was on the CPU.
     """
 
     flag: torch.Tensor

@@ -51,6 +51,7 @@ def register_adapter_router(
 ) -> Callable[[Any], AdapterRouter | None]:
     """Register a function that finds a model's router.
 
+    `fastlora.adapters` then accepts the models for which the function finds a router.
     ``find_model_router`` returns the router, or None if it finds none. `register_adapter_router`
     returns ``find_model_router`` itself, so it can be used as a decorator. Functions are tried in
     the order of their registration. The order matters for speed: patched models are found by a walk

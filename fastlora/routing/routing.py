@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class RoutedLayerGroup(UncopiedCache):
-    """A group of routed layers.
+    """A group of layers that use the same routing.
 
-    The group contains all routed layers of one model, and the state that they share. A copied or
-    unpickled model gets a new group, which has not seen a forward pass.
+    The group consists of all routed layers of one model, and stores the state that these layers
+    share. A copied or unpickled model gets a new group, which has not seen a forward pass.
 
     Attributes:
         packs: The cache of the model's adapter sets.
@@ -216,7 +216,8 @@ class Routing:
     def pause_row_tracking(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that pauses row tracking.
 
-        Use it around code that restores the row order.
+        Row tracking records how the rows of tensors relate to the rows of the batch. Use the
+        context manager around code that restores the row order.
         """
         row_checker = self.cache.row_checker
         if (
@@ -252,8 +253,9 @@ class Routing:
         """Return the cached `PackedAdapterSet` for a key, creating it if necessary.
 
         A new set is also created if the cached set is outdated. The set is looked up in the cache
-        of the block and then in the cache of the model. Whether factors have changed is checked
-        once per block, and again after a change of the weights version.
+        of this routing, which lasts for the block, and then in the cache of the model. Whether
+        factors have changed is checked once per block, and again after a change of the weights
+        version.
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:
@@ -270,9 +272,9 @@ class Routing:
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check of the ids to a later block of the model.
+        """Defer the check of the adapter ids, to avoid waiting for the device.
 
-        The later block checks whether the ids are in range. This avoids waiting for the device.
+        A later block of the model checks whether the ids are in range.
         """
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.cache.rows.values():

@@ -115,7 +115,11 @@ class LayerRowOrderChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
-        """Return the reason why a layer does not support mixed batches, or None if it does."""
+        """Return the reason why a layer does not support mixed batches.
+
+        For example, the rows of the layer's input might not be in batch order. Returns None if no
+        reason is known.
+        """
         return self._unsupported.get(layer.routing_index)
 
     def record_tracked_block(
@@ -147,7 +151,8 @@ class LayerRowOrderChecks:
         """Raise an error for a layer now and at every later check of the layer.
 
         The layer therefore raises an error in all later mixed batches, including in compiled code.
-        The error message contains ``reason``.
+        The error message contains ``reason``, which says why the layer's rows cannot be assigned to
+        adapters.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -159,8 +164,9 @@ class LayerRowOrderChecks:
     def warn_rows_not_checked(self, layer: RoutedLayerProtocol) -> None:
         """Warn that a layer's rows were not checked.
 
-        This happens if the layer runs for the first time after tracking has ended. The next block
-        tracks rows again.
+        The check determines whether the layer gets every row of the batch in order. Rows cannot be
+        checked if the layer runs for the first time after row tracking has ended. Row tracking
+        starts again in the next block.
         """
         mode = bool(layer.training)
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:

@@ -217,7 +217,8 @@ class RowFactsTable:
     def are_data_independent(self, *indices: torch.Tensor | None) -> bool:
         """Return whether all of the index tensors are independent of the input data.
 
-        They are independent if they were computed without any input data.
+        An index tensor is independent if it was computed without any input data, for example by
+        `torch.arange`. An index of None is independent too.
         """
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 

@@ -281,11 +281,11 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions.
+    """Apply the rule for dtype conversions: the result usually keeps the row facts of the source.
 
-    The result keeps the kind and the origin of the source. Its samples are kept only for the kind
-    `CHOSEN`, if they are known for the result. If integers or bools of the batch are converted to
-    floats, the result counts as a `CHOICE` instead.
+    There are two exceptions. The samples are kept only for the kind `CHOSEN`, if they are known for
+    the result. If integers or bools of the batch are converted to floats, the result counts as a
+    `CHOICE` instead.
     """
     source = args[0]
     facts = known.facts_of(source)

@@ -47,7 +47,7 @@ def no_samples(leading_shape: Sequence[int]) -> torch.Tensor:
 def are_samples_in_batch_order(
     samples: torch.Tensor, num_samples: int, *, allow_no_sample: bool = False
 ) -> bool:
-    """Return whether rows that belong to the given samples are in batch order.
+    """Return whether the samples of rows are in batch order.
 
     ``samples`` contains the sample of each row. Each sample must have the same number of rows. If
     ``allow_no_sample`` is set, rows without a sample are accepted at any position.

@@ -33,7 +33,7 @@ from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_
 
 
 class RowTracker(TorchDispatchMode):
-    """Tracks the origin of the rows of tensors through the operators in a block.
+    """Tracks how the rows of tensors relate to the rows of the batch.
 
     The tracker is a `TorchDispatchMode`. The mode records which tensors do not contain the batch's
     rows in order, so that a layer that gets such a tensor can raise an error.
@@ -105,15 +105,20 @@ class RowTracker(TorchDispatchMode):
             self._rests = before
 
     def row_origin_kind(self, x: torch.Tensor) -> RowOriginKind:
-        """Return the kind of a tensor's rows, which depends on where they come from."""
+        """Return the kind that tells how a tensor's rows relate to the rows of the batch.
+
+        For example, a tensor may contain the rows of the batch in order, rows that the data
+        selected, or rows made from parameters. See `RowOriginKind`.
+        """
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
         """Return whether ``x`` is a table that all samples share.
 
-        Such a table comes from parameters alone and is not repeated per sample. The shape of ``x``
-        is ``[..., K]``. With fewer than 3 dimensions, the values show whether all samples have the
-        same rows.
+        Such a table, for example of position embeddings, is computed from parameters and buffers
+        alone and has no separate rows for each sample. The shape of ``x`` is ``[..., K]``. A tensor
+        with at least 3 dimensions has separate rows if its first dimension has one entry per
+        sample. Otherwise, the values show whether the rows are repeated for each sample.
         """
         if self._known.facts_of(x).kind is not RowOriginKind.TABLE or not x.is_floating_point():
             return False

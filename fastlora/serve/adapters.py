@@ -112,9 +112,10 @@ class ServedAdapters:
             return version
 
     def release_version(self, version: AdapterVersion) -> None:
-        """Release a version of an adapter.
+        """Release a version that `acquire_version` returned.
 
-        `acquire_version` returned it.
+        The version is unloaded from the pool if no other request uses it and it is no longer the
+        current version of its adapter.
         """
         with self._lock:
             version.users -= 1
@@ -259,9 +260,12 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether files with this fingerprint require a new version of an adapter.
+        """Return whether an adapter's files require a new version of the adapter.
 
-        If so, a scan must register the new version.
+        A new version is needed if the adapter is new, or if ``fingerprint``, which identifies the
+        state of its files, differs from that of its current version. A scan must then register the
+        new version. The result is False for an adapter that a client has loaded, and for an
+        unloaded adapter whose files have not changed since it was unloaded.
         """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
@@ -343,8 +347,10 @@ class ServedAdapters:
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
     """Return a fingerprint of the adapter files in a folder.
 
-    Files that are missing or inaccessible are left out. Returns None if the config file is left
-    out, because the folder then does not count as an adapter folder.
+    The fingerprint contains the modification time, the size, and the inode of each file, so it
+    changes when a file changes. Returns None if the config file is missing or inaccessible, because
+    the folder then does not count as an adapter folder. Other files that are missing or
+    inaccessible are left out.
     """
     found: list[object] = []
     for name in _FILES:

@@ -41,9 +41,10 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on how many connections a server keeps open and on how long each waits for its client.
+    """Limits on a server's connections.
 
-    A connection is closed if its client misses a deadline. The backlog is limited too.
+    The limits apply to the number of open connections, to the time that each connection waits for
+    its client, and to the backlog. A connection is closed if its client misses a deadline.
 
     Attributes:
         max_connections: Maximum number of open connections.
@@ -228,9 +229,9 @@ class DeadlineTimer:
 
 
 class SmallChunkLimiter:
-    """Limits the number of small chunks in which the body of a request may arrive.
+    """Limits the number of small chunks in the body of a request.
 
-    If there are too many, the connection is closed.
+    Small chunks are slow to parse. If the body has too many small chunks, the connection is closed.
 
     Args:
         parsed: Function that returns the next event that h11 has parsed.
@@ -241,10 +242,12 @@ class SmallChunkLimiter:
         self._parsed, self._end = parsed, end
         self._small = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Return the next event of the connection.
 
-        h11 has parsed it. If the connection was closed, return `h11.NEED_DATA`.
+        The event is the next one that h11 has parsed. The method does not wait for data. It returns
+        `h11.NEED_DATA` if h11 needs more data, or if this call has closed the connection because of
+        too many small chunks.
         """
         event = self._parsed()
         if isinstance(event, h11.Request):

@@ -110,9 +110,10 @@ class EngineRequest:
         return None if self.version is None else self.version.name
 
     def emit(self, chunk: AnswerChunk) -> None:
-        """Send a chunk of the answer to the request's callback.
+        """Send a chunk of the request's answer.
 
-        The callback is ``on_chunk``. If it raises an exception, the request is canceled.
+        The chunk is passed to the callback ``on_chunk``. If the callback raises an exception, the
+        request is canceled.
         """
         try:
             self.on_chunk(chunk)
@@ -126,9 +127,10 @@ def _counter(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineCounters:
-    """Counters of an engine's requests, tokens, and forward passes.
+    """Counters of the serving engine.
 
-    Each field is exported as a metric. Times are wall-clock times in seconds.
+    The counters cover requests, tokens, and forward passes. Each field is exported as a metric.
+    Times are wall-clock times in seconds.
     """
 
     requests: int = _counter("Accepted requests.")

@@ -18,10 +18,10 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class LoadingApp:
-    """An ASGI application that answers requests while another application is loading.
+    """An ASGI application that answers requests while the server's model is loading.
 
-    Until the other application is ready, each request gets status 503 with ``Retry-After``. After
-    that, requests are forwarded to the other application.
+    Another application serves the model. Until that application is ready, each request gets status
+    503 with a ``Retry-After`` header. After that, requests are forwarded to that application.
 
     Attributes:
         on_startup: Function that is called once the event loop runs, before requests are accepted.

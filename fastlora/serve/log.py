@@ -21,9 +21,9 @@ class OneLineMessageFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a log record as text.
+        """Format a log record as a line of text.
 
-        The message is on one line. The lines of a traceback follow, indented.
+        If the record has a traceback, the lines of the traceback follow, indented.
         """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)
@@ -67,9 +67,10 @@ class OncePerMinuteFilter(logging.Filter):
 
 
 def log_warnings_to_stderr() -> None:
-    """Set up logging so that warnings and errors are written to stderr.
+    """Set up logging so that warnings are written to stderr.
 
-    The function configures the root logger, so it affects the whole process.
+    Errors are written to stderr too. The function configures the root logger, so it affects the
+    whole process.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineMessageFormatter())

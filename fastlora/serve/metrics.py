@@ -16,9 +16,10 @@ from fastlora.serve.engine import Engine
 
 
 class PrometheusMetrics(Collector):
-    """Collects the metrics of a server for Prometheus.
+    """The metrics of a server for Prometheus.
 
-    On every scrape, the metrics of the engine and its adapter pool are collected.
+    The metrics of the engine and its adapter pool are collected on every scrape. `count_response`
+    counts the responses.
     """
 
     media_type = CONTENT_TYPE_LATEST
@@ -47,7 +48,11 @@ class PrometheusMetrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the current metrics of the engine and the pool for Prometheus."""
+        """Collect the current metrics of the server for Prometheus.
+
+        Yields the metrics of the engine and of its adapter pool. The number of responses is not
+        included, because a separate collector counts the responses.
+        """
         done, pool = self._engine.stats, self._adapters.pool.stats()
         for name, what, value in (
             *((own.name, own.metadata["what"], getattr(done, own.name)) for own in fields(done)),

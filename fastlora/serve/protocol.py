@@ -169,9 +169,10 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Set an assistant message's content to an empty string if the content is missing.
+        """Fill in the content of an assistant message if the content is missing.
 
-        Messages with other roles must have content.
+        Missing content is replaced with an empty string. Messages with other roles must have
+        content.
         """
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}

@@ -33,7 +33,7 @@ PREFILL_TOKENS = 512
 
 
 class PersistentAdaptersBlock:
-    """A `fastlora.adapters` block that stays open between forward passes.
+    """A `fastlora.adapters` block that stays open between forward passes with the same adapters.
 
     The block is closed when the rows use other adapters, when the pool replaces or unloads an
     adapter, when a forward pass fails, and after a forward pass in which the block checked rows
@@ -70,11 +70,11 @@ class PersistentAdaptersBlock:
 
 
 class RunningBatch:
-    """The batch of running requests.
+    """The batch of requests that the engine is currently running.
 
-    The batch processes the prompts of the requests, and generates their tokens. When a request
-    leaves the batch, ``ended`` is called with the request and its error, or None if there is no
-    error.
+    To generate the answer to a request, the batch processes the prompt and then decodes the tokens
+    of the answer. When a request leaves the batch, ``ended`` is called with the request and its
+    error, or None if there is no error.
 
     Attributes:
         jobs: The requests, each at the index of its row: first the requests that generate tokens,
@@ -149,11 +149,11 @@ class RunningBatch:
         return chosen
 
     def _forward_and_choose_tokens(self, first_row: int, requests: Sequence[EngineRequest]) -> None:
-        """Run a forward pass for the given requests, and choose their next tokens.
+        """Run a forward pass for the given requests, and choose each request's next token.
 
-        The requests are in adjacent rows, starting at row ``first_row``. Tokens are chosen only if
-        the prompts have now been processed completely. If the forward pass fails, the requests in
-        it fail.
+        The requests are in adjacent rows, starting at row ``first_row``. A long prompt takes
+        several forward passes, and a token is chosen only after the last of them. If the forward
+        pass fails, the requests in it fail.
         """
         parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in requests]
         names = [job.pool_adapter_name for job in requests]
@@ -190,7 +190,7 @@ class RunningBatch:
         tokens = sample_tokens(logits, settings, [job.generator for job in requests])
         for job, token in zip(requests, tokens, strict=True):
             if token is None:
-                self._fail(job, _non_finite_error(job.version))
+                self._fail(job, _non_finite_logits_error(job.version))
             else:
                 self._append_token(job, token)
 
@@ -257,7 +257,7 @@ class RunningBatch:
             self.jobs[target] = job
 
 
-def _non_finite_error(version: AdapterVersion | None) -> FastLoraError:
+def _non_finite_logits_error(version: AdapterVersion | None) -> FastLoraError:
     """Return the error for a request with non-finite logits.
 
     The error names the request's adapter, if there is one.

@@ -92,9 +92,10 @@ class AdapterTrainingState:
             raise AdapterStateError(_frozen(self.name))
 
     def next_dropout_seed(self, rank: int = 0) -> int:
-        """Return the dropout seed for the next forward pass.
+        """Return the next dropout seed of the adapter.
 
-        ``rank`` is the rank of the process that runs the forward pass. The seed has 62 bits.
+        Each call returns a seed for another forward pass. ``rank`` is the rank of the process that
+        runs the forward pass. The seed has 62 bits.
         """
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
@@ -190,9 +191,10 @@ class AdapterTrainingState:
                 raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a training state that `state_dict` returned.
+        """Load the training state from a dict that `state_dict` returned.
 
-        `check_state` must have accepted it.
+        The dict contains the states of the optimizer, the scheduler, and the gradient scaler, as
+        well as the seed and the counts. `check_state` must have accepted the dict.
         """
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

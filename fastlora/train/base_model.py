@@ -20,7 +20,7 @@ from fastlora.train.processes import TrainError, import_or_raise
 from fastlora.train.quantization import (
     base_model_dtype,
     bitsandbytes_config,
-    prepare_quantized_model,
+    prevent_repacking_and_cast_warnings,
     quantize_meta_model,
     stored_bitsandbytes_config,
 )
@@ -81,7 +81,7 @@ def load_base_model(
         if bits is not None:
             options |= {"quantization_config": bits, "device_map": {"": device_if_quantized}}
         model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
-    prepare_quantized_model(model)
+    prevent_repacking_and_cast_warnings(model)
     return model
 
 

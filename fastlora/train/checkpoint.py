@@ -62,9 +62,9 @@ def checkpoint_adapters_folder(checkpoint: Path) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the paths of all checkpoints in ``root``.
+    """List the paths of all checkpoints in ``root``, in the order of their steps.
 
-    They are sorted from the oldest to the newest checkpoint.
+    The newest checkpoint is last. If ``root`` is not a folder, the list is empty.
     """
     if not root.is_dir():
         return []

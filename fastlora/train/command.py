@@ -325,11 +325,12 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Return the estimated peak memory of a step in bytes.
+    """Estimate the memory that a training step uses, in bytes.
 
-    The estimate covers one forward and backward pass. It excludes weights and gradients, and is for
-    the base model before quantization. It also excludes dropout, which stores only seeds. The
-    result is None if it cannot be estimated, because the model does not run on the meta device.
+    The result is the peak memory of one forward and backward pass with ``samples`` samples of
+    ``length`` tokens. The estimate excludes weights and gradients, and is for the base model before
+    quantization. The estimate also excludes dropout, which stores only seeds. The result is None if
+    the memory cannot be estimated, because the model does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=base_model_dtype(settings))
     base = base_model.build_base_model_on_meta(plain)

@@ -80,11 +80,11 @@ def check_can_train_together(model: LoraModel, names: str | Sequence[str]) -> li
 
 @dataclass(frozen=True)
 class StepReport:
-    """A report on one step of the optimizers.
+    """A report on one optimizer step.
 
-    The report lists the updated and skipped adapters, and their gradient norms.
-    `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
-    none of the fields.
+    `AdapterOptimizers.step` returns this report. The report lists the adapters that the step
+    updated, the adapters that the step skipped, and their gradient norms. An adapter without a loss
+    since the previous step is in none of the fields.
 
     Attributes:
         stepped: Names of the adapters that the step updated.
@@ -206,14 +206,14 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Draw and return the next dropout seed for each adapter in a batch.
+        """Draw a dropout seed for each of the named adapters.
 
         The result is a dict that maps adapter names to seeds. Pass it to `fastlora.adapters` as
-        ``seeds``. Each adapter has its own sequence of seeds: a seed is derived from ``seed``, the
-        name of the adapter, and the number of its forward passes so far. The dropout masks are
-        therefore the same as if the adapter trained alone, provided that its samples are padded to
-        the same length. If processes share batches, each process draws its own seeds, and every
-        forward pass counts for every adapter.
+        ``seeds``. Each adapter has its own pseudorandom sequence of seeds: a seed is derived from
+        ``seed``, the name of the adapter, and the number of its forward passes so far. The dropout
+        masks are therefore the same as if the adapter trained alone, provided that its samples are
+        padded to the same length. If processes share batches, each process draws its own seeds, and
+        every forward pass counts for every adapter.
 
         Args:
             names: The adapter of each sample. None and ``"__base__"`` need no seed.
@@ -383,10 +383,10 @@ class AdapterOptimizers:
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of the optimizers.
+        """Load the state of the optimizers from a dict that `state_dict` returned.
 
-        ``state`` is a dict that maps adapters to their training states, as returned by
-        `state_dict`. Adapters that are not in ``state`` remain unchanged.
+        ``state`` maps adapters to their training states. Adapters that are not in ``state`` remain
+        unchanged.
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.
@@ -399,11 +399,13 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Set each adapter's learning rate to the current value of its schedule.
+        """Update the learning rates of the optimizers according to their schedules.
 
-        This is the learning rate for the next step. A loaded state contains the learning rates of
-        the schedule that it was saved with. If an adapter's schedule is not a `LambdaLR`, its
-        learning rate remains unchanged.
+        The learning rate of each adapter is set to the current value of the adapter's schedule,
+        which is the learning rate for the next step. The schedules do not advance. Call this method
+        after `load_state_dict` if a schedule has changed, because a loaded state contains the
+        learning rates of the schedule that it was saved with. If an adapter's schedule is not a
+        `LambdaLR`, the learning rate of the adapter remains unchanged.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

@@ -20,7 +20,7 @@ from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import inspect_adapter_folder
 from fastlora.model.config import LoraConfig
 from fastlora.model.recommend import Recommendation
-from fastlora.model.targets import check_all_targets_match
+from fastlora.model.targets import check_all_target_modules_match
 from fastlora.train.adapter_training_state import adapter_parameters
 from fastlora.train.checkpoint import list_checkpoints
 from fastlora.train.data import SampleOrder, TokenizedCorpus, derive_seed, tokenize_files
@@ -37,7 +37,7 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class SampleSchedule:
-    """A schedule that assigns the samples of a training run to its steps.
+    """A schedule of the samples that are used in each step of a training run.
 
     The order of the samples depends only on the settings and the data, so a resumed run uses the
     samples in the same order.
@@ -72,9 +72,9 @@ def check_model_and_out_paths(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, allow_resume: bool) -> Path | None:
-    """Return the path of the newest checkpoint of the run, or None if there is no checkpoint.
+    """Return the path of the checkpoint from which a run resumes.
 
-    The run resumes from this checkpoint.
+    This is the newest checkpoint of the run. The result is None if the run has no checkpoint.
 
     Raises:
         TrainError: There is a checkpoint, and ``allow_resume`` is False.
@@ -148,7 +148,7 @@ def add_trainable_adapters(
             continue
         if folder is None:
             with error_prefix(f"adapter {name!r}"):
-                check_all_targets_match(base, config)
+                check_all_target_modules_match(base, config)
         if folder is not None or (settings.load_in and not has_weights):
             config = config.shapes_only()
         config = replace(config, inference_mode=False)
@@ -267,7 +267,8 @@ class _StreamIgnoringWriteErrors:
 def progress_bar(**options: Any) -> tqdm[Any]:
     """Return a tqdm progress bar.
 
-    ``options`` are keyword arguments of `tqdm.tqdm`.
+    The bar is written to stderr, and write errors are ignored. The keyword arguments are passed to
+    `tqdm.tqdm`. Pass ``disable=True`` to hide the bar.
 
     Raises:
         TrainError: tqdm is not installed.

@@ -92,10 +92,12 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def prepare_quantized_model(model: PreTrainedModel) -> None:
-    """Prepare a quantized base model for training.
+def prevent_repacking_and_cast_warnings(model: PreTrainedModel) -> None:
+    """Prevent bitsandbytes from repacking a model's weights and from warning about casts.
 
-    The model can then also be evaluated during training. It is changed in place.
+    The function prepares a quantized base model for training, and changes the model in place. If
+    bitsandbytes repacked 4-bit weights in an evaluation, the model could not be trained afterward.
+    The warnings are suppressed in the whole process.
     """
     prevent_bitsandbytes_repacking(model)
     # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in

@@ -375,17 +375,22 @@ class Run:
             self._failure = self._failure or error
 
     def _raise_recorded_write_error(self) -> None:
-        """Raise the first recorded write error, if there is one."""
+        """Raise the recorded write error, if there is one.
+
+        If several writes have failed, the first error is raised. A recovery hint is added to the
+        message of the error.
+        """
         if self._failure is not None:
             raise self._with_recovery_hint(
                 self._failure, self._trained_adapter_folders()
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
-        """Return whether the run should stop after this step.
+        """Return whether the run should stop.
 
-        The result is the same in all processes. A single process checks directly. Several processes
-        agree when they exchange their losses.
+        A run that should stop ends after the current step. The reasons to stop are a received
+        signal and a recorded write error. The result is the same in all processes. In a run with
+        several processes, the result is updated only when the processes exchange their losses.
         """
         return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
@@ -451,9 +456,11 @@ class Run:
             self._log.close()
 
     def _run_optimizer_step(self) -> None:
-        """Run one optimizer step.
+        """Run one optimizer step of the training run.
 
-        Raises `NonFiniteError` for a non-finite loss or gradient.
+        The step includes the forward and backward passes, the update of the adapters, and the log
+        entry. Raises `NonFiniteError` if a loss or a gradient is not finite. With loss scaling, an
+        adapter with a non-finite gradient is skipped instead, unless its loss scale is too low.
         """
         values = self._compute_mean_losses(
             self.schedule.order.step_samples(self.step), self.corpora, accumulate_gradients=True
@@ -587,10 +594,11 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the adapters on their evaluation data, and return each adapter's mean loss.
+        """Evaluate the adapters on their evaluation data, and return their losses.
 
-        The losses are also logged. If the run is about to stop, nothing is logged, and the result
-        is an empty dict.
+        The result is a dict that maps each adapter with evaluation data to its mean loss. The
+        losses are also logged. If the run is about to stop, nothing is logged, and the result is an
+        empty dict.
         """
         rows = [SampleRef(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
         self.model.eval()
@@ -678,10 +686,11 @@ class Run:
             raise self._with_recovery_hint(failures[0], saved) from failures[0]
 
     def _with_recovery_hint(self, error: _Failure, saved_adapters: Iterable[str]) -> _Failure:
-        """Return a copy of an error with a hint on how to recover.
+        """Add a recovery hint to the message of an error.
 
-        The hint names the saved adapters and, if there is one, the checkpoint from which the run
-        can resume. Before the first step is completed, the hint says only that nothing was trained.
+        The result is a new error of the same type. The hint names the saved adapters and, if there
+        is one, the checkpoint from which the run can resume. Before the first step is completed,
+        the hint says only that nothing was trained.
         """
         if self._is_before_first_step():
             return type(error)(f"{error}; nothing was trained")

@@ -123,9 +123,9 @@ def mean_training_loss_by_adapter(losses: Sequence[LoggedLoss]) -> dict[str, flo
 
 
 def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
-    """Write the losses to a CSV file in ``folder``, and return the file's path.
+    """Write a table of the losses to a file in ``folder``, and return the file's path.
 
-    The file is ``losses.csv``.
+    The file is ``losses.csv``, in CSV format.
     """
     path = folder / TABLE
     with (
@@ -231,7 +231,11 @@ def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[st
 
 
 def _replace_non_finite_with_none(value: Any) -> Any:
-    """Return a copy of a log entry in which NaN and infinite values are replaced with None."""
+    """Replace NaN and infinite numbers in a nested value with None.
+
+    The value is a log entry or a part of a log entry. Dicts and lists in the value are copied, so
+    the original value remains unchanged.
+    """
     if isinstance(value, dict):
         return {key: _replace_non_finite_with_none(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -19,14 +19,13 @@ LARGEST_RATE = 3.4e37
 
 
 class SettingType(NamedTuple):
-    """The type of a setting.
-
-    A type defines how a setting's value is checked and how its flag is parsed.
+    """The type of a setting, which defines how the setting's value is parsed and checked.
 
     Attributes:
         check: Function that takes a value and its name in error messages. It returns the converted
             value or raises `ConfigError`.
-        flag: Keyword arguments for `argparse.ArgumentParser.add_argument`.
+        flag: Keyword arguments for `argparse.ArgumentParser.add_argument`. They define how the
+            setting's flag is parsed.
     """
 
     check: Callable[[Any, str], Any]

@@ -202,7 +202,11 @@ class TrainSettings:
     cpu: bool = setting_field(SWITCH, "run on the CPU even if an accelerator is available", False)
 
     def data_options(self, adapter: AdapterSettings) -> DataOptions:
-        """Return the options for reading the data files of an adapter."""
+        """Return the data options of an adapter.
+
+        The options specify how the adapter's data is read from files and prepared. The options
+        combine the adapter's own settings with the settings of the run.
+        """
         return DataOptions(
             format=adapter.format,
             columns=adapter.columns,
@@ -329,9 +333,10 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _expand_field_aliases(table: Any, where: str) -> dict[str, Any]:
-    """Return a copy of ``table`` with full field names in place of aliases.
+    """Replace the aliases of fields in a table with the full field names.
 
-    An alias is a short name such as ``lr``.
+    An alias is a short name such as ``lr``. The result is a new dict. Raises `ConfigError` if
+    ``table`` is not a table or sets a field under two names.
     """
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():

@@ -89,7 +89,11 @@ def _yaml(text: str) -> Any:
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a copy of a config dict in which relative paths are resolved against ``folder``."""
+    """Resolve the relative paths in the contents of a config file against the file's folder.
+
+    ``data`` is the dict that was read from the file, and ``folder`` is the folder of the file. The
+    result is a new dict.
+    """
 
     def path(value: Any) -> Any:
         if isinstance(value, list):

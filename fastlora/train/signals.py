@@ -77,9 +77,11 @@ class StopSignalHandler:
         self._restore()
 
     def defer_first_signal(self) -> None:
-        """Defer the effect of the first signal.
+        """Defer the first signal, so that the current step can finish.
 
-        The next signal only sets `received`, so that the current step can finish.
+        After this call, the first signal only sets `received`. A second signal has the effect that
+        it had before the ``with`` block: by default, SIGINT raises `KeyboardInterrupt` and SIGTERM
+        ends the process.
         """
         self._deferred = True
 

@@ -247,9 +247,9 @@ def check_dora_cached_norms(folder: Path) -> None:
             for each in (same, truth):
                 fastlora.clear_caches(each)  # these are right whatever they keep
         assert_within_budget(*outputs())
-        down, computed = model.get_base_model().down, dora_norms.squared_norms_with_update
+        down, computed = model.get_base_model().down, dora_norms.squared_row_norms_with_update
         with mock.patch.object(
-            dora_norms, "squared_norms_with_update", side_effect=computed
+            dora_norms, "squared_row_norms_with_update", side_effect=computed
         ) as sums:
             model(x)
             assert not sums.called

@@ -14,8 +14,8 @@ from fastlora.bench.measure import peak_step_bytes
 from fastlora.ops.torch.dora import (
     dora_scale,
     replace_zeros_with_infinity,
-    squared_norms_with_update,
     squared_row_norms,
+    squared_row_norms_with_update,
 )
 from tests.support.dora_truth import layer_of, make_problem
 
@@ -34,7 +34,7 @@ from tests.support.dora_truth import layer_of, make_problem
 def test_norms_in_factored_form(n: int, k: int, r: int, dtype: torch.dtype) -> None:
     """Against the dense norm in float64; the error of a factored one is that of its terms."""
     problem = make_problem(1, n, k, r, dtype)
-    squares = squared_norms_with_update(
+    squares = squared_row_norms_with_update(
         problem.weight, squared_row_norms(problem.weight), problem.lora_a, problem.lora_b, 0.75
     )
     wide = problem.to(torch.float64)
@@ -51,7 +51,7 @@ def test_norms_of_nothing_and_of_what_is_not_finite() -> None:
     weight, zeros = torch.eye(3), torch.zeros(3, 1)
     weight[1], weight[2, 2] = 0, float("nan")
     for scaling in (2.0, torch.tensor(2.0)):
-        sums = squared_norms_with_update(
+        sums = squared_row_norms_with_update(
             weight, squared_row_norms(weight), zeros.t(), zeros, scaling
         )
         scale = dora_scale(torch.tensor([0.5, 3.0, 1.0]), replace_zeros_with_infinity(sums))
@@ -65,7 +65,7 @@ def test_a_norm_makes_no_weight_sized_temporary(dtype: torch.dtype) -> None:
 
     def norm() -> None:
         squares = squared_row_norms(problem.weight)
-        squared_norms_with_update(problem.weight, squares, problem.lora_a, problem.lora_b, 0.75)
+        squared_row_norms_with_update(problem.weight, squares, problem.lora_a, problem.lora_b, 0.75)
 
     norm()
     assert peak_step_bytes(norm) < problem.weight.nbytes / 2
@@ -91,7 +91,7 @@ def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.clear_caches()
     base, adapter = (
         counted(monkeypatch, "squared_row_norms"),
-        counted(monkeypatch, "squared_norms_with_update"),
+        counted(monkeypatch, "squared_row_norms_with_update"),
     )
     x = torch.randn(5, 20)
     for _ in range(3):

@@ -22,7 +22,7 @@ from fastlora.layers.quantized_base import (
     fallback_reason_base_called,
     quantized_base_of_layer,
 )
-from fastlora.ops.torch.dora import squared_norms_with_update, squared_row_norms
+from fastlora.ops.torch.dora import squared_row_norms, squared_row_norms_with_update
 from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
@@ -416,15 +416,15 @@ def test_norms_make_no_matrix(kind: str) -> None:
     found = quantized_weight_of(layer.base_layer)
     assert found is not None
     dense = found.dense()
-    expected = squared_norms_with_update(dense, squared_row_norms(dense), lora_a, lora_b, 0.5)
-    truth = squared_norms_with_update(
+    expected = squared_row_norms_with_update(dense, squared_row_norms(dense), lora_a, lora_b, 0.5)
+    truth = squared_row_norms_with_update(
         *(dense.double(), squared_row_norms(dense.double()), lora_a.double(), lora_b.double(), 0.5)
     )
     del dense
     weight = base_weight_rows(layer)
 
     def sums() -> torch.Tensor:
-        return squared_norms_with_update(weight, squared_row_norms(weight), lora_a, lora_b, 0.5)
+        return squared_row_norms_with_update(weight, squared_row_norms(weight), lora_a, lora_b, 0.5)
 
     assert_within_budget(sums(), expected, truth)
     assert peak_bytes(sums) < n * k * 4 / 2  # of one in fp32

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.stacked_experts import FORMER_NAMES
-from fastlora.model.targets import check_all_targets_match, select_targets
+from fastlora.model.targets import check_all_target_modules_match, select_targets
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
 from tests.support.moe_models import MODELS, file_parameters, moe_model
 from tests.support.peft_twins import peft
@@ -367,7 +367,7 @@ def test_the_config_of_the_adapter() -> None:
         assert getattr(config, name) == getattr(theirs, name) != {}
     model.add_adapter("second", config)
     assert model.peft_config["second"] == config
-    check_all_targets_match(kept("qwen3_moe"), given)
+    check_all_target_modules_match(kept("qwen3_moe"), given)
 
 
 def seeded(kind: str) -> Any:

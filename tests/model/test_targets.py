@@ -19,7 +19,7 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
 from fastlora.model.target_names import distinguishing_suffixes
 from fastlora.model.targets import (
-    check_all_targets_match,
+    check_all_target_modules_match,
     find_modules_to_save,
     find_target_modules,
     resolve_target_modules,
@@ -414,9 +414,9 @@ def test_what_other_adapters_own_copies_of_is_no_target() -> None:
 
 
 def test_each_name_has_to_match_where_that_is_asked() -> None:
-    check_all_targets_match(Tower(), LoraConfig(target_modules=["q_proj", "up"]))
+    check_all_target_modules_match(Tower(), LoraConfig(target_modules=["q_proj", "up"]))
     with pytest.raises(TargetNotFoundError, match=r"\['k_proj'\] match no module"):
-        check_all_targets_match(Tower(), LoraConfig(target_modules=["q_proj", "k_proj"]))
+        check_all_target_modules_match(Tower(), LoraConfig(target_modules=["q_proj", "k_proj"]))
 
 
 @pytest.mark.parametrize("count, more", [(10, ""), (11, " and 1 more"), (30, " and 20 more")])

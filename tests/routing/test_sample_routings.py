@@ -9,17 +9,17 @@ from torch import nn
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
 
-RANKS = {"default": 2, "large": 4, "same": 2, "head": 8}
-
 
 @pytest.fixture(scope="module")
 def model() -> LoraModel:
-    """Two linear layers and a convolution: one adapter is on the convolution alone."""
+    """Two linear layers, a convolution with an adapter of its own, and a module with a copy."""
     base = nn.ModuleDict({"q": nn.Linear(8, 8), "v": nn.Linear(8, 8), "c": nn.Conv1d(8, 8, 1)})
+    base["head"] = nn.Linear(8, 8)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"]))
     model.add_adapter("large", LoraConfig(r=4, target_modules=["v"], rank_pattern={"v": 4}))
     model.add_adapter("same", LoraConfig(r=2, target_modules=["q"]))
-    model.add_adapter("head", LoraConfig(r=8, target_modules=["c"]))
+    config = LoraConfig(r=8, target_modules=["c"], modules_to_save=["head"])
+    model.add_adapter("convolution", config)
     return model
 
 

@@ -99,16 +99,18 @@ def _shards(
     own_a: Sequence[_Factor],
     own_b: Sequence[_Factor],
 ) -> tuple[list[Any], list[Any]]:
-    """Return this process's shard of each slice's factors.
+    """Return this process's shards of a layer's factors.
 
-    vLLM slices all factors, but the factors of its warm-up adapters have a shard's shape already.
+    The result is a tuple of two lists, one for lora_a and one for lora_b. Each list has one entry
+    for each slice of the layer. vLLM shards all factors, but the factors of its warm-up adapters
+    already have the shape of a shard. The factors of warm-up adapters are returned unchanged.
 
     Args:
         layer: The layer.
-        lora_a: For each slice, what vLLM passes.
-        lora_b: As lora_a.
-        own_a: For each slice, lora_a as vLLM slices it.
-        own_b: For each slice, lora_b as vLLM slices it.
+        lora_a: For each slice, the lora_a that vLLM passes.
+        lora_b: For each slice, the lora_b that vLLM passes.
+        own_a: For each slice, lora_a as vLLM shards it.
+        own_b: For each slice, lora_b as vLLM shards it.
     """
     found_a, found_b = list[Any](own_a), list[Any](own_b)
     for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
@@ -267,7 +269,11 @@ def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[
 
 
 def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``WorkerLoRAManager._load_adapter`` so that it also checks the adapter."""
+    """Wrap vLLM's method that loads an adapter so that the method also checks the adapter.
+
+    The wrapped method is ``WorkerLoRAManager._load_adapter``. The adapter's config is checked
+    before the adapter is loaded, and its factors are checked afterward.
+    """
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         check_no_config_fields_vllm_ignores(lora_request.lora_path, lora_request.lora_name)
@@ -299,9 +305,10 @@ def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
 
 
 def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
-    """Check that the factors of an adapter are valid.
+    """Check that the factors of an adapter are valid for the model.
 
-    This function is called before the adapter is loaded into a slot.
+    This function is called before the adapter is loaded into a slot. The factors of experts are not
+    checked.
 
     Raises:
         ValueError: A factor is missing, is not finite, has the wrong shape, or has too high a rank.
@@ -367,9 +374,9 @@ def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...
 
 
 def _unsharded_output_sizes(base: Any) -> list[int]:
-    """Return the unsharded output sizes of a layer's slices.
+    """Return the output sizes that a layer would have without sharding.
 
-    These are the sizes before the slices are split across processes.
+    The result has one size for each slice of the layer.
     """
     if hasattr(base, "total_num_kv_heads"):
         # Processes may have copies of key and value heads, which output_sizes counts.

@@ -19,7 +19,7 @@ _MOST_SLICES = 4
 
 
 class LayerSlots:
-    """The adapter slots of one layer.
+    """The adapter slots of a vLLM layer, which hold the factors of the layer's adapters.
 
     Each slot holds one adapter or is empty.
 
@@ -66,10 +66,12 @@ class LayerSlots:
             start += products.width
 
     def stacked_factors(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Return vLLM's stacked tensors of lora_a and lora_b.
+        """Return the factors lora_a and lora_b of all slots as stacked tensors.
 
-        Both are tuples with one view per slice. The shapes are ``[slots, 1, R, K]`` for lora_a and
-        ``[slots, 1, N, R]`` for lora_b. The first tuple is empty if vLLM keeps lora_a.
+        The result is a pair of tuples, one for lora_a and one for lora_b. Each tuple contains one
+        view per slice. vLLM's layer uses the views as its own stacked tensors. The shapes are
+        ``[slots, 1, R, K]`` for lora_a and ``[slots, 1, N, R]`` for lora_b. The first tuple is
+        empty if vLLM keeps lora_a.
         """
         with torch.inference_mode(False):
             down = tuple(own.unsqueeze(1) for own in self.lora_a)
@@ -134,7 +136,10 @@ class LayerSlots:
             self.write(slot, none, none, [1.0] * len(self.lora_b))
 
     def _check_factors(self, slice_index: int, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
-        """Raise `ValueError` if a slice's factors have the wrong shape or too high a rank."""
+        """Raise `ValueError` if a slice's factors do not fit into a slot.
+
+        The factors do not fit if they have the wrong shape or too high a rank.
+        """
         width, max_rank = self.lora_b[slice_index].shape[2], self.lora_b[slice_index].shape[1]
         features, max_rank_a = None, max_rank
         if self.lora_a:
@@ -169,9 +174,10 @@ class LayerSlots:
 
 
 def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
-    """Return the `LayerSlots` that one of vLLM's stacked tensors belongs to.
+    """Return the `LayerSlots` for one of vLLM's stacked tensors.
 
-    `LayerSlots.stacked_factors` created the tensor.
+    ``stack_view`` is a view that `LayerSlots.stacked_factors` created. Each such view has its
+    `LayerSlots` as an attribute.
     """
     found: LayerSlots = stack_view.fastlora_slots  # type: ignore[attr-defined]
     return found

@@ -266,9 +266,10 @@ class BaseQuantizedWeight(MergeTarget):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a dense matrix to merge into.
+        """Return a buffer in which to compute the merged weight.
 
-        It is a new fp32 matrix with the dequantized weight, filled piece by piece to save memory.
+        The buffer is a new dense fp32 matrix that contains the dequantized weight. To save memory,
+        the matrix is filled piece by piece.
         """
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0

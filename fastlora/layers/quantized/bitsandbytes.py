@@ -418,18 +418,19 @@ def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def _decode_blocks(
-    codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int
+    codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block_size: int
 ) -> torch.Tensor:
     """Decode blocks of quantization codes.
 
-    The codes form whole blocks. The 4-bit codes are decoded to fp32 values, as in kernels.
+    The 4-bit codes form whole blocks. The codes are decoded to fp32 values in the same way as in
+    the kernels.
     """
     absmax, table, *nested = parts
-    count = 2 * codes.numel() // block
+    count = 2 * codes.numel() // block_size
     largest = absmax[:count]
     if nested:
         outer, outer_table, offset = nested
         each = outer.repeat_interleave(_NESTED_BLOCK)[:count]
         largest = outer_table[largest.long()] * each + offset
-    nibbles = torch.stack([codes >> 4, codes & 15], dim=1).view(count, block)
+    nibbles = torch.stack([codes >> 4, codes & 15], dim=1).view(count, block_size)
     return (table[nibbles.long()] * largest[:, None]).view(-1)

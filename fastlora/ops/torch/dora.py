@@ -92,7 +92,7 @@ def squared_row_norms(
 
 @disable_autocast
 @torch.no_grad()
-def squared_norms_with_update(
+def squared_row_norms_with_update(
     weight: torch.Tensor | RowChunkedWeight,
     squares: torch.Tensor,
     lora_a: torch.Tensor,
@@ -160,10 +160,11 @@ def dora_scale(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.T
 def multiply_rounded_once(
     u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``u * scale``, rounded once to u's dtype.
+    """Multiply u by a scale, and round the product only once.
 
-    The scale may have a wider dtype. The result is written to ``out`` if it is given. On a GPU, no
-    wider copy of u is made.
+    The scale may have a wider dtype than u, and the product is then computed in the wider dtype.
+    The result is rounded to u's dtype, and is written to ``out`` if ``out`` is given. In traced
+    code, ``out`` may be ignored. On a GPU, no wider copy of u is made.
     """
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)

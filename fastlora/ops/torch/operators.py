@@ -40,9 +40,10 @@ def keep(
 def _operands_per_module(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[AdapterOperands]:
-    """Return a list of the adapter operands of each module.
+    """Split an operator's arguments into the adapter operands of each module.
 
-    The operands contain the module's lora_a and dropout.
+    The result is a list. The operands of a module contain its lora_a, its dropout seeds, and its
+    dropout probabilities.
     """
     downs, slots = replace_missing_with_empty(lora_a, 0), len(lora_a) // modules
     found = []

@@ -34,11 +34,11 @@ ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """The layout in which the factors of several adapters are packed.
+    """The layout in which the factors of several adapters are packed together.
 
-    The layout gives the position of each adapter in the packed factors of a layer. A rank row is a
-    row of lora_a or a column of lora_b. Layers on which the adapters have the same ranks share a
-    layout.
+    The layout states which rank rows of the packed factors belong to each adapter. A rank row is a
+    row of lora_a or a column of lora_b. Adjacent rank rows form units of equal size. Layers on
+    which the adapters have the same ranks share a layout.
 
     Attributes:
         unit: Number of rank rows in a unit.
@@ -98,12 +98,12 @@ def first_fit_layout(ranks: tuple[int, ...], round_units_to_blocks: bool = False
 
 
 class PackedLayerFactors(NamedTuple):
-    """The packed factors of several adapters on one layer.
+    """The factors of a layer's adapters, packed together.
 
     Attributes:
         layout: Position of the rank rows. It applies to each slice.
         lora_a: ``[K, slices * rank rows]`` for dense products, otherwise
-            ``[units, K, slices * unit]``, in any memory layout.
+            ``[units, K, slices * unit]``, which may be a transposed view.
         lora_b: For each slice the scaled lora_b, ``[rank rows, N]``, or None if no adapter adapts
             the slice.
         lora_bias: ``[G + 1, N]``, scaled, with zeros in the last row; or None.

@@ -233,7 +233,7 @@ def _add_adapter(
 
 
 def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> torch.Tensor:
-    """Return the units of the packed lora_a that have the given indices.
+    """Return the units of the packed lora_a at the given indices.
 
     A unit can contain the rank rows of several adapters. For B indices in ``unit_indices``, the
     result has the shape ``[B, K, slices * unit]``.

@@ -330,9 +330,10 @@ def _mask_outside(
 def _used_unit_range(
     used_adapters: list[int], layout: PackedLayout, coalesces: bool
 ) -> tuple[int, int]:
-    """Return the range of units that contains the adapters in ``used_adapters``.
+    """Return the range of units that the used adapters span.
 
-    If units may be coalesced, a large range is extended to full blocks where there is room.
+    The result is a tuple (start, stop), where stop is the unit after the last one. If units may be
+    coalesced, a large range is extended to full blocks where there is room.
     """
     units = [layout.firsts[index] // layout.unit for index in used_adapters]
     start, stop = min(units), max(units) + 1
@@ -347,7 +348,7 @@ def _used_unit_range(
 def _make_per_adapter_plan(
     rows: Rows, adapter: torch.Tensor, layout: PackedLayout
 ) -> PerAdapterPlan:
-    """Make a `PerAdapterPlan` for the rows of a batch."""
+    """Make a `PerAdapterPlan` for multiplying the rows of a batch adapter by adapter."""
     found, gathered, place = list[RowsOfOneAdapter](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])

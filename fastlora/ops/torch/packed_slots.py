@@ -103,13 +103,15 @@ class PackedSlots:
         self._storage: _PackedSlotFactors | None = None
 
     def set_slot(self, slot: int, slices: Sequence[Factors | None]) -> None:
-        """Replace the adapter in a slot.
+        """Put an adapter's factors for each slice into a slot.
+
+        The adapter replaces the slot's previous adapter. The factors are copied and scaled.
 
         Args:
             slot: The slot.
             slices: For each slice, the `Factors` of the adapter: lora_a ``[R, K]``, lora_b
                 ``[N, R]``, and the scaling. None for a slice that the adapter does not adapt. If
-                all are None, the slot becomes empty. Factors are copied and scaled.
+                all are None, the slot becomes empty.
 
         Raises:
             ValueError: The number or the shapes of the factors do not fit the layer, or an adapter
@@ -138,14 +140,19 @@ class PackedSlots:
         self.factors = self._as_packed_factors(storage)
 
     def clear_slot(self, slot: int) -> None:
-        """Remove the adapter from a slot."""
+        """Clear a slot by removing the factors of its adapter.
+
+        If another slot has an adapter, the rank rows of the cleared slot become zero in the packed
+        factors. Otherwise, ``factors`` becomes None.
+        """
         self.set_slot(slot, [None] * len(self._widths))
 
     def _check(self, slices: Sequence[Factors | None]) -> None:
-        """Check that factors fit the layer.
+        """Check that the factors given for the slices fit the layer.
 
         Raises:
-            ValueError: The factors do not fit.
+            ValueError: The number or the shapes of the factors do not fit, or an adapter has a
+                lora_bias, dropout, or DoRA.
         """
         if len(slices) != len(self._widths):
             raise ValueError(f"got factors for {len(slices)} slices, expected {len(self._widths)}")

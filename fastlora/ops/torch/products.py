@@ -30,9 +30,10 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductThresholds:
-    """The size thresholds that determine whether and how a product is computed in fp32.
+    """The size thresholds for computing a product in fp32 instead of in an emulated dtype.
 
-    The operands of the product have a dtype that the processor emulates.
+    The thresholds are those of one dtype that the processor emulates. They determine whether a
+    product is computed in fp32, and how many elements of an operand are converted at a time.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -138,7 +139,8 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to y in place, and return y.
 
-    y has the shape ``[M, N]``. Its dtype may differ from that of a and b.
+    y has the shape ``[M, N]``. Its dtype may differ from that of a and b. If the processor emulates
+    the dtype of a and b, the product is computed in fp32 where this is possible and faster.
     """
     if y.dtype != a.dtype:
         return y.add_(mm(a, b))
@@ -169,9 +171,11 @@ def mm_into_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b`` for two batches of matrices.
+    """Return the batched matrix product ``a @ b``.
 
-    The result has the shape ``[G, M, N]`` for ``a [G, M, K]`` and ``b [G, K, N]``.
+    The result has the shape ``[G, M, N]`` for ``a [G, M, K]`` and ``b [G, K, N]``. Unlike
+    `torch.bmm`, this function computes the product in fp32 if the processor emulates the dtype of a
+    and b, and if fp32 is possible and faster.
     """
     if not can_use_fp32_for_emulated_dtype(a, b) or _native_is_as_fast_as_fp32(a, b):
         return torch.bmm(a, b)
@@ -183,9 +187,11 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add the batched product ``a @ b`` to y in place, and return y.
+    """Add the batched matrix product ``a @ b`` to y in place.
 
-    y has the shape ``[G, M, N]``.
+    The function returns y, which has the shape ``[G, M, N]``. Unlike `torch.Tensor.baddbmm_`, the
+    function computes the product in fp32 if the processor emulates the dtype of y, a, and b, and if
+    fp32 is possible and faster.
     """
     if not can_use_fp32_for_emulated_dtype(y, a, b) or _native_is_as_fast_as_fp32(a, b):
         return y.baddbmm_(a, b)
@@ -194,19 +200,20 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's matrix product can be slow for the given dtype and row count.
+def native_product_may_be_slow(dtype: torch.dtype, rows: int) -> bool:
+    """Return whether PyTorch's own matrix product may be slow for a dtype and a number of rows.
 
-    Whether it is slow also depends on the memory layout of the operands.
+    The function does not consider the memory layout of the operands. In some layouts, a product
+    with few rows is fast even if the result is True.
     """
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
 def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch's own ``a @ b`` is as fast as a product in fp32.
+    """Return whether PyTorch's product of a and b in their own dtype is as fast as one in fp32.
 
-    For the product in fp32, the time to convert a and b is included. PyTorch's own product is as
-    fast if ``a`` has few rows.
+    The processor emulates the dtype of a and b. The time of the product in fp32 includes the
+    conversion of a and b. PyTorch's product in their own dtype is as fast if ``a`` has few rows.
     """
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
@@ -219,9 +226,12 @@ def _compute_in_fp32_parts(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Compute y in parts, with the operands converted to fp32.
+    """Compute the product of a and b in parts, with the operands converted to fp32.
 
-    Only the larger operand is split.
+    ``compute`` is called with each part of y and the operands of this part in fp32. ``compute``
+    writes the product of these operands to the part of y, or adds the product to the part of y.
+    Only the larger operand is split. The fp32 copies at any time are therefore a copy of the whole
+    smaller operand and a copy of one part of the larger operand.
     """
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())

@@ -229,12 +229,12 @@ def _add_same_rank_updates(
 def _padded_gather_and_scatter_positions(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the indices for gathering spans of rows into a padded batch and scattering results.
+    """Return the indices for gathering rows into a padded batch and scattering the results back.
 
-    For G spans, the batch has the shape ``[G, C]``, where C is the length of the longest span. If a
-    span is shorter, its first row fills the free places. The result is a tuple of three tensors:
-    the sorted position of the row at each place, ``[G * C]``; the places that are not free; and the
-    sorted positions of the rows at these places.
+    Each of the G spans is a range of sorted positions of rows. The batch has the shape ``[G, C]``,
+    where C is the length of the longest span. If a span is shorter, its first row fills the free
+    places. The result is a tuple of three tensors: the sorted position of the row at each place,
+    ``[G * C]``; the places that are not free; and the sorted positions of the rows at these places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []

@@ -223,11 +223,13 @@ def _uses_grouped_mm(dtype: torch.dtype, operands: WeightStackAdapterOperands, r
 
 
 def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKeysAndRows]:
-    """Split the range of all keys into adjacent parts, and return the list of parts.
+    """Split the range of all keys into parts of adjacent keys.
 
-    If ``converts_rows`` is False, there is one part with all keys. Otherwise, rows are converted to
-    another dtype, and a part has up to `_PART_ROWS` rows. A key with more rows is a part of its
-    own.
+    The function returns a list of the parts, which are processed one by one. Each key stands for
+    one matrix of the stack and one adapter. If ``converts_rows`` is False, there is one part with
+    all keys. Otherwise, the rows of each part are converted to another dtype. A part then has up to
+    `_PART_ROWS` rows, to limit the memory of the converted rows. A key with more rows is a part of
+    its own.
     """
     ends = rows.slot_start[1:]
     if not converts_rows or rows.m <= _PART_ROWS:
@@ -335,9 +337,10 @@ def _add_dx_(
 def grouped_linear(
     x: torch.Tensor, stack: torch.Tensor, rows: Rows, num_adapter_slots: int = 1
 ) -> torch.Tensor:
-    """Return the product of each row of x and the transpose of its matrix in the stack.
+    """Apply a linear layer whose weight is a stack with one matrix for each group of rows of x.
 
-    The result is a tensor ``[P, N]``.
+    The result is a tensor ``[P, N]``, which contains the product of each row and the transpose of
+    its group's matrix.
 
     Rows of x that belong to no matrix come last. Their results and the gradients of their x are not
     defined, and may be uninitialized.
@@ -384,7 +387,11 @@ def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
 
 
 def _grouped_mm_is_fast_for_dtype(x: torch.Tensor) -> bool:
-    """Return whether `torch.nn.functional.grouped_mm` supports x's dtype and is fast for it."""
+    """Return whether `torch.nn.functional.grouped_mm` is fast for x's dtype.
+
+    The result is False if PyTorch does not have `grouped_mm`, if `grouped_mm` does not support the
+    dtype, or if the processor emulates the dtype.
+    """
     emulated = x.dtype in products.EMULATED
     return x.dtype in _GROUPED_DTYPES and hasattr(F, "grouped_mm") and not emulated
 

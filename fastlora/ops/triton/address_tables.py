@@ -19,11 +19,11 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return the dropout tables that kernels read.
+    """Return the tables from which kernels read the dropout seed and probability of each slot.
 
-    The result is None if there are no seeds. The tables contain the seed, threshold, and scale of
-    each slot. ``seeds`` is int64 ``[S]`` on the device, or None if there is no dropout.
-    ``dropout_p`` lists the probability of each slot.
+    The tables contain each probability as a threshold and as the scale of the elements that are
+    kept. The result is None if there are no seeds. ``seeds`` is int64 ``[S]`` on the device, or
+    None if there is no dropout. ``dropout_p`` lists the probability of each slot.
     """
     if seeds is None:
         return None
@@ -76,9 +76,9 @@ def lora_b_rank_rows(
 
 
 def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slice) -> RankRows:
-    """Return a `RankRows` object for the lora_b factors in the given address tables.
+    """Return a `RankRows` that describes the rank rows of lora_b in the given address tables.
 
-    The object contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
+    The result contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
     ``module_index`` selects one module, or adjacent modules.
     """
     bias = None if tables.bias_address is None else tables.bias_address[module_index]
@@ -115,11 +115,10 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_adapter_rank_sum(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
-    """Return the largest sum of an adapter's ranks over a group of modules.
+    """Return the largest sum of the ranks that one adapter has in one group of modules.
 
-    There is one sum for each adapter and each group. A group consists of ``modules_per_group``
-    adjacent modules. Each rank is rounded up to a multiple of 4 before it is added. The result is
-    at least 1.
+    A group consists of ``modules_per_group`` adjacent modules. Each rank is rounded up to a
+    multiple of 4 before it is added. The result is at least 1.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

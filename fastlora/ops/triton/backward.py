@@ -65,12 +65,13 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of s and lora_b, and the column sums of dy.
+    """Return the gradient of lora_b, together with ds and the column sums of dy.
 
-    The result is a tuple (ds, gradients of lora_b and lora_bias, column sums of dy). For one slot,
-    the second item is the gradient of lora_b alone, and the column sums are computed if
-    ``with_bias`` requests them. For a mixed batch, the second item is a buffer with the gradients
-    of all slots, and the column sums are empty.
+    The result is a tuple (ds, gradients of lora_b and lora_bias, column sums of dy). ds is the
+    gradient of s, and the column sums are the gradient of the layer's bias. For one slot, the
+    second item is the gradient of lora_b alone, and the column sums are computed if ``with_bias``
+    requests them. For a mixed batch, the second item is a buffer with the gradients of all slots,
+    and the column sums are empty.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
@@ -88,9 +89,10 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x.
+    """Return the gradient of x, which is the sum of ``dy @ weight`` and the adapters' contribution.
 
-    If ``weight`` is None, only the adapters' contribution is returned.
+    If ``weight`` is None, only the adapters' contribution is returned. Rows may have different
+    adapters. If ``rows`` is empty, one slot has all rows.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     if not rows:
@@ -214,9 +216,10 @@ def _grad_b_one_adapter(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of s and lora_b for one adapter.
+    """Return the gradient of lora_b for one adapter, together with ds and the column sums of dy.
 
-    The result is a tuple (ds, lora_b gradient, column sums of dy).
+    The result is a tuple (ds, lora_b gradient, column sums of dy). ds is the gradient of s. The
+    column sums are the gradient of the layer's bias, and are empty unless ``with_bias`` is True.
     """
     found, partials = _grad_b_and_partials(dy, s, lora_b, scaling, with_bias)
     _add_partials(partials)
@@ -277,9 +280,10 @@ def _bytes_of(partials: Sequence[_Partials]) -> int:
 
 
 def _add_partials(partials: Sequence[_Partials]) -> None:
-    """Add up the partial sums of each result, and store the total in the result's tensor.
+    """Add up the partial sums of gradients with a kernel.
 
-    One launch processes up to `MAX_GROUP_SIZE` results.
+    For each gradient, the total is stored in the gradient's tensor. One launch processes up to
+    `MAX_GROUP_SIZE` gradients.
     """
     for start in range(0, len(partials), MAX_GROUP_SIZE):
         outs, stacks = zip(*partials[start : start + MAX_GROUP_SIZE], strict=True)
@@ -472,11 +476,11 @@ def _mixed_grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of s, lora_b, and lora_bias for a mixed batch.
+    """Return the gradient of lora_b for a mixed batch, together with ds and d_lora_bias.
 
-    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch
-    adds them. If the partial sums take too much memory, several launches read parts of the columns
-    of dy.
+    ds and d_lora_bias are the gradients of s and lora_bias. The result is that of `grad_b`. One
+    launch reads dy and writes partial sums, and a second launch adds them. If the partial sums take
+    too much memory, several launches read parts of the columns of dy.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)
@@ -534,10 +538,11 @@ def _mixed_grad_a(
     lora_a: Sequence[torch.Tensor],
     dropout: DropoutTables | None,
 ) -> torch.Tensor:
-    """Return a buffer that contains all lora_a gradients of a mixed batch.
+    """Return the lora_a gradients of all adapters for a mixed batch, in one buffer.
 
-    One launch reads x for all modules, or with dropout one launch per module. A further launch
-    adds the partial sums.
+    The buffer contains the gradients of all modules and slots. Without dropout, one launch reads x
+    for all modules. With dropout, each module has its own launch. A further launch adds the partial
+    sums.
     """
     (m, k), modules, device = x.shape, len(ds), x.device
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]

@@ -36,9 +36,10 @@ def expand_(
     lora_bias: Sequence[Factor],
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place.
+    """Add the LoRA update of each row's adapter, including its lora_bias, to y in place.
 
-    y is ``[M, N]``, and s is the shrink output.
+    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``. y is ``[M, N]``, and s is the
+    shrink output. If ``rows`` is empty, one slot has all rows, and its lora_bias must be None.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:

@@ -95,10 +95,11 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute the output of a linear layer for a mixed batch.
+    """Compute the output of a linear layer for a mixed batch, with factors from address tables.
 
     Returns a list that starts with the output y. If ``shrink_range`` is given and s is not, the
-    list also contains the split-K partial sums of s for the modules in this range.
+    list also contains the split-K partial sums of s for the modules in this range. ``index`` is the
+    layer's row in the address tables.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
@@ -145,10 +146,11 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of a group of modules that share an input.
+    """Compute the outputs of a group of linear layers that share an input and have adapters.
 
-    See `Backend.grouped_forward`. With dropout, or if a tensor's layout is not supported in a
-    shared launch, each module has its own launches.
+    Returns a list, as `Backend.grouped_forward` does. The layers share launches if possible. With
+    dropout, or if a tensor's layout is not supported in a shared launch, each layer has its own
+    launches.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -199,13 +201,14 @@ def _grouped_linear(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of modules that share kernel launches.
+    """Compute the outputs of linear layers that share the input x, in shared kernel launches.
 
-    If ``with_s`` is True, s is appended to the list. The launches are a shrink, unless s is given,
-    and a linear or an expand. After an expand, library products accumulate into y. If the shrink
-    splits K, the linear or the expand adds its partial sums, or a launch before the expand does so
+    Each layer has one adapter, which applies to all rows. Returns a list of the outputs. If
+    ``with_s`` is True, s is appended to the list. The launches are a shrink, unless s is given, and
+    a linear or an expand. After an expand, library products accumulate into y. If the shrink splits
+    K, the linear or the expand adds the partial sums of s, or a launch before the expand does so
     (`configs.sums_s_once`). If the linear splits K, a third launch adds the partial sums of y. For
-    quantized weights, for which ``launch`` is given, there is no library product.
+    quantized weights, ``launch`` names the linear, and there is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
@@ -338,24 +341,27 @@ def _mixed_grouped_linear(
     x: torch.Tensor,
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
-    ys: list[torch.Tensor] | None,
+    base_outputs: list[torch.Tensor] | None,
     s: torch.Tensor,
     rows: _Tensors,
     up: RankRows,
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of a group of modules for a mixed batch.
+    """Compute the outputs of a group of linear layers that share an input, for a mixed batch.
 
-    One launch computes all outputs. ``plan`` and ``ys`` are from `_plan_and_base_products`.
+    Returns a list of the outputs. ``plan`` and ``base_outputs`` are from `_plan_and_base_products`.
+    If ``base_outputs`` is None, one launch computes the base products and adds the LoRA updates.
+    Otherwise, an expand adds the LoRA updates to the base-layer outputs ``base_outputs`` in place.
+    The group may consist of one layer.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     """
     (m, k), n = x.shape, sum(weight.shape[0] for weight in weights)
-    if ys is not None:
+    if base_outputs is not None:
         config = config_of(f"{stem}_expand", x, m, n, k, up.largest)
-        expand_mixed_(ys, s, rows, up, config=config, pdl=after_shrink)
-        return ys
+        expand_mixed_(base_outputs, s, rows, up, config=config, pdl=after_shrink)
+        return base_outputs
     invariant = plan == "invariant"
     launch = _fused_linear_launch_name(stem, weights[0])
     config = config_of(launch, x, m, n, k, up.largest, batch_invariant=invariant)

@@ -34,10 +34,11 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Return the shrink output s of modules that share the input x.
+    """Return the shrink output ``s = x @ lora_a.T`` of modules that share the input x.
 
-    For G modules, s is ``[G, M, R]``. For one slot, the shape is ``[M, R]``, with the modules side
-    by side.
+    Each row is multiplied by the ``lora_a.T`` of its own adapter, after dropout if there are seeds.
+    For G modules, s is ``[G, M, R]``. If one slot has all rows, ``rows`` is empty, and s is
+    ``[M, R]``, with the modules side by side.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     if rows:
@@ -107,12 +108,13 @@ def shrink_with_partials(
 
 
 def to_kernel_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
-    """Return x in the usual layout, for which kernels are compiled.
+    """Return x in the memory layout for which kernels are compiled.
 
-    x is copied if it has any other layout, for which Triton would compile another kernel. x is
-    ``[M, K]``. In the usual layout, x begins at a multiple of 16 bytes, rows are contiguous, and
-    the stride between rows is a multiple of 16 exactly if K is. A copy is contiguous, and costs one
-    read and one write of x. For ``M = 1``, the stride between rows is K.
+    The layout consists of strides and an alignment. x is copied if it has any other layout, for
+    which Triton would compile another kernel. x is ``[M, K]``. In the layout for which kernels are
+    compiled, x begins at a multiple of 16 bytes, rows are contiguous, and the stride between rows
+    is a multiple of 16 if and only if K is. A copy is contiguous, and costs one read and one write
+    of x. For ``M = 1``, the stride between rows is K.
 
     Args:
         x: The input of a linear layer.

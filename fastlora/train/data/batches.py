@@ -90,10 +90,10 @@ class SampleOrder:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _slice_shuffled_epochs(self, first: int, count: int) -> torch.Tensor:
-        """Return a slice of the shuffled sample indices of all epochs.
+        """Return a slice of the endless sequence of shuffled epochs.
 
-        The slice is from the concatenation of all epochs, which contains the index of each sample
-        once per epoch.
+        The sequence consists of sample indices. Each epoch contains the index of each sample once,
+        in random order.
 
         Args:
             first: Position in the sequence at which the slice starts.

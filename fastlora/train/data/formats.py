@@ -38,6 +38,8 @@ _PAIRED = ", paired with an input that provides further context"
 class DataFormat(NamedTuple):
     """A format of training data.
 
+    The format of a file determines the columns from which its samples are read.
+
     Attributes:
         title: The common name of the format.
         required: Columns that every row must have.
@@ -82,18 +84,16 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample is in chat format.
+        """Whether the sample is a chat rather than text.
 
-        A sample in chat format consists of messages. All other samples consist of text.
+        A chat consists of messages.
         """
         return isinstance(self.text, list)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for the data of a training run.
-
-    The options specify how samples are read from files and how they are prepared for training.
+    """Options that specify how the data of a training run is read from files and prepared.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
@@ -115,10 +115,10 @@ class DataOptions:
 
 
 class SamplesFromFiles(NamedTuple):
-    """The samples of several files.
+    """The samples that were read from one or more files.
 
     Attributes:
-        found: All samples, in order.
+        found: All samples, in order. Each sample contains its source.
         digest: SHA-256 digest of the files' bytes, in hexadecimal.
         formats: Format of each file: a name in `FORMATS`, or `PLAIN`.
         notes: One message per file, with its format, used columns, and unused columns.

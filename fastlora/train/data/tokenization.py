@@ -298,7 +298,11 @@ def _corpus_from_rows(
 def _check_compatible_with_options(
     samples: Sequence[TextOrChatSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> None:
-    """Raise `DataError` if the samples or the chat template are incompatible with the options."""
+    """Raise `DataError` unless the samples and the tokenizer are compatible with the options.
+
+    If a sample is a chat, the tokenizer must have a chat template. With ``assistant_only_loss``,
+    all samples must be chats, and the chat template must mark the assistant's messages.
+    """
     chat = next((sample for sample in samples if sample.is_chat), None)
     text = next((sample for sample in samples if not sample.is_chat), None)
     if options.assistant_only_loss and text is not None:
@@ -329,7 +333,8 @@ def _tokenize_samples(
 ) -> Iterator[_TokenizedDocument]:
     """Tokenize the samples, and yield a tokenized document for each sample.
 
-    The document includes the loss mask.
+    Texts are tokenized together, and chats are tokenized one at a time. Each document includes its
+    loss mask.
     """
     end = tokenizer.eos_token or ""
     heads: list[str] = []
