@@ -166,13 +166,13 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts time toward the time limit for pattern matching.
+    """Return a context manager that counts the time of a block toward the matching time limit.
 
-    All CPU time of the ``with`` block counts, not only the time spent on matching. The block raises
-    `CheckpointError` at its end if the time limit is exceeded. Each match inside the block also
-    checks the limit. A block around a loop over patterns therefore counts the time of the loop
-    itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`, the context
-    manager does nothing.
+    All CPU time of the ``with`` block counts, not only the time spent on matching patterns. The
+    block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside the
+    block also checks the limit. A block around a loop over patterns therefore counts the time of
+    the loop itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`, the
+    context manager does nothing.
 
     Args:
         config_field: Name of the config field, for error messages.
@@ -233,11 +233,12 @@ def layer_index_after_match(field: str, pattern: str, name: str) -> int | None:
 
 
 def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str | None:
-    """Return the first pattern that matches a module name or a dotted suffix of it.
+    """Return the first pattern that matches a suffix of a module name.
 
-    The result is None if no pattern matches. A dotted suffix consists of one or more of the last
-    components of the name. Patterns may be regular expressions. Inside `bounded_matching`,
-    ``patterns`` must not be modified, because its index is cached.
+    The result is None if no pattern matches. A suffix consists of one or more of the last
+    dot-separated components of the name, and may be the entire name. Patterns may be regular
+    expressions. Inside `bounded_matching`, ``patterns`` must not be modified, because its index is
+    cached.
 
     Args:
         field: Name of the config field, for error messages.
@@ -340,7 +341,10 @@ def _suffix_index(field: str, patterns: Collection[str]) -> _SuffixPatternIndex:
 
 
 def _match(field: str, pattern: str, template: str, name: str, *, full_match: bool = False) -> Any:
-    """Match a module name against a pattern that is inserted into a template.
+    """Match a module name against a pattern of a config field.
+
+    The pattern is first inserted into a template. The resulting expression must match at the
+    beginning of the name or, if ``full_match`` is True, match the entire name.
 
     Args:
         field: Name of the config field, for error messages.
@@ -364,7 +368,7 @@ def _match(field: str, pattern: str, template: str, name: str, *, full_match: bo
 
 
 def _max_expanded_expression_length(pattern: str, expression: str) -> int:
-    """Return an upper bound on the length of an expanded regular expression.
+    """Return an upper bound on the length of a regular expression whose repeats are expanded.
 
     PCRE2 expands the repeats in an expression. For example, ``a{3}`` is expanded to ``aaa``. The
     bound applies to the length of the expression itself, not to the length of a match. The function
@@ -383,12 +387,12 @@ def _max_expanded_expression_length(pattern: str, expression: str) -> int:
 
 
 def _suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return a plain pattern that matches a suffix of a module name.
+    """Return a suffix of a module name as a plain pattern.
 
-    The pattern consists of parts of the given lengths, separated by dots. The parts are copied from
-    the name. A dot replaces the character between two parts, because a dot in a pattern matches any
-    character. The result is None if the name is too short, or if the first part does not start at
-    the beginning of a component of the name.
+    The pattern matches the suffix, and consists of parts of the given lengths, separated by dots.
+    The parts are copied from the name. A dot replaces the character between two parts, because a
+    dot in a pattern matches any character. The result is None if the name is too short, or if the
+    first part does not start at the beginning of a component of the name.
     """
     at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and module_name[start - 1] != "."):

@@ -54,9 +54,10 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor that represents a weight ``[N, K]`` and is stored as quantized data.
+    """A wrapper tensor that represents a quantized weight.
 
-    Kernels read the quantized data directly. Most PyTorch operations dequantize the weight first.
+    The weight has the shape ``[N, K]`` and is stored as quantized data. Kernels read the quantized
+    data directly. Most PyTorch operations dequantize the weight first.
 
     Args:
         quantized_data: The quantized data that kernels read.

@@ -119,9 +119,10 @@ def clip_grads_with_norm_(
 
 
 def _group_by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Group tensors by their device mesh, and return a list of the groups.
+    """Group tensors by their device mesh.
 
-    Plain tensors form a group of their own. Groups are in order of first appearance.
+    Plain tensors, which have no mesh, form a group of their own. The result is a list of the
+    groups, in order of first appearance.
     """
     parts: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
@@ -244,10 +245,10 @@ def fully_shard_was_called() -> bool:
 
 
 def is_fsdp2_module(module: nn.Module) -> bool:
-    """Return whether FSDP2's `fully_shard` has been applied to a module.
+    """Return whether a module has been sharded with FSDP2's `fully_shard`.
 
-    The result is False for a submodule of such a module, unless `fully_shard` has also been applied
-    to the submodule itself.
+    The function `fully_shard` must have been applied to the module itself. The result is False for
+    a submodule of such a module, unless `fully_shard` has also been applied to the submodule.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))

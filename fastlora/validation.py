@@ -31,16 +31,17 @@ class TargetNotFoundError(FastLoraError, ValueError):
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A layer or another module is not supported by fastlora.
+    """A layer is not supported by fastlora.
 
-    The reason is the type or the state of the module.
+    The reason is the type or the state of the layer. The error is also raised for other modules.
     """
 
 
 class InitializationError(FastLoraError, ValueError):
-    """An adapter's weights cannot be initialized.
+    """An adapter cannot be initialized.
 
-    The method does not support a base weight, or the data that it needs is missing.
+    For example, the initialization method does not support a base weight, or the data that the
+    method needs is missing.
     """
 
 
@@ -56,10 +57,10 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint is invalid or cannot be loaded.
+    """A checkpoint is invalid or does not match the model.
 
-    For example, a file is missing, damaged, or unsafe, or does not match the model. The error is
-    also raised if a checkpoint cannot be saved. Adapter folders are checkpoints too.
+    For example, a file is missing, damaged, or unsafe. The error is also raised if a checkpoint
+    cannot be loaded for another reason, or cannot be saved. Adapter folders are checkpoints too.
     """
 
 
@@ -92,10 +93,10 @@ PEFT_MODEL_ALTERNATIVE = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """An adapter pool has no room to load the requested adapters.
+    """An adapter pool has no room for the requested adapters.
 
-    There is no room even after eviction. A pool may limit the number of adapters and their total
-    size in bytes.
+    The pool cannot make enough room by evicting other adapters. A pool may limit the number of
+    adapters and their total size in bytes.
     """
 
 

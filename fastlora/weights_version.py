@@ -34,10 +34,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class UncopiedCache:
-    """A cache that is not copied with the object that owns it.
+    """A cache that is not copied when its owner is deep-copied or pickled.
 
-    This is the base class of such caches. Copying or unpickling an instance creates a new, empty
-    instance.
+    The owner is the object that has the cache as an attribute. This is the base class of such
+    caches. Copying or unpickling an instance creates a new, empty instance.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> UncopiedCache:
@@ -48,14 +48,14 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """A record of the memory and the versions of tensors, used to detect changes to the tensors.
+    """A stamp of one or more tensors, used to detect whether the tensors have changed.
 
-    A value that was computed from the tensors is cached with their stamp. The memory address and
-    the ``_version`` of a tensor are not sufficient to detect all changes. PyTorch reuses freed
-    memory, so a tensor that is replaced twice may have its first address again. A stamp therefore
-    also compares the identity of the storage, and it has a weak reference to the storage. The weak
-    reference does not keep the memory alive, but as long as it exists, no other storage can have
-    the same identity.
+    A stamp records the memory, the shape, and the ``_version`` of each tensor. A value that was
+    computed from the tensors is cached with their stamp. The memory address and the ``_version`` of
+    a tensor are not sufficient to detect all changes. PyTorch reuses freed memory, so a tensor that
+    is replaced twice may have its first address again. A stamp therefore also compares the identity
+    of the storage, and it has a weak reference to the storage. The weak reference does not keep the
+    memory alive, but as long as it exists, no other storage can have the same identity.
 
     A stamp does not detect writes that leave ``_version`` unchanged. To detect such writes, the
     caller includes a `WeightsVersion` in ``context``. A stamp identifies tensors by their memory,
@@ -132,10 +132,10 @@ class WeightsVersion:
 
 
 class ProcessWeightsVersions:
-    """The current versions of this process's weights, used to detect outdated cached values.
+    """The process-wide versions of the weights, used to detect outdated cached values.
 
-    A version is replaced with a new one when its weights may have changed. This invalidates all
-    values that were cached with the old version.
+    A version changes when its weights may have changed. This invalidates all values that were
+    cached with the old version.
 
     Attributes:
         trained: Version of weights that may be trained.
@@ -162,7 +162,11 @@ class ProcessWeightsVersions:
         return self.trained
 
     def for_group_outputs(self) -> WeightsVersion:
-        """Return the weights version to store with cached outputs of a shared-input group."""
+        """Return the weights version for the outputs of a group of layers.
+
+        The layers form a shared-input group. The version is stored with the cached outputs of the
+        group.
+        """
         self._watch_steps()
         return self.step
 

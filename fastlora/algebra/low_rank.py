@@ -114,7 +114,9 @@ def svd_of_weighted_sum(
     return Svd(left @ inner.u, inner.s, inner.vh @ right.t())
 
 
-def clamp_to_quantile(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> FactorPair:
+def clamp_factors_to_quantile(
+    lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float
+) -> FactorPair:
     """Clamp the values of lora_a and lora_b to a quantile, and return both factors.
 
     Values are clamped to ``[-bound, bound]``, where the bound is a quantile of the values of both

@@ -108,21 +108,21 @@ def _enumerate_adapters_with_rows(
     x: torch.Tensor,
     adapters: Sequence[torch.Tensor],
     ids: torch.Tensor,
-    slots: list[int],
+    slot_of_adapter: list[int],
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[tuple[int, torch.Tensor, slice, DropoutAdapter]]:
-    """Enumerate the adapters that have rows in the batch.
+    """Iterate over the adapters that have rows in the batch.
 
     For each of these adapters, yields a tuple (index, rows, positions, adapter). ``index`` is the
     adapter's index among all adapters, and ``rows`` are the indices of its rows in x.
     ``positions`` is the slice of these rows in the batch sorted by slot, which is the order of s
-    and z. ``slots`` lists each adapter's slot in ids.
+    and z. ``slot_of_adapter`` lists each adapter's slot in ids.
     """
-    batch = sort_rows(ids, x.shape[0], max(slots) + 1)
+    batch = sort_rows(ids, x.shape[0], max(slot_of_adapter) + 1)
     starts = batch.slot_start.tolist()
     for place, own in enumerate(_chunked(_EACH, adapters)):
-        start, stop = starts[slots[place]], starts[slots[place] + 1]
+        start, stop = starts[slot_of_adapter[place]], starts[slot_of_adapter[place] + 1]
         if start < stop:
             adapter = DropoutAdapter._make((*own, dropout_p[place], impl))
             seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
@@ -133,10 +133,10 @@ def _enumerate_adapters_with_rows(
 def _allocate_s_and_z(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the tensors for the intermediate results s and z of DoRA with dropout.
+    """Allocate the tensors for the intermediate results s and z.
 
-    See `_dora_with_dropout`. If ``needs_z`` is False, z has no rows. The tensors are not
-    initialized. Only the rows of adapters are used later.
+    `_dora_with_dropout` computes s and z. If ``needs_z`` is False, z has no rows. The tensors are
+    not initialized. Only the rows of adapters are used later.
     """
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if needs_z else 0, y.shape[1])
@@ -165,10 +165,12 @@ def _allocate_gradients(
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the output of DoRA adapters with dropout, and the intermediate results s and z.
+    """Compute the output of DoRA adapters with dropout for a mixed batch.
 
-    Returns a tuple (output, s, z). The output is y with the adapters applied. s is
-    ``dropout(x) @ lora_a.T``, and z is ``dropout(x) @ weight.T``. The backward pass needs s and z.
+    This function implements the operator ``fastlora::dora_dropped``. Returns a tuple
+    (output, s, z). The output is y with the adapters applied. The backward pass uses the
+    intermediate results s and z. s is ``dropout(x) @ lora_a.T``, and z is
+    ``dropout(x) @ weight.T``. If ``keeps_z`` is False, z has no rows.
     """
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])

@@ -45,9 +45,10 @@ def _lora_mixed(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the output of a layer with adapters for a mixed batch.
+    """Compute the output of a LoRA linear layer for a mixed batch.
 
-    It is the base layer's output plus the update of each row's adapter, as in
+    This function implements the operator ``fastlora::lora_mixed``. The output is the base layer's
+    output plus the update of each row's adapter, as in
     `fastlora.autograd.lora_linear.run_adapters`. Factors of several dtypes are converted to a
     common one.
     """

@@ -33,10 +33,10 @@ _Factor = torch.Tensor | None
 
 
 class PrecomputedResult(NamedTuple):
-    """A layer's precomputed result: the output y, or the shrink output s.
+    """The precomputed result of a layer that shares its input with other layers.
 
-    The result is usually computed together with the results of other layers that receive the same
-    input x. If the result is s, the layer computes y from s.
+    The result is the layer's output y or its shrink output s. If the result is s, the layer
+    computes y from s. The result is usually computed together with the results of the other layers.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.

@@ -153,10 +153,10 @@ def _stacked_linear(
 ) -> torch.Tensor:
     """Compute the output of a stack of linear layers with LoRA adapters.
 
-    The sorted rows are multiplied by the weights of the stack, and the LoRA updates are added to
-    the products. If y ``[P, N]`` is given, it is added to the result. Without a stack, the LoRA
-    updates are added to y. There may be no adapters. The operator decomposes when autograd is
-    traced.
+    This function implements the operator ``fastlora::stacked_linear``, which decomposes when
+    autograd is traced. The sorted rows are multiplied by the weights of the stack, and the LoRA
+    updates are added to the products. If y ``[P, N]`` is given, y is also added to the products.
+    Without a stack, the LoRA updates are added to y. There may be no adapters.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), WeightStackAdapterOperands(*operands)

@@ -18,7 +18,7 @@ from typing import Any
 from fastlora import env
 from fastlora.command_line import install_command
 from fastlora.commands.models import CommandError, load_causal_lm, print_progress
-from fastlora.commands.system_checks import describe_devices, installed_version
+from fastlora.commands.system_checks import describe_cpu_and_accelerators, installed_version
 from fastlora.validation import FastLoraError, near_names
 
 _DISTRIBUTIONS = {
@@ -207,7 +207,7 @@ def _info(args: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: installed_version(dist) for name, dist in _DISTRIBUTIONS.items()},
-        "devices": list(describe_devices()),
+        "devices": list(describe_cpu_and_accelerators()),
     }
     if args.json:
         print(json.dumps(facts, indent=2))

@@ -27,7 +27,7 @@ from fastlora.commands.system_checks import (
     check_gpus_and_test_launches,
     check_packages,
     check_python,
-    describe_devices,
+    describe_cpu_and_accelerators,
 )
 from fastlora.validation import CheckpointError, FastLoraError
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python": check_python(found),
         "platform": platform.platform(),
         "packages": list(check_packages(found)),
-        "devices": list(describe_devices()),
+        "devices": list(describe_cpu_and_accelerators()),
         "environment": env.variables_in_use(),
         "vllm": _vllm_plugin_facts(),
     }
@@ -143,8 +143,8 @@ def _fusion_report_and_model_facts(
 def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | None]:
     """Load a model, and return it with the name of its quantization method.
 
-    If the model is not quantized, the name is None. A model that is not quantized is on the meta
-    device.
+    If the model is not quantized, the name is None, and the model is on the meta device, without
+    weight values.
 
     Raises:
         CheckpointError: The folder has no model, or transformers cannot create it.

@@ -191,10 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _LoadingThread(threading.Thread):
-    """The thread that loads the model.
+    """The thread that loads the model in the background.
 
-    It runs while the server is already listening, and starts with the server's event loop. If
-    loading fails, the server stops.
+    The thread also loads the adapters. The thread starts with the server's event loop, and the
+    server is already listening while the thread runs. If loading fails, the server stops.
 
     Attributes:
         error: The exception with which loading failed, or None.
@@ -209,7 +209,10 @@ class _LoadingThread(threading.Thread):
         app.on_startup = self.start
 
     def run(self) -> None:
-        """Run the thread, which loads the model and starts the application."""
+        """Load the model, and start serving it.
+
+        This method runs in the thread. If loading fails, the server is stopped.
+        """
         try:
             self._load()
         except BaseException as error:

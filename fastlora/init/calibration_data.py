@@ -39,7 +39,9 @@ def progress_bar(
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch, and return the model's output.
+    """Call a model with a batch.
+
+    Returns the model's output.
 
     Args:
         model: The model.
@@ -51,10 +53,10 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def model_device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model.
+def parameter_device(model: nn.Module) -> torch.device | None:
+    """Return the device of a model's parameters.
 
-    It is the device of the first parameter that is not a meta tensor. If there is no such
+    The result is the device of the first parameter that is not a meta tensor. If there is no such
     parameter, the result is None.
     """
     return next((p.device for p in model.parameters() if not p.is_meta), None)
@@ -90,7 +92,7 @@ def iterate_batches(
     Raises:
         InitializationError: The loader has no batches.
     """
-    device, empty = model_device(model), True
+    device, empty = parameter_device(model), True
     for batch in progress_bar(loader, what, show):
         empty = False
         yield move_to_device(batch, device)

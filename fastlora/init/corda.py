@@ -34,11 +34,12 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """The singular value decomposition with which CorDA initializes a layer.
+    """The decomposition with which CorDA initializes a layer.
 
-    The decomposition contains R singular directions of ``W C = U S V^T``. W is the layer's weight,
-    and C is the covariance of the layer's inputs. The initial factors are computed from the
-    decomposition. The class and its attributes have the same names as in PEFT.
+    The decomposition contains R singular directions of the singular value decomposition
+    ``W C = U S V^T``. W is the layer's weight, and C is the covariance of the layer's inputs. The
+    initial factors are computed from the decomposition. The class and its attributes have the same
+    names as in PEFT.
 
     Attributes:
         S_WC: Singular values, ``[R]``.

@@ -20,8 +20,8 @@ from torch import nn
 from fastlora.init.calibration_data import (
     forward_pre_hooks,
     iterate_batches,
-    model_device,
     move_to_device,
+    parameter_device,
     progress_bar,
 )
 from fastlora.init.configs import EvaConfig
@@ -86,7 +86,7 @@ class EvaSearch:
             digests.setdefault(name, hashlib.blake2b(data).digest())
 
         self._run_batch_with_hooks(
-            move_to_device(batch, model_device(self.model)), self.layers, callback
+            move_to_device(batch, parameter_device(self.model)), self.layers, callback
         )
         missing = [name for name in self.layers if name not in digests]
         if missing:

@@ -35,11 +35,11 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Compute the initial factors and the quantized base weight of a layer using LoftQ.
+    """Compute the initial factors of a layer using LoftQ.
 
     The base weight is quantized, and the factors are fitted to the quantization error. The sum of
-    the quantized weight and ``B A`` therefore approximates the original weight. The returned base
-    weight contains the dequantized values.
+    the quantized weight and ``B A`` therefore approximates the original weight. The result also
+    contains the dequantized values of the quantized base weight.
 
     Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
     approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling

@@ -40,7 +40,7 @@ def _call_or_warn(name: str, action: Callable[[], None]) -> None:
 
 
 class _ImportHookFinder(importlib.abc.MetaPathFinder):
-    """An import finder that runs an action when a module is imported.
+    """An import finder that intercepts the import of a module to run a hook.
 
     Each finder handles one module and one action. The finder finds the module through the other
     finders in ``sys.meta_path``, and adds an import hook to the module. The hook runs the action
@@ -53,10 +53,11 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the spec of the module ``name`` with the import hook added.
+        """Intercept the import of a module to add the import hook.
 
-        The other finders in ``sys.meta_path`` find the spec. The result is None if the hook is for
-        another module, or if no finder finds the spec.
+        The other finders in ``sys.meta_path`` find the spec of the module ``name``. The result is
+        this spec with the import hook added. The result is None if the hook is for another module,
+        or if no finder finds the spec.
         """
         if name != self.name:
             return None
@@ -79,9 +80,9 @@ class _ImportHookLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module with the wrapped loader, and then run the action.
+        """Execute the module, and then run the import hook.
 
-        The action is run only once.
+        The wrapped loader executes the module. The hook runs its action only once.
         """
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

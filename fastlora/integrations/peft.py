@@ -85,7 +85,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 )  # as PEFT's forward does
             return super().forward(x, *args, **kwargs)
         if mixed:
-            self._check_mixed_batch_support(call.routing)
+            self._check_layer_supports_mixed_batch(call.routing)
         else:
             kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         base = self._read_or_call_base_layer(call, x, *args, **kwargs)
@@ -157,11 +157,11 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_weight_dependent_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
-    def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if the layer cannot run a mixed batch with a given routing.
+    def _check_layer_supports_mixed_batch(self: Any, routing: Routing) -> None:
+        """Raise `UnsupportedLayerError` if the layer does not support a mixed batch.
 
-        The layer cannot run the batch if a routed adapter uses a PEFT variant of LoRA that fastlora
-        does not implement.
+        The layer does not support the batch if an adapter in the routing uses a PEFT variant of
+        LoRA that fastlora does not implement.
         """
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
@@ -173,10 +173,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 )
 
     def _applied_adapters(self: Any) -> list[str]:
-        """Return the names of the active adapters that fastlora applies.
+        """Return the names of the adapters that fastlora applies.
 
-        The list is empty if adapters are disabled or merged, or if PEFT's ``forward`` method must
-        be called.
+        These are the active adapters of the layer. The list is empty if adapters are disabled or
+        merged, or if PEFT's ``forward`` method must be called.
         """
         if self.disable_adapters or self.merged:
             return []
@@ -188,9 +188,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return self.disable_adapters
 
     def fusion(self: Any, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call.
+        The status states whether the layer is fused and, if not, the reason. A fused layer computes
+        the base GEMM and the LoRA update in one call.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
@@ -212,17 +213,17 @@ def _has_unsupported_variant(layer: Any, name: str) -> bool:
 
 
 class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
-    """Subclass of PEFT's LoRA linear layer with fastlora's fused forward pass.
+    """PEFT's LoRA linear layer with fastlora's fused forward pass.
 
     `patch_layer` replaces the class of PEFT's layer with this subclass.
     """
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
-    """PEFT's `ParamWrapper` with fastlora's forward pass for stacked experts.
+    """PEFT's `ParamWrapper` with fastlora's forward pass.
 
     A `ParamWrapper` is PEFT's layer for one adapted parameter. If the parameter does not belong to
-    stacked experts, or if fastlora cannot run the layer, PEFT's forward method runs.
+    stacked experts, or if fastlora cannot run the layer, PEFT's ``forward`` method runs.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -237,9 +238,9 @@ class FastPeftParamWrapper(PeftParamWrapper):
     def _layer_with_shared_adapters(self: Any) -> FastLoraAdaptedParameters | None:
         """Return the fastlora layer that shares this layer's adapters.
 
-        It is the layer for the module that this and any nested wrappers contain, and it shares the
-        adapters of all these wrappers. The result is None if PEFT's ``forward`` method must be
-        called.
+        The fastlora layer computes the output of the module that this and any nested wrappers
+        contain, and shares the adapters of all these wrappers. The result is None if PEFT's
+        ``forward`` method must be called.
         """
         wrappers: list[Any] = [self]
         while isinstance(wrappers[-1].base_layer, PeftParamWrapper):
@@ -273,10 +274,10 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return layer
 
     def fusion(self) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A layer of this class is never fused. The reason states whether PEFT or the experts' layer
-        computes the layer.
+        A layer of this class is never fused. The fallback reason in the status states whether PEFT
+        or the experts' layer computes the output.
         """
         found = experts_layer_class(self.get_base_layer())
         if found is None:
@@ -331,11 +332,11 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """Subclass of PEFT's ``LoraModel`` with fastlora's LoRA layers.
+    """PEFT's ``LoraModel`` with fastlora's LoRA layers.
 
-    PEFT's ``LoraModel`` is the LoRA tuner. PEFT creates each new LoRA layer, and `patch_layer` then
-    replaces the class of the layer with fastlora's subclass, if there is one. The model supports
-    mixed batches.
+    This class is a subclass of PEFT's LoRA tuner. PEFT creates each new LoRA layer, and
+    `patch_layer` then replaces the class of the layer with fastlora's subclass, if there is one.
+    The model supports mixed batches.
     """
 
     @staticmethod
@@ -347,18 +348,18 @@ class FastPeftLoraModel(PeftLoraModel):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Inject an adapter into the model as PEFT does, and patch the new LoRA layers.
+        """Inject an adapter into the model.
 
-        `_create_new_module` patches each new layer. Then the list of the model's LoRA layers is
-        updated.
+        PEFT injects the adapter. `_create_new_module` creates each new layer with PEFT, and patches
+        the layer. The list of the model's LoRA layers is then updated.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._update_routed_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the model, as PEFT does.
+        """Delete an adapter from the model.
 
-        The list of the model's LoRA layers is then updated.
+        PEFT deletes the adapter. The list of the model's LoRA layers is then updated.
 
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
@@ -407,9 +408,10 @@ class FastPeftLoraModel(PeftLoraModel):
                 patched_model_router(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass, and return the output.
+        """Run the model's forward pass.
 
-        In a `fastlora.adapters` block, the batch size must match the number of adapter ids.
+        Returns the model's output. In a `fastlora.adapters` block, the batch size must match the
+        number of adapter ids.
         """
         self._check_batch(args, kwargs)
         try:
@@ -426,8 +428,9 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """During a ``with`` block, route each row to the adapter that ``adapter_names`` assigns.
+        """Context manager that handles ``adapter_names`` with fastlora's routing.
 
+        During the ``with`` block, each row is routed to the adapter that ``adapter_names`` assigns.
         The assignment is computed once for the whole model, whereas PEFT computes it at every
         layer. PEFT's forward hooks are enabled instead if there are no ``adapter_names``, in
         training, or if fastlora cannot route the batch.
@@ -474,9 +477,10 @@ _copy_name_from_peft_base(FastPeftLoraModel)
 
 
 class PatchedModelRouter:
-    """Routes the rows of mixed batches to the adapters of a patched model.
+    """Routes batches to the adapters of a patched model.
 
-    The object is stored on the model's tuner.
+    Each row of a mixed batch is routed to its own adapter. The router is stored on the model's
+    tuner.
 
     Args:
         tuner: The model's tuner. If the model is copied, the copy creates its own
@@ -493,9 +497,9 @@ class PatchedModelRouter:
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
-        """Find the model's routed LoRA layers, and return them in a list.
+        """Find the model's routed layers, and return them in a list.
 
-        In a mixed batch, a routed layer selects an adapter for each row.
+        A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -662,7 +666,7 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def layer_fusion_status(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
+def peft_layer_fusion_status(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
     """Return the fusion status of a PEFT LoRA layer.
 
     The result is None for any other module.

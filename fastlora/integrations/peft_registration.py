@@ -43,7 +43,7 @@ def register_as_peft_subclasses() -> None:
     if "config" in inspect.signature(theirs.layer.dispatch_default).parameters:
         # PEFT creates LoRA layers through this mapping. Older versions do not pass the config to
         # it.
-        LoraConfig._custom_modules = {nn.Module: _create_patched_peft_layer}
+        LoraConfig._custom_modules = {nn.Module: _create_and_patch_peft_layer}
     ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
     LoraModel.__bases__ = (*ours, peft.PeftModel)
     theirs.LoraLayer.__subclasshook__ = classmethod(_subclasshook_excluding_adapted_parameters)
@@ -65,10 +65,10 @@ def _subclasshook_excluding_adapted_parameters(lora_layer_class: type, subclass:
     return False if issubclass(subclass, FastLoraAdaptedParameters) else NotImplemented
 
 
-def _create_patched_peft_layer(
+def _create_and_patch_peft_layer(
     target: nn.Module, adapter_name: str, *, config: Any, **options: Any
 ) -> Any:
-    """Create a patched PEFT LoRA layer for a module.
+    """Create a PEFT LoRA layer for a module, and patch the layer.
 
     PEFT's LoRA tuner creates the layer. The layer is then patched in the same way as by
     `fastlora.patch`.

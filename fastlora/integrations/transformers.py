@@ -45,10 +45,10 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 @contextlib.contextmanager
 def convert_model_load_errors(folder: object) -> Iterator[None]:
-    """Convert errors to `CheckpointError` while a ``with`` block loads a model.
+    """Context manager that converts errors from loading a model to `CheckpointError`.
 
-    The model must be a causal language model. The errors in `CANNOT_READ` and RuntimeError are
-    converted. The error message starts with ``folder``.
+    The ``with`` block loads the model, which must be a causal language model. The errors in
+    `CANNOT_READ` and RuntimeError are converted. The error message starts with ``folder``.
     """
     try:
         yield

@@ -64,10 +64,11 @@ _INITS = (True, False, "gaussian")
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Return the shape (E, N, K) of a module's parameter as a stack of matrices.
+    """Return the shape of a module's parameter as a stack of matrices.
 
-    E is the number of matrices, and each matrix is ``[N, K]``. The parameter has two or three
-    dimensions. A parameter with two dimensions is a single matrix, so E is 1.
+    The shape is a tuple (E, N, K). E is the number of matrices, and each matrix is ``[N, K]``. The
+    parameter has two or three dimensions. A parameter with two dimensions is a single matrix, so E
+    is 1.
     """
     shape = module._parameters[name].shape  # type: ignore[union-attr]
     if len(shape) == 2:
@@ -98,11 +99,11 @@ class LoraBRankRowsCache(UncopiedCache):
 
 
 class ParameterLoraLayer(LoraLayer):
-    """LoRA layer for one parameter of a module.
+    """LoRA layer that adapts a parameter of a module directly.
 
-    It holds the adapters of the parameter, and provides their factors, their delta weights, and the
-    adapted parameter. It is never called. `FastLoraAdaptedParameters` runs the module of the
-    parameter.
+    The layer holds the adapters of one parameter, and provides their factors, their delta weights,
+    and the adapted parameter. The layer is never called. Instead, `FastLoraAdaptedParameters` runs
+    the module of the parameter.
 
     Args:
         module: The module that owns the parameter.
@@ -187,12 +188,13 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and lora_b as rank rows.
+        """Return an adapter's lora_a and lora_b as stacks of matrices with R rows.
 
-        The result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``, which
-        are stacks of matrices with R rows. The transposed lora_b is a copy, which is cached while
-        gradients are disabled. If lora_b is stored as rank rows, as in a pool, the transposed
-        lora_b is a view of it instead. ``name`` identifies the adapter in the cache.
+        R is the adapter's rank, and the rows are called rank rows. The result is a tuple of lora_a
+        ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``. The transposed lora_b is a copy,
+        which is cached while gradients are disabled. If lora_b is stored as rank rows, as in a
+        pool, the transposed lora_b is a view of lora_b instead. ``name`` identifies the adapter in
+        the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
@@ -252,11 +254,11 @@ class ParameterLoraLayer(LoraLayer):
         sign: float,
         scale: torch.Tensor | None = None,
     ) -> None:
-        """Add ``sign`` times an adapter's delta weight to a weight in place.
+        """Add an adapter's delta weight, multiplied by ``sign``, to a weight in place.
 
         The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
-        which are changed one by one. ``scale`` is ignored, because adapters on parameters do not
-        use DoRA.
+        which are changed one by one. ``scale`` is the optional DoRA scale of the overridden method.
+        Adapters on parameters do not use DoRA, so the scale has no effect.
         """
         factors = rank_row_views(*self._factors(adapter_name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -270,7 +272,8 @@ class ParameterLoraLayer(LoraLayer):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return an adapter's delta weight ``scaling * B @ A``.
 
-        It has the parameter's shape and the factors' dtype, and is as large as the parameter.
+        The delta weight has the parameter's shape and the factors' dtype, and is as large as the
+        parameter.
         """
         self._check_has_adapter(adapter_name)
         factor = self.lora_B[adapter_name].weight
@@ -315,10 +318,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         self.parameters_with_adapters = nn.ModuleDict()
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of the LoRA layers inside this layer.
+        """Return the LoRA layers nested in this layer, by parameter name.
 
-        The layers are the `ParameterLoraLayer` layers. The dict is keyed by parameter name, in the
-        order of ``named_parameters()``.
+        The layers are the `ParameterLoraLayer` layers. The result is a dict in the order of
+        ``named_parameters()``.
         """
         layers: Any = self._modules["parameters_with_adapters"]
         return {name: layers[name] for name in self.base_layer._parameters if name in layers}
@@ -344,17 +347,17 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 f"{type(self.base_layer).__name__}; expected the same kind of target for all "
                 "adapters"
             )
-        layers = self.add_parameter_layers([name for name, *_ in parameters])
+        layers = self.get_or_add_parameter_layers([name for name, *_ in parameters])
         return [
             (layer, {**common, "r": r, "lora_alpha": lora_alpha})
             for layer, (_, r, lora_alpha) in zip(layers, parameters, strict=True)
         ]
 
-    def add_parameter_layers(self, names: Sequence[str]) -> list[ParameterLoraLayer]:
-        """Add layers for the named parameters, and return them.
+    def get_or_add_parameter_layers(self, names: Sequence[str]) -> list[ParameterLoraLayer]:
+        """Add LoRA layers for the named parameters, and return the layers.
 
-        Only layers that do not exist yet are created. The list contains the layers of all named
-        parameters.
+        A layer that exists already is kept. The list contains the layers of all named parameters,
+        whether or not this call added them.
 
         Raises:
             UnsupportedLayerError: The name of a parameter cannot be used.
@@ -411,8 +414,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
 
     # -------------------------------------------------------------------------------- forward
 
-    def _check_not_sharded(self) -> None:
-        """Raise `AdapterStateError` if the module has a sharded parameter.
+    def _check_parameters_not_sharded(self) -> None:
+        """Raise `AdapterStateError` if a parameter of the module is sharded.
 
         A sharded parameter is a DTensor.
         """
@@ -431,7 +434,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if routing is None and not applied:
             return self.base_layer(x, *args, **kwargs)
         conditions = self._check_execution_mode(x)
-        self._check_not_sharded()
+        self._check_parameters_not_sharded()
         if routing is None:
             return self._run(applied, conditions, x, *args, **kwargs)
         for layer in (self, *self.adapted_parameters()):

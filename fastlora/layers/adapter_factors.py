@@ -61,11 +61,11 @@ def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
 
 
 def _has_non_parameter_weight(module: nn.Module) -> bool:
-    """Return whether a module has a weight that is not an `nn.Parameter`.
+    """Return whether a module's weight is not an `nn.Parameter`.
 
-    Such a weight is a tensor that has replaced the parameter, for example in
-    `torch.func.functional_call`. The result is False for a module that has hooks or is not an
-    `nn.Linear`, because such modules are not examined.
+    For example, `torch.func.functional_call` replaces the parameter with a tensor. The result is
+    False for a module that has hooks or is not an `nn.Linear`, because such modules are not
+    examined.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return False
@@ -80,7 +80,7 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors on a layer, made from the parameters of the adapter's modules.
+    """Return an adapter's factors, taken from the parameters of the adapter's modules on a layer.
 
     The factors include the scaling, the dropout probability, and the DoRA magnitude. The result is
     None if the modules must be called instead, for example because they have hooks.
@@ -191,10 +191,11 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return the scalings as one tensor.
+    """Return a list of scalings as one tensor.
 
-    The tensor is ``[S]``, on x's device, in fp32 (or fp64 if x is fp64). If PEFT's compiled hot
-    swap has made a scaling a tensor, the host does not read its value.
+    The tensor is ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and fp32
+    otherwise. If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its
+    value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -240,7 +241,7 @@ class AdapterSource(Protocol):
 
     @property
     def loaded_adapters(self) -> tuple[LoadedAdapter | None, ...] | None:
-        """The adapters loaded in the pool's slots.
+        """The loaded adapters of a pool, by slot.
 
         The tuple has one entry per slot. The entry of an empty slot is None. If the source is not a
         pool, the value is None instead of a tuple.
@@ -248,10 +249,10 @@ class AdapterSource(Protocol):
 
     @property
     def tables(self) -> AddressTables | None:
-        """The address tables of the source.
+        """The tables from which kernels read the addresses of the factors.
 
-        Only a pool provides its tables. For a model's own adapters, the value is None, and
-        `find_address_tables` builds the tables.
+        Only a pool provides such tables. If the factors are those of a model's own adapters, the
+        value is None, and `find_address_tables` builds the tables.
         """
 
     def factors(

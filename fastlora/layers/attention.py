@@ -87,11 +87,13 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def _qkv_same_embed_dim(self) -> bool:
         """Counterpart of the ``_qkv_same_embed_dim`` attribute of `nn.MultiheadAttention`.
 
+        The value is False while an adapter applies. Otherwise, the value is that of the base layer,
+        which is True for every supported module.
+
         The attribute of `nn.MultiheadAttention` states whether q, k, and v have the same embedding
-        dimension. The attribute is True for every supported module. In evaluation mode,
-        `nn.TransformerEncoderLayer` may read the base weights itself only if the attribute is True.
-        The value of this property is therefore False while an adapter applies, so that the encoder
-        layer calls this layer. Otherwise, the encoder layer would ignore the adapters.
+        dimension. In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself
+        only if the attribute is True. The value False makes the encoder layer call this layer.
+        Otherwise, the encoder layer would ignore the adapters.
         """
         return not self._applied_adapters() and not self._out()._applied_adapters()
 

@@ -93,7 +93,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             weights_versions.invalidate_trainable_weights()
 
     def _register_scalings_device_hook(self) -> None:
-        """Register a hook that keeps the scalings on the device of the factors.
+        """Register a hook that keeps the layer's scalings on the same device as its factors.
 
         The hook runs after ``load_state_dict``, which may replace the factors with tensors on
         another device. Each scaling is moved to the device of its adapter's factors.

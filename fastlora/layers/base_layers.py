@@ -37,12 +37,12 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
     """Return the reason why a module is not a plain `nn.Linear`.
 
-    Returns an empty string if it is one. ``gathered`` means that FSDP2 replaces shards by plain
-    parameters during the forward pass.
+    The reason is an empty string if the module is plain. Set ``gathered`` if FSDP2 replaces shards
+    by plain parameters during the forward pass.
 
-    Other modules must be called; a plain module's weight suffices. A subclass, or a module with a
-    parametrization, a forward hook (accelerate's offloading), or a replaced ``forward``, must be
-    called.
+    The weight of a plain module can be used without calling the module. A module that is not plain
+    must be called if, for example, it is an instance of a subclass or has a parametrization, a
+    forward hook (such as a hook with which accelerate offloads weights), or a replaced ``forward``.
     """
     if type(module) is not nn.Linear:
         return f"its base layer is {type(module).__name__}, which the kernels do not support"
@@ -260,10 +260,11 @@ def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
 def make_weight_restorer(module: nn.Module, copy_to_cpu: bool) -> Callable[[], None]:
     """Return a function that restores a module's current weight.
 
-    The weight is restored bit for bit. If ``copy_to_cpu`` is set, the values of a dense weight on
-    an accelerator are copied to the CPU, for models that do not fit there twice. Otherwise, the old
-    values are kept without a copy, because `replace_weight_data` does not overwrite them. A
-    quantized weight is always copied, and stays on its device.
+    The current values are saved, and the returned function restores them bit for bit. If
+    ``copy_to_cpu`` is set, the values of a dense weight on an accelerator are saved on the CPU, for
+    models that do not fit on the accelerator twice. If ``copy_to_cpu`` is not set, the saved values
+    of a dense weight share the weight's current memory, which `replace_weight_data` does not
+    overwrite. The values of a quantized weight are always saved as a copy on the weight's device.
     """
     found = quantized_weight_of(module)
     if found is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class UniformCall:
-    """A call to a LoRA layer in which the same adapters apply to all rows.
+    """Data of a forward call to a LoRA layer in which all rows use the same adapters.
 
     Attributes:
         layer: The layer with the adapters.
@@ -40,9 +40,9 @@ class UniformCall:
 
 @dataclass(slots=True, eq=False)
 class MixedCall:
-    """A call to a LoRA layer for a mixed batch.
+    """Data of a forward call to a LoRA layer in which rows may use different adapters.
 
-    Each row of a mixed batch uses its own adapter or none.
+    The rows are those of a mixed batch. Each row of a mixed batch uses its own adapter or none.
 
     Attributes:
         layer: The layer. The adapters belong to it or to a pool.
@@ -57,10 +57,10 @@ class MixedCall:
     routing: Routing
 
     def sorted_rows(self, *, read_on_host: bool = False) -> Rows:
-        """Return the rows of x, sorted by adapter.
+        """Return the call's rows, sorted by adapter.
 
-        Set ``read_on_host`` if the sorted rows are read on the host. If it is set, the adapter ids
-        of the batch are checked immediately, except in a graph that is being compiled.
+        Set ``read_on_host`` if the sorted rows are read on the host. The adapter ids of the batch
+        are then checked immediately, except in a graph that is being compiled.
         """
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]

@@ -96,7 +96,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
 
     # ------------------------------------------------------------------------------------ forward
 
-    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_batch_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return (x.shape[0], 1) if x.dim() == self.weight.dim() else (1, 0)
 
     def _add_update(
@@ -148,7 +148,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's factors and lora_bias.
+        """Return an adapter's factors and its optional bias.
 
         The result is a tuple (lora_a, lora_b, lora_bias). lora_bias may be None. The factors are
         matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.

@@ -59,7 +59,7 @@ def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
     factors = layer._local_factors(name, call)
     if factors is None:
         conditions.raise_if_batch_invariant(layer, f"adapter {name!r} has a factor with hooks")
-        return _apply_by_calling_modules(call, base.output_without_adapters(call.original_x), name)
+        return _apply_by_calling_modules(call, base.base_layer_output(call.original_x), name)
     weight = base.weight
     if weight is not None and conditions.autocast is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} (the dtype of x)")
@@ -232,9 +232,9 @@ def _must_gather_adapter_rows(
 def _apply_dora_adapters_with_dropout(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
 ) -> torch.Tensor:
-    """Apply the DoRA adapters that have active dropout to their rows of y.
+    """Apply the DoRA adapters that have active dropout to y.
 
-    y is ``[..., N]``.
+    y is ``[..., N]``. Each adapter is applied to its own rows of the mixed batch.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:

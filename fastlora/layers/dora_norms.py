@@ -53,9 +53,9 @@ def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
 
 
 def may_cache_tensors(device: torch.device) -> bool:
-    """Return whether new tensors on a device may currently be cached.
+    """Return whether tensors on a device, such as DoRA norms, may currently be cached.
 
-    Tensors on a CUDA device must not be cached while a CUDA graph is being captured.
+    New tensors on a CUDA device must not be cached while a CUDA graph is being captured.
     """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -107,7 +107,7 @@ def base_squared_norms(
         else:
             base = base_weight_stamp(layer)
     watched = None if base is None else ((), (base,))
-    return _get_or_compute(layer, None, watched, lambda: squared_row_norms(weight))
+    return _get_or_compute_squared_norms(layer, None, watched, lambda: squared_row_norms(weight))
 
 
 def local_adapted_squared_norms(
@@ -167,7 +167,7 @@ def cached_adapted_squared_norms(
             version = weights_versions.for_trainable_weights()
             watched = _stamp_arguments((lora_a, lora_b), version, base, scaling)
     own = local_shard(lora_a), local_shard(lora_b)
-    return _get_or_compute(
+    return _get_or_compute_squared_norms(
         layer, name, watched, lambda: local_adapted_squared_norms(layer, *own, scaling, compiling)
     )
 
@@ -210,17 +210,18 @@ def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _St
     return parts, context
 
 
-def _get_or_compute(
+def _get_or_compute_squared_norms(
     layer: BaseLinearWithAdapters,
     cache_key: str | None,
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return squared row norms from a layer's cache, or compute and cache the norms.
+    """Return squared norms for DoRA from a layer's cache, or compute and cache the norms.
 
-    ``cache_key`` is the name of an adapter, or None for the base weight. The norms are computed if
-    the cache has no norms with a valid stamp under this key. If ``watched`` is None, or if no stamp
-    can be created, the norms are always computed, and they are not cached.
+    The norms are squared row norms. ``cache_key`` is the name of an adapter, or None for the base
+    weight. The norms are computed if the cache has no norms with a valid stamp under this key. If
+    ``watched`` is None, or if no stamp can be created, the norms are always computed, and they are
+    not cached.
     """
     if watched is None:
         return make()

@@ -80,7 +80,7 @@ class FastLoraEmbedding(BaseAdditiveLoraLayer):
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name], None
 
-    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_batch_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel(), x.dim()
 
     def _add_update(

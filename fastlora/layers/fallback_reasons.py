@@ -105,9 +105,9 @@ def raise_if_triton_required(layer: BaseLinearWithAdapters, names: list[str]) ->
 
 
 def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the error message for a layer that cannot be captured in a CUDA graph.
+    """Return the error message that states why a layer cannot be captured in a CUDA graph.
 
-    The graph uses the adapters of a pool. The message states the reason and a remedy.
+    The graph uses the adapters of a pool. The message also states a remedy.
     """
     if inference_only:
         reason = "the layer runs without kernels"

@@ -73,12 +73,12 @@ _LayerFactors = Factors | Slots | TableLaunchArguments
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
 ) -> PrecomputedResult | None:
-    """Compute a layer's result together with the results of other layers in its group.
+    """Run the forward pass of a layer together with those of other layers in its group.
 
-    The group is the layer's shared-input group. The result contains y, or the s from which the
-    layer computes y. If an earlier call has already computed the result, the layer takes it.
-    Otherwise, one call computes the results of this layer and of other layers in its group. The
-    function is called only if kernels run.
+    The group is the layer's shared-input group. If an earlier call has already computed the layer's
+    result, the layer takes this result. Otherwise, one call computes the results of this layer and
+    of other layers in its group. The result contains y, or the s from which the layer computes y.
+    The function is called only if kernels run.
 
     Args:
         call: The call of the layer.
@@ -169,10 +169,11 @@ def _as_slots(own: Factors | Slots) -> Slots:
 
 
 def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return the objects on which all results of a call depend.
+    """Return the objects on which all results of a call for a group depend.
 
-    The objects are the context of the call, for example the open block and the autocast state. A
-    stored result is valid only in the same context. The objects are compared by identity.
+    The objects are the context of the call, for example the open block, the autocast state, and the
+    version of the weights. A stored result is valid only in the same context. The objects are
+    compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, TableLaunchArguments):
@@ -215,11 +216,11 @@ def _layer_operands_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key for a result that depends on tensors.
+    """Return a cache key for a result that is computed from tensors.
 
-    The key contains the stream, the dropout probability, and the state of each tensor. It is None
-    if any of the tensors is an inference tensor, because PyTorch does not count writes to inference
-    tensors.
+    The key contains the stream, the dropout probability, and the identity and state of each tensor.
+    The key is None if any of the tensors is an inference tensor, because PyTorch does not count
+    writes to inference tensors.
     """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
@@ -361,9 +362,10 @@ def _active_dropout_p(layer_slots: Slots) -> float:
 def _compute_s_in_compiled_graph(
     call: UniformCall | MixedCall, own: Slots
 ) -> PrecomputedResult | None:
-    """Compute s for the layers of a shared-input group while a graph is being compiled.
+    """Compute s for the layers of a shared-input group in a graph that is being compiled.
 
-    Returns the layer's own result, or None if s is not shared.
+    Returns the layer's own result. If the layer cannot share the computation of s, the result is
+    None.
     """
     layer, conditions = call.layer, call.conditions
     if not layer.has_shared_input_group():

@@ -77,10 +77,10 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the prepared launch matches x, the base layer, and the factors.
+        """Return whether the prepared launch fits a call with x, the base layer, and the factors.
 
-        The base layer and the factors must be those for which the launch was prepared. Of x, only
-        the dtype and the device must match.
+        The base layer and the factors must be those for which the launch was prepared. x may be a
+        new tensor if its dtype and its device are the same.
         """
         before, known = self.own, self.base
         return (
@@ -358,11 +358,11 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record why a layer falls back to its own pass over x in a compiled graph.
+    """Record the reason why a layer falls back in a compiled graph.
 
-    This function is called while the graph is being compiled. The reason states why the layer does
-    not share a pass over x with its shared-input group. The reason is an empty string if the layer
-    shares a pass.
+    This function is called while the graph is being compiled. A layer falls back to its own pass
+    over x if it does not share a pass over x with its shared-input group. The reason is an empty
+    string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 

@@ -115,9 +115,9 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
 
 
 def parameter_kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the `LayerKind` of a module with adapted parameters.
+    """Return the `LayerKind` for adapting parameters of a module.
 
-    Returns None if no kind matches.
+    Returns None if no kind matches the module.
     """
     return next((k for k in _KINDS if k.adapts_parameters and k.matches(module)), None)
 

@@ -131,10 +131,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return the base layer as a plain `nn.Linear`, without adapters.
+        """Return a plain `nn.Linear` with the layer's weight and bias.
 
-        The `nn.Linear` shares its weight and bias with this layer. If this layer was created from
-        an `nn.Linear`, that module is returned.
+        The `nn.Linear` is the base layer without adapters, and shares its weight and bias with this
+        layer. If this layer was created from an `nn.Linear`, that module is returned.
         """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
@@ -186,7 +186,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def get_base_layer(self) -> nn.Module:
         """Return the base layer.
 
-        It is this layer itself, which contains the base weight.
+        The base layer is this layer itself, which contains the base weight.
         """
         return self
 
@@ -201,7 +201,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self.to_linear()
 
     def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return a list of the modules that may hold a calibration result.
+        """Return the modules on which a calibration may have been run.
 
         A calibration stores its result as an attribute of the calibrated module. The list contains
         the layer and, if the layer was created from an `nn.Linear`, also that `nn.Linear`.

@@ -113,7 +113,7 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
         first, others, bias = _concatenate_factors_unless_dropout(call, names)
     if first is None:
         conditions.raise_if_batch_invariant(layer, fallback_reason_adapter_called(layer, names))
-        return _add_by_calling_modules(call, base.output_without_adapters(x), names)
+        return _add_by_calling_modules(call, base.base_layer_output(x), names)
     if bias is not None and base.weight is not None:
         base, bias = base._replace(bias=bias if base.bias is None else base.bias + bias), None
     y = run_adapter(x, base, first, conditions, "auto", shared, layer._local_dropout_seed)

@@ -121,9 +121,10 @@ class BaseLinearWithAdapters(nn.Module):
         return bias
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, derived from ``seed``.
+        """Derive this process's dropout seed from a given seed.
 
-        They have the shape of ``seed``.
+        ``seed`` is a tensor of one or more seeds. The result has the same shape. By default, the
+        result is ``seed`` itself.
         """
         return seed
 

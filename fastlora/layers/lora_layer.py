@@ -119,7 +119,7 @@ class LoraLayer(Mergeable):
         return init
 
     def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return a list of the modules that may hold a calibration result.
+        """Return the modules on which a calibration may have been run.
 
         A calibration stores its result as an attribute of the calibrated module.
         """
@@ -137,9 +137,9 @@ class LoraLayer(Mergeable):
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of the LoRA layers inside this layer.
+        """Return the LoRA layers nested in this layer, by name.
 
-        The dict is keyed by relative name.
+        The result is a dict. Each key is the name of a nested layer, relative to this layer.
         """
         return {}
 
@@ -312,10 +312,10 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the row norms of the current adapted weight.
+        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
 
-        The adapted weight is the base weight plus the adapter's update. The magnitude of a new
-        adapter is initialized in the same way. The magnitude has the dtype of the factors. The
+        The adapted weight is the base weight plus the adapter's current update. The magnitude of a
+        new adapter is initialized in the same way. The magnitude has the dtype of the factors. The
         adapter then changes only the direction of the weight's rows. While lora_B is zero, as it is
         at initialization, the layer's output is that of its base layer. The new magnitude is
         frozen.
@@ -435,10 +435,10 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file.
 
-        The result is a dict that maps each of these names to the tensor's state dict key. The names
-        and the keys are relative to this layer. The tensors of inner layers are included.
+        The result is a dict that maps each name in the file to the tensor's state dict key. The
+        names and the keys are relative to this layer. The tensors of inner layers are included.
         """
         names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
         for below, layer in self.inner_layers().items():
@@ -473,10 +473,10 @@ class LoraLayer(Mergeable):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the attributes that contain the adapters' factors.
+        """Names of attributes that hold adapter parameters.
 
-        Each attribute, such as ``lora_A``, maps an adapter name to a factor.
-        ``lora_magnitude_vector`` is not included.
+        Each of these attributes, such as ``lora_A``, maps an adapter name to a factor of the
+        adapter. ``lora_magnitude_vector`` is not included.
         """
         return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
 

@@ -21,9 +21,9 @@ _ROWS = 64
 
 
 class MergeTarget(Protocol):
-    """Protocol for a base weight into which adapters are merged.
+    """A base weight into which adapters are merged.
 
-    A merge target has methods that read, write, save, and restore the weight. As a matrix, the
+    This protocol has methods that read, write, save, and restore the weight. As a matrix, the
     weight is ``[N, K]``.
 
     Attributes:
@@ -97,7 +97,10 @@ class MergeTarget(Protocol):
         """
 
     def fingerprint(self) -> Fingerprint:
-        """Return a fingerprint that changes whenever other code writes to the weight."""
+        """Return a fingerprint of the weight.
+
+        The fingerprint changes whenever other code writes to the weight.
+        """
 
 
 class DenseMergeTarget:
@@ -134,8 +137,8 @@ class DenseMergeTarget:
     def write(self, dense: torch.Tensor) -> None:
         """Write a dense matrix to the weight.
 
-        The matrix is the result of `merge_buffer`, which is the weight itself. Nothing remains to
-        be written, so this method does nothing.
+        The matrix must be the result of `merge_buffer`, which is the weight itself. The weight
+        therefore already has the values of the matrix, and this method does nothing.
         """
 
     def snapshot(self) -> object:

@@ -24,7 +24,10 @@ _MERGE_ROWS = 1024
 
 
 class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
-    """Base class of `LoraLayer` that merges adapters into the base weight and unmerges them."""
+    """Base class of layers whose adapters can be merged into the base weight and unmerged.
+
+    `LoraLayer` is derived from this class.
+    """
 
     out_features: int
     in_features: int
@@ -56,19 +59,20 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _base_fingerprints(self) -> list[Fingerprint]:
-        """Return fingerprints of the layer's base parameters.
+        """Return fingerprints of the base weight and the bias.
 
-        The base parameters are the base weight and the bias, into which adapters are merged. The
-        list contains one fingerprint for each of them, in this order.
+        Adapters are merged into the weight and the bias. The list contains one fingerprint for each
+        of them, in this order.
         """
         weight, bias = self._weight_and_bias_to_merge()
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the layer's base parameters have remained unmodified since the last merge.
+        """Return whether the base layer has remained unmodified since the last merge.
 
-        The base parameters are the base weight and the bias. If the weight and the bias are both
-        unmodified, `unmerge` can restore the values that `merge` saved.
+        The fingerprints of the base weight and the bias are compared with those from the last
+        merge. If the weight and the bias are both unmodified, `unmerge` can restore the values that
+        `merge` saved.
         """
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
@@ -81,7 +85,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         """
         return condition
 
-    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
+    def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
         weight, bias = self._weight_and_bias_to_merge()
         snapshot = _snapshot(weight, bias) if keep_base and not self.merged else self._unmerged
         scales = self._merged_scales | self._dora_scales_by_name(names)
@@ -214,10 +218,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     @torch.no_grad()
     def _adapted_squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict that maps adapter names to squared row norms of adapted weights.
+        """Return the squared row norms of the adapted weight for each named adapter.
 
-        The squared norms are ``[N]``. An adapter's adapted weight is the unmerged base weight plus
-        the adapter's update. DoRA scales and magnitudes are computed from these norms.
+        The result is a dict that maps an adapter name to squared norms ``[N]``. An adapter's
+        adapted weight is the unmerged base weight plus the adapter's update. DoRA scales and
+        magnitudes are computed from these norms.
         """
         if not names:
             return {}
@@ -299,7 +304,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's factors and lora_bias.
+        """Return an adapter's factors and its optional bias.
 
         The result is a tuple (lora_a, lora_b, lora_bias). The shapes are ``[R, K]``, ``[N, R]``,
         and ``[N]``. lora_bias may be None.
@@ -338,10 +343,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _write_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Write tensors to an adapter's factors in place.
+        """Write new values to an adapter's factors and bias in place.
 
-        The tensors must have the shapes that `_factors` returns. Unlike `_copy_into_factors`, this
-        method does not check the shapes.
+        The new values must have the shapes of the tensors that `_factors` returns. Unlike
+        `_copy_into_factors`, this method does not check the shapes.
         """
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:

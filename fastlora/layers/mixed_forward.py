@@ -125,7 +125,7 @@ def _forward_by_address(call: MixedCall, base: Base, tables: AddressTables) -> t
     )
     if table_launch is None:
         conditions.raise_if_batch_invariant(call.layer, ADAPTED_AFTER_BLOCK)
-        return base.output_without_adapters(x)
+        return base.base_layer_output(x)
     shared = None if base.weight is None else group_forward(call, base, table_launch)
     if shared is None:
         y = output_from_tables(call, base, table_launch, conditions.backend)
@@ -191,7 +191,7 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
     """
     weight, bias, y, _ = base
     if weight is None:
-        return base.output_without_adapters(x)
+        return base.base_layer_output(x)
     if impl != "eager":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # An adapter of rank 0 lets the backend compute the base product and its gradients.
@@ -222,12 +222,14 @@ def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | No
         return None
     # At most DoRA adapters with dropout remain.
     if slots.count(None) == len(slots):
-        return dora_layer.apply_dora_to_rows(call, base.output_without_adapters(x), dora)
-    return dora_layer.apply_dora_to_rows(call, _forward_lists_in_graph(call, base, slots), dora)
+        return dora_layer.apply_dora_to_rows(call, base.base_layer_output(x), dora)
+    return dora_layer.apply_dora_to_rows(
+        call, _forward_lists_in_compiled_graph(call, base, slots), dora
+    )
 
 
-def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Compute a layer's output from a list of factors in a graph that is being compiled.
+def _forward_lists_in_compiled_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
+    """Compute a layer's output with lists of factors in a graph that is being compiled.
 
     ``slots`` lists the factors of each slot. At least one slot must have factors on the layer. The
     shape of the output is ``[..., N]``.

@@ -16,10 +16,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class ModuleWithAdapters:
-    """Module with named adapters.
+    """Base class of modules with adapters.
 
-    This is the base class of such modules. In a class's ``__mro__``, it never comes before PEFT's
-    abstract class.
+    Subclasses include LoRA layers and wrappers of whole modules. In a subclass's ``__mro__``, this
+    class never comes before PEFT's abstract class.
 
     Attributes:
         other_param_names: PEFT's name for the attributes of adapters that are not tensors.
@@ -158,10 +158,10 @@ class ModuleWithAdapters:
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that adapters can be merged, and return their names.
+        """Check that adapters can be merged, and return the names of those to merge.
 
-        The list contains the adapters that `merge` would merge. Raises the same errors as `merge`.
-        The module is not changed.
+        The list contains the adapters that `merge` would merge. This method raises the same errors
+        as `merge`, but does not change the module.
         """
         return []
 
@@ -192,10 +192,13 @@ class ModuleWithAdapters:
         """
         names = self.check_merge(safe_merge, adapter_names)
         if names:
-            self._merge_checked(names, keep_base)
+            self._merge_without_checks(names, keep_base)
 
-    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that have already passed `check_merge`."""
+    def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
+        """Merge the named adapters into the base weight without checks.
+
+        The adapters must already have passed `check_merge`. ``keep_base`` is as in `merge`.
+        """
 
     def unmerge(self) -> None:
         """Unmerge every merged adapter."""

@@ -17,11 +17,12 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers for modules that adapters train without LoRA.
+    """Base class of wrappers that take the place of modules of a model.
 
-    A wrapper keeps a trained copy of the module for each adapter. The copy is of the whole wrapped
-    module (``modules_to_save``) or of some of its rows (``trainable_token_indices``). A subclass
-    defines what an adapter trains. Names of parameters and of file keys follow PEFT.
+    Adapters train the wrapped modules without LoRA. A wrapper keeps a trained copy of the module
+    for each adapter. The copy is of the whole wrapped module (``modules_to_save``) or of some of
+    its rows (``trainable_token_indices``). A subclass defines what an adapter trains. Names of
+    parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -111,9 +112,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return list(self._trained_modules_or_rows_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's parameters in this module.
+        """Yield an adapter's parameters.
 
-        They are the adapter's own copies. Nothing is yielded if the module lacks the adapter.
+        The parameters belong to the adapter's own copy of the wrapped module or of its rows.
+        Nothing is yielded if this wrapper lacks the adapter.
         """
         if adapter_name in self._trained_modules_or_rows_by_adapter:
             trained = self._trained_modules_or_rows_by_adapter[adapter_name]
@@ -150,10 +152,11 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this module.
+        """Remove an adapter.
 
-        The adapter's copy of the module or of its rows is removed too. Unlike `delete_adapter`,
-        this method checks nothing. A failed addition of an adapter calls this method, for example.
+        The adapter's copy of the wrapped module or of its rows is removed too. Unlike
+        `delete_adapter`, this method checks nothing. For example, this method is called after the
+        addition of an adapter has failed.
         """
         self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]

@@ -91,10 +91,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Release and return the module that replaces this wrapper when adapters are removed.
+        """Return the module without this wrapper.
 
-        It is the active adapter's copy, or the original module if no adapter is active. Whether
-        adapters are disabled makes no difference.
+        The result is the original module, or the active adapter's copy of it if an adapter is
+        active. Whether adapters are disabled makes no difference. The returned module replaces this
+        wrapper when the adapters are removed.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]

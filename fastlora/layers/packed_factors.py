@@ -73,10 +73,11 @@ def output_from_packed_factors(
 
 
 def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Return a layer's packed factors for a mixed batch.
+    """Return the packed factors of the adapters in a mixed batch.
 
-    The result is a tuple (packed factors, plan, rows), or None if the layer has no packed factors
-    for the batch. The factors are packed if necessary. The result is cached for the block.
+    The factors are those of the call's layer, and are packed if necessary. The result is a tuple
+    (packed factors, plan, rows), or None if the layer has no packed factors for the batch. The
+    result is cached for the block if `packed_cache_key` returns a key.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:

@@ -15,9 +15,9 @@ Factor = nn.Module | nn.Parameter
 
 
 class DoraMagnitude(nn.Module):
-    """Module that holds one adapter's DoRA magnitude.
+    """DoRA magnitude of one adapter in one layer.
 
-    As in PEFT, the magnitude is ``weight [N]``.
+    The magnitude is the parameter ``weight [N]`` of this module, as in PEFT.
 
     Args:
         magnitude: Initial value.
@@ -65,10 +65,11 @@ def upcast_to_fp32(factor: Factor) -> Factor:
 def file_to_state_dict_names(
     factors_by_part: Mapping[str, Factor], adapter_name: str
 ) -> dict[str, str]:
-    """Return a dict that maps the tensor names in an adapter's file to ``state_dict()`` names.
+    """Return a dict that maps names in an adapter file to names in a state dict.
 
-    Both names are relative to the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``.
-    ``factors_by_part`` maps each part, such as ``"lora_A"``, to the adapter's factor.
+    The names are those of an adapter's tensors in one layer. Both names of a tensor are relative to
+    the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``. ``factors_by_part`` maps each
+    part, such as ``"lora_A"``, to the adapter's factor.
     """
     names: dict[str, str] = {}
     for part, factor in factors_by_part.items():

@@ -52,11 +52,11 @@ _Found = tuple[BaseQuantizedWeight | None, dict[torch.dtype, KernelWeight | str]
 
 
 class KernelWeightCache(UncopiedCache):
-    """Cache of a quantized base weight in the format that the kernels expect.
+    """Cache for quantized base weights in the format that the kernels expect.
 
-    The cache belongs to one layer, and an entry is valid until the layer's base weight changes.
-    The entries are keyed by the dtype of x. An entry is a weight or a fallback reason. Switching
-    autocast on and off therefore recomputes nothing. A copied layer starts with an empty cache.
+    Each layer has its own cache. The entries are keyed by the dtype of x, so switching autocast on
+    and off recomputes nothing. An entry is a weight or a fallback reason, and is valid until the
+    layer's base weight changes. A copied layer starts with an empty cache.
 
     Attributes:
         dtype: Dtype of x in the last forward pass.
@@ -179,9 +179,10 @@ class KernelWeightCache(UncopiedCache):
 
 
 def quantized_base_for_kernels(call: UniformCall | MixedCall) -> Base | None:
-    """Return a `Base` with the quantized weight that kernels use for a call.
+    """Return a layer's quantized base weight in the format that the kernels expect.
 
-    Returns None if the base layer itself must be called.
+    The result is a `Base` for the given call. Returns None if the kernels cannot be used and the
+    base layer itself must be called.
     """
     conditions, x = call.conditions, call.x
     # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
@@ -237,10 +238,10 @@ def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
 
 
 def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:
-    """Return the reason why a layer's base layer must be called.
+    """Return the reason why a layer's base layer is called instead of a kernel.
 
-    The result is an empty string if the base layer need not be called. This function is for base
-    layers that are not a plain `nn.Linear`.
+    The result is an empty string if kernels can be used instead of the base layer. This function is
+    for layers whose base layer is not a plain `nn.Linear`.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
@@ -280,7 +281,7 @@ def to_base_output_dtype(
 
 
 def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear the caches that depend on a layer's weights.
+    """Clear a layer's caches that depend on its weights.
 
     The caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized weight
     for kernels. If ``release_captured`` is set, weights that CUDA graphs read are released too.
@@ -300,7 +301,7 @@ def _stamp_arguments_unless_weight_replaced(
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
     """Return the arguments with which `stamp_tensors` makes a stamp of a module's weight.
 
-    Returns None if the weight was replaced.
+    Returns None if the module's weight is no longer the object that ``kind`` refers to.
     """
     if kind is None:
         weight = module._parameters.get("weight")

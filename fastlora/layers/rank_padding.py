@@ -31,9 +31,9 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
             rank, lora_bias, AdapterInitializer(layer, False, 1.0, None, False)
         )
     for part, factor in made.items():
-        old = factor_parameters_by_name(held[part])
+        old = named_factor_parameters(held[part])
         factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
-        for name, tensor in factor_parameters_by_name(factor).items():
+        for name, tensor in named_factor_parameters(factor).items():
             copy_zero_padded(tensor, old[name], layer._rank_blocks(part))
             tensor.requires_grad_(old[name].requires_grad)
     return made
@@ -57,9 +57,9 @@ def replace_factors(
 def set_scaling_and_alpha(
     layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
 ) -> None:
-    """Set an adapter's scaling and lora_alpha.
+    """Set an adapter's scaling and the matching lora_alpha.
 
-    The lora_alpha is the one that matches the scaling at the current rank.
+    The lora_alpha is computed from the scaling and the adapter's current rank.
     """
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
@@ -71,7 +71,7 @@ def set_scaling_and_alpha(
     layer.lora_alpha[adapter_name] = float(scaling) * by
 
 
-def factor_parameters_by_name(factor: parts.Factor) -> dict[str, nn.Parameter]:
+def named_factor_parameters(factor: parts.Factor) -> dict[str, nn.Parameter]:
     """Return a dict of a factor's parameters, keyed by parameter name.
 
     A bare parameter is named ``weight``.

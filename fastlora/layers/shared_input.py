@@ -224,9 +224,9 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the group's cache.
+        """Clear the group's cached results and launches.
 
-        The results of every thread, the launches, and the set of idle layers are discarded.
+        The results of every thread are discarded. The set of idle layers is cleared too.
         """
         super().clear()
         self.launches.clear()
@@ -258,10 +258,11 @@ class _SharedInputCallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append a layer's call with input x to the sequence.
+        """Record a layer's call with input x.
 
-        `form_group` later forms a group from the layers of the sequence. `append_call` also records
-        whether x has been written to since the first call.
+        The layer is appended to the sequence. `form_group` later forms a shared-input group from
+        the layers of the sequence. The method also records whether x has been written to since the
+        first call.
         """
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
@@ -333,9 +334,9 @@ def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
 
 
 def clear_group_cache(layer: object) -> None:
-    """Clear everything that is cached for a layer's shared-input group.
+    """Clear the cache of a layer's shared-input group.
 
-    The group caches results and launches.
+    The cache contains results, launches, and the set of idle layers.
     """
     group = getattr(layer, "__dict__", {}).get("_shared_input_group")
     if group is not None:

@@ -60,11 +60,12 @@ def get_table_launch_arguments(
     invariant: bool = False,
     impl: str = "triton",
 ) -> TableLaunchArguments | None:
-    """Return a layer's `TableLaunchArguments`.
+    """Return the arguments for launching the kernels that read address tables.
 
-    Returns None if the layer is not in the tables. The result is cached for the block once the
-    layer's shared-input group is known. In a graph that is being compiled each layer runs alone,
-    because a compiled graph must not see results that one call leaves for another.
+    The arguments are for the call's layer. Returns None if the layer is not in the tables. The
+    result is cached for the block once the layer's shared-input group is known. In a graph that is
+    being compiled, each layer runs alone, because a compiled graph must not see results that one
+    call leaves for another.
     """
     layer, key = call.layer, None
     if not call.conditions.compiling:
@@ -109,10 +110,11 @@ def get_table_launch_arguments(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output with the adapters that the address tables list.
+    """Compute a layer's output for a mixed batch, using address tables.
 
-    The output ``[M, N]`` is the base output plus the update of each row's adapter. ``impl`` may
-    differ from ``"triton"`` only if the base layer's output is given.
+    The tables contain the addresses of the adapters' factors. The output ``[M, N]`` is the base
+    output plus the update of each row's adapter. ``impl`` may differ from ``"triton"`` only if the
+    base layer's output is given.
     """
     if base.weight is not None:
         return linear_from_tables(call, base, launch)[0]
@@ -132,12 +134,12 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer's output with the adapters that the address tables list.
+    """Compute a linear layer's output for a mixed batch, using address tables.
 
-    The output y ``[M, N]`` is computed from the base weight and includes the update of each row's
-    adapter. The result is a list that contains y. ``s`` is given if a neighbor has computed it. If
-    ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains s
-    after y.
+    The tables contain the addresses of the adapters' factors. The output y ``[M, N]`` is computed
+    from the base weight and includes the update of each row's adapter. The result is a list that
+    contains y. ``s`` is given if a neighbor has computed it. If ``with_neighbor_s`` is set, the
+    call also computes s for all neighbors, and the list contains s after y.
     """
     of, plan = launch.of, "invariant" if launch.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])

@@ -299,13 +299,12 @@ class TensorParallelLora(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return the part of the base layer's bias that belongs to this process.
+        """Return this process's part of the base layer's bias.
 
-        The part is included in this process's share of y. Column-wise, it is this process's slice
-        of the bias. Row-wise, each process gets an equal part: the bias divided by the number of
-        processes. DoRA subtracts these parts before it scales y and adds them afterwards, so that
-        they sum to the bias in whichever process torch has added it. All parts may be trained.
-        Returns None if the base layer has no bias.
+        Column-wise, the part is this process's slice of the bias. Row-wise, all processes get equal
+        parts: the bias divided by the number of processes. DoRA subtracts these parts before it
+        scales y and adds them afterwards, so that they sum to the bias in whichever process torch
+        has added it. All parts may be trained. Returns None if the base layer has no bias.
         """
         bias = super()._local_base_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -313,11 +312,11 @@ class TensorParallelLora(FastLoraWrapper):
         return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, derived from ``seed``.
+        """Derive this process's dropout seeds from ``seed``.
 
         The seeds are int64 and have the shape of ``seed``. Row-wise, each process has its own seeds
-        for masking its shard of x. Column-wise, all processes mask the same x and use the same
-        seeds.
+        for masking its shard of x. Column-wise, x is not split, so all processes mask the same x
+        with the same seeds.
         """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:

@@ -38,7 +38,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, which is the transpose of the embedding's LoRA factor."""
+        """The transposed LoRA factor of the embedding."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -78,7 +78,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
     def tied_to(self) -> FastLoraEmbedding:
         """The embedding layer that this head is tied to.
 
-        It is the LoRA layer that has the shared factors.
+        The head shares the weight and the LoRA factors of the embedding layer.
         """
         return self._source[0]
 
@@ -102,12 +102,12 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Return the names under which an adapter's tensors are stored in the adapter file.
 
-        The result is a dict that maps each of these names to the tensor's state dict key. It is
-        empty, because the embedding saves the shared factors.
+        The adapter file contains no tensors of a tied head, so the result is an empty dict. The
+        shared factors are saved with the embedding.
         """
         return {}
 
-    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_batch_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel() // x.shape[-1], x.dim() - 1
 
     def _add_update(
@@ -130,7 +130,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         return DenseMergeTarget(self.weight), None
 
-    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
+    def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
         # The embedding merges its adapters into the shared weight.
         self.merged_adapters += names
 

@@ -24,9 +24,9 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
-    """Raise an error if the given tokens of a module cannot be trained.
+    """Raise an error if the given tokens cannot be trained.
 
-    The tokens are rows of the module's weight.
+    Each token corresponds to a row of the weight of an embedding or a linear layer.
 
     Args:
         module: The base layer.
@@ -58,10 +58,11 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TrainableTokensLayer(nn.Module):
-    """Layer that stores each adapter's trainable embedding rows for selected tokens.
+    """Layer with trainable embedding rows for selected tokens.
 
-    The base layer may also be a linear layer, such as an output head. `TrainableTokensWrapper` uses
-    the rows in its forward pass. The class and attribute names follow PEFT.
+    The layer stores the rows of each adapter, and `TrainableTokensWrapper` uses these rows in its
+    forward pass. The base layer may also be a linear layer, such as an output head. The class and
+    attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -118,7 +119,7 @@ class TrainableTokensLayer(nn.Module):
         return self._tied[0] if self._tied else None
 
     def get_base_layer(self) -> nn.Embedding | nn.Linear:
-        """Return the base layer."""
+        """Return the original embedding or linear layer."""
         return self.base_layer
 
 
@@ -250,7 +251,10 @@ class TrainableTokensWrapper(ModuleWrapper):
     # ------------------------------------------------------------------------------- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the base layer, and replace the embeddings or logits of trained tokens.
+        """Run the base layer with trained weight rows in place of its own.
+
+        The base layer is called first. The embeddings or logits of trained tokens are then
+        replaced.
 
         Args:
             x: Ids ``[...]`` for an embedding, or ``[..., D]`` for a linear layer.
@@ -377,7 +381,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that adapters can be merged, and return their names.
+        """Check that adapters can be merged, and return the names of those to merge.
 
         The list contains the adapters that `merge` would merge. The module is not changed.
 
@@ -410,11 +414,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         return names
 
     @torch.no_grad()
-    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that have already passed `check_merge`.
+    def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
+        """Merge the trained rows of the named adapters into the base weight without checks.
 
-        The adapters' trained rows are written into the weight. The old rows are always saved for
-        `unmerge`, even if `merge` is called with ``keep_base=False``.
+        The adapters must already have passed `check_merge`. The replaced rows are saved regardless
+        of ``keep_base``, so that `unmerge` can restore them.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

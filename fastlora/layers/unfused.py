@@ -106,7 +106,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
     """Base class of unfused LoRA layers that add the adapters' updates to the base output.
 
     The updates are added one by one. Besides the methods that `LoraLayer` lists for subclasses, a
-    subclass implements `_add_update` and `_count_samples_and_sample_dims`.
+    subclass implements `_add_update` and `_count_samples_and_batch_dims`.
     """
 
     # ------------------------------------------- methods that a layer kind overrides
@@ -133,10 +133,13 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         """
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
 
-    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
-        """Return how many samples x has, and how many leading dimensions index them."""
+    def _count_samples_and_batch_dims(self, x: torch.Tensor) -> tuple[int, int]:
+        """Return the number of samples in x and the number of batch dimensions.
+
+        The batch dimensions are the leading dimensions of x that index the samples.
+        """
         raise UnsupportedLayerError(
-            f"{type(self).__name__} does not implement _count_samples_and_sample_dims()"
+            f"{type(self).__name__} does not implement _count_samples_and_batch_dims()"
         )
 
     # ------------------------------------------------------------------------------------ forward
@@ -167,7 +170,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         computes.
         """
         check_not_merged(self)
-        m, dims = self._count_samples_and_sample_dims(x)
+        m, dims = self._count_samples_and_batch_dims(x)
         count = routing.ids.shape[0]
         if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
             raise ValueError(
@@ -296,10 +299,11 @@ def call_with_parameters(
 
 
 def has_uncopyable_forward(module: nn.Module) -> bool:
-    """Return whether a module's ``forward`` cannot be bound to a copy of the module.
+    """Return whether a module has a replaced ``forward`` that cannot be copied.
 
-    A ``forward`` method that was replaced on the instance can be bound to a copy only if the
-    replacement is a method or a partial function of the module.
+    A ``forward`` that was replaced on the instance is copied by binding it to a copy of the module.
+    Binding is possible only if the replacement is a method of the module, or a partial function
+    that has the module among its positional arguments.
     """
     forward = module.__dict__.get("forward")
     return forward is not None and _bound_to(forward, module, module) is None

@@ -30,10 +30,11 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a base layer and calls it unchanged.
+    """LoRA layer that wraps a base layer.
 
-    The base layer may be any linear-like module. The layer computes ``y = base_layer(x) + scaling *
-    dropout(x) @ lora_A.T @ lora_B.T``.
+    The base layer may be any linear-like module, for example one from another library. The layer
+    computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``, usually by calling
+    the base layer and adding the update to its output.
 
     The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
     layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
@@ -111,8 +112,8 @@ class FastLoraWrapper(LoraLayer):
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Return whether the base layer's output y may be overwritten in place.
 
-        An overwrite is safe only if nothing else references y. The caller must also check that y
-        does not require a gradient.
+        An overwrite is safe only if nothing else references y. In particular, y must be neither the
+        input x nor a view. The caller must also check that y does not require a gradient.
         """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (

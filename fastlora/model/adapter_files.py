@@ -132,10 +132,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str]:
-    """Create the metadata for a weights file, including the config saved with the weights.
+    """Create the metadata for a weights file.
 
-    If the folder already contains a different config file, the metadata also contains a hash of
-    that file.
+    The metadata contains the config that is saved with the weights. If the folder already contains
+    a different config file, the metadata also contains a hash of that file.
 
     Args:
         folder: The folder that the weights are saved into.

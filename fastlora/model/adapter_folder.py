@@ -142,10 +142,10 @@ class AdapterContents:
 
 
 class OpenAdapterFolder:
-    """An adapter folder whose files are open for reading.
+    """An adapter folder that is open for reading.
 
-    The config and the weights are from the same save, even if another process saves an adapter into
-    the folder while it is open.
+    The config is checked when the folder is opened. The config and the weights are from the same
+    save, even if another process saves an adapter into the folder while it is open.
 
     Attributes:
         path: The folder.
@@ -171,11 +171,11 @@ class OpenAdapterFolder:
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The header of the adapter folder, without the tensor data.
+        """The header of the adapter, without the tensor data.
 
         The header contains the validated config and a description of each tensor, such as the
-        tensor's shape and dtype. When the property is read for the first time, the header of the
-        weights file is checked against the config. No tensor data is read.
+        tensor's name, shape, and dtype. When the property is read for the first time, the header of
+        the weights file is checked against the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.

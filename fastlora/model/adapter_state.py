@@ -395,7 +395,9 @@ def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: Adapte
                 copy_full_tensor_(weight, file.tensors[disk])
 
 
-def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
+def _copy_into_model_tensor(
+    lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor
+) -> None:
     """Copy a tensor into a tensor of the model.
 
     If ``target`` is sharded, each process copies its own shard. A target on the meta device is
@@ -475,6 +477,6 @@ def set_adapter_tensors(
                 f"{tuple(state[key].shape)}"
             )
     for disk, key in present.items():
-        _copy_into(lora_model, key, state[key], tensors[disk])
+        _copy_into_model_tensor(lora_model, key, state[key], tensors[disk])
     missing = [disk for disk in own if disk not in tensors]
     return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

@@ -173,9 +173,9 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked_temp_folder(path: Path) -> Iterator[Path]:
-    """Create a locked temporary folder next to ``path`` for the duration of a ``with`` block.
+    """Create a locked temporary folder for the duration of a ``with`` block.
 
-    The folder is removed when the block ends.
+    The folder is created next to ``path`` and is removed when the block ends.
     """
     remove_abandoned_temp_folders(path.parent)
     folder, descriptor = _create_locked_temp_folder(path)
@@ -228,8 +228,8 @@ def _remove_if_owner_ended(folder: Path) -> None:
 def _owner_process_ended(folder: Path) -> bool:
     """Return whether the process that created a temporary folder has ended.
 
-    The result is False if this is not known, as for a process on another host. The host and the
-    process id are part of the folder's name.
+    The process is identified by the host and the process id in the folder's name. The result is
+    False if it is not known whether the process has ended, as for a process on another host.
     """
     owner = _TEMPORARY.fullmatch(folder.name)
     if owner is None or owner["host"] != _host_name_digest():
@@ -246,8 +246,9 @@ def _owner_process_ended(folder: Path) -> bool:
 def _remove_temp_folder(folder: Path) -> None:
     """Remove a temporary folder.
 
-    The lock file is removed last. If the process is killed before that, the folder still contains
-    its lock file, and another writer can remove the folder.
+    The folder was created by the current process or left behind by another process. The lock file
+    is removed last. If the process is killed before that, the folder still contains its lock file,
+    and another writer can remove the folder.
     """
     for entry in folder.glob("*"):
         if entry.name == _LOCK:

@@ -21,10 +21,10 @@ BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes that ``torch.compile``, FSDP1, and activation checkpointing add to names.
+    """Remove the prefixes that wrappers such as ``torch.compile`` add to names.
 
-    ``name`` is the name of a module or tensor. The prefixes are removed wherever they occur in the
-    name.
+    The wrappers are those of ``torch.compile``, FSDP1, and activation checkpointing. ``name`` is
+    the name of a module or tensor. The prefixes are removed wherever they occur in the name.
     """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
@@ -139,11 +139,12 @@ def named_outer_modules(
 
 
 def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
-    """Return the modules of the base model with their original names.
+    """Return the modules of a model with their original names.
 
-    The original names are those in the model without adapters. LoRA layers and wrappers are listed
-    in place of the modules that they replaced, under the names of these modules. In addition to
-    the modules that `named_outer_modules` returns, the modules inside wrapped modules are included.
+    The original names are those in the base model without adapters. LoRA layers and wrappers are
+    listed in place of the modules that they replaced, under the names of these modules. In addition
+    to the modules that `named_outer_modules` returns, the modules inside wrapped modules are
+    included.
 
     Returns:
         A list of tuples ``(name, module, wrapped)``. ``wrapped`` is True if the module is a wrapper

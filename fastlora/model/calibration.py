@@ -125,15 +125,15 @@ def preprocess_corda(
     dataloader: Iterable[Any] | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Prepare a model for ``init_lora_weights="corda"``.
+    """Prepare a model for CorDA initialization.
 
-    Call this function before `get_peft_model`.
+    Call this function before `get_peft_model` with ``init_lora_weights="corda"``.
 
     For each target layer, this function accumulates the covariance ``[K, K]`` of the layer's inputs
     over any number of batches. The sums are in fp32, or in the inputs' dtype if ``corda_config``
-    sets ``use_float16_for_covariance``. The function then stores R directions on the layer. About
-    256 sequences of 2,048 tokens are enough for K = 4096. With too little data, the covariances are
-    rank-deficient.
+    sets ``use_float16_for_covariance``. The function then uses the covariance to decompose the
+    layer's weight, and stores the R selected directions on the layer. About 256 sequences of 2,048
+    tokens are enough for K = 4096. With too little data, the covariances are rank-deficient.
 
     The method is that of https://arxiv.org/abs/2406.05223, as implemented in PEFT 0.21.2.
 

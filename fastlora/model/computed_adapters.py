@@ -44,9 +44,9 @@ class LayerAdapterParameters(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank of the adapter's factors for this layer.
+        """The rank of the computed adapter on this layer.
 
-        The adapter's factors for other layers may have different ranks.
+        The adapter may have different ranks on other layers.
         """
         return self.lora_a.shape[0] // self.num_matrices
 

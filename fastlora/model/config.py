@@ -276,9 +276,10 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter is plain, that is, trained on the original base weights.
+        """Check that the config describes a plain adapter.
 
-        Some initialization methods change the base weights, and the adapter is then trained on the
+        A plain adapter is an adapter that was trained on the original base weights. Some
+        initialization methods change the base weights, and the adapter is then trained on the
         changed weights. If the change must be repeated when the adapter is loaded, an error is
         raised. For methods with a change that PEFT does not reproduce either, only a warning is
         emitted. Other features, such as DoRA, are not checked.
@@ -375,7 +376,14 @@ class LoraConfig(PeftConfigMethods):
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
-        """Return ``lora_alpha`` for the module or target parameter called ``name``."""
+        """Return the LoRA alpha for a module.
+
+        The first pattern in ``alpha_pattern`` that matches the name determines the alpha. If no
+        pattern matches, the alpha is ``lora_alpha``.
+
+        Args:
+            name: The name of a module or target parameter.
+        """
         patterns = self.alpha_pattern
         name = self._name_for_rank_and_alpha_patterns(name) if patterns else name
         key = first_suffix_match("alpha_pattern", patterns, name) if patterns else None
@@ -437,15 +445,16 @@ class LoraConfig(PeftConfigMethods):
 
     @classmethod
     def from_dict(cls: type[_T], data: Mapping[str, Any], *, for_loading: bool = False) -> _T:
-        """Create a config from a dict, and check its values.
+        """Create a config from a dict.
 
-        The dict has the fields of an ``adapter_config.json``. Unknown keys, such as those of a
-        newer PEFT version, are dropped with a single warning, as in PEFT.
+        The dict has the fields of an ``adapter_config.json``. The values are checked. Unknown keys,
+        such as those of a newer PEFT version, are dropped with a single warning, as in PEFT.
 
         Args:
             data: A mapping from field names to values.
-            for_loading: Whether the adapter's weights come from a file. Settings that only affect
-                the initialization are then not checked. ``init_lora_weights`` keeps its value.
+            for_loading: Whether the adapter's weights come from a file. The checks are then less
+                strict: settings that only affect the initialization are not checked.
+                ``init_lora_weights`` keeps its value.
 
         Raises:
             ConfigError: See `LoraConfig`.
@@ -462,7 +471,8 @@ class LoraConfig(PeftConfigMethods):
         Args:
             peft_config: PEFT's config object.
             initialized: Whether the adapter is already in a model, and is therefore not initialized
-                again. Settings that only affect the initialization are then not checked.
+                again. Settings that only affect the initialization are then neither required nor
+                checked.
 
         Raises:
             ConfigError: If the object is not a config for LoRA, or has a value that `LoraConfig`
@@ -574,8 +584,8 @@ class LoraConfig(PeftConfigMethods):
 
         Args:
             folder: The adapter folder.
-            for_loading: Whether the adapter's weights come from a file. Settings that only affect
-                the initialization are then not checked. See `from_dict`.
+            for_loading: Whether the adapter's weights are loaded from the folder as well. Settings
+                that only affect the initialization are then not checked. See `from_dict`.
 
         Raises:
             CheckpointError: If the config file is missing or is not a JSON object.

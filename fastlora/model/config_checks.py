@@ -30,9 +30,9 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Enum of adapter types, compatible with PEFT's ``PeftType``.
+    """Enum of adapter types that stands in for PEFT's ``PeftType``.
 
-    The only type that fastlora supports is LoRA.
+    The enum has a single member, because LoRA is the only type that fastlora supports.
     """
 
     LORA = "LORA"

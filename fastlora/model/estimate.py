@@ -28,9 +28,9 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of an adapter's size, its base model's size, and the memory needed for training.
+    """An estimate of parameter counts and of the memory needed for training.
 
-    The memory for activations is not included.
+    The estimate covers an adapter and its base model. The memory for activations is not included.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -61,12 +61,15 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters as a fraction of the base model's parameter count."""
+        """The share of trainable parameters.
+
+        The share is the number of trainable parameters divided by the base model's parameter count.
+        """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The memory that the trainable parameters need during training, in bytes.
+        """The estimated memory that the trainable parameters need during training, in bytes.
 
         The value is the total size of the trainable parameters, their gradients, and the optimizer
         state. The base model, activations, and `workspace_bytes` are not included.
@@ -157,7 +160,9 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 
 
 class _ParameterBytes(NamedTuple):
-    """The size of a parameter in bytes, as stored and after dequantization.
+    """The byte counts of one parameter, for a memory estimate.
+
+    The counts cover the parameter as it is stored and after dequantization.
 
     Attributes:
         values: The size of the stored values, quantized or not.

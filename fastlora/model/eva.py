@@ -41,7 +41,7 @@ _MOST_RHO = 1000
 def prepare_model_inputs_fn_language_modeling(
     model_input: Any, peft_config: Any
 ) -> torch.Tensor | None:
-    """Return the indices of the tokens that EVA uses in a batch of a language model's inputs.
+    """Select the tokens that EVA uses in a batch of a language model's inputs.
 
     A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
@@ -170,10 +170,11 @@ def get_eva_state_dict(
 def _eva_layers(
     model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
-    """Return a dict of the layers to initialize with EVA, keyed by name.
+    """Return the layers to initialize with EVA.
 
-    These are the linear layers that have the adapter. If the model has no adapters, these are the
-    linear layers that the config targets.
+    The result is a dict of layers, keyed by name. The linear layers that have the adapter are
+    returned. If the model has no adapters, the linear layers that the config targets are returned,
+    or all linear layers if ``target_modules`` is None.
     """
     if tuner is not None:
         found = lora_layers(tuner.model).items()
@@ -318,7 +319,7 @@ def _apply_eva_state_dict(
             )
     settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
     ranks, alphas, missing = {}, {}, []
-    parameters = _parameters_of_layers(layers, config)
+    parameters = _target_parameters_by_layer(layers, config)
     for name, layer in layers.items():
         new_settings = adapter_settings_for(name, config)
         rank, alpha = new_settings.r, new_settings.lora_alpha
@@ -353,10 +354,11 @@ def _apply_eva_state_dict(
         )
 
 
-def _parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
-    """Return a dict that maps layer names to the full names of their target parameters.
+def _target_parameters_by_layer(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
+    """Return the target parameter of each layer that has one.
 
-    Layers that ``target_modules`` selects are left out.
+    The result is a dict that maps layer names to the full names of the parameters. Layers that
+    ``target_modules`` selects are left out.
     """
     names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
     return {name: weight for name, weight in names.items() if weight != name}
@@ -365,13 +367,15 @@ def _parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> dict[str
 def _store_adapted_layers_as_targets(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, parameters: Mapping[str, str]
 ) -> None:
-    """Update an adapter's config to select exactly the layers that have the adapter.
+    """Store the layers that have an adapter as the targets in the adapter's config.
+
+    The config then selects exactly these layers.
 
     Args:
         tuner: The tuner of the model.
         adapter_name: The name of the adapter.
         config: The adapter's config.
-        parameters: The result of `_parameters_of_layers` for the layers that had the adapter.
+        parameters: The result of `_target_parameters_by_layer` for the layers that had the adapter.
     """
     left = adapted_layers(tuner.model, adapter_name)
     config.target_modules = {name for name in left if name not in parameters}

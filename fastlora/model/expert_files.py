@@ -48,11 +48,11 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 def may_need_expert_conversion(model: nn.Module, layers_in_file: Iterable[str]) -> bool:
-    """Return whether an adapter file may need to be converted for the model's experts.
+    """Return whether the layers in an adapter file may need conversion for the model's experts.
 
-    The function `convert_expert_factors` converts the file. The file may need to be converted if at
-    least one layer in the file is not a module of the model, and `former_to_parameter_names` has
-    former names for the model's type.
+    The function `convert_expert_factors` converts the file. A conversion may be needed if at least
+    one layer in the file is not a module of the model, and `former_to_parameter_names` has former
+    names for the model's type.
 
     Args:
         model: The base model, with or without adapters.
@@ -144,7 +144,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return an adapter's config in a form that PEFT can use.
+    """Return an adapter's config in a form that PEFT can use to load the adapter.
 
     If the base model has stacked experts with former names, the result is a modified config that
     keeps PEFT from adapting experts that fastlora does not adapt. Whenever PEFT reads a config, it
@@ -192,9 +192,10 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
 def join_expert_factors(
     parts: Sequence[Sequence[Sequence[torch.Tensor]]], scales: Sequence[Sequence[float]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the factors of E experts' linear layers into the factors of a stacked parameter.
+    """Join the factors of individual experts into the factors of a stacked parameter.
 
-    The rank R of the result is the sum of the ranks of the layers that the parameter fuses.
+    The factors to join are those of the linear layers of E experts. The rank R of the result is the
+    sum of the ranks of the layers that the parameter fuses.
 
     Args:
         parts: For each of these layers and each expert, the factors A ``[r, K]`` and B ``[N, r]``.
@@ -236,9 +237,10 @@ def _with_renamed_expert_blocks(
 
 
 class InferredFactorSettings(NamedTuple):
-    """The settings of an adapter's factors on one module, inferred from the adapter's file.
+    """The settings of an adapter's factors, inferred from the adapter's file.
 
-    If the module has several adapted parameters, the object describes the factors of one of them.
+    The object describes the factors on one module, with or without experts. If the module has
+    several adapted parameters, the object describes the factors of one of them.
 
     Attributes:
         rank: The rank.
@@ -312,7 +314,7 @@ def _layers_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return the names of the layers in a file that belong to a stacked parameter.
+    """Find the layers in a file that belong to a stacked parameter, grouped by former name.
 
     The result contains one list for each former name of the parameter (such as ``gate_proj``), in
     the order of `former_names_of_parameter`. Each list contains one layer name per expert.

@@ -24,7 +24,7 @@ from fastlora.layers.adapted_parameters import file_prefixes_by_parameter
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
-    factor_parameters_by_name,
+    named_factor_parameters,
     pad_factors_to_rank,
     replace_factors,
     set_scaling_and_alpha,
@@ -56,7 +56,10 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """Raised if a hot swap fails because the new weights do not match the loaded adapter."""
+    """Raised if an adapter cannot be hot-swapped.
+
+    The reason is that the new weights do not match the loaded adapter.
+    """
 
 
 def prepare_model_for_compiled_hotswap(
@@ -153,9 +156,9 @@ def hotswap_adapter(
     """Replace the weights of a loaded adapter in place with those of a saved adapter.
 
     The saved adapter is a PEFT adapter folder. On layers that the new adapter does not adapt, the
-    update becomes zero. If the new adapter has a larger rank than the loaded adapter, new tensors
-    are allocated and compiled models are recompiled. Calling `prepare_model_for_compiled_hotswap`
-    first avoids this.
+    update becomes zero. Usually, compiled models are not recompiled. However, if the new adapter
+    has a larger rank than the loaded adapter, new tensors are allocated and compiled models are
+    recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this.
 
     Args:
         model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
@@ -339,10 +342,10 @@ def _file_key_prefixes_by_adapted_parameter(model: nn.Module, adapter_name: str)
 def _file_key_prefixes_by_parameter(
     parameters_by_module: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
-    """Return a dict that maps the full name of each parameter to its key prefix in adapter files.
+    """Map each parameter to its key prefix in adapter files.
 
-    ``parameters_by_module`` maps the names of modules to the names of the parameters that an
-    adapter adapts in these modules.
+    The keys of the result are the full names of the parameters. ``parameters_by_module`` maps the
+    names of modules to the names of the parameters that an adapter adapts in these modules.
     """
     return {
         f"{module}.{name}": f"{module}.{prefix}"
@@ -398,7 +401,7 @@ def _write_layer_tensors(
     for part, factor in held.items():
         if part == "lora_magnitude_vector" and not new:
             continue
-        for name, tensor in factor_parameters_by_name(factor).items():
+        for name, tensor in named_factor_parameters(factor).items():
             source = new.get(f"{part}.{name}", new.get(part))
             if source is None:
                 tensor.zero_()

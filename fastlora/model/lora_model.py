@@ -201,9 +201,10 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
-        """Load a saved adapter from a local folder into a model, and return a `LoraModel`.
+        """Load a saved adapter into a model, and return a `LoraModel`.
 
-        The folder is a PEFT adapter folder. Nothing is downloaded from the Hugging Face Hub.
+        The adapter is loaded from a local folder in PEFT's format. Nothing is downloaded from the
+        Hugging Face Hub.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -275,11 +276,11 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load a saved adapter from a local folder into the model.
+        """Load a saved adapter into the model.
 
-        The folder is a PEFT adapter folder. If no adapter with the given name is loaded, a new
-        inactive adapter is added. Otherwise, the loaded adapter is overwritten in place, and a
-        scaling that was set with `set_scale` remains in effect.
+        The adapter is loaded from a local folder in PEFT's format. If no adapter with the given
+        name is loaded, a new inactive adapter is added. Otherwise, the loaded adapter is
+        overwritten in place, and a scaling that was set with `set_scale` remains in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,

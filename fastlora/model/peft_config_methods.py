@@ -20,7 +20,9 @@ _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """A base class of `LoraConfig` that provides methods of PEFT's config classes.
+    """A mixin class that provides PEFT-compatible methods of `LoraConfig`.
+
+    PEFT's config classes have the same methods.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
@@ -78,7 +80,7 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config for a PEFT type from the given fields.
+        """Create a config from the fields of a PEFT config.
 
         As in PEFT, the field ``peft_type`` determines the class of the config. The only PEFT type
         that fastlora supports is ``"LORA"``, so the result is always an instance of this class.
@@ -90,15 +92,16 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the given fields, which are checked when a config is created.
+        """Hook for checking the keyword arguments of a config.
 
-        The method itself does not check the fields. In PEFT, subclasses can override the method to
-        add checks.
+        As in PEFT, subclasses can override the hook to add checks. The hook returns the arguments.
+        By default, the arguments are returned unchecked. Their values are checked when a config is
+        created.
         """
         return fields
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the config to the Hugging Face Hub.
+        """Upload the config to a repository on the Hugging Face Hub.
 
         The file is ``adapter_config.json``. See `fastlora.model.hub.push_to_hub` for the options
         and the result.

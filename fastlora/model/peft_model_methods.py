@@ -91,7 +91,7 @@ class PeftModelMethods:
         write_or_update_model_card(Path(output_dir), config.get("_name_or_path"), tags, pipeline)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the adapters to the Hugging Face Hub.
+        """Upload the model's adapters to a repository on the Hugging Face Hub.
 
         The files are those that `save_pretrained` writes. See `fastlora.model.hub.push_to_hub`.
         """

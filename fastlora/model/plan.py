@@ -288,18 +288,18 @@ def plan_target_modules(
 
 
 def _check_target_modules(
-    model: nn.Module, config: LoraConfig, module_names: Sequence[str], from_file: bool
+    model: nn.Module, config: LoraConfig, target_names: Sequence[str], from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check that the modules with the given names can be adapted, and return them as targets.
+    """Check that a config's target modules can be adapted, and return them by name.
 
-    The result is a dict that maps each name to a `TargetModule`.
+    The result is a dict that maps each name in ``target_names`` to a `TargetModule`.
 
     Raises:
         UnsupportedLayerError: See `plan_target_modules`.
     """
     found = {}
     common, custom = _settings_without_patterns(config, from_file), config.custom_modules
-    for name in module_names:
+    for name in target_names:
         base = base_module_of(model.get_submodule(name))
         with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
             target = TargetModule(

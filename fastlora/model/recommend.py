@@ -49,9 +49,10 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A set of recommended hyperparameters for training an adapter on a base model.
+    """The recommended settings for training an adapter on a base model.
 
-    The rank, alpha, and the learning rate each have a starting value and a range to search.
+    The settings include the hyperparameters, and the modules and parameters to adapt. The rank,
+    alpha, and learning rate each have a starting value and a range to search.
 
     Attributes:
         num_params: The number of parameters of the base model.

@@ -44,7 +44,7 @@ _CONVERTED = "fastlora-converted"
 
 @dataclass(frozen=True)
 class RankReduction:
-    """The result of a rank reduction by `reduce_rank`.
+    """The result of reducing an adapter's rank with `reduce_rank`.
 
     Args:
         adapter_name: The name of the new adapter.
@@ -60,9 +60,9 @@ class RankReduction:
 
     @property
     def largest_error(self) -> float:
-        """The largest error on any layer.
+        """The largest error among the layers.
 
-        Errors are relative.
+        The error is relative, as in ``errors``.
         """
         return max(self.errors.values())
 
@@ -168,7 +168,7 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Convert an adapter to a LoRA adapter of a given rank, and save it.
+    """Convert an adapter to a LoRA adapter of a given rank, and save it in a folder.
 
     The adapter is converted in the same way as by `convert_to_lora`. See that function for the
     adapters that can be converted. The converted adapter is saved in PEFT's format.

@@ -109,11 +109,12 @@ def temporary_replication(replication: RevertibleLayerReplication | None) -> Ite
 def prepare_layer_replication(
     model: nn.Module, ranges: Ranges | None
 ) -> RevertibleLayerReplication | None:
-    """Prepare the layer replication that an adapter's config requires.
+    """Prepare to replicate the layers of a model according to the given ranges.
 
-    The model is not changed before `RevertibleLayerReplication.apply` is called. The result is None
-    if the config requires no replication, or if the model's layers are already replicated with the
-    same ranges.
+    An adapter's config specifies the ranges. The model is not changed before
+    `RevertibleLayerReplication.apply` is called, and the replication can be undone. The result is
+    None if the config requires no replication, or if the model's layers are already replicated with
+    the same ranges.
 
     Args:
         model: The base model.

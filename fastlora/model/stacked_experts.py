@@ -79,9 +79,9 @@ class BaseModelParameter(NamedTuple):
 
     @property
     def leaf(self) -> str:
-        """The parameter's name within its module.
+        """The last component of the parameter's name.
 
-        This name is the last component of ``name``.
+        This component is the parameter's name within its module.
         """
         return self.name.rpartition(".")[2]
 
@@ -157,10 +157,11 @@ def is_quantized(parameter: BaseModelParameter) -> bool:
 
 
 def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
-    """Return a dict that maps the former names of experts and routers to parameter names.
+    """Return a dict that maps the former names of layers to parameter names.
 
-    The former names are those that the linear layers of experts and routers of the model type had
-    in transformers 4. The dict is empty for a model type without former names.
+    The former names are those that the linear layers of the model type's experts and routers had in
+    transformers 4. In transformers 5, parameters replaced these layers, except for routers that are
+    still linear layers. The dict is empty for a model type without former names.
     """
     return FORMER_NAMES.get(model_type, {}) if isinstance(model_type, str) else {}
 
@@ -168,11 +169,11 @@ def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
 def former_names_of_parameter(
     former: Mapping[str, str], parameter: BaseModelParameter
 ) -> list[str]:
-    """Return the names of the linear layers that a parameter replaced in transformers 5.
+    """Return the former names of a parameter.
 
-    The layers' names in transformers 4, for example ``["gate_proj", "up_proj"]``, are called the
-    former names of the parameter. The list is empty if the parameter has no former names. A router
-    that is still a linear layer has none.
+    The former names, for example ``["gate_proj", "up_proj"]``, are those of the linear layers in
+    transformers 4 that the parameter replaced in transformers 5. The list is empty if the parameter
+    has no former names. A router that is still a linear layer has none.
 
     Args:
         former: The result of `former_to_parameter_names`.

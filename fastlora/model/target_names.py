@@ -81,18 +81,19 @@ def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> se
 
 
 def matches_names(name: str, entries: Collection[str]) -> bool:
-    """Return whether the last components of a name match at least one of the entries.
+    """Return whether a name matches at least one of the entries.
 
-    The last components may make up the whole name. For example, the entry ``"b.c"`` matches
-    ``"b.c"`` and ``"a.b.c"``, but not ``"a.bb.c"``.
+    An entry matches if it is the whole name or the last components of the name. For example, the
+    entry ``"b.c"`` matches ``"b.c"`` and ``"a.b.c"``, but not ``"a.bb.c"``.
     """
     return any(map(entries.__contains__, dotted_suffixes(name)))
 
 
 def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
-    """Return whether a config excludes a module or parameter from the targets.
+    """Return whether a config excludes a name from the targets.
 
-    It is excluded if its name matches ``exclude_modules`` or one of the modules to save.
+    The name of a module or parameter is excluded if it matches ``exclude_modules`` or one of the
+    modules to save.
 
     Args:
         name: The name of a module or parameter.
@@ -175,7 +176,7 @@ def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules
 def format_config_value(value: Collection[Any] | str | int | None) -> str:
     """Format the value of a config field for a message.
 
-    A long list is truncated.
+    A collection is sorted, and a long collection is truncated.
     """
     if value is None or isinstance(value, (str, int)):
         return repr(value)

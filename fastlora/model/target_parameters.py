@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectedParameters:
-    """The parameters of a model that a config selects as targets.
+    """The target parameters that a config selects in a model.
 
     The object also contains the names of parameters that the config selects but also excludes.
 

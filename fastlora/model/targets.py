@@ -101,11 +101,11 @@ def select_targets(
     modules: BaseModules | None = None,
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedTargets:
-    """Find the targets that a config selects.
+    """Find the modules and parameters of a model that a LoRA config targets.
 
-    Targets are modules and parameters. The modules may include LoRA layers that already have other
-    adapters, but no modules inside a LoRA layer. ``"all-linear"`` leaves out every module that
-    adapters own copies of (``modules_to_save``), and all modules inside it.
+    The modules may include LoRA layers that already have other adapters, but no modules inside a
+    LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
+    (``modules_to_save``), and all modules inside it.
 
     A warning is emitted in each of these cases: some entries match no module while others do;
     ``"all-linear"`` leaves out a linear layer other than the output head because adapters own
@@ -117,9 +117,10 @@ def select_targets(
         config: The adapter's config.
         targets: The result of `resolve_target_modules`, or None to compute it.
         modules: The result of `named_base_modules`, or None to compute it.
-        layers_in_file: See `select_parameters`. A linear layer with a name that PEFT converts to
-            experts is also a target if the file has factors for it, because PEFT removes these
-            names from the config.
+        layers_in_file: The names of the layers with LoRA factors in the adapter's file, or None if
+            the adapter is new. A file decides about some of the targets: see `select_parameters`.
+            A linear layer with a name that PEFT converts to experts is also a target if the file
+            has factors for it, because PEFT removes these names from the config.
 
     Raises:
         TargetNotFoundError: If no module or parameter matches, or if an entry of
@@ -514,7 +515,7 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Return message text that explains why a module cannot be selected.
+    """Return message text that explains why an auxiliary module cannot be a target.
 
     The text follows the module's name in the message. The reason is that the module called ``name``
     is, or is inside, a module that adapters own copies of or train rows of.
@@ -574,7 +575,7 @@ def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) 
 
 
 def _format_unmatched_config_values(
-    unmatched_targets: list[str], found: list[str], any_excluded: bool, config: LoraConfig
+    unmatched_targets: list[str], target_names: list[str], any_excluded: bool, config: LoraConfig
 ) -> list[str]:
     """Format the config values that match no module, for a message.
 
@@ -583,7 +584,7 @@ def _format_unmatched_config_values(
 
     Args:
         unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
-        found: The names of the targets.
+        target_names: The names of the targets.
         any_excluded: Whether at least one module is excluded.
         config: The adapter's config.
     """
@@ -595,6 +596,6 @@ def _format_unmatched_config_values(
     if config.exclude_modules and not any_excluded:
         unused.append(f"exclude_modules={format_config_value(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
-        lost = patterns_matching_no_suffix(field, getattr(config, field), found)
+        lost = patterns_matching_no_suffix(field, getattr(config, field), target_names)
         unused += [f"{field} keys {format_config_value(lost)}"] if lost else []
     return unused

@@ -61,7 +61,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The size of the tensor in bytes."""
+        """The size of the tensor's data in the file, in bytes."""
         return self.stop - self.start
 
 
@@ -113,7 +113,10 @@ class SafetensorsFile:
 
     @cached_property
     def tensor_infos(self) -> dict[str, TensorInfo]:
-        """A dict that maps each tensor name to the tensor's dtype, shape, and position.
+        """A dict that maps the name of each tensor in the file to information about the tensor.
+
+        Each `TensorInfo` contains the dtype, shape, and position of a tensor, as stated in the
+        header of the file.
 
         Raises:
             CheckpointError: If the header is not a JSON object, or if the tensors that it describes

@@ -63,7 +63,7 @@ def config_ties_embeddings(model: nn.Module) -> bool:
     return bool(_config_field(model, "tie_word_embeddings"))
 
 
-def names_tied_to_embedding(model: nn.Module) -> list[str]:
+def modules_tied_to_embedding(model: nn.Module) -> list[str]:
     """Return the names of the modules that are tied to the input embedding.
 
     These modules share the embedding's weight. The list is sorted. As in PEFT, only modules listed
@@ -119,7 +119,7 @@ def update_config_for_tied_embedding(
         targeted = any(name.rpartition(".")[2] in known for name in targets or ())
     if not config.ensure_weight_tying and not copied and not targeted:
         return ModulesAdaptedWithEmbedding()
-    tied = names_tied_to_embedding(model)
+    tied = modules_tied_to_embedding(model)
     if not config.ensure_weight_tying:
         if tied:
             _warn(

@@ -23,7 +23,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.tied_weights import (
     config_ties_embeddings,
     input_embedding_name,
-    names_tied_to_embedding,
+    modules_tied_to_embedding,
 )
 from fastlora.user_warnings import warn
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError, near_names
@@ -31,7 +31,7 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class TrainableRows:
-    """The rows of an embedding or linear layer that an adapter trains.
+    """The indices of the rows that an adapter trains in an embedding or linear layer.
 
     The rows are those of the layer's weight. Each row belongs to a token.
 
@@ -73,7 +73,7 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
     if not isinstance(wanted, dict):
         wanted = {embedding or "embed_tokens": wanted}
     ties = config_ties_embeddings(model)
-    tied = names_tied_to_embedding(model) if ties and embedding else []
+    tied = modules_tied_to_embedding(model) if ties and embedding else []
     found = _matches(model, wanted)
     if not ties and config.ensure_weight_tying:
         warn(
@@ -165,7 +165,7 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     return found
 
 
-def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableRows) -> None:
+def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRows) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:
@@ -174,17 +174,18 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableRows) -> N
         ConfigError: If the index of a row is out of range.
         AdapterStateError: If the module's weight is sharded.
     """
-    module: Any = model.get_submodule(name)
+    module: Any = model.get_submodule(module_name)
     if isinstance(module, LoraLayer) or is_modules_to_save_wrapper(module):
         how = "LoRA factors" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
         raise UnsupportedLayerError(
-            f"trainable_token_indices selects rows of {name!r} for training, but another adapter "
-            f"already adapts this module with {how}"
+            f"trainable_token_indices selects rows of {module_name!r} for training, but another "
+            f"adapter already adapts this module with {how}"
         )
     check_tokens_trainable(unwrap_auxiliary_wrapper(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
             f"trainable_token_indices: in adapters {module.adapter_names}, the trainable rows of "
-            f"{name!r} are {'tied' if module.is_tied else 'not tied'} to the trainable rows of the "
-            "input embedding; either all adapters of a model must tie these rows, or none of them"
+            f"{module_name!r} are {'tied' if module.is_tied else 'not tied'} to the trainable "
+            "rows of the input embedding; either all adapters of a model must tie these rows, or "
+            "none of them"
         )

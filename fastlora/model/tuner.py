@@ -177,7 +177,7 @@ class LoraTuner(nn.Module):
             self._weight_layout_set = True
 
     def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Check for conflicts between the initialization of a new adapter and other adapters.
+        """Raise an error or warn if a new adapter's initialization conflicts with other adapters.
 
         Some initialization methods change the base weights, which all adapters share. A warning is
         emitted if such a method is used in a model with several adapters. A warning is also emitted
@@ -460,10 +460,10 @@ class LoraTuner(nn.Module):
         return list(found.values())
 
     def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return a list of the parameters that can be trained for the given adapters.
+        """Return the trainable parameters of the given adapters.
 
-        These are the adapters' own parameters and, for active adapters, the biases of the base
-        model that their configs select.
+        The result contains the adapters' own parameters and, for active adapters, the biases of the
+        base model that their configs select. Parameters that are currently frozen are included.
         """
         owned = [
             parameter

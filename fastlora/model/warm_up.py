@@ -84,16 +84,16 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Warm up a model's inference kernels, so that requests do not wait for compilation.
+    """Warm up a model by compiling its inference kernels in advance.
 
-    The kernels are compiled in advance into Triton's cache folder, in separate processes. Programs
-    that start later reuse the compiled kernels. Which kernels the model launches is recorded from
-    calls of its own layers, for few rows (decode) and for many (prefill). During these calls, no
-    kernel runs.
+    After the warm-up, requests do not wait for compilation. The kernels are compiled into Triton's
+    cache folder, in separate processes. Programs that start later reuse the compiled kernels. Which
+    kernels the model launches is recorded from calls of its own layers, for few rows (decode) and
+    for many (prefill). During these calls, no kernel runs.
 
     If a kernel cannot be compiled, or the process that compiles it dies, a warning names the
-    kernel. It is then compiled by the first request that needs it. If no Triton kernels run on the
-    model's device, nothing is done, and one line is logged.
+    kernel. The kernel is then compiled by the first request that needs it. If no Triton kernels run
+    on the model's device, nothing is done, and one line is logged.
 
     No other thread may use Triton at the same time. The warm-up does not cover training, the
     batch-invariant mode, autocast, graphs of `torch.compile`, and the scales of DoRA adapters in a
@@ -238,7 +238,7 @@ class _SharedInputLayers(NamedTuple):
 
     @property
     def in_and_out_features(self) -> tuple[tuple[int, int], ...]:
-        """The numbers of input and output features of each layer."""
+        """The ``in_features`` and ``out_features`` of each layer."""
         return tuple((layer.in_features, layer.out_features) for layer in self.layers)
 
 

@@ -148,7 +148,7 @@ def _check_same_target_modules_type(configs: Mapping[str, LoraConfig]) -> None:
     """Check that the ``target_modules`` of all configs have the same type.
 
     Raises:
-        ConfigError: If some are patterns and others are lists.
+        ConfigError: If some are strings (patterns) and others are collections of strings.
     """
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
@@ -182,12 +182,14 @@ def _combine_on_layer(
     scalings = [float(layer.scaling[adapter]) for adapter in adapters]
     scales = [w * s for w, s in zip(weights, scalings, strict=True)]
     kind = options.combination_type
-    bias = _combine_biases([layer._factors(adapter)[2] for adapter in adapters], scales, options)
+    bias = _combine_lora_biases(
+        [layer._factors(adapter)[2] for adapter in adapters], scales, options
+    )
     if require_product:
         rank = max(ranks.values()) if options.svd_rank is None else options.svd_rank
         by_matrix = zip(*(split_factors_by_matrix(layer, pair) for pair in pairs), strict=True)
         if kind == "cat":
-            made = [_concatenate(own, scales) for own in by_matrix]
+            made = [_concatenate_factor_pairs(own, scales) for own in by_matrix]
         else:
             made = [_combine_by_svd(own, scalings, weights, options, rank) for own in by_matrix]
         return LayerAdapterParameters(
@@ -210,12 +212,13 @@ def _combine_on_layer(
     )
 
 
-def _concatenate(
+def _concatenate_factor_pairs(
     pairs: Sequence[low_rank.FactorPair], scales: Sequence[float]
 ) -> low_rank.FactorPair:
-    """Concatenate pairs of factors along the rank dimension, and return the resulting pair.
+    """Concatenate pairs of factors along the rank dimension.
 
-    The product of the result is the sum of ``scale * lora_b @ lora_a`` over all pairs.
+    The result is one pair, and each lora_a in it is multiplied by its scale. The product of the
+    result is the sum of ``scale * lora_b @ lora_a`` over all pairs.
     """
     lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
     return lora_a, torch.cat([b for _, b in pairs], 1)
@@ -248,11 +251,11 @@ def _combine_by_svd(
         found = low_rank.compute_svd(_combine(updates, weights, options), options.svd_driver)
     lora_a, lora_b = found.vh[:rank], (found.u * found.s)[:, :rank]
     if options.svd_clamp is not None:
-        lora_a, lora_b = low_rank.clamp_to_quantile(lora_a, lora_b, options.svd_clamp)
+        lora_a, lora_b = low_rank.clamp_factors_to_quantile(lora_a, lora_b, options.svd_clamp)
     return low_rank.pad_factor(lora_a, rank, 0), low_rank.pad_factor(lora_b, rank, 1)
 
 
-def _combine_biases(
+def _combine_lora_biases(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor | None:
     """Combine the ``lora_b`` biases of adapters.

@@ -23,12 +23,12 @@ _Gradient = torch.Tensor | None
 
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a random dropout seed for the given implementation.
+    """Draw a random dropout seed.
 
-    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. For kernels, the
-    tensor is on x's device, so that the host does not wait for the seed. For the PyTorch
-    implementation, the tensor is on the CPU. Activation checkpointing restores the default
-    generator, so a recomputed forward pass draws the same seed.
+    The seed is an int64 tensor ``[1]``, drawn from torch's default generator. If ``impl`` is
+    ``"triton"``, the tensor is on x's device, so that the host does not wait for the seed.
+    Otherwise, the tensor is on the CPU. Activation checkpointing restores the default generator, so
+    a recomputed forward pass draws the same seed.
 
     Raises:
         TypeError: Dropout does not support x's dtype. In this case, no seed is drawn.
@@ -123,7 +123,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Compute the gradients of a layer with adapters.
+        """Compute the gradients in the backward pass of a layer with adapters.
 
         The result is a `Gradients` tuple with the gradients of the layer's inputs: x, the base
         bias, s, and the factors of the adapters.
@@ -134,9 +134,9 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA update of each row to y in place, for a stack of weights.
+        """Add the LoRA updates of a layer with a stack of weights to y in place.
 
-        Returns s, the shrink output, as in `forward`.
+        The result is s, the shrink output, as in `forward`.
 
         Args:
             y: The base product, ``[P, N]``, in x's dtype.

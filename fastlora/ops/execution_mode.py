@@ -221,9 +221,9 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """The mode in which a forward pass runs, such as compiled, traced, or batch-invariant.
+    """The conditions under which a forward pass runs, and the backend that executes it.
 
-    The mode includes the backend that executes the forward pass.
+    The mode states whether compilation, tracing, autocast, and batch invariance are active.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
@@ -330,6 +330,9 @@ def is_batch_invariant() -> bool:
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Context manager that turns batch-invariant mode on or off.
+
+    In batch-invariant mode, the result of a LoRA layer for a row does not depend on the other rows
+    of the batch.
 
     Only this thread is affected. ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode
     on for all threads. A forward pass that activation checkpointing repeats during the backward

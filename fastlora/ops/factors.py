@@ -23,7 +23,7 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The LoRA factors of one adapter on one linear layer.
+    """The LoRA factors of an adapter for a linear layer.
 
     The adapter's scaling, dropout, and magnitude are included.
 
@@ -62,7 +62,7 @@ class Base(NamedTuple):
     y: torch.Tensor | None = None
     inplace: bool = False
 
-    def output_without_adapters(self, x: torch.Tensor) -> torch.Tensor:
+    def base_layer_output(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the base layer for the input x, without adapters.
 
         The shape is ``[..., N]``. If the output y is given instead of a weight, the result is y.
@@ -90,7 +90,7 @@ Slots = list[Factors | None]
 
 
 class AdapterOperands(NamedTuple):
-    """The operands that describe a linear layer's adapters: factors, scalings, and dropout.
+    """The operands that describe a linear layer's adapters, such as factors and scalings.
 
     Backends and operators receive adapters in this form.
 
@@ -143,7 +143,7 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors to pass to an operator.
+        """Return the address tables as a list of tensors to pass to an operator.
 
         The list is the operator's ``tables`` argument.
         """

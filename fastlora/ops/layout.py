@@ -108,9 +108,9 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Split a packed buffer into the lora_a gradients.
+    """Split packed lora_a gradients into one gradient for each factor.
 
-    Each gradient is a view ``[rank, K]`` of the buffer.
+    Each gradient is a view ``[rank, K]`` of the buffer ``packed``.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     offsets, _ = grad_a_buffer_layout(downs)

@@ -203,10 +203,10 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Compute the lora_a gradients of one or more layers with the given operator.
+        """Compute the gradients of lora_a factors by calling the given operator.
 
-        The result is a list of the gradients of all layers. ``ds`` contains the gradient of each
-        layer's s.
+        The result is a list of the lora_a gradients of one or more layers. ``ds`` contains the
+        gradient of each layer's s.
         """
         drop = seeds, list(dropout_p)
         if rows is None:

@@ -163,9 +163,10 @@ class Rows:
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """The sort key of each id, on the CPU.
+        """A CPU tensor with the sort key of each id.
 
-        The keys are an int64 tensor. See `_sort_keys_and_invalid_mask`.
+        Rows are sorted by the keys of their ids. The keys are int64. See
+        `_sort_keys_and_invalid_mask`.
         """
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
@@ -203,9 +204,9 @@ class Rows:
 
     @functools.cached_property
     def slot_index(self) -> torch.Tensor:
-        """The slot of each row.
+        """The index of each row's slot.
 
-        It is an int64 tensor ``[M]``. Rows without an adapter have the value `slots`.
+        The indices are an int64 tensor ``[M]``. Rows without an adapter have the value `slots`.
         """
         of_segment = torch.tensor([*self.used_slots, self.slots], device=self.order.device)
         return of_segment[self.segment_index]
@@ -318,10 +319,11 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Sort the rows of a batch by slot, and return tensors that describe the sorted rows.
+    """Compute the tensors that describe the sorted rows of a batch.
 
-    The result is a tuple of the first five fields of `Rows`, and a tensor with the start positions
-    of the pieces for ``block_m``. If ``block_m`` is 0, the last tensor is empty.
+    The rows are sorted by slot. The result is a tuple of the first five fields of `Rows`, and a
+    tensor with the start positions of the pieces for ``block_m``. If ``block_m`` is 0, the last
+    tensor is empty.
     """
     if slots < 0:
         raise ValueError(f"the number of slots must be non-negative, got {slots}")
@@ -364,11 +366,11 @@ def _(
 
 
 def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (keys, mask) with the sort keys of ``ids`` and a mask of invalid ids.
+    """Return the keys by which rows are sorted, and a mask of invalid ids.
 
-    Rows are sorted by the keys, which are int32. The key of an id is its slot, ``slots`` if the id
-    is out of range, and ``slots + 1`` for rows without an adapter. The mask is a bool tensor that
-    marks the ids that are out of range.
+    The result is a tuple (keys, mask). The keys are int32. The key of an id is its slot, ``slots``
+    if the id is out of range, and ``slots + 1`` for rows without an adapter. The mask is a bool
+    tensor that marks the ids that are out of range.
     """
     bad = (ids < NO_SLOT) | (ids >= slots)
     # int32 sorts twice as fast as int64, and the kernels read int32.

@@ -93,7 +93,7 @@ def define_and_register_fake(
 
 
 class Operators(Protocol):
-    """The operators that backends call, as attributes of one object.
+    """A namespace with the operators that backends call.
 
     This protocol describes the results of `registered_or_direct_operators`: `torch.ops.fastlora`,
     or an object that provides the functions that the operators run.
@@ -276,11 +276,12 @@ def lora_grad_x_fake(
 def lora_grad_a_fake(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return a list of uninitialized tensors for the lora_a gradients of G modules.
+    """Return uninitialized tensors for the lora_a gradients.
 
-    ``ds`` contains one tensor for each module. With active dropout, x is read once for each module.
-    With one slot, the result contains one tensor for each module. With rows, which are in runs of
-    ``run`` rows, the result contains one buffer for `layout.split_grad_a`.
+    The gradients are those of G modules. ``ds`` contains one tensor for each module. With active
+    dropout, x is read once for each module. With one slot, the result contains one tensor for each
+    module. With rows, which are in runs of ``run`` rows, the result contains one buffer for
+    `layout.split_grad_a`.
     """
     downs = replace_missing_with_empty(lora_a, 0)
     if rows:

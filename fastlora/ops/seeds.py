@@ -44,7 +44,7 @@ def draw_seeds(
         seeds = torch.randint(0, 2**SEED_BITS, (len(names),))
     for slot, name in enumerate(names):
         if name in chosen:
-            seeds[slot] = _to_int64(chosen[name])
+            seeds[slot] = _wrap_to_int64(chosen[name])
     return seeds
 
 
@@ -54,7 +54,7 @@ def dropout_seeds_of_layers(adapter_seeds: torch.Tensor, layers: Sequence[int]) 
     For L layers and S adapters, the result is an int64 tensor ``[L, S]``. ``layers`` contains the
     numbers of the layers.
     """
-    steps = [_to_int64((number + 1) * _INCREMENT) for number in layers]
+    steps = [_wrap_to_int64((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=adapter_seeds.device)
     return _mixed_bits(adapter_seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
@@ -64,11 +64,11 @@ def derive_seeds_of_layer(adapter_seeds: torch.Tensor, layer: int) -> torch.Tens
 
     For S adapters, the result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
     """
-    return _mixed_bits(adapter_seeds + _to_int64((layer + 1) * _INCREMENT))
+    return _mixed_bits(adapter_seeds + _wrap_to_int64((layer + 1) * _INCREMENT))
 
 
-def _to_int64(value: int) -> int:
-    """Convert an integer to a signed 64-bit integer.
+def _wrap_to_int64(value: int) -> int:
+    """Wrap an integer around to the range of a signed 64-bit integer.
 
     The result consists of the low 64 bits of ``value``.
     """
@@ -78,7 +78,7 @@ def _to_int64(value: int) -> int:
 
 def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        z = (z ^ _logical_shift_right(z, shift)) * _to_int64(multiplier)
+        z = (z ^ _logical_shift_right(z, shift)) * _wrap_to_int64(multiplier)
     return _logical_shift_right(z ^ _logical_shift_right(z, 31), 64 - SEED_BITS)
 
 

@@ -18,7 +18,7 @@ from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
 class WeightStackAdapterOperands(NamedTuple):
-    """The factors, scalings, and dropout of the adapters on a stack of weights.
+    """The operands that describe the adapters of a stack of weights, such as factors and scalings.
 
     Backends receive the adapters in this form. The stack consists of E weights.
 
@@ -42,11 +42,11 @@ class WeightStackAdapterOperands(NamedTuple):
         return self.lora_a[0].shape[0]
 
     def unstacked(self) -> AdapterOperands:
-        """Return unstacked operands, in which each matrix of the stack has its own adapters.
+        """Return the operands as `AdapterOperands`, without a stack.
 
-        A key stands for one matrix of the stack and one adapter. The result has one adapter for
-        each key, and thus ``E * S`` adapters in the order of the keys. The factors of the result
-        are views of this object's factors.
+        Each matrix of the stack gets its own adapters. A key stands for one matrix of the stack and
+        one adapter. The result has one adapter for each key, and thus ``E * S`` adapters in the
+        order of the keys. The factors of the result are views of this object's factors.
         """
         count = self.num_matrices
         lora_a = [
@@ -64,10 +64,11 @@ class WeightStackAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of the factors in an adapter file, with one row for each rank index.
+    """Return views of lora_a and lora_b with one row for each rank index of each matrix.
 
-    The views have the shapes ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. Their rows are
-    called rank rows.
+    lora_a and lora_b have the shapes in which adapter files store them. The views have the shapes
+    ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. The rows of the views are called rank
+    rows.
 
     The layout is that of PEFT 0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper.get_delta_factors`):
     the matrix index varies slowest in the rows of lora_a, and fastest in the columns of lora_b.
@@ -82,7 +83,7 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return the transpose of lora_b, with one row for each rank index.
+    """Rearrange lora_b so that each matrix has one row for each rank index.
 
     lora_b has the shape ``[N, R * E]``, and the result has the shape ``[E, R, N]``. Each row of the
     result is a column of lora_b, and is contiguous. The result is a copy unless lora_b is stored

@@ -18,12 +18,12 @@ _SCALE = BLOCK_KINDS.index("magnitude")
 
 
 class PoolTables:
-    """The address tables of a pool, from which kernels read the addresses of adapters' factors.
+    """The address tables of a pool, which kernels read to find the adapters' factors.
 
     The tables have one row per module and one column per adapter on the device. ``column_of`` maps
-    each slot to a column. All tensors are written in place. Their addresses therefore do not
-    change, and a captured CUDA graph sees the new contents. The tables are written only in columns
-    that no forward pass reads.
+    each slot to the column of its adapter. All tensors are written in place. Their addresses
+    therefore do not change, and a captured CUDA graph sees the new contents. The tables are written
+    only in columns that no forward pass reads.
 
     Args:
         modules: Number of rows, G.
@@ -101,15 +101,15 @@ class PoolTables:
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
 
-    def write_dora_scale_addresses(self, column: int, addresses: torch.Tensor) -> None:
-        """Write the addresses of an adapter's DoRA scales into its column.
+    def write_dora_scale_addresses(self, column: int, scale_addresses: torch.Tensor) -> None:
+        """Write the addresses of an adapter's DoRA scales into its column of the tables.
 
         Args:
             column: Column of the adapter.
-            addresses: Address of each module's scales, or 0 for a module without scales, an int64
-                CPU tensor of shape ``[G]``.
+            scale_addresses: Address of each module's scales, or 0 for a module without
+                scales, an int64 CPU tensor of shape ``[G]``.
         """
-        self._copy(self.scale_address[:, column], addresses)
+        self._copy(self.scale_address[:, column], scale_addresses)
 
     def columns_of_slots(self, slot_ids: torch.Tensor) -> torch.Tensor:
         """Return the table column of each slot in ``slot_ids``.

@@ -11,7 +11,7 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Clear the caches of all layers in a model.
+    """Clear the caches of a model's layers.
 
     The caches contain values that were computed from the model's weights. If the model has an
     adapter pool, the DoRA scales of the pool's adapters are recomputed.

@@ -39,11 +39,11 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class PoolLoraLayers:
-    """The LoRA layers of a model that use the adapters of a pool.
+    """The LoRA layers that an adapter pool adds to a model.
 
     The LoRA layers replace the target modules of the model. The constructor installs the layers,
-    and `restore_model` removes them. The pool stores the adapters, and the layers use them in each
-    forward pass.
+    and `restore_model` removes them. In each forward pass, the layers use the adapters that are
+    loaded in the pool.
 
     Args:
         model: The base model. It is unchanged if the constructor raises.
@@ -167,7 +167,7 @@ class PoolLoraLayers:
     def _replace(self, name: str, target: TargetModule) -> None:
         module, layer = self._model.get_submodule(name), target.kind.wrap(target.base)
         if isinstance(layer, FastLoraAdaptedParameters):
-            layer.add_parameter_layers([each.name for each in target.settings.parameters])
+            layer.get_or_add_parameter_layers([each.name for each in target.settings.parameters])
         self._model.set_submodule(name, layer)
         self._replaced[name] = module, layer
 
@@ -193,7 +193,7 @@ class PoolLoraLayers:
             parameter.requires_grad_(True)
 
     def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the dtype of the base weights.
+        """Return the device and the dtype of the base weights of the layers.
 
         All base weights must be on one device. The dtype is that of the first base weight.
 

@@ -154,8 +154,9 @@ class LeaseManager:
     def drain(self, wait: float | None) -> None:
         """Wait until all leases have ended.
 
-        New leases are rejected from now on. However, if ``wait`` is None and a lease is held, this
-        method only raises an error.
+        This method raises an error if the leases do not end within ``wait`` seconds. New leases are
+        rejected from now on. However, if ``wait`` is None and a lease is held, this method only
+        raises an error.
 
         Args:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.

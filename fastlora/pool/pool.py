@@ -208,8 +208,8 @@ class AdapterPool:
     def load_registered(self, entry: RegisteredAdapter) -> None:
         """Load the adapter of a `RegisteredAdapter` into the pool.
 
-        The adapter is read from its folder. If the adapter is not registered yet, it is registered.
-        The new adapter replaces any adapter with the same name. See `load` for details.
+        The adapter is read from its folder. The new adapter replaces any adapter with the same
+        name. If no adapter has this name, the adapter is also registered. See `load` for details.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -363,9 +363,10 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Names of all registered adapters.
+        """Names of all adapters in the pool.
 
-        They are in the order of registration, and include adapters that are not loaded.
+        The list contains the names of all registered adapters, including adapters that are not
+        loaded. The names are in the order of registration.
         """
         with self._changed:
             return list(self._tiers.entries)
@@ -390,10 +391,11 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that have been replaced so far, including unloaded adapters.
+        """Number of adapters that the pool has replaced so far.
 
-        Evicted adapters do not count. As long as this number does not change, each name in an open
-        `fastlora.adapters` block still refers to the same adapter.
+        Adapters that were removed by `unload` also count, but evicted adapters do not. As long as
+        this number does not change, each name in an open `fastlora.adapters` block still refers to
+        the same adapter.
         """
         return self._tiers.replaced
 
@@ -412,7 +414,7 @@ class AdapterPool:
             return None if loaded is None else loaded.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Split a batch into smaller batches that each fit in the pool.
+        """Split the adapter names of a batch into smaller batches that each fit in the pool.
 
         All adapters of a smaller batch fit on the device at the same time. Only the number of
         adapters is considered. A lease for one of the batches may still wait or raise an error
@@ -455,7 +457,10 @@ class AdapterPool:
             return len(self._tiers.entries)
 
     def stats(self) -> PoolStats:
-        """Return statistics about the pool's current contents and its operations so far."""
+        """Return the pool's statistics.
+
+        The statistics describe the pool's current contents and its operations so far.
+        """
         with self._changed:
             return self._lease_manager.stats()
 
@@ -511,10 +516,10 @@ class AdapterPool:
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Close the pool and free its memory.
+        """Close the pool.
 
-        All adapters are removed from memory. The pool's layers are removed from the model, and the
-        model's original modules are restored. If ``wait`` is given, new leases and
+        All adapters are removed, which frees their memory. The pool's layers are removed from the
+        model, and the model's original modules are restored. If ``wait`` is given, new leases and
         `fastlora.adapters` blocks raise `PoolClosedError` in every thread from now on, and other
         threads have ``wait`` seconds to end their leases. Prefetch threads finish the adapter that
         they are reading and then stop. Closing a closed pool does nothing.

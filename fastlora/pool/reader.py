@@ -52,7 +52,9 @@ _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
 class TensorTargetAndKind(NamedTuple):
-    """The target and kind that determine the location of a tensor in a packed adapter.
+    """The target and the kind of a tensor in an adapter.
+
+    The target and the kind determine the location of the tensor in a packed adapter.
 
     Attributes:
         row: Index of the target in the pool.
@@ -83,10 +85,10 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads adapters for the pool of one model.
+    """Reads adapters from files or state dicts for a pool.
 
-    The reader reads adapters from folders or state dicts, validates them, and packs them. Any
-    thread may use the reader, because the reader stores no adapters.
+    The reader validates the adapters and packs them for the pool's model. Any thread may use the
+    reader, because the reader stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -253,9 +255,10 @@ class AdapterReader:
         tensors: Tensors,
         source: str,
     ) -> dict[str, TensorTargetAndKind]:
-        """Update the config, and return the location of each tensor in the packed adapter.
+        """Update the config, and find the target and the kind of each tensor.
 
-        The selected parameters are stored in the config; see
+        The target and the kind determine the location of the tensor in the packed adapter. The
+        selected parameters are stored in the config; see
         `SelectedParameters.store_targets_and_patterns_in`.
 
         Returns:

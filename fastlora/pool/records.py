@@ -36,11 +36,11 @@ class DoraScales:
 
 
 class LoadedAdapter:
-    """The pool's record of an adapter that is loaded on the device.
+    """The pool's record of a loaded adapter.
 
-    A hot swap creates a new `LoadedAdapter` with the new factors. The factors never change. Their
-    memory is guaranteed to stay valid only while a lease on the adapter is active. The pool's lock
-    protects the last four attributes.
+    A loaded adapter is on the device. A hot swap creates a new `LoadedAdapter` with the new
+    factors. The factors never change. Their memory is guaranteed to stay valid only while a lease
+    on the adapter is active. The pool's lock protects the last four attributes.
 
     Attributes:
         name: Name of the adapter.
@@ -77,7 +77,7 @@ class LoadedAdapter:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's LoRA factors for a row of the pool's tables.
+        """Return the adapter's LoRA factors at a row of the pool's tables.
 
         Each row of the tables represents one module. The result is None if the adapter has no
         factors for the module.
@@ -104,9 +104,9 @@ class LoadedAdapter:
 class RegisteredAdapter:
     """The pool's record of a registered adapter.
 
-    The record contains the adapter's name and folder. It also states whether the adapter is pinned
-    and whether a thread is reading its files. The adapter may be in any storage tier. An adapter
-    that replaces another adapter gets its own record.
+    The record contains the adapter's name and folder. The record also states whether the adapter is
+    pinned, and whether a thread is reading the adapter's files. The adapter may be in any storage
+    tier. An adapter that replaces another adapter gets its own record.
 
     Attributes:
         name: Name of the adapter.

@@ -84,13 +84,12 @@ def lease_batch_routing(
 
 
 def sample_routing_per_rank(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
-    """Return sample routings of a pool for `warm_up`, one for each rank or range of ranks.
+    """Return a sample routing of a pool for each rank, for use by `warm_up`.
 
-    If ``ranks`` is given, there is one routing for each of these ranks. Otherwise, there is one
-    routing for each range of ranks that share kernel configs. The routing with the largest rank
-    comes first. Each routing has as many slots as a batch of the pool, and all slots are empty. A
-    launch processes the rank rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of
-    two.
+    If ``ranks`` is given, there is one routing for each of these ranks. Otherwise, ranks that share
+    kernel configs share one routing. The routing with the largest rank comes first. Each routing
+    has as many slots as a batch of the pool, and all slots are empty. A launch processes the rank
+    rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules, in blocks of a power of two.
 
     Args:
         pool: The `AdapterPool`.

@@ -222,10 +222,10 @@ class StorageTiers:
         held: Collection[LoadedAdapter],
         replaced_but_leased: LoadedAdapter | None = None,
     ) -> bool:
-        """Return whether adapters fit in the device tier beside pinned and held adapters.
+        """Return whether adapters fit on the device beside the pinned and held adapters.
 
-        Pinned adapters and the adapters in ``held`` stay on the device and take up room. All other
-        adapters can be evicted.
+        Pinned adapters and the adapters in ``held`` stay on the device and take up room in the
+        device tier. All other adapters can be evicted.
 
         Args:
             wanted: Maps the name of each adapter that should fit to its image.
@@ -413,10 +413,11 @@ class StorageTiers:
         return sum(image.nbytes for image in self.host.values())
 
     def _add_to_cpu_lru(self, name: str, image: PackedAdapter) -> None:
-        """Add an adapter to the CPU tier as the most recently used one.
+        """Add an adapter's packed image to the CPU tier, which is an LRU cache.
 
-        The size of the tier is kept within ``cpu_bytes``. The least recently used adapters that can
-        be read again are removed to make room.
+        The adapter becomes the most recently used one. The size of the tier is kept within
+        ``cpu_bytes``. The least recently used adapters that can be read again are removed to make
+        room. An adapter that can be read again is not added if it still does not fit.
         """
         if name in self.host:
             self.host.move_to_end(name)

@@ -20,10 +20,10 @@ from fastlora.validation import AdapterStateError
 
 
 class DeviceTransfers:
-    """Manages the transfers of packed adapters to a pool's device.
+    """Copies packed adapters from CPU memory to a pool's device.
 
-    This base class is itself used if the device is a CPU, and it then copies nothing. The subclass
-    `AsyncCudaTransfers` overrides the methods for GPUs.
+    The subclass `AsyncCudaTransfers` is for GPUs, and uses CUDA events to order the copies and the
+    forward passes. This base class is used if the device is a CPU, and then copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -47,10 +47,10 @@ class DeviceTransfers:
         return image
 
     def record_write_event(self) -> torch.cuda.Event | None:
-        """Record an event after the writes to adapters and tables, and return the event.
+        """Record a CUDA event after the writes to adapters and tables, and return the event.
 
-        The event completes when all such writes issued so far have completed. On a CPU, which
-        needs no events, return None.
+        The event completes when all such writes issued so far have completed. On a CPU, which needs
+        no events, return None.
         """
         return None
 
@@ -65,11 +65,11 @@ class DeviceTransfers:
         """
 
     def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after the reads of adapters, unless a CUDA graph is being captured.
+        """Record an event after reads on the current stream, unless a CUDA graph is being captured.
 
-        The event completes when all reads issued so far on the current stream have completed.
-        Return a tuple (event, id of the stream), or None if no event was recorded. On a CPU, no
-        event is recorded.
+        The event completes when all reads of adapters that were issued on the current stream so far
+        have completed. Return a tuple (event, id of the stream), or None if no event was recorded.
+        On a CPU, no event is recorded.
         """
         return None
 
@@ -78,9 +78,9 @@ class DeviceTransfers:
 
 
 class AsyncCudaTransfers(DeviceTransfers):
-    """Copies packed adapters to a GPU asynchronously, on a separate CUDA stream.
+    """Copies adapters from the CPU to a GPU asynchronously, on a separate CUDA stream.
 
-    The copies read page-locked memory.
+    The adapters are packed, and are copied from page-locked memory.
 
     Args:
         device: A CUDA device.
@@ -144,10 +144,10 @@ class AsyncCudaTransfers(DeviceTransfers):
             stream.wait_event(event)
 
     def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after the reads of adapters, unless a CUDA graph is being captured.
+        """Record an event after reads on the current stream, unless a CUDA graph is being captured.
 
-        The event completes when all reads issued so far on the current stream have completed.
-        Return a tuple (event, id of the stream).
+        The event completes when all reads of adapters that were issued on the current stream so far
+        have completed. Return a tuple (event, id of the stream).
 
         While a CUDA graph is being captured, only return None, because a captured forward pass has
         not read anything yet.

@@ -49,18 +49,19 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
 
 
 def is_checking_rows() -> bool:
-    """Return whether the input rows of layers are being checked in this thread.
+    """Return whether the rows of layers are being checked now.
 
-    This is the case if any open block of this thread checks rows. A block that checks rows may
-    track them, and row tracking intercepts every operator.
+    The input rows of layers are checked if any open block of this thread checks rows. A block that
+    checks rows may also track the rows, and row tracking intercepts every operator.
     """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether a CUDA graph is being captured and the given tensor is on a GPU.
+    """Return whether operations on a tensor are being captured into a CUDA graph.
 
-    Operations on the tensor are then captured into the graph. Only captures by this thread count.
+    The result is True if the tensor is on a GPU and this thread is capturing a CUDA graph. Captures
+    by other threads do not count.
     """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

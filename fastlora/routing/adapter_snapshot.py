@@ -16,12 +16,12 @@ _training = attrgetter("training")
 
 
 class AdapterSnapshot:
-    """A snapshot of the state of adapters.
+    """A snapshot of the state of adapters that is used to detect later changes.
 
-    The snapshot is used to detect later changes. It records modules, parameters, parameter
-    versions, scalings, and dropouts. The snapshot is checked once per block. The check does not
-    detect writes that do not change a tensor's version. Weights versions
-    (`fastlora.weights_version`) cover these writes, and are checked within a block too.
+    The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
+    snapshot is checked once per block. The check does not detect writes that do not change a
+    tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
+    checked within a block too.
 
     The snapshot keeps the factors' memory alive, so no other tensor can get the same address. An
     address and a version then identify the contents. A `TensorStamp` keeps no memory alive, but
@@ -45,7 +45,7 @@ class AdapterSnapshot:
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Add a layer's adapters to the snapshot.
+        """Add the named adapters of a layer to the snapshot.
 
         The snapshot records the current state of the adapters, so that it can detect later changes.
         ``names`` lists the adapters to record. The layer may lack some of the adapters in

@@ -155,13 +155,13 @@ def sample_routings_from_parameters(
     layers: Sequence[RoutedLayerProtocol],
     known: Sequence[str],
     source: Callable[[Sequence[str]], AdapterSource],
-    adapters: int | None,
+    max_adapters: int | None,
     ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return sample routings for adapters stored as parameters of the model's layers.
+    """Return example routings for adapters that are stored as parameters of the model's layers.
 
     The routings are for `warm_up`. For each combination of rank and dtype, one routing has a single
-    adapter. Another routing also has other adapters of at most this rank, up to ``adapters`` in
+    adapter. Another routing also has other adapters of at most this rank, up to ``max_adapters`` in
     total. If ``ranks`` is given, there are routings only for these ranks. See
     `fastlora.routing.routers.AdapterRouter.sample_routings`.
     """
@@ -179,7 +179,7 @@ def sample_routings_from_parameters(
             continue
         sampled.add(sizes[name])
         others = [n for n in known if n != name and n in sizes and sizes[n][0] <= sizes[name][0]]
-        for names in dict.fromkeys(((name,), (name, *others)[:adapters])):
+        for names in dict.fromkeys(((name,), (name, *others)[:max_adapters])):
             ids = torch.zeros(1, dtype=torch.int64)
             found.append(routing_from_parameters(group, layers, names, source, ids, None, False))
     return found

@@ -20,7 +20,7 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, has_layout_for
 from fastlora.ops.torch.packed_choice import BatchKind
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
-from fastlora.routing.row_checks import LayerInputRowsChecker
+from fastlora.routing.row_checks import RowOrderChecker
 from fastlora.weights_version import weights_versions
 
 # Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
@@ -37,10 +37,9 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayerProtocol(Protocol):
-    """Protocol for layers that use routing.
+    """Protocol for layers that take part in routing.
 
-    It declares the attributes that routing needs.
-
+    The protocol declares the attributes that routing needs.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.
@@ -57,10 +56,10 @@ class RoutedLayerProtocol(Protocol):
 
 
 class PackedAdapterSet:
-    """A set of adapters whose factors are packed together for mixed batches.
+    """The cached packed factors of a set of adapters.
 
-    The set stores the packed factors of layers. Only layers that have run with this set twice have
-    packed factors.
+    For each layer, the factors of all adapters in the set are packed together for mixed batches.
+    The factors of a layer are packed only when the layer runs with this set for the second time.
 
     Args:
         factors_can_change: Whether the factors can change. A pool's factors cannot.
@@ -83,9 +82,10 @@ class PackedAdapterSet:
 
     @property
     def has_current_weights_version(self) -> bool:
-        """Whether the packed factors were built from the current version of the weights.
+        """Whether the cached set was created for the current version of the weights.
 
-        Only then can they be valid.
+        The packed factors of a set for another version are not valid. The value is always True if
+        the factors cannot change.
         """
         return self.weights_version is None or self.weights_version is weights_versions.trained
 
@@ -180,10 +180,11 @@ class PackedAdapterSetsCache:
             return known
 
     def clear(self) -> None:
-        """Clear the cache.
+        """Remove all adapter sets from the cache.
 
-        All cached sets are discarded. Clearing the cache is required if factors may have changed,
-        or may change later, without the change being detected.
+        Open blocks also stop using the cached sets whose factors can change. Clearing the cache is
+        required if factors may have changed, or may change later, without the change being
+        detected.
         """
         weights_versions.invalidate_trainable_weights()  # Open blocks have sets too.
         with self._lock:
@@ -236,4 +237,4 @@ class PerBlockCache:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
-    row_checker: LayerInputRowsChecker | None = None
+    row_checker: RowOrderChecker | None = None

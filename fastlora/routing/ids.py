@@ -119,22 +119,22 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
     return not rows % ids if ids else not rows
 
 
-def ids_cover_whole_entries(leading_shape: Sequence[int], ids: int) -> bool:
-    """Return whether each id covers whole entries along a tensor's leading dimensions.
+def ids_cover_whole_entries(leading_shape: Sequence[int], num_ids: int) -> bool:
+    """Return whether each of ``num_ids`` ids covers whole entries along the leading dimensions.
 
-    ``leading_shape`` contains the sizes of the leading dimensions. Each id has an equal share of
-    consecutive flattened rows. The rows of each id must be complete entries (slices) along one of
-    the dimensions. Entries along the first dimension are usually samples. For example, the result
-    is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10 rows would cover 2.5 entries
-    along the first dimension.
+    ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each id has an equal
+    share of consecutive flattened rows. The result is True if the rows of each id are complete
+    entries (slices) along one of the dimensions. Entries along the first dimension are usually
+    samples. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the
+    10 rows would cover 2.5 entries along the first dimension.
     """
     for size in leading_shape:
-        if size % ids == 0:
+        if size % num_ids == 0:
             return True
-        if ids % size:
+        if num_ids % size:
             return False
-        ids //= size
-    return ids == 1
+        num_ids //= size
+    return num_ids == 1
 
 
 class _PendingIdCheck(NamedTuple):
@@ -181,12 +181,15 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Check that adapter ids are valid, and raise an error if an id is out of range.
+        """Check that the adapter ids of earlier batches are valid.
 
-        The ids are those of earlier batches, and the error is an `AdapterNotFoundError`. This
-        method reads the results of the deferred checks. Results that have not arrived on the host
-        yet are usually left to a later call. While a CUDA graph is being captured, events cannot be
-        queried. A call during a capture therefore does nothing, and a later call raises the error.
+        This method reads the results of the deferred checks. Results that have not arrived on the
+        host yet are usually left to a later call. While a CUDA graph is being captured, events
+        cannot be queried. A call during a capture therefore does nothing, and a later call reads
+        the results.
+
+        Raises:
+            AdapterNotFoundError: An id is out of range.
         """
         if not self._pending:
             return

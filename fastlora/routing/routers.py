@@ -16,9 +16,10 @@ from fastlora.routing.routing import Routing
 
 
 class AdapterRouter(Protocol):
-    """Protocol for classes that route each row of a batch to its adapter.
+    """Routes the rows of batches to their adapters.
 
-    A router creates a `Routing` for each block.
+    A router turns the adapter ids of a batch into the `Routing` of a block. This class is a
+    protocol that all routers implement.
     """
 
     def routing(

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class RoutedLayerGroup(UncopiedCache):
-    """A group of layers that use the same routing.
+    """The group of all routed layers of a model.
 
-    The group consists of all routed layers of one model, and stores the state that these layers
-    share. A copied or unpickled model gets a new group, which has not seen a forward pass.
+    The layers use the same routing, and the group stores the state that they share. A copied or
+    unpickled model gets a new group, which has not seen a forward pass.
 
     Attributes:
         packs: The cache of the model's adapter sets.
@@ -141,8 +141,8 @@ class Routing:
         Args:
             m: Number of rows of the input.
             device: Device of the input.
-            read_on_host: Whether the caller reads the rows on the host. The ids are then checked
-                immediately.
+            read_on_host: Whether to check the ids immediately, because the caller reads the rows on
+                the host.
 
         Raises:
             AdapterNotFoundError: ``read_on_host`` is set and an id is out of range.
@@ -192,10 +192,11 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
-        """Check that the sample dimension of a layer's input is consistent with the adapter ids.
+        """Check that the sample dimension of a layer's input matches the number of adapter ids.
 
         The input ``x`` has the shape ``[..., K]``. An error is raised if the first dimension of
-        ``x`` cannot be the sample dimension, because the shape does not match the number of ids.
+        ``x`` cannot be the sample dimension. The size of the first dimension may be a multiple of
+        the number of ids. An input with one id per token is accepted too.
 
         Raises:
             ValueError: An id's rows would end inside a slice along one of the leading dimensions.
@@ -305,16 +306,19 @@ def unique_layer_numbers(names: Sequence[str], taken: Iterable[int] = ()) -> lis
 
 
 def add_to_group(
-    group: RoutedLayerGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayerProtocol]]
+    group: RoutedLayerGroup,
+    root: nn.Module,
+    named_layers: Sequence[tuple[str, RoutedLayerProtocol]],
 ) -> None:
-    """Add named layers to a model's group.
+    """Add layers to a model's group of routed layers.
 
-    Layers that are already in the group keep their numbers.
+    ``named_layers`` contains each layer with its name in the model ``root``. Layers that are
+    already in the group keep their numbers.
     """
-    new = [(name, layer) for name, layer in layers if layer.routing_group is not group]
+    new = [(name, layer) for name, layer in named_layers if layer.routing_group is not group]
     if new:
-        taken = [layer.routing_index for _, layer in layers if layer.routing_group is group]
+        taken = [layer.routing_index for _, layer in named_layers if layer.routing_group is group]
         numbers = unique_layer_numbers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routing_group, layer.routing_index = group, number
-    group.row_checks = LayerRowOrderChecks(root, layers)
+    group.row_checks = LayerRowOrderChecks(root, named_layers)

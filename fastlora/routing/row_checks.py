@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fastlora.routing.row_facts import RowOriginKind
-from fastlora.routing.row_tracking import RowTracker
+from fastlora.routing.row_tracking import RowOrderTracker
 from fastlora.user_warnings import warn
 from fastlora.validation import UnsupportedLayerError
 
@@ -62,9 +62,9 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class LayerRowOrderChecks:
-    """Checks that each layer of a model gets the rows of mixed batches in batch order.
+    """Checks that the layers of a model get the rows of mixed batches in batch order.
 
-    A layer must get all rows of a batch. The object also keeps the results so far.
+    Each layer must get all rows of a batch. The object also keeps the results of earlier checks.
 
     Args:
         root: The model.
@@ -91,7 +91,7 @@ class LayerRowOrderChecks:
                 root, name, layer
             )
 
-    def row_checker_if_needed(self, num_ids: int) -> LayerInputRowsChecker | None:
+    def row_checker_if_needed(self, num_ids: int) -> RowOrderChecker | None:
         """Return a checker for the rows of a batch, or None if none is needed.
 
         The checker is a context manager for the block of the batch. No checker is needed if each
@@ -107,14 +107,14 @@ class LayerRowOrderChecks:
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return LayerInputRowsChecker(self, mode, None)
-        return LayerInputRowsChecker(self, mode, RowTracker(num_ids, root.buffers()))
+            return RowOrderChecker(self, mode, None)
+        return RowOrderChecker(self, mode, RowOrderTracker(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayerProtocol) -> str:
         """Return the name of a layer in the model."""
         return self._names.get(layer.routing_index, type(layer).__name__)
 
-    def unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
+    def mixed_batches_unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
         """Return the reason why a layer does not support mixed batches.
 
         For example, the rows of the layer's input might not be in batch order. Returns None if no
@@ -124,24 +124,24 @@ class LayerRowOrderChecks:
 
     def record_tracked_block(
         self,
-        mode: bool,
+        training: bool,
         ran: Iterable[RoutedLayerProtocol],
         selected_in_order: Collection[int] = (),
     ) -> None:
-        """Record a block whose rows were tracked, and the layers that ran in it.
+        """Record a block and the layers that ran in it.
 
-        The layers in ``ran`` got all rows.
+        The rows of the block were tracked, and the layers in ``ran`` got all rows.
 
         Args:
-            mode: Whether the model trains.
+            training: Whether the model is in training mode.
             ran: The layers that ran in the block.
             selected_in_order: Numbers of the layers whose rows were selected by the data and were
                 in order in this block. Their rows are tracked again in the next blocks, up to the
                 limit of 8 blocks.
         """
-        self._blocks[mode] += 1
+        self._blocks[training] += 1
         for layer in ran:
-            if layer.routing_index in selected_in_order and self._blocks[mode] < _MOST_BLOCKS:
+            if layer.routing_index in selected_in_order and self._blocks[training] < _MOST_BLOCKS:
                 continue
             if layer.routing_index not in self._unsupported:
                 self._shown[bool(layer.training)].add(layer.routing_index)
@@ -162,11 +162,12 @@ class LayerRowOrderChecks:
         raise_partial_batch(layer)
 
     def warn_rows_not_checked(self, layer: RoutedLayerProtocol) -> None:
-        """Warn that a layer's rows were not checked.
+        """Warn that a layer's rows could not be checked.
 
         The check determines whether the layer gets every row of the batch in order. Rows cannot be
-        checked if the layer runs for the first time after row tracking has ended. Row tracking
-        starts again in the next block.
+        checked if the layer runs for the first time after the limit of 8 tracked blocks has been
+        reached. In this case, row tracking starts again in the next block. If the limit has not
+        been reached, or if the layer has been shown to get all rows, this method does nothing.
         """
         mode = bool(layer.training)
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
@@ -179,25 +180,28 @@ class LayerRowOrderChecks:
         )
 
 
-class LayerInputRowsChecker:
-    """Checks that the inputs of layers contain all rows of a batch, in batch order.
+class RowOrderChecker:
+    """Checks that layers get all rows of a batch, in batch order.
 
-    The checker is a context manager. It checks the layers that run in its ``with`` block.
+    The checker is a context manager. It checks the inputs of the layers that run in its ``with``
+    block.
 
     Args:
         checks: The model's checks.
-        mode: Whether the model trains.
+        mode: Whether the model is in training mode.
         order: Tracks the rows. If it is None, the block only warns about a layer that has not been
             checked, and the next block tracks its rows.
     """
 
-    def __init__(self, checks: LayerRowOrderChecks, mode: bool, order: RowTracker | None) -> None:
+    def __init__(
+        self, checks: LayerRowOrderChecks, mode: bool, order: RowOrderTracker | None
+    ) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
         self._ran: dict[int, RoutedLayerProtocol] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> LayerInputRowsChecker:
+    def __enter__(self) -> RowOrderChecker:
         if self.order is not None:
             self.order.__enter__()
         return self
@@ -233,7 +237,7 @@ class LayerInputRowsChecker:
 
     def check_gets_all_rows_in_order(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
         """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
-        if self._checks.unsupported_reason(layer) is not None:
+        if self._checks.mixed_batches_unsupported_reason(layer) is not None:
             raise_partial_batch(layer)
         if self.order is not None and self.order.has_valid_facts:
             kind = self.order.row_origin_kind(x)
@@ -268,7 +272,7 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
         "remove it from target_modules, or use one adapter at a time, with set_adapter() and "
         "without fastlora.adapters or adapter_names"
     )
-    reason = checks.unsupported_reason(layer)
+    reason = checks.mixed_batches_unsupported_reason(layer)
     if reason is not None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
@@ -320,11 +324,11 @@ class _ExpertModuleEvidence(NamedTuple):
 
 
 class _ExpertDetector:
-    """Detects whether layers of a model are experts in a mixture of experts.
+    """Detects whether a layer belongs to an expert in a mixture of experts.
 
-    The detection is based on the structure and the names of the model's modules. A layer counts as
-    an expert if it looks like one; see `looks_like_expert`. The detector looks for modules with the
-    same structure, and caches the results.
+    The detection is based on the structure and the names of the model's modules; see
+    `looks_like_expert`. The detector looks for modules with the same structure, and caches the
+    results.
     """
 
     def __init__(self) -> None:
@@ -383,29 +387,28 @@ class _ExpertDetector:
         return _ExpertModuleEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Return, for each child of ``parent``, the number of children with the same structure.
+        """Return a dict that maps each child to the number of children with the same structure.
 
-        The result is a dict that maps the name of each child to the number, which includes the
-        child itself.
+        The children are those of ``parent``. The keys of the dict are the names of the children.
+        Each number includes the child itself.
         """
         known = self._counts.get(id(parent))
         if known is None:
             numbers: dict[str, int] = {}
             for name, child in parent._modules.items():
                 if child is not None:
-                    numbers[name] = self._base_structure_id(child)
+                    numbers[name] = self._structure_id_without_adapters(child)
             counts = Counter(numbers.values())
             known = {name: counts[number] for name, number in numbers.items()}
             self._counts[id(parent)] = known
         return known
 
-    def _base_structure_id(self, module: nn.Module) -> int:
-        """Return an id for the base structure of a module.
+    def _structure_id_without_adapters(self, module: nn.Module) -> int:
+        """Return an id for the structure of a module without its adapters.
 
-        The base structure is the structure without adapters. The id is the same for all modules
-        with the same structure, even if their adapters differ. Two modules have the same structure
-        if they have the same class, parameters of the same names and shapes, and children of the
-        same names and structures.
+        The id is the same for all modules with the same structure, even if their adapters differ.
+        Two modules have the same structure if they have the same class, parameters of the same
+        names and shapes, and children of the same names and structures.
         """
         known = self._known.get(id(module))
         if known is None:
@@ -417,7 +420,7 @@ class _ExpertDetector:
                     structure.append((name, tuple(parameter.shape)))
             for name, child in base._modules.items():
                 if child is not None and not name.startswith("lora_"):
-                    structure.append((name, self._base_structure_id(child)))
+                    structure.append((name, self._structure_id_without_adapters(child)))
             known = self._numbers.setdefault(tuple(structure), len(self._numbers))
             self._known[id(module)] = known
         return known

@@ -17,7 +17,7 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """The kind of a tensor's rows, determined by the origin and the order of the rows.
+    """Describes how a tensor's rows relate to the rows of the batch.
 
     For example, the rows may be the rows of the batch in order, rows that the data selected, or
     rows made from parameters or constants.
@@ -45,9 +45,9 @@ class RowOriginKind(enum.Enum):
 
 
 class RowOriginFacts(NamedTuple):
-    """Known facts about the origin of a tensor's rows.
+    """What is known about the origin of a tensor's rows.
 
-    This includes, if known, the sample of the batch that each row belongs to.
+    The facts include the sample of the batch that each row belongs to, if the sample is known.
 
     Attributes:
         kind: The kind of the rows.
@@ -95,7 +95,9 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table of what is known about the rows of each tensor in a block.
+    """A table of known facts about the rows of tensors.
+
+    The table covers the tensors of one block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -117,10 +119,9 @@ class RowFactsTable:
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def source_index_key(self, index: torch.Tensor) -> int:
-        """Return a key that identifies the source of an index tensor.
+        """Return a key that identifies the index from which an index tensor was derived.
 
-        The source is the index from which the tensor was derived. If the tensor was not derived
-        from another index, the tensor is its own source.
+        If the tensor was not derived from another index, the key identifies the tensor itself.
         """
         origin = self.facts_of(index).origin
         return storage_key(index) if origin is None else origin
@@ -186,20 +187,22 @@ class RowFactsTable:
         return None if found is None else found.flatten()
 
     def facts_from_samples(
-        self, samples: torch.Tensor | None, index_key: int | None, *, fixed: bool
+        self, sample_per_row: torch.Tensor | None, index_key: int | None, *, fixed: bool
     ) -> RowOriginFacts:
         """Return the `RowOriginFacts` of rows, given the sample of each row.
 
         The rows were selected by an index, or they result from joining tensors with such rows.
 
         Args:
-            samples: The sample of each row, or None if the samples are unknown.
+            sample_per_row: The sample of each row, or None if the samples are unknown.
             index_key: The key of the index, or None if it is unknown.
             fixed: See `RowOriginFacts`.
         """
-        if samples is not None and row_samples.are_samples_in_batch_order(samples, self.count):
+        if sample_per_row is not None and row_samples.are_samples_in_batch_order(
+            sample_per_row, self.count
+        ):
             return ROWS if fixed else RowOriginFacts(RowOriginKind.EVEN)
-        found = None if samples is None else samples.flatten()
+        found = None if sample_per_row is None else sample_per_row.flatten()
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def are_samples_fixed_across_batches(self, *tensors: torch.Tensor) -> bool:

@@ -78,7 +78,10 @@ def _default_rule(
 def _combined_facts(
     known: RowFactsTable, operands: list[torch.Tensor], out: object
 ) -> RowOriginFacts:
-    """Return what is known about the rows of a result that combines several operands."""
+    """Combine the row facts of several operands into the row facts of the result.
+
+    The combined facts are returned even if the facts of the operands conflict.
+    """
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -281,11 +284,11 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions: the result usually keeps the row facts of the source.
+    """Apply the rule for dtype conversions.
 
-    There are two exceptions. The samples are kept only for the kind `CHOSEN`, if they are known for
-    the result. If integers or bools of the batch are converted to floats, the result counts as a
-    `CHOICE` instead.
+    The result usually keeps the row facts of the source. There are two exceptions. The samples are
+    kept only for the kind `CHOSEN`, if they are known for the result. If integers or bools of the
+    batch are converted to floats, the result counts as a `CHOICE` instead.
     """
     source = args[0]
     facts = known.facts_of(source)

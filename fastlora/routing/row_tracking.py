@@ -1,9 +1,9 @@
-"""`RowTracker`, a dispatch mode that finds tensors with rows out of the batch's order.
+"""`RowOrderTracker`, a dispatch mode that finds tensors with rows out of the batch's order.
 
 A mixed batch assigns a layer's rows to adapters by their position. That is wrong for a tensor with
-rows that the data chose, as when a router chooses tokens for an expert. `RowTracker` intercepts
-every operator in a block. It records the storage of each tensor with rows that are not all rows of
-the batch in order. Views share their storage, so they need no record of their own.
+rows that the data chose, as when a router chooses tokens for an expert. `RowOrderTracker`
+intercepts every operator in a block. It records the storage of each tensor with rows that are not
+all rows of the batch in order. Views share their storage, so they need no record of their own.
 
 If an index comes from data, or permutes, the operator alone does not show whether the rows stay in
 order. In this case the values of the index are read once, and `fastlora.routing.row_samples` finds
@@ -32,11 +32,11 @@ from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOriginKind
 from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_changed
 
 
-class RowTracker(TorchDispatchMode):
-    """Tracks how the rows of tensors relate to the rows of the batch.
+class RowOrderTracker(TorchDispatchMode):
+    """Tracks which tensors contain the rows of the batch in order.
 
-    The tracker is a `TorchDispatchMode`. The mode records which tensors do not contain the batch's
-    rows in order, so that a layer that gets such a tensor can raise an error.
+    The tracker is a `TorchDispatchMode`. The tracker's records allow a layer to raise an error if
+    the layer gets a tensor that does not contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -62,7 +62,7 @@ class RowTracker(TorchDispatchMode):
         """
         return True
 
-    def __enter__(self) -> RowTracker:
+    def __enter__(self) -> RowOrderTracker:
         self._thread = threading.get_ident()
         return super().__enter__()
 

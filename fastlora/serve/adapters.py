@@ -260,12 +260,13 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether an adapter's files require a new version of the adapter.
+        """Return whether an adapter needs a new version.
 
-        A new version is needed if the adapter is new, or if ``fingerprint``, which identifies the
-        state of its files, differs from that of its current version. A scan must then register the
-        new version. The result is False for an adapter that a client has loaded, and for an
-        unloaded adapter whose files have not changed since it was unloaded.
+        An adapter needs a new version if the adapter is new or if its files have changed. The files
+        have changed if ``fingerprint``, which identifies their state, differs from the fingerprint
+        of the adapter's current version. A scan must then register a new version. The result is
+        False for an adapter that a client has loaded, and for an unloaded adapter whose files have
+        not changed since it was unloaded.
         """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
@@ -299,9 +300,10 @@ class ServedAdapters:
             self._unload_if_unused(version)
 
     def _unload_if_unused(self, version: AdapterVersion) -> None:
-        """Unload a version from the pool if it is not current and no request uses it.
+        """Unload a version of an adapter from the pool if the version is no longer used.
 
-        The current version of an adapter stays loaded for later requests.
+        The current version of an adapter counts as used, because it stays loaded for later
+        requests. Any other version is used until all of its requests have ended.
         """
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:

@@ -70,9 +70,10 @@ class ServerSettings:
 
 
 class Server:
-    """An HTTP server for a model and its adapters.
+    """An HTTP server for an engine.
 
-    It serves an engine. Its application, `app`, closes the engine on shutdown.
+    The server gives clients access to the engine's model and adapters. The application of the
+    server, `app`, closes the engine on shutdown.
     """
 
     def __init__(

@@ -101,14 +101,14 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Make room for a new connection if necessary, and return whether there is room.
+        """Close a waiting connection if the server is full, and return whether there is room.
 
-        If the maximum number of connections is open, a connection that waits for its client is
-        closed. Connections with unfinished requests are closed before connections between two
-        requests, because a client between two requests has been served. A quarter of the
-        connections is reserved for unfinished requests, so that connections between two requests do
-        not keep new clients out. There is no room if no connection can be closed or if the server
-        is shutting down.
+        The server is full if the maximum number of connections is open. To make room for a new
+        connection, this method closes only a connection that waits for its client. Connections with
+        unfinished requests are closed before connections between two requests, because a client
+        between two requests has been served. A quarter of the connections is reserved for
+        unfinished requests, so that connections between two requests do not keep new clients out.
+        There is no room if no connection can be closed or if the server is shutting down.
         """
         if self.ending:
             return False
@@ -283,12 +283,13 @@ class LongBacklogServer(uvicorn.Server):
 
 
 def raise_descriptor_limit() -> int | None:
-    """Raise the process's limit on file descriptors.
+    """Raise the process's limit on file descriptors, and return the new limit.
 
     The limit on open files is raised as far as the system allows.
 
     Returns:
-        The new limit, or None if the number of open files is unlimited.
+        The new limit, or None if the number of open files is unlimited or if the system has no such
+        limit, as on Windows.
     """
     try:
         import resource

@@ -132,10 +132,11 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Shut down the engine, waiting at most ``timeout`` seconds for its requests to finish.
+        """Shut down the engine, and wait for its thread to end.
 
-        The engine accepts no more requests. Requests that have not finished within this time fail
-        with `ClosedOrCanceledError`. If ``timeout`` is None, there is no time limit.
+        The engine accepts no more requests. Earlier requests have ``timeout`` seconds to finish, or
+        unlimited time if ``timeout`` is None. Requests that have not finished within this time fail
+        with `ClosedOrCanceledError`.
         """
         with self._changed:
             self._closing = True
@@ -167,8 +168,8 @@ class Engine:
     def closing(self) -> bool:
         """Whether the engine is closing.
 
-        The value remains True after the engine has closed. An engine that is closing or closed
-        accepts no requests.
+        An engine that has already closed also counts as closing. A closing engine accepts no new
+        requests.
         """
         return self._closing
 

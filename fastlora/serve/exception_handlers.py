@@ -50,9 +50,9 @@ class AsciiJSONResponse(Response):
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Add handlers that report an application's errors to clients.
+    """Add the server's exception handlers to an application.
 
-    The errors are in OpenAI's format.
+    The handlers report errors to clients in OpenAI's format.
     """
     app.add_exception_handler(FastLoraError, _on_fastlora_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -13,7 +13,10 @@ _MOST_BYTES = 4096  # maximum size of a key file
 
 
 class AdminKeyRequiredError(FastLoraError):
-    """A request requires the admin key but does not provide it."""
+    """A request requires the admin key, but its caller is not an admin.
+
+    A caller is identified as an admin if the request contains the admin key.
+    """
 
 
 class CallerRole(enum.Enum):
@@ -29,7 +32,10 @@ class CallerRole(enum.Enum):
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """The API keys that a server accepts as bearer tokens.
+    """The API keys that a server accepts.
+
+    A client sends its key as a bearer token, and `identify_caller` compares this token with the
+    keys of the server.
 
     Attributes:
         client: Key for all requests except those that change adapters. With None, these requests

@@ -21,9 +21,10 @@ class OneLineMessageFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a log record as a line of text.
+        """Format a log record.
 
-        If the record has a traceback, the lines of the traceback follow, indented.
+        The message is put on one line. If the record has a traceback, the lines of the traceback
+        follow, indented.
         """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)

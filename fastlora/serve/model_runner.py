@@ -120,7 +120,7 @@ class BatchKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of the cache in bytes.
+        """Size of the key-value cache in memory, in bytes.
 
         The size is known after the first forward pass.
         """

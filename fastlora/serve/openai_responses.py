@@ -143,7 +143,10 @@ class BaseAnswerFormat(abc.ABC):
 
 
 class CompletionFormat(BaseAnswerFormat):
-    """The JSON format of responses from OpenAI's completions endpoint."""
+    """Formats answers like responses from OpenAI's completions endpoint.
+
+    The responses and the events of a streamed response are in JSON.
+    """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -154,7 +157,10 @@ class CompletionFormat(BaseAnswerFormat):
 
 
 class ChatCompletionFormat(BaseAnswerFormat):
-    """The JSON format of responses from OpenAI's chat completions endpoint."""
+    """Formats answers like responses from OpenAI's chat completions endpoint.
+
+    The responses and the events of a streamed response are in JSON.
+    """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

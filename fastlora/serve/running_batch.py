@@ -70,7 +70,7 @@ class PersistentAdaptersBlock:
 
 
 class RunningBatch:
-    """The batch of requests that the engine is currently running.
+    """The batch of requests that the engine is currently running together.
 
     To generate the answer to a request, the batch processes the prompt and then decodes the tokens
     of the answer. When a request leaves the batch, ``ended`` is called with the request and its
@@ -121,10 +121,10 @@ class RunningBatch:
         self._block.close_adapters_block_if_open()
 
     def prefill_and_decode(self) -> None:
-        """Prefill pending prompts, then decode the next token of each prefilled request.
+        """Run one step of the batch, which prefills pending prompts and decodes tokens.
 
-        One call prefills at most `PREFILL_TOKENS` prompt tokens, including padding. A request
-        decodes tokens once its prompt has been processed completely.
+        The step first prefills at most `PREFILL_TOKENS` prompt tokens, including padding. The step
+        then decodes the next token of each request whose prompt has been processed completely.
         """
         if self._decoding_count < len(self.jobs):
             self._forward_and_choose_tokens(self._decoding_count, self._next_prefill_requests())
@@ -132,12 +132,12 @@ class RunningBatch:
             self._forward_and_choose_tokens(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
-        """Choose the requests to prefill in the next forward pass.
+        """Choose the requests to prefill next.
 
-        Requests are chosen from the requests in the batch whose prompts have not been processed
-        completely, in the order of their rows. The result is one request with a long prompt, or as
-        many requests with short prompts as fit in the forward pass. The forward pass processes at
-        most `PREFILL_TOKENS` tokens, including the padding.
+        The requests are chosen in the order of their rows, from the requests in the batch whose
+        prompts have not been processed completely. The result is one request with a long prompt, or
+        as many requests with short prompts as fit in one forward pass. A forward pass processes at
+        most `PREFILL_TOKENS` prompt tokens, including padding.
         """
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)

@@ -40,9 +40,9 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Dict that maps the names of the launch's arguments to their values.
+        """The arguments of the launch by name.
 
-        Tensors and strides are excluded.
+        The dict maps the name of each argument to its value. Tensors and strides are left out.
         """
         given = zip(self.names, self.values, strict=True)
         return {
@@ -111,17 +111,16 @@ class _RecordingDriver(StandInDriver):
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Stand in for the ``load_binary`` function of a Triton driver.
 
-        The kernel is not loaded, and the returned tuple contains placeholders. As with a real
+        The returned tuple contains placeholders, because the kernel is never loaded. As with a real
         driver, the tuple consists of a module handle, a function handle (here, the binary), the
         numbers of registers and spills, and the maximum number of threads per program.
         """
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return a launcher that records each launch of a kernel.
+        """Stand in for Triton's launcher class, and return a launcher that records launches.
 
-        The launcher replaces Triton's launcher. A launch is recorded as a `Launch`, and the kernel
-        is not executed.
+        Each launch of a kernel is recorded as a `Launch`, and the kernel is not executed.
         """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared

@@ -36,7 +36,9 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Counts for one adapter in training, such as its number of steps.
+    """The counts that are kept for one adapter during training.
+
+    For example, the number of optimizer steps is counted.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -102,10 +104,10 @@ class AdapterTrainingState:
         return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Multiply a loss by its weight and by the adapter's loss scale.
+        """Scale the adapter's loss for the backward pass.
 
-        The result is the loss for the backward pass. ``loss`` is a scalar tensor. Without a
-        gradient scaler, the loss scale is 1.
+        The loss is multiplied by ``weight`` and by the loss scale of the adapter's gradient scaler.
+        Without a gradient scaler, the loss scale is 1. ``loss`` is a scalar tensor.
         """
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -204,10 +206,10 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """Set the optimizer's learning rate to the current value of the adapter's schedule.
+        """Set the optimizer's learning rate according to the adapter's schedule.
 
-        This is the learning rate for the next step. If the scheduler is not a `LambdaLR`, the
-        learning rate remains unchanged.
+        The learning rate is the current value of the schedule, and applies to the next step. If the
+        scheduler is not a `LambdaLR`, the learning rate remains unchanged.
         """
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler

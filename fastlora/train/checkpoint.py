@@ -38,9 +38,10 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The training state that is stored in a checkpoint.
+    """The state of a training run that is stored in a checkpoint.
 
-    It does not include the adapter weights, which the checkpoint stores separately.
+    A resumed run starts from this state and from the adapter weights, which the checkpoint stores
+    separately.
 
     Attributes:
         step: Number of completed steps.
@@ -222,10 +223,10 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Add the tensors of a state to ``tensors``, and return a copy of the state without them.
+    """Extract the tensors of a state into a dict, and return a copy of the state without them.
 
-    The copy is JSON-compatible. In it, a placeholder stands for each tensor. The names of the
-    tensors in ``tensors`` begin with ``key``.
+    The copy is JSON-compatible and contains a placeholder for each tensor. The state itself remains
+    unchanged. The tensors are added to ``tensors`` under names that begin with ``key``.
     """
     if isinstance(value, torch.Tensor):
         tensors[key] = value

@@ -191,7 +191,11 @@ def _write_unless_pipe_closed(stream: TextIO, text: str) -> None:
 def _flags_from_arguments(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> dict[str, Any]:
-    """Convert the parsed arguments to a dict that `read_settings` accepts as ``flags``."""
+    """Convert the parsed command-line arguments to a dict of flags.
+
+    `read_settings` accepts this dict as ``flags``. If a ``--data`` or ``--eval-data`` argument does
+    not have the form ``NAME=FILE``, ``parser`` reports the error.
+    """
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
     if "init" in given:

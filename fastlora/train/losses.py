@@ -18,10 +18,10 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The loss of each adapter in a mixed batch.
+    """The loss of each adapter in a batch.
 
-    A token counts if it contributes to the loss. Adapters without counted tokens are left out of
-    all fields.
+    The batch may be a mixed batch, with rows of several adapters. A token counts if it contributes
+    to the loss. Adapters without counted tokens are left out of all fields.
 
     Attributes:
         by_adapter: Dict that maps each adapter to its loss, a scalar tensor with an autograd graph.

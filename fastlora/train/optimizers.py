@@ -188,9 +188,9 @@ class AdapterOptimizers:
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """A dict that maps each adapter to its `AdapterCounts`.
+        """The counts of each adapter, such as its number of optimizer steps.
 
-        These are the counts accumulated so far.
+        This is a dict that maps each adapter to the `AdapterCounts` that have accumulated so far.
         """
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
@@ -231,9 +231,10 @@ class AdapterOptimizers:
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
         """Return the total number of tokens of each adapter.
 
-        The token counts are summed over all processes. The result is a dict that maps adapter names
-        to token counts. Adapters without tokens are left out. Pass the dict to `causal_lm_losses`
-        or `adapter_losses` as ``tokens``.
+        The totals cover all batches of a step in all processes. ``counts`` covers the batches of
+        this process, and this method sums the counts over the processes. The result is a dict that
+        maps adapter names to token counts. Adapters without tokens are left out. Pass the dict to
+        `causal_lm_losses` or `adapter_losses` as ``tokens``.
 
         Args:
             counts: Token counts of this process for all batches of the step; see `count_tokens`.
@@ -309,10 +310,10 @@ class AdapterOptimizers:
     def step(self, present: Iterable[str] | None = None) -> StepReport:
         """Step the optimizers of the adapters, and return a report.
 
-        By default, only the adapters that had a finite loss since the last step are stepped. An
-        adapter with a non-finite gradient is skipped: its optimizer and its schedule do not
-        advance, and its loss scale, if any, is lowered. The call causes one host-device
-        synchronization.
+        The optimizers of the adapters in ``present`` are stepped. If ``present`` is None, these are
+        the adapters that had a finite loss in `backward` since the last step. An adapter with a
+        non-finite gradient is skipped: its optimizer and its schedule do not advance, and its loss
+        scale, if any, is lowered. The call causes one host-device synchronization.
 
         Args:
             present: Names of the adapters to step, if the backward pass was run without calling
@@ -383,10 +384,10 @@ class AdapterOptimizers:
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of the optimizers from a dict that `state_dict` returned.
+        """Load the saved state of the optimizers.
 
-        ``state`` maps adapters to their training states. Adapters that are not in ``state`` remain
-        unchanged.
+        ``state`` is a dict that `state_dict` returned. The dict maps adapters to their training
+        states. Adapters that are not in ``state`` remain unchanged.
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.

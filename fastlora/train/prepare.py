@@ -37,10 +37,10 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class SampleSchedule:
-    """A schedule of the samples that are used in each step of a training run.
+    """A schedule that determines the samples of each step in a training run.
 
-    The order of the samples depends only on the settings and the data, so a resumed run uses the
-    samples in the same order.
+    The order of the samples, which changes from epoch to epoch, depends only on the settings and
+    the data. A resumed run therefore uses the samples in the same order.
 
     Attributes:
         order: The samples of each step.
@@ -183,14 +183,14 @@ def _check_no_fp16_trained(model: LoraModel) -> None:
                 )
 
 
-def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
+def check_dropout_dtype(configs: Mapping[str, LoraConfig], base_dtype: torch.dtype) -> None:
     """Raise `ConfigError` if an adapter uses dropout and the base dtype does not support it."""
     for name, config in configs.items():
-        if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
+        if config.lora_dropout and base_dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
                 f"adapter {name!r} has lora_dropout={config.lora_dropout}, but the base model is "
-                f"in {dtype}, and dropout needs a 16-, 32-, or 64-bit float dtype; set dtype, or "
-                "set lora_dropout to 0"
+                f"in {base_dtype}, and dropout needs a 16-, 32-, or 64-bit float dtype; set dtype, "
+                "or set lora_dropout to 0"
             )
 
 
@@ -228,9 +228,10 @@ def read_and_tokenize_data(
 def describe_data(
     corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
 ) -> list[str]:
-    """Return a list of messages that describe each adapter's data.
+    """Return messages that describe the training and evaluation data of each adapter.
 
-    They contain its format and size, and other notes about its files.
+    The messages contain the format and the size of the data, and other notes about its files.
+    ``held_out`` contains the evaluation data.
     """
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
@@ -347,8 +348,8 @@ def make_optimizers(
 def needs_loss_scaling(model: nn.Module) -> bool:
     """Return whether training the model needs loss scaling.
 
-    It does if the model has fp16 parameters. With loss scaling, a step with a non-finite gradient
-    is skipped and is not an error.
+    Loss scaling is needed if the model has fp16 parameters. With loss scaling, a step with a
+    non-finite gradient is skipped and is not an error.
     """
     return any(p.dtype == torch.float16 for p in model.parameters())
 

@@ -43,9 +43,10 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedFiniteLosses(NamedTuple):
-    """The agreement among all processes on which losses of a batch are finite.
+    """The agreement among all training processes about which losses are finite.
 
-    If an adapter's loss is not finite in at least one process, all processes leave out that loss.
+    The losses are those of one batch. If an adapter's loss is not finite in at least one process,
+    all processes leave out that loss.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in

@@ -51,9 +51,9 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A value became NaN or infinite during training.
+    """A loss, a gradient, or a weight became NaN or infinite during training.
 
-    The value is a loss, a gradient, or a weight. The run cannot continue.
+    The run cannot continue.
 
     Attributes:
         step: The step, counted from 1.
@@ -173,10 +173,10 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean training losses, and the paths of the written files.
+    """The mean training losses of a run, and the paths of the files that contain its losses.
 
-    There is one mean loss for each adapter. If the run has steps left, there are no mean losses and
-    no files.
+    There is one mean loss for each adapter. The files are a table and a plot of the losses. If the
+    run has steps left, there are no mean losses and no files.
     """
 
     means: dict[str, float]
@@ -294,7 +294,7 @@ class Run:
         """
         settings, steps = self.settings, self.schedule.steps
         was_evaluated = self.processes.run_in_main_and_broadcast(self._open_log_and_check_evaluated)
-        with self._record_write_error("trackers"):
+        with self._suppress_and_record_write_error("trackers"):
             self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
         self._write_log_and_trackers({"step": self.step, **where})
@@ -311,7 +311,7 @@ class Run:
                 bar.set_postfix_str(self._progress_text(), refresh=False)
                 bar.update()
                 if self.step == steps:
-                    self._check_no_adapter_skipped_all()
+                    self._check_no_adapter_skipped_all_steps()
                 evaluated = self._evaluate_if_due()
                 if self._is_due_or_last(settings.save_every):
                     self.save_adapters_and_checkpoint()
@@ -334,7 +334,11 @@ class Run:
         )
 
     def _open_log_and_check_evaluated(self) -> bool:
-        """Open the log, and return whether an earlier run evaluated the adapters at this step."""
+        """Open the log, and return whether the adapters have already been evaluated at this step.
+
+        An earlier run may have evaluated them. If no steps are left, the result is False, because
+        this run repeats the evaluation.
+        """
         checkpoint.remove_old_checkpoints(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
         self._log = run_log.RunLogFile(self.settings.out, self.step, evaluates=ended)
@@ -350,23 +354,24 @@ class Run:
         means: dict[str, float] = {}
         files: list[Path | None] = []
         if self.step == self.schedule.steps and self._failure is None:
-            with self._record_write_error("losses"):
+            with self._suppress_and_record_write_error("losses"):
                 logged = run_log.read_logged_losses(folder)
                 means = run_log.mean_training_loss_by_adapter(logged)
                 files = [
                     run_log.write_loss_table(folder, logged),
                     run_log.plot_losses(folder, logged),
                 ]
-        with self._record_write_error("trackers"):
+        with self._suppress_and_record_write_error("trackers"):
             self.processes.close_trackers()
         self._raise_recorded_write_error()
         return _MeanLossesAndFilePaths(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
-    def _record_write_error(self, what: str) -> Iterator[None]:
-        """Record a write error raised in the ``with`` block instead of propagating it.
+    def _suppress_and_record_write_error(self, what: str) -> Iterator[None]:
+        """Suppress and record a write error that is raised in the ``with`` block.
 
-        The run then ends after the current step.
+        The run then ends after the current step. If there are several errors, only the first one is
+        recorded. The message of the error says that ``what`` could not be written.
         """
         try:
             with run_log.os_error_as_train_error(what):
@@ -388,9 +393,9 @@ class Run:
     def _run_should_stop(self) -> bool:
         """Return whether the run should stop.
 
-        A run that should stop ends after the current step. The reasons to stop are a received
-        signal and a recorded write error. The result is the same in all processes. In a run with
-        several processes, the result is updated only when the processes exchange their losses.
+        The run should stop if it has received a signal or recorded a write error. The run then ends
+        after the current step. The result is the same in all processes. In a run with several
+        processes, the result is updated only when the processes exchange their losses.
         """
         return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
@@ -456,10 +461,10 @@ class Run:
             self._log.close()
 
     def _run_optimizer_step(self) -> None:
-        """Run one optimizer step of the training run.
+        """Run one training step, which includes the optimizer step.
 
-        The step includes the forward and backward passes, the update of the adapters, and the log
-        entry. Raises `NonFiniteError` if a loss or a gradient is not finite. With loss scaling, an
+        The step consists of the forward and backward passes, the optimizer step, and the log entry.
+        Raises `NonFiniteError` if a loss or a gradient is not finite. With loss scaling, an
         adapter with a non-finite gradient is skipped instead, unless its loss scale is too low.
         """
         values = self._compute_mean_losses(
@@ -497,7 +502,7 @@ class Run:
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
-    def _check_no_adapter_skipped_all(self) -> None:
+    def _check_no_adapter_skipped_all_steps(self) -> None:
         """Raise `NonFiniteError` if an adapter has skipped all of its steps."""
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
@@ -629,7 +634,7 @@ class Run:
             for name, own in found.items()
         }
         self._write_log_and_trackers({"step": self.step, "answers": entries})
-        with self._record_write_error("answers"):
+        with self._suppress_and_record_write_error("answers"):
             for name, own in entries.items():
                 for number, entry in enumerate(own, 1):
                     prompt, text = entry["prompt"], entry["answer"]
@@ -707,7 +712,7 @@ class Run:
         """
         if self._log is None:
             return
-        with self._record_write_error("trackers"):
+        with self._suppress_and_record_write_error("trackers"):
             self._log.write(entry)
             numbers = run_log.flatten_for_trackers({k: v for k, v in entry.items() if k != "step"})
             self.processes.log_to_trackers(numbers, self.step)

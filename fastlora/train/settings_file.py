@@ -89,10 +89,10 @@ def _yaml(text: str) -> Any:
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Resolve the relative paths in the contents of a config file against the file's folder.
+    """Resolve the relative paths in a config file against the folder of the file.
 
     ``data`` is the dict that was read from the file, and ``folder`` is the folder of the file. The
-    result is a new dict.
+    result is a copy of the dict with the resolved paths.
     """
 
     def path(value: Any) -> Any:

@@ -164,7 +164,7 @@ def test_clamp_is_the_quantile_of_peft() -> None:
     """Values between two of those that are there."""
     lora_a, lora_b = torch.randn(3, 8), torch.randn(5, 3)
     bound = float(torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), 0.83))
-    a, b = low_rank.clamp_to_quantile(lora_a, lora_b, 0.83)
+    a, b = low_rank.clamp_factors_to_quantile(lora_a, lora_b, 0.83)
     torch.testing.assert_close(a, lora_a.clamp(-bound, bound))
     torch.testing.assert_close(b, lora_b.clamp(-bound, bound))
 

@@ -99,8 +99,8 @@ FAULTS = (
         "mask off by one",
         "e8ceaab",
         "fastlora/ops/torch/packed_plans.py",
-        "outside = (at < first_rank_rows) | (at >= first_rank_rows + ranks)",
-        "outside = (at < first_rank_rows) | (at > first_rank_rows + ranks)",
+        "outside = (at < first_rank_rows) | (at >= first_rank_rows + rank_per_row)",
+        "outside = (at < first_rank_rows) | (at > first_rank_rows + rank_per_row)",
         (f"{_PACKED}test_plans[two, bf16]",),
     ),
     Fault(
@@ -108,8 +108,8 @@ FAULTS = (
         "wrong place",
         "bb0c692",
         "fastlora/ops/torch/packed_plans.py",
-        "masks = _mask_outside(layout.unit, first % layout.unit, rank, device)",
-        "masks = _mask_outside(layout.unit, first * 0, rank, device)",
+        "masks = _mask_outside_row_ranges(layout.unit, first % layout.unit, rank, device)",
+        "masks = _mask_outside_row_ranges(layout.unit, first * 0, rank, device)",
         (f"{_PACKED}test_samples_of_many_tokens",),
     ),
     Fault(
@@ -197,7 +197,7 @@ FAULTS = (
         "1f559c1",
         "fastlora/ops/torch/packed.py",
         (
-            "first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) "
+            "first_fit_layout(pack.layout.ranks, coalescing_units_is_faster(dtype, kind)) "
             "is pack.layout"
         ),
         "False",
@@ -379,7 +379,7 @@ FAULTS = (
         "wrong slot",
         "907a955",
         "fastlora/autograd/dora.py",
-        "start, stop = starts[slots[place]], starts[slots[place] + 1]",
+        "start, stop = starts[slot_of_adapter[place]], starts[slot_of_adapter[place] + 1]",
         "start, stop = starts[place], starts[place + 1]",
         ("tests/layers/test_dora.py::test_rows_of_several_adapters_in_any_order[0.4]",),
     ),

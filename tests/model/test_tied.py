@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from fastlora.model.tied_weights import names_tied_to_embedding
+from fastlora.model.tied_weights import modules_tied_to_embedding
 from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.tiny import tiny, tiny_llama
 
@@ -144,4 +144,4 @@ def test_what_models_tie(kind: str) -> None:
     from peft.utils.other import _get_module_names_tied_with_embedding
 
     model = tiny(kind)
-    assert names_tied_to_embedding(model) == _get_module_names_tied_with_embedding(model)
+    assert modules_tied_to_embedding(model) == _get_module_names_tied_with_embedding(model)

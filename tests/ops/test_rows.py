@@ -139,6 +139,19 @@ def test_rows_without_a_slot(ids: list[int], expected: bool) -> None:
     assert sort_rows(torch.tensor(ids), len(ids), 3).has_rows_without_slot is expected
 
 
+def test_rows_of_segments() -> None:
+    """Adjacent rows are a slice, and others are listed in ascending order."""
+    blocks = [(2, 300), (0, 500), (-1, 200)]
+    rows = sort_rows(torch.tensor([slot for slot, n in blocks for _ in range(n)]), 2000, 3)
+    assert [segment.slot for segment in rows.segments] == [0, 2]
+    assert rows.segment_rows == (slice(600, 1600), slice(0, 600))
+    mixed = torch.randint(0, 3, (1000,), generator=torch.Generator().manual_seed(0))
+    rows = sort_rows(mixed, 1000, 3)
+    for slot, found in enumerate(rows.segment_rows):
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found.long(), (mixed == slot).nonzero().view(-1))
+
+
 def test_sizes_do_not_depend_on_the_ids() -> None:
     shapes = {
         tuple(tuple(t.shape) for t in (g.order, g.segment_of, g.segment_slot, g.piece_starts(16)))

@@ -23,19 +23,25 @@ _SCALING = "fastlora_scaling"
 _UPDATE_FIELDS = {"rank_pattern", "alpha_pattern", "lora_bias"}
 
 
-def replacement(class_name: str, method: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that replaces a method of one of vLLM's LoRA layer classes."""
+def replacement(
+    layer_class_name: str, method: str, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return the replacement for a method of a vLLM LoRA layer class."""
     if method == "create_lora_weights":
         return _creating_slots(original)
     if method == "reset_lora":
-        return _reset_embedding if class_name == "VocabParallelEmbeddingWithLoRA" else _reset_lora
+        return (
+            _reset_embedding
+            if layer_class_name == "VocabParallelEmbeddingWithLoRA"
+            else _reset_lora
+        )
     setters: dict[str, Callable[..., Any]] = {
         "MergedColumnParallelLinearWithLoRA": _set_slices,
         "MergedColumnParallelLinearVariableSliceWithLoRA": _split_and_set_slices,
         "VocabParallelEmbeddingWithLoRA": _set_embedding,
         "LogitsProcessorWithLoRA": _set_logits,
     }
-    return setters.get(class_name, _set_one_slice)
+    return setters.get(layer_class_name, _set_one_slice)
 
 
 def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,9 +165,10 @@ def _split_and_set_slices(
     lora_a: torch.Tensor | Sequence[_Factor],
     lora_b: torch.Tensor | Sequence[_Factor],
 ) -> None:
-    """Split an adapter's factors by slice, and load them into a slot.
+    """Split an adapter's factors into slices, and load them into a slot.
 
-    A single lora_b is split. A single lora_a is used for all slices.
+    A merged linear layer has one slice for each of its output sizes. A single lora_b is split. A
+    single lora_a is used for all slices.
     """
     if isinstance(lora_b, torch.Tensor):
         sizes = self.base_layer.output_sizes
@@ -256,10 +263,11 @@ def with_one_lora_request_per_adapter_id(
 
 
 def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
-    """Return one LoRA request for each adapter ID that the given requests use.
+    """Return one LoRA request per adapter ID for the given requests.
 
-    This function replaces ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can
-    omit an adapter, for the reason given in `with_one_lora_request_per_adapter_id`.
+    The adapter IDs are those that the requests use. This function replaces
+    ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can omit an adapter, for the
+    reason given in `with_one_lora_request_per_adapter_id`.
     """
     found = (self.lora_requests.get(name) for name in req_ids)
     return tuple({each.lora_int_id: each for each in found if each is not None}.values())
@@ -305,7 +313,7 @@ def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
 
 
 def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
-    """Check that the factors of an adapter are valid for the model.
+    """Check that the factors of an adapter fit the model.
 
     This function is called before the adapter is loaded into a slot. The factors of experts are not
     checked.

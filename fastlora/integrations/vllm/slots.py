@@ -53,10 +53,10 @@ class LayerSlots:
                 self.linear.append(SlotProducts(self.lora_a[group], self.lora_b[group], storage))
 
     def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
-        """Add the LoRA update of each row's adapter to y in place.
+        """Add the LoRA updates of a linear layer to y in place.
 
-        y is ``[M, N]``. The outputs of all slices are side by side in y, starting at the first
-        column.
+        Each row of y gets the update of its own adapter. y is ``[M, N]``. The outputs of all slices
+        are side by side in y, starting at the first column.
         """
         start = 0
         for products in self.linear:

@@ -57,9 +57,9 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        """Update the metadata at the start of a batch.
+        """Update the metadata for a new batch.
 
-        The slot of each token and of each sampled row is recorded.
+        The slots of the tokens and of the sampled rows are recorded according to vLLM's mapping.
         """
         self.is_prefill = mapping.is_prefill
         tokens = slots_of_rows(mapping.index_mapping, lora_index_to_id)
@@ -119,9 +119,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
     def logits_of_one_request(
         self, adapter: int, adapter_of_slot: Sequence[int | None]
     ) -> Iterator[None]:
-        """Context manager that applies one request's adapter to all rows of the logits.
+        """Context manager for computing the logits of one request with the request's adapter.
 
-        This is used for the logits of prompts, which vLLM computes for one request at a time.
+        The adapter is applied to all rows of the logits. The context manager is used for the logits
+        of prompts, which vLLM computes for one request at a time.
 
         Args:
             adapter: ID of the request's adapter. Zero stands for no adapter.
@@ -159,12 +160,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Compute the shrink output of each slice, and add it to y.
+        """Multiply each row of x by the lora_a of its adapter, and add the products to y.
 
-        The shrink output is ``scale * x @ lora_a.T``, where each row of x is multiplied by the
-        lora_a of its adapter. The output of slice i is added to ``y[i]``, which vLLM fills with
-        zeros. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this
-        method if ``fully_sharded_loras`` is set.
+        The product ``scale * x @ lora_a.T`` is the shrink output of a slice. The output of slice i
+        is added to ``y[i]``, which vLLM fills with zeros. ``scale`` must be 1, because `add_expand`
+        multiplies by the scaling. vLLM calls this method if ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
         for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):

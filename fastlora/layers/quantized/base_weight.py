@@ -93,9 +93,9 @@ class BaseQuantizedWeight(MergeTarget):
     # ------------------------------------------------------------------------ what kernels read
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the module's compute dtype.
+        """Return the dtype in which the module computes.
 
-        Returns None if the module computes in the dtype of x.
+        Returns None if the module has no compute dtype of its own and computes in the dtype of x.
         """
         return self.dtype
 
@@ -302,11 +302,11 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return the snapshot unchanged, because `restore` can use it as it is.
+        """Return the snapshot unchanged.
 
         The function that ``nn.Module._apply`` applies to the module's tensors is not applied to the
-        snapshot, because the function may change dtypes. `restore` moves the data to the weight's
-        device.
+        snapshot, because the function may change dtypes. `restore` can use the snapshot as it is,
+        because `restore` moves the data to the weight's device.
         """
         return snapshot
 
@@ -351,7 +351,8 @@ def qualified_class_name(module: object) -> str:
 def quantized_weight_of(module: object) -> BaseQuantizedWeight | None:
     """Return a module's quantized weight.
 
-    Returns None if no registered kind supports the module.
+    The result is an object of the registered kind that supports the module. Returns None if no
+    registered kind supports the module, for example because its weight is not quantized.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.

@@ -248,10 +248,10 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
     def _dequantize_blocks(
         self, codes: torch.Tensor, absmax: torch.Tensor, element_count: int
     ) -> torch.Tensor:
-        """Dequantize blocks of codes.
+        """Dequantize blocks of bitsandbytes codes.
 
-        The codes form whole blocks. The result is in fp32 and has ``element_count`` elements.
-        ``absmax`` has one value per block. bitsandbytes dequantizes the blocks.
+        The codes form whole blocks. ``absmax`` has one value per block. The result is in fp32 and
+        has ``element_count`` elements. The method calls bitsandbytes' ``dequantize_4bit``.
         """
         state = self.weight.quant_state
         piece = type(state)(

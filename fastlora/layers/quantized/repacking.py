@@ -44,10 +44,11 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
     """Prevent bitsandbytes from repacking a model's 4-bit weights.
 
-    Without this function, forward passes may repack the weights. A layer with a repacked weight
-    computes no gradient for its input, so this function is for models with trainable adapters. The
-    function applies to all 4-bit layers, because gradients also pass through layers without
-    adapters. Kernels cannot read a repacked weight.
+    Without this function, forward passes on some CPUs may repack the weights, which changes the
+    layout of the weights in memory. A layer with a repacked weight computes no gradient for its
+    input, so this function is for models with trainable adapters. The function applies to all 4-bit
+    layers, because gradients also pass through layers without adapters. Kernels cannot read a
+    repacked weight.
     """
     repacked = False
     for module in model.modules():
@@ -113,7 +114,7 @@ class RepackedProduct:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this implementation supports x and is faster than calling the module."""
+        """Return whether this product supports x and is faster than the module itself."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -157,9 +157,9 @@ class TorchaoWeight(BaseQuantizedWeight):
 
 
 class _TorchaoWeightAttributes(Protocol):
-    """Attributes that fastlora reads from a torchao weight.
+    """Protocol with the attributes that fastlora reads from a torchao weight.
 
-    This protocol is used only in annotations.
+    The class is used only in annotations.
     """
 
     tensor_data_names: Sequence[str]

@@ -245,7 +245,7 @@ class DropoutAdapter(NamedTuple):
     impl: str
 
     def apply_dropout(self, rows: torch.Tensor, dependency: torch.Tensor | None) -> torch.Tensor:
-        """Return the rows after dropout.
+        """Apply dropout to the given rows, and return the result.
 
         The rows have the shape ``[M, K]``. Every call uses the same mask. ``dependency`` is as in
         `fastlora.ops.torch.single.keep_mask`.

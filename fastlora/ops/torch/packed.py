@@ -21,9 +21,9 @@ import torch
 from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import (
     BatchKind,
+    coalescing_units_is_faster,
     column_major_lora_a_is_faster,
     dense_is_fastest,
-    unit_coalescing_is_faster,
 )
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
@@ -182,9 +182,9 @@ def allocate_packed_lora_a(
     device: torch.device | None,
     is_dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate a tensor for the packed lora_a, and return the tensor and a view of it.
+    """Allocate a tensor of zeros for the packed lora_a.
 
-    The tensor is filled with zeros. The view has the shape ``[units, slices, unit, K]``.
+    Returns the tensor and a view of it with the shape ``[units, slices, unit, K]``.
     ``is_dense`` states whether the packed factors are for dense products.
     """
     unit, units = layout.unit, layout.units
@@ -200,7 +200,7 @@ def allocate_packed_lora_a(
 
 def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
-    return first_fit_layout(ranks, unit_coalescing_is_faster(dtype, kind)) if any(ranks) else None
+    return first_fit_layout(ranks, coalescing_units_is_faster(dtype, kind)) if any(ranks) else None
 
 
 def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
@@ -209,5 +209,5 @@ def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind
     Factors that were packed for another kind of batch can have the same layout.
     """
     return (
-        first_fit_layout(pack.layout.ranks, unit_coalescing_is_faster(dtype, kind)) is pack.layout
+        first_fit_layout(pack.layout.ranks, coalescing_units_is_faster(dtype, kind)) is pack.layout
     )

@@ -47,10 +47,9 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch, such as a batch of few rows or a batch of long samples.
+    """The kind of a batch, which determines how the batch's matrix products are arranged.
 
-    The kind depends on the number of rows, and on whether adjacent rows form long samples. The kind
-    determines how the matrix products of the batch are arranged.
+    The kind depends on the number of rows, and on whether adjacent rows form long samples.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -115,11 +114,12 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 and rank_rows >= _WIDE
 
 
-def unit_coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether it is faster to coalesce several units into each block of a product.
+def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
+    """Return whether products are faster if units are coalesced into larger blocks.
 
-    If coalescing units is not faster, each block has one unit. The number of rank rows in a unit is
-    the largest rank. Blocks of several units are faster for few rows in a 16-bit dtype.
+    If units are coalesced, each block of a product has several units. Otherwise, each block has one
+    unit. The number of rank rows in a unit is the largest rank. Blocks of several units are faster
+    for few rows in a 16-bit dtype.
 
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product if blocks have 4
     rows, and 6.1 times as long if blocks have 1 row. In fp32, the block size makes no difference.

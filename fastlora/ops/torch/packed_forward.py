@@ -81,14 +81,14 @@ def add_(
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _add_weighted_sums(parts, s, pack, terms)
+        _add_weighted_rank_rows(parts, s, pack, terms)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
 
 
 def _arrange_rows_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrange the rows of x as the plan requires, and compute the shrink output s.
+    """Arrange the rows of x as the plan requires, and multiply them by the packed lora_a.
 
     The result is the tuple (x, s). ``x [M, K]`` is returned as it is, or with its rows gathered
     into blocks. s is the shrink output of all slices, ``[M, slices * rank rows]`` (with the rank
@@ -133,7 +133,7 @@ def _zero_other_columns(
     return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
-def _add_weighted_sums(
+def _add_weighted_rank_rows(
     y_slices: Sequence[torch.Tensor],
     s: torch.Tensor,
     pack: PackedLayerFactors,
@@ -246,10 +246,10 @@ def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> to
 def _lora_b_of_blocks(
     lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan
 ) -> torch.Tensor:
-    """Return a view of the packed lora_b with one part for each block of the plan.
+    """Return the packed lora_b of the blocks of a plan.
 
-    Each part consists of the rank rows of the block's units. The view has the shape
-    ``[blocks, rank rows per block, N]``.
+    The result is a view with one part for each block. Each part consists of the rank rows of the
+    block's units. The view has the shape ``[blocks, rank rows per block, N]``.
     """
     unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
     own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]

@@ -45,8 +45,8 @@ from fastlora.ops.torch.packed import (
 from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
+    coalescing_units_is_faster,
     expand_by_weighted_sums_is_faster,
-    unit_coalescing_is_faster,
 )
 
 # Units are combined until a block has at least this many rows.
@@ -68,7 +68,7 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class WeightedSumTerms:
-    """The terms of the weighted sums that are the updates of the rows.
+    """The terms of the weighted sums that form the updates of a batch's rows.
 
     Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
     update of a row of y is the sum of one term for each rank row of its adapter.
@@ -87,11 +87,12 @@ class WeightedSumTerms:
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def term_weight_positions_in_s(self, slices: int) -> torch.Tensor:
-        """Return the position of each term's weight in s, for all slices.
+        """Return, for each term, the position of the element of s that is the term's weight.
 
         A term's weight is the element of s that multiplies the term's row of the packed lora_b. The
-        result is an int64 tensor ``[slices * terms]``. Its values are positions in the flattened s.
-        Before it is flattened, s has the shape ``[..., slices, width]``.
+        result is an int64 tensor ``[slices * terms]`` with the positions for each slice in turn.
+        The positions refer to the flattened s. Before s is flattened, its shape is
+        ``[..., slices, width]``.
         """
         found = self._of_slices.get(slices)
         if found is None:
@@ -244,20 +245,20 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
             return DensePlan(
                 None, None, _make_weighted_sum_terms(begin, first, rank, layout.rank_rows)
             )
-        return DensePlan(_mask_outside(layout.rank_rows, first, rank, device), None)
+        return DensePlan(_mask_outside_row_ranges(layout.rank_rows, first, rank, device), None)
     if not pack.is_finite or not used:
         return _make_per_adapter_plan(rows, adapter, layout)
     if m >= _MANY_ROWS_EACH * len(used):
         per_adapter = _make_per_adapter_plan(rows, adapter, layout)
         if not per_adapter.gather.numel():
             return per_adapter
-    coalesces = unit_coalescing_is_faster(dtype, kind)
+    coalesces = coalescing_units_is_faster(dtype, kind)
     start, stop = _used_unit_range(used, layout, coalesces)
     unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
     if unused > _UNUSED_RANK_ROWS_EACH * len(used):
         return _make_per_adapter_plan(rows, adapter, layout)
     if stop - start == 1 and kind is BatchKind.FEW:
-        own = _mask_outside(layout.unit, first - start * layout.unit, rank, device)
+        own = _mask_outside_row_ranges(layout.unit, first - start * layout.unit, rank, device)
         return DensePlan(own, start)
     coalesced = 1
     while True:
@@ -287,7 +288,7 @@ def _make_weighted_sum_terms(
     first_weight_positions: torch.Tensor,
     first_rank_rows: torch.Tensor,
     rank_per_row: torch.Tensor,
-    width: int,
+    slice_width: int,
 ) -> WeightedSumTerms:
     """Build the `WeightedSumTerms` of a batch.
 
@@ -299,7 +300,7 @@ def _make_weighted_sum_terms(
         first_rank_rows: The rank row at which each row's adapter starts.
         rank_per_row: The number of rank rows of each row's adapter, or 0 for a row without an
             adapter.
-        width: As in `WeightedSumTerms`.
+        slice_width: The `width` of the result.
     """
     starts = torch.cumsum(rank_per_row, 0) - rank_per_row
     within = torch.arange(int(rank_per_row.sum())) - torch.repeat_interleave(starts, rank_per_row)
@@ -307,30 +308,30 @@ def _make_weighted_sum_terms(
         torch.repeat_interleave(own, rank_per_row) + within
         for own in (first_weight_positions, first_rank_rows)
     )
-    return WeightedSumTerms(rank_rows, starts, positions, width)
+    return WeightedSumTerms(rank_rows, starts, positions, slice_width)
 
 
-def _mask_outside(
-    width: int, first_rank_rows: torch.Tensor, ranks: torch.Tensor, device: torch.device
+def _mask_outside_row_ranges(
+    width: int, first_rank_rows: torch.Tensor, rank_per_row: torch.Tensor, device: torch.device
 ) -> torch.Tensor | None:
     """Return a mask of the columns outside of each row's range.
 
-    The mask is False only in the ``ranks`` columns starting at ``first_rank_rows``. It is bool
-    ``[M, 1, width]``. The result is None if no column is outside.
+    The mask is a bool tensor ``[M, 1, width]``. In each row, only the ``rank_per_row`` columns
+    starting at ``first_rank_rows`` are False. The result is None if no column is outside.
     """
-    at, first_rank_rows, ranks = (
+    at, first_rank_rows, rank_per_row = (
         torch.arange(width),
         first_rank_rows.view(-1, 1, 1),
-        ranks.view(-1, 1, 1),
+        rank_per_row.view(-1, 1, 1),
     )
-    outside = (at < first_rank_rows) | (at >= first_rank_rows + ranks)
+    outside = (at < first_rank_rows) | (at >= first_rank_rows + rank_per_row)
     return outside.to(device) if outside.any() else None
 
 
 def _used_unit_range(
     used_adapters: list[int], layout: PackedLayout, coalesces: bool
 ) -> tuple[int, int]:
-    """Return the range of units that the used adapters span.
+    """Return the start and stop of the range of units that the used adapters span.
 
     The result is a tuple (start, stop), where stop is the unit after the last one. If units may be
     coalesced, a large range is extended to full blocks where there is room.
@@ -368,7 +369,7 @@ def _make_per_adapter_plan(
 def _make_per_sample_plan(
     first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, tokens: int, device: torch.device
 ) -> PerSamplePlan:
-    masks = _mask_outside(layout.unit, first % layout.unit, rank, device)
+    masks = _mask_outside_row_ranges(layout.unit, first % layout.unit, rank, device)
     units = (first // layout.unit).to(device)
     return PerSamplePlan(units, tokens, None if masks is None else masks.unsqueeze(1))
 

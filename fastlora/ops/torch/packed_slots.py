@@ -23,18 +23,25 @@ from fastlora.ops.torch.packed_choice import dense_is_fastest
 
 
 @functools.lru_cache(maxsize=256)
-def one_unit_per_slot(unit: int, ranks: tuple[int, ...]) -> PackedLayout:
-    """Return a layout in which each slot has a unit of its own.
+def one_unit_per_slot(rank_rows_per_unit: int, ranks: tuple[int, ...]) -> PackedLayout:
+    """Return a packed layout that has one unit of rank rows for each slot.
 
     Args:
-        unit: Number of rank rows in a unit.
+        rank_rows_per_unit: Number of rank rows in a unit.
         ranks: The rank of the adapter in each slot, or 0 for an empty slot.
     """
-    return PackedLayout(unit, len(ranks), tuple(unit * slot for slot in range(len(ranks))), ranks)
+    return PackedLayout(
+        rank_rows_per_unit,
+        len(ranks),
+        tuple(rank_rows_per_unit * slot for slot in range(len(ranks))),
+        ranks,
+    )
 
 
 class _PackedSlotFactors(NamedTuple):
-    """The packed factors of all slots.
+    """The packed factors of a layer's slots.
+
+    The tensors contain the factors of all slots.
 
     Attributes:
         lora_a: As in `PackedLayerFactors`.
@@ -49,9 +56,10 @@ class _PackedSlotFactors(NamedTuple):
     unit: int
 
     def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
-        """Write the factors of an adapter into a slot, in place of the slot's previous factors.
+        """Write the factors of an adapter into a slot, and return whether they are finite.
 
-        Returns whether all values of the new factors are finite.
+        The new factors replace the slot's previous factors. The result is True if all values of
+        the new factors are finite.
         """
         own_a, dtype, is_finite = self.rank_rows_a[slot], self.lora_a.dtype, True
         for a, lora_b, factors in zip(own_a, self.lora_b, slices, strict=True):
@@ -83,7 +91,8 @@ class PackedSlots:
     Attributes:
         factors: The packed factors, or None if no slot has an adapter. The index of an adapter is
             its slot.
-        num_full_packings: Number of times that the factors of all slots were allocated and copied.
+        num_full_packings: Number of times that the factors of all slots were allocated and
+            copied.
     """
 
     def __init__(
@@ -148,7 +157,7 @@ class PackedSlots:
         self.set_slot(slot, [None] * len(self._widths))
 
     def _check(self, slices: Sequence[Factors | None]) -> None:
-        """Check that the factors given for the slices fit the layer.
+        """Check that the factors of each slice fit the packed slots.
 
         Raises:
             ValueError: The number or the shapes of the factors do not fit, or an adapter has a

@@ -75,9 +75,9 @@ class _PositionsOfOneAdapter(NamedTuple):
     own: slice
 
     def part(self, s_or_ds: torch.Tensor) -> torch.Tensor:
-        """Return a view of the part of s or ds that belongs to the segment of this adapter.
+        """Return the part of s or ds that belongs to this adapter's segment.
 
-        The view has the shape ``[rows, rank]``.
+        The result is a view of shape ``[rows, rank]``.
         """
         return (
             s_or_ds[self.at, : self.rank]
@@ -229,12 +229,13 @@ def _add_same_rank_updates(
 def _padded_gather_and_scatter_positions(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the indices for gathering rows into a padded batch and scattering the results back.
+    """Return the positions for gathering rows into a padded batch and scattering the results back.
 
     Each of the G spans is a range of sorted positions of rows. The batch has the shape ``[G, C]``,
-    where C is the length of the longest span. If a span is shorter, its first row fills the free
-    places. The result is a tuple of three tensors: the sorted position of the row at each place,
-    ``[G * C]``; the places that are not free; and the sorted positions of the rows at these places.
+    where C is the length of the longest span. A shorter span is padded with copies of its first
+    row. The result is a tuple of three tensors: the sorted position of the row at each place of the
+    batch, ``[G * C]``; the places that are not padding; and the sorted positions of the rows at
+    these places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
@@ -276,10 +277,10 @@ def grad_b(
     wants: Sequence[bool],
     wants_ds: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Return the gradients of s, lora_b, and lora_bias.
+    """Return the gradients of lora_b, together with those of s and lora_bias.
 
-    The result is a tuple (ds, list of lora_b gradients, list of lora_bias gradients). The gradients
-    are None for an adapter without rows.
+    The result is a tuple (ds, list of lora_b gradients, list of lora_bias gradients). ds is the
+    gradient of s. The list items are None for an adapter without rows.
 
     ``dy`` is at sorted positions. ``wants`` tells whether the gradients of
     ``lora_a, lora_b, lora_bias`` of each adapter in turn are wanted.

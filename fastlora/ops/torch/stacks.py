@@ -31,7 +31,7 @@ _PART_ROWS = 512
 
 
 class _AdjacentKeysAndRows(NamedTuple):
-    """A range of adjacent keys, and the rows that have these keys.
+    """A range of adjacent keys, with the rows that have these keys.
 
     Each key stands for one matrix of the stack and one adapter.
 
@@ -81,7 +81,8 @@ def _key_rows_after_dropout(
 ) -> torch.Tensor:
     """Return the rows of x that belong to one key, with dropout applied.
 
-    They are cast to ``dtype`` first. Every call for a key uses the same mask.
+    A key stands for one matrix of the stack and one adapter. The rows are cast to ``dtype`` before
+    the dropout of this adapter is applied. Every call for a key uses the same mask.
     """
     own, p = reference.cast(x[its.at], dtype), operands.dropout_p[its.slot]
     if operands.seeds is None or not p:
@@ -250,10 +251,11 @@ def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKey
 def _add_grouped_(
     y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, part: _AdjacentKeysAndRows
 ) -> None:
-    """Multiply each key's rows of s by the key's factor, and add the products to y in place.
+    """Add the grouped matrix product of s and a factor to y in place.
 
-    The keys are those of ``part``. y contains all rows, and ``s`` contains only the rows of the
-    part.
+    The rows of s that share a key form a group, and are multiplied by the matrix of ``factor`` for
+    this key. The keys are those of ``part``. y contains all rows, and s contains only the rows of
+    the part.
     """
     if y.dtype != s.dtype:
         y[part.at].add_(F.grouped_mm(s, factor[part.keys], offs=part.ends))

@@ -40,10 +40,11 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return the tables that kernels use to read the rank rows of lora_a factors by address.
+    """Return a `RankRows` object that describes lora_a factors for kernels.
 
-    The result is a `RankRows` object that contains the address and the rank of each factor. All
-    factors must be aligned. ``shape`` is the shape of the tables.
+    Kernels use the object to read the rank rows of the factors by address. The object contains a
+    table of the factors' addresses and a table of their ranks. All factors must be aligned.
+    ``shape`` is the shape of the tables.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -59,10 +60,11 @@ def lora_b_rank_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return the tables that kernels use to read the rank rows of lora_b factors by address.
+    """Return a `RankRows` object that describes lora_b factors for kernels.
 
-    The result is a `RankRows` object that contains the addresses of lora_b and lora_bias, the
-    ranks, and the scalings. The tensors must be aligned.
+    Kernels use the object to read the rank rows of the factors by address. The object contains
+    tables of the addresses of lora_b and lora_bias, of the ranks, and of the scalings. The tensors
+    must be aligned.
     """
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)
@@ -76,10 +78,10 @@ def lora_b_rank_rows(
 
 
 def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slice) -> RankRows:
-    """Return a `RankRows` that describes the rank rows of lora_b in the given address tables.
+    """Return a `RankRows` object that describes the lora_b factors in address tables.
 
-    The result contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
-    ``module_index`` selects one module, or adjacent modules.
+    The object contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
+    ``module_index`` selects one module, or a slice of adjacent modules.
     """
     bias = None if tables.bias_address is None else tables.bias_address[module_index]
     own = (
@@ -114,11 +116,14 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
     return number_tensor_without_sync(values, torch.int64, device)
 
 
-def max_adapter_rank_sum(lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int) -> int:
-    """Return the largest sum of the ranks that one adapter has in one group of modules.
+def max_rank_sum_of_one_adapter(
+    lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int
+) -> int:
+    """Return an upper bound on the sum of one adapter's ranks in a group of modules.
 
-    A group consists of ``modules_per_group`` adjacent modules. Each rank is rounded up to a
-    multiple of 4 before it is added. The result is at least 1.
+    A group consists of ``modules_per_group`` adjacent modules. The bound is the largest sum over
+    all adapters and groups. Each rank is rounded up to a multiple of 4 before it is added. The
+    result is at least 1.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

@@ -39,7 +39,7 @@ from fastlora.ops.triton.address_tables import (
     dropout_tables,
     lora_a_rank_rows,
     lora_b_rank_rows,
-    max_adapter_rank_sum,
+    max_rank_sum_of_one_adapter,
 )
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import config_of
@@ -233,11 +233,12 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Return the gradients of s and lora_b, the column sums of dy, and a list of partial sums.
+    """Return the gradients of lora_b and s, together with the partial sums to be added.
 
-    The result is a tuple of the result of `_grad_b_one_adapter` and a list of partial sums. The
-    caller must add up the partial sums with `_add_partials`, which stores the totals in the result.
-    Until then, the tensors for these totals are uninitialized.
+    The result is a tuple of two items. The first item is the result of `_grad_b_one_adapter`, which
+    also contains the column sums of dy. The second item is a list of partial sums. The caller must
+    add up the partial sums with `_add_partials`, which stores the totals in the tensors of the
+    first item. Until then, the tensors for these totals are uninitialized.
 
     One launch reads dy. If several programs contribute to a sum, they write partial sums. If the
     partial sums of ds would cost more than another read of dy, a library product computes ds
@@ -476,11 +477,12 @@ def _mixed_grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradient of lora_b for a mixed batch, together with ds and d_lora_bias.
+    """Return the gradients of lora_b, lora_bias, and s for a mixed batch.
 
-    ds and d_lora_bias are the gradients of s and lora_bias. The result is that of `grad_b`. One
-    launch reads dy and writes partial sums, and a second launch adds them. If the partial sums take
-    too much memory, several launches read parts of the columns of dy.
+    The result is that of `grad_b`, and contains the gradients of all adapters. A backward kernel
+    reads dy and writes partial sums, and a second kernel adds them. If the partial sums take too
+    much memory, the backward kernel is launched several times, and each launch reads a part of the
+    columns of dy.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)
@@ -538,11 +540,11 @@ def _mixed_grad_a(
     lora_a: Sequence[torch.Tensor],
     dropout: DropoutTables | None,
 ) -> torch.Tensor:
-    """Return the lora_a gradients of all adapters for a mixed batch, in one buffer.
+    """Return the lora_a gradients of all adapters for a mixed batch.
 
-    The buffer contains the gradients of all modules and slots. Without dropout, one launch reads x
-    for all modules. With dropout, each module has its own launch. A further launch adds the partial
-    sums.
+    The result is one buffer with the gradients of all modules and slots. Without dropout, one
+    launch reads x for all modules. With dropout, each module has its own launch. A further launch
+    adds the partial sums.
     """
     (m, k), modules, device = x.shape, len(ds), x.device
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]
@@ -554,7 +556,7 @@ def _mixed_grad_a(
     count = -(-m // run) + slots
     partials = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
     each = modules if dropout is None else 1
-    columns = max_adapter_rank_sum(lora_a, slots, each)
+    columns = max_rank_sum_of_one_adapter(lora_a, slots, each)
     config = config_of("mixed_lora_grad_a", x, r=columns)
     for first in range(0, modules, each):
         some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)

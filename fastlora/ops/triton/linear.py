@@ -95,11 +95,12 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute the output of a linear layer for a mixed batch, with factors from address tables.
+    """Compute the output of the LoRA linear layer at an index in the address tables.
 
-    Returns a list that starts with the output y. If ``shrink_range`` is given and s is not, the
-    list also contains the split-K partial sums of s for the modules in this range. ``index`` is the
-    layer's row in the address tables.
+    The address tables contain the addresses of the layers' factors, and ``index`` is the layer's
+    row in the tables. The batch is mixed, so its rows may use different adapters. Returns a list
+    that starts with the output y. If ``shrink_range`` is given and s is not, the list also contains
+    the split-K partial sums of s for the modules in this range.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
@@ -146,11 +147,11 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Compute the outputs of a group of linear layers that share an input and have adapters.
+    """Compute the outputs of a group of LoRA linear layers that share an input.
 
-    Returns a list, as `Backend.grouped_forward` does. The layers share launches if possible. With
-    dropout, or if a tensor's layout is not supported in a shared launch, each layer has its own
-    launches.
+    Returns a list, as `Backend.grouped_forward` does. The layers share kernel launches if possible.
+    With dropout, or if a tensor's layout is not supported in a shared launch, each layer has its
+    own launches.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -201,7 +202,7 @@ def _grouped_linear(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Compute the outputs of linear layers that share the input x, in shared kernel launches.
+    """Compute the outputs of LoRA linear layers that share an input, in shared kernel launches.
 
     Each layer has one adapter, which applies to all rows. Returns a list of the outputs. If
     ``with_s`` is True, s is appended to the list. The launches are a shrink, unless s is given, and

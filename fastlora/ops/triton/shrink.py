@@ -19,7 +19,7 @@ from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
     lora_a_rank_rows,
-    max_adapter_rank_sum,
+    max_rank_sum_of_one_adapter,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 
@@ -108,13 +108,13 @@ def shrink_with_partials(
 
 
 def to_kernel_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
-    """Return x in the memory layout for which kernels are compiled.
+    """Return x in the memory layout that the kernels expect.
 
-    The layout consists of strides and an alignment. x is copied if it has any other layout, for
-    which Triton would compile another kernel. x is ``[M, K]``. In the layout for which kernels are
-    compiled, x begins at a multiple of 16 bytes, rows are contiguous, and the stride between rows
-    is a multiple of 16 if and only if K is. A copy is contiguous, and costs one read and one write
-    of x. For ``M = 1``, the stride between rows is K.
+    x is ``[M, K]``. Its layout consists of strides and an alignment. In the expected layout, x
+    begins at a multiple of 16 bytes, rows are contiguous, and the stride between rows is a multiple
+    of 16 if and only if K is. x is copied if it has any other layout, for which Triton would
+    compile another kernel. A copy is contiguous, and costs one read and one write of x. For
+    ``M = 1``, the stride between rows is K.
 
     Args:
         x: The input of a linear layer.
@@ -169,7 +169,7 @@ def mixed_shrink(
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)
     down = lora_a_rank_rows(lora_a, x.device, (modules, slots))
-    columns = max_adapter_rank_sum(lora_a, slots, modules)
+    columns = max_rank_sum_of_one_adapter(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]
     s = x.new_empty(modules, m, rank_to_multiple_of_16(down.largest))

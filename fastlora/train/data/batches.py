@@ -28,11 +28,13 @@ def derive_seed(*parts: object, nbytes: int = 7) -> int:
 
 
 class SampleRef(NamedTuple):
-    """A reference to a sample in an adapter's data.
+    """A reference to one sample of a corpus.
+
+    Each adapter has its own corpus, so the name of the adapter identifies the corpus.
 
     Attributes:
         adapter: The name of the adapter.
-        sample: The index of the sample in the adapter's data.
+        sample: The index of the sample in the adapter's corpus.
     """
 
     adapter: str

@@ -53,7 +53,9 @@ class SampleLocation(NamedTuple):
 
 
 class ParsedDataFile(NamedTuple):
-    """A data file that has been parsed into rows.
+    """The parsed contents of a data file.
+
+    The contents are a list of rows.
 
     Attributes:
         found: List of tuples (source of the row, row). A plain text file has one row, its text. In

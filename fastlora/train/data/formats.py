@@ -93,7 +93,7 @@ class TextOrChatSample(NamedTuple):
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options that specify how the data of a training run is read from files and prepared.
+    """Options for reading and preparing the data of a training run.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
@@ -301,9 +301,11 @@ class _RowValues:
                 )
 
     def list_or_str_type(self, *columns: str) -> type:
-        """Return `list` if all columns contain lists, or `str` if none do.
+        """Return whether the columns of a row contain lists or strings.
 
-        Raises `DataError` if only some of the columns contain lists.
+        The result is `list` if all columns contain lists, and `str` if none do. Raises `DataError`
+        if only some of the columns contain lists. Other types of values are not detected here;
+        `get_text` raises an error for them.
         """
         lists = [isinstance(self._row[self._names[column]], list) for column in columns]
         if any(lists) and not all(lists):

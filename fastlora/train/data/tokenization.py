@@ -38,10 +38,11 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus of tokenized samples with their loss masks.
+    """A corpus of tokenized samples.
 
-    The method `labels` creates the labels of a sample from its tokens and its loss mask. Each
-    adapter has its own corpus.
+    The methods `token_ids` and `labels` return the token ids and the labels of a sample. The corpus
+    stores the tokens and the loss masks of the samples, from which `labels` creates the labels.
+    Each adapter has its own corpus.
 
     Attributes:
         ids: Tokens of all samples, int32.
@@ -139,9 +140,10 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token contributes to the loss.
+        """Whether any token of the document contributes to the loss.
 
-        This assumes that the document has a row of its own.
+        The document is assumed to have a row of its own. No token then precedes the first token of
+        the document, so the first token does not contribute to the loss.
         """
         return any(self.counts[1:])
 
@@ -390,18 +392,24 @@ def _tokenize_chat_sample(
 
 
 def _document_with_masked_prompt(
-    source: SampleLocation, prompt_ids: list[int], ids: list[int], options: DataOptions
+    source: SampleLocation, prompt_token_ids: list[int], token_ids: list[int], options: DataOptions
 ) -> _TokenizedDocument:
-    """Return a document with a loss mask that excludes the prompt.
+    """Return a tokenized document whose prompt is excluded from the loss.
 
-    The loss starts at the first token that differs from the prompt. Without
-    ``completion_only_loss``, all tokens contribute to the loss.
+    ``token_ids`` contains the tokens of the document, and ``prompt_token_ids`` contains the tokens
+    of the prompt alone. The loss starts at the first token of the document that differs from the
+    prompt. Without ``completion_only_loss``, all tokens contribute to the loss.
     """
-    same = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), None)
-    start = min(len(prompt_ids), len(ids)) if same is None else same
-    parted = len(prompt_ids) - start
+    same = next(
+        (n for n, (a, b) in enumerate(zip(prompt_token_ids, token_ids, strict=False)) if a != b),
+        None,
+    )
+    start = min(len(prompt_token_ids), len(token_ids)) if same is None else same
+    parted = len(prompt_token_ids) - start
     first = start if options.completion_only_loss else 0
-    return _TokenizedDocument(source, ids, [n >= first for n in range(len(ids))], parted)
+    return _TokenizedDocument(
+        source, token_ids, [n >= first for n in range(len(token_ids))], parted
+    )
 
 
 def _tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
