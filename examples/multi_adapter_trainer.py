@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     options = parser.parse_args()
 
-    base, tokenizer = smollm2.load_smollm2()
+    base, tokenizer = smollm2.load_smollm2_from_wheel()
     torch.manual_seed(0)
     config = fastlora.LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -140,9 +140,10 @@ def _versions(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
 
 
 def dequantize_if_quantized(weight: torch.Tensor) -> torch.Tensor:
-    """Dequantize a weight if it is a `QuantizedTensor`, or return it unchanged otherwise.
+    """Dequantize a weight if it is a `QuantizedTensor`.
 
-    With the dense matrix, several matrix products need only one dequantization.
+    Any other weight is returned unchanged. With the dense matrix, several matrix products need
+    only one dequantization.
     """
     return dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
 

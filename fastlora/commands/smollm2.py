@@ -38,8 +38,8 @@ _COMPLETE = "conversion-complete"
 class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
     """Raised if the model's wheel is not found.
 
-    It is also raised if the wheel contains no GGUF file, or if a package needed to read the wheel
-    is not installed.
+    The error is also raised if the wheel contains no GGUF file, or if a package needed to read the
+    wheel is not installed.
     """
 
 
@@ -140,7 +140,7 @@ def chat_prompt(prompt: str) -> str:
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def load_smollm2(
+def load_smollm2_from_wheel(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
     """Load SmolLM2 and its tokenizer, and return both.

@@ -67,9 +67,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the layer with fastlora if possible, or else with PEFT's ``forward`` method.
+        """Run the layer's forward pass.
 
-        The output is the same as that of PEFT's layer.
+        The layer is run with fastlora if possible, or else with PEFT's ``forward`` method. The
+        output is the same as that of PEFT's layer.
         """
         call: Any = create_call(self, x)
         mixed = isinstance(call, MixedCall)
@@ -227,10 +228,10 @@ class FastPeftParamWrapper(PeftParamWrapper):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer with fastlora if possible, or else with PEFT's ``forward`` method.
+        """Run the layer's forward pass.
 
-        PEFT's ``forward`` method always runs a layer whose module is not a module of stacked
-        experts.
+        The layer is run with fastlora if possible, or else with PEFT's ``forward`` method. PEFT's
+        ``forward`` method always runs a layer whose module is not a module of stacked experts.
         """
         layer = None if kwargs or is_being_compiled() else self._layer_with_shared_adapters()
         return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)

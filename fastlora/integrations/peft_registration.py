@@ -85,10 +85,10 @@ def _create_and_patch_peft_layer(
 
 
 def _make_from_pretrained_accept_lora_model(peft: Any) -> None:
-    """Override PEFT's ``from_pretrained`` so that it also accepts a `LoraModel`.
+    """Make PEFT's ``from_pretrained`` also accept a `LoraModel`.
 
-    The method is that of `peft.PeftModel`. If it is called with a `LoraModel`, fastlora loads the
-    adapter into it.
+    The method of `peft.PeftModel` is overridden. If the new method is called with a `LoraModel`,
+    fastlora loads the adapter into the model.
     """
     theirs = peft.PeftModel.from_pretrained.__func__
 

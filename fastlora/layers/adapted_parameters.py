@@ -137,10 +137,10 @@ class ParameterLoraLayer(LoraLayer):
         return self.get_base_layer()._parameters[self.parameter_name]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
-        is never fused.
+        The status states whether the layer is fused and, if not, the reason. A fused layer computes
+        the base GEMM and the LoRA update in one call. A layer of this class is never fused.
         """
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")

@@ -359,7 +359,7 @@ def factors_in_slots(
     slots: Sequence[int],
     excluded_slots: Sequence[int] = (),
 ) -> Slots:
-    """Return a layer's factors in the given slots, except in the excluded slots.
+    """Return a layer's factors in the given slots.
 
     The result is a list that has one entry for each slot in ``slots``. The entry is None for a slot
     in ``excluded_slots`` and for an adapter that does not adapt the layer.

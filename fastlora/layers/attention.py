@@ -56,10 +56,10 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
-        is never fused.
+        The status states whether the layer is fused and, if not, the reason. A fused layer computes
+        the base GEMM and the LoRA update in one call. A layer of this class is never fused.
         """
         return FusionStatus(False, _FALLBACK_REASON)
 

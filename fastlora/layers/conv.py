@@ -148,10 +148,11 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's factors and its optional bias.
+        """Return an adapter's factors and bias.
 
-        The result is a tuple (lora_a, lora_b, lora_bias). lora_bias may be None. The factors are
-        matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
+        The result is a tuple (lora_a, lora_b, lora_bias). The bias is optional, so lora_bias may be
+        None. The factors are matrices. If the convolution has groups, lora_b is
+        ``[N, R / groups]``.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias

@@ -108,10 +108,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         self.out_features = stack_shape(base_layer, _product_names(base_layer)[1])[1]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
-        is never fused.
+        The status states whether the layer is fused and, if not, the reason. A fused layer computes
+        the base GEMM and the LoRA update in one call. A layer of this class is never fused.
         """
         if self._calls_module():
             return FusionStatus(False, FastLoraAdaptedParameters.fallback_reason)
@@ -125,10 +125,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         )
 
     def _calls_module(self) -> bool:
-        """Return whether the layer calls the base module instead of computing grouped products.
+        """Return whether the layer calls the base module.
 
         The layer calls the module if the module has hooks or a ``forward`` that is not
-        transformers' own. Only a call of the module runs such hooks or such a ``forward``.
+        transformers' own. Otherwise, the layer computes grouped products. Only a call of the module
+        runs such hooks or such a ``forward``.
         """
         base = self.base_layer
         return has_module_hooks(base) or _module_of_forward(base) != self.module_of_forward

@@ -30,7 +30,9 @@ DORA_WITH_DROPOUT = (
 
 
 class FusionStatus(NamedTuple):
-    """Whether a layer is fused, and the fallback reason if it is not.
+    """Whether a layer is fused.
+
+    If the layer is not fused, the status also contains the fallback reason.
 
     Attributes:
         fused: Whether the layer computes the base GEMM and the LoRA update in one call.
@@ -44,9 +46,10 @@ class FusionStatus(NamedTuple):
 def fusion_status(
     layer: BaseLinearWithAdapters, names: list[str], base_reason: str, fsdp_gathered: bool
 ) -> FusionStatus:
-    """Return whether a layer is fused for the given adapters and, if not, the reason.
+    """Return a layer's fusion status for the given adapters.
 
-    A fused layer computes the base GEMM and the active adapters in one call.
+    The status states whether the layer is fused and, if not, the reason. A fused layer computes the
+    base GEMM and the active adapters in one call.
 
     Args:
         layer: The layer.

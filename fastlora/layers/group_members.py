@@ -171,7 +171,7 @@ def prepare_launch_with_later_layers(
 def _groupable_operands(
     member: BaseLinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return a member's operands if the member can share the first layer's kernel launch.
+    """Return a member's operands for a kernel launch that the member shares with the first layer.
 
     The operands are the member's `Base` and `Factors`. Returns None if the member needs its own
     launch. The member can share the first layer's kernel launch if one call can compute the outputs

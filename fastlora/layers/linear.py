@@ -209,10 +209,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the LoRA update is fused with the base layer and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call. ``gathered`` means
-        that FSDP2 replaces shards by plain parameters during the forward pass.
+        The status states whether the LoRA update is fused with the base layer and, if not, the
+        reason. A fused layer computes the base GEMM and the LoRA update in one call. ``gathered``
+        means that FSDP2 replaces shards by plain parameters during the forward pass.
         """
         if is_dtensor(self._parameters.get("weight")) and not gathered:
             return FusionStatus(False, "its base weight is sharded (a DTensor) and is not gathered")

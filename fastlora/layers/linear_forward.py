@@ -131,10 +131,10 @@ def _concatenate_factors_unless_dropout(
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
     """Concatenate the factors of several adapters unless dropout is active.
 
-    They are concatenated along the rank dimension. Returns a tuple of the concatenated factors, a
-    list of the adapters to compute separately, and the sum of the adapters' scaled lora_bias
-    ``[N]`` or None. With active dropout, the first item is the first adapter alone. The first item
-    is None if the modules of any adapter must be called.
+    The factors are concatenated along the rank dimension. Returns a tuple of the concatenated
+    factors, a list of the adapters to compute separately, and the sum of the adapters' scaled
+    lora_bias ``[N]`` or None. With active dropout, the first item is the first adapter alone. The
+    first item is None if the modules of any adapter must be called.
     """
     found: list[Factors] = []
     for name in names:

@@ -95,9 +95,10 @@ class LoraLayer(Mergeable):
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call.
+        The status states whether the layer is fused and, if not, the reason. A fused layer computes
+        the base GEMM and the LoRA update in one call.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 

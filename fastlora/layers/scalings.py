@@ -79,9 +79,9 @@ class Scalings(dict[str, Scaling]):
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """Return an adapter's scaling, setting it first if it is missing.
+        """Set an adapter's scaling if the scaling is missing.
 
-        The method works like `dict.setdefault`.
+        The method works like `dict.setdefault`, and returns the adapter's scaling.
 
         Raises:
             TypeError: The scaling is missing, and ``value`` is None.

@@ -253,7 +253,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the base layer with trained weight rows in place of its own.
 
-        The base layer is called first. The embeddings or logits of trained tokens are then
+        The base layer is called first. The embeddings or logits of trainable tokens are then
         replaced.
 
         Args:
@@ -285,9 +285,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Return y for a mixed batch, with the outputs for trained tokens replaced.
+        """Return y for a mixed batch, with the outputs for trainable tokens replaced.
 
-        Each row's outputs for trained tokens are taken from that row's adapter. Rows without an
+        Each row's outputs for trainable tokens are taken from that row's adapter. Rows without an
         adapter on this module keep the base layer's output.
         """
         known = [name for name in routing.names if name in self.token_indices]
@@ -311,7 +311,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_embeddings(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return y with the embeddings of trained tokens replaced.
+        """Return y with the embeddings of trainable tokens replaced.
 
         The trained rows replace the embeddings in y ``[..., D]``. ``own``, with the shape of
         ``ids``, is the index of each id's adapter in ``names``, or -1.
@@ -341,7 +341,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _token_keys_and_row_indices(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the lookup keys of all trained tokens and the row index of each key.
+        """Return the lookup keys of all trainable tokens and the row index of each key.
 
         The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
@@ -362,7 +362,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Return y with the columns of an adapter's trained tokens replaced.
+        """Return y with the columns of an adapter's trainable tokens replaced.
 
         The shape of y is ``[..., V]``. The new columns are computed from x ``[..., D]`` and the
         adapter's trained rows.

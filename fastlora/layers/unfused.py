@@ -77,9 +77,10 @@ class BaseUnfusedLoraLayer(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A layer of this class is never fused.
+        The status states whether the layer is fused and, if not, the reason. A layer of this
+        class is never fused.
         """
         kind = type(self.base_layer).__name__
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
@@ -330,11 +331,12 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
 
 
 def _bound_to(function: object, module: nn.Module, copied: nn.Module) -> Callable[..., Any] | None:
-    """Return a method of ``module``, bound to ``copied`` instead.
+    """Return a function that is bound to ``copied``.
 
-    A partial function that has ``module`` among its positional arguments is handled in the same
-    way: ``copied`` replaces ``module``. Returns None if ``function`` is neither such a method nor
-    such a partial function.
+    If ``function`` is a method of ``module``, the result is the same method, bound to ``copied``
+    instead. A partial function that has ``module`` among its positional arguments is handled in the
+    same way: ``copied`` replaces ``module``. Returns None if ``function`` is neither such a method
+    nor such a partial function.
     """
     if isinstance(function, types.MethodType) and function.__self__ is module:
         return types.MethodType(function.__func__, copied)

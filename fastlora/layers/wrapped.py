@@ -131,9 +131,10 @@ class FastLoraWrapper(LoraLayer):
         return self.base_layer.bias
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call.
+        The status states whether the layer is fused and, if not, the reason. A fused layer
+        computes the base GEMM and the LoRA update in one call.
         """
         return fusion_status(
             self, self._applied_adapters(), fallback_reason_base_called(self), gathered

@@ -32,10 +32,11 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 @contextlib.contextmanager
 def atomic_replace_file(path: Path) -> Iterator[Path]:
-    """Replace a file atomically when the ``with`` block ends.
+    """Replace a file atomically.
 
-    The block gets the path of a temporary file and must write the file, which then replaces
-    ``path``. If the block raises an error, ``path`` is unchanged.
+    The file is replaced when the ``with`` block ends. The block gets the path of a temporary file
+    and must write the file, which then replaces ``path``. If the block raises an error, ``path`` is
+    unchanged.
     """
     with atomic_replace_files(path) as (partial,):
         yield partial
@@ -43,13 +44,14 @@ def atomic_replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
-    """Replace each of the given files atomically when the ``with`` block ends.
+    """Replace each of the given files atomically.
 
-    The block gets the paths of temporary files and must write all of them. The temporary files then
-    replace the given files. They are renamed in the order of the arguments. All paths must be in
-    the same folder. All files are flushed to disk before the first file is renamed, and each rename
-    is flushed to disk before the next rename. If the block or the flush of a file raises an error,
-    none of the given files has been changed.
+    The files are replaced when the ``with`` block ends. The block gets the paths of temporary files
+    and must write all of them. The temporary files then replace the given files. The temporary
+    files are renamed in the order of the arguments. All paths must be in the same folder. All files
+    are flushed to disk before the first file is renamed, and each rename is flushed to disk before
+    the next rename. If the block or the flush of a file raises an error, none of the given files
+    has been changed.
     """
     paths = (first, *others)
     with _locked_temp_folder(first) as work:
@@ -64,11 +66,12 @@ def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...
 
 @contextlib.contextmanager
 def atomic_new_folder(path: Path) -> Iterator[Path]:
-    """Create a folder atomically when the ``with`` block ends.
+    """Create a folder atomically.
 
-    The block gets a temporary folder, which is then renamed to ``path``. The block must write the
-    content of the folder. If the block raises an error, the temporary folder is removed. When the
-    block ends, ``path`` must not exist or must be an empty folder.
+    The folder is created when the ``with`` block ends. The block gets a temporary folder, which is
+    then renamed to ``path``. The block must write the content of the folder. If the block raises an
+    error, the temporary folder is removed. When the block ends, ``path`` must not exist or must be
+    an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked_temp_folder(path) as work:

@@ -325,10 +325,10 @@ class LoraConfig(PeftConfigMethods):
         )
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config for use where only an adapter's shapes matter.
+        """Return a copy of the config that determines an adapter's shapes, but not its values.
 
-        The copy uses the default initialization method. Such a config is used, for example, to
-        determine the shapes of an adapter, or if the adapter's weights are loaded afterwards.
+        The copy uses the default initialization method. Such a config is used, for example, if the
+        adapter's weights are loaded afterwards.
 
         Raises:
             ConfigError: If fastlora cannot load an adapter with this config.

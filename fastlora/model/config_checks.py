@@ -41,7 +41,7 @@ class PeftType(str, enum.Enum):
 class ConfigTypeError(ConfigError, TypeError):
     """Raised if a configuration value has the wrong type.
 
-    It is only used where PEFT raises `TypeError`. Elsewhere, `ConfigError` is raised.
+    The error is only raised where PEFT raises `TypeError`. Elsewhere, `ConfigError` is raised.
     """
 
 

@@ -77,7 +77,7 @@ def add_adapter(
     parameters that were trainable before remain trainable. If an error is raised, the model is
     unchanged.
 
-    As in PEFT, there is one exception: the first adapter with trained tokens immediately becomes
+    As in PEFT, there is one exception: the first adapter with trainable tokens immediately becomes
     active and trainable on modules that share the input embedding's weight.
 
     Args:
@@ -207,9 +207,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def modules_with_adapters(model: nn.Module, *, inner_layers: bool = True) -> list[tuple[str, Any]]:
     """Return the modules that contain adapters as a list of tuples ``(name, module)``.
 
-    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens. In a mixed batch,
-    they select an adapter for each row. ``inner_layers`` tells whether to include LoRA layers that
-    are part of other LoRA layers.
+    These are LoRA layers and wrappers for ``modules_to_save`` or trainable tokens. In a mixed
+    batch, they select an adapter for each row. ``inner_layers`` tells whether to include LoRA
+    layers that are part of other LoRA layers.
     """
     kinds = (LoraLayer, ModuleWrapper)
     found = named_outer_modules(model, include_inner_lora_layers=inner_layers)

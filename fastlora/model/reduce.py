@@ -102,7 +102,7 @@ def reduce_rank(
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
-        AdapterStateError: If the new name is in use, if the adapter has trained tokens, or if
+        AdapterStateError: If the new name is in use, if the adapter has trainable tokens, or if
             factors are sharded or not finite.
         ConfigError: If ``rank`` is out of range, or larger than a dimension of a layer's weight.
         UnsupportedLayerError: If a layer's update is not the product of two matrices. The model is
@@ -216,7 +216,7 @@ def reduce_intruder_dimension(
     Raises:
         AdapterNotFoundError: If there is no such adapter.
         AdapterStateError: If the new name is in use, if an adapter is merged, if the old adapter
-            uses DoRA or has trained tokens, or if factors are sharded or not finite.
+            uses DoRA or has trainable tokens, or if factors are sharded or not finite.
         UnsupportedLayerError: If a base weight cannot be read. The model is unchanged after any of
             these errors.
     """
@@ -366,7 +366,7 @@ def _layers_with_adapter(model: LoraModel, adapter_name: str) -> Iterator[tuple[
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
-        AdapterStateError: If the adapter has trained tokens.
+        AdapterStateError: If the adapter has trainable tokens.
     """
     tuner = model.base_model
     tuner.check_adapter_loaded(adapter_name)

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 class TunerLayerStatus:
     """The status of an adapter layer.
 
-    An adapter layer is a LoRA layer, or a wrapper for ``modules_to_save`` or trained tokens.
+    An adapter layer is a LoRA layer, or a wrapper for ``modules_to_save`` or trainable tokens.
 
     Args:
         name: The name of the module, relative to the tuner
@@ -97,7 +97,7 @@ class TunerModelStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of each adapter layer of a model.
 
-    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens, in the order of
+    These are LoRA layers and wrappers for ``modules_to_save`` or trainable tokens, in the order of
     ``named_modules()``.
 
     Args:

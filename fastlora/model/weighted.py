@@ -42,7 +42,11 @@ class CombinationOptions(NamedTuple):
 
     @property
     def combines_updates(self) -> bool:
-        """Whether to combine the updates ``lora_b @ lora_a`` instead of the factors."""
+        """Whether to combine the updates of adapters.
+
+        The update of an adapter is the product ``lora_b @ lora_a``. If the updates are not
+        combined, the factors are combined instead.
+        """
         return self.combination_type.endswith("svd")
 
 

@@ -19,9 +19,10 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:
-    """Draw the dropout seeds of adapters, except those that are given.
+    """Draw the dropout seeds of adapters.
 
-    The result contains one seed per adapter, given or drawn, int64 ``[S]`` on the CPU.
+    Seeds that are given are not drawn. The result contains one seed per adapter, given or drawn,
+    int64 ``[S]`` on the CPU.
 
     Args:
         names: Names of the batch's adapters.

@@ -26,10 +26,10 @@ _THREADS = 4
 
 
 class Lease:
-    """A lease that keeps adapters of a pool on the device until the lease ends.
+    """A lease on adapters of a pool.
 
-    The adapters stay unchanged. Use the lease as a context manager. Exit it in the thread, and on
-    the CUDA stream, that ran the forward pass.
+    The adapters stay on the device, unchanged, until the lease ends. Use the lease as a context
+    manager. Exit the context in the thread, and on the CUDA stream, that ran the forward pass.
 
     Attributes:
         loaded_adapters: The adapters, in the order of the requested names.
@@ -351,10 +351,10 @@ class LeaseManager:
         return self._create_lease(tuple(loaded_adapters[name] for name in request.names))
 
     def _make_stream_wait_until_ready(self, lease: Lease) -> Lease:
-        """Make the current stream wait until a lease's adapters have been copied to the device.
+        """Make the current stream wait until a lease's adapters are ready to use.
 
-        The stream also waits for the computation of DoRA scales, which this method starts if
-        necessary. The adapters are then ready to use.
+        The stream waits until the adapters have been copied to the device. The stream also waits
+        for the computation of DoRA scales, which this method starts if necessary.
 
         Returns:
             ``lease``. If this method raises an error, it releases the lease first.

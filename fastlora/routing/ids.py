@@ -166,10 +166,11 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a check that fails with the given message if the given flag is set.
+        """Add a deferred check of adapter ids.
 
-        The flag is a bool tensor ``[1]``. It is set if an id is out of range. If the flag is on
-        the GPU, this method starts to copy it to the host, and `check` reads the copy.
+        The check fails with the given message if the given flag is set. The flag is a bool tensor
+        ``[1]`` that is set if an id is out of range. If the flag is on the GPU, this method starts
+        to copy the flag to the host, and `check` reads the copy.
         """
         arrived = None
         if flag.is_cuda:

@@ -251,12 +251,12 @@ class Routing:
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the cached `PackedAdapterSet` for a key, creating it if necessary.
+        """Return the cached `PackedAdapterSet` for a key.
 
-        A new set is also created if the cached set is outdated. The set is looked up in the cache
-        of this routing, which lasts for the block, and then in the cache of the model. Whether
-        factors have changed is checked once per block, and again after a change of the weights
-        version.
+        If no set is cached or the cached set is outdated, a new set is created. The set is looked
+        up in the cache of this routing, which lasts for the block, and then in the cache of the
+        model. Whether factors have changed is checked once per block, and again after a change of
+        the weights version.
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:

@@ -101,14 +101,15 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Close a waiting connection if the server is full, and return whether there is room.
+        """Make room for a new connection if the server is full.
 
-        The server is full if the maximum number of connections is open. To make room for a new
-        connection, this method closes only a connection that waits for its client. Connections with
-        unfinished requests are closed before connections between two requests, because a client
-        between two requests has been served. A quarter of the connections is reserved for
-        unfinished requests, so that connections between two requests do not keep new clients out.
-        There is no room if no connection can be closed or if the server is shutting down.
+        Returns whether there is room. The server is full if the maximum number of connections is
+        open. To make room, this method closes a connection, but only one that waits for its client.
+        Connections with unfinished requests are closed before connections between two requests,
+        because a client between two requests has been served. A quarter of the connections is
+        reserved for unfinished requests, so that connections between two requests do not keep new
+        clients out. There is no room if no connection can be closed or if the server is shutting
+        down.
         """
         if self.ending:
             return False
@@ -130,7 +131,8 @@ class OpenConnections:
 class DeadlineProtocol(H11Protocol):
     """An HTTP protocol that closes a connection when the client misses a deadline.
 
-    It extends uvicorn's protocol. A deadline applies while a connection waits for its client.
+    The class extends uvicorn's protocol. A deadline applies while a connection waits for its
+    client.
     """
 
     def __init__(self, every: OpenConnections, **given: Any) -> None:

@@ -278,10 +278,11 @@ class Engine:
                 self._running.jobs.append(job)
 
     def _try_lease(self, version: AdapterVersion) -> Lease | None:
-        """Return a lease on an adapter if there is currently room for it.
+        """Try to lease an adapter.
 
-        Returns None if there is no room. The adapters in use stay on the device. Raises
-        `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
+        Returns the lease, or None if there is currently no room for the adapter. The adapters in
+        use stay on the device. Raises `CheckpointError` if the adapter is damaged, and
+        `PoolFullError` if the adapter can never fit.
         """
         if version.error is not None:
             raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")
@@ -300,7 +301,7 @@ class Engine:
     def _release_adapter_and_report_failure(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the request's failure, if any, to the client.
+        """Release a request's adapter, and report the request's failure to the client.
 
         Nothing is reported if the request has already ended. Otherwise, the error is reported to
         the request's ``on_chunk`` function. If ``error`` is None, the reported error says that the

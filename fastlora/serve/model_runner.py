@@ -107,7 +107,7 @@ class BatchKVCache:
             cached[target, :, :length] = cached[source, :, :length]
 
     @torch.no_grad()
-    def zero_row(self, row: int) -> None:
+    def zero_cache_row(self, row: int) -> None:
         """Fill a row of the cache with zeros.
 
         Otherwise a NaN in the row would make the next request NaN: a masked NaN times 0 is NaN.

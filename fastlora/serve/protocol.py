@@ -169,7 +169,7 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Fill in the content of an assistant message if the content is missing.
+        """Fill in the missing content of an assistant message.
 
         Missing content is replaced with an empty string. Messages with other roles must have
         content.

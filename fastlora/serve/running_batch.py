@@ -61,9 +61,9 @@ class PersistentAdaptersBlock:
                 self._held, self._key = held.pop_all(), key
 
     def close_adapters_block_if_open(self) -> None:
-        """Exit the `fastlora.adapters` context if it is open.
+        """Close the `fastlora.adapters` block if it is open.
 
-        Exiting the context closes the block.
+        The block is closed by exiting its context.
         """
         self._key = None
         self._held.close()
@@ -238,7 +238,7 @@ class RunningBatch:
         self._block.close_adapters_block_if_open()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite
-            self._rows.cache.zero_row(row)
+            self._rows.cache.zero_cache_row(row)
         if row < self._decoding_count:
             self._decoding_count -= 1
             self._move(self._decoding_count, row)

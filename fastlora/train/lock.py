@@ -73,9 +73,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _acquire_lock_if_supported(path: Path) -> int | None:
-    """Acquire the lock if locks are supported, and return the descriptor of the lock file.
+    """Acquire the lock on a file if the file system supports locks.
 
-    If the file system does not support locks, the function warns and returns None.
+    Returns the descriptor of the lock file. If the file system does not support locks, the
+    function warns and returns None.
 
     Raises `TrainError` if another run holds the lock or if the file cannot be written.
     """

@@ -426,11 +426,11 @@ class Run:
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate the adapters if an evaluation is due, and return each adapter's loss.
+        """Evaluate the adapters if an evaluation is due.
 
-        Unless the run is about to stop, the answers to the prompts are logged too. If no evaluation
-        is due, the result is an empty dict. A run that stops leaves the evaluation to the run that
-        resumes it.
+        Returns each adapter's loss. Unless the run is about to stop, the answers to the prompts are
+        logged too. If no evaluation is due, the result is an empty dict. A run that stops leaves
+        the evaluation to the run that resumes it.
         """
         if self._run_should_stop() or not self._is_due_or_last(self.settings.eval_every):
             return {}

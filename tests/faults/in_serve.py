@@ -292,7 +292,7 @@ FAULTS = (
         kind="a row left as it was",
         source="M10",
         path="fastlora/serve/running_batch.py",
-        before="            self._rows.cache.zero_row(row)\n",
+        before="            self._rows.cache.zero_cache_row(row)\n",
         after="            pass\n",
         tests=("tests/serve/test_batch.py::test_a_row_that_failed_is_zeros_for_the_next_request",),
     ),

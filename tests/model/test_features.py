@@ -354,7 +354,7 @@ def check_same_keys(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 OTHERS: dict[str, dict[str, Any]] = {
     "a target of another adapter": {"target_modules": ["q_proj"]},
-    "beside trained tokens": {"target_modules": ["lm_head"], "trainable_token_indices": [1]},
+    "beside trainable tokens": {"target_modules": ["lm_head"], "trainable_token_indices": [1]},
     "a target": {"target_modules": ["q_proj", "lm_head"]},
     "a target by an expression": {"target_modules": ".*(q_proj|lm_head)"},
 }

@@ -95,7 +95,7 @@ RULES = (
         r"registered for this|DynamicDispatch",
     ),
     Rule(
-        "Sums of adapters with trained tokens",
+        "Sums of adapters with trainable tokens",
         f"raise an error, where PEFT drops the tokens; {DIFFERS}, Adapters",
         r"which cannot be combined with",
     ),

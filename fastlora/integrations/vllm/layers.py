@@ -277,10 +277,10 @@ def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[
 
 
 def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap vLLM's method that loads an adapter so that the method also checks the adapter.
+    """Add checks of the adapter to vLLM's method that loads an adapter.
 
-    The wrapped method is ``WorkerLoRAManager._load_adapter``. The adapter's config is checked
-    before the adapter is loaded, and its factors are checked afterward.
+    The result is a wrapper of the method, which is ``WorkerLoRAManager._load_adapter``. The
+    adapter's config is checked before the adapter is loaded, and its factors are checked afterward.
     """
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:

@@ -215,9 +215,10 @@ class BaseQuantizedWeight(MergeTarget):
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the weight to ``dtype`` when it is called.
+        """Return a function that dequantizes the weight to ``dtype``.
 
-        The function returns the current weight as a matrix ``[N, K]``.
+        The weight is dequantized when the function is called. The function returns the current
+        weight as a matrix ``[N, K]``.
         """
         return lambda: self.dense().to(dtype)
 

@@ -106,10 +106,12 @@ def expand_by_weighted_sums_is_faster(
 def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
     """Return whether products are faster if lora_a is stored in column-major order.
 
-    This is the layout ``[K, rank_rows]`` instead of ``[rank_rows, K]``. For 16 rows and K = 1536 in
-    fp32, a product with 64 rank rows takes 20 us instead of 57 us (one Zen 4 core). For 4 units of
-    8 rank rows with 4 rows each, it takes 11 us instead of 6 us. In 16-bit dtypes, the rank rows of
-    several units can form one block only if they are adjacent.
+    The column-major layout of lora_a is ``[K, rank_rows]`` instead of ``[rank_rows, K]``.
+
+    For 16 rows and K = 1536 in fp32, a product with 64 rank rows takes 20 us instead of 57 us (one
+    Zen 4 core). For 4 units of 8 rank rows with 4 rows each, the product takes 11 us instead of
+    6 us. In 16-bit dtypes, the rank rows of several units can form one block only if they are
+    adjacent.
     """
     return dtype.itemsize >= 4 and rank_rows >= _WIDE
 

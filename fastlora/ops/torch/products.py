@@ -30,10 +30,11 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductThresholds:
-    """The size thresholds for computing a product in fp32 instead of in an emulated dtype.
+    """The size thresholds for computing a product in fp32.
 
-    The thresholds are those of one dtype that the processor emulates. They determine whether a
-    product is computed in fp32, and how many elements of an operand are converted at a time.
+    The thresholds are those of one dtype that the processor emulates. For operands of this dtype,
+    the thresholds determine whether a product is computed in fp32 instead, and how many elements of
+    an operand are converted at a time.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -84,11 +85,11 @@ EMULATED = _cpu_emulated_dtypes()
 
 
 def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
-    """Return whether a product of the operands can be computed in fp32 instead of their dtype.
+    """Return whether fp32 can be used for a product of operands in an emulated dtype.
 
-    This requires a dtype that the processor emulates. The result is False for any other dtype, and
-    if autograd or a compiler records the product. If PyTorch's own product is as fast, the
-    functions of this module call it even if the result is True.
+    An emulated dtype is a dtype that the processor emulates. The result is False for any other
+    dtype, and if autograd or a compiler records the product. If PyTorch's own product is as fast,
+    the functions of this module call it even if the result is True.
     """
     first = operands[0]
     return (

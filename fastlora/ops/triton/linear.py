@@ -306,12 +306,13 @@ def _plan_and_base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return the launch plan, and the base-layer outputs if the plan is "split".
+    """Return the launch plan and the base-layer outputs.
 
-    For any other plan, the second item of the result is None. The outputs are computed before the
-    shrink and the expand. For dense weights, `torch.nn.functional.linear` computes them. For
-    quantized weights, one fastlora GEMM computes all of them. ``stem`` names the launches, which
-    have their own plans and configs.
+    This function computes the base-layer outputs only if the plan is "split". For any other plan,
+    the second item of the result is None. The outputs are computed before the shrink and the
+    expand. For dense weights, `torch.nn.functional.linear` computes the outputs. For quantized
+    weights, one fastlora GEMM computes all outputs. ``stem`` names the launches, which have their
+    own plans and configs.
     """
     slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, QuantizedData)]
     if stem == "mixed_lora_train" and codes:

@@ -369,9 +369,10 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the value in a column, parsed if necessary.
+        """Return the parsed value in a column.
 
-        Text cells and ``tools`` are parsed as JSON.
+        Text cells and ``tools`` are parsed as JSON. A value that needs no parsing is returned
+        unchanged.
         """
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):

@@ -337,7 +337,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "Adapters with and without trained tokens",
+        "Adapters with and without trainable tokens",
         lambda m: (
             m.of("load", "reload", "mixed", "merge", "merge_and_unload")
             and (_some_lack(m, "trainable_token_indices") or _some_lack(m, "modules_to_save"))
@@ -364,7 +364,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
     ),
     Exemption(
-        "DoRA adapters, adapters with trained tokens",
+        "DoRA adapters, adapters with trainable tokens",
         lambda m: m.of("weighted") and m.only_fastlora_raises("uses DoRA", "trains token embed"),
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
     ),
