@@ -63,7 +63,7 @@ class AgreedFiniteLosses(NamedTuple):
 
 
 class BatchProcessGroup:
-    """A process group for communication between the processes that share each batch.
+    """A process group of the processes among which each batch is split.
 
     A process that trains alone does not communicate.
 

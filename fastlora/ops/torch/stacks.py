@@ -224,7 +224,7 @@ def _uses_grouped_mm(dtype: torch.dtype, operands: WeightStackAdapterOperands, r
 
 
 def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKeysAndRows]:
-    """Split the range of all keys into parts of adjacent keys.
+    """Split the range of all keys into contiguous parts.
 
     The function returns a list of the parts, which are processed one by one. Each key stands for
     one matrix of the stack and one adapter. If ``converts_rows`` is False, there is one part with
