@@ -7,13 +7,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fastlora.layers.module_wrapper import ModuleWrapper, adapter_index_of_rows
 from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
+
+# An attribute of modules of experts, which transformers' `use_experts_implementation` sets.
+_EXPERTS_MARK = "_is_expert_parallel"
 
 
 def raise_if_container(module: nn.Module) -> None:
@@ -131,7 +134,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
         The original module runs on the other rows, and all outputs are combined into one output.
         The rows are along x's first dimension. If ids are per token, the leading dimensions of
         ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
-        the rows along their first dimension.
+        the rows along their first dimension. All copies get the same further arguments, except for
+        experts, whose other inputs have the rows of x.
         """
         lead = x.shape[:1]
         if not ids_divide_rows(x.shape[0], routing.ids.numel()):
@@ -147,12 +151,22 @@ class ModulesToSaveWrapper(ModuleWrapper):
             index = (own == slot).nonzero().flatten()
             if index.numel() or together or not count:
                 indices.append(index)
-                parts.append(tree_flatten(module(x.index_select(0, index), *args, **kwargs)))
+                own_args, own_kwargs = self._arguments_of_rows(index, args, kwargs)
+                output = module(x.index_select(0, index), *own_args, **own_kwargs)
+                parts.append(tree_flatten(output))
         leaves = [
             self._combine_outputs(indices, found, lead)
             for found in zip(*(values for values, _ in parts), strict=True)
         ]
         return tree_unflatten(leaves, parts[0][1])
+
+    def _arguments_of_rows(
+        self, index: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the further arguments for a copy that runs on the rows at ``index``."""
+        if not hasattr(self.original_module, _EXPERTS_MARK):
+            return args, kwargs
+        return tree_map_only(torch.Tensor, lambda t: t.index_select(0, index), (args, kwargs))
 
     def _combine_outputs(
         self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size

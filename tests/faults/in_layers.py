@@ -736,6 +736,15 @@ FAULTS = (
         ),
     ),
     Fault(
+        sentence="A copy of experts gets the router's choices for the rows of all adapters.",
+        kind="an input of other rows",
+        source="843e52dc",
+        path="fastlora/layers/modules_to_save.py",
+        before="if not hasattr(self.original_module, _EXPERTS_MARK):",
+        after="if True:",
+        tests=("tests/model/test_expert_models.py::test_copies_of_experts_in_a_mixed_batch",),
+    ),
+    Fault(
         sentence="To PEFT, a module with adapted parameters is a layer without any adapter.",
         kind="a layer in PEFT's classes",
         source="target_parameters in PEFT's suite",

@@ -669,6 +669,47 @@ def test_a_merged_model_that_is_converted_unmerges_exactly(target: str) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("kind", ["olmoe", "qwen3_moe", "mixtral"])
+def test_copies_of_experts_in_a_mixed_batch(kind: str) -> None:
+    """Each row meets its adapter's copy of all experts; the router's choices go along."""
+    config = {"target_parameters": None, "target_modules": ["q_proj"]}
+    model = adapted(kind, **config, modules_to_save=["experts"])
+    other = fastlora.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["experts"])
+    model.add_adapter("other", other)
+    model.add_adapter("plain", fastlora.LoraConfig(r=2, target_modules=["q_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    fastlora.train_adapters(model, ["default", "other", "plain"])
+    ids = torch.randint(0, 30, (4, 6), generator=generator)
+    names = ["other", "default", None, "plain"]
+    found, grads = {}, {}
+    for mixed in (True, False):
+        model.zero_grad()
+        if mixed:
+            y = model(input_ids=ids, adapter_names=names).logits
+        else:
+            rows = []
+            for row, name in zip(ids, names, strict=True):
+                with fastlora.adapters(model, [name]):
+                    rows.append(model(input_ids=row[None]).logits)
+            y = torch.cat(rows)
+        y.square().sum().backward()
+        found[mixed] = y.detach()
+        grads[mixed] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found[True], found[False])
+    for row, name in enumerate(names):
+        model.set_adapter(name or "plain")
+        with torch.no_grad(), nullcontext() if name else model.disable_adapter():
+            alone = model(input_ids=ids[row : row + 1]).logits
+        torch.testing.assert_close(found[True][row : row + 1], alone)
+    assert any("modules_to_save.other.down_proj" in name for name in grads[True])
+    for name, grad in grads[False].items():
+        torch.testing.assert_close(grads[True][name], grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_hooks_of_experts_run_with_adapters() -> None:
     model = adapted("qwen3_moe")
     copy_random_factors([model])
