@@ -6,7 +6,7 @@ import sys
 import warnings
 
 # Frames of these packages are between a user's call and the code that warns.
-_SKIPPED_PACKAGES = {"fastlora", "torch", "contextlib", "functools", "importlib"}
+_SKIPPED_PACKAGES = {"fastlora", "torch", "contextlib", "dataclasses", "functools", "importlib"}
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
@@ -24,7 +24,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         category,
         frame.f_code.co_filename,
         frame.f_lineno,
-        module=frame.f_globals.get("__name__"),
+        module=str(frame.f_globals.get("__name__") or "<unknown>"),  # None would drop the warning
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )
 

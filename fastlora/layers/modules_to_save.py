@@ -15,9 +15,6 @@ from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
 
-# An attribute of modules of experts, which transformers' `use_experts_implementation` sets.
-_EXPERTS_MARK = "_is_expert_parallel"
-
 
 def raise_if_container(module: nn.Module) -> None:
     """Raise `UnsupportedLayerError` if a module is a container.
@@ -134,8 +131,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
         The original module runs on the other rows, and all outputs are combined into one output.
         The rows are along x's first dimension. If ids are per token, the leading dimensions of
         ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
-        the rows along their first dimension. All copies get the same further arguments, except for
-        experts, whose other inputs have the rows of x.
+        the rows along their first dimension. If x has two dimensions, a further argument that has
+        as many rows, such as a router's weights for experts, is split like x.
         """
         lead = x.shape[:1]
         if not ids_divide_rows(x.shape[0], routing.ids.numel()):
@@ -151,7 +148,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
             index = (own == slot).nonzero().flatten()
             if index.numel() or together or not count:
                 indices.append(index)
-                own_args, own_kwargs = self._arguments_of_rows(index, args, kwargs)
+                own_args, own_kwargs = args, kwargs
+                if x.dim() == 2:
+                    own_args, own_kwargs = _select_rows((args, kwargs), index, count)
                 output = module(x.index_select(0, index), *own_args, **own_kwargs)
                 parts.append(tree_flatten(output))
         leaves = [
@@ -159,14 +158,6 @@ class ModulesToSaveWrapper(ModuleWrapper):
             for found in zip(*(values for values, _ in parts), strict=True)
         ]
         return tree_unflatten(leaves, parts[0][1])
-
-    def _arguments_of_rows(
-        self, index: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the further arguments for a copy that runs on the rows at ``index``."""
-        if not hasattr(self.original_module, _EXPERTS_MARK):
-            return args, kwargs
-        return tree_map_only(torch.Tensor, lambda t: t.index_select(0, index), (args, kwargs))
 
     def _combine_outputs(
         self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size
@@ -191,3 +182,14 @@ class ModulesToSaveWrapper(ModuleWrapper):
         for index, tensor in zip(indices, tensors, strict=True):
             result = result.index_copy(0, index, tensor)
         return result.view(*lead, *result.shape[1:])
+
+
+def _select_rows(
+    arguments: tuple[tuple[object, ...], dict[str, object]], index: torch.Tensor, count: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments in which rows are selected from all tensors with ``count`` rows."""
+    return tree_map_only(
+        torch.Tensor,
+        lambda t: t.index_select(0, index) if t.dim() and t.shape[0] == count else t,
+        arguments,
+    )

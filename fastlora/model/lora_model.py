@@ -453,7 +453,9 @@ class LoraModel(PeftModelMethods, nn.Module):
             finally:
                 discard_unused_results(self.base_model.group)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Enable gradient checkpointing in the base model.
 
         The `Trainer` of transformers 4 calls this method, and uses reentrant checkpointing by
@@ -461,14 +463,18 @@ class LoraModel(PeftModelMethods, nn.Module):
         input embedding requires gradients, so this method makes the output require them.
 
         Args:
-            *args: Positional arguments of the base model's method.
-            **kwargs: Keyword arguments of the base model's method.
+            gradient_checkpointing_kwargs: The arguments of `torch.utils.checkpoint.checkpoint`, or
+                None for the base model's default.
+            **kwargs: Other keyword arguments of the base model's method.
         """
         base: Any = self.get_base_model()
-        base.gradient_checkpointing_enable(*args, **kwargs)
+        given = gradient_checkpointing_kwargs
+        base.gradient_checkpointing_enable(*(() if given is None else (given,)), **kwargs)
+        reentrant = (given or {}).get("use_reentrant", True)
         # Models of transformers 5 have this method, and do the rest themselves.
-        if not hasattr(base, "activation_checkpointing_enable"):
-            _require_embedding_output_gradients(base)
+        if reentrant and not hasattr(base, "activation_checkpointing_enable"):
+            with contextlib.suppress(NotImplementedError):  # a model without an input embedding
+                _require_embedding_output_gradients(base)
 
     def _adapters_block(
         self, adapter_names: Sequence[str | None] | None

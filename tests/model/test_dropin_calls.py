@@ -191,6 +191,21 @@ def test_checkpointing_enabled_after_adapters_were_added(use_reentrant: bool) ->
         assert parameter.grad is not None and torch.equal(parameter.grad, grad), name
 
 
+def test_checkpointing_of_a_model_without_embeddings() -> None:
+    """As the audio and vision models of transformers 4, whose method raises an error."""
+
+    class Audio(TwoLayers):
+        def gradient_checkpointing_enable(self) -> None:
+            self.is_gradient_checkpointing = True
+
+        def enable_input_require_grads(self) -> None:
+            raise NotImplementedError
+
+    model = get_peft_model(Audio(), LoraConfig(r=2, target_modules=["q"]))
+    model.gradient_checkpointing_enable()
+    assert model.get_base_model().is_gradient_checkpointing
+
+
 def test_multihead_attention_is_unsupported() -> None:
     """nn.MultiheadAttention reads its output projection's weight and never calls it."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})

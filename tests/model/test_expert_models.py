@@ -710,6 +710,42 @@ def test_copies_of_experts_in_a_mixed_batch(kind: str) -> None:
         torch.testing.assert_close(grads[True][name], grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_copies_get_their_rows_of_other_inputs() -> None:
+    """By position and by keyword, in lists; inputs of other sizes are the same for all copies."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Any, factors: Any, bias: Any, *, shifts: Any) -> Any:
+            return x * self.weight * factors + bias * shifts[0]
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.scaled = torch.nn.Linear(8, 8), Scaled()
+
+        def forward(self, x: Any) -> Any:
+            rows = self.q(x).flatten(0, 1)
+            factors, bias = torch.arange(len(rows)).view(-1, 1), torch.ones(8)
+            shifts = [torch.arange(len(rows)).view(-1, 1)]
+            return self.scaled(rows, factors, bias, shifts=shifts).view_as(x)
+
+    config = fastlora.LoraConfig(r=2, target_modules=["q"], modules_to_save=["scaled"])
+    model = fastlora.get_peft_model(Outer(), config)
+    model.add_adapter("other", config)
+    base: Any = model.get_base_model()
+    with torch.no_grad():
+        base.scaled.modules_to_save["default"].weight.fill_(3.0)
+        base.scaled.modules_to_save["other"].weight.fill_(5.0)
+    x = torch.randn(3, 2, 8)
+    y = model(x, adapter_names=["other", None, "default"])
+    rows = torch.arange(6.0).view(3, 2, 1)
+    weights = torch.tensor([5.0, 1.0, 3.0]).view(3, 1, 1)
+    torch.testing.assert_close(y, base.q(x) * weights * rows + rows)
+
+
 def test_hooks_of_experts_run_with_adapters() -> None:
     model = adapted("qwen3_moe")
     copy_random_factors([model])
