@@ -71,6 +71,7 @@ def test_messages_have_twenty_names() -> None:
         ((6,), 6, True),
         ((3,), 6, False),
         ((4, 3), 12, True),
+        ((), 1, True),
     ],
 )
 def test_the_rows_of_an_id_end_with_an_entry(
