@@ -473,8 +473,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         reentrant = (given or {}).get("use_reentrant", True)
         # Models of transformers 5 have this method, and do the rest themselves.
         if reentrant and not hasattr(base, "activation_checkpointing_enable"):
-            with contextlib.suppress(NotImplementedError):  # a model without an input embedding
-                _require_embedding_output_gradients(base)
+            _require_embedding_output_gradients(base)
 
     def _adapters_block(
         self, adapter_names: Sequence[str | None] | None
@@ -571,13 +570,15 @@ def _require_embedding_output_gradients(model: nn.Module) -> None:
     """Make the output of the input embedding require gradients.
 
     Reentrant checkpointing computes gradients only if an input of the checkpointed layers requires
-    gradients, and the output of a frozen embedding does not require them.
+    gradients, and the output of a frozen embedding does not require them. A model without an input
+    embedding, such as an audio model, is left unchanged.
     """
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()  # type: ignore[operator]  # a method of transformers
-    elif hasattr(model, "get_input_embeddings"):
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # as above
-        embeddings.register_forward_hook(_require_gradient)
+    methods: Any = model
+    with contextlib.suppress(NotImplementedError):  # as transformers' methods raise
+        if hasattr(model, "enable_input_require_grads"):
+            methods.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            methods.get_input_embeddings().register_forward_hook(_require_gradient)
 
 
 def _require_gradient(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:

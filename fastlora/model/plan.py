@@ -60,7 +60,7 @@ from fastlora.validation import (
 
 
 class TargetModule(NamedTuple):
-    """A module that an adapter adapts with LoRA.
+    """A module to which an adapter applies LoRA.
 
     The object also contains the adapter's settings for the module.
 

@@ -230,7 +230,7 @@ def describe_data(
 ) -> list[str]:
     """Return messages that describe the training and evaluation data of each adapter.
 
-    The messages contain the format and the size of the data, and other notes about its files.
+    The messages state the format and the size of the data, and include any notes about its files.
     ``held_out`` contains the evaluation data.
     """
     lines = []

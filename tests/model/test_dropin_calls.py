@@ -191,7 +191,8 @@ def test_checkpointing_enabled_after_adapters_were_added(use_reentrant: bool) ->
         assert parameter.grad is not None and torch.equal(parameter.grad, grad), name
 
 
-def test_checkpointing_of_a_model_without_embeddings() -> None:
+@pytest.mark.parametrize("enabled_before", [False, True])
+def test_checkpointing_of_a_model_without_embeddings(enabled_before: bool) -> None:
     """As the audio and vision models of transformers 4, whose method raises an error."""
 
     class Audio(TwoLayers):
@@ -201,7 +202,9 @@ def test_checkpointing_of_a_model_without_embeddings() -> None:
         def enable_input_require_grads(self) -> None:
             raise NotImplementedError
 
-    model = get_peft_model(Audio(), LoraConfig(r=2, target_modules=["q"]))
+    base = Audio()
+    base.is_gradient_checkpointing = enabled_before
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q"]))
     model.gradient_checkpointing_enable()
     assert model.get_base_model().is_gradient_checkpointing
 
