@@ -91,7 +91,8 @@ def inject_adapter_in_model(
 
     This function works as PEFT's function of the same name does. The injected LoRA layers are
     PEFT's layers, patched to run with fastlora. Use `unpatch` to restore PEFT's own layers. The
-    result is the model itself, without a `peft.PeftModel` around it.
+    result is the model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts
+    the model.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

@@ -404,9 +404,7 @@ class FastPeftLoraModel(PeftLoraModel):
         """
         router = self.__dict__.get("_fastlora_router")
         if router is not None:
-            router.routed_layers = None
-            with contextlib.suppress(UnsupportedLayerError):  # the next batch raises it
-                patched_model_router(self)
+            router.update_routed_layers()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass.
@@ -480,22 +478,29 @@ _copy_name_from_peft_base(FastPeftLoraModel)
 class PatchedModelRouter:
     """Routes batches to the adapters of a patched model.
 
-    Each row of a mixed batch is routed to its own adapter. The router is stored on the model's
-    tuner.
+    Each row of a mixed batch is routed to its own adapter. The router is stored on ``root``.
 
     Args:
-        tuner: The model's tuner. If the model is copied, the copy creates its own
-            `PatchedModelRouter`.
+        root: The model's tuner. In a model without a tuner, such as the result of
+            ``inject_adapter_in_model``, it is the module with ``peft_config``. If the model is
+            copied, the copy creates its own `PatchedModelRouter`.
 
     Attributes:
         group: The object that identifies the model's layers. It is never replaced, because open
             blocks refer to it.
         routed_layers: The LoRA layers, or None until they are looked up.
+        batch_check: The forward pre-hook that checks the batch size of a model without a tuner. A
+            tuner checks the batch size itself, so this is None.
     """
 
-    def __init__(self, tuner: FastPeftLoraModel) -> None:
-        self.tuner, self.group = tuner, RoutedLayerGroup()
+    def __init__(self, root: nn.Module) -> None:
+        self.root, self.group = root, RoutedLayerGroup()
         self.routed_layers: list[Any] | None = None
+        self.batch_check = (
+            None
+            if isinstance(root, FastPeftLoraModel)
+            else root.register_forward_pre_hook(_check_batch_of_injected_model, with_kwargs=True)
+        )
 
     def find_routed_layers(self) -> list[Any]:
         """Find the model's routed layers, and return them in a list.
@@ -505,23 +510,42 @@ class PatchedModelRouter:
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
         """
-        if self.routed_layers is not None:
-            return self.routed_layers
+        if self.routed_layers is not None and isinstance(self.root, FastPeftLoraModel):
+            return self.routed_layers  # The tuner reports every change.
         layers, others = [], []
-        for name, module in self.tuner.named_modules():
+        for name, module in self.root.named_modules():
             if isinstance(module, _FusedForwardMixin):
                 layers.append((name, module))
             elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
-        add_to_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
+        found = [layer for _, layer in layers]
+        known = self.routed_layers
+        if known is None or [*map(id, found)] != [*map(id, known)]:
+            add_to_group(self.group, self.root, layers)  # even if others fail: blocks may be open
         for name, module in others:
+            if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
+                raise UnsupportedLayerError(
+                    f"{name!r} was added after fastlora.patch() and is not patched; call "
+                    "fastlora.patch(model) again"
+                )
+            instead = "; pass adapter_names= to the model instead"
             raise UnsupportedLayerError(
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                "support; pass adapter_names= to the model instead"
+                f"support{instead if isinstance(self.root, FastPeftLoraModel) else ''}"
             )
         patch_activation_checkpointing()  # because adapter_names= opens blocks too
-        self.routed_layers = [layer for _, layer in layers]
-        return self.routed_layers
+        self.routed_layers = found
+        return found
+
+    def update_routed_layers(self) -> None:
+        """Look up the model's routed layers again."""
+        self.routed_layers = None
+        with contextlib.suppress(UnsupportedLayerError):  # the next batch raises it
+            self.find_routed_layers()
+
+    def adapter_names(self) -> tuple[str, ...]:
+        """Return the names of the model's adapters, in the order of ``peft_config``."""
+        return tuple(self.root.peft_config)  # type: ignore[arg-type]  # a dict
 
     def routing(
         self,
@@ -534,8 +558,7 @@ class PatchedModelRouter:
 
         The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
         """
-        known = tuple(self.tuner.peft_config)
-        group, layers = self.group, self.find_routed_layers()
+        group, layers, known = self.group, self.find_routed_layers(), self.adapter_names()
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
@@ -543,11 +566,23 @@ class PatchedModelRouter:
 
         See `fastlora.routing.routers.AdapterRouter`.
         """
-        known = tuple(self.tuner.peft_config)
-        group, layers = self.group, self.find_routed_layers()
+        group, layers, known = self.group, self.find_routed_layers(), self.adapter_names()
         return sample_routings_from_parameters(
             group, layers, known, ParameterSource, adapters, ranks
         )
+
+
+def _check_batch_of_injected_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Forward pre-hook that checks that the batch size matches the number of adapter ids.
+
+    Raises:
+        ValueError: The batch size does not match the number of adapter ids.
+    """
+    router = model.__dict__.get("_fastlora_router")
+    if router is not None:
+        check_batch_matches_ids(router.group, args, kwargs)
 
 
 _finding = threading.Lock()
@@ -562,13 +597,18 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
     """
-    tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
-    if tuner is None:
-        return None
+    tuners = (m for m in model.modules() if isinstance(m, FastPeftLoraModel))
+    root: nn.Module | None = next(tuners, None)
+    if root is None:
+        if not isinstance(getattr(model, "peft_config", None), dict):
+            return None
+        if not any(isinstance(module, _FusedForwardMixin) for module in model.modules()):
+            return None
+        root = model
     with _finding:  # two threads must create only one group
-        router: PatchedModelRouter | None = tuner.__dict__.get("_fastlora_router")
-        if router is None or router.tuner is not tuner:
-            router = tuner.__dict__["_fastlora_router"] = PatchedModelRouter(tuner)
+        router: PatchedModelRouter | None = root.__dict__.get("_fastlora_router")
+        if router is None or router.root is not root:
+            router = root.__dict__["_fastlora_router"] = PatchedModelRouter(root)
         router.find_routed_layers()
     return router
 
@@ -648,6 +688,10 @@ def patch_model(model: nn.Module) -> int:
             patch_layer(module)
         elif type(module) is PeftLoraModel:
             module.__class__ = FastPeftLoraModel
+    for module in model.modules():
+        router = module.__dict__.get("_fastlora_router")
+        if router is not None:
+            router.update_routed_layers()  # blocks may be open
     if any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name):
         prevent_bitsandbytes_repacking(model)
     return seen
@@ -662,8 +706,10 @@ def unpatch_model(model: nn.Module) -> None:
         check_can_unpatch(module)
     for module in model.modules():
         unpatch_layer(module)
+        router = module.__dict__.pop("_fastlora_router", None)
+        if router is not None and router.batch_check is not None:
+            router.batch_check.remove()
         if type(module) is FastPeftLoraModel:
-            module.__dict__.pop("_fastlora_router", None)
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 

@@ -65,8 +65,9 @@ def adapters(
 
     Args:
         model: A `LoraModel`, an `AdapterPool`, the model for which a pool was created, or a patched
-            PEFT model. The model may be wrapped in DistributedDataParallel. The active adapters do
-            not matter within the block.
+            PEFT model. A patched PEFT model is a `PeftModel` or a model with a ``peft_config`` that
+            PEFT has added LoRA layers to. The model may be wrapped in DistributedDataParallel. The
+            active adapters do not matter within the block.
         ids: For each sample the name of an adapter, or None (or ``"__base__"``) for the base model
             alone. Alternatively, an int tensor of slots for each sample or token, with -1 for none.
             A slot is an index into ``list(model.peft_config)``, or for a pool the result of

@@ -79,20 +79,13 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft.py",
         before="""\
-        add_to_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
+            add_to_group(self.group, self.root, layers)  # even if others fail: blocks may be open
         for name, module in others:
-            raise UnsupportedLayerError(
-                f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                "support; pass adapter_names= to the model instead"
-            )
 """,
         after="""\
+            if not others:
+                add_to_group(self.group, self.root, layers)
         for name, module in others:
-            raise UnsupportedLayerError(
-                f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                "support; pass adapter_names= to the model instead"
-            )
-        add_to_group(self.group, self.tuner, layers)
 """,
         tests=(
             "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",
@@ -108,6 +101,36 @@ FAULTS = (
         tests=(
             "tests/routing/test_open_blocks.py::"
             "test_operations_that_would_change_an_open_block_raise[patched-delete_adapter]",
+        ),
+    ),
+    Fault(
+        sentence="The rows of a batch of another size get wrong adapters, without an error.",
+        kind="a missing check",
+        source="178c4a6",
+        path="fastlora/integrations/peft.py",
+        before="""\
+        check_batch_matches_ids(router.group, args, kwargs)
+
+
+_finding""",
+        after="""\
+        pass
+
+
+_finding""",
+        tests=(
+            "tests/integrations/test_from_peft.py::test_mixed_batches_of_injected_adapters[deepcopy]",
+        ),
+    ),
+    Fault(
+        sentence="Every mixed batch of an injected model tracks its rows again.",
+        kind="a check that is repeated",
+        source="178c4a6",
+        path="fastlora/integrations/peft.py",
+        before="        if known is None or [*map(id, found)] != [*map(id, known)]:\n",
+        after="        if True:\n",
+        tests=(
+            "tests/integrations/test_from_peft.py::test_rows_of_injected_models_are_tracked_once",
         ),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from torch import nn
 import fastlora
 from fastlora.integrations import from_peft
 from fastlora.integrations.from_peft import AS_IN_PEFT, AUTO_CLASSES, NAMES
+from fastlora.routing.active import is_checking_rows
 from fastlora.testing import assert_within_budget
-from fastlora.validation import AdapterStateError, ConfigError
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 from tests.support.peft_twins import peft
 from tests.support.programs import ROOT, python
 from tests.support.tiny import TwoLayers, adapted, randomize, tiny_llama
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 IDS = torch.arange(6)[None]
+BATCH = torch.arange(12).view(2, 6)
 
 
 def test_the_import_of_a_qlora_script() -> None:
@@ -158,6 +161,109 @@ def test_injected_adapters_are_patched(library: Any) -> None:
     torch.testing.assert_close(model(X), theirs(X))
     more = fastlora.inject_adapter_in_model(config, model, "more")
     assert more is model and set(model.q.lora_A) == {"default", "more"}
+
+
+@pytest.fixture
+def injected() -> Any:
+    """A Llama into which a LoRA and a DoRA adapter were injected."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = tiny_llama()
+    for name, config in (
+        ("a", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])),
+        ("b", peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], use_dora=True)),
+    ):
+        fastlora.inject_adapter_in_model(config, model, name)
+    randomize(model)
+    return model.eval()
+
+
+def apply_only(model: nn.Module, name: str | None) -> None:
+    """Activate one adapter, or disable all of them."""
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(name is not None)
+            if name is not None:
+                module.set_adapter(name)
+
+
+def alone(model: Any, name: str | None, row: int) -> dict[str, torch.Tensor]:
+    """The logits of one row with one adapter, and the gradients of the adapter."""
+    apply_only(model, name)
+    logits = model(BATCH[row : row + 1]).logits
+    if name is not None:
+        logits.square().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"logits": logits[0].detach(), **found}
+
+
+@pytest.mark.parametrize(
+    "made", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_mixed_batches_of_injected_adapters(injected: Any, made: Any) -> None:
+    """Values and gradients are those of each adapter alone, also in copies."""
+    with fastlora.adapters(injected, ["a", "b"]):
+        injected(BATCH)
+    model = made(injected)
+    expected = [alone(model, name, row) for row, name in enumerate(["b", None])]
+    apply_only(model, "b")  # its parameters require gradients again
+    with fastlora.adapters(model, ["b", None]):
+        logits = model(BATCH).logits
+    logits[0].square().sum().backward()
+    for row, single in enumerate(expected):
+        torch.testing.assert_close(logits[row], single.pop("logits"))
+        for name, gradient in single.items():
+            torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {*expected[0]} and trained
+    with (
+        pytest.raises(ValueError, match="2 samples .* and 3 adapter ids"),
+        fastlora.adapters(model, ["a", "b", None]),
+    ):
+        model(BATCH)
+
+
+def test_rows_of_injected_models_are_tracked_once(injected: Any) -> None:
+    """Row tracking intercepts every operator, so later batches must go without it."""
+    tracked = []
+    for _ in range(3):
+        with fastlora.adapters(injected, ["a", "b"]):
+            injected(BATCH)
+            tracked.append(is_checking_rows())
+    assert tracked == [True, False, False]
+
+
+def test_the_life_of_injected_adapters_with_mixed_batches(injected: Any) -> None:
+    """Generation, adapters that are added and deleted, and the end of the patch."""
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    apply_only(injected, "b")
+    greedy = injected.generate(BATCH, **options)[1]
+    beams = injected.generate(BATCH, num_beams=2, **options)[1]
+    with fastlora.adapters(injected, ["a", "b"]):
+        torch.testing.assert_close(injected.generate(BATCH, **options)[1], greedy)
+        with pytest.raises(AdapterStateError, match="delete_adapter"):
+            injected.model.layers[0].self_attn.q_proj.delete_adapter("a")
+    with fastlora.adapters(injected, ["a", "a", "b", "b"]):  # an id for each beam
+        torch.testing.assert_close(injected.generate(BATCH, num_beams=2, **options)[1], beams)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["o_proj"]), injected, "c")
+    with (
+        pytest.raises(UnsupportedLayerError, match="o_proj' was added .* fastlora.patch"),
+        fastlora.adapters(injected, ["a", "c"]),
+    ):
+        pass
+    fastlora.patch(injected)
+    randomize(injected, seed=2)
+    expected = alone(injected.eval(), "c", 1)["logits"]
+    with fastlora.adapters(injected, ["a", "c"]):
+        torch.testing.assert_close(injected(BATCH).logits[1], expected)
+    fastlora.unpatch(injected)
+    assert not injected._forward_pre_hooks and "_fastlora_router" not in vars(injected)
+    with (
+        pytest.raises(TypeError, match="expects a LoraModel"),
+        fastlora.adapters(injected, ["a", "b"]),
+    ):
+        pass
 
 
 def test_injections_that_raise() -> None:
