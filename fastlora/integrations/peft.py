@@ -12,7 +12,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
@@ -22,6 +22,7 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, ParameterLoraLayer
 from fastlora.layers.adapter_factors import ParameterSource
@@ -51,7 +52,11 @@ from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.active import activate_routing as routing_in_force
-from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
+from fastlora.routing.active import (
+    check_batch_matches_ids,
+    discard_unused_results,
+    skip_batch_size_check,
+)
 from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import BASE, names_and_slots
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
@@ -496,11 +501,17 @@ class PatchedModelRouter:
     def __init__(self, root: nn.Module) -> None:
         self.root, self.group = root, RoutedLayerGroup()
         self.routed_layers: list[Any] | None = None
-        self.batch_check = (
-            None
-            if isinstance(root, FastPeftLoraModel)
-            else root.register_forward_pre_hook(_check_batch_of_injected_model, with_kwargs=True)
+        self.batch_check: RemovableHandle | None = None
+        if isinstance(root, FastPeftLoraModel):
+            return
+        self.batch_check = root.register_forward_pre_hook(
+            _check_batch_of_injected_model, with_kwargs=True
         )
+        if hasattr(root, "generate") and (
+            "generate" not in vars(root) or _has_wrapped_generate(root)
+        ):
+            # A partial, unlike a closure, can be pickled and copied with the model.
+            vars(root)["generate"] = functools.partial(_generate_with_injected_adapters, root)
 
     def find_routed_layers(self) -> list[Any]:
         """Find the model's routed layers, and return them in a list.
@@ -583,6 +594,29 @@ def _check_batch_of_injected_model(
     router = model.__dict__.get("_fastlora_router")
     if router is not None:
         check_batch_matches_ids(router.group, args, kwargs)
+
+
+def _generate_with_injected_adapters(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's ``generate`` method.
+
+    The number of adapter ids must match the number of samples. Beam search later adds rows to the
+    batch, so the forward passes within ``generate`` do not check the batch size.
+
+    Raises:
+        ValueError: The batch size does not match the number of adapter ids.
+    """
+    group, model_class = model.__dict__["_fastlora_router"].group, cast(Any, type(model))
+    check_batch_matches_ids(group, args, kwargs, per_sample=True)
+    try:
+        with skip_batch_size_check():
+            return model_class.generate(model, *args, **kwargs)
+    finally:
+        discard_unused_results(group)
+
+
+def _has_wrapped_generate(model: nn.Module) -> bool:
+    """Return whether the model's ``generate`` is `_generate_with_injected_adapters`."""
+    return getattr(vars(model).get("generate"), "func", None) is _generate_with_injected_adapters
 
 
 _finding = threading.Lock()
@@ -709,6 +743,8 @@ def unpatch_model(model: nn.Module) -> None:
         router = module.__dict__.pop("_fastlora_router", None)
         if router is not None and router.batch_check is not None:
             router.batch_check.remove()
+            if _has_wrapped_generate(module):
+                del module.__dict__["generate"]
         if type(module) is FastPeftLoraModel:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 

@@ -206,6 +206,7 @@ def test_mixed_batches_of_injected_adapters(injected: Any, made: Any) -> None:
     with fastlora.adapters(injected, ["a", "b"]):
         injected(BATCH)
     model = made(injected)
+    assert model.generate.args[0] is model
     expected = [alone(model, name, row) for row, name in enumerate(["b", None])]
     apply_only(model, "b")  # its parameters require gradients again
     with fastlora.adapters(model, ["b", None]):
@@ -242,10 +243,15 @@ def test_the_life_of_injected_adapters_with_mixed_batches(injected: Any) -> None
     beams = injected.generate(BATCH, num_beams=2, **options)[1]
     with fastlora.adapters(injected, ["a", "b"]):
         torch.testing.assert_close(injected.generate(BATCH, **options)[1], greedy)
+        found = injected.generate(BATCH, num_beams=2, **options)[1]
+        torch.testing.assert_close(found, beams)
         with pytest.raises(AdapterStateError, match="delete_adapter"):
             injected.model.layers[0].self_attn.q_proj.delete_adapter("a")
-    with fastlora.adapters(injected, ["a", "a", "b", "b"]):  # an id for each beam
-        torch.testing.assert_close(injected.generate(BATCH, num_beams=2, **options)[1], beams)
+    with (
+        pytest.raises(ValueError, match="2 samples and 12 adapter ids; generate"),
+        fastlora.adapters(injected, ["a", "b"] * 6),
+    ):
+        injected.generate(BATCH, **options)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["o_proj"]), injected, "c")
     with (
         pytest.raises(UnsupportedLayerError, match="o_proj' was added .* fastlora.patch"),
@@ -258,7 +264,8 @@ def test_the_life_of_injected_adapters_with_mixed_batches(injected: Any) -> None
     with fastlora.adapters(injected, ["a", "c"]):
         torch.testing.assert_close(injected(BATCH).logits[1], expected)
     fastlora.unpatch(injected)
-    assert not injected._forward_pre_hooks and "_fastlora_router" not in vars(injected)
+    assert not injected._forward_pre_hooks
+    assert not {"_fastlora_router", "generate"} & {*vars(injected)}
     with (
         pytest.raises(TypeError, match="expects a LoraModel"),
         fastlora.adapters(injected, ["a", "b"]),
