@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,37 @@ def texts(words: int) -> list[str]:
     return [" ".join(WORDS[i] for i in row) for row in rows]
 
 
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """More for completions with more different words, and with words that begin with w1."""
+    return [float(len(set(text.split()))) + text.count("w1") for text in completions]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A trainer and its config, with arguments for each, and the data."""
+
+    trainer: str
+    config: str
+    data: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_PROMPTS = {"prompt": texts(5)}
 KINDS = {
-    "sft": ("SFTTrainer", "SFTConfig", {"text": texts(12)}),
-    "dpo": (
-        *("DPOTrainer", "DPOConfig"),
-        {"prompt": texts(5), "chosen": texts(6), "rejected": texts(7)},
+    "sft": Kind("SFTTrainer", "SFTConfig", {"text": texts(12)}),
+    "dpo": Kind("DPOTrainer", "DPOConfig", {**_PROMPTS, "chosen": texts(6), "rejected": texts(7)}),
+    "kto": Kind(
+        "KTOTrainer",
+        "KTOConfig",
+        {**_PROMPTS, "completion": texts(6), "label": [True, False] * 6},
+    ),
+    "grpo": Kind(
+        "GRPOTrainer",
+        "GRPOConfig",
+        _PROMPTS,
+        {"num_generations": 2, "max_completion_length": 6, "beta": 0.1},
+        {"reward_funcs": reward},
     ),
 }
 
@@ -55,8 +82,8 @@ def printed(values: list[float]) -> list[str]:
 
 def losses(kind: str, config: Any, wrap: Any, tokenizer: Any, out: Path) -> tuple[Any, list[float]]:
     """Trains for three steps; returns the trained model and the losses as they are logged."""
-    trainer_name, arguments_name, data = KINDS[kind]
-    arguments = getattr(trl, arguments_name)(
+    case = KINDS[kind]
+    arguments = getattr(trl, case.config)(
         output_dir=str(out),
         max_steps=3,
         logging_steps=1,
@@ -69,16 +96,18 @@ def losses(kind: str, config: Any, wrap: Any, tokenizer: Any, out: Path) -> tupl
         bf16=False,
         disable_tqdm=True,
         seed=3,
+        **case.arguments,
     )
     model, options = tiny_llama(), {"peft_config": config}
     torch.manual_seed(1)
     if wrap is not None:
         model, options = wrap(model, config), {}
-    trainer = getattr(trl, trainer_name)(
+    trainer = getattr(trl, case.trainer)(
         model=model,
         args=arguments,
-        train_dataset=datasets.Dataset.from_dict(data),
+        train_dataset=datasets.Dataset.from_dict(case.data),
         processing_class=tokenizer,
+        **case.options,
         **options,
     )
     trainer.train()
