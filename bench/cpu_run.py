@@ -51,7 +51,7 @@ def csv_rows(
 
 def load_base(base: str, dtype: torch.dtype) -> Any:
     """Return SmolLM2, either plain or in NF4 with nested scales and products in ``dtype``."""
-    folder = smollm2.converted_model_dir()
+    folder = smollm2.converted_smollm2_dir()
     if base == "plain":
         return smollm2.load_model(folder, dtype)
     import transformers

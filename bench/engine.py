@@ -412,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--out", type=Path, help="folder of the CSV")
     args = parser.parse_args(argv)
-    model, failed = smollm2.converted_model_dir(), list[str]()
+    model, failed = smollm2.converted_smollm2_dir(), list[str]()
     with ExitStack() as stack:
         adapters = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_adapters(adapters, model)

@@ -32,7 +32,7 @@ CALL_US = 200.0  # about the time of a decode; it determines the number of calls
 CASE_SECONDS = 5.0
 
 
-class AdapterOperands(NamedTuple):
+class LayerAdapterOperands(NamedTuple):
     """The attributes of a problem that `time_contenders` uses."""
 
     x: torch.Tensor
@@ -72,7 +72,7 @@ def timed(case: Case, device: torch.device, shape: Shape) -> dict[str, Any]:
                 outcome[name] = error_text(error)
                 del sides[name]
         run = [Contender(name, "", lambda _, f=side: f()) for name, side in sides.items()]
-        problem: Any = AdapterOperands(torch.empty(0, device=device))
+        problem: Any = LayerAdapterOperands(torch.empty(0, device=device))
         time_contenders(run, [problem], CALL_US * max(1, shape.rows / 64), lambda _: None, outcome)
     return outcome
 

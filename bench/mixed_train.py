@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastlora.autograd.lora_linear import run_adapters
 from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_kernels import MixedProblem
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 
 
 def _backward(p: MixedProblem, y: torch.Tensor) -> Results:
@@ -42,7 +42,9 @@ def _segments(p: MixedProblem) -> Results:
 
 def _kernels(plan: str, p: MixedProblem) -> Results:
     count, (lora_a, lora_b) = len(p.ranks), zip(*p.each, strict=True)
-    operands = AdapterOperands([*lora_a], [*lora_b], [None] * count, p.scaling[0], (0.0,) * count)
+    operands = LayerAdapterOperands(
+        [*lora_a], [*lora_b], [None] * count, p.scaling[0], (0.0,) * count
+    )
     y = run_adapters(p.x, Base(p.weight), operands, p.impl, plan, p.groups)
     return _backward(p, y)
 

@@ -24,7 +24,7 @@ from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_strategies import Rows
 from fastlora.bench.modes import Mode
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.operator_backend import mixed_grouped_forward
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
@@ -172,7 +172,9 @@ def _fastlora(p: Problem) -> list[torch.Tensor]:
     return [
         run_adapters(
             *(x, Base(layer.weight)),
-            AdapterOperands(layer.lora_a, layer.lora_b, [None] * count, p.scaling, (0.0,) * count),
+            LayerAdapterOperands(
+                layer.lora_a, layer.lora_b, [None] * count, p.scaling, (0.0,) * count
+            ),
             "triton",
             rows=p.rows,
             s=s,

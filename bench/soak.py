@@ -114,7 +114,7 @@ def make_model(layers: int) -> Any:
     """Return SmolLM2, or a random Llama of the same widths with ``layers`` layers."""
     if not layers:
         try:
-            return smollm2.load_model(smollm2.converted_model_dir(progress=False))
+            return smollm2.load_model(smollm2.converted_smollm2_dir(progress=False))
         except smollm2.ModelWheelNotFoundError as error:
             print(f"SmolLM2 is not here ({error}); a random model of its widths is used")
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -401,7 +401,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for CSVs of what was found")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = smollm2.converted_model_dir(progress=False)
+    folder = smollm2.converted_smollm2_dir(progress=False)
     plain, tokenizer = smollm2.load_model(folder), smollm2.load_tokenizer(folder)
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fastlora-soak-") as given:

@@ -134,11 +134,12 @@ __version__ = "0.1.0"
 
 
 def _make_kernels_and_bench_importable() -> None:
-    """Make `fastlora.kernels` and `fastlora.bench` importable in a source checkout.
+    """Make the folders `kernels/` and `bench/` of the repository importable.
 
-    In a source checkout, the folders `kernels/` and `bench/` are next to this package's folder, so
-    the two packages are registered. An installed package contains both folders, so nothing is
-    registered. See `setup.py` for the reason why the folders have no `__init__.py`.
+    In a source checkout, the two folders are next to this package's folder, so they are registered
+    as the packages `fastlora.kernels` and `fastlora.bench`. An installed package contains both
+    folders, so nothing is registered. See `setup.py` for the reason why the folders have no
+    `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
     if not (checkout / "kernels" / "lora_linear.py").is_file():

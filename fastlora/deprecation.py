@@ -17,9 +17,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warn that ``old`` was renamed to ``new``.
+    """Issue a deprecation warning that ``old`` was renamed to ``new``.
 
-    The warning is a `FutureWarning`.
+    The category of the warning is `FutureWarning`.
     """
     warn(f"{old} is deprecated and will be removed; use {new}", FutureWarning)
 
@@ -76,22 +76,24 @@ class RenamedAttribute:
         warn_renamed(f"{owner}.{self.name}", f"{owner}.{self.new}")
 
 
-def without_old_names(instance: object, names: Iterable[str]) -> list[str]:
+def without_old_names(instance: object, attribute_names: Iterable[str]) -> list[str]:
     """Return the attribute names of an instance without the deprecated names.
 
-    ``names`` are the names to filter, such as those that ``__dir__`` returns. A name is left out if
-    it is the old name of a renamed attribute of the instance's class.
+    ``attribute_names`` are the names to filter, such as those that ``__dir__`` returns. A name is
+    left out if it is the old name of a renamed attribute of the instance's class.
     """
     owner = type(instance)
     return [
         name
-        for name in names
+        for name in attribute_names
         if type(inspect.getattr_static(owner, name, None)) is not RenamedAttribute
     ]
 
 
 def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
     """Return a decorator that accepts the old names of a function's renamed keyword arguments.
+
+    The decorated function issues a deprecation warning if it is called with an old name.
 
     Args:
         **names: Maps each old name to the new name.

@@ -75,10 +75,10 @@ def vllm_plugin_disabled() -> bool:
 
 
 def variables_in_use() -> dict[str, str]:
-    """Return a dict of the fastlora variables that are set in the environment.
+    """Return the fastlora variables that are set in the environment, with their values.
 
-    It maps the name of each variable to its value. The values of secrets are replaced by
-    ``"(set)"``.
+    The result is a dict that maps the name of each variable to its value. The value of a secret is
+    replaced by ``"(set)"``.
     """
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return {name: "(set)" if name in _SECRETS else value for name, value in found.items()}

@@ -34,11 +34,12 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedPatternMatcher:
-    """A pattern matcher that limits the cost of matching.
+    """Matches patterns, and limits the time that matching takes.
 
-    Both time and memory are limited. A pattern that exceeds a limit raises `CheckpointError`. Each
-    outermost `bounded_matching` block has its own matcher. The matcher measures the CPU time spent
-    on matching so far, and caches the compiled patterns.
+    The memory for matching and the length of a regular expression are also limited. A pattern that
+    exceeds a limit raises `CheckpointError`. Each outermost `bounded_matching` block has its own
+    matcher. The matcher measures the CPU time spent on matching so far, and caches the compiled
+    patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -48,8 +49,8 @@ class _BoundedPatternMatcher:
     def __init__(self) -> None:
         self.suffix_indexes: dict[int, tuple[Collection[str], _SuffixPatternIndex]] = {}
         self._compiled: dict[str, Any] = {}
-        # CPU seconds: the sum over the outermost `count_toward_matching_time_limit` blocks that
-        # have ended, and the start of the open one.
+        # CPU seconds: the sum over the outermost `count_toward_matching_time_limit` blocks
+        # that have ended, and the start of the open one.
         self._seconds = 0.0
         self._start: float | None = None
 
@@ -57,8 +58,8 @@ class _BoundedPatternMatcher:
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
         """Count the time of a ``with`` block toward the time limit for pattern matching.
 
-        All CPU time of the block counts, not only the time spent on matching. The time of nested
-        blocks is counted only once.
+        All CPU time of the block is counted, including the time that is not spent on matching
+        patterns. The time of nested blocks is counted only once.
 
         Args:
             config_field: Name of the config field, for error messages.
@@ -165,14 +166,16 @@ def bounded_matching() -> Iterator[None]:
         _bounded.reset(token)
 
 
-def count_toward_matching_time_limit(config_field: str) -> contextlib.AbstractContextManager[None]:
+def count_toward_matching_time_limit(
+    config_field: str,
+) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that counts the time of a block toward the matching time limit.
 
-    All CPU time of the ``with`` block counts, not only the time spent on matching patterns. The
-    block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside the
-    block also checks the limit. A block around a loop over patterns therefore counts the time of
-    the loop itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`, the
-    context manager does nothing.
+    All CPU time of the ``with`` block is counted, including the time that is not spent on matching
+    patterns. The block raises `CheckpointError` at its end if the time limit is exceeded. Each
+    match inside the block also checks the limit. A block around a loop over patterns therefore
+    counts the time of the loop itself, and the loop stops when the limit is exceeded. Outside
+    `bounded_matching`, the context manager does nothing.
 
     Args:
         config_field: Name of the config field, for error messages.
@@ -222,17 +225,25 @@ def matches_consecutive_components(field: str, pattern: str, name: str) -> bool:
 
 
 def layer_index_after_match(field: str, pattern: str, name: str) -> int | None:
-    """Return the layer index that follows a pattern's first match in a module name.
+    """Return the layer index that follows a pattern's match in a module name.
 
-    The result is None if no number follows. For example, it is 3 for the pattern "layers" and the
-    name "model.layers.3.mlp".
+    The result is None if no number follows a match, or if the number is the last component of the
+    name. If numbers follow several matches, the first number is returned. For example, the result
+    is 3 for the pattern "layers" and the name "model.layers.3.mlp".
+
+    Args:
+        field: Name of the config field, for error messages.
+        pattern: The pattern.
+        name: The module name.
     """
     found = _match(field, pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", name)
     index = None if found is None else found.group("idx")
     return None if index is None else int(index)
 
 
-def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str | None:
+def first_pattern_matching_name_suffix(
+    field: str, patterns: Collection[str], name: str
+) -> str | None:
     """Return the first pattern that matches a suffix of a module name.
 
     The result is None if no pattern matches. A suffix consists of one or more of the last
@@ -266,7 +277,11 @@ def patterns_matching_no_suffix(
     names = list(names)
     with count_toward_matching_time_limit(field):
         index = _suffix_index(field, patterns)
-        found = {pattern for name in names for pattern in index.plain_suffix_match_positions(name)}
+        found = {
+            pattern
+            for name in names
+            for pattern in index.indices_of_plain_patterns_matching_suffix(name)
+        }
         found |= {
             e
             for e in index.expressions
@@ -298,11 +313,11 @@ class _SuffixPatternIndex:
                 else:
                     self.expressions[pattern] = place
 
-    def plain_suffix_match_positions(self, name: str) -> dict[str, int]:
-        """Return the positions of the plain patterns that match the end of a module name.
+    def indices_of_plain_patterns_matching_suffix(self, name: str) -> dict[str, int]:
+        """Return the indices of the plain patterns that match a suffix of a module name.
 
-        The result is a dict that maps each of these patterns, which are plain names, to its
-        position in the field.
+        The result is a dict that maps each of these patterns to its index in the config field. A
+        plain pattern is a name in which a dot matches any character.
         """
         found = {}
         with count_toward_matching_time_limit(self._field):
@@ -313,7 +328,10 @@ class _SuffixPatternIndex:
         return found
 
     def expression_matches_end(self, expression: str, name: str) -> bool:
-        """Return whether a regular expression matches the last components of a module name."""
+        """Return whether a regular expression matches the end of a module name.
+
+        The end must consist of one or more whole components of the name.
+        """
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
     def first_pattern_matching_suffix(self, name: str) -> str | None:
@@ -321,7 +339,7 @@ class _SuffixPatternIndex:
 
         The result is None if no pattern matches.
         """
-        plain = self.plain_suffix_match_positions(name)
+        plain = self.indices_of_plain_patterns_matching_suffix(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():
             if best is not None and plain[best] < place:
@@ -368,11 +386,11 @@ def _match(field: str, pattern: str, template: str, name: str, *, full_match: bo
 
 
 def _max_expanded_expression_length(pattern: str, expression: str) -> int:
-    """Return an upper bound on the length of a regular expression whose repeats are expanded.
+    """Return the maximum length of a regular expression after its repeats are expanded.
 
-    PCRE2 expands the repeats in an expression. For example, ``a{3}`` is expanded to ``aaa``. The
-    bound applies to the length of the expression itself, not to the length of a match. The function
-    stops counting repeats when the length exceeds ``_CHARACTERS``.
+    The result is an upper bound. PCRE2 expands the repeats in an expression. For example, ``a{3}``
+    is expanded to ``aaa``. The bound applies to the length of the expression itself, not to the
+    length of a match. The function stops counting repeats when the length exceeds ``_CHARACTERS``.
 
     Args:
         pattern: The pattern in the config, whose repeats are counted.
@@ -389,10 +407,10 @@ def _max_expanded_expression_length(pattern: str, expression: str) -> int:
 def _suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
     """Return a suffix of a module name as a plain pattern.
 
-    The pattern matches the suffix, and consists of parts of the given lengths, separated by dots.
-    The parts are copied from the name. A dot replaces the character between two parts, because a
-    dot in a pattern matches any character. The result is None if the name is too short, or if the
-    first part does not start at the beginning of a component of the name.
+    A plain pattern is a name in which a dot matches any character. The returned pattern matches the
+    suffix, and consists of parts of the given lengths, separated by dots. The parts are copied from
+    the name. A dot replaces the character between two parts. The result is None if the name is too
+    short, or if the first part does not start at the beginning of a component of the name.
     """
     at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and module_name[start - 1] != "."):

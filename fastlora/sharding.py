@@ -43,10 +43,10 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
-    """Return the local tensor of a DTensor parameter.
+    """Return a parameter's local tensor, and sum replicated gradients in the backward pass.
 
-    The result is a plain tensor. If the parameter is replicated, the backward pass sums its
-    gradients over all processes.
+    The parameter is a DTensor, and the result is a plain tensor. If the parameter is replicated,
+    the backward pass sums its gradients over all processes.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):

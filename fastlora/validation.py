@@ -16,13 +16,16 @@ from fastlora.deprecation import renamed_attributes
 
 
 class FastLoraError(Exception):
-    """Base class of all exceptions that fastlora defines."""
+    """Base class of fastlora's errors.
+
+    Functions of fastlora also raise built-in exceptions, such as `ValueError` and `TypeError`.
+    """
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A configuration is invalid.
+    """A configuration, such as a `LoraConfig`, is invalid.
 
-    The value of a `LoraConfig` field, of a setting, or of an argument is invalid or unsupported.
+    The value of a config field, of a setting, or of an argument is invalid or unsupported.
     """
 
 
@@ -31,9 +34,9 @@ class TargetNotFoundError(FastLoraError, ValueError):
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A layer is not supported by fastlora.
+    """A layer is not supported by fastlora, for example because of its type.
 
-    The reason is the type or the state of the layer. The error is also raised for other modules.
+    The reason may also be the state of the layer. The error is also raised for other modules.
     """
 
 
@@ -46,13 +49,16 @@ class InitializationError(FastLoraError, ValueError):
 
 
 class AdapterNotFoundError(FastLoraError, ValueError):
-    """No adapter with the given name is loaded."""
+    """No adapter with the given name exists.
+
+    For example, the adapter has not been loaded.
+    """
 
 
 class AdapterStateError(FastLoraError, ValueError):
     """An operation is not possible in the current state of an adapter.
 
-    For example, an adapter is merged.
+    For example, an adapter is merged, or an adapter with the same name already exists.
     """
 
 
@@ -93,10 +99,10 @@ PEFT_MODEL_ALTERNATIVE = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """An adapter pool has no room for the requested adapters.
+    """An adapter pool has no room for a requested adapter.
 
     The pool cannot make enough room by evicting other adapters. A pool may limit the number of
-    adapters and their total size in bytes.
+    adapters and their total size in bytes. A batch may request several adapters at once.
     """
 
 

@@ -34,10 +34,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class UncopiedCache:
-    """A cache that is not copied when its owner is deep-copied or pickled.
+    """A cache that is not copied when its owner is copied or pickled.
 
     The owner is the object that has the cache as an attribute. This is the base class of such
-    caches. Copying or unpickling an instance creates a new, empty instance.
+    caches. Copying or unpickling a cache creates a new, empty cache. A shallow copy of the owner
+    refers to the same cache.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> UncopiedCache:
@@ -82,10 +83,10 @@ class TensorStamp:
             self._states = _states_of(tensors)
 
     def matches(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Return whether the stamp still matches the tensors and the context.
+        """Return whether the tensors and the context still match the stamp.
 
-        The stamp matches if the state of the tensors and the context are equal to the recorded
-        ones.
+        The tensors and the context match the stamp if the context and the state of each tensor are
+        equal to those that the stamp recorded. The stamp then detects no change.
 
         Args:
             tensors: The current tensors, in the same order.
@@ -122,12 +123,13 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A version of this process's weights, used to detect outdated cached values.
+    """A version of weights, used to detect whether the weights may have changed.
 
-    A cached value records the version that the weights had when it was cached. If the current
-    version is a different object, the weights may have changed. A version is a unique object rather
-    than a number because a compiler that traces an optimizer's step also traces fastlora's hook.
-    The compiler would guard on a number and recompile at each step.
+    A version covers many weights of this process, such as all trainable weights. A cached value
+    records the version that the weights had when it was cached. If the current version is a
+    different object, the cached value is not used, because the weights may have changed. A version
+    is a unique object rather than a number because a compiler that traces an optimizer's step also
+    traces fastlora's hook. The compiler would guard on a number and recompile at each step.
     """
 
 
@@ -153,7 +155,7 @@ class ProcessWeightsVersions:
         self._purge_at = 1024
         self._hooked = False
 
-    def for_trainable_weights(self) -> WeightsVersion:
+    def version_of_trainable_weights(self) -> WeightsVersion:
         """Return the current version of the trainable weights.
 
         The version is stored with cached values that were computed from these weights.
@@ -161,24 +163,23 @@ class ProcessWeightsVersions:
         self._watch_steps()
         return self.trained
 
-    def for_group_outputs(self) -> WeightsVersion:
-        """Return the weights version for the outputs of a group of layers.
+    def version_for_group_outputs(self) -> WeightsVersion:
+        """Return the current weights version for the cached outputs of a group of layers.
 
-        The layers form a shared-input group. The version is stored with the cached outputs of the
-        group.
+        The layers form a shared-input group. The version is stored with the cached outputs.
         """
         self._watch_steps()
         return self.step
 
-    def for_base_weight(self, weight: torch.Tensor) -> WeightsVersion:
+    def version_of_base_weight(self, weight: torch.Tensor) -> WeightsVersion:
         """Return the current version of the given base weight.
 
         The version is stored with cached values that were computed from the weight. All frozen
         weights share one version, and so do all trainable weights.
         """
         if weight.requires_grad:
-            return self.for_trainable_weights()
-        self.for_trainable_weights()
+            return self.version_of_trainable_weights()
+        self.version_of_trainable_weights()
         if _storage_id(weight) not in self._watched:
             self._watch(weight)
         return self.frozen

@@ -91,7 +91,7 @@ def smollm2_dir() -> Path:
     from fastlora.commands import smollm2
 
     try:
-        return smollm2.converted_model_dir(progress=False)
+        return smollm2.converted_smollm2_dir(progress=False)
     except smollm2.ModelWheelNotFoundError as error:
         if os.environ.get("CI"):
             raise  # there, a run without the real model proves too little to be green

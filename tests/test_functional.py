@@ -11,7 +11,7 @@ from fastlora.validation import ConfigError, ImplementationError
 
 
 def make(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """AdapterOperands in ``dtype`` that all require gradients."""
+    """LayerAdapterOperands in ``dtype`` that all require gradients."""
     operands = {
         "x": torch.randn(m, k),
         "weight": torch.randn(n, k) / k**0.5,

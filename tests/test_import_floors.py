@@ -41,7 +41,7 @@ CODE_LINES = {
     "model": 7010,  # warm-up, and experts in recommend
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
     "optimizers": 247,
-    "pool": 1740,  # parameters, and stacks of them, as targets
+    "pool": 1750,  # parameters, and stacks of them, as targets; longer names
     "routing": 1649,  # longer names
     "serve": 1990,
     "train": 3609,

@@ -14,7 +14,7 @@ from fastlora import LoraConfig, patterns
 from fastlora.patterns import (
     bounded_matching,
     check_pattern,
-    first_suffix_match,
+    first_pattern_matching_name_suffix,
     layer_index_after_match,
     matches_consecutive_components,
     matches_whole_name,
@@ -60,7 +60,7 @@ NAME = NAMES[8]
 
 def matches_end(field: str, pattern: str, name: str) -> bool:
     """Returns whether a single pattern matches the end of a name, as both functions say."""
-    matches = first_suffix_match(field, (pattern,), name) == pattern
+    matches = first_pattern_matching_name_suffix(field, (pattern,), name) == pattern
     assert patterns_matching_no_suffix(field, (pattern,), [name]) == ([] if matches else [pattern])
     return matches
 
@@ -101,7 +101,7 @@ def test_the_first_of_many_patterns_counts_as_in_peft(engine: None) -> None:
     for shift in range(len(several)):
         keys = several[shift:] + several[:shift]
         for name in NAMES:
-            found = first_suffix_match("rank_pattern", keys, name)
+            found = first_pattern_matching_name_suffix("rank_pattern", keys, name)
             assert (found or name) == get_pattern_key(keys, name), (keys, name)
         lost = {k for k in keys if all(re.match(rf"(.*\.)?({k})$", n) is None for n in NAMES)}
         assert set(patterns_matching_no_suffix("rank_pattern", keys, NAMES)) == lost
@@ -223,7 +223,7 @@ def test_many_patterns_on_many_names_share_one_bound(plain: bool) -> None:
     keys = ["a" * (i % 90) + "." + "b" * (i // 90) for i in range(8000)]
     keys = keys if plain else [rf"{key}\d" for key in keys]
     for match in (
-        lambda name: first_suffix_match("rank_pattern", keys, name),
+        lambda name: first_pattern_matching_name_suffix("rank_pattern", keys, name),
         lambda name: patterns_matching_no_suffix("rank_pattern", keys, [name]),
     ):
         start = time.thread_time()

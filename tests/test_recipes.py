@@ -365,7 +365,7 @@ def test_export_gguf_of_smollm2(recipe: Any, tmp_path: Path, fresh_smollm2: Any)
     from fastlora.commands import smollm2
 
     page = recipe("export_gguf")
-    folder = smollm2.converted_model_dir(progress=False)
+    folder = smollm2.converted_smollm2_dir(progress=False)
     page.export_model(folder, tmp_path / "model.gguf", "smollm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")

@@ -19,8 +19,8 @@ from fastlora.validation import ConfigError
 SVD = "_svd"
 
 
-class CombinationMethod(NamedTuple):
-    """A method for combining adapters, such as ``"linear"`` or ``"ties"``.
+class CombinationMethodSpec(NamedTuple):
+    """The specification of a method for combining adapters, such as ``"linear"`` or ``"ties"``.
 
     The method combines several tensors of the same shape into one tensor. The tensors are the
     adapters' factors or updates.
@@ -60,11 +60,11 @@ def random_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 METHODS = {
-    "linear": CombinationMethod(),
-    "ties": CombinationMethod(magnitude_based_pruning, elects=True),
-    "dare_linear": CombinationMethod(random_pruning),
-    "dare_ties": CombinationMethod(random_pruning, elects=True),
-    "magnitude_prune": CombinationMethod(magnitude_based_pruning),
+    "linear": CombinationMethodSpec(),
+    "ties": CombinationMethodSpec(magnitude_based_pruning, elects=True),
+    "dare_linear": CombinationMethodSpec(random_pruning),
+    "dare_ties": CombinationMethodSpec(random_pruning, elects=True),
+    "magnitude_prune": CombinationMethodSpec(magnitude_based_pruning),
 }
 # Methods without the suffix combine the factors. Methods with the suffix combine the updates, the
 # products of the factors. ``cat`` concatenates the factors.

@@ -14,9 +14,9 @@ FactorPair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Svd(NamedTuple):
-    """The factors u, s, and vh of a singular value decomposition.
+    """The singular value decomposition of a matrix.
 
-    The decomposed matrix ``[N, K]`` is ``u @ diag(s) @ vh``.
+    The decomposed matrix ``[N, K]``, for example a delta weight, is ``u @ diag(s) @ vh``.
 
     Attributes:
         u: Left singular vectors, ``[N, R]``.
@@ -93,10 +93,10 @@ def svd_of_weighted_sum(
 ) -> Svd:
     """Return the singular value decomposition of a weighted sum of factor products.
 
-    The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. Usually, the result is computed
-    from the factors, without forming the ``[N, K]`` sum: only an ``[R, R]`` matrix is decomposed,
-    where R is the sum of the pairs' ranks. If R is at least N or at least K, the ``[N, K]`` sum is
-    formed and decomposed directly.
+    The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. Let R be the sum of the pairs'
+    ranks. If R is less than both N and K, the result is computed from the factors without forming
+    the ``[N, K]`` sum, and only an ``[R, R]`` matrix is decomposed. Otherwise, the ``[N, K]`` sum,
+    which is smaller than the factors, is formed and decomposed directly.
 
     Args:
         pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).
@@ -117,10 +117,10 @@ def svd_of_weighted_sum(
 def clamp_factors_to_quantile(
     lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float
 ) -> FactorPair:
-    """Clamp the values of lora_a and lora_b to a quantile, and return both factors.
+    """Clamp the factors of an adapter to a quantile of their values.
 
-    Values are clamped to ``[-bound, bound]``, where the bound is a quantile of the values of both
-    factors together.
+    Returns the clamped lora_a and lora_b. Both are clamped to ``[-bound, bound]``, where the bound
+    is the quantile of the values of both factors together.
 
     Args:
         lora_a: ``[R, K]``.

@@ -15,7 +15,7 @@ from fastlora.autograd import lora_linear
 from fastlora.autograd.shared_input import PrecomputedResult
 from fastlora.ops import backend
 from fastlora.ops.execution_mode import ExecutionMode
-from fastlora.ops.factors import AdapterOperands, Base, Factors
+from fastlora.ops.factors import Base, Factors, LayerAdapterOperands
 from fastlora.ops.torch import products
 from fastlora.validation import ImplementationError, check_same_device
 
@@ -40,7 +40,8 @@ def run_adapter(
 ) -> torch.Tensor:
     """Run a base layer with one adapter, and return the output.
 
-    The output is ``[..., N]``. The caller ensures that the shapes match.
+    The output is ``[..., N]``. The gradients are computed by a custom autograd function or, where
+    this is faster, by PyTorch's native autograd. The caller ensures that the shapes match.
 
     Args:
         x: ``[..., K]``, in autocast's dtype if autocast is on.
@@ -92,9 +93,9 @@ def run_adapter(
     if precomputed is not None:
         s, seed = precomputed.s, precomputed.seed
     elif dropout_p > 0.0:
-        seed = backend.draw_seed(x, conditions.impl)
+        seed = backend.draw_dropout_seed(x, conditions.impl)
         seed = seed if adjust_seed is None else adjust_seed(seed)
-    operands = AdapterOperands([lora_a], [lora_b], [lora_bias], scaling, (dropout_p,), seed)
+    operands = LayerAdapterOperands([lora_a], [lora_b], [lora_bias], scaling, (dropout_p,), seed)
     return lora_linear.run_adapters(x, base, operands, name, plan, s=s)
 
 

@@ -57,7 +57,7 @@ class ApplyDoraScaleAndAddBias(torch.autograd.Function):
         """Scale u by the DoRA scale, add the bias, and return the result.
 
         The DoRA scale is computed from the magnitude and the squared norms. u and the result are
-        ``[..., N]``.
+        ``[..., N]``. Tensors that the backward pass needs are saved in ``ctx``.
         """
         rows = u.reshape(-1, u.shape[-1])
         y = scale_and_add_bias(rows, bias, dora_scale(magnitude, squared_norms))
@@ -148,11 +148,11 @@ def _allocate_gradients(
     adapters: Sequence[torch.Tensor],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Allocate the gradients of x, the weight, and the factors.
+    """Allocate the gradients for the backward pass of DoRA adapters with dropout.
 
-    The factors are each adapter's lora_a, lora_b, and magnitude in turn.
-
-    The tensors are not initialized. The tensor of a gradient that is not wanted has no elements.
+    The result is a list of tensors for the gradients of x, the weight, and each adapter's lora_a,
+    lora_b, and magnitude in turn. The tensors are not initialized. The tensor of a gradient that is
+    not wanted has no elements.
     """
     like = [x, weight, *(t for own in _chunked(_EACH, adapters) for t in own[:3])]
     return [
@@ -165,12 +165,13 @@ def _allocate_gradients(
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the output of DoRA adapters with dropout for a mixed batch.
+    """Compute the output of DoRA adapters with dropout.
 
-    This function implements the operator ``fastlora::dora_dropped``. Returns a tuple
-    (output, s, z). The output is y with the adapters applied. The backward pass uses the
-    intermediate results s and z. s is ``dropout(x) @ lora_a.T``, and z is
-    ``dropout(x) @ weight.T``. If ``keeps_z`` is False, z has no rows.
+    This function implements the operator ``fastlora::dora_dropped``. The batch is mixed, so its
+    rows may use different adapters. Returns a tuple (output, s, z). The output is y with the
+    adapters applied. The backward pass uses the intermediate results s and z. s is
+    ``dropout(x) @ lora_a.T``, and z is ``dropout(x) @ weight.T``. If ``keeps_z`` is False, z has no
+    rows.
     """
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])
@@ -197,7 +198,8 @@ def _dora_with_dropout_backward(
 ) -> list[torch.Tensor]:
     """Compute the gradients for the backward pass of `_dora_with_dropout`.
 
-    Returns a list of the gradients of x, the weight, and each adapter's factors, in that order.
+    Returns a list of the gradients of x, the weight, and each adapter's lora_a, lora_b, and
+    magnitude, in that order.
     """
     *batch_of, s, z, wanted = batch
     found = _allocate_gradients(x, weight, batch_of[0], wanted)
@@ -229,8 +231,8 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
     return _allocate_gradients(x, weight, batch[0], batch[-1])
 
 
-class DoraWithDropout(torch.autograd.Function):
-    """Autograd function for DoRA adapters with dropout.
+class DoraLinearWithDropout(torch.autograd.Function):
+    """Autograd function for a linear layer that has DoRA adapters with dropout.
 
     The dropout of the adapters is active. The base output is computed from x, and the terms that
     are added to the base output are computed from ``dropout(x)``; see the module's docstring.

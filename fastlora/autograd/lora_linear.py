@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 import fastlora.ops.operator_backend  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, BackwardArguments
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.reference import column_sums
@@ -39,7 +39,7 @@ from fastlora.ops.torch.reference import column_sums
 def run_adapters(
     x: torch.Tensor,
     base: Base,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     impl: str,
     plan: str = "auto",
     rows: Rows | None = None,
@@ -83,7 +83,7 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 def _forward_without_graph(
     x: torch.Tensor,
     base: Base,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     rows: Rows | None,
     s: torch.Tensor | None,
     impl: str,
@@ -173,7 +173,7 @@ class LoraLinear(torch.autograd.Function):
         *factors: Any,  # lora_a, lora_b, and lora_bias of each adapter in turn
     ) -> torch.Tensor:
         own = list(factors[::3]), list(factors[1::3]), list(factors[2::3])
-        operands = AdapterOperands(*own, scaling, dropout_p, seeds, slots)
+        operands = LayerAdapterOperands(*own, scaling, dropout_p, seeds, slots)
         made, s = _forward_without_graph(x, Base(weight, bias, y), operands, rows, s, impl, plan)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[12::3]), any(needs[13::3])
@@ -205,7 +205,7 @@ class LoraLinear(torch.autograd.Function):
         if dy.dtype != ctx.x_dtype:
             dy = dy.to(ctx.x_dtype)
         own = factors[::3], factors[1::3], factors[2::3]
-        operands = AdapterOperands(*own, scaling, ctx.dropout_p, seeds, ctx.slots)
+        operands = LayerAdapterOperands(*own, scaling, ctx.dropout_p, seeds, ctx.slots)
         needs_own_bias = rows is None and needs[2]
         wants = needs_x, needs_bias or needs_own_bias, needs_s, needs
         given = BackwardArguments(dy, weight, flat, operands, rows, s, ctx.plan, *wants)

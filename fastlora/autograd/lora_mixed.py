@@ -18,7 +18,7 @@ import functools
 import torch
 
 from fastlora.autograd.lora_linear import run_adapters
-from fastlora.ops.factors import AdapterOperands, Base, replace_missing_with_empty
+from fastlora.ops.factors import Base, LayerAdapterOperands, replace_missing_with_empty
 from fastlora.ops.library import define_operator, register_composite_implicit_autograd
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
@@ -66,5 +66,5 @@ def _lora_mixed(
         replace_missing_with_empty(factors[1::3], 1),
         factors[2::3],
     )
-    operands = AdapterOperands(downs, ups, biases, scaling, tuple(dropout_p), drawn)
+    operands = LayerAdapterOperands(downs, ups, biases, scaling, tuple(dropout_p), drawn)
     return run_adapters(x, Base(weight, bias, y), operands, impl, rows=rows, s=s)

@@ -35,7 +35,7 @@ _Factor = torch.Tensor | None
 class PrecomputedResult(NamedTuple):
     """The precomputed result of a layer that shares its input with other layers.
 
-    The result is the layer's output y or its shrink output s. If the result is s, the layer
+    The result is either the layer's output y or the shrink output s. If the result is s, the layer
     computes y from s. The result is usually computed together with the results of the other layers.
 
     Attributes:
@@ -135,11 +135,13 @@ def grouped_shrink(
     impl: str,
     rows: Rows | None = None,
 ) -> list[PrecomputedResult]:
-    """Compute the LoRA shrink outputs s of layers that share the input x, and return them.
+    """Compute the LoRA shrink outputs s of layers that share the input x.
 
     A layer's s is the product of x and the transpose of the layer's lora_a. The result is a list of
-    `PrecomputedResult`, one for each of the G layers. Dropout seeds are drawn in the order in which
-    the layers would draw them.
+    `PrecomputedResult`, one for each of the G layers. A single autograd function computes s for all
+    layers. In the backward pass, this autograd function computes the gradients of lora_a, and the
+    layers themselves compute the gradient of x. Dropout seeds are drawn in the order in which the
+    layers would draw them.
 
     Args:
         x: The layers' input, in the dtype of the products.
@@ -150,7 +152,7 @@ def grouped_shrink(
         rows: The adapter of each row, or None if one adapter applies to all rows.
     """
     x = x.detach()  # The layers' own nodes compute the gradient of x.
-    seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
+    seeds = tuple(backend.draw_dropout_seed(x, impl) if p > 0.0 else None for p in dropout_p)
     flat = [tensor for own in lora_a for tensor in own]
     made = GroupedLoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
     return [PrecomputedResult(None, *each) for each in zip(made, seeds, strict=True)]

@@ -22,7 +22,7 @@ from fastlora.ops.library import (
     register_implementation,
 )
 from fastlora.ops.rows import Rows, rows_from_tensors
-from fastlora.ops.stacks import WeightStackAdapterOperands
+from fastlora.ops.stacks import StackedWeightAdapterOperands
 from fastlora.ops.torch.stacks import (
     dtype_of_s,
     grouped_gradients,
@@ -35,40 +35,42 @@ def stacked_lora_linear(
     x: torch.Tensor,
     weight_stack: torch.Tensor | None,
     y: torch.Tensor | None,
-    slots: int,
-    operands: WeightStackAdapterOperands,
+    num_adapter_slots: int,
+    operands: StackedWeightAdapterOperands,
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
-    """Multiply rows by a stack of weights, and return the products plus the LoRA updates.
+    """Compute the output of a stack of linear layers with LoRA adapters.
 
-    The rows are sorted. The result is a tensor ``[P, N]``.
+    The output is the product of each row and its weight in the stack, plus the LoRA update of the
+    row's adapter. The key of a row identifies both its weight and its adapter. The rows are sorted
+    by key. The result is a tensor ``[P, N]``.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
         weight_stack: ``[E, N, K]``, any strides; None if y is the base product.
         y: None, or the base product in the dtype of x, to which the updates are added in place.
-        slots: Number of adapters S, with which keys were made.
+        num_adapter_slots: Number of adapters S, with which the keys were computed.
         operands: The adapters. The list of factors may be empty if there is a stack.
         rows: The sorted rows.
         impl: Name of the backend.
     """
     if weight_stack is not None and not operands.lora_a:
-        return grouped_linear(x, weight_stack, rows, slots)
+        return grouped_linear(x, weight_stack, rows, num_adapter_slots)
     factors = list(chain.from_iterable(zip(operands.lora_a, operands.lora_b, strict=True)))
     given = [tensor for tensor in (x, weight_stack, y, *factors) if tensor is not None]
     if records_gradients(*given) or has_unknown_values(x):
-        made: torch.Tensor = WeightStackLoraLinear.apply(
-            x, weight_stack, y, slots, *operands[2:], rows, impl, *factors
+        made: torch.Tensor = StackedWeightLoraLinear.apply(
+            x, weight_stack, y, num_adapter_slots, *operands[2:], rows, impl, *factors
         )
         return made
     if y is None:
-        y = grouped_linear(x, weight_stack, rows, slots)  # type: ignore[arg-type]  # y or the stack is given
+        y = grouped_linear(x, weight_stack, rows, num_adapter_slots)  # type: ignore[arg-type]  # y or the stack is given
     BACKENDS[impl].add_stacked_updates_(y, x, operands, rows)
     return y
 
 
-class WeightStackLoraLinear(torch.autograd.Function):
+class StackedWeightLoraLinear(torch.autograd.Function):
     """Autograd function for a stack of weights with LoRA adapters.
 
     It computes `stacked_lora_linear`. Saves x, the stack, s, and the factors. Dropout masks are
@@ -90,7 +92,7 @@ class WeightStackLoraLinear(torch.autograd.Function):
         impl: str,
         *factors: Any,  # lora_a and lora_b of each adapter in turn
     ) -> torch.Tensor:
-        operands = WeightStackAdapterOperands(
+        operands = StackedWeightAdapterOperands(
             list(factors[::2]), list(factors[1::2]), scaling, dropout_p, seeds
         )
         adds_to_y = y is not None
@@ -112,7 +114,7 @@ class WeightStackLoraLinear(torch.autograd.Function):
     @once_differentiable_without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, stack, s, scaling, seeds, *factors = ctx.saved_tensors
-        operands = WeightStackAdapterOperands(
+        operands = StackedWeightAdapterOperands(
             factors[::2], factors[1::2], scaling, ctx.dropout_p, seeds
         )
         (needs_x, needs_stack, needs_y), wants = ctx.needs_input_grad[:3], ctx.needs_input_grad[9:]
@@ -148,8 +150,12 @@ define_operator(
 
 
 @register_composite_implicit_autograd("stacked_linear")
-def _stacked_linear(
-    x: torch.Tensor, stack: torch.Tensor | None, y: torch.Tensor | None, slots: int, *given: Any
+def _stacked_lora_linear(
+    x: torch.Tensor,
+    stack: torch.Tensor | None,
+    y: torch.Tensor | None,
+    num_adapter_slots: int,
+    *given: Any,
 ) -> torch.Tensor:
     """Compute the output of a stack of linear layers with LoRA adapters.
 
@@ -159,27 +165,27 @@ def _stacked_linear(
     Without a stack, the LoRA updates are added to y. There may be no adapters.
     """
     *operands, tensors, impl = given
-    rows, adapters = rows_from_tensors(tensors), WeightStackAdapterOperands(*operands)
+    rows, adapters = rows_from_tensors(tensors), StackedWeightAdapterOperands(*operands)
     if stack is not None:
-        product = stacked_lora_linear(x, stack, None, slots, adapters, rows, impl)
+        product = stacked_lora_linear(x, stack, None, num_adapter_slots, adapters, rows, impl)
         return product if y is None else product + y
     if y is None:
         raise ValueError("neither a stack nor y is given")
-    return stacked_lora_linear(x, None, y, slots, adapters, rows, impl)
+    return stacked_lora_linear(x, None, y, num_adapter_slots, adapters, rows, impl)
 
 
 @register_implementation("stacked_updates")
 def _stacked_updates(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, tensors, impl = given
     y, rows = y.clone(), rows_from_tensors(tensors)
-    s = BACKENDS[impl].add_stacked_updates_(y, x, WeightStackAdapterOperands(*operands), rows)
+    s = BACKENDS[impl].add_stacked_updates_(y, x, StackedWeightAdapterOperands(*operands), rows)
     return y, s
 
 
 @register_fake("stacked_updates")
 def _(y: torch.Tensor, x: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
     *operands, _, impl = given
-    adapters = WeightStackAdapterOperands(*operands)
+    adapters = StackedWeightAdapterOperands(*operands)
     columns, dtype = max(a.shape[1] for a in adapters.lora_a), dtype_of_s(x, adapters)
     if impl == "triton":
         columns, dtype = rank_to_multiple_of_16(columns), x.dtype
@@ -191,7 +197,7 @@ def _stacked_gradients(
     dy: torch.Tensor, x: torch.Tensor | None, s: torch.Tensor, *given: Any
 ) -> list[torch.Tensor]:
     *operands, tensors, impl, wants_x, wants, dx = given
-    rows, adapters = rows_from_tensors(tensors), WeightStackAdapterOperands(*operands)
+    rows, adapters = rows_from_tensors(tensors), StackedWeightAdapterOperands(*operands)
     dx = None if dx is None else dx.clone()
     dx, found = BACKENDS[impl].stacked_gradients(dy, x, s, adapters, rows, wants_x, wants, dx)
     return [gradient.contiguous() for gradient in (dx, *found) if gradient is not None]

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastlora import env
 from fastlora.command_line import install_command
-from fastlora.commands.models import CommandError, load_causal_lm, print_progress
+from fastlora.commands.models import CommandError, load_causal_lm, print_progress_message
 from fastlora.commands.system_checks import describe_cpu_and_accelerators, installed_version
 from fastlora.validation import FastLoraError, near_names
 
@@ -256,8 +256,8 @@ def adapter_facts(path: str) -> dict[str, Any]:
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
     from fastlora.model.expert_files import (
-        InferredFactorSettings,
-        infer_factor_settings,
+        InferredLayerSettings,
+        infer_layer_settings,
     )
 
     header = inspect_adapter_folder(path)
@@ -267,7 +267,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         for key, (module, kind) in header.keys.items()
         if kind.endswith("_A")
     }
-    sizes = infer_factor_settings(config, rows)
+    sizes = infer_layer_settings(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]
@@ -279,7 +279,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or InferredFactorSettings(None, None, None))._asdict(),
+                **(size or InferredLayerSettings(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,
@@ -348,16 +348,18 @@ def _merge(args: argparse.Namespace) -> int:
     from fastlora import LoraModel
     from fastlora.model.atomic_files import atomic_new_folder
 
-    print_progress(f"merging {adapter}")
+    print_progress_message(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
     merged: Any = adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
     with atomic_new_folder(out) as partial:
-        print_progress(f"writing {out}")
+        print_progress_message(f"writing {out}")
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
         if not copied and not _save_tokenizer(args.base, partial):
-            print_progress(f"no tokenizer found for {args.base}; {out} is saved without one")
-    print_progress("done")
+            print_progress_message(
+                f"no tokenizer found for {args.base}; {out} is saved without one"
+            )
+    print_progress_message("done")
     return 0
 
 

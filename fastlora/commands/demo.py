@@ -98,7 +98,7 @@ def run_demo(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
-    folder = smollm2.converted_model_dir(args.cache)
+    folder = smollm2.converted_smollm2_dir(args.cache)
     tokenizer = smollm2.load_tokenizer(folder)
 
     def fresh_base() -> Any:
@@ -161,9 +161,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def examples_data_path(name: str) -> Path:
-    """Return the path of an example data file.
+    """Return the path of one of the demo's example data files.
 
-    The file is in the folder ``examples/data`` of the source repository.
+    The file is in the folder ``examples/data`` of the source repository. The installed package does
+    not contain the file.
 
     Raises:
         DataError: The file is missing.

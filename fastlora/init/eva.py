@@ -30,7 +30,7 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
 def eva_placeholder_factors(given: InitInputs) -> InitResult:
     """Return placeholder factors for EVA.
 
-    They are used until `EvaSearch` has found the directions.
+    The placeholder factors are used until `EvaDirectionSearch` has found the directions.
     """
     return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 

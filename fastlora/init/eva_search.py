@@ -31,11 +31,11 @@ from fastlora.validation import InitializationError
 
 
 @dataclass
-class EvaSearch:
-    """Search for the principal directions of each layer's inputs.
+class EvaDirectionSearch:
+    """Search for the directions and ranks with which EVA initializes the layers.
 
-    The search also finds the rank of each layer. Call `find_shared_inputs`, then
-    `run_until_converged`, then `directions`.
+    The directions are the principal directions of each layer's inputs, which incremental PCA finds.
+    Call `find_shared_inputs`, then `run_until_converged`, then `directions`.
 
     Attributes:
         model: The model to run over the data.
@@ -71,7 +71,8 @@ class EvaSearch:
     def find_shared_inputs(self, loader: Iterable[Any]) -> None:
         """Find the layers that receive the same inputs.
 
-        The model is run on one batch to find them.
+        The model is run on the first batch to find these layers. The directions are later computed
+        only once for layers that receive the same inputs.
 
         Raises:
             InitializationError: The loader is empty, or the data did not reach one of the layers.
@@ -215,7 +216,7 @@ def distribute_ranks(
     Args:
         ratios: Maps the names of the layers in ``source.values()`` to the fraction of the variance
             that each of their directions explains.
-        source, budget, limits: As in `EvaSearch`.
+        source, budget, limits: As in `EvaDirectionSearch`.
     """
     owners = [name for name, of in source.items() for _ in ratios[of][: limits[of]]]
     values = torch.cat([ratios[of][: limits[of]].cpu() for of in source.values()])
@@ -229,9 +230,9 @@ def distribute_ranks(
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Gather the rows from all processes, and return them in one tensor.
+    """Gather the rows of a layer's inputs from all processes.
 
-    The numbers of rows may differ.
+    The processes may have different numbers of rows. The result is one tensor with all rows.
     """
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]

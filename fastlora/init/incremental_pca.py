@@ -83,11 +83,10 @@ class IncrementalPca:
     def _updated_mean_and_variance(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the running mean and variance, updated with the rows of a new batch.
+        """Return the mean and variance of all rows, including the rows of a new batch.
 
-        The result is a tuple (mean, variance) over all rows, including those of the new batch. Both
-        are ``[K]`` in fp64. The attributes are not changed. The algorithm is that of Chan et al.
-        1983.
+        The result is a tuple (mean, variance). Both are ``[K]`` in fp64. The attributes are not
+        changed. The algorithm is that of Chan et al. 1983.
 
         Args:
             rows: The rows of the new batch.

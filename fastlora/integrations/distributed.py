@@ -14,7 +14,7 @@ from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.base_layers import tensor_parallel_style
-from fastlora.layers.tensor_parallel import TensorParallelLora
+from fastlora.layers.tensor_parallel import TensorParallelLoraLinear
 from fastlora.model import LoraModel
 from fastlora.model.base_modules import named_outer_modules
 from fastlora.sharding import clip_grads_with_norm_, total_norm
@@ -96,12 +96,13 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _move_adapters_to_sharded_layer(base_layer: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Move the adapters of a layer to a new LoRA layer whose base layer is sharded.
+    """Move the adapters of a layer to a LoRA layer for a sharded base layer.
 
-    The new layer is returned. If the base layer is not sharded, ``layer`` itself is returned.
+    Returns the LoRA layer, which is a new `TensorParallelLoraLinear`. If the base layer is not
+    sharded, ``layer`` itself is returned.
     """
     if tensor_parallel_style(base_layer) is None:
         return layer
-    split = TensorParallelLora(base_layer)
+    split = TensorParallelLoraLinear(base_layer)
     split.move_adapters_from(layer)
     return split

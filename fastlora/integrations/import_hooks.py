@@ -70,7 +70,7 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
 
 
 class _ImportHookLoader(importlib.abc.Loader):
-    """A loader that calls a module's own loader, and then runs an import hook."""
+    """A loader that loads a module with the module's own loader, and then runs an import hook."""
 
     def __init__(self, loader: importlib.abc.Loader, watcher: _ImportHookFinder) -> None:
         self.loader, self.watcher = loader, watcher

@@ -121,11 +121,11 @@ class _FusedForwardMixin(BaseAdapterLayer):
             else Base(module.weight, module.bias)
         )
 
-    def _local_quantized(self: Any) -> BaseQuantizedWeight | None:
+    def _local_quantized_weight(self: Any) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add or update an adapter, as PEFT's layer does.
+        """Add an adapter to the layer or update an existing adapter, as PEFT does.
 
         The state that fastlora keeps is then updated: the adapter's scaling is moved to the device
         of the factors, and the packed factors are cleared.
@@ -179,7 +179,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 )
 
     def _applied_adapters(self: Any) -> list[str]:
-        """Return the names of the adapters that fastlora applies.
+        """Return the names of the adapters that the layer applies with fastlora.
 
         These are the active adapters of the layer. The list is empty if adapters are disabled or
         merged, or if PEFT's ``forward`` method must be called.
@@ -197,7 +197,8 @@ class _FusedForwardMixin(BaseAdapterLayer):
         """Return the fusion status of the layer.
 
         The status states whether the layer is fused and, if not, the reason. A fused layer computes
-        the base GEMM and the LoRA update in one call.
+        the base GEMM and the LoRA update in one call. ``gathered`` means that FSDP2 replaces shards
+        with plain parameters during the forward pass.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
@@ -226,7 +227,7 @@ class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # P
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
-    """PEFT's `ParamWrapper` with fastlora's forward pass.
+    """PEFT's `ParamWrapper`, patched with fastlora's forward pass.
 
     A `ParamWrapper` is PEFT's layer for one adapted parameter. If the parameter does not belong to
     stacked experts, or if fastlora cannot run the layer, PEFT's ``forward`` method runs.
@@ -282,8 +283,8 @@ class FastPeftParamWrapper(PeftParamWrapper):
     def fusion(self) -> FusionStatus:
         """Return the fusion status of the layer.
 
-        A layer of this class is never fused. The fallback reason in the status states whether PEFT
-        or the experts' layer computes the output.
+        The status states whether the layer is fused and, if not, the reason. A layer of this class
+        is never fused. The reason states whether PEFT or the experts' layer computes the output.
         """
         found = experts_layer_class(self.get_base_layer())
         if found is None:
@@ -291,7 +292,7 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return FusionStatus(False, f"{found.__name__} computes it with its module")
 
 
-def _copy_name_from_peft_base(cls: type) -> type:
+def _copy_dunder_name_from_peft_base(cls: type) -> type:
     """Set the ``__name__`` of a patched class to the name of its PEFT base class.
 
     Printed models and `get_layer_status` then show PEFT's class name. ``__qualname__``, which
@@ -302,8 +303,8 @@ def _copy_name_from_peft_base(cls: type) -> type:
     return cls
 
 
-_copy_name_from_peft_base(FastPeftLinear)
-_copy_name_from_peft_base(FastPeftParamWrapper)
+_copy_dunder_name_from_peft_base(FastPeftLinear)
+_copy_dunder_name_from_peft_base(FastPeftParamWrapper)
 
 
 @functools.cache
@@ -321,7 +322,7 @@ def _patched_class_for(peft_class: type) -> type | None:
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
-    return _copy_name_from_peft_base(
+    return _copy_dunder_name_from_peft_base(
         type(f"Fast{peft_class.__name__}", (_FusedForwardMixin, peft_class), members)
     )
 
@@ -385,15 +386,16 @@ class FastPeftLoraModel(PeftLoraModel):
         return super().merge_and_unload(*args, **kwargs)
 
     def unload(self) -> nn.Module:
-        """Remove the LoRA layers, and return the base model."""
+        """Remove the LoRA layers without merging, and return the base model."""
         self._check_no_open_block("unload")
         return super().unload()
 
     def _check_no_open_block(self, operation: str) -> None:
         """Raise `AdapterStateError` if a `fastlora.adapters` block of the model is open.
 
-        A running call of the model with ``adapter_names`` counts as a block if fastlora routes the
-        batch. ``operation`` is the name of the called method, for the error message.
+        In such a block, rows are routed to adapters. A running call of the model with
+        ``adapter_names`` counts as a block if fastlora routes the batch. ``operation`` is the name
+        of the called method, for the error message.
 
         `disable_adapter_layers` does not call this method, because PEFT's context manager
         `disable_adapter` may call `disable_adapter_layers` inside a block.
@@ -412,10 +414,10 @@ class FastPeftLoraModel(PeftLoraModel):
             router.update_routed_layers()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass.
+        """Run the model's forward pass, as PEFT's model does.
 
-        Returns the model's output. In a `fastlora.adapters` block, the batch size must match the
-        number of adapter ids.
+        Returns the model's output. If a `fastlora.adapters` block is open or fastlora routes
+        ``adapter_names``, the batch size must match the number of adapter ids.
         """
         self._check_batch(args, kwargs)
         try:
@@ -432,12 +434,13 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Context manager that handles ``adapter_names`` with fastlora's routing.
+        """Context manager that enables PEFT's forward hooks or routes ``adapter_names``.
 
-        During the ``with`` block, each row is routed to the adapter that ``adapter_names`` assigns.
-        The assignment is computed once for the whole model, whereas PEFT computes it at every
-        layer. PEFT's forward hooks are enabled instead if there are no ``adapter_names``, in
-        training, or if fastlora cannot route the batch.
+        This method overrides PEFT's method of the same name. During the ``with`` block, each row is
+        routed to the adapter that ``adapter_names`` assigns. The assignment is computed once for
+        the whole model, whereas PEFT computes it at every layer. PEFT's forward hooks are enabled
+        instead if there are no ``adapter_names``, in training, or if fastlora cannot route the
+        batch.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -477,7 +480,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return found
 
 
-_copy_name_from_peft_base(FastPeftLoraModel)
+_copy_dunder_name_from_peft_base(FastPeftLoraModel)
 
 
 class PatchedModelRouter:
@@ -514,7 +517,7 @@ class PatchedModelRouter:
             vars(root)["generate"] = functools.partial(_generate_with_injected_adapters, root)
 
     def find_routed_layers(self) -> list[Any]:
-        """Find the model's routed layers, and return them in a list.
+        """Return the model's routed layers.
 
         A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch.
 
@@ -657,7 +660,7 @@ def patch_layer(module: nn.Module) -> None:
         module.__class__ = fast
     if fast is not None and issubclass(fast, _FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_scalings_device_hook()  # type: ignore[operator]  # defined by the new class
+        module._register_load_hook_that_moves_scalings()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -675,7 +678,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_scalings_device_hook()
+    module._remove_load_hook_that_moves_scalings()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings
@@ -712,8 +715,8 @@ def check_can_unpatch(module: nn.Module) -> None:
 def patch_model(model: nn.Module) -> int:
     """Patch the LoRA layers of a PEFT model in place.
 
-    The tuners are also patched. Layers of classes that fastlora does not patch remain unchanged.
-    The result is the number of LoRA layers found, which includes these unchanged layers.
+    The tuners are also patched. The result is the number of LoRA layers that were found. This
+    number includes layers of classes that fastlora does not patch, which remain unchanged.
     """
     seen = 0
     for module in model.modules():

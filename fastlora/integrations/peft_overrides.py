@@ -40,13 +40,13 @@ def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
     return possibly_wrapped_model
 
 
-def has_fastlora_layers(argument: object) -> bool:
+def has_fastlora_layers(possible_model: object) -> bool:
     """Return whether an object is a model with fastlora's LoRA layers.
 
-    The result is True for any `LoraModel`, and for any other module that contains such layers. The
-    object may be compiled with `torch.compile`.
+    The result is True for any `LoraModel`, and for any other module that is or contains such a
+    layer. The object may be compiled with `torch.compile`.
     """
-    model = getattr(argument, "_orig_mod", argument)
+    model = getattr(possible_model, "_orig_mod", possible_model)
     if not isinstance(model, nn.Module) or isinstance(model, LoraModel):
         return isinstance(model, LoraModel)
     return any(isinstance(module, LoraLayer) for module in model.modules())
@@ -103,7 +103,9 @@ def set_base_model_state_dict(
 ) -> _IncompatibleKeys:
     """Load a state dict into the base model of a model with adapters.
 
-    The tensors are copied. Return the missing and unexpected keys. See `load_base_state_dict`.
+    The keys of the state dict are those of the base model without adapters. The tensors are copied.
+    Returns the missing and unexpected keys. See `load_base_state_dict`. This function overrides
+    PEFT's function of the same name for fastlora's models.
     """
     return load_base_state_dict(find_wrapped_lora_model(model).get_base_model(), state_dict, strict)
 

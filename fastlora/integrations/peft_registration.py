@@ -58,9 +58,10 @@ def register_as_peft_subclasses() -> None:
 def _subclasshook_excluding_adapted_parameters(lora_layer_class: type, subclass: type) -> Any:
     """Exclude `FastLoraAdaptedParameters` from the subclasses of PEFT's ``LoraLayer``.
 
-    The result is False for this class, and NotImplemented for all others, which are checked as
-    usual. The factors of `FastLoraAdaptedParameters` are in its inner layers, which are PEFT's
-    `ParamWrapper`. PEFT has no layer around its wrappers.
+    The result is False for this class. The result is NotImplemented for all other classes, which
+    are checked as usual, so fastlora's other layers count as registered subclasses. The factors of
+    `FastLoraAdaptedParameters` are in its inner layers, which are PEFT's `ParamWrapper`. PEFT has
+    no layer around its wrappers.
     """
     return False if issubclass(subclass, FastLoraAdaptedParameters) else NotImplemented
 

@@ -56,7 +56,8 @@ class LayerFusion:
 class FusionReport:
     """A report that shows which LoRA layers of a model are fused.
 
-    The report has one row for each LoRA layer. ``str()`` formats it as a table.
+    The report has one row for each LoRA layer. The row of a layer that is not fused contains the
+    reason. ``str()`` formats the report as a table.
 
     Attributes:
         rows: One row for each LoRA layer, in the model's order.

@@ -45,7 +45,7 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 @contextlib.contextmanager
 def convert_model_load_errors(folder: object) -> Iterator[None]:
-    """Context manager that converts errors from loading a model to `CheckpointError`.
+    """Context manager that converts errors from loading a model to fastlora's `CheckpointError`.
 
     The ``with`` block loads the model, which must be a causal language model. The errors in
     `CANNOT_READ` and RuntimeError are converted. The error message starts with ``folder``.

@@ -41,7 +41,7 @@ from fastlora.layers.unfused import (
     BaseUnfusedLoraLayer,
     call_with_parameters,
     copy_with_parameters,
-    has_uncopyable_forward,
+    has_replaced_forward_that_cannot_be_copied,
 )
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import (
@@ -63,7 +63,7 @@ from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, 
 _INITS = (True, False, "gaussian")
 
 
-def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+def shape_as_stack(module: nn.Module, name: str) -> tuple[int, int, int]:
     """Return the shape of a module's parameter as a stack of matrices.
 
     The shape is a tuple (E, N, K). E is the number of matrices, and each matrix is ``[N, K]``. The
@@ -99,11 +99,12 @@ class LoraBRankRowsCache(UncopiedCache):
 
 
 class ParameterLoraLayer(LoraLayer):
-    """LoRA layer that adapts a parameter of a module directly.
+    """LoRA layer for a module's parameter, such as stacked expert weights.
 
-    The layer holds the adapters of one parameter, and provides their factors, their delta weights,
-    and the adapted parameter. The layer is never called. Instead, `FastLoraAdaptedParameters` runs
-    the module of the parameter.
+    The config field ``target_parameters`` selects the parameters, and each parameter has its own
+    layer. The layer holds the parameter's adapters, and provides their factors, their delta
+    weights, and the adapted parameter. The layer is never called. Instead,
+    `FastLoraAdaptedParameters` runs the module of the parameter.
 
     Args:
         module: The module that owns the parameter.
@@ -122,12 +123,15 @@ class ParameterLoraLayer(LoraLayer):
         super().__init__()
         self.parameter_name = name
         self.__dict__["_owner"] = module  # Not a child: its parameters belong to the outer layer.
-        self.num_matrices, self.out_features, self.in_features = stack_shape(module, name)
+        self.num_matrices, self.out_features, self.in_features = shape_as_stack(module, name)
         self.training = module.training
         self._init_adapters()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which is the module that owns the parameter."""
+        """Return the base layer.
+
+        The base layer is the module that owns the parameter.
+        """
         owner: nn.Module = self.__dict__["_owner"]
         return owner
 
@@ -145,14 +149,14 @@ class ParameterLoraLayer(LoraLayer):
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
-    def _rank_blocks(self, part: str) -> int:
+    def _num_rank_blocks(self, part: str) -> int:
         return self.num_matrices if part == "lora_A" else 1
 
-    def as_stack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def view_as_stack(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor as a stack of matrices.
 
         The tensor must have the shape of the layer's parameter. The result is a view ``[E, N, K]``
-        of the tensor.
+        of the tensor. A tensor with two dimensions is viewed as a stack of one matrix.
         """
         if tensor.dim() == 2:
             return tensor.unsqueeze(0)
@@ -188,13 +192,13 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and lora_b as stacks of matrices with R rows.
+        """Return an adapter's lora_a and lora_b with one row for each rank index.
 
-        R is the adapter's rank, and the rows are called rank rows. The result is a tuple of lora_a
-        ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``. The transposed lora_b is a copy,
-        which is cached while gradients are disabled. If lora_b is stored as rank rows, as in a
-        pool, the transposed lora_b is a view of lora_b instead. ``name`` identifies the adapter in
-        the cache.
+        Both are stacks of matrices with R rows, where R is the adapter's rank. The rows are called
+        rank rows. The result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b
+        ``[E, R, N]``. The transposed lora_b is a copy, which is cached while gradients are
+        disabled. If lora_b is stored as rank rows, as in a pool, the transposed lora_b is a view of
+        lora_b instead. ``name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
@@ -207,7 +211,7 @@ class ParameterLoraLayer(LoraLayer):
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
-        context = (id(watched), weights_versions.for_trainable_weights())
+        context = (id(watched), weights_versions.version_of_trainable_weights())
         known = cache.get(name)
         if known is None or not known[0].matches((watched,), context):
             stamp = stamp_tensors((watched,), context)
@@ -239,11 +243,11 @@ class ParameterLoraLayer(LoraLayer):
                 f"{type(self.get_base_layer()).__name__}: it is not a plain floating-point tensor"
             )
         if not weight.is_contiguous():
-            return DenseMergeTarget(weight, self.as_stack), None
+            return DenseMergeTarget(weight, self.view_as_stack), None
         # As a matrix, so that fingerprints are computed from few rows at a time.
         shape = weight.shape
         return DenseMergeTarget(
-            weight.detach().flatten(0, -2), lambda matrix: self.as_stack(matrix.view(shape))
+            weight.detach().flatten(0, -2), lambda matrix: self.view_as_stack(matrix.view(shape))
         ), None
 
     @torch.no_grad()
@@ -257,8 +261,8 @@ class ParameterLoraLayer(LoraLayer):
         """Add an adapter's delta weight, multiplied by ``sign``, to a weight in place.
 
         The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
-        which are changed one by one. ``scale`` is the optional DoRA scale of the overridden method.
-        Adapters on parameters do not use DoRA, so the scale has no effect.
+        which are changed one by one. ``scale`` is the DoRA scale, which is always None
+        here, because adapters on parameters do not use DoRA.
         """
         factors = rank_row_views(*self._factors(adapter_name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -278,7 +282,7 @@ class ParameterLoraLayer(LoraLayer):
         self._check_has_adapter(adapter_name)
         factor = self.lora_B[adapter_name].weight
         delta = torch.zeros_like(self.parameter, dtype=factor.dtype, device=factor.device)
-        self._add_delta_weight(self.as_stack(delta), adapter_name, 1.0)
+        self._add_delta_weight(self.view_as_stack(delta), adapter_name, 1.0)
         return delta.requires_grad_(False)
 
     def adapted(self, adapters: Sequence[Factors]) -> torch.Tensor:
@@ -290,7 +294,7 @@ class ParameterLoraLayer(LoraLayer):
         parameter: torch.Tensor = self.parameter
         wide = torch.promote_types(torch.float32, parameter.dtype)
         with disable_autocast_on(parameter.device):
-            made = self.as_stack(parameter.to(wide))
+            made = self.view_as_stack(parameter.to(wide))
             for each in adapters:
                 lora_a, lora_b = rank_row_views(each.lora_a, each.lora_b, self.num_matrices)
                 made = torch.baddbmm(
@@ -404,7 +408,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         # The parameters are converted before the layers that compare them with their merged state.
         merged = [layer for layer in self.adapted_parameters() if layer._unmerged is not None]
         for layer in merged:
-            if not layer._is_unmodified_since_merge():
+            if not layer._is_base_layer_unmodified_since_merge():
                 layer._unmerged = None  # unmerge() will subtract the updates.
             layer._when_merged = []
         super()._apply(fn, recurse)
@@ -520,7 +524,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         parameter to the factors of the adapters applied to it.
         """
         base, tensors = self.base_layer, self._adapted_tensors(factors, x)
-        if has_uncopyable_forward(base):
+        if has_replaced_forward_that_cannot_be_copied(base):
             if base._forward_hooks or base._forward_pre_hooks:
                 raise UnsupportedLayerError(
                     f"{self._description()} has forward hooks and a replaced forward method, so it "
@@ -582,7 +586,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             )
         if not len(x):
             return self._call_without_forward_hooks({}, x)
-        rows = routing.sorted_rows(len(x), x.device, read_on_host=True)
+        rows = routing.sorted_rows(len(x), x.device, check_ids_now=True)
         spans = [*rows.segments, Segment(-1, int(rows.slot_start[-1]), len(x))]
         if len(rows.segments) == 1 and not rows.has_rows_without_slot:
             own = self._factors_in_slot(routing, rows.segments[0].slot)
@@ -656,7 +660,7 @@ def file_prefixes_by_parameter(parameter_names: Sequence[str]) -> dict[str, str]
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return the shapes of an adapter's factors for the parameters of a module.
+    """Return the shapes of an adapter's lora_A and lora_B for a module's parameters.
 
     The parameters are those in ``settings.parameters``. The result is a dict that is keyed by the
     factors' names in adapter files.
@@ -664,7 +668,7 @@ def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) 
     prefixes = file_prefixes_by_parameter([each.name for each in settings.parameters])
     shapes: TensorShapes = {}
     for name, r, _ in settings.parameters:
-        count, n, k = stack_shape(module, name)
+        count, n, k = shape_as_stack(module, name)
         for key, shape in linear_adapter_shapes(k, n, LayerAdapterSettings(r=r * count)).items():
             shapes[prefixes[name] + key] = shape
     return shapes

@@ -60,8 +60,8 @@ def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
     return weight if type(weight) is nn.Parameter else None
 
 
-def _has_non_parameter_weight(module: nn.Module) -> bool:
-    """Return whether a module's weight is not an `nn.Parameter`.
+def _weight_was_replaced_with_tensor(module: nn.Module) -> bool:
+    """Return whether a module's weight was replaced with a tensor that is not an `nn.Parameter`.
 
     For example, `torch.func.functional_call` replaces the parameter with a tensor. The result is
     False for a module that has hooks or is not an `nn.Linear`, because such modules are not
@@ -80,10 +80,11 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors, taken from the parameters of the adapter's modules on a layer.
+    """Return an adapter's factors for a layer, without calling the adapter's modules.
 
-    The factors include the scaling, the dropout probability, and the DoRA magnitude. The result is
-    None if the modules must be called instead, for example because they have hooks.
+    The factors are taken from the parameters of the adapter's modules, and include the scaling, the
+    dropout probability, and the DoRA magnitude. The result is None if the modules must be called
+    instead, for example because they have hooks.
 
     Args:
         layer: The layer with the adapter.
@@ -157,7 +158,7 @@ def fallback_reason_adapter_called(
                 if gathered and not any(map(has_module_hooks, modules)):
                     continue
                 return f"adapter {name!r} has sharded factors (DTensors) that are not gathered"
-            if any(map(_has_non_parameter_weight, modules)):
+            if any(map(_weight_was_replaced_with_tensor, modules)):
                 return (
                     f"adapter {name!r} has a factor that was replaced by a plain tensor, as "
                     "torch.func.functional_call does unless it is given nn.Parameter objects"
@@ -191,7 +192,7 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return a list of scalings as one tensor.
+    """Return a list of scalings as one fp32 or fp64 tensor.
 
     The tensor is ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and fp32
     otherwise. If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its
@@ -252,7 +253,7 @@ class AdapterSource(Protocol):
         """The tables from which kernels read the addresses of the factors.
 
         Only a pool provides such tables. If the factors are those of a model's own adapters, the
-        value is None, and `find_address_tables` builds the tables.
+        value is None, and `get_or_build_address_tables` builds the tables.
         """
 
     def factors(
@@ -279,7 +280,7 @@ class AdapterSource(Protocol):
 
 
 class ParameterSource:
-    """`AdapterSource` for adapters that are stored as parameters of the model's layers.
+    """`AdapterSource` that takes the adapters from the parameters of the model's layers.
 
     Args:
         names: Name of the adapter in each slot.

@@ -30,7 +30,7 @@ class InitializableLayer(Protocol):
     @property
     def get_base_layer(self) -> Callable[[], Any]: ...
 
-    def _modules_that_may_be_calibrated(self) -> list[nn.Module]: ...
+    def _modules_that_may_hold_calibration_results(self) -> list[nn.Module]: ...
 
     def _weight_for_init(self, why: str) -> torch.Tensor: ...
 
@@ -190,7 +190,7 @@ def find_calibration_result(
     (module, result), or None if there is no calibration result. The module is the one on which the
     calibration has stored its result.
     """
-    for module in layer._modules_that_may_be_calibrated():
+    for module in layer._modules_that_may_hold_calibration_results():
         if init.data in module.__dict__:
             return module, module.__dict__[init.data]
     return None

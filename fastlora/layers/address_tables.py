@@ -30,8 +30,8 @@ def table_row_of(
     return layer.table_row
 
 
-def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables for a batch.
+def get_or_build_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
+    """Return the address tables for a batch, and build them if necessary.
 
     Returns None if there are no tables for the batch. A pool provides its own tables. For a model's
     own adapters, the tables are built unless they are already cached. Tables cannot be built if the

@@ -33,7 +33,7 @@ from fastlora.layers.unfused import (
     BaseUnfusedLoraLayer,
     call_with_parameters,
     copy_with_parameters,
-    has_uncopyable_forward,
+    has_replaced_forward_that_cannot_be_copied,
 )
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import disable_autocast_on
@@ -47,7 +47,7 @@ _FALLBACK_REASON = (
 _OUT = "base_layer.out_proj"
 
 
-class AttentionOutProjection(FastLoraWrapper):
+class MultiheadAttentionOutProjection(FastLoraWrapper):
     """LoRA layer for the out_proj of an `nn.MultiheadAttention`.
 
     The attention module reads the weight of out_proj and never calls out_proj itself.
@@ -81,14 +81,14 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__(base_layer, base_layer.embed_dim, 3 * base_layer.embed_dim)
-        base_layer.out_proj = AttentionOutProjection(base_layer.out_proj)  # type: ignore[assignment]
+        base_layer.out_proj = MultiheadAttentionOutProjection(base_layer.out_proj)  # type: ignore[assignment]
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """Counterpart of the ``_qkv_same_embed_dim`` attribute of `nn.MultiheadAttention`.
 
-        The value is False while an adapter applies. Otherwise, the value is that of the base layer,
-        which is True for every supported module.
+        The value is that of the base layer, except that it is False while an adapter applies. The
+        base layer's value is True for every supported module.
 
         The attribute of `nn.MultiheadAttention` states whether q, k, and v have the same embedding
         dimension. In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself
@@ -160,7 +160,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
-        if has_uncopyable_forward(base):
+        if has_replaced_forward_that_cannot_be_copied(base):
             return call_with_parameters(base, weights, query, *args, **kwargs)
         out = copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
         stand_in = copy_with_parameters(base, {"in_proj_weight": weight})

@@ -61,7 +61,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return the part of the base layer's weight that belongs to this process.
+        """Return this process's part of the base layer's weight.
 
         The part is a dense matrix ``[N, K]``. By default, the part is the whole weight. With tensor
         parallelism, the part is the local shard of the weight.
@@ -92,8 +92,8 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
         if changes:
             weights_versions.invalidate_trainable_weights()
 
-    def _register_scalings_device_hook(self) -> None:
-        """Register a hook that keeps the layer's scalings on the same device as its factors.
+    def _register_load_hook_that_moves_scalings(self) -> None:
+        """Register a load hook that moves the layer's scalings to the device of its factors.
 
         The hook runs after ``load_state_dict``, which may replace the factors with tensors on
         another device. Each scaling is moved to the device of its adapter's factors.
@@ -101,7 +101,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 
-    def _remove_scalings_device_hook(self) -> None:
+    def _remove_load_hook_that_moves_scalings(self) -> None:
         hooks = self._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _move_scalings_after_load]:
             del hooks[key]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.quantized import UNREFERENCED_OUTPUT_MODULES, quantized_weight_of
@@ -18,11 +19,12 @@ COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Return ``(in_features, out_features)`` of a linear-like module.
+    """Return ``(in_features, out_features)`` of a linear layer.
 
-    Returns None for other modules. A module is linear-like if it has the attributes ``in_features``
-    and ``out_features``, like `nn.Linear` and the quantized linear layers of bitsandbytes, torchao,
-    GPTQ, and others. Hugging Face's Conv1D, which has a weight ``[K, N]``, is linear-like too.
+    Returns None if the module is not a linear layer. A module counts as a linear layer, and is
+    called linear-like, if it has the attributes ``in_features`` and ``out_features``. Examples are
+    `nn.Linear` and the quantized linear layers of bitsandbytes, torchao, GPTQ, and others. Hugging
+    Face's Conv1D, which has a weight ``[K, N]``, counts as a linear layer too.
     """
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
@@ -77,10 +79,10 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
     """Return a tensor whose device and dtype new factors should have.
 
-    Returns None if new factors should have the default device and dtype. The tensor is usually one
-    of the base layer's parameters. As in PEFT, new factors use the ``compute_dtype`` of a base
-    layer that has one (bitsandbytes' 4-bit layers, HQQ). For a base layer with a
-    ``compute_dtype``, the tensor is an empty tensor of this dtype.
+    Returns None if the base layer has no such tensor. New factors should then have the default
+    device and dtype. The tensor is usually one of the base layer's parameters. As in PEFT, new
+    factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes' 4-bit layers,
+    HQQ). For a base layer with a ``compute_dtype``, the tensor is an empty tensor of this dtype.
     """
     own = list(base.parameters(recurse=False))
     compute = getattr(base, "compute_dtype", None)
@@ -130,10 +132,10 @@ def tensor_parallel_style(module: nn.Module) -> str | None:
     )
 
 
-def returns_unreferenced_output(module: nn.Module) -> bool:
-    """Return whether a linear-like module keeps no reference to its output.
+def keeps_no_reference_to_output(module: nn.Module) -> bool:
+    """Return whether a linear-like module returns a new tensor to which it keeps no reference.
 
-    Only then may the output be overwritten.
+    The output may be overwritten only if the module keeps no reference to it.
     """
     kind = type(module)
     # The name has the form that `qualified_class_name` returns.
@@ -257,12 +259,12 @@ def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
     own.data = laid_out.to(own.device, own.dtype).contiguous()
 
 
-def make_weight_restorer(module: nn.Module, copy_to_cpu: bool) -> Callable[[], None]:
+def make_weight_restorer(module: nn.Module, save_on_cpu: bool) -> Callable[[], None]:
     """Return a function that restores a module's current weight.
 
     The current values are saved, and the returned function restores them bit for bit. If
-    ``copy_to_cpu`` is set, the values of a dense weight on an accelerator are saved on the CPU, for
-    models that do not fit on the accelerator twice. If ``copy_to_cpu`` is not set, the saved values
+    ``save_on_cpu`` is set, the values of a dense weight on an accelerator are saved on the CPU, for
+    models that do not fit on the accelerator twice. If ``save_on_cpu`` is not set, the saved values
     of a dense weight share the weight's current memory, which `replace_weight_data` does not
     overwrite. The values of a quantized weight are always saved as a copy on the weight's device.
     """
@@ -277,7 +279,7 @@ def make_weight_restorer(module: nn.Module, copy_to_cpu: bool) -> Callable[[], N
     own: Any = module._parameters.get("weight")
     if own is None:
         return lambda: None  # `reason_weight_not_replaceable` gives the reason.
-    where, saved = own.device, own.data.cpu() if copy_to_cpu and not own.is_meta else own.data
+    where, saved = own.device, own.data.cpu() if save_on_cpu and not own.is_meta else own.data
 
     def restore() -> None:
         own.data = saved.to(where)
@@ -286,5 +288,6 @@ def make_weight_restorer(module: nn.Module, copy_to_cpu: bool) -> Callable[[], N
 
 
 def _is_dense(weight: torch.Tensor) -> bool:
-    known = type(weight) in (nn.Parameter, torch.Tensor)
+    # torch.export replaces parameters with FakeTensors.
+    known = type(weight) in (nn.Parameter, torch.Tensor, FakeTensor)
     return known and weight.dim() == 2 and weight.is_floating_point() and weight.itemsize >= 2

@@ -56,15 +56,15 @@ class MixedCall:
     conditions: ExecutionMode
     routing: Routing
 
-    def sorted_rows(self, *, read_on_host: bool = False) -> Rows:
+    def sorted_rows(self, *, check_ids_now: bool = False) -> Rows:
         """Return the call's rows, sorted by adapter.
 
-        Set ``read_on_host`` if the sorted rows are read on the host. The adapter ids of the batch
-        are then checked immediately, except in a graph that is being compiled.
+        Set ``check_ids_now`` if the caller reads the sorted rows on the host. The adapter ids of
+        the batch are then checked immediately, except in a graph that is being compiled.
         """
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]
         # All layers make the same call, so the compiler can merge the calls.
         if self.conditions.compiling:
             return sort_rows(routing.ids, m, len(routing.names), x.device, cache_pieces=False)
-        return routing.sorted_rows(m, x.device, read_on_host=read_on_host)
+        return routing.sorted_rows(m, x.device, check_ids_now=check_ids_now)

@@ -5,7 +5,8 @@ An adapter uses DoRA on a layer if its name is a key of the layer's ``lora_magni
 In a mixed batch, kernels, packed factors, or PyTorch first compute ``u + bias`` for every row, with
 ``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows. Other
 rows are not changed. For an adapter with active dropout, u does not include a LoRA term, and its
-rows are multiplied by the base weight a second time (`fastlora.autograd.dora.DoraWithDropout`).
+rows are multiplied by the base weight a second time
+(`fastlora.autograd.dora.DoraLinearWithDropout`).
 
 If autograd records a graph, rows are gathered adapter by adapter. Without a graph, and in a
 compiled graph, the scale g of each row is looked up by the row's id. Over a pool, an operator reads
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.autograd.dora import ApplyDoraScaleAndAddBias, DoraWithDropout
+from fastlora.autograd.dora import ApplyDoraScaleAndAddBias, DoraLinearWithDropout
 from fastlora.autograd.lora_linear import records_gradients
 from fastlora.layers.adapter_factors import (
     DoraScaleTerms,
@@ -68,11 +69,11 @@ def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
         conditions.raise_if_batch_invariant(layer, f"dropout_p={dropout_p} is active; call eval()")
     ((magnitude, squares),) = dora_scales_of_adapters(call, [name])
     if dropout_p:
-        return DoraWithDropout.apply(
+        return DoraLinearWithDropout.apply(
             *(base.y, x, _weight_of(call) if weight is None else weight, base.bias),
             *(None, (), (dropout_p,), conditions.backend),
             *(lora_a, lora_b, magnitude, squares, scaling),
-            layer._local_dropout_seed(ops.draw_seed(x, conditions.impl)),
+            layer._local_dropout_seed(ops.draw_dropout_seed(x, conditions.impl)),
         )
     bias = layer._local_base_bias()
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
@@ -193,7 +194,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> to
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._local_base_bias(), None
     if not compiling and _must_gather_adapter_rows(layer, y, bias, routing, slots):
-        rows = call.sorted_rows(read_on_host=True)
+        rows = call.sorted_rows(check_ids_now=True)
         scaled = tuple(slot for slot in scaled if slot in rows.used_slots)
         dropped = tuple(slot for slot in dropped if slot in rows.used_slots)
     scales = routing.source.dora_scales(call, (*scaled, *dropped))
@@ -217,9 +218,9 @@ def _must_gather_adapter_rows(
     routing: Routing,
     slots: DoraSlots,
 ) -> bool:
-    """Return whether each adapter's rows must be gathered for DoRA.
+    """Return whether the rows of each adapter must be gathered for the DoRA computation.
 
-    Autograd and dropout require it.
+    The rows are gathered if autograd records the computation or if an adapter has active dropout.
     """
     if slots.dropped:
         return True
@@ -250,7 +251,7 @@ def _apply_dora_adapters_with_dropout(
             adapters += (factors.lora_a, factors.lora_b, *scale, factors.scaling, seed)
             acting[slot] = factors.dropout_p
     weight = layer._weight_saved_for_backward(call.conditions.compiling)
-    return DoraWithDropout.apply(
+    return DoraLinearWithDropout.apply(
         *(y, x, weight, None, routing.ids, tuple(acting), tuple(acting.values())),
         *(call.conditions.backend, *adapters),
     )

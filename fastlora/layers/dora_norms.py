@@ -53,18 +53,20 @@ def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
 
 
 def may_cache_tensors(device: torch.device) -> bool:
-    """Return whether tensors on a device, such as DoRA norms, may currently be cached.
+    """Return whether tensors on a device may currently be cached.
 
-    New tensors on a CUDA device must not be cached while a CUDA graph is being captured.
+    For example, DoRA norms are cached. New tensors on a CUDA device must not be cached while a CUDA
+    graph is being captured. At any other time, and on any other device, tensors may be cached.
     """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def base_weight_stamp(layer: BaseLinearWithAdapters) -> TensorStamp | None:
-    """Return a `TensorStamp` that identifies the current state of a layer's base weight.
+    """Return a stamp for detecting changes to a layer's base weight.
 
-    Returns None if changes to the weight cannot be detected. The same stamp is returned until the
-    weight changes or `clear_weight_dependent_caches` clears the stamp.
+    The stamp is a `TensorStamp` that identifies the current state of the weight. Returns None if
+    changes to the weight cannot be detected. The same stamp is returned until the weight changes or
+    `clear_weight_dependent_caches` clears the stamp.
     """
     watched = _base_stamp_arguments(layer)
     if watched is None:
@@ -81,7 +83,7 @@ def base_weight_rows(layer: BaseLinearWithAdapters) -> torch.Tensor | RowChunked
 
     The base weight ``[N, K]`` is returned as a matrix or, if quantized, as a `RowChunkedWeight`.
     """
-    found = layer._local_quantized()
+    found = layer._local_quantized_weight()
     if found is None:
         return layer._local_weight()
     return RowChunkedWeight(found.dequantized_rows, found.dtype, found.codes().device)
@@ -164,7 +166,7 @@ def cached_adapted_squared_norms(
     if may_cache and not torch.is_grad_enabled():
         base = base_weight_stamp(layer)
         if base is not None:
-            version = weights_versions.for_trainable_weights()
+            version = weights_versions.version_of_trainable_weights()
             watched = _stamp_arguments((lora_a, lora_b), version, base, scaling)
     own = local_shard(lora_a), local_shard(lora_b)
     return _get_or_compute_squared_norms(
@@ -176,20 +178,20 @@ def _base_stamp_arguments(layer: BaseLinearWithAdapters) -> _StampArguments | No
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
-    found = layer._local_quantized()
+    found = layer._local_quantized_weight()
     if found is None:
         watched = _stamp_arguments((weight,))
         if watched is None:
             return None
-        return watched[0], (*watched[1], weights_versions.for_base_weight(weight))
+        return watched[0], (*watched[1], weights_versions.version_of_base_weight(weight))
     return found.tensor_dependencies(), (
         found.non_tensor_dependencies(),
-        weights_versions.for_base_weight(weight),
+        weights_versions.version_of_base_weight(weight),
     )
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments of `stamp_tensors` for the given tensors and context.
+    """Return the arguments for a call of `stamp_tensors` with the given tensors and context.
 
     Returns None if a stamp cannot detect changes to the tensors.
     """

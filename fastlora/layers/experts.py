@@ -24,19 +24,19 @@ from fastlora.layers.adapted_parameters import (
     ParameterLoraLayer,
     check_parameter_settings,
     parameter_adapter_shapes,
-    stack_shape,
+    shape_as_stack,
 )
 from fastlora.layers.adapter_factors import has_module_hooks, scalings_as_tensor
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
 from fastlora.layers.lora_layer import LoraLayer
-from fastlora.ops.backend import draw_seed
+from fastlora.ops.backend import draw_dropout_seed
 from fastlora.ops.execution_mode import ExecutionMode, disable_autocast_on
 from fastlora.ops.factors import Factors, number_tensor_without_sync
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import derive_seeds_of_layer
-from fastlora.ops.stacks import WeightStackAdapterOperands, dropout_seeds_of_keys
+from fastlora.ops.stacks import StackedWeightAdapterOperands, dropout_seeds_of_keys
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError, check_dropout_dtype
 
@@ -68,25 +68,30 @@ class _SortedRows(NamedTuple):
     conditions: ExecutionMode
 
     @property
-    def slots(self) -> int:
-        """The number of adapter slots.
+    def slots_per_expert(self) -> int:
+        """The number of adapter slots of each expert.
 
-        The number is the same for each expert, and is the S in the keys, ``expert * S + slot``. The
+        The number is the same for all experts, and is the S in the keys, ``expert * S + slot``. The
         number is 1 if the same adapters apply to all rows. Otherwise, the last slot is for rows
         without an adapter.
         """
         return 1 if self.routing is None else len(self.adapters) + 1
 
 
-def _product_names(module: nn.Module) -> tuple[str, str]:
-    """Return the names of the weight stacks in a module's first and second matrix products."""
+def _weight_stack_names(module: nn.Module) -> tuple[str, str]:
+    """Return the names of the two weight stacks of an experts module.
+
+    The first stack is the weight of the module's first matrix product, and the second stack is the
+    weight of the second product.
+    """
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
 
 class FastLoraExperts(FastLoraAdaptedParameters):
-    """LoRA layer for a mixture-of-experts module with stacked weights.
+    """LoRA layer for a mixture-of-experts module whose weights are stacked.
 
-    The module contains experts of a transformers model. transformers marks modules of experts with
+    The LoRA layer replaces the module in the model, and the module becomes the base layer. The
+    module contains experts of a transformers model. transformers marks modules of experts with
     `use_experts_implementation`.
 
     Args:
@@ -104,14 +109,14 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         # K of the first product, and N of the second.
-        self.in_features = stack_shape(base_layer, _product_names(base_layer)[0])[2]
-        self.out_features = stack_shape(base_layer, _product_names(base_layer)[1])[1]
+        self.in_features = shape_as_stack(base_layer, _weight_stack_names(base_layer)[0])[2]
+        self.out_features = shape_as_stack(base_layer, _weight_stack_names(base_layer)[1])[1]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the fusion status of the layer.
+        """Return whether the layer is fused and, if not, the reason.
 
-        The status states whether the layer is fused and, if not, the reason. A fused layer computes
-        the base GEMM and the LoRA update in one call. A layer of this class is never fused.
+        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
+        is never fused.
         """
         if self._calls_module():
             return FusionStatus(False, FastLoraAdaptedParameters.fallback_reason)
@@ -188,44 +193,48 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         # Indices out of range belong to experts of other processes. Without expert parallelism, the
         # output is NaN for any expert.
         replacement = -1 if base._is_expert_parallel else base.num_experts - 1
-        call = self._sort(top_k_index.masked_fill(bad, replacement), routing, conditions)
+        call = self._sort_by_expert_and_slot(
+            top_k_index.masked_fill(bad, replacement), routing, conditions
+        )
         order = call.rows.order.long()
         x = _rows_at(hidden_states, order // k)
         absent = bad.reshape(-1)[order].unsqueeze(-1) if base._is_expert_parallel else None
-        up, down = _product_names(base)
+        up, down = _weight_stack_names(base)
         # Products and their gradients leave rows without an expert uninitialized.
-        y = _zero_masked_rows(self._product(up, _zero_masked_rows(x, absent), call), absent)
+        y = _with_zeros_in_masked_rows(
+            self._product(up, _with_zeros_in_masked_rows(x, absent), call), absent
+        )
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-        y = _zero_masked_rows(self._product(down, y, call), absent)
+        y = _with_zeros_in_masked_rows(self._product(down, y, call), absent)
         if base.has_post_expert_norm:
-            y = _zero_masked_rows(base.post_expert_norm(y), absent)
+            y = _with_zeros_in_masked_rows(base.post_expert_norm(y), absent)
         y = y.index_select(0, _inverse_permutation(order)).view(*top_k_index.shape, y.shape[-1])
         dtype = torch.promote_types(y.dtype, top_k_weights.dtype)
         with disable_autocast_on(y.device):
             y = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), y.to(dtype))
         return y.squeeze(1).to(hidden_states.dtype)
 
-    def _sort(
-        self, matrices: torch.Tensor, routing: Routing | None, conditions: ExecutionMode
+    def _sort_by_expert_and_slot(
+        self, expert_ids: torch.Tensor, routing: Routing | None, conditions: ExecutionMode
     ) -> _SortedRows:
-        """Sort the rows of a call by expert and slot.
+        """Sort the rows of a call by expert and adapter slot.
 
         Args:
-            matrices: The expert of each row, ``[T, k]``: k rows for each token; -1 for none.
+            expert_ids: The expert of each row, ``[T, k]``: k rows for each token; -1 for none.
             routing: The routing of a mixed batch, or None.
             conditions: The conditions of the call.
         """
-        if matrices.is_meta:  # Values are unknown, as in a graph that is being compiled.
+        if expert_ids.is_meta:  # Values are unknown, as in a graph that is being compiled.
             conditions = replace(conditions, compiling=True)
-        count, tokens = self.base_layer.num_experts, len(matrices)
-        keys, slots = matrices.reshape(-1), 1
+        count, tokens = self.base_layer.num_experts, len(expert_ids)
+        keys, slots = expert_ids.reshape(-1), 1
         adapters: Sequence[int] = ()
         if routing is not None:
             if conditions.compiling:
-                adapters, ids = range(len(routing.names)), routing.ids.to(matrices.device)
+                adapters, ids = range(len(routing.names)), routing.ids.to(expert_ids.device)
                 slot = torch.where(ids < 0, len(adapters), ids)
             else:
-                token_rows = routing.sorted_rows(tokens, matrices.device, read_on_host=True)
+                token_rows = routing.sorted_rows(tokens, expert_ids.device, check_ids_now=True)
                 adapters, slot = token_rows.used_slots, token_rows.segment_index
             slots = len(adapters) + 1  # The last slot is for rows without an adapter.
             slot = slot.repeat_interleave(len(keys) // max(len(slot), 1))
@@ -264,7 +273,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             x = x.to(stack.dtype)
             bias = None if bias is None else bias[call.matrix]
             adapters = [] if layer is None else self._operands(layer, x, call)
-            none = WeightStackAdapterOperands([], [], x.new_empty(0), ())
+            none = StackedWeightAdapterOperands([], [], x.new_empty(0), ())
             first, *others = adapters or [none]
             y = _stacked_linear(x, stack, bias, first, call)
             for operands in others:
@@ -273,7 +282,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows
-    ) -> list[WeightStackAdapterOperands]:
+    ) -> list[StackedWeightAdapterOperands]:
         """Return the operands of a layer's adapters for the sorted rows.
 
         The layer holds the adapters of one stack of weights. The result is a list. One update is
@@ -285,20 +294,24 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _uniform_operands(
         self, layer: ParameterLoraLayer, name: str, x: torch.Tensor, call: _SortedRows
-    ) -> WeightStackAdapterOperands:
+    ) -> StackedWeightAdapterOperands:
         factors = layer.factors_in_file_shapes(
             name, UniformCall(layer, x, x, call.conditions, [name])
         )
         seeds = None
         if factors.dropout_p:
-            seeds = dropout_seeds_of_keys(draw_seed(x, call.conditions.impl), layer.num_matrices)
+            seeds = dropout_seeds_of_keys(
+                draw_dropout_seed(x, call.conditions.impl), layer.num_matrices
+            )
         lora_a, lora_b = self._factors_in_product_order(layer, name, factors)
         scaling = scalings_as_tensor([factors.scaling], x)
-        return WeightStackAdapterOperands([lora_a], [lora_b], scaling, (factors.dropout_p,), seeds)
+        return StackedWeightAdapterOperands(
+            [lora_a], [lora_b], scaling, (factors.dropout_p,), seeds
+        )
 
     def _mixed_operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows, routing: Routing
-    ) -> list[WeightStackAdapterOperands]:
+    ) -> list[StackedWeightAdapterOperands]:
         count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
         found = [routing.source.factors(layer, slot, own) for slot in call.adapters]
@@ -331,14 +344,15 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             seeds = dropout_seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
         scaling = scalings_as_tensor(scalings, x)
-        return [WeightStackAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
+        return [StackedWeightAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
     def _factors_in_product_order(
         self, layer: ParameterLoraLayer, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's factors in the order in which x is multiplied by them.
+        """Return an adapter's two factors in the order in which the matrix product uses them.
 
-        The shapes are ``[E, R, K]`` and ``[E, R, N]``.
+        x is multiplied by the first factor, ``[E, R, K]``. The result is then multiplied by the
+        second factor, ``[E, R, N]``.
         """
         return layer.rank_rows(name, factors)
 
@@ -354,11 +368,11 @@ def _rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index) if x.is_cpu else x[index]
 
 
-def _zero_masked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return x with zeros in the masked rows.
+def _with_zeros_in_masked_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return x with the masked rows set to zero.
 
-    x is ``[P, N]``. The masked rows are those where the bool mask ``[P, 1]`` is True. If the mask
-    is None, x is returned unchanged.
+    x is ``[P, N]`` and is not changed. The masked rows are those where the bool mask ``[P, 1]`` is
+    True. If the mask is None, x itself is returned.
     """
     return x if mask is None else x.masked_fill(mask, 0.0)
 
@@ -375,7 +389,7 @@ def _stacked_linear(
     x: torch.Tensor,
     stack: torch.Tensor | None,
     addend: torch.Tensor | None,
-    operands: WeightStackAdapterOperands,
+    operands: StackedWeightAdapterOperands,
     call: _SortedRows,
 ) -> torch.Tensor:
     """Multiply sorted rows by a stack of matrices, and add ``addend`` and the adapters' updates.
@@ -387,12 +401,12 @@ def _stacked_linear(
     if call.conditions.compiling:
         linear: Any = torch.ops.fastlora.stacked_linear
         made: torch.Tensor = linear(
-            x, stack, addend, call.slots, *operands, rows.operator_arguments(), impl
+            x, stack, addend, call.slots_per_expert, *operands, rows.operator_arguments(), impl
         )
         return made
     if stack is None:
-        return stacked_lora_linear(x, None, addend, call.slots, operands, rows, impl)
-    product = stacked_lora_linear(x, stack, None, call.slots, operands, rows, impl)
+        return stacked_lora_linear(x, None, addend, call.slots_per_expert, operands, rows, impl)
+    product = stacked_lora_linear(x, stack, None, call.slots_per_expert, operands, rows, impl)
     return product if addend is None else product + addend
 
 
@@ -418,7 +432,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         tokens = len(x) // count
         # Rows are sorted by token first, as if each token had chosen all experts.
         matrices = torch.arange(count, device=x.device).expand(tokens, count)
-        call = self._sort(matrices, routing, conditions)
+        call = self._sort_by_expert_and_slot(matrices, routing, conditions)
         order = call.rows.order.long()
         place = order % count * tokens + order // count
         gate, up = self._product("gate_up_proj", x[place], call).chunk(2, dim=-1)
@@ -441,7 +455,7 @@ def _is_marked(module: nn.Module) -> bool:
     return (
         all(hasattr(module, mark) for mark in _MARKS)
         and not isinstance(module, LoraLayer)
-        and all(_is_stack(module, name) for name in _product_names(module))
+        and all(_is_stack(module, name) for name in _weight_stack_names(module))
     )
 
 
@@ -462,7 +476,7 @@ def _is_stack(module: nn.Module, name: str) -> bool:
 
 def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     check_parameter_settings(module, settings)
-    known = _product_names(module)
+    known = _weight_stack_names(module)
     for name, *_ in settings.parameters:
         if name not in known:
             raise UnsupportedLayerError(

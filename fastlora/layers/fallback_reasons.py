@@ -108,9 +108,10 @@ def raise_if_triton_required(layer: BaseLinearWithAdapters, names: list[str]) ->
 
 
 def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the error message that states why a layer cannot be captured in a CUDA graph.
+    """Return an error message that states why a CUDA graph cannot be captured.
 
-    The graph uses the adapters of a pool. The message also states a remedy.
+    The message names the problem in a layer that the graph would contain, and a remedy. The graph
+    would use the adapters of a pool.
     """
     if inference_only:
         reason = "the layer runs without kernels"
@@ -127,7 +128,7 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
     )
 
 
-def batch_invariant_fallback_reason(
+def batch_invariance_unsupported_reason(
     inference_only: bool, autocast_dtype: torch.dtype | None
 ) -> str:
     """Return the reason why a layer cannot run a mixed batch in batch-invariant mode.

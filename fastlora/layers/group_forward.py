@@ -47,7 +47,7 @@ from fastlora.layers.table_launch import (
     linear_from_tables,
     run_launch_with_neighbors,
 )
-from fastlora.ops.backend import BACKENDS, MAX_LAYERS_PER_LAUNCH, draw_seed
+from fastlora.ops.backend import BACKENDS, MAX_LAYERS_PER_LAUNCH, draw_dropout_seed
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.caches import cuda_stream_handle
 from fastlora.weights_version import weights_versions
@@ -73,12 +73,11 @@ _LayerFactors = Factors | Slots | TableLaunchArguments
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
 ) -> PrecomputedResult | None:
-    """Run the forward pass of a layer together with those of other layers in its group.
+    """Compute the result of a layer in one call with the results of other layers in its group.
 
     The group is the layer's shared-input group. If an earlier call has already computed the layer's
-    result, the layer takes this result. Otherwise, one call computes the results of this layer and
-    of other layers in its group. The result contains y, or the s from which the layer computes y.
-    The function is called only if kernels run.
+    result, the function returns that result and computes nothing. The result contains y, or the s
+    from which the layer computes y. The function is called only if kernels run.
 
     Args:
         call: The call of the layer.
@@ -88,7 +87,7 @@ def group_forward(
             `TableLaunchArguments`, y is ``[M, N]``.
 
     Returns:
-        The shared result, or None if the layer runs alone.
+        The layer's own result, or None if the layer runs alone.
     """
     layer, x, records = call.layer, call.original_x, torch.is_grad_enabled()
     if call.conditions.compiling:
@@ -105,7 +104,7 @@ def group_forward(
         group.idle.discard(id(layer))
         group.launches.clear()
     trains, several = records and table_launch is None, len(group.members) > 1
-    reason, made, waits = _reason_against_sharing(call) if trains else "", None, False
+    reason, made, waits = _reason_against_shared_computation(call) if trains else "", None, False
     # PyTorch does not count writes to an inference tensor.
     if not group.unwritten and x.is_inference():
         return None
@@ -113,7 +112,7 @@ def group_forward(
         at = get_ident(), id(x)
         waiting = group.entries.get(at)
         if waiting is not None and not reason:
-            taken = group.pop_result(x, id(layer), _call_dependencies(call, own), waiting)
+            taken = group.pop_result(x, id(layer), _context_of_group_results(call, own), waiting)
             if taken is not None:
                 key, made = taken
                 if key == _layer_operands_cache_key(call, base, own, made):
@@ -129,7 +128,7 @@ def group_forward(
         if isinstance(call, MixedCall):
             made = None if waits else _compute_outputs_with_neighbors(call, base, table_launch)
             if made is None and several:
-                made = _compute_output_and_neighbor_s(call, base, table_launch)
+                made = _compute_output_and_store_neighbor_s(call, base, table_launch)
         return made
     if not reason and isinstance(own, Factors) and _can_group_outputs(call, base, own, group):
         # The first layer left this one out. The next forward pass checks whether it still has to.
@@ -145,11 +144,11 @@ def group_forward(
     return made
 
 
-def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
-    """Return the reason why a call cannot share a computation with the layer's group.
+def _reason_against_shared_computation(call: UniformCall | MixedCall) -> str:
+    """Return the reason why a layer's call cannot share a computation with other layers.
 
-    The group is the layer's shared-input group. Returns an empty string if the call can share a
-    computation.
+    The other layers are those in the layer's shared-input group, which have the same input. Returns
+    an empty string if the call can share a computation.
     """
     if call.conditions.invariant:
         return _INVARIANT
@@ -168,12 +167,14 @@ def _as_slots(own: Factors | Slots) -> Slots:
 # ---------------------------------------------------- dependencies of a result, apart from x
 
 
-def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return the objects on which all results of a call for a group depend.
+def _context_of_group_results(
+    call: UniformCall | MixedCall, own: _LayerFactors
+) -> tuple[object, ...]:
+    """Return the context in which the results that a call stores for its group are valid.
 
-    The objects are the context of the call, for example the open block, the autocast state, and the
-    version of the weights. A stored result is valid only in the same context. The objects are
-    compared by identity.
+    The context is a tuple of the objects on which all these results depend, for example the open
+    block, the autocast state, and the version of the weights. A stored result is valid only in the
+    same context. The objects are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, TableLaunchArguments):
@@ -185,7 +186,7 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
     # layers alive.
     block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
     if records:
-        version = weights_versions.for_group_outputs()
+        version = weights_versions.version_for_group_outputs()
         return block, autocast, invariant, version, call.original_x.requires_grad
     return block, autocast, invariant, weights_versions.trained
 
@@ -250,9 +251,9 @@ def _base_tensors(base: Base) -> list[torch.Tensor]:
 def _can_group_outputs(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> bool:
-    """Return whether the outputs of a layer and of its group may be computed in one call.
+    """Return whether one call may compute the outputs of the layers in a shared-input group.
 
-    The function checks the call, the group, and the operands of the given layer, but not the
+    The function checks the call, the group, and the operands of the called layer, but not the
     operands of the other layers.
     """
     conditions = call.conditions
@@ -306,13 +307,15 @@ def _compute_outputs_with_later_layers(
         if None in keys:
             return None
     if own.dropout_p:
-        seeds = [draw_seed(x, conditions.backend) for _ in dropout_p]
+        seeds = [draw_dropout_seed(x, conditions.backend) for _ in dropout_p]
         operands = *operands[: -len(seeds)], *seeds
     y, *ys = run_grouped_linears(x, operands, dropout_p, conditions.backend)
     if ys:
         made = zip(keys, map(PrecomputedResult, ys), strict=True)
         results = dict(zip(launch.owners[1:], made, strict=True))
-        group.put_results(x, _call_dependencies(call, own), id(layer), results, layer.routing_group)
+        group.put_results(
+            x, _context_of_group_results(call, own), id(layer), results, layer.routing_group
+        )
     return PrecomputedResult(y)
 
 
@@ -346,7 +349,9 @@ def _compute_s_with_later_layers(
     owners = [id(member) for member, _ in found[1:]]
     results = dict(zip(owners, zip(keys, made, strict=True), strict=True))
     layer, x = call.layer, call.original_x
-    group.put_results(x, _call_dependencies(call, own), id(layer), results, layer.routing_group)
+    group.put_results(
+        x, _context_of_group_results(call, own), id(layer), results, layer.routing_group
+    )
     return first, ""
 
 
@@ -364,8 +369,8 @@ def _compute_s_in_compiled_graph(
 ) -> PrecomputedResult | None:
     """Compute s for the layers of a shared-input group in a graph that is being compiled.
 
-    Returns the layer's own result. If the layer cannot share the computation of s, the result is
-    None.
+    s is ``x @ lora_a.T``. Returns the result of the called layer, or None if this layer cannot
+    share the computation of s.
     """
     layer, conditions = call.layer, call.conditions
     if not layer.has_shared_input_group():
@@ -435,28 +440,28 @@ def _compute_outputs_with_neighbors(
     made = zip(keys, map(PrecomputedResult, ys), strict=True)
     results = dict(zip(map(id, own.members), made, strict=True))
     _, mine = results.pop(id(call.layer))
-    layer, context = call.layer, _call_dependencies(call, own)
+    layer, context = call.layer, _context_of_group_results(call, own)
     own.group.put_results(call.original_x, context, id(layer), results, layer.routing_group)
     return mine
 
 
-def _compute_output_and_neighbor_s(
+def _compute_output_and_store_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute a layer's output, and s for its neighboring layers, in one call.
+    """Compute a layer's output, and compute and store s for its neighboring layers, in one call.
 
-    s is ``x @ lora_a.T``. The neighboring layers are next to the layer in the address tables. Their
-    results are stored in the group. Returns the layer's own result, or None if it has no
-    neighboring layers.
+    s is ``x @ lora_a.T``. The neighboring layers are next to the layer in the address tables. The
+    results of the neighboring layers are stored in the group. Returns the layer's own result, which
+    contains the output. Returns None if the layer has no neighboring layers.
     """
     if own.group is None:
         return None
-    y, *planes = linear_from_tables(call, base, own, with_neighbor_s=True)
+    y, *planes = linear_from_tables(call, base, own, compute_s_for_neighbors=True)
     if planes:
         made = PrecomputedResult(None, planes[0])
         key = _layer_operands_cache_key(call, base, own, made)
         others = [id(member) for member in own.members if member is not call.layer]
         results = dict.fromkeys(others, (key, made))
-        layer, context = call.layer, _call_dependencies(call, own)
+        layer, context = call.layer, _context_of_group_results(call, own)
         own.group.put_results(call.original_x, context, id(layer), results, layer.routing_group)
     return PrecomputedResult(y)

@@ -77,10 +77,11 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the prepared launch fits a call with x, the base layer, and the factors.
+        """Return whether a call matches the call for which the launch was prepared.
 
-        The base layer and the factors must be those for which the launch was prepared. x may be a
-        new tensor if its dtype and its device are the same.
+        A matching call can use the prepared launch. The base layer and the factors must be the same
+        as those for which the launch was prepared. x may be a new tensor if its dtype and its
+        device are the same.
         """
         before, known = self.own, self.base
         return (
@@ -97,10 +98,10 @@ class PreparedGroupLaunch:
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether the launch fits into one autograd node for the input x.
+        """Return whether one autograd node can compute the outputs of all layers for the input x.
 
-        The launch fits if one node can compute the outputs of all its layers. Since the launch was
-        prepared, parameters may have been frozen or may have received hooks.
+        The layers are those of the prepared launch. Since the launch was prepared, parameters may
+        have been frozen or may have received hooks.
         """
         if not self.others:
             return True
@@ -202,7 +203,7 @@ def _groupable_operands(
 
 
 def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether one call can compute a layer's output together with other layers' outputs.
+    """Return whether a layer's output can be computed in one call with other layers' outputs.
 
     The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its
     base weight and bias must have x's dtype. With dropout, the layer must not be split, because a
@@ -304,9 +305,9 @@ def _factors_or_reason(
 def _reason_for_separate_pass(
     layer: BaseLinearWithAdapters, slots: Slots, own: Slots, call: UniformCall | MixedCall
 ) -> str:
-    """Return the reason why a layer needs its own pass over x.
+    """Return the reason why a layer needs a separate pass over x.
 
-    Returns an empty string if the layer can share a pass.
+    Returns an empty string if the layer can share a pass with its group.
     """
     x, mixed = call.original_x, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
@@ -360,20 +361,20 @@ def has_shared_input_group(self: Any) -> bool:
 def record_compiled_fallback(self: Any, reason: str) -> None:
     """Record the reason why a layer falls back in a compiled graph.
 
-    This function is called while the graph is being compiled. A layer falls back to its own pass
-    over x if it does not share a pass over x with its shared-input group. The reason is an empty
+    This function is called while the graph is being compiled. A layer falls back if it needs its
+    own pass over x, instead of the pass that its shared-input group shares. The reason is an empty
     string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 
 
 def describe_input_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
-    """Return a description of how a layer shares its input with other layers.
+    """Describe how a layer shares its input with other layers, or why it does not.
 
-    The description is for the fusion report and applies to training. It states how many layers
-    share a pass over x, or the reason why the layer does not share a pass. ``uses_kernels`` tells
-    whether Triton kernels compute the layer's output. With kernels, the description is ``"none"``
-    if no other layer has the same input.
+    The description is for the fusion report and applies to training. The returned text states how
+    many layers share a pass over x, or the reason why the layer does not share a pass.
+    ``uses_kernels`` tells whether Triton kernels compute the layer's output. With kernels, the
+    description is ``"none"`` if no other layer has the same input.
     """
     if not uses_kernels:
         return _IN_PYTORCH

@@ -60,12 +60,15 @@ class LayerAdapterSettings(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """A kind of base layer that supports adapters, and the LoRA layer for it.
+    """Description of a kind of base layer that supports adapters.
+
+    The description states which modules are of the kind, how the LoRA layer for such a module is
+    created, and which shapes an adapter's tensors have.
 
     Attributes:
         name: Name of the kind, for messages.
         matches: Returns whether a module without adapters is of this kind.
-        wrap: Creates the layer for a module's adapters, without any adapter.
+        wrap: Creates the LoRA layer for a module. The new layer has no adapters yet.
         shapes: Returns the shapes of an adapter's tensors in a file, by name relative to the
             module.
         check: Raises `UnsupportedLayerError` if a module does not support the settings, with a
@@ -144,30 +147,37 @@ def linear_adapter_shapes(k: int, n: int, settings: LayerAdapterSettings) -> Ten
     return shapes
 
 
-def _kind_of_custom_layer(layer_class: type) -> LayerKind:
-    """Return the layer kind for a LoRA layer class that the user has registered."""
+def _kind_of_custom_layer(lora_layer_class: type) -> LayerKind:
+    """Return the layer kind for a custom LoRA layer class.
+
+    A custom class is one that the user has registered for modules of some type.
+    """
 
     def check(module: nn.Module, settings: LayerAdapterSettings) -> None:
         from fastlora.layers.lora_layer import LoraLayer
 
-        if not issubclass(layer_class, LoraLayer):
+        if not issubclass(lora_layer_class, LoraLayer):
             raise UnsupportedLayerError(
-                f"{layer_class.__name__}, the class registered for this module, is not a subclass "
-                f"of fastlora.layers.LoraLayer; for a PEFT layer class, {PEFT_LAYER_ALTERNATIVE}"
+                f"{lora_layer_class.__name__}, the class registered for this module, is not a "
+                "subclass of fastlora.layers.LoraLayer; for a PEFT layer class, "
+                f"{PEFT_LAYER_ALTERNATIVE}"
             )
 
     def shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
         own: Callable[[nn.Module, LayerAdapterSettings], TensorShapes] | None
-        own = getattr(layer_class, "file_shapes", None)
+        own = getattr(lora_layer_class, "file_shapes", None)
         if own is not None:
             return own(module, settings)
         features = [getattr(module, name, None) for name in ("in_features", "out_features")]
         if not all(isinstance(size, int) for size in features):
             raise UnsupportedLayerError(
                 f"{type(module).__name__} lacks in_features or out_features; expected "
-                f"{layer_class.__name__} to define a static method file_shapes(module, settings)"
+                f"{lora_layer_class.__name__} to define a static method "
+                "file_shapes(module, settings)"
             )
         k, n = (size for size in features if isinstance(size, int))
         return linear_adapter_shapes(k, n, settings)
 
-    return LayerKind(layer_class.__name__, lambda module: True, layer_class, shapes, check)
+    return LayerKind(
+        lora_layer_class.__name__, lambda module: True, lora_layer_class, shapes, check
+    )

@@ -131,10 +131,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain `nn.Linear` with the layer's weight and bias.
+        """Return a plain `nn.Linear` with the layer's current weight and bias.
 
-        The `nn.Linear` is the base layer without adapters, and shares its weight and bias with this
-        layer. If this layer was created from an `nn.Linear`, that module is returned.
+        The `nn.Linear` is the base layer without adapters. The weight and the bias are shared with
+        this layer, and are not copied. If this layer was created from an `nn.Linear`, that module
+        is returned.
         """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
@@ -186,7 +187,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def get_base_layer(self) -> nn.Module:
         """Return the base layer.
 
-        The base layer is this layer itself, which contains the base weight.
+        This layer contains the base weight, and is therefore its own base layer.
         """
         return self
 
@@ -200,8 +201,8 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """
         return self.to_linear()
 
-    def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return the modules on which a calibration may have been run.
+    def _modules_that_may_hold_calibration_results(self) -> list[nn.Module]:
+        """Return the modules that may hold the results of a calibration.
 
         A calibration stores its result as an attribute of the calibrated module. The list contains
         the layer and, if the layer was created from an `nn.Linear`, also that `nn.Linear`.
@@ -209,11 +210,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the fusion status of the layer.
+        """Return whether the layer is fused and, if not, the reason.
 
-        The status states whether the LoRA update is fused with the base layer and, if not, the
-        reason. A fused layer computes the base GEMM and the LoRA update in one call. ``gathered``
-        means that FSDP2 replaces shards by plain parameters during the forward pass.
+        A fused layer computes the base GEMM and the LoRA update in one call. Set ``gathered`` if
+        FSDP2 replaces the layer's shards by plain parameters during the forward pass.
         """
         if is_dtensor(self._parameters.get("weight")) and not gathered:
             return FusionStatus(False, "its base weight is sharded (a DTensor) and is not gathered")

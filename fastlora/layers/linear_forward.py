@@ -79,9 +79,10 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
 
 
 def _split_at_dora_adapters(layer: BaseLinearWithAdapters, names: list[str]) -> list[list[str]]:
-    """Split adapter names into runs, so that each DoRA adapter has a run of its own.
+    """Split a list of adapter names into runs, before and after each DoRA adapter.
 
-    One call computes each run.
+    The result is a list of runs. A run is a list of the names of adapters that one call applies.
+    Each DoRA adapter has a run of its own.
     """
     runs: list[list[str]] = []
     for name in names:

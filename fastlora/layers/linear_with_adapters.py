@@ -93,11 +93,12 @@ class BaseLinearWithAdapters(nn.Module):
         """
         return None
 
-    def _local_quantized(self) -> BaseQuantizedWeight | None:
-        """Return the quantized base weight of this process.
+    def _local_quantized_weight(self) -> BaseQuantizedWeight | None:
+        """Return the local part of the quantized base weight.
 
-        If the layer is split over processes, the result is this process's part of the weight.
-        Returns None if the base weight is not quantized.
+        The local part is the part that belongs to this process. If the layer is not split over
+        processes, the local part is the whole weight. Returns None if the base weight is not
+        quantized.
         """
         return None
 
@@ -107,7 +108,7 @@ class BaseLinearWithAdapters(nn.Module):
         The result is in the form that autograd saves. A quantized weight is represented without a
         dense matrix, unless ``dequantize`` is set, for example during compilation.
         """
-        found = None if dequantize else self._local_quantized()
+        found = None if dequantize else self._local_quantized_weight()
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
@@ -129,10 +130,11 @@ class BaseLinearWithAdapters(nn.Module):
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Sum squared row norms over the processes.
+        """Sum squared row norms over the processes of a split layer.
 
         Each entry of ``sums`` contains the squared norms ``[N]`` of an adapted weight over this
         process's columns. Each result contains the squared norms ``[N]`` of whole rows. By default,
-        a process has whole rows, so nothing is added. Results of 0 are replaced by infinity.
+        a process has whole rows, so nothing is added. In all cases, results of 0 are replaced by
+        infinity.
         """
         return [replace_zeros_with_infinity(each) for each in sums]

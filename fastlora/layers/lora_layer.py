@@ -25,7 +25,7 @@ from fastlora.layers.base_layers import (
     replace_weight_data,
 )
 from fastlora.layers.fallback_reasons import FusionStatus
-from fastlora.layers.merging import Mergeable
+from fastlora.layers.merging import MergeableLayer
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_dtensor
 from fastlora.validation import (
@@ -40,7 +40,7 @@ from fastlora.validation import (
 from fastlora.weights_version import weights_versions
 
 
-class LoraLayer(Mergeable):
+class LoraLayer(MergeableLayer):
     """Layer with named LoRA adapters.
 
     This is the base class of all kinds of LoRA layers, and implements what they have in common. The
@@ -83,7 +83,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_scalings_device_hook()
+        self._register_load_hook_that_moves_scalings()
 
     # ------------------------------------------- methods that a layer kind overrides
 
@@ -119,8 +119,8 @@ class LoraLayer(Mergeable):
         """Return the initialization that this kind of layer uses for ``init_lora_weights=init``."""
         return init
 
-    def _modules_that_may_be_calibrated(self) -> list[nn.Module]:
-        """Return the modules on which a calibration may have been run.
+    def _modules_that_may_hold_calibration_results(self) -> list[nn.Module]:
+        """Return the modules that may hold the results of a calibration.
 
         A calibration stores its result as an attribute of the calibrated module.
         """
@@ -149,8 +149,8 @@ class LoraLayer(Mergeable):
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
         """Return the layers to which a new adapter is added, each with the arguments for adding it.
 
-        By default, these are this layer and its inner layers, with the same arguments for all of
-        them.
+        By default, a new adapter is added to this layer and to all of its inner layers. The
+        arguments are the same for each of these layers.
 
         Args:
             settings: The fields of a `LayerAdapterSettings`.
@@ -178,8 +178,8 @@ class LoraLayer(Mergeable):
         """
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
-    def _rank_blocks(self, part: str) -> int:
-        """Return the number of blocks along the rank dimension of a factor.
+    def _num_rank_blocks(self, part: str) -> int:
+        """Return the number of blocks into which the rank dimension of a factor is divided.
 
         The blocks have the same size. The lora_A of a convolution has one block per group, and the
         lora_A of a stack has one block per matrix. Any other factor has one block.
@@ -313,10 +313,10 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the row norms of the adapted weight.
+        """Reset an adapter's DoRA magnitude to the row norms of the current adapted weight.
 
-        The adapted weight is the base weight plus the adapter's current update. The magnitude of a
-        new adapter is initialized in the same way. The magnitude has the dtype of the factors. The
+        The adapted weight is the base weight plus the adapter's update. The magnitude of a new
+        adapter is initialized in the same way. The magnitude has the dtype of the factors. The
         adapter then changes only the direction of the weight's rows. While lora_B is zero, as it is
         at initialization, the layer's output is that of its base layer. The new magnitude is
         frozen.
@@ -379,8 +379,9 @@ class LoraLayer(Mergeable):
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield an adapter's parameters on this layer.
 
-        Parameters that are never trained are left out. Nothing is yielded if the layer lacks the
-        adapter.
+        The parameters are those of the factors, the DoRA magnitude, and the lora_bias. Weights that
+        are listed in ``frozen_peft_weight_names`` are left out, because they are never trained.
+        Nothing is yielded if the layer lacks the adapter.
         """
         fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
@@ -436,7 +437,7 @@ class LoraLayer(Mergeable):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file and in the state dict.
 
         The result is a dict that maps each name in the file to the tensor's state dict key. The
         names and the keys are relative to this layer. The tensors of inner layers are included.
@@ -474,10 +475,10 @@ class LoraLayer(Mergeable):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of attributes that hold adapter parameters.
+        """Names of the attributes that hold the parameters of each adapter.
 
         Each of these attributes, such as ``lora_A``, maps an adapter name to a factor of the
-        adapter. ``lora_magnitude_vector`` is not included.
+        adapter. ``lora_magnitude_vector`` is not included. The property's name is PEFT's.
         """
         return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
 

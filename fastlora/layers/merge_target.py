@@ -43,8 +43,8 @@ class MergeTarget(Protocol):
     def merge_buffer(self) -> torch.Tensor:
         """Return a buffer in which to compute the merged weight.
 
-        The buffer is a dense matrix: either the weight itself or a new fp32 copy of the weight.
-        Adapters are merged into the matrix before `write` is called.
+        The buffer is a dense matrix with the weight's current values: either the weight itself or a
+        new fp32 copy of the weight. Adapters are merged into the matrix before `write` is called.
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
@@ -56,7 +56,8 @@ class MergeTarget(Protocol):
     def check_writable(self) -> None:
         """Raise `UnsupportedLayerError` if the weight cannot be written.
 
-        `write` then does not support the weight.
+        For example, some quantized weights cannot be written, because fastlora cannot quantize a
+        merged weight in the same way.
         """
 
     def write(self, dense: torch.Tensor) -> None:
@@ -67,7 +68,7 @@ class MergeTarget(Protocol):
         """
 
     def snapshot(self) -> object:
-        """Return a snapshot of the weight for `restore`.
+        """Return a snapshot of the weight's current state, for `restore`.
 
         The snapshot is a copy of all data that `write` changes.
         """
@@ -79,10 +80,10 @@ class MergeTarget(Protocol):
         device.
         """
 
-    def convert_snapshot(
+    def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return a snapshot converted by ``fn``, for example to another device.
+        """Convert a snapshot with ``fn`` if needed, for example to another device.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
         ``nn.Module._apply`` applies to the module's tensors. The converted snapshot is for use
@@ -104,10 +105,10 @@ class MergeTarget(Protocol):
 
 
 class DenseMergeTarget:
-    """A dense floating-point weight into which adapters are merged.
+    """A dense weight into which adapters are merged.
 
     Args:
-        weight: The weight, in any shape.
+        weight: The weight, a floating-point tensor of any shape.
         matrix: Returns a view of the weight as ``[N, K]``; None if it has that shape.
     """
 
@@ -135,10 +136,10 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write a dense matrix to the weight.
+        """Write the result of `merge_buffer` to the weight.
 
-        The matrix must be the result of `merge_buffer`, which is the weight itself. The weight
-        therefore already has the values of the matrix, and this method does nothing.
+        The result of `merge_buffer` is the weight itself. The weight therefore already has the
+        values of the matrix, and this method does nothing.
         """
 
     def snapshot(self) -> object:
@@ -149,7 +150,7 @@ class DenseMergeTarget:
         weight: Any = snapshot
         self.weight.copy_(weight)
 
-    def convert_snapshot(
+    def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
         weight: Any = snapshot

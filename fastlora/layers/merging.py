@@ -23,7 +23,7 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 _MERGE_ROWS = 1024
 
 
-class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
+class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
     """Base class of layers whose adapters can be merged into the base weight and unmerged.
 
     `LoraLayer` is derived from this class.
@@ -67,8 +67,8 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         weight, bias = self._weight_and_bias_to_merge()
         return [weight.fingerprint(), bit_sums(bias)]
 
-    def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base layer has remained unmodified since the last merge.
+    def _is_base_layer_unmodified_since_merge(self) -> bool:
+        """Return whether the base weight and bias have remained unmodified since the last merge.
 
         The fingerprints of the base weight and the bias are compared with those from the last
         merge. If the weight and the bias are both unmodified, `unmerge` can restore the values that
@@ -88,7 +88,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
         weight, bias = self._weight_and_bias_to_merge()
         snapshot = _snapshot(weight, bias) if keep_base and not self.merged else self._unmerged
-        scales = self._merged_scales | self._dora_scales_by_name(names)
+        scales = self._merged_scales | self._scales_of_dora_adapters(names)
         matrix = weight.merge_buffer()
         for name in names:
             self._add_delta_weight(matrix, name, 1.0, scales.get(name))
@@ -138,7 +138,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         if safe_merge:
             matrix = weight.merge_buffer().clone() if weight.in_place else weight.merge_buffer()
             new_bias = None if bias is None else bias.detach().clone()
-            scales = self._merged_scales | self._dora_scales_by_name(names)
+            scales = self._merged_scales | self._scales_of_dora_adapters(names)
             for place, name in enumerate(names, 1):
                 self._add_delta_weight(matrix, name, 1.0, scales.get(name))
                 self._add_bias_change_of_last_adapter(
@@ -167,7 +167,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             return
         weight, bias = self._weight_and_bias_to_merge()
         snapshot = self._unmerged
-        unwritten = snapshot is not None and self._is_unmodified_since_merge()
+        unwritten = snapshot is not None and self._is_base_layer_unmodified_since_merge()
         # All processes must take the same branch: one that takes the second branch alone would wait
         # for the others in the calls below.
         if self._true_in_all_processes(unwritten) and snapshot is not None:
@@ -191,7 +191,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         clear_weight_dependent_caches(self)
 
     def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Subtract every merged adapter from a weight and a bias in place.
+        """Subtract all merged adapters from a weight and a bias in place.
 
         The weight is ``[N, K]``, and the bias is ``[N]``.
         """
@@ -204,10 +204,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
                 bias, merged[: place + 1], -1.0, self._merged_scales
             )
 
-    def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each DoRA adapter's name to its DoRA scale.
+    def _scales_of_dora_adapters(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Return the DoRA scale of each named adapter that uses DoRA.
 
-        The scale is g, ``[N]``.
+        The result is a dict that maps each adapter's name to the adapter's scale g, ``[N]``.
         """
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
@@ -315,7 +315,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _factors_for_dora_norm(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two factors from which an adapter's DoRA norms are computed.
 
-        They are the factors of the weight update.
+        By default, these are the factors lora_a and lora_b of the weight update.
         """
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
@@ -375,10 +375,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
-        unwritten = self._unmerged is not None and self._is_unmodified_since_merge()
+        unwritten = self._unmerged is not None and self._is_base_layer_unmodified_since_merge()
         if self._unmerged is not None:
             snapshot, bias = self._unmerged
-            snapshot = self._weight_and_bias_to_merge()[0].convert_snapshot(snapshot, fn)
+            snapshot = self._weight_and_bias_to_merge()[0].convert_snapshot_if_needed(snapshot, fn)
             self._unmerged = snapshot, None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:

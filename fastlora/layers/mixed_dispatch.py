@@ -13,11 +13,11 @@ import torch
 
 from fastlora.autograd.lora_linear import records_gradients
 from fastlora.layers.adapter_factors import factors_from_parameters, factors_in_slots
-from fastlora.layers.address_tables import find_address_tables
+from fastlora.layers.address_tables import get_or_build_address_tables
 from fastlora.layers.call import MixedCall
 from fastlora.layers.fallback_reasons import (
     BASE_GEMM_VARIES,
-    batch_invariant_fallback_reason,
+    batch_invariance_unsupported_reason,
     fallback_reason_for_factor_dtypes,
     graph_capture_error_message,
 )
@@ -74,7 +74,9 @@ def choose_mixed_implementation(
     if call.routing.captured:
         raise AdapterStateError(graph_capture_error_message(bare, autocast))
     if invariant:
-        conditions.raise_if_batch_invariant(layer, batch_invariant_fallback_reason(bare, autocast))
+        conditions.raise_if_batch_invariant(
+            layer, batch_invariance_unsupported_reason(bare, autocast)
+        )
     if not bare and fits:
         slots = None
         if conditions.impl == "triton":
@@ -120,7 +122,7 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
         conditions.check_batch_invariant(x)
     elif conditions.impl != "triton":
         return None
-    tables = find_address_tables(call.routing, x)
+    tables = get_or_build_address_tables(call.routing, x)
     # The adapters of one routing are on one device. A model on several devices runs in PyTorch.
     return tables if tables is not None and tables.rank.device == x.device else None
 
@@ -128,10 +130,10 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return the factors of each slot, for use by the kernels.
+    """Return the factors of each slot for the kernels.
 
-    The result is a list with one entry per slot. Returns None if PyTorch operators are used instead
-    of the kernels.
+    The result is a list with one entry per slot. Returns None if the kernels are not used for the
+    call or do not support the factors' dtypes. PyTorch operators are then used instead.
 
     Args:
         call: The call of a layer.
@@ -160,9 +162,10 @@ def slot_factors_for_kernels(
 def slot_factors_for_compiled_graph(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list that contains the factors of each slot, for a graph that is being compiled.
+    """Return the factors of each slot for a graph that is being compiled.
 
-    Returns None if the factors cannot be part of a graph.
+    The result is a list with one entry per slot. Returns None if the factors cannot be part of a
+    graph.
 
     Args:
         call: The call of a layer. Its routing is the batch's ``whole``.

@@ -40,9 +40,9 @@ from fastlora.layers.table_launch import (
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import KERNEL_DTYPES
 from fastlora.ops.factors import (
-    AdapterOperands,
     AddressTables,
     Base,
+    LayerAdapterOperands,
     Slots,
     replace_missing_with_empty,
 )
@@ -100,7 +100,7 @@ def _forward_before_dora(
             call, base, slots, call.sorted_rows(), s=None if shared is None else shared.s
         )
     else:
-        rows = routing.sorted_rows(x.numel() // x.shape[-1], x.device, read_on_host=True)
+        rows = routing.sorted_rows(x.numel() // x.shape[-1], x.device, check_ids_now=True)
         if is_bare:
             packed = packed_factors.get_packed_factors(call, base, rows)
             if packed is not None:
@@ -180,7 +180,7 @@ def _forward_with_factor_lists(
         seeds = call.routing.layer_dropout_seeds(call.layer.routing_index, device)
         seeds = call.layer._local_dropout_seed(seeds if which is None else seeds[list(which)])
     scaling, drop = scalings_as_tensor(scalings, x), (tuple(dropout_p), seeds)
-    own = AdapterOperands(lora_a, lora_b, lora_bias, scaling, *drop, which)
+    own = LayerAdapterOperands(lora_a, lora_b, lora_bias, scaling, *drop, which)
     return lora_linear.run_adapters(x, base, own, impl, rows=rows, s=s)
 
 
@@ -196,7 +196,7 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # An adapter of rank 0 lets the backend compute the base product and its gradients.
     (n, k), zero = weight.shape, scalings_as_tensor((0.0,), x).reshape(())
-    operands = AdapterOperands([x.new_empty(0, k)], [x.new_empty(n, 0)], [None], zero, (0.0,))
+    operands = LayerAdapterOperands([x.new_empty(0, k)], [x.new_empty(n, 0)], [None], zero, (0.0,))
     return lora_linear.run_adapters(x, base, operands, impl)
 
 

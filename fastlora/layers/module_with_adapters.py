@@ -201,4 +201,4 @@ class ModuleWithAdapters:
         """
 
     def unmerge(self) -> None:
-        """Unmerge every merged adapter."""
+        """Unmerge all merged adapters from the base weight."""

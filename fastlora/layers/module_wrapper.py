@@ -17,11 +17,11 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that take the place of modules of a model.
+    """Base class of wrappers that keep a trained copy of a module or its rows for each adapter.
 
-    Adapters train the wrapped modules without LoRA. A wrapper keeps a trained copy of the module
-    for each adapter. The copy is of the whole wrapped module (``modules_to_save``) or of some of
-    its rows (``trainable_token_indices``). A subclass defines what an adapter trains. Names of
+    A wrapper takes the place of a module in a model. Adapters train the wrapped module without
+    LoRA. Each adapter's copy is of the whole wrapped module (``modules_to_save``) or of some of its
+    rows (``trainable_token_indices``). A subclass defines what an adapter trains. Names of
     parameters and of file keys follow PEFT.
 
     Attributes:
@@ -64,10 +64,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file and in the state dict.
 
-        The result is a dict that maps each of these names to the tensor's state dict key. The names
-        and the keys are relative to this module.
+        The result is a dict that maps each name in the file to the tensor's state dict key. The
+        names and the keys are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -180,9 +180,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the child modules that contain the adapters' weights.
+        """Names of the attributes that hold the adapters' weights.
 
-        The attribute's name is PEFT's.
+        Each of these attributes, such as ``modules_to_save``, maps an adapter name to the module or
+        the rows that the adapter trains. The property's name is PEFT's.
         """
         return self.owned
 
@@ -199,18 +200,22 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
 
 def adapter_index_of_rows(
-    ids: torch.Tensor, names: tuple[str, ...], known: list[str], num_rows: int, device: torch.device
+    sample_or_token_slots: torch.Tensor,
+    names: tuple[str, ...],
+    known: list[str],
+    num_rows: int,
+    device: torch.device,
 ) -> torch.Tensor:
     """Return the index of each row's adapter.
 
     The result is int64 ``[num_rows]``. An index is a position in ``known``, or -1 for a row without
-    an adapter. ``ids [B]`` are the slots of samples or tokens, and ``names`` lists the adapter of
-    each slot.
+    an adapter. ``sample_or_token_slots [B]`` contains the slot of each sample or token, and
+    ``names`` lists the adapter of each slot.
 
     Raises:
-        ValueError: The number of rows is not a multiple of the number of ids.
+        ValueError: The number of rows is not a multiple of B.
     """
-    count = ids.numel()
+    count = sample_or_token_slots.numel()
     if not ids_divide_rows(num_rows, count):
         raise ValueError(
             f"a module got {num_rows} rows in a batch with {count} adapter ids; expected one id "
@@ -218,4 +223,4 @@ def adapter_index_of_rows(
         )
     place = {name: index for index, name in enumerate(known)}
     table = torch.tensor([*(place.get(name, -1) for name in names), -1], device=device)
-    return table[ids.to(device)].repeat_interleave(num_rows // max(count, 1))
+    return table[sample_or_token_slots.to(device)].repeat_interleave(num_rows // max(count, 1))

@@ -73,10 +73,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file and in the state dict.
 
-        The result is a dict that maps each of these names to the tensor's state dict key. The names
-        in the file are the keys in the state dict of the adapter's copy.
+        The result is a dict that maps each name in the file to the tensor's state dict key. The
+        names in the file are the keys in the state dict of the adapter's copy.
         """
         if adapter_name not in self.modules_to_save:
             return {}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 # The cached entry of a layer: its packed factors, the plan, and the rows that the plan is for.
-_Packed = tuple[PackedLayerFactors, packed_plans.Plan, Rows]
+_PackedFactorsPlanAndRows = tuple[PackedLayerFactors, packed_plans.Plan, Rows]
 
 
 def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
@@ -72,12 +72,13 @@ def output_from_packed_factors(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
+def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _PackedFactorsPlanAndRows | None:
     """Return the packed factors of the adapters in a mixed batch.
 
-    The factors are those of the call's layer, and are packed if necessary. The result is a tuple
-    (packed factors, plan, rows), or None if the layer has no packed factors for the batch. The
-    result is cached for the block if `packed_cache_key` returns a key.
+    The factors are those of the call's layer. The factors are packed when they are requested for
+    the second time. The result is a tuple (packed factors, plan, rows), or None if the layer has no
+    packed factors for the batch. The result is cached for the block if `packed_cache_key` returns a
+    key.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:

@@ -31,10 +31,10 @@ class DoraMagnitude(nn.Module):
 def freeze_and_convert(
     factor: Factor, reference: torch.Tensor | None, training_mode: bool
 ) -> Factor:
-    """Freeze a factor, convert it to ``reference``'s device and dtype, and set its training mode.
+    """Freeze a factor and convert it to the device and dtype of a reference tensor.
 
-    Returns the frozen factor. The factor is not converted if ``reference`` is None. The training
-    mode is set to ``training_mode`` only if the factor is a module.
+    Returns the frozen factor. The factor is not converted if ``reference`` is None. If the factor
+    is a module, its training mode is set to ``training_mode``.
     """
     if isinstance(factor, nn.Module):
         if reference is not None:
@@ -65,11 +65,11 @@ def upcast_to_fp32(factor: Factor) -> Factor:
 def file_to_state_dict_names(
     factors_by_part: Mapping[str, Factor], adapter_name: str
 ) -> dict[str, str]:
-    """Return a dict that maps names in an adapter file to names in a state dict.
+    """Return a dict that maps names of tensors in an adapter file to their names in a state dict.
 
-    The names are those of an adapter's tensors in one layer. Both names of a tensor are relative to
-    the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``. ``factors_by_part`` maps each
-    part, such as ``"lora_A"``, to the adapter's factor.
+    The tensors are those of an adapter in one layer. Both names of a tensor are relative to the
+    layer: ``lora_A.weight`` maps to ``lora_A.default.weight``. ``factors_by_part`` maps each part,
+    such as ``"lora_A"``, to the adapter's factor.
     """
     names: dict[str, str] = {}
     for part, factor in factors_by_part.items():

@@ -19,7 +19,7 @@ from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import may_cache_tensors
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
-    RepackedProduct,
+    ProductWithRepackedCopy,
     is_bitsandbytes_repacking_prevented,
     quantized_weight_of,
     warn_if_gradients_blocked,
@@ -65,7 +65,7 @@ class KernelWeightCache(UncopiedCache):
     """
 
     dtype: torch.dtype | None
-    repacked: RepackedProduct | None
+    repacked: ProductWithRepackedCopy | None
     # The module, its weight's stamp, and the entries: one tuple, so that threads read it
     # atomically.
     _of: tuple[nn.Module | None, TensorStamp | None, _Found | None]
@@ -114,10 +114,10 @@ class KernelWeightCache(UncopiedCache):
         return kernel_weight
 
     def create_base(self, kernel_weight: KernelWeight) -> Base:
-        """Create a `Base` from a kernel weight and the module's bias.
+        """Create a `Base` from a kernel weight.
 
-        The `Base` is used instead of calling the module. A weight that a CUDA graph reads is kept
-        until `fastlora.clear_caches`.
+        The `Base` also contains the module's bias, and is used instead of calling the module. A
+        weight that a CUDA graph reads is kept until `fastlora.clear_caches`.
         """
         weight, kind = kernel_weight
         if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):
@@ -147,7 +147,7 @@ class KernelWeightCache(UncopiedCache):
             return None
         repacked = self.repacked
         if repacked is None:
-            repacked = self.repacked = RepackedProduct(module)
+            repacked = self.repacked = ProductWithRepackedCopy(module)
         return (
             None
             if not repacked.supports_and_is_faster(x) or fallback_reason_hooked(module)
@@ -208,8 +208,8 @@ def call_base_layer(
     The base layer is called with the input of its LoRA layer and with ``args`` and ``kwargs``.
 
     In evaluation on a CPU, the output for a few rows may instead come from a product with a copy of
-    the 4-bit codes (`RepackedProduct`). The copy is dropped by the next call with gradients, or
-    when the cached weight for kernels is cleared.
+    the 4-bit codes (`ProductWithRepackedCopy`). The copy is dropped by the next call with
+    gradients, or when the cached weight for kernels is cleared.
     """
     layer, x, conditions = call.layer, call.original_x, call.conditions
     made: torch.Tensor | None = None
@@ -238,10 +238,10 @@ def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
 
 
 def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:
-    """Return the reason why a layer's base layer is called instead of a kernel.
+    """Return the reason why a layer's base layer is called instead of a fused kernel.
 
-    The result is an empty string if kernels can be used instead of the base layer. This function is
-    for layers whose base layer is not a plain `nn.Linear`.
+    The result is an empty string if kernels can be used instead of the base layer. The base layer
+    is quantized or is another module that is not a plain `nn.Linear`.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
@@ -281,10 +281,11 @@ def to_base_output_dtype(
 
 
 def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear a layer's caches that depend on its weights.
+    """Clear a layer's caches that depend on weights.
 
-    The caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized weight
-    for kernels. If ``release_captured`` is set, weights that CUDA graphs read are released too.
+    These caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized base
+    weight for kernels. If ``release_captured`` is set, weights that CUDA graphs read are released
+    too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)

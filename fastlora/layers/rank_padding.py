@@ -18,10 +18,12 @@ from fastlora.layers.lora_layer import LoraLayer
 
 
 @torch.no_grad()
-def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
-    """Return an adapter's factors, padded to ``rank``.
+def factors_padded_to_rank(
+    layer: LoraLayer, adapter_name: str, rank: int
+) -> dict[str, parts.Factor]:
+    """Return copies of an adapter's factors, padded with zeros to ``rank``.
 
-    The result is a dict that maps each part to a padded copy of its factor. The layer is not
+    The result is a dict that maps each part to the padded copy of its factor. The layer is not
     changed.
     """
     held = layer._factors_by_part(adapter_name)
@@ -34,21 +36,22 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
         old = named_factor_parameters(held[part])
         factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
         for name, tensor in named_factor_parameters(factor).items():
-            copy_zero_padded(tensor, old[name], layer._rank_blocks(part))
+            copy_zero_padded(tensor, old[name], layer._num_rank_blocks(part))
             tensor.requires_grad_(old[name].requires_grad)
     return made
 
 
 def replace_factors(
-    layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
+    layer: LoraLayer, adapter_name: str, new_factors: dict[str, parts.Factor], new_rank: int
 ) -> None:
-    """Replace an adapter's factors.
+    """Replace an adapter's factors on a layer with the given factors.
 
-    The new factors have rank ``rank``. The adapter's scaling does not change.
+    The given factors, which may be padded, have rank ``new_rank``. The adapter's scaling does not
+    change.
     """
-    for part, factor in factors.items():
+    for part, factor in new_factors.items():
         layer._modules[part][adapter_name] = factor
-    layer.r[adapter_name] = rank
+    layer.r[adapter_name] = new_rank
     set_scaling_and_alpha(layer, adapter_name, layer.scaling[adapter_name])
     layer._move_scalings_to_factors([adapter_name])
     clear_layer_caches(layer)

@@ -34,12 +34,12 @@ _LayerNumber = int
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class GroupCallResults:
-    """Results that one call computed for a group of layers.
+    """Results that one call computed for a group of layers that share an input.
 
-    They were computed from one tensor.
+    All results were computed from the same input tensor. Each layer takes its own result.
 
     Attributes:
-        x: The tensor.
+        x: The input tensor.
         version: The tensor version of x, which counts writes to it; 0 for an inference tensor,
             which has none.
         context: Objects that all results depend on, compared by identity.
@@ -224,9 +224,10 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the group's cached results and launches.
+        """Clear the group's cached results.
 
-        The results of every thread are discarded. The set of idle layers is cleared too.
+        The results of every thread are discarded. The cached launches and the set of idle layers
+        are cleared too.
         """
         super().clear()
         self.launches.clear()
@@ -234,9 +235,10 @@ class SharedInputGroup(SharedResultCache):
 
 
 class _SharedInputCallSequence:
-    """A sequence of layers that are called one after another with the same input tensor.
+    """Consecutive calls of layers with the same input tensor.
 
-    The calls are in one thread. `form_group` forms a shared-input group from the layers.
+    The calls form a sequence in one thread. `form_group` forms a shared-input group from the
+    layers.
     """
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:

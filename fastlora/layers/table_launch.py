@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 class TableLaunchArguments(NamedTuple):
-    """Arguments for launching the kernels that read a layer's factors from address tables.
+    """Arguments for kernel launches that read a layer's factors from address tables.
 
-    All forward passes with the same rows reuse them.
+    All forward passes with the same rows reuse the arguments.
 
     Attributes:
         of: The tables.
@@ -132,14 +132,14 @@ def linear_from_tables(
     base: Base,
     launch: TableLaunchArguments,
     s: torch.Tensor | None = None,
-    with_neighbor_s: bool = False,
+    compute_s_for_neighbors: bool = False,
 ) -> list[torch.Tensor]:
     """Compute a linear layer's output for a mixed batch, using address tables.
 
     The tables contain the addresses of the adapters' factors. The output y ``[M, N]`` is computed
     from the base weight and includes the update of each row's adapter. The result is a list that
-    contains y. ``s`` is given if a neighbor has computed it. If ``with_neighbor_s`` is set, the
-    call also computes s for all neighbors, and the list contains s after y.
+    contains y. ``s`` is given if a neighbor has computed it. If ``compute_s_for_neighbors`` is set,
+    the call also computes s for all neighbors, and the list contains s after y.
     """
     of, plan = launch.of, "invariant" if launch.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])
@@ -156,7 +156,7 @@ def linear_from_tables(
         if is_coded and operators is not torch.ops.fastlora:
             read = weight_for_kernels(base.weight, x, of.max_rank, plan)
     neighbors = None
-    if with_neighbor_s or s is not None:
+    if compute_s_for_neighbors or s is not None:
         neighbors = launch.first, launch.first + len(launch.members)
     made: list[torch.Tensor] = operators.lora_linear_at(
         *(x, read, base.bias, launch.own, s, launch.tables, launch.row),

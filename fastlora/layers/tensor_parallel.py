@@ -1,4 +1,4 @@
-"""`TensorParallelLora`: adapters on a linear layer that is split over a tensor-parallel mesh.
+"""`TensorParallelLoraLinear`: adapters on a linear layer that is split over a tensor-parallel mesh.
 
 Shapes on one of T processes, after ``parallelize_module`` has split the base layer:
 
@@ -75,12 +75,12 @@ from fastlora.validation import AdapterStateError, ImplementationError, Unsuppor
 _SEED_STEP = 0x278DDE6E5FD29F05
 
 
-class TensorParallelLora(FastLoraWrapper):
+class TensorParallelLoraLinear(FastLoraWrapper):
     """LoRA layer for a tensor-parallel linear layer.
 
     The linear layer is split across several processes.
 
-    Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+    The layer computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
     The factors are DTensors over the base layer's mesh. Column-wise, lora_B is split along N and
     lora_A is replicated. Row-wise, lora_A is split along K and lora_B is replicated. The update is
@@ -400,8 +400,10 @@ def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
 def _accept_all(module: nn.Module, settings: LayerAdapterSettings) -> None:
     """Accept all settings.
 
-    `TensorParallelLora` checks its base layer itself.
+    `TensorParallelLoraLinear` checks its base layer itself.
     """
 
 
-register_layer_kind(LayerKind(LINEAR, is_tensor_parallel, TensorParallelLora, _shapes, _accept_all))
+register_layer_kind(
+    LayerKind(LINEAR, is_tensor_parallel, TensorParallelLoraLinear, _shapes, _accept_all)
+)

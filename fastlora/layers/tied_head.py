@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastlora.layers.embedding import FastLoraEmbedding
 
 
-class _TransposedFactor(nn.Module):
+class _TransposedEmbeddingFactor(nn.Module):
     """Transposed LoRA factor of an embedding, for the head that is tied to the embedding.
 
     The factor is a module without parameters of its own. The module's ``weight`` is a transposed
@@ -38,7 +38,10 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The transposed LoRA factor of the embedding."""
+        """The weight of a LoRA factor of the tied output head.
+
+        This weight is a transposed view of the embedding's LoRA factor.
+        """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -95,8 +98,8 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, Factor]:
         return {
-            "lora_A": _TransposedFactor(self.tied_to, "lora_embedding_B", self._adding),
-            "lora_B": _TransposedFactor(self.tied_to, "lora_embedding_A", self._adding),
+            "lora_A": _TransposedEmbeddingFactor(self.tied_to, "lora_embedding_B", self._adding),
+            "lora_B": _TransposedEmbeddingFactor(self.tied_to, "lora_embedding_A", self._adding),
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -135,5 +138,8 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Unmerge every merged adapter."""
+        """Unmerge the merged adapters.
+
+        No adapter remains merged. The embedding restores the shared weight.
+        """
         self.merged_adapters.clear()

@@ -24,12 +24,12 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
-    """Raise an error if the given tokens cannot be trained.
+    """Check that the given tokens of a module can be trained.
 
-    Each token corresponds to a row of the weight of an embedding or a linear layer.
+    Each token corresponds to a row of the module's weight.
 
     Args:
-        module: The base layer.
+        module: The base layer, which must be an embedding or a linear layer.
         indices: Indices of the rows.
 
     Raises:
@@ -148,9 +148,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def add_adapter(self, adapter_name: str, indices: list[int], autocast: bool = True) -> None:
-        """Add an adapter that trains the given rows.
+        """Add an adapter that trains the weight rows at the given token indices.
 
-        The rows are initialized from the weight.
+        The rows are initialized from the module's weight as it was before any merge. Nothing is
+        added if the module is tied to another module, because that module owns the rows.
 
         Args:
             adapter_name: A new name.
@@ -218,7 +219,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the rows are tied to another module.
+        """Whether the module is tied to another module with trainable tokens.
 
         The other module then owns the rows.
         """
@@ -228,9 +229,9 @@ class TrainableTokensWrapper(ModuleWrapper):
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
         super()._activate(names, inference_mode, keep_merged)
-        self._activate_without_training(names)
+        self._activate_without_making_trainable(names)
 
-    def _activate_without_training(self, names: list[str]) -> None:
+    def _activate_without_making_trainable(self, names: list[str]) -> None:
         """Activate the named adapters without making their rows trainable."""
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
@@ -278,17 +279,18 @@ class TrainableTokensWrapper(ModuleWrapper):
                 else self._replace_columns(x, y, name)
             )
         if routing.whole is not None and execution_mode_of(x, "eager").compiling:
-            return self._replace_in_mixed_batch(routing.whole, x, y)
+            return self._replace_outputs_in_mixed_batch(routing.whole, x, y)
         with self._check_rows_and_pause_tracking(routing, x):
-            return self._replace_in_mixed_batch(routing, x, y)
+            return self._replace_outputs_in_mixed_batch(routing, x, y)
 
-    def _replace_in_mixed_batch(
+    def _replace_outputs_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Return y for a mixed batch, with the outputs for trainable tokens replaced.
+        """Replace the outputs for trainable tokens in a mixed batch, and return the result.
 
-        Each row's outputs for trainable tokens are taken from that row's adapter. Rows without an
-        adapter on this module keep the base layer's output.
+        In the result, each row's outputs for trainable tokens, which are embeddings or logits, are
+        those of the row's adapter. Rows without an adapter on this module keep the base layer's
+        output y.
         """
         known = [name for name in routing.names if name in self.token_indices]
         # Every adapter that trains must get a gradient if other processes wait for it.
@@ -433,9 +435,9 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Unmerge every merged adapter.
+        """Unmerge the merged adapters.
 
-        The method restores the rows that `merge` replaced.
+        No adapter remains merged. The method restores the rows that `merge` replaced.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

@@ -196,7 +196,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         Each adapter runs only on its own samples, which form a segment. The host waits for the
         adapter ids if they are on a GPU.
         """
-        rows = routing.sorted_rows(x.shape[0], x.device, read_on_host=True)
+        rows = routing.sorted_rows(x.shape[0], x.device, check_ids_now=True)
         seeds = (
             routing.layer_dropout_seeds(self.routing_index, torch.device("cpu"))
             if self.training
@@ -281,14 +281,14 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
 def call_with_parameters(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a module with some parameters replaced by tensors, and return the result.
+    """Call a module with some of its parameters replaced by the given tensors.
 
-    A copy of the module is called, so that other threads do not see the replacement. Plain
-    attributes that the call sets on the copy are set on the module, too. If ``forward`` was
-    replaced by a function that cannot be copied, the parameters are replaced in place during the
-    call.
+    Returns the result of the call, as `torch.func.functional_call` does. A copy of the module is
+    called, so that other threads do not see the replacement. Plain attributes that the call sets on
+    the copy are set on the module, too. If ``forward`` was replaced by a function that cannot be
+    copied, the parameters are replaced in place during the call.
     """
-    if has_uncopyable_forward(module):
+    if has_replaced_forward_that_cannot_be_copied(module):
         return torch.func.functional_call(module, dict(tensors), args, kwargs)
     copied = copy_with_parameters(module, tensors)
     before = dict(copied.__dict__)
@@ -299,7 +299,7 @@ def call_with_parameters(
     return result
 
 
-def has_uncopyable_forward(module: nn.Module) -> bool:
+def has_replaced_forward_that_cannot_be_copied(module: nn.Module) -> bool:
     """Return whether a module has a replaced ``forward`` that cannot be copied.
 
     A ``forward`` that was replaced on the instance is copied by binding it to a copy of the module.
@@ -307,7 +307,7 @@ def has_uncopyable_forward(module: nn.Module) -> bool:
     that has the module among its positional arguments.
     """
     forward = module.__dict__.get("forward")
-    return forward is not None and _bound_to(forward, module, module) is None
+    return forward is not None and _method_or_partial_bound_to(forward, module, module) is None
 
 
 def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -322,7 +322,7 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
     made.__dict__["_parameters"] = {**module._parameters, **tensors}
     made.__dict__["_compiled_call_impl"] = None
     for name in ("forward", "_old_forward"):  # accelerate's hooks set both.
-        bound = _bound_to(module.__dict__.get(name), module, made)
+        bound = _method_or_partial_bound_to(module.__dict__.get(name), module, made)
         if bound is not None:
             made.__dict__[name] = bound
     for name in tensors:  # FSDP stores gathered weights here.
@@ -330,13 +330,14 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
     return made
 
 
-def _bound_to(function: object, module: nn.Module, copied: nn.Module) -> Callable[..., Any] | None:
-    """Return a function that is bound to ``copied``.
+def _method_or_partial_bound_to(
+    function: object, module: nn.Module, copied: nn.Module
+) -> Callable[..., Any] | None:
+    """Return a method or partial function of ``module``, bound to ``copied`` instead.
 
-    If ``function`` is a method of ``module``, the result is the same method, bound to ``copied``
-    instead. A partial function that has ``module`` among its positional arguments is handled in the
-    same way: ``copied`` replaces ``module``. Returns None if ``function`` is neither such a method
-    nor such a partial function.
+    If ``function`` is a method of ``module``, the result is the same method of ``copied``. If
+    ``function`` is a partial function that has ``module`` among its positional arguments,
+    ``copied`` replaces ``module`` in the result. Otherwise, the result is None.
     """
     if isinstance(function, types.MethodType) and function.__self__ is module:
         return types.MethodType(function.__func__, copied)

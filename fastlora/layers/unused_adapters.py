@@ -47,7 +47,7 @@ def attach_unused_parameters(call: MixedCall, y: torch.Tensor, *, may_sync: bool
 
 
 def _adapter_parameters(layer: BaseLinearWithAdapters, name: str) -> Iterator[torch.Tensor]:
-    """Yield every parameter of an adapter on one layer."""
+    """Yield the parameters of an adapter on one layer."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:
             yield from holder[name].parameters()

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fastlora.layers.base_layers import (
+    keeps_no_reference_to_output,
     linear_features,
     merge_target_of,
-    returns_unreferenced_output,
 )
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, FusionStatus, fusion_status
@@ -30,7 +30,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a base layer.
+    """LoRA layer that wraps another module as its base layer.
 
     The base layer may be any linear-like module, for example one from another library. The layer
     computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``, usually by calling
@@ -64,7 +64,7 @@ class FastLoraWrapper(LoraLayer):
         base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the base layer's output for x, with the adapters applied.
+        """Compute the base layer's output for x, with the adapters applied.
 
         The applied adapters are the active adapters or, in a mixed batch, each row's adapter. The
         shape of x is ``[..., K]``, and that of the output is ``[..., N]``. The base layer receives
@@ -83,7 +83,7 @@ class FastLoraWrapper(LoraLayer):
         if not isinstance(y, torch.Tensor):
             self._check_no_adapter_applies(call, y)
             return y
-        inplace = not y.requires_grad and self._may_overwrite(y, x)
+        inplace = not y.requires_grad and self._is_unreferenced_output(y, x)
         return forward(call, Base(y=y, inplace=inplace))
 
     def _check_no_adapter_applies(self, call: UniformCall | MixedCall, y: object) -> None:
@@ -103,20 +103,21 @@ class FastLoraWrapper(LoraLayer):
             "target_parameters instead of target_modules"
         )
 
-    def _local_quantized(self) -> BaseQuantizedWeight | None:
+    def _local_quantized_weight(self) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def _fusable_base(self) -> Base | None:
         return quantized_base_of_layer(self)
 
-    def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether the base layer's output y may be overwritten in place.
+    def _is_unreferenced_output(self, y: torch.Tensor, x: torch.Tensor) -> bool:
+        """Return whether nothing else references the base layer's output y.
 
-        An overwrite is safe only if nothing else references y. In particular, y must be neither the
-        input x nor a view. The caller must also check that y does not require a gradient.
+        The result is True only if this is certain. In particular, y must be neither the input x nor
+        a view. If y also does not require a gradient, which the caller must check, y may be
+        overwritten in place.
         """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
-        return returns_unreferenced_output(self.base_layer) and not (
+        return keeps_no_reference_to_output(self.base_layer) and not (
             hooked or y is x or y._is_view()
         )
 

@@ -68,9 +68,9 @@ class ConfigAndOpenWeightsFile:
 def open_adapter_files(
     folder: Path, root: Path | None = None, limits: ConfigAndHeaderSizeLimits | None = None
 ) -> Iterator[ConfigAndOpenWeightsFile]:
-    """Open the files of an adapter folder for the duration of a ``with`` block.
+    """Read the config and open the weights file of an adapter folder.
 
-    The files are opened for reading only.
+    The weights file is open for the duration of the ``with`` block, for reading only.
 
     Args:
         folder: The adapter folder.
@@ -149,7 +149,7 @@ def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str
     return metadata
 
 
-def bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
+def config_file_bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
     """Return the bytes to write to the config file when only the config is saved.
 
     The weights file in the folder may contain a hash of the config file that was replaced when the
@@ -173,9 +173,9 @@ def bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
 
 
 def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:
-    """Open a file for reading, and make sure that it is a regular file.
+    """Open a file for reading, and check that the file is a regular file.
 
-    The check uses the open file descriptor, since the path may refer to another file by then.
+    The check uses the file descriptor, so replacing the file during the check has no effect.
     Symbolic links are followed. With ``root``, the resolved path must be inside that folder, and
     links that are created after the path was resolved are not followed. (On Windows, links that are
     created after the path was resolved cannot be detected and are followed.)
@@ -238,12 +238,11 @@ def _select_config_saved_with_weights(
 ) -> bytes | None:
     """Select the config that was saved with the weights.
 
-    The candidates are the content of the config file and the config stored in the metadata. If
-    ``config_file_text`` is the config that was saved with the weights, ``config_file_text`` is
-    returned. If ``config_file_text`` is the config that the save was about to replace, the save was
-    interrupted or is still running, and the config stored in the metadata is returned. Otherwise,
-    the config was edited after the save, or the weights were not written by fastlora, and None is
-    returned.
+    The candidates are the content of the config file and the config stored in the metadata. The
+    config file is selected if both are the same. The stored config is selected if the config file
+    is the one that the save was about to replace. In this case, the save was interrupted or is
+    still running. Returns None if the config was edited after the save, or if the weights were not
+    written by fastlora.
 
     Args:
         config_file_text: The content of the config file.

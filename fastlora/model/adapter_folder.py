@@ -29,7 +29,7 @@ from fastlora.model.adapter_files import (
     make_weights_file_metadata,
     open_adapter_files,
 )
-from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
+from fastlora.model.atomic_files import atomic_replace_each_file, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
 from fastlora.model.target_names import saved_modules_and_task_heads
 from fastlora.model.tensor_file import TensorInfo, write_safetensors
@@ -96,9 +96,9 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The header of an adapter: its config and the descriptions of its tensors.
+    """The config of an adapter and the descriptions of its tensors.
 
-    The header consists of the validated contents of the adapter folder, excluding the tensor data.
+    The header contains the validated contents of the adapter folder without the tensor data.
 
     Attributes:
         path: The folder.
@@ -185,9 +185,9 @@ class OpenAdapterFolder:
         return AdapterHeader(self.path, self.config, tensor_infos, keys)
 
     def load(self) -> AdapterContents:
-        """Load and return the adapter's contents.
+        """Load the config and the tensors of the adapter.
 
-        The contents are validated.
+        The config and the tensors are validated before they are returned.
 
         Raises:
             CheckpointError: If the weights file is damaged, contradicts the config, or changes
@@ -321,7 +321,7 @@ def save_adapter_folder(
         folder.mkdir(parents=True, exist_ok=True)
         fsync_path(folder.parent)
     paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    with folder_lock(folder), atomic_replace_files(*paths) as (weights, new_config):
+    with folder_lock(folder), atomic_replace_each_file(*paths) as (weights, new_config):
         write_safetensors(weights, tensors, make_weights_file_metadata(folder, text))
         new_config.write_bytes(text)
 
@@ -360,7 +360,10 @@ def parse_and_check_tensors(
 
 
 def _open_error_message(folder: Path, error: OSError) -> str:
-    """Return the error message for an adapter folder whose files could not be opened."""
+    """Return the error message for an adapter folder that could not be opened.
+
+    ``error`` was raised when the files in the folder were opened.
+    """
     if folder.is_file():
         return f"{folder}: expected the folder that contains {WEIGHTS_NAME}, found a file"
     if not folder.is_dir():

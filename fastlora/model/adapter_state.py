@@ -111,7 +111,7 @@ def check_adapter_fits_model(
     with temporary_replication(plan.replication):
         expected = _expected_shapes(model, plan)
         shapes = _file_shapes_of_tied_heads(model, expected, plan) | expected
-        biases = _base_biases(model) if plan.config.bias != "none" else {}
+        biases = _base_biases_by_original_name(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
             found = _base_weight_of_module(model, parts.module) if parts.kind == "base" else None
             if parts.kind == "bias":
@@ -219,7 +219,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 
 
 def _file_shapes_of_tied_heads(
-    model: nn.Module, expected_shapes: Mapping[str, tuple[int, ...]], plan: AdapterPlan
+    model: nn.Module, embedding_factor_shapes: Mapping[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes that the tensors of tied output heads have in adapter files.
 
@@ -227,22 +227,24 @@ def _file_shapes_of_tied_heads(
     shapes. A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a
     second time, transposed, under the head's name.
 
-    If there are tied heads, ``expected_shapes`` must contain the shapes of the embedding's
+    If there are tied heads, ``embedding_factor_shapes`` must contain the shapes of the embedding's
     factors, keyed by file key. Other entries are ignored.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding_name(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected_shapes[f"{at}.{own}"][::-1]
+            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = embedding_factor_shapes[f"{at}.{own}"][
+                ::-1
+            ]
     return shapes
 
 
-def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Return the base model's biases by name.
+def _base_biases_by_original_name(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    """Return a dict of the base model's biases, keyed by their original names.
 
-    The result is a dict whose keys are the names of the biases in the model without adapters. Each
-    value is a tuple of the bias's current name and the parameter.
+    The original names are those that the biases have in a model without adapters. Each value in the
+    dict is a tuple of the bias's name in ``model`` and the parameter.
     """
     return {
         strip_wrapper_prefixes(str(key_without_adapters(model, name))): (name, parameter)
@@ -407,7 +409,7 @@ def _copy_into_model_tensor(
         lora_model: The model.
         key: The key of ``target`` in the model's state dict.
         target: The tensor of the model.
-        source: The tensor to copy. It must have the shape of ``target``.
+        source: The tensor to copy, of the same shape as ``target``.
 
     Raises:
         CheckpointError: If ``source`` itself is on the meta device.
@@ -464,7 +466,7 @@ def set_adapter_tensors(
         file_keys_to_state_keys(lora_model, adapter_name),
     )
     keys, others = dict(own), [disk for disk in tensors if disk not in own]
-    biases = _base_biases(tuner.model) if others else {}
+    biases = _base_biases_by_original_name(tuner.model) if others else {}
     for disk in others:  # base biases, regardless of the config's bias field, as in PEFT
         name = strip_adapter_wrapper_names(disk.removeprefix(KEY_PREFIX))
         if name in biases:

@@ -38,12 +38,12 @@ def atomic_replace_file(path: Path) -> Iterator[Path]:
     and must write the file, which then replaces ``path``. If the block raises an error, ``path`` is
     unchanged.
     """
-    with atomic_replace_files(path) as (partial,):
+    with atomic_replace_each_file(path) as (partial,):
         yield partial
 
 
 @contextlib.contextmanager
-def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
+def atomic_replace_each_file(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
     """Replace each of the given files atomically.
 
     The files are replaced when the ``with`` block ends. The block gets the paths of temporary files
@@ -110,12 +110,12 @@ def remove_abandoned_temp_folders(folder: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder for the duration of a ``with`` block.
+    """Hold a lock on a folder for the duration of a ``with`` block.
 
-    The block starts when no other process holds the lock. The lock is an ``flock`` on the folder
-    itself. It needs no lock file, and it is released if the process ends. If the platform or the
-    file system does not support ``flock``, the block runs without a lock. On a network file system,
-    the lock usually excludes only other processes on the same host.
+    The lock is exclusive: the block starts when no other process holds the lock. The lock is an
+    ``flock`` on the folder itself, which needs no lock file and is released if the process ends. If
+    the platform or the file system does not support ``flock``, the block runs without a lock. On a
+    network file system, the lock usually excludes only other processes on the same host.
     """
     if fcntl is None:
         yield

@@ -17,14 +17,14 @@ _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 
 # For each module of a base model: the name, the module, and whether it is, or is inside, a module
 # that adapters own a copy of or train rows of.
-BaseModules = list[tuple[str, nn.Module, bool]]
+ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes that wrappers such as ``torch.compile`` add to names.
+    """Remove wrapper prefixes from the name of a module or tensor.
 
-    The wrappers are those of ``torch.compile``, FSDP1, and activation checkpointing. ``name`` is
-    the name of a module or tensor. The prefixes are removed wherever they occur in the name.
+    The prefixes are those that ``torch.compile``, FSDP1, and activation checkpointing add. The
+    prefixes are removed wherever they occur in the name.
     """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
@@ -40,7 +40,10 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def is_modules_to_save_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is fastlora's or PEFT's wrapper for ``modules_to_save``."""
+    """Return whether ``module`` is a ``modules_to_save`` wrapper.
+
+    The wrappers of fastlora and of PEFT are recognized.
+    """
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
@@ -92,12 +95,12 @@ def base_module_of(module: nn.Module) -> nn.Module:
 def named_outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, include_inner_lora_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return a model's modules and their names, treating each LoRA layer and wrapper as one module.
+    """Return the named modules of a model that are not inside LoRA layers or wrappers.
 
     The result is a list of tuples ``(name, module)``, in the order of ``named_modules()``. The LoRA
-    layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included, but by default the
-    modules inside them are not. Modules that belong to an adapter are never included. The running
-    time does not depend on the number of adapters.
+    layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included. Of the modules
+    inside LoRA layers and wrappers, only inner LoRA layers can be included. The running time does
+    not depend on the number of adapters.
 
     Args:
         model: The model, with or without adapters.
@@ -138,19 +141,21 @@ def named_outer_modules(
     return found
 
 
-def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
+def modules_with_original_names(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> ModulesWithOriginalNames:
     """Return the modules of a model with their original names.
 
-    The original names are those in the base model without adapters. LoRA layers and wrappers are
-    listed in place of the modules that they replaced, under the names of these modules. In addition
-    to the modules that `named_outer_modules` returns, the modules inside wrapped modules are
-    included.
+    The original names are those in the base model without adapters. Modules that belong to an
+    adapter are left out. A LoRA layer or wrapper is listed in place of the module that it replaced,
+    under the name of that module. In addition to the modules that `named_outer_modules` returns,
+    the modules inside wrapped modules are included.
 
     Returns:
         A list of tuples ``(name, module, wrapped)``. ``wrapped`` is True if the module is a wrapper
         or is inside a wrapped module.
     """
-    found: BaseModules = []
+    found: ModulesWithOriginalNames = []
     for name, module in named_outer_modules(model, remove_duplicate=remove_duplicate):
         wraps = bool(module._modules) and is_auxiliary_wrapper(module)
         found.append((name, module, wraps))

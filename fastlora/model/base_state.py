@@ -33,9 +33,9 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_base_state_dict(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Load a state dict of the base model into a model.
+    """Load a state dict of the base model into a model with or without adapters.
 
-    The tensors are copied. The model may have adapters.
+    The tensors are copied.
 
     Args:
         model: The base model, with or without adapters.

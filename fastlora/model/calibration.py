@@ -47,7 +47,8 @@ def target_linear_layers(
     Args:
         model: The model, with or without adapters.
         config: The adapter's config.
-        init_method: The name of the initialization method, for messages.
+        init_method: The name of the initialization method that uses the layers. The name appears
+            in messages.
 
     Raises:
         TargetNotFoundError: If no module matches the config.

@@ -44,7 +44,7 @@ class LayerAdapterParameters(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank of the computed adapter on this layer.
+        """The rank of the computed adapter's factors on this layer.
 
         The adapter may have different ranks on other layers.
         """
@@ -52,9 +52,9 @@ class LayerAdapterParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter whose parameters were computed from those of other adapters.
+    """A computed adapter that is ready to be added to the model.
 
-    The adapter has not yet been added to the model.
+    The adapter's parameters were computed from those of one or more other adapters.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -152,10 +152,10 @@ def split_factors_by_matrix(
 
 
 def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.FactorPair:
-    """Join the pairs of factors of a layer's matrices into one pair.
+    """Join a layer's per-matrix factors into one pair of factors for the whole layer.
 
-    The matrices form the layer's weight, and the result contains the factors of the whole layer.
-    This function is the inverse of `split_factors_by_matrix`.
+    The matrices, for example those of stacked experts, form the layer's weight. Each matrix has its
+    own pair of factors. This function is the inverse of `split_factors_by_matrix`.
     """
     lora_a, lora_b = zip(*pairs, strict=True)
     return torch.cat(lora_a), torch.stack(lora_b, dim=2).flatten(1)

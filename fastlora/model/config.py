@@ -23,13 +23,16 @@ from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
-    bytes_for_config_only_save,
+    config_file_bytes_for_config_only_save,
     read_config_saved_with_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
 from fastlora.model.peft_config_methods import PeftConfigMethods
-from fastlora.patterns import count_toward_matching_time_limit, first_suffix_match
+from fastlora.patterns import (
+    count_toward_matching_time_limit,
+    first_pattern_matching_name_suffix,
+)
 from fastlora.user_warnings import warn
 from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, error_prefix
 
@@ -276,13 +279,13 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the config describes a plain adapter.
+        """Check that the config describes a plain LoRA adapter.
 
-        A plain adapter is an adapter that was trained on the original base weights. Some
-        initialization methods change the base weights, and the adapter is then trained on the
-        changed weights. If the change must be repeated when the adapter is loaded, an error is
-        raised. For methods with a change that PEFT does not reproduce either, only a warning is
-        emitted. Other features, such as DoRA, are not checked.
+        Here, an adapter is plain if it was trained on the original base weights, even if it uses
+        DoRA or other features. Some initialization methods change the base weights, and the adapter
+        is then trained on the changed weights. If this change to the base weights must be repeated
+        when the adapter is loaded, an error is raised. If PEFT does not repeat the change to the
+        base weights either, only a warning is emitted.
 
         Args:
             what: A description of the operation's result, as the subject of the message.
@@ -372,7 +375,9 @@ class LoraConfig(PeftConfigMethods):
         """
         patterns = self.rank_pattern
         name = self._name_for_rank_and_alpha_patterns(name) if patterns else name
-        key = first_suffix_match("rank_pattern", patterns, name) if patterns else None
+        key = (
+            first_pattern_matching_name_suffix("rank_pattern", patterns, name) if patterns else None
+        )
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
@@ -386,20 +391,28 @@ class LoraConfig(PeftConfigMethods):
         """
         patterns = self.alpha_pattern
         name = self._name_for_rank_and_alpha_patterns(name) if patterns else name
-        key = first_suffix_match("alpha_pattern", patterns, name) if patterns else None
+        key = (
+            first_pattern_matching_name_suffix("alpha_pattern", patterns, name)
+            if patterns
+            else None
+        )
         return self.lora_alpha if key is None else patterns[key]
 
-    def _name_for_rank_and_alpha_patterns(self, name: str) -> str:
+    def _name_for_rank_and_alpha_patterns(self, module_or_parameter_name: str) -> str:
         """Return the name to match against ``rank_pattern`` and ``alpha_pattern``.
 
-        ``name`` is the name of a module or target parameter. If the weight of the module is a
-        target parameter, the result is the name of the weight, as in PEFT. Otherwise, ``name`` is
-        returned unchanged.
+        The given name is that of a module or target parameter. If the weight of the module is a
+        target parameter, the result is the name of the weight, as in PEFT. Otherwise, the given
+        name is returned unchanged.
         """
-        weight, entries = f"{name}.weight", self.target_parameters or ()
+        weight, entries = f"{module_or_parameter_name}.weight", self.target_parameters or ()
         # A config may list any number of names.
         with count_toward_matching_time_limit("target_parameters"):
-            return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
+            return (
+                weight
+                if any(f".{weight}".endswith(f".{e}") for e in entries)
+                else module_or_parameter_name
+            )
 
     def _set_layer_ranks_and_alphas(
         self, ranks: Mapping[str, int], alphas: Mapping[str, int | float]
@@ -452,8 +465,8 @@ class LoraConfig(PeftConfigMethods):
 
         Args:
             data: A mapping from field names to values.
-            for_loading: Whether the adapter's weights come from a file. The checks are then less
-                strict: settings that only affect the initialization are not checked.
+            for_loading: Whether the adapter's weights come from a file. The checks are then more
+                tolerant: settings that only affect the initialization are not checked.
                 ``init_lora_weights`` keeps its value.
 
         Raises:
@@ -547,7 +560,9 @@ class LoraConfig(PeftConfigMethods):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder), atomic_replace_file(folder / CONFIG_NAME) as partial:
-            partial.write_bytes(bytes_for_config_only_save(folder, text.encode("utf-8")))
+            partial.write_bytes(
+                config_file_bytes_for_config_only_save(folder, text.encode("utf-8"))
+            )
 
     def to_json(self, **overrides: Any) -> str:
         """Return the config as a JSON string.

@@ -30,9 +30,10 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Enum of adapter types that stands in for PEFT's ``PeftType``.
+    """Enum of the PEFT types that fastlora supports.
 
-    The enum has a single member, because LoRA is the only type that fastlora supports.
+    The enum stands in for PEFT's ``PeftType``. LoRA is the only member, because fastlora supports
+    no other type.
     """
 
     LORA = "LORA"

@@ -84,12 +84,12 @@ def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[Non
 
 
 def dequantize_base_layer(layer: nn.Module) -> bool:
-    """Dequantize the base layer of a LoRA layer, and return whether it was quantized.
+    """Replace the quantized base layer of a LoRA layer with a dequantized layer.
 
-    The LoRA layer is changed in place: its quantized base layer is replaced with a plain linear
-    layer in fp32. If adapters are merged and the quantized weight from before the merge is
-    available, the adapters are unmerged first and merged again into the plain layer. Otherwise, the
-    merged weight is dequantized.
+    The LoRA layer is changed in place: its new base layer is a plain linear layer in fp32. If
+    adapters are merged and the quantized weight from before the merge is available, the adapters
+    are unmerged first and merged again into the plain layer. Otherwise, the merged weight is
+    dequantized.
 
     Returns:
         True if the base layer was replaced. False if it is not a quantized linear layer, or if

@@ -28,9 +28,10 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of parameter counts and of the memory needed for training.
+    """The memory estimate for training an adapter on a model.
 
-    The estimate covers an adapter and its base model. The memory for activations is not included.
+    The estimate is the result of `estimate`. The estimate covers the adapter and its base model,
+    and also contains parameter counts. The memory for activations is not included.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -61,15 +62,16 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters.
+        """The fraction of trainable parameters.
 
-        The share is the number of trainable parameters divided by the base model's parameter count.
+        The value is the number of trainable parameters divided by the number of parameters of the
+        base model.
         """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The estimated memory that the trainable parameters need during training, in bytes.
+        """The estimated number of bytes that training needs for the trainable parameters.
 
         The value is the total size of the trainable parameters, their gradients, and the optimizer
         state. The base model, activations, and `workspace_bytes` are not included.
@@ -99,9 +101,9 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the memory needed to train an adapter.
+    """Estimate the number of trainable parameters and the memory needed to train an adapter.
 
-    The estimate also includes the size of the adapter. The adapter is not created.
+    The adapter is not created, and the model is not changed.
 
     Args:
         model: Any module on any device, with or without adapters. A model on
@@ -123,10 +125,10 @@ def estimate(
         model = base  # a LoraModel; the names of targets are relative to its base model
     plan = make_adapter_plan(model, "estimate", config)
     with temporary_replication(plan.replication):
-        trained = list(_trained_tensor_sizes(model, plan, autocast_adapter_dtype))
+        trained = list(_trained_tensor_numels_and_itemsizes(model, plan, autocast_adapter_dtype))
     weights = sum(numel * itemsize for numel, itemsize in trained)
     own = unique_base_parameters(model)
-    stored = [_value_and_scale_bytes(p) for p in own]
+    stored = [_parameter_bytes(p) for p in own]
     return Estimate(
         adapter_parameters=sum(numel for numel, _ in trained),
         base_parameters=sum(map(unpacked_numel, own)),
@@ -175,10 +177,11 @@ class _ParameterBytes(NamedTuple):
     dense: int = 0
 
 
-def _value_and_scale_bytes(parameter: torch.Tensor) -> _ParameterBytes:
-    """Return the sizes, in bytes, of a parameter's values and scales.
+def _parameter_bytes(parameter: torch.Tensor) -> _ParameterBytes:
+    """Return the byte counts of a parameter for a memory estimate.
 
-    For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
+    For a weight that bitsandbytes has not quantized yet, the counts after quantization are
+    returned.
     """
     kind, numel = type(parameter).__name__, unpacked_numel(parameter)
     own: Any = parameter
@@ -230,7 +233,7 @@ def format_bytes(count: int) -> str:
     return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} bytes"
 
 
-def _trained_tensor_sizes(
+def _trained_tensor_numels_and_itemsizes(
     model: nn.Module, plan: AdapterPlan, autocast: bool
 ) -> Iterator[tuple[int, int]]:
     """Yield a tuple ``(numel, itemsize)`` for each tensor that training the adapter would update.

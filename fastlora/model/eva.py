@@ -20,7 +20,7 @@ from torch import nn
 from fastlora.init.calibration_data import call_model, temporary_training_mode
 from fastlora.init.configs import EvaConfig, convert_init_config
 from fastlora.init.eva import Prepare, flatten_first_input
-from fastlora.init.eva_search import EvaSearch
+from fastlora.init.eva_search import EvaDirectionSearch
 from fastlora.layers import LoraLayer
 from fastlora.layers.base_layers import linear_features, stores_weight_transposed
 from fastlora.layers.layer_kinds import LayerAdapterSettings
@@ -41,7 +41,7 @@ _MOST_RHO = 1000
 def prepare_model_inputs_fn_language_modeling(
     model_input: Any, peft_config: Any
 ) -> torch.Tensor | None:
-    """Select the tokens that EVA uses in a batch of a language model's inputs.
+    """Select the tokens that EVA uses from a batch of a language model's inputs.
 
     A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
@@ -51,7 +51,7 @@ def prepare_model_inputs_fn_language_modeling(
         peft_config: The adapter's config, which has the ``eva_config``.
 
     Returns:
-        The indices of the tokens, as a tensor of shape ``[tokens, mask.dim()]``. None, which
+        The indices of the selected tokens, a tensor of shape ``[tokens, mask.dim()]``. None, which
         selects all tokens, if the batch is not a mapping with ``input_ids``.
     """
     if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
@@ -150,7 +150,7 @@ def get_eva_state_dict(
     def prepared(batch: Any) -> Any:
         return batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
 
-    search = EvaSearch(
+    search = EvaDirectionSearch(
         model,
         layers,
         _max_ranks(model, layers, ranks, settings.rho, config.r),
@@ -305,7 +305,8 @@ def _apply_eva_state_dict(
     """Apply an EVA state dict to the layers of an adapter.
 
     The directions are copied into the layers, and the adapter's config is updated. If the rank of a
-    layer changes, the adapter's factors on this layer are replaced.
+    layer changes, the adapter's factors on this layer are replaced. A layer that is assigned a rank
+    of 0 loses the adapter.
     """
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {
@@ -355,10 +356,10 @@ def _apply_eva_state_dict(
 
 
 def _target_parameters_by_layer(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
-    """Return the target parameter of each layer that has one.
+    """Return a dict that maps layer names to the layers' target parameters.
 
-    The result is a dict that maps layer names to the full names of the parameters. Layers that
-    ``target_modules`` selects are left out.
+    The values are the full names of the parameters. Layers that ``target_modules`` selects have no
+    target parameter, and are left out.
     """
     names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
     return {name: weight for name, weight in names.items() if weight != name}
@@ -369,7 +370,8 @@ def _store_adapted_layers_as_targets(
 ) -> None:
     """Store the layers that have an adapter as the targets in the adapter's config.
 
-    The config then selects exactly these layers.
+    The config then selects exactly these layers. The tuner's list of the adapter's target
+    parameters is updated too.
 
     Args:
         tuner: The tuner of the model.

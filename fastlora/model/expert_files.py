@@ -25,7 +25,7 @@ from fastlora.model.adapter_folder import (
     ParsedAdapterKey,
     with_renamed_modules,
 )
-from fastlora.model.base_modules import named_base_modules
+from fastlora.model.base_modules import modules_with_original_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.config_checks import PEFT_VERSION
 from fastlora.model.stacked_experts import (
@@ -37,7 +37,11 @@ from fastlora.model.stacked_experts import (
     former_to_parameter_names,
     stacked_experts_among,
 )
-from fastlora.model.target_names import distinguishing_suffixes, matches_names, matches_targets
+from fastlora.model.target_names import (
+    distinguishing_suffixes,
+    matches_names,
+    matches_targets,
+)
 from fastlora.model.target_parameters import target_parameters_selecting_exactly
 from fastlora.model.targets import model_type_of
 from fastlora.patterns import patterns_matching_no_suffix
@@ -60,7 +64,7 @@ def may_need_expert_conversion(model: nn.Module, layers_in_file: Iterable[str]) 
     """
     if not former_to_parameter_names(model_type_of(model)):
         return False
-    names = {name for name, _, _ in named_base_modules(model)}
+    names = {name for name, _, _ in modules_with_original_names(model)}
     return any(layer.replace(".base_layer", "") not in names for layer in layers_in_file)
 
 
@@ -86,7 +90,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     former = former_to_parameter_names(model_type_of(model))
     if not former:
         return file
-    modules = named_base_modules(model)
+    modules = modules_with_original_names(model)
     parameters = base_parameters_outside_auxiliary_wrappers(modules)
     stacks = {
         each.name: each
@@ -108,7 +112,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     config, tensors = copy.deepcopy(file.config), dict(file.tensors)
     factors, ranks, alphas = dict[str, torch.Tensor](), dict[str, int](), dict[str, float]()
     for name in (name for name in stacks if name in found):
-        layers = _layers_by_former_name(file, stacks[name], former, found[name])
+        layers = _layers_of_stack_by_former_name(file, stacks[name], former, found[name])
         scaling = config.scaling_for(layers[0][0])
         parts = [
             [
@@ -144,13 +148,14 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
 
 
 def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> LoraConfig:
-    """Return an adapter's config in a form that PEFT can use to load the adapter.
+    """Convert an adapter's config to a config that PEFT understands.
 
-    If the base model has stacked experts with former names, the result is a modified config that
-    keeps PEFT from adapting experts that fastlora does not adapt. Whenever PEFT reads a config, it
-    converts the former names of experts. PEFT then adapts all experts, and no linear layer with a
-    former name. The modified config has no former names. For other base models, or if
-    ``target_modules`` is not set, the config is returned unchanged.
+    The result is for the folder of the saved adapter. If the base model has stacked experts with
+    former names, the result is a modified config that keeps PEFT from adapting experts that
+    fastlora does not adapt. Whenever PEFT reads a config, it converts the former names of experts.
+    PEFT then adapts all experts, and no linear layer with a former name. The modified config has no
+    former names. For other base models, or if ``target_modules`` is not set, the config is returned
+    unchanged.
 
     PEFT cannot adapt some linear layers that fastlora adapts. If the adapter has such layers, a
     warning names them. When fastlora loads the adapter, it recognizes these layers by their
@@ -162,7 +167,7 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         config: The adapter's config. It is not changed.
     """
     former = former_to_parameter_names(model_type_of(model))
-    modules = named_base_modules(model) if former and config.target_modules else []
+    modules = modules_with_original_names(model) if former and config.target_modules else []
     if not stacked_experts_among(base_parameters_outside_auxiliary_wrappers(modules)):
         return config
     names = [name for name, _, _ in modules]
@@ -236,11 +241,11 @@ def _with_renamed_expert_blocks(
     return with_renamed_modules(file, renamed)
 
 
-class InferredFactorSettings(NamedTuple):
-    """The settings of an adapter's factors, inferred from the adapter's file.
+class InferredLayerSettings(NamedTuple):
+    """The settings of a layer's LoRA factors, inferred from an adapter file.
 
-    The object describes the factors on one module, with or without experts. If the module has
-    several adapted parameters, the object describes the factors of one of them.
+    The layer is a linear layer or another module, or a parameter such as the stacked weights of
+    experts. If a module has several adapted parameters, each of them is a layer in the file.
 
     Attributes:
         rank: The rank.
@@ -255,12 +260,12 @@ class InferredFactorSettings(NamedTuple):
     experts: int | None = None
 
 
-def infer_factor_settings(
+def infer_layer_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
-) -> dict[str, InferredFactorSettings]:
-    """Infer the settings of the factors in an adapter file, such as the rank and alpha.
+) -> dict[str, InferredLayerSettings]:
+    """Infer the settings of the layers in an adapter file, such as the rank and alpha.
 
-    See `InferredFactorSettings` for all settings. The keys of the result are the module names in
+    See `InferredLayerSettings` for all settings. The keys of the result are the module names in
     the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is
@@ -272,10 +277,10 @@ def infer_factor_settings(
         lora_a_rows: Maps module names to the number of rows of lora_A, which is the rank times the
             number of experts.
     """
-    found: dict[str, InferredFactorSettings] = {}
+    found: dict[str, InferredLayerSettings] = {}
     by_module: dict[str, list[str]] = {}
     for name in lora_a_rows:
-        found[name] = InferredFactorSettings(
+        found[name] = InferredLayerSettings(
             config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
         )
         module = name
@@ -297,24 +302,24 @@ def infer_factor_settings(
         common = set[int].intersection(*counts)
         for name in names:
             if len(common) != 1:
-                found[name] = InferredFactorSettings(None, None, None)
+                found[name] = InferredLayerSettings(None, None, None)
                 continue
             (count,) = common
             rank = lora_a_rows[name] // count
             same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
             values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
             alpha, scaling = values.pop() if len(values) == 1 else (None, None)
-            found[name] = InferredFactorSettings(rank, alpha, scaling, count if count > 1 else None)
+            found[name] = InferredLayerSettings(rank, alpha, scaling, count if count > 1 else None)
     return found
 
 
-def _layers_by_former_name(
+def _layers_of_stack_by_former_name(
     file: AdapterContents,
     stack: BaseModelParameter,
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Find the layers in a file that belong to a stacked parameter, grouped by former name.
+    """Find the layers of a stacked parameter in an adapter file, grouped by former name.
 
     The result contains one list for each former name of the parameter (such as ``gate_proj``), in
     the order of `former_names_of_parameter`. Each list contains one layer name per expert.

@@ -24,8 +24,8 @@ from fastlora.layers.adapted_parameters import file_prefixes_by_parameter
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
+    factors_padded_to_rank,
     named_factor_parameters,
-    pad_factors_to_rank,
     replace_factors,
     set_scaling_and_alpha,
 )
@@ -69,11 +69,11 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: str = "error",
 ) -> None:
-    """Prepare a model so that hot-swapping adapters triggers no recompilation.
+    """Prepare a model so that adapters can be hot-swapped without recompilation.
 
-    All adapters are padded to the same rank. Call this function after the first adapter is loaded
-    and before the model is compiled. It does not change the model's outputs. It is not needed if
-    all adapters have the same rank.
+    The factors of all adapters are padded to the same rank. Call this function after the first
+    adapter is loaded and before the model is compiled. This function does not change the model's
+    outputs. The call is not needed if all adapters have the same rank.
 
     Args:
         model: A model with adapters.
@@ -133,7 +133,7 @@ def prepare_model_for_compiled_hotswap(
                 )
             if r < target_rank:
                 _raise_if_split(name, layer)
-                made.append((layer, adapter, pad_factors_to_rank(layer, adapter, target_rank)))
+                made.append((layer, adapter, factors_padded_to_rank(layer, adapter, target_rank)))
     for layer, adapter, factors in made:
         replace_factors(layer, adapter, factors, target_rank)
     configs = {} if tuner is None else tuner.peft_config
@@ -153,12 +153,13 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of a loaded adapter in place with those of a saved adapter.
+    """Replace the weights of a loaded adapter in place with those of another adapter.
 
-    The saved adapter is a PEFT adapter folder. On layers that the new adapter does not adapt, the
-    update becomes zero. Usually, compiled models are not recompiled. However, if the new adapter
-    has a larger rank than the loaded adapter, new tensors are allocated and compiled models are
-    recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this.
+    The new adapter is read from a local folder in PEFT's format. On layers that the new adapter
+    does not adapt, the update becomes zero. Usually, compiled models are not recompiled. However,
+    if the new adapter has a larger rank than the loaded adapter, new tensors are allocated and
+    compiled models are recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this
+    recompilation.
 
     Args:
         model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
@@ -271,7 +272,9 @@ def _check_and_write_tensors(
             "new adapter targets different layers, load it under another name"
         )
     given = {
-        name: _new_layer_tensors(name, layer, tensors, config, prefixes.get(name, f"{name}."))
+        name: _checked_new_layer_tensors(
+            name, layer, tensors, config, prefixes.get(name, f"{name}.")
+        )
         for name, layer in layers.items()
     }
     copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
@@ -280,7 +283,7 @@ def _check_and_write_tensors(
         rank = config.rank_for(name)
         if given[name] and rank > layer.r[adapter_name]:
             _raise_if_split(name, layer)
-            grown[name] = pad_factors_to_rank(layer, adapter_name, rank), rank
+            grown[name] = factors_padded_to_rank(layer, adapter_name, rank), rank
     # All checks have passed. The model is changed from here on.
     for name, (factors, rank) in grown.items():
         replace_factors(layers[name], adapter_name, factors, rank)
@@ -295,18 +298,18 @@ def _check_and_write_tensors(
     tuner.peft_config[adapter_name] = made
 
 
-def _new_layer_tensors(
+def _checked_new_layer_tensors(
     name: str,
     layer: LoraLayer,
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig,
     prefix: str,
 ) -> dict[str, torch.Tensor]:
-    """Check the new adapter's tensors for a layer, and return them as a dict.
+    """Return the new adapter's tensors for a layer, after checking them.
 
-    The keys of the dict are those of PEFT's adapter files without the layer's name. The dict is
-    empty if the new adapter does not adapt the layer. ``prefix`` is the layer's name in the keys of
-    ``tensors``, followed by a dot.
+    The result is a dict whose keys are those of PEFT's adapter files without the layer's name. The
+    dict is empty if the new adapter does not adapt the layer. ``prefix`` is the layer's name in the
+    keys of ``tensors``, followed by a dot.
 
     Raises:
         HotswapError: If only some of the layer's tensors are given, or if a shape differs.
@@ -340,16 +343,16 @@ def _file_key_prefixes_by_adapted_parameter(model: nn.Module, adapter_name: str)
 
 
 def _file_key_prefixes_by_parameter(
-    parameters_by_module: Mapping[str, Sequence[str]],
+    adapted_parameters_by_module: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
     """Map each parameter to its key prefix in adapter files.
 
-    The keys of the result are the full names of the parameters. ``parameters_by_module`` maps the
-    names of modules to the names of the parameters that an adapter adapts in these modules.
+    The keys of the result are the full names of the parameters. The argument maps the names of
+    modules to the names of the parameters that an adapter adapts in these modules.
     """
     return {
         f"{module}.{name}": f"{module}.{prefix}"
-        for module, names in parameters_by_module.items()
+        for module, names in adapted_parameters_by_module.items()
         for name, prefix in file_prefixes_by_parameter(names).items()
     }
 
@@ -407,7 +410,7 @@ def _write_layer_tensors(
                 tensor.zero_()
             else:
                 copy_zero_padded(
-                    tensor, source, layer._rank_blocks(part) if name == "weight" else 1
+                    tensor, source, layer._num_rank_blocks(part) if name == "weight" else 1
                 )
     if not new and "lora_magnitude_vector" in held:
         # If the update is zero and the magnitude equals the norms of the weight's rows, DoRA does
@@ -457,13 +460,13 @@ def _tensors_outside_layers(
     return pairs
 
 
-def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
+def _original_of_copied_tensor(base: nn.Module, copy_key: str) -> torch.Tensor | None:
     """Return the original tensor from which the tensor with the given key was copied.
 
     The copy belongs to an adapter, and the original to the module that was copied. The result is
-    None if the tensor with the key ``key`` does not belong to a copy.
+    None if the key is not that of a tensor in such a copy.
     """
-    name, found, rest = key.removeprefix(KEY_PREFIX).partition(".modules_to_save.")
+    name, found, rest = copy_key.removeprefix(KEY_PREFIX).partition(".modules_to_save.")
     wrapper = base.get_submodule(name) if found else None
     if not isinstance(wrapper, ModulesToSaveWrapper):
         return None
@@ -474,9 +477,10 @@ def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None
 def _update_config_ranks_and_scalings(
     config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
 ) -> None:
-    """Update an adapter's config to match the ranks and scalings of the layers.
+    """Update the ranks and scalings in an adapter's config to match the adapter's layers.
 
-    The files of a saved adapter are then consistent, and can be loaded.
+    The config stores each scaling as an alpha, which is computed from the rank and the scaling of a
+    layer. After the update, the files of a saved adapter are consistent and can be loaded.
     """
     own = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
     if not own:

@@ -377,7 +377,7 @@ def unload(
             model.set_submodule(name, base.to(dtype) if merge and was_quantized else base)
     if dtype is not None:
         model = dequantize_linears(model, dtype)
-    shared.warn_of_untied_weights()
+    shared.warn_if_weights_were_untied()
     warn_of_requantization_errors(errors)
     untie_config_if_weights_untied(model)
     clear_replication_record(model)
@@ -385,7 +385,10 @@ def unload(
 
 
 def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> None:
-    """Emit a warning about rounding errors caused by requantizing merged weights.
+    """Warn about the rounding errors caused by requantizing merged weights.
+
+    The warning states the average error, the largest error, and the layer with the largest error.
+    If no layer has a quantized weight, no warning is emitted.
 
     Args:
         merge_errors: A mapping from layer names to the fraction of the merged update that rounding
@@ -402,7 +405,7 @@ def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> N
 
 
 def existing_adapter_names(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return the given names of adapters that exist on a module.
+    """Return the names of the selected adapters that exist on a module.
 
     None, which stands for the active adapters, is returned unchanged.
     """

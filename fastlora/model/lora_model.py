@@ -55,7 +55,9 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> LoraModel:
-    """Add a LoRA adapter to a model in place, and return the model wrapped in a `LoraModel`.
+    """Return a `LoraModel` that wraps a model with a new adapter.
+
+    The adapter is added to the given model in place.
 
     Args:
         model: Any module. Its parameters are frozen.
@@ -278,9 +280,9 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> Any:
         """Load a saved adapter into the model.
 
-        The adapter is loaded from a local folder in PEFT's format. If no adapter with the given
-        name is loaded, a new inactive adapter is added. Otherwise, the loaded adapter is
-        overwritten in place, and a scaling that was set with `set_scale` remains in effect.
+        The adapter is read from a local folder in PEFT's format. If no adapter with the given name
+        is loaded, a new inactive adapter is added. Otherwise, the loaded adapter is overwritten in
+        place, and a scaling that was set with `set_scale` remains in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
@@ -410,9 +412,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         gathering.wait_for_all_or_raise(failure)
 
     def get_base_model(self) -> nn.Module:
-        """Return the base model.
+        """Return the base model that this `LoraModel` wraps.
 
-        It contains the LoRA layers.
+        The LoRA layers are modules of the base model.
         """
         return self.base_model.model
 
@@ -436,7 +438,7 @@ class LoraModel(PeftModelMethods, nn.Module):
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
     ) -> Any:
-        """Call the base model's ``generate`` method.
+        """Generate outputs with the base model's ``generate`` method.
 
         Beam search is supported.
 
@@ -521,7 +523,9 @@ class LoraModel(PeftModelMethods, nn.Module):
 def _check_arguments_and_read_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, other_arguments: dict[str, Any]
 ) -> AdapterContents:
-    """Reject unknown arguments, and read an adapter folder.
+    """Check the arguments for loading an adapter, and read the adapter's folder.
+
+    Some arguments of PEFT are accepted and ignored. Any other additional argument is rejected.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.

@@ -80,10 +80,10 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config from the fields of a PEFT config.
+        """Create a config of a PEFT type from its fields.
 
-        As in PEFT, the field ``peft_type`` determines the class of the config. The only PEFT type
-        that fastlora supports is ``"LORA"``, so the result is always an instance of this class.
+        As in PEFT, the field ``peft_type`` specifies the type. The only PEFT type that fastlora
+        supports is ``"LORA"``, so the result is always an instance of this class.
 
         Raises:
             ConfigError: If ``peft_type`` is another type, or if another field has an invalid value.
@@ -94,9 +94,8 @@ class PeftConfigMethods:
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
         """Hook for checking the keyword arguments of a config.
 
-        As in PEFT, subclasses can override the hook to add checks. The hook returns the arguments.
-        By default, the arguments are returned unchecked. Their values are checked when a config is
-        created.
+        The hook returns the arguments. As in PEFT, subclasses can override the hook to add checks.
+        This class adds no checks, because the values are checked when a config is created.
         """
         return fields
 

@@ -27,7 +27,7 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.modules_to_save import raise_if_container
 from fastlora.layers.quantized import quantized_weight_of
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.model.base_modules import base_module_of, named_base_modules
+from fastlora.model.base_modules import base_module_of, modules_with_original_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import (
     RevertibleLayerReplication,
@@ -44,7 +44,7 @@ from fastlora.model.tied_weights import (
     update_config_for_tied_embedding,
 )
 from fastlora.model.trainable_tokens import (
-    TrainableRows,
+    TrainableRowIndices,
     check_modules_trained_once,
     find_trainable_tokens,
 )
@@ -112,7 +112,7 @@ class AdapterPlan:
     target_modules: set[str] | str
     from_file: bool = False
     parameters: list[str] = field(default_factory=list)
-    tokens: dict[str, TrainableRows] = field(default_factory=dict)
+    tokens: dict[str, TrainableRowIndices] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
     replication: RevertibleLayerReplication | None = None
@@ -185,7 +185,7 @@ def make_adapter_plan(
         ties = update_config_for_tied_embedding(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
-        _warn_of_unexpected_target_behavior(plan)
+        _warn_of_ignored_dropout_or_peft_differences(plan)
         config.target_modules = plan.target_modules
         config.fan_in_fan_out = _fan_in_fan_out_to_store(plan)
     if plan.modules_to_save:
@@ -237,7 +237,7 @@ def plan_target_modules(
             config; or if the adapter needs a copy of a module that another adapter adapts with
             LoRA, or the other way around.
     """
-    modules = named_base_modules(model)
+    modules = modules_with_original_names(model)
     meant = resolve_target_modules(model, config, modules)
     selected = select_targets(model, config, meant, modules, layers_in_file)
     targets = selected.modules
@@ -322,7 +322,7 @@ def _check_target_modules(
 def check_targets_of_parameters(
     model: nn.Module, config: LoraConfig, selected: SelectedParameters, from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check that the selected parameters can be adapted, and return their modules.
+    """Check that a config's target parameters can be adapted, and return their modules.
 
     The result is a dict that maps the name of each module to a `TargetModule`. A linear layer with
     a selected weight is adapted as a whole, unless its class defines its own ``forward``. For
@@ -373,7 +373,7 @@ def _has_own_forward(linear: nn.Linear) -> bool:
     return replaced and quantized_weight_of(linear) is None and linear.weight.is_floating_point()
 
 
-def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
+def _warn_of_ignored_dropout_or_peft_differences(plan: AdapterPlan) -> None:
     """Warn about targets that ignore dropout or are computed differently than in PEFT.
 
     The warning about dropout is emitted if a new adapter has ``lora_dropout``, but a target has no
@@ -466,9 +466,9 @@ def adapter_settings_for(name: str, config: LoraConfig) -> LayerAdapterSettings:
 
 
 def _settings_without_patterns(config: LoraConfig, from_file: bool = False) -> LayerAdapterSettings:
-    """Return an adapter's settings for modules that match none of its patterns.
+    """Return a config's layer settings without regard to its rank and alpha patterns.
 
-    The pattern fields are ``rank_pattern`` and ``alpha_pattern``.
+    Layers that match neither ``rank_pattern`` nor ``alpha_pattern`` have these settings.
     """
     return LayerAdapterSettings(
         r=config.r,
@@ -496,9 +496,9 @@ def _settings_with_module_rank(
 
 
 def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
-    """Return the `LayerKind` of a module.
+    """Return the layer kind of a base module.
 
-    It determines how the module is adapted.
+    The result is a `LayerKind`, which determines the LoRA layer that adapts the module.
 
     Raises:
         UnsupportedLayerError: If fastlora does not support the module's class.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.model.base_modules import base_module_of, named_base_modules
+from fastlora.model.base_modules import base_module_of, modules_with_original_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 from fastlora.model.stacked_experts import (
@@ -49,10 +49,11 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended settings for training an adapter on a base model.
+    """The recommended LoRA settings for a model.
 
-    The settings include the hyperparameters, and the modules and parameters to adapt. The rank,
-    alpha, and learning rate each have a starting value and a range to search.
+    The settings for training an adapter on the model include the hyperparameters, and the modules
+    and parameters to adapt. The rank, alpha, and learning rate each have a starting value and a
+    range to search.
 
     Attributes:
         num_params: The number of parameters of the base model.
@@ -98,10 +99,10 @@ class Recommendation:
 
     @property
     def optimizer(self) -> str:
-        """The name of the recommended optimizer.
+        """The recommended optimizer.
 
-        If ``load_in`` is not None, it is a paged optimizer, which can move its state out of GPU
-        memory.
+        The value is the full name of the optimizer's class. If ``load_in`` is not None, this class
+        is a paged optimizer, which can move its state out of GPU memory.
         """
         return "bitsandbytes.optim.PagedAdamW32bit" if self.load_in else "torch.optim.AdamW"
 
@@ -239,7 +240,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     """
     tuner = tuner_of(model)
     model = model if tuner is None else tuner.model
-    parameters = base_parameters_outside_auxiliary_wrappers(named_base_modules(model))
+    parameters = base_parameters_outside_auxiliary_wrappers(modules_with_original_names(model))
     stacks = [
         each for each in stacked_experts_among(parameters) if experts_layer_class(each.module)
     ]
@@ -248,7 +249,7 @@ def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
     # Routers, or the modules around the experts, have the number of experts per token.
     routers, experts_per_token = set[str](), 1
     for block in {each.module_name.rpartition(".")[0] for each in stacks}:
-        inside = named_base_modules(model.get_submodule(block))
+        inside = modules_with_original_names(model.get_submodule(block))
         modules = [(name, base_module_of(module)) for name, module, _ in inside]
         for name, module in modules:
             top_k: Any = getattr(module, "top_k", None)

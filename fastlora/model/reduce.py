@@ -44,7 +44,10 @@ _CONVERTED = "fastlora-converted"
 
 @dataclass(frozen=True)
 class RankReduction:
-    """The result of reducing an adapter's rank with `reduce_rank`.
+    """The result of reducing an adapter's rank.
+
+    `reduce_rank` returns this object, which contains the new ranks and the errors that the
+    reduction causes.
 
     Args:
         adapter_name: The name of the new adapter.
@@ -121,7 +124,7 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter to a LoRA adapter of a given rank.
+    """Convert an adapter to a LoRA adapter of a given rank, and return its config and tensors.
 
     In a PEFT model, the adapter may use any method that PEFT can convert to LoRA. In a `LoraModel`,
     the adapter is already a LoRA adapter. Its rank is then reduced as in `reduce_rank`, and a
@@ -168,10 +171,10 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Convert an adapter to a LoRA adapter of a given rank, and save it in a folder.
+    """Convert an adapter to a LoRA adapter of a given rank, and save the result in a folder.
 
-    The adapter is converted in the same way as by `convert_to_lora`. See that function for the
-    adapters that can be converted. The converted adapter is saved in PEFT's format.
+    `convert_to_lora` describes which adapters can be converted. The converted adapter is saved in
+    PEFT's format.
 
     Args:
         path: The folder. It is created if it does not exist.

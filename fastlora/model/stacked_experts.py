@@ -18,7 +18,7 @@ from torch import nn
 
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters
 from fastlora.layers.layer_kinds import parameter_kind_of
-from fastlora.model.base_modules import BaseModules, base_module_of, is_lora_layer
+from fastlora.model.base_modules import ModulesWithOriginalNames, base_module_of, is_lora_layer
 from fastlora.model.target_names import in_layers, is_all_linear, matches_targets
 from fastlora.validation import ConfigError
 
@@ -74,23 +74,26 @@ class BaseModelParameter(NamedTuple):
 
     @property
     def module_name(self) -> str:
-        """The name of the module."""
+        """The name of the module that has the parameter."""
         return self.name.rpartition(".")[0]
 
     @property
     def leaf(self) -> str:
         """The last component of the parameter's name.
 
-        This component is the parameter's name within its module.
+        This component is the parameter's own name within its module.
         """
         return self.name.rpartition(".")[2]
 
 
-def base_parameters_outside_auxiliary_wrappers(modules: BaseModules) -> list[BaseModelParameter]:
-    """Return the parameters of the base model that are not inside auxiliary wrappers.
+def base_parameters_outside_auxiliary_wrappers(
+    modules: ModulesWithOriginalNames,
+) -> list[BaseModelParameter]:
+    """Return the base model's parameters that are not inside auxiliary wrappers.
 
-    The result is not limited to parameters of experts. Auxiliary wrappers replace modules that
-    adapters own copies of or train rows of. See `is_auxiliary_wrapper`.
+    A config selects its target parameters from these parameters, which are not limited to those of
+    experts. Auxiliary wrappers replace modules that adapters own copies of or train rows of. See
+    `is_auxiliary_wrapper`.
     """
     return [
         BaseModelParameter(f"{name}.{leaf}" if name else leaf, base, parameter)
@@ -125,10 +128,11 @@ def stacked_experts_among(parameters: Iterable[BaseModelParameter]) -> list[Base
 def stacks_with_expert_layer_class(
     parameters: Iterable[BaseModelParameter],
 ) -> list[BaseModelParameter]:
-    """Return the stacked expert weights of modules for which an expert layer class exists.
+    """Return the stacked expert weights for which an expert layer class exists.
 
-    Quantized stacks are left out. Stacks of other modules are left out too, because such modules
-    run with each entire stack replaced by the sum of the stack and its update.
+    The module of a stack determines the expert layer class: see `experts_layer_class`. Stacks of
+    modules without an expert layer class are left out, because such modules run with each entire
+    stack replaced by the sum of the stack and its update. Quantized stacks are left out too.
     """
     return [
         each
@@ -148,7 +152,7 @@ def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | 
 
 
 def is_quantized(parameter: BaseModelParameter) -> bool:
-    """Return whether a parameter of the base model is quantized.
+    """Return whether a parameter is stored in quantized form.
 
     A quantized parameter is stored as integers or as floating-point numbers of at most 8 bits.
     """
@@ -157,7 +161,7 @@ def is_quantized(parameter: BaseModelParameter) -> bool:
 
 
 def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
-    """Return a dict that maps the former names of layers to parameter names.
+    """Return a dict that maps former layer names to parameter names for a model type.
 
     The former names are those that the linear layers of the model type's experts and routers had in
     transformers 4. In transformers 5, parameters replaced these layers, except for routers that are
@@ -169,11 +173,12 @@ def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
 def former_names_of_parameter(
     former: Mapping[str, str], parameter: BaseModelParameter
 ) -> list[str]:
-    """Return the former names of a parameter.
+    """Return the former names of a parameter, such as the stacked weights of experts.
 
     The former names, for example ``["gate_proj", "up_proj"]``, are those of the linear layers in
-    transformers 4 that the parameter replaced in transformers 5. The list is empty if the parameter
-    has no former names. A router that is still a linear layer has none.
+    transformers 4 that the parameter replaced in transformers 5. Configs and files of older
+    adapters contain these names. The list is empty if the parameter has no former names. A router
+    that is still a linear layer has none.
 
     Args:
         former: The result of `former_to_parameter_names`.
@@ -227,7 +232,11 @@ def former_names_selected_by_target_modules(
 
 
 def full_former_name_without_index(parameter: BaseModelParameter, former_name: str) -> str:
-    """Return the full name that a parameter had in transformers 4, without the expert index."""
+    """Return the full former name of a parameter, without the expert index.
+
+    In transformers 4, the former name was the name of the linear layers that the parameter
+    replaced.
+    """
     return (
         parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"
     )
@@ -265,11 +274,11 @@ def experts_named_but_not_selected(
     target_module_names: Collection[str],
     config: LoraConfig,
 ) -> list[BaseModelParameter]:
-    """Return the stacked experts that a config appears to name but does not select.
+    """Return the stacked experts that a config names but does not select.
 
-    These are the experts of the blocks in which the config names feed-forward layers. A list of
-    names means all blocks that ``layers_to_transform`` selects. A regular expression means the
-    blocks in which it matches. ``"all-linear"`` means all blocks.
+    A config counts as naming the experts of each block in which it names feed-forward layers. A
+    list of names means all blocks that ``layers_to_transform`` selects. A regular expression means
+    the blocks in which it matches. ``"all-linear"`` means all blocks.
 
     Args:
         unselected_stacks: The stacked experts that no target selects and that the config does not

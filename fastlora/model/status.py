@@ -215,10 +215,13 @@ def _quantized_weight(module: Any) -> BaseQuantizedWeight | None:
         return None
 
 
-def _peft_module_type(module: Any, found: BaseQuantizedWeight | None) -> str:
+def _peft_module_type(module: Any, quantized_weight: BaseQuantizedWeight | None) -> str:
     """Return the module type that PEFT would report for a LoRA layer or wrapper.
 
-    For a LoRA layer, the name is derived from the PyTorch class of its base layer.
+    For a LoRA layer of a parameter, the type is ``"lora.ParamWrapper"``. For any other LoRA layer,
+    the type depends on the quantization method of the base layer. If the base layer is not
+    quantized or PEFT has no layer type for the quantization method, the type is derived from the
+    PyTorch class of the base layer.
     """
     if isinstance(module, TrainableTokensWrapper):
         return "TrainableTokensLayer"
@@ -226,8 +229,8 @@ def _peft_module_type(module: Any, found: BaseQuantizedWeight | None) -> str:
         return type(module).__name__
     if isinstance(module, ParameterLoraLayer):
         return "lora.ParamWrapper"
-    if found is not None and found.peft_layer is not None:
-        return f"lora.{found.peft_layer[1]}"
+    if quantized_weight is not None and quantized_weight.peft_layer is not None:
+        return f"lora.{quantized_weight.peft_layer[1]}"
     for base in type(module.get_base_layer()).__mro__:
         if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module:
             return f"lora.{base.__name__}"

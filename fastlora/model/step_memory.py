@@ -33,10 +33,10 @@ def measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
 
 
 class _NewStoragePeakTracker(TorchDispatchMode):
-    """A mode that tracks the peak memory of new tensor storages.
+    """Tracker for the peak memory of new tensor storages.
 
-    Only storages that are created while this mode is active are counted. A storage is counted until
-    it is freed.
+    The tracker is a dispatch mode, and counts only storages that are created while the mode is
+    active. A storage is counted until it is freed.
 
     Attributes:
         peak: The largest total size so far, in bytes.

@@ -42,7 +42,10 @@ def saved_modules_and_task_heads(config: LoraConfig) -> list[str]:
 
 
 def task_heads(config: LoraConfig) -> tuple[str, ...]:
-    """Return the names of the heads that a config's task type adds to ``modules_to_save``."""
+    """Return the names of the task heads to train for a config's task type.
+
+    As in PEFT, these names are added to ``modules_to_save``.
+    """
     return _TASK_HEADS.get(config.task_type or "", ())
 
 
@@ -52,7 +55,7 @@ def is_all_linear(targets: object) -> bool:
 
 
 def dotted_suffixes(name: str) -> list[str]:
-    """Return the suffixes of a dotted name.
+    """Return all suffixes of a dotted name.
 
     The suffixes are sorted from the shortest to the longest. The first suffix is the last
     component, and the last suffix is the whole name. For example, the suffixes of ``"a.b.c"`` are
@@ -90,10 +93,10 @@ def matches_names(name: str, entries: Collection[str]) -> bool:
 
 
 def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
-    """Return whether a config excludes a name from the targets.
+    """Return whether a config excludes the module or parameter with a given name.
 
-    The name of a module or parameter is excluded if it matches ``exclude_modules`` or one of the
-    modules to save.
+    A name is excluded from the targets if it matches ``exclude_modules`` or one of the modules to
+    save.
 
     Args:
         name: The name of a module or parameter.
@@ -115,11 +118,11 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
 
 
 def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
-    """Return whether a name matches the target modules of a config.
+    """Return whether a name matches the given targets in the layers that a config selects.
 
-    The targets are a set of names or a regular expression. If they are a set, the name must also
-    belong to one of the layers in the config's ``layers_to_transform``. A full name in the set is
-    exempt from this rule. Exclusions are checked separately, by `is_excluded`.
+    The targets are a set of names or a regular expression. If the targets are a set, the name must
+    also belong to one of the layers in the config's ``layers_to_transform``. A full name in the set
+    is exempt from this layer filter. Exclusions are checked separately, by `is_excluded`.
     """
     if isinstance(targets, str):
         return matches_whole_name("target_modules", targets, name)
@@ -154,10 +157,10 @@ def in_layers(name: str, config: LoraConfig) -> bool:
 
 
 def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules") -> str:
-    """Return text to append to an error message about entries that match no name in a model.
+    """Return text that suggests similar names for config entries that match nothing.
 
-    The text suggests names that are similar to an entry. If there are no similar names, the text
-    lists names in the model.
+    The text is appended to a message about the entries, which match no name in a model. If there
+    are no similar names, the text lists names in the model.
     """
     for entry in entries[:_MOST_SHOWN]:
         # Compare with names of the same number of components: `attn.q_proj` with

@@ -93,7 +93,7 @@ def select_parameters(
     parameters: Sequence[BaseModelParameter],
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedParameters:
-    """Find the parameters that a config selects.
+    """Select the parameters of a model that a config targets.
 
     Both ``target_parameters`` and former names in ``target_modules`` can select a parameter.
 

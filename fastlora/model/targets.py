@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 
 from fastlora.model.base_modules import (
-    BaseModules,
+    ModulesWithOriginalNames,
     base_module_of,
     is_auxiliary_wrapper,
     is_lora_layer,
     is_modules_to_save_wrapper,
     is_trainable_tokens_wrapper,
-    named_base_modules,
+    modules_with_original_names,
     named_outer_modules,
     unwrap_auxiliary_wrapper,
 )
@@ -69,9 +69,9 @@ _MINIMIZE_FROM = 20
 
 
 class SelectedTargets(NamedTuple):
-    """The targets that a config selects in a model.
+    """The modules and parameters that a config selects in a model.
 
-    Targets are modules and parameters.
+    The selected modules and parameters are the targets of the adapter.
 
     Attributes:
         modules: The names of the target modules, in the order of ``named_modules()``.
@@ -88,7 +88,7 @@ def find_target_modules(
     model: nn.Module,
     config: LoraConfig,
     targets: set[str] | str | None = None,
-    modules: BaseModules | None = None,
+    modules: ModulesWithOriginalNames | None = None,
 ) -> list[str]:
     """Return a list of the names of the target modules. See `select_targets`."""
     return select_targets(model, config, targets, modules).modules
@@ -97,11 +97,11 @@ def find_target_modules(
 def select_targets(
     model: nn.Module,
     config: LoraConfig,
-    targets: set[str] | str | None = None,
-    modules: BaseModules | None = None,
+    resolved_targets: set[str] | str | None = None,
+    modules: ModulesWithOriginalNames | None = None,
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedTargets:
-    """Find the modules and parameters of a model that a LoRA config targets.
+    """Select the modules and parameters of a model that a LoRA config targets.
 
     The modules may include LoRA layers that already have other adapters, but no modules inside a
     LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
@@ -115,8 +115,8 @@ def select_targets(
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
-        targets: The result of `resolve_target_modules`, or None to compute it.
-        modules: The result of `named_base_modules`, or None to compute it.
+        resolved_targets: The result of `resolve_target_modules`, or None to compute it.
+        modules: The result of `modules_with_original_names`, or None to compute it.
         layers_in_file: The names of the layers with LoRA factors in the adapter's file, or None if
             the adapter is new. A file decides about some of the targets: see `select_parameters`.
             A linear layer with a name that PEFT converts to experts is also a target if the file
@@ -132,8 +132,12 @@ def select_targets(
             is a module that other adapters own copies of or is inside one, or if a parameter cannot
             have LoRA factors.
     """
-    modules = named_base_modules(model) if modules is None else modules
-    targets = resolve_target_modules(model, config, modules) if targets is None else targets
+    modules = modules_with_original_names(model) if modules is None else modules
+    resolved_targets = (
+        resolve_target_modules(model, config, modules)
+        if resolved_targets is None
+        else resolved_targets
+    )
     former, is_new = former_to_parameter_names(model_type_of(model)), layers_in_file is None
     # Only warnings for new adapters need the parameters if the config cannot select any.
     base = (
@@ -142,7 +146,7 @@ def select_targets(
         else []
     )
     selected = select_parameters(former, config, base, layers_in_file)
-    if targets == NO_TARGETS:
+    if resolved_targets == NO_TARGETS:
         return SelectedTargets([], selected)
     saved = saved_modules_and_task_heads(config)
     wrapped = {name: inside for name, _, inside in modules if name}
@@ -155,7 +159,9 @@ def select_targets(
     found = [
         name
         for name in names
-        if name not in excluded and matches_targets(name, targets, config) and name not in converted
+        if name not in excluded
+        and matches_targets(name, resolved_targets, config)
+        and name not in converted
     ]
     by_module = selected.by_module()
     named_in_config = {*found, *by_module}
@@ -174,7 +180,7 @@ def select_targets(
     ]
     left = experts_named_but_not_selected(left, found, config) if left else []
     if not found and not selected.parameters:
-        message = _no_target_message(names, excluded, targets, config)
+        message = _no_target_message(names, excluded, resolved_targets, config)
         raise TargetNotFoundError(f"{message}{_hint_of_experts(left)}")
     _check_bypassed(model, found)
     for name in found:
@@ -185,7 +191,7 @@ def select_targets(
             )
     # The warning of experts that are left out is about projections too.
     told = {*former_names, *(FEED_FORWARD_NAMES if left or not is_new else ())}
-    lost = _unmatched_targets(names, targets)
+    lost = _unmatched_targets(names, resolved_targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     excludes = bool(excluded or selected.excluded)
     _warn_of_unmatched_config_values(unmatched, found, selected, excludes, config)
@@ -200,8 +206,8 @@ def select_targets(
 
 
 def _linears_in_file_not_in_config(
-    former: Collection[str],
-    modules: BaseModules,
+    former_names: Collection[str],
+    modules: ModulesWithOriginalNames,
     named_in_config: Collection[str],
     layers_in_file: Collection[str],
 ) -> list[str]:
@@ -209,7 +215,7 @@ def _linears_in_file_not_in_config(
 
     These layers have names that PEFT converts to experts, and removes from ``target_modules``.
     """
-    wanted = {name for name in layers_in_file if name.rpartition(".")[2] in former}
+    wanted = {name for name in layers_in_file if name.rpartition(".")[2] in former_names}
     wanted.difference_update(named_in_config)
     return [
         name
@@ -280,7 +286,7 @@ def _hint_of_experts(unselected: Sequence[BaseModelParameter]) -> str:
 
 def _warn_of_routers_and_skipped_linears(
     model: nn.Module,
-    modules: BaseModules,
+    modules: ModulesWithOriginalNames,
     config: LoraConfig,
     excluded: Collection[str],
     selected: SelectedParameters,
@@ -318,7 +324,10 @@ def check_all_target_modules_match(model: nn.Module, config: LoraConfig) -> None
     Raises:
         TargetNotFoundError: If an entry does not match anything.
     """
-    modules, former = named_base_modules(model), former_to_parameter_names(model_type_of(model))
+    modules, former = (
+        modules_with_original_names(model),
+        former_to_parameter_names(model_type_of(model)),
+    )
     names = [name for name, _, _ in modules if name]
     olds = {
         old
@@ -360,7 +369,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     if not entries:
         return []
     # Modules with several names can be matched by each of their names.
-    base = list(named_base_modules(model, remove_duplicate=False))
+    base = list(modules_with_original_names(model, remove_duplicate=False))
     names = [name for name, _, _ in base if name]
     named = [e for e in config.modules_to_save or () if e not in task_heads(config)]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
@@ -388,7 +397,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def resolve_target_modules(
-    model: nn.Module, config: LoraConfig, modules: BaseModules | None = None
+    model: nn.Module, config: LoraConfig, modules: ModulesWithOriginalNames | None = None
 ) -> set[str] | str:
     """Resolve ``target_modules`` to a set of module names or a regular expression.
 
@@ -398,7 +407,7 @@ def resolve_target_modules(
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
-        modules: The result of `named_base_modules`, or None to compute it.
+        modules: The result of `modules_with_original_names`, or None to compute it.
 
     Raises:
         ConfigError: If ``target_modules`` is None and the model's architecture has no default.
@@ -407,7 +416,7 @@ def resolve_target_modules(
     if targets is None:
         targets = _default_targets(model, config)
     if is_all_linear(targets):
-        modules = named_base_modules(model) if modules is None else modules
+        modules = modules_with_original_names(model) if modules is None else modules
         targets = {
             name for name, inside in _linears_without_head(model, config, modules) if not inside
         }
@@ -421,7 +430,7 @@ def resolve_target_modules(
         # With layers_to_transform, full names are exempt from the layer filter but suffixes are
         # not. PEFT's shortening would then change which modules match.
         return targets
-    modules = named_base_modules(model) if modules is None else modules
+    modules = modules_with_original_names(model) if modules is None else modules
     others = [n for n, _, _ in modules if n and not matches_names(n, targets)]
     shorter = distinguishing_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
@@ -483,7 +492,7 @@ class _FoundLinear(NamedTuple):
 
 
 def _linears_without_head(
-    model: nn.Module, config: LoraConfig, modules: BaseModules
+    model: nn.Module, config: LoraConfig, modules: ModulesWithOriginalNames
 ) -> list[_FoundLinear]:
     """Return a list of all linear layers except the output head."""
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
@@ -515,10 +524,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Return message text that explains why an auxiliary module cannot be a target.
+    """Explain in a message why a module is auxiliary and cannot be a target.
 
-    The text follows the module's name in the message. The reason is that the module called ``name``
-    is, or is inside, a module that adapters own copies of or train rows of.
+    The result is text that follows the module's name in the message. The reason is that the module
+    called ``name`` is, or is inside, a module that adapters own copies of or train rows of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):

@@ -108,7 +108,10 @@ class SafetensorsFile:
 
     @property
     def file_size(self) -> int:
-        """The size of the file on disk, in bytes."""
+        """The size of the file in bytes.
+
+        The value is the size on disk when the file was opened.
+        """
         return self._state[0]
 
     @cached_property
@@ -137,7 +140,9 @@ class SafetensorsFile:
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Read tensors from the file into CPU memory.
+        """Read all or some tensors from the file into a dict.
+
+        The tensors are in CPU memory.
 
         Args:
             names: The names of the tensors to read. With None, all tensors are read.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from fastlora.model.base_modules import base_module_of, named_base_modules
+from fastlora.model.base_modules import base_module_of, modules_with_original_names
 from fastlora.patterns import matches_consecutive_components, matches_whole_name
 from fastlora.user_warnings import warn
 
@@ -51,7 +51,7 @@ def input_embedding_name(model: nn.Module) -> str | None:
         return None
     if found is None:
         return None
-    named = named_base_modules(model)
+    named = modules_with_original_names(model)
     return next((name for name, module, _ in named if module is found and name), None)
 
 
@@ -77,11 +77,11 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
     weight = getattr(base_module_of(model.get_submodule(embedding)), "weight", None)
     keys = {
         f"{name}.{key}" if name else key
-        for name, module, _ in named_base_modules(model)
+        for name, module, _ in modules_with_original_names(model)
         for key in getattr(module, "_tied_weights_keys", None) or ()
     }
     names = {key.rpartition(".")[0] for key in keys if key.endswith("weight")} - {embedding, ""}
-    known = {name for name, _, _ in named_base_modules(model, remove_duplicate=False)}
+    known = {name for name, _, _ in modules_with_original_names(model, remove_duplicate=False)}
     return sorted(
         name
         for name in names & known
@@ -92,7 +92,7 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
 def update_config_for_tied_embedding(
     model: nn.Module, config: LoraConfig
 ) -> ModulesAdaptedWithEmbedding:
-    """Update the config for a tied embedding, and return the modules to adapt with the embedding.
+    """Update a config so that tied modules are adapted with the embedding, and return the modules.
 
     The embedding is the model's input embedding. The modules in the result are tied to the
     embedding. If there are such modules, the config is changed in place: ``modules_to_save`` or
@@ -254,8 +254,8 @@ class SharedWeightUntier:
         self._holders[id(old)] = [held for held in self._holders[id(old)] if held[1] not in family]
         self._untied.append((name, other, own.numel() * own.element_size()))
 
-    def warn_of_untied_weights(self) -> None:
-        """Warn about tied weights that have been untied.
+    def warn_if_weights_were_untied(self) -> None:
+        """Warn about the weights that have been untied.
 
         The warning states how much additional memory the untied weights need. If no weight has been
         untied, no warning is emitted.

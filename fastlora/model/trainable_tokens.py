@@ -16,7 +16,7 @@ from fastlora.layers.trainable_tokens import check_tokens_trainable
 from fastlora.model.base_modules import (
     is_auxiliary_wrapper,
     is_modules_to_save_wrapper,
-    named_base_modules,
+    modules_with_original_names,
     unwrap_auxiliary_wrapper,
 )
 from fastlora.model.config import LoraConfig
@@ -30,10 +30,10 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 
 @dataclass(frozen=True)
-class TrainableRows:
-    """The indices of the rows that an adapter trains in an embedding or linear layer.
+class TrainableRowIndices:
+    """The indices of the rows that an adapter trains in a module's weight.
 
-    The rows are those of the layer's weight. Each row belongs to a token.
+    The module is an embedding or linear layer. Each row belongs to a token.
 
     Attributes:
         indices: The indices of the rows.
@@ -44,7 +44,7 @@ class TrainableRows:
     tied_to: str | None = None
 
 
-def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableRows]:
+def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableRowIndices]:
     """Find the tokens that an adapter trains in each module of a model.
 
     The result is a dict that maps the name of each module to the rows of these tokens in the
@@ -88,10 +88,10 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
             f"layers: trainable_token_indices gives {of_tied}; expected the same indices for all "
             "tied layers, or ensure_weight_tying=False"
         )
-    tokens = {name: TrainableRows(indices) for name, indices in found.items()}
+    tokens = {name: TrainableRowIndices(indices) for name, indices in found.items()}
     if embedding in found and not differ:
         rows = tokens.pop(embedding)
-        tied_rows = {name: TrainableRows(rows.indices, embedding) for name in tied}
+        tied_rows = {name: TrainableRowIndices(rows.indices, embedding) for name in tied}
         tokens = {embedding: rows, **tokens, **tied_rows}
     for name, rows in tokens.items():
         _check_rows_trainable(model, name, rows)
@@ -139,7 +139,7 @@ def check_modules_trained_once(
 
 
 def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[int]]:
-    modules = list(named_base_modules(model, remove_duplicate=False))
+    modules = list(modules_with_original_names(model, remove_duplicate=False))
     names = [name for name, _, _ in modules if name]
     found: dict[str, list[int]] = {}
     for key, indices in wanted.items():
@@ -165,12 +165,12 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     return found
 
 
-def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRows) -> None:
+def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRowIndices) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:
-        UnsupportedLayerError: If the module is not an embedding or linear layer with a plain
-            weight, or if other adapters adapt the module in another way.
+        UnsupportedLayerError: If the module is anything other than an embedding or linear layer
+            with a plain weight, or if other adapters adapt the module in another way.
         ConfigError: If the index of a row is out of range.
         AdapterStateError: If the module's weight is sharded.
     """

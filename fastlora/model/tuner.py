@@ -150,7 +150,7 @@ class LoraTuner(nn.Module):
         for module in before:
             if isinstance(module, TrainableTokensWrapper):
                 # Adding an earlier adapter may have activated that adapter on this module.
-                module._activate_without_training(self._active)
+                module._activate_without_making_trainable(self._active)
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
@@ -177,12 +177,13 @@ class LoraTuner(nn.Module):
             self._weight_layout_set = True
 
     def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:
-        """Raise an error or warn if a new adapter's initialization conflicts with other adapters.
+        """Check that a new adapter's initialization does not conflict with other adapters.
 
-        Some initialization methods change the base weights, which all adapters share. A warning is
-        emitted if such a method is used in a model with several adapters. A warning is also emitted
-        if the initialization of a loaded adapter changed the base weights at random, because
-        loading cannot repeat the change.
+        If there is a conflict, an error is raised or a warning is emitted. Some initialization
+        methods change the base weights, which all adapters share. A warning is emitted if an
+        initialization method that changes the base weights is used in a model with several
+        adapters. A warning is also emitted if the initialization of a loaded adapter changed the
+        base weights at random, because loading cannot repeat the change.
 
         Raises:
             AdapterStateError: If the adapter is loaded from a file, its initialization must be
@@ -374,9 +375,10 @@ class LoraTuner(nn.Module):
         )
 
     def add_computed_adapter(self, adapter_name: str, computed: ComputedAdapter) -> None:
-        """Add an adapter that has been computed from other adapters.
+        """Add an adapter with weights that have already been computed.
 
-        The new adapter is frozen and inactive. If an error is raised, the adapter is not added.
+        The weights were computed from those of other adapters. The new adapter is frozen and
+        inactive. If an error is raised, the adapter is not added.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -460,7 +462,7 @@ class LoraTuner(nn.Module):
         return list(found.values())
 
     def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return the trainable parameters of the given adapters.
+        """Return the parameters of the given adapters that can be trained.
 
         The result contains the adapters' own parameters and, for active adapters, the biases of the
         base model that their configs select. Parameters that are currently frozen are included.
@@ -540,9 +542,9 @@ class LoraTuner(nn.Module):
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
-            held: An exit stack for resources to release when the block ends. A tuner has no
-                such resources.
+            held: See `fastlora.routing.routers.AdapterRouter.routing`.
         """
+        # `held` is unused: adapters stored as parameters need no resources for the block.
         return routing_from_parameters(
             self.group,
             self.modules_selecting_adapter_per_row,
@@ -568,7 +570,10 @@ class LoraTuner(nn.Module):
 
     @property
     def modules_selecting_adapter_per_row(self) -> list[Any]:
-        """The modules that select an adapter for each row of a mixed batch."""
+        """The modules with adapters, which select an adapter for each row of a mixed batch.
+
+        See `fastlora.model.inject.modules_with_adapters`.
+        """
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.
         return self._find_routed() if found is None or self.group.row_checks is None else found

@@ -84,7 +84,7 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Warm up a model by compiling its inference kernels in advance.
+    """Warm up a model by compiling the Triton kernels that the model needs for inference.
 
     After the warm-up, requests do not wait for compilation. The kernels are compiled into Triton's
     cache folder, in separate processes. Programs that start later reuse the compiled kernels. Which
@@ -250,10 +250,11 @@ def record_kernel_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> _VariantsByKey:
-    """Record the kernel variants that a model would launch during inference.
+    """Record which kernel variants a model launches during inference.
 
-    The model and its layers are run, but launches are only recorded: nothing is compiled or
-    launched. The result is a dict indexed by `KernelVariant.key`. Arguments are as in `warm_up`.
+    To find the variants, the model and its layers are run. During these runs, kernel launches are
+    recorded, but no kernel is compiled or launched. The result is a dict indexed by
+    `KernelVariant.key`. The arguments are those of `warm_up`.
     """
     from fastlora.kernels.chips import chip_of
     from fastlora.kernels.mixed_rows_sort import MAX_IDS
@@ -267,9 +268,9 @@ def record_kernel_variants(
     with (
         _in_evaluation_mode(model),
         record_variants(chip_of(device)) as launched,
-        _sort_with_pytorch_while_recording(),
+        _sort_with_pytorch_instead_of_kernel(),
     ):
-        groups = _groups_after_forward(model, mixed[:1], inputs)
+        groups = _groups_after_forward_passes(model, mixed[:1], inputs)
         # Layers that did not know their group yet ran alone, as they never will again.
         launched.clear()
         searched: list[int] = []
@@ -290,10 +291,10 @@ def record_kernel_variants(
     return found
 
 
-def _groups_after_forward(
+def _groups_after_forward_passes(
     model: nn.Module, mixed: Sequence[Routing], inputs: Any
 ) -> list[_SharedInputLayers]:
-    """Run forward passes, and return the groups of layers that share an input.
+    """Run forward passes of a model, and return the groups of its layers that share an input.
 
     Layers share an input if they receive the same tensor. After two forward passes, each layer
     knows its group. Mixed batches additionally track the rows of their first forward pass, which
@@ -374,7 +375,9 @@ def _distinct_groups(
     """
     found: dict[object, _SharedInputLayers] = {}
     for group in groups:
-        kernels = tuple(_run_and_list_kernels(group, count, launch_record) for count in (1, rows))
+        kernels = tuple(
+            _run_and_list_kernel_keys(group, count, launch_record) for count in (1, rows)
+        )
         if not any(kernels):
             continue
         found.setdefault((group.in_and_out_features, group.dtype, kernels), group)
@@ -408,7 +411,7 @@ def _bisect_variant_changes(
     while power < rows:
         marks |= {power, power + 1}
         power *= 2
-    known = {mark: _run_and_list_kernels(group, mark, launch_record) for mark in sorted(marks)}
+    known = {mark: _run_and_list_kernel_keys(group, mark, launch_record) for mark in sorted(marks)}
     ordered = sorted(known)
     changes: list[int] = []
     pairs = list(zip(ordered, ordered[1:], strict=False))
@@ -421,12 +424,12 @@ def _bisect_variant_changes(
         if not low < middle < high:
             changes.append(low)
             continue
-        known[middle] = _run_and_list_kernels(group, middle, launch_record)
+        known[middle] = _run_and_list_kernel_keys(group, middle, launch_record)
         pairs += [(low, middle), (middle, high)]
     return changes
 
 
-def _run_and_list_kernels(
+def _run_and_list_kernel_keys(
     group: _SharedInputLayers, rows: int, launch_record: _VariantsByKey
 ) -> frozenset[str]:
     """Run a group of layers, and return the keys of the kernels that the layers launch."""
@@ -439,11 +442,11 @@ def _run_and_list_kernels(
 
 
 @contextlib.contextmanager
-def _sort_with_pytorch_while_recording() -> Iterator[None]:
-    """Inside a ``with`` block, sort the rows of mixed batches with PyTorch.
+def _sort_with_pytorch_instead_of_kernel() -> Iterator[None]:
+    """Context manager that makes PyTorch, instead of a kernel, sort the rows of mixed batches.
 
-    Kernels are only recorded in this block. PyTorch may use the result of the sort as indices, so
-    the result must not be the uninitialized output of a kernel that is only recorded.
+    In the ``with`` block, kernels are only recorded. PyTorch may use the result of the sort as
+    indices, so the result must not be the uninitialized output of a kernel that is only recorded.
     """
     from fastlora.kernels import mixed_rows_sort
 

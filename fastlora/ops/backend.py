@@ -15,15 +15,15 @@ from fastlora.ops.factors import Base
 from fastlora.validation import check_dropout_dtype
 
 if TYPE_CHECKING:
-    from fastlora.ops.factors import AdapterOperands
+    from fastlora.ops.factors import LayerAdapterOperands
     from fastlora.ops.rows import Rows
-    from fastlora.ops.stacks import WeightStackAdapterOperands
+    from fastlora.ops.stacks import StackedWeightAdapterOperands
 
 _Gradient = torch.Tensor | None
 
 
-def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a random dropout seed.
+def draw_dropout_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
+    """Draw a random dropout seed on the device that an implementation requires.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. If ``impl`` is
     ``"triton"``, the tensor is on x's device, so that the host does not wait for the seed.
@@ -61,7 +61,7 @@ class BackwardArguments(NamedTuple):
     dy: torch.Tensor
     weight: torch.Tensor | None
     x: torch.Tensor | None
-    operands: AdapterOperands
+    operands: LayerAdapterOperands
     rows: Rows | None
     s: torch.Tensor | None
     plan: str
@@ -100,7 +100,7 @@ class Backend(ABC):
         self,
         x: torch.Tensor,
         base: Base,
-        operands: AdapterOperands,
+        operands: LayerAdapterOperands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
@@ -132,7 +132,7 @@ class Backend(ABC):
     # ------------------------------------------------------------------------- stacks of weights
 
     def add_stacked_updates_(
-        self, y: torch.Tensor, x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
+        self, y: torch.Tensor, x: torch.Tensor, operands: StackedWeightAdapterOperands, rows: Rows
     ) -> torch.Tensor:
         """Add the LoRA updates of a layer with a stack of weights to y in place.
 
@@ -152,18 +152,19 @@ class Backend(ABC):
         dy: torch.Tensor,
         x: torch.Tensor | None,
         s: torch.Tensor,
-        operands: WeightStackAdapterOperands,
+        operands: StackedWeightAdapterOperands,
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],
         dx: torch.Tensor | None = None,
     ) -> tuple[_Gradient, list[_Gradient]]:
-        """Return the gradients of x and of the LoRA factors for a stack of weights.
+        """Return the gradients of x and of the stacked LoRA factors.
 
-        The result is a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients.
-        Both ``wants`` and the list of gradients have one item for lora_a and one for lora_b of each
-        adapter in turn. If dx is given, it is the dx of the base product, to which the dx of the
-        LoRA update is added.
+        The factors of each adapter on a stack of E weights are stacks of E matrices. The result is
+        a tuple of the gradient dx ``[P, K]`` and a list of the factors' gradients. Both ``wants``
+        and the list of gradients have one item for lora_a and one for lora_b of each adapter in
+        turn. If dx is given, it is the dx of the base product, to which the dx of the LoRA update
+        is added.
         """
         count, none = operands.num_matrices, [False]
         each = [
@@ -229,10 +230,10 @@ class Backend(ABC):
         seeds: Sequence[torch.Tensor | None],
         dropout_p: Sequence[float],
         rows: Rows | None,
-    ) -> list[torch.Tensor | None]:
-        """Return a list of the lora_a gradients of a shared-input group.
+    ) -> list[torch.Tensor]:
+        """Return the gradients of the lora_a factors of layers that share an input.
 
-        The list is ordered by layer.
+        The result is a list with one gradient for each lora_a, ordered by layer and then by slot.
 
         Args:
             x: Input of the layers.

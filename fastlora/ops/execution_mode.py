@@ -108,7 +108,10 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 
 
 def auto_selects_kernels(device: torch.device) -> bool:
-    """Return whether ``impl="auto"`` selects Triton kernels for supported dtypes on a device."""
+    """Return whether ``impl="auto"`` selects Triton kernels on a device.
+
+    The result is for dtypes that the kernels support.
+    """
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
@@ -221,9 +224,10 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """The conditions under which a forward pass runs, and the backend that executes it.
+    """A record of the mode in which a forward pass runs.
 
-    The mode states whether compilation, tracing, autocast, and batch invariance are active.
+    The mode states whether compilation, tracing, autocast, and batch invariance are active, and
+    which backend executes the pass.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
@@ -261,9 +265,10 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Check that a call can run in batch-invariant mode.
+        """Raise an exception if a call cannot run in batch-invariant mode.
 
-        Only the Triton kernels can run in this mode.
+        Only the Triton kernels can run in this mode. The check does not depend on whether the mode
+        is on.
 
         Raises:
             ImplementationError: The kernels cannot handle the call in this mode.
@@ -290,7 +295,10 @@ class ExecutionMode:
 
 
 def execution_mode_of(x: torch.Tensor, impl: str, plan: str = "auto") -> ExecutionMode:
-    """Return the `ExecutionMode` of a forward pass on x.
+    """Determine the mode in which a forward pass on x runs.
+
+    The result is an `ExecutionMode`, which contains the implementation and the backend. The result
+    also states whether compilation, tracing, autocast, and batch invariance are active.
 
     Args:
         x: The input, ``[..., K]``.

@@ -89,8 +89,8 @@ class Base(NamedTuple):
 Slots = list[Factors | None]
 
 
-class AdapterOperands(NamedTuple):
-    """The operands that describe a linear layer's adapters, such as factors and scalings.
+class LayerAdapterOperands(NamedTuple):
+    """The operands of the adapters of a linear layer, such as factors and scalings.
 
     Backends and operators receive adapters in this form.
 
@@ -116,7 +116,8 @@ class AdapterOperands(NamedTuple):
 class AddressTables(NamedTuple):
     """Tables of the memory addresses of adapters' factors.
 
-    The tables are indexed by layer (G) and adapter (S). They also contain the ranks and scalings.
+    The tables have one row for each layer (G) and one column for each adapter's slot (S). Further
+    tables of this shape contain the ranks and scalings.
 
     Attributes:
         a_address, b_address, bias_address: int64 ``[G, S]``, with 0 for a factor that does not

@@ -15,7 +15,7 @@ import torch
 from fastlora.ops import schema
 from fastlora.ops.backend import Backend, BackwardArguments, Gradients, register_backend
 from fastlora.ops.execution_mode import call_on_device_of, operators_are_observed
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
@@ -58,7 +58,7 @@ class OperatorBackend(Backend):
         self,
         x: torch.Tensor,
         base: Base,
-        operands: AdapterOperands,
+        operands: LayerAdapterOperands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
@@ -101,11 +101,11 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight in the form that the operators take.
+        """Return the weight in the form that the given operators take.
 
-        If Triton kernels are called directly, the form is that of `weight_for_kernels`: quantized
-        data or a dense matrix. Registered operators and the PyTorch implementation take the weight
-        itself.
+        Registered operators and the PyTorch implementation take the weight itself, quantized or
+        not. If Triton kernels are called directly, the form is that of `weight_for_kernels`:
+        quantized data or a dense matrix.
         """
         if operators is torch.ops.fastlora or self.impl != "triton":
             return weight
@@ -184,10 +184,10 @@ class OperatorBackend(Backend):
     def _rows_argument_and_run_length(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the tensors for the ``rows`` argument of a launch, and the run length.
+        """Return the tensors for the ``rows`` argument of a launch, and the number of rows per run.
 
-        The result is a tuple. A run is a range of sorted positions, and its length is the number of
-        rows in it. Only Triton kernels work on runs. For other implementations, the length is 0.
+        The result is a tuple. A run is a range of sorted positions on which a Triton kernel works.
+        Other implementations do not work on runs, and for them the number is 0.
         """
         if self.impl != "triton":
             return rows.operator_arguments(), 0
@@ -291,7 +291,7 @@ class OperatorBackend(Backend):
         seeds: Sequence[torch.Tensor | None],
         dropout_p: Sequence[float],
         rows: Rows | None,
-    ) -> list[torch.Tensor | None]:
+    ) -> list[torch.Tensor]:
         flat, all_seeds = [a for own in lora_a for a in own], None
         if rows is not None:
             dropout_p = [0.0] * len(flat)
@@ -312,7 +312,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Compute the outputs of a group of layers at once, for a mixed batch.
+    """Compute the outputs of a group of layers for a mixed batch by launching kernels directly.
 
     The layers share the input x, and have adjacent rows in the address tables, starting at
     ``first``. The result is a list of the outputs. The result is None if something observes

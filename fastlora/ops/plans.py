@@ -8,7 +8,7 @@ one graph serves all sizes.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -95,7 +95,7 @@ def _plan_from_table(
 
 
 @functools.cache
-def _import_chips_and_configs() -> tuple[Any, Any]:
+def _import_chips_and_configs() -> tuple[ModuleType, ModuleType]:
     """Import and return the modules `chips` and `configs` of `fastlora.kernels`.
 
     The import is inside this function because both modules import Triton.

@@ -32,9 +32,9 @@ define_operator("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Te
 
 
 class Segment(NamedTuple):
-    """A range of adjacent rows that have the same slot.
+    """A range of adjacent rows that use the same adapter.
 
-    The rows are adjacent in sorted order.
+    The rows have the same slot, and are adjacent in sorted order.
 
     Attributes:
         slot: The slot.
@@ -49,9 +49,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a batch, grouped by adapter.
+    """Describes which adapter slot each row of a batch uses.
 
-    The rows are sorted by the slots of their adapters.
+    The rows are sorted by slot, and thus grouped by adapter.
 
     Attributes:
         order: int32 ``[M]``, the row at each sorted position. The slots come first, in order, then
@@ -114,10 +114,11 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments of the rows: ranges of adjacent rows that have the same slot.
+        """The segments of the sorted rows: ranges of adjacent rows that use the same adapter.
 
-        The rows of a segment are adjacent in sorted order. There is one segment for each slot that
-        has rows, in slot order. If the ids are on a GPU, the host waits for the GPU.
+        The rows of a segment have the same slot, and are adjacent in sorted order. There is one
+        segment for each slot that has rows, in slot order. If the ids are on a GPU, the host waits
+        for the GPU.
         """
         if self.ids is None:
             starts = self.slot_start.tolist()
@@ -163,7 +164,7 @@ class Rows:
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """A CPU tensor with the sort key of each id.
+        """A CPU tensor with the sort key of each adapter id in `ids`.
 
         Rows are sorted by the keys of their ids. The keys are int64. See
         `_sort_keys_and_invalid_mask`.
@@ -235,9 +236,9 @@ class Rows:
         )
 
     def in_sorted_order(self) -> Rows:
-        """Return a `Rows` object that contains the same rows, sorted by adapter.
+        """Return a `Rows` object that describes the same rows in sorted order.
 
-        The result describes a tensor whose rows have been sorted.
+        The rows are sorted by adapter. The result describes a tensor whose rows have been sorted.
         """
         m, device = self.m, self.order.device
         order = torch.arange(m, dtype=torch.int32, device=device)
@@ -245,9 +246,10 @@ class Rows:
 
     @functools.cached_property
     def has_rows_without_slot(self) -> bool:
-        """Whether any row has no slot.
+        """Whether any row of the batch has no slot.
 
-        If the rows are on a GPU, the host waits for the GPU.
+        Neither rows without an adapter nor rows with an invalid id have a slot. If the rows are on
+        a GPU, the host waits for the GPU.
         """
         return int(self.slot_start[-1]) < self.m
 
@@ -316,12 +318,12 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 
 
 @register_implementation("rows_sort")
-def _rows_sort(
+def _sort_rows_by_slot(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Compute the tensors that describe the sorted rows of a batch.
+    """Sort the rows of a batch by slot, and return tensors that describe the sorted rows.
 
-    The rows are sorted by slot. The result is a tuple of the first five fields of `Rows`, and a
+    No rows are added as padding. The result is a tuple of the first five fields of `Rows`, and a
     tensor with the start positions of the pieces for ``block_m``. If ``block_m`` is 0, the last
     tensor is empty.
     """
@@ -381,7 +383,7 @@ def _sort_keys_and_invalid_mask(ids: torch.Tensor, slots: int) -> tuple[torch.Te
 def _allocate_sort_results(
     m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Allocate the tensors that `_rows_sort` returns.
+    """Allocate the tensors that `_sort_rows_by_slot` returns.
 
     The tensors are not initialized.
     """

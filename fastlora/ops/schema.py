@@ -63,23 +63,27 @@ _DIRECT: Any = SimpleNamespace()
 
 
 def define_and_register_fake(
-    schema: str, impl: str | None = None
+    schema: str, fixed_impl: str | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
     """Define an operator, and return a decorator that registers its fake implementation.
 
+    The operator's implementation is registered as well. The implementation calls the Triton or
+    PyTorch function that is named after the operator.
+
     Args:
         schema: The operator's schema. The first argument is a tensor on the device that it runs on.
-        impl: The implementation that always runs, or None if the argument ``impl`` names it.
+        fixed_impl: ``"triton"`` or ``"eager"`` if the operator always runs this implementation, or
+            None if the operator's argument ``impl`` names the implementation.
     """
     define_operator(schema)
     name = schema.partition("(")[0]
     arguments = [a.name for a in torch._C.parse_schema(f"fastlora::{schema}").arguments]
-    place = arguments.index("impl") if impl is None else None
+    place = arguments.index("impl") if fixed_impl is None else None
     attribute, backward = name.removeprefix("lora_"), name.startswith("lora_grad_")
 
     @register_implementation(name)
     def run(*args: Any) -> Any:
-        chosen, given = impl, args
+        chosen, given = fixed_impl, args
         if place is not None:
             chosen, given = args[place], (*args[:place], *args[place + 1 :])
         if chosen != "triton":
@@ -93,7 +97,7 @@ def define_and_register_fake(
 
 
 class Operators(Protocol):
-    """A namespace with the operators that backends call.
+    """The namespace of the registered or direct operators that a backend calls.
 
     This protocol describes the results of `registered_or_direct_operators`: `torch.ops.fastlora`,
     or an object that provides the functions that the operators run.
@@ -110,7 +114,7 @@ def registered_or_direct_operators(
     The caller passes x to the operators. The result is the registered operators if something
     observes operators on x, or if x is on a GPU other than the current one. Otherwise, the result
     provides the functions that the operators run, which saves the dispatcher's 5 us per call.
-    Operators that write to an argument are registered operators in both cases.
+    An operator that writes to an argument is a registered operator in both cases.
     ``in_autograd_function`` means that the operators will be called within an autograd function, in
     which autograd records nothing.
     """
@@ -142,10 +146,11 @@ _DROP = "Tensor? seeds, float[] dropout_p"
 def lora_shrink_fake(
     x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object
 ) -> torch.Tensor:
-    """Return an uninitialized tensor for the shrink output s of G modules.
+    """Fake implementation of the operator ``lora_shrink``, which returns the shrink output s.
 
-    The shape is ``[G, M, R]``. If there is one slot, it is ``[M, R]``, and the modules are side by
-    side. ``lora_a`` lists the slots of each module in turn. Active dropout requires one module.
+    The result is an uninitialized tensor for the s of G modules. The shape is ``[G, M, R]``. If
+    there is one slot, it is ``[M, R]``, and the modules are side by side. ``lora_a`` lists the
+    slots of each module in turn. Active dropout requires one module.
     """
     if rows:
         return x.new_empty(modules, x.shape[0], rank_to_multiple_of_16(max_rank(lora_a, 0)))
@@ -204,11 +209,12 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
 def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an uninitialized tensor for the dropout mask of x.
+    """Fake implementation of the operator ``lora_keep``, which returns the dropout mask of x.
 
-    See `reference.draw_keep_mask`. ``after`` is not read. A backward pass passes one of its
-    own tensors. The dependency prevents compilers from merging the mask with that of the forward
-    pass and from computing it there, either of which would make them save it.
+    The result is an uninitialized tensor for the mask. See `reference.draw_keep_mask`. ``after`` is
+    not read. A backward pass passes one of its own tensors. The dependency prevents compilers from
+    merging the mask with that of the forward pass and from computing it there, either of which
+    would make them save it.
     """
     return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 
@@ -262,9 +268,10 @@ def lora_grad_x_fake(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return an uninitialized tensor for the gradient of x.
+    """Fake implementation of the operator ``lora_grad_x``, which returns the gradient of x.
 
-    Without a weight, it is for the adapters' contribution to the gradient.
+    The result is an uninitialized tensor of x's shape. Without a weight, the tensor is for the
+    adapters' contribution to the gradient.
     """
     return dy.new_empty(dy.shape[0], replace_missing_with_empty(lora_a, 0)[0].shape[1])
 
@@ -312,9 +319,10 @@ def lora_linear_at_fake(
     plan: str,
     shrink_range: list[int] | None = None,
 ) -> _Tensors:
-    """Return uninitialized tensors for the results of the operator ``lora_linear_at``.
+    """Fake implementation of the operator ``lora_linear_at``, which reads factors by address.
 
-    The results are the output y of one module and, if needed, a shared s.
+    The operator returns the output y of one module and, if needed, a shared s. The fake
+    implementation returns uninitialized tensors for these results.
 
     ``shrink_range`` has the modules that share a shrink, as a range of table rows: the first row,
     and the row after the last one. Their s, which the list omits if it is given, consists of

@@ -29,10 +29,10 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRowsAndPlanCache(NamedTuple):
-    """The sorted rows of a batch, and a cache of the plans that are made from them.
+    """The sorted rows of a batch, and a cache of plans that layers share.
 
-    The plans are for the matrix products of the batch. Layers whose packed factors have the same
-    layout and dtype can share a plan.
+    The plans are for the matrix products of the batch, and are made from the sorted rows. Layers
+    whose packed factors have the same layout and dtype can share a plan.
 
     Attributes:
         rows: The rows, sorted by the slots of their adapters.
@@ -110,10 +110,9 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the tensors that an operator takes as arguments for the first m rows.
+        """Return the tensors that describe the first m rows and their slots to an operator.
 
-        The tensors describe the slots of the rows. The returned list is the operator's ``rows``
-        argument.
+        The returned list is the operator's ``rows`` argument.
 
         In traced code, the sort is part of the graph unless the rows were sorted in advance.
         Compilers merge the sorts of all layers.
@@ -136,7 +135,7 @@ def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
 
 
 class _PackedFactorsAndPlan(NamedTuple):
-    """The packed factors of a layer's adapters, and the plan for the products that use them.
+    """The packed factors of a layer's adapter slots, and the plan for their matrix products.
 
     The plan is for one batch.
 
@@ -201,10 +200,11 @@ class SlotProducts:
     def set_slot(
         self, slot: int, slice_ranks: Sequence[int], slice_scalings: Sequence[float]
     ) -> None:
-        """Record the adapter in a slot, with the rank and the scaling of each slice.
+        """Set the rank and the scaling of each slice for the adapter in a slot.
 
-        The adapter's factors must have been written to the slot before. A slice that the adapter
-        does not adapt has rank 0. If all slices have rank 0, the slot is empty.
+        The tables and the packed factors are updated. The adapter's factors must have been written
+        to the slot before. A slice that the adapter does not adapt has rank 0. If all slices have
+        rank 0, the slot is empty.
         """
         own: list[Factors | None] = [None] * len(slice_ranks)
         for index, (rank, scaling) in enumerate(zip(slice_ranks, slice_scalings, strict=True)):
@@ -220,9 +220,10 @@ class SlotProducts:
         self._version = self._storage._version
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot is empty.
+        """Return whether a slot contains no adapter.
 
-        An empty slot contains no adapter for this layer. Its rank is 0 in all slices.
+        A slot whose adapter does not adapt this layer is also empty. The rank of an empty slot is 0
+        in all slices.
         """
         return all(factors is None for factors in self._factors[slot])
 
@@ -244,10 +245,10 @@ class SlotProducts:
 
     @property
     def num_full_packings(self) -> int:
-        """Number of times that the factors of all slots have been packed at once.
+        """Number of full packings of the factors.
 
-        The number is the total over the current packs. Each time, new storage is allocated, and the
-        factors of all slots are copied into it.
+        A full packing allocates new storage, and copies the factors of all slots into the storage.
+        The number is the total over the current packs.
         """
         return sum(pack.num_full_packings for pack in self._packs.values())
 
@@ -301,7 +302,11 @@ class SlotProducts:
         return pack
 
     def drop_packs_if_outdated(self) -> None:
-        """Drop all packed factors if other code has modified the factors."""
+        """Drop the packed factors if the original factors have changed since they were packed.
+
+        Only changes by other code count, because `set_slot` updates the packed factors. If there
+        was such a change, the packed factors of all dtypes are dropped.
+        """
         if self._version != self._storage._version:
             self._packs.clear()
             self._prepared = None

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import AdapterOperands
+from fastlora.ops.factors import LayerAdapterOperands
 from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
-class WeightStackAdapterOperands(NamedTuple):
-    """The operands that describe the adapters of a stack of weights, such as factors and scalings.
+class StackedWeightAdapterOperands(NamedTuple):
+    """The operands of the adapters of a stack of weights, such as factors and scalings.
 
     Backends receive the adapters in this form. The stack consists of E weights.
 
@@ -41,12 +41,13 @@ class WeightStackAdapterOperands(NamedTuple):
         """Number of matrices in the stack, E."""
         return self.lora_a[0].shape[0]
 
-    def unstacked(self) -> AdapterOperands:
-        """Return the operands as `AdapterOperands`, without a stack.
+    def unstacked(self) -> LayerAdapterOperands:
+        """Split the stack into its matrices, and return the operands of their adapters.
 
-        Each matrix of the stack gets its own adapters. A key stands for one matrix of the stack and
-        one adapter. The result has one adapter for each key, and thus ``E * S`` adapters in the
-        order of the keys. The factors of the result are views of this object's factors.
+        The result is one `LayerAdapterOperands`, in which each matrix has its own adapters. A key
+        stands for one matrix of the stack and one adapter. The result has one adapter for each key,
+        and thus ``E * S`` adapters in the order of the keys. The factors of the result are views of
+        this object's factors.
         """
         count = self.num_matrices
         lora_a = [
@@ -56,7 +57,7 @@ class WeightStackAdapterOperands(NamedTuple):
             up.t() for own in zip(*(b.unbind() for b in self.lora_b), strict=True) for up in own
         ]
         none: list[torch.Tensor | None] = [None] * len(lora_a)
-        return AdapterOperands(
+        return LayerAdapterOperands(
             lora_a, lora_b, none, self.scaling.repeat(count), self.dropout_p * count, self.seeds
         )
 
@@ -64,11 +65,11 @@ class WeightStackAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of lora_a and lora_b with one row for each rank index of each matrix.
+    """Return views of the lora_a and lora_b of a stack, arranged as the rank rows of each matrix.
 
     lora_a and lora_b have the shapes in which adapter files store them. The views have the shapes
     ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. The rows of the views are called rank
-    rows.
+    rows: each matrix has one rank row for each rank index.
 
     The layout is that of PEFT 0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper.get_delta_factors`):
     the matrix index varies slowest in the rows of lora_a, and fastest in the columns of lora_b.
@@ -83,11 +84,11 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Rearrange lora_b so that each matrix has one row for each rank index.
+    """Transpose the lora_b of a stack so that each matrix has one row for each rank index.
 
     lora_b has the shape ``[N, R * E]``, and the result has the shape ``[E, R, N]``. Each row of the
-    result is a column of lora_b, and is contiguous. The result is a copy unless lora_b is stored
-    in column-major order. PyTorch copies the transpose of a matrix several times faster than other
+    result is a column of lora_b, and is contiguous. The result is a copy unless lora_b is stored in
+    column-major order. PyTorch copies the transpose of a matrix several times faster than other
     permutations, so the rows of one rank are adjacent in memory.
     """
     rows = lora_b.t().contiguous()

@@ -139,10 +139,11 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
     def _inverse_gram_matrix(self, lora_a: nn.Parameter) -> torch.Tensor:
-        """Return the regularized inverse of the Gram matrix ``lora_a @ lora_a.T``.
+        """Return the inverse of the Gram matrix ``lora_a @ lora_a.T``.
 
-        A small multiple of the identity is added before the inversion. The inverse is ``[R, R]``.
-        It is cached until lora_a changes; training does not change a frozen lora_a.
+        To regularize the inverse, a small multiple of the identity is added to the Gram matrix
+        before the inversion. The inverse is ``[R, R]``, and is cached until lora_a changes.
+        Training does not change a frozen lora_a.
         """
         watched = (local_shard(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)

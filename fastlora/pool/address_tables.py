@@ -93,10 +93,10 @@ class PoolTables:
         self._copy(self._numbers[:, :, column], numbers)
 
     def assign(self, slot: int, column: int) -> None:
-        """Assign a column of the tables to a slot.
+        """Assign a slot to a column of the tables.
 
-        The slot then refers to the adapter in the assigned column. If ``column`` is `NO_COLUMN`,
-        the slot is marked as empty. The assignment runs on the current stream.
+        The slot then refers to the adapter in this column. If ``column`` is `NO_COLUMN`, the slot
+        is marked as empty. The assignment runs on the current stream.
         """
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
@@ -112,22 +112,23 @@ class PoolTables:
         self._copy(self.scale_address[:, column], scale_addresses)
 
     def columns_of_slots(self, slot_ids: torch.Tensor) -> torch.Tensor:
-        """Return the table column of each slot in ``slot_ids``.
+        """Return the table columns of the given slots.
 
-        The column is that of the adapter in the slot. The result is an int64 tensor of the shape of
-        ``slot_ids``. The column is -1 (base model) for the id -1, and -2 for an id that is out of
-        range or belongs to an empty slot. The lookup runs on the device, so a CUDA graph repeats
-        the lookup at every replay. A graph that was captured before a DoRA adapter was added to the
-        pool does not use scales, so the graph treats the slots of DoRA adapters as empty.
+        The column of a slot is that of the adapter in the slot. The result is an int64 tensor of
+        the shape of ``slot_ids``. The column is -1 (base model) for the id -1, and -2 for an id
+        that is out of range or belongs to an empty slot. The lookup runs on the device, so a CUDA
+        graph repeats the lookup at every replay. A graph that was captured before a DoRA adapter
+        was added to the pool does not use scales, so the graph treats the slots of DoRA adapters as
+        empty.
         """
         return lookup_or_negative_if_out_of_range(
             self.column_of if self.uses_dora else self.plain_column_of, slot_ids
         )
 
     def clear_column(self, column: int) -> None:
-        """Clear a column, so that it contains no adapter and can be reused.
+        """Clear a column of the tables.
 
-        The writes run on the current stream.
+        The column then contains no adapter and can be reused. The writes run on the current stream.
         """
         self._numbers[0, :, column] = 0
         if column in self._dora_columns:

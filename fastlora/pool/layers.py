@@ -16,7 +16,7 @@ from fastlora.layers import LoraLayer
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters
 from fastlora.layers.layer_kinds import LINEAR
 from fastlora.model import inject
-from fastlora.model.base_modules import named_base_modules
+from fastlora.model.base_modules import modules_with_original_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import TargetModule, plan_target_modules
 from fastlora.model.stacked_experts import (
@@ -104,7 +104,7 @@ class PoolLoraLayers:
             for name, target in found.items():
                 self._replace(name, target)
             add_to_group(self.group, model, inject.modules_with_adapters(model))
-            self._wrap_forward_and_generate()
+            self._wrap_forward_and_generate_with_adapter_names()
         except BaseException:
             self.restore_model()
             raise
@@ -120,7 +120,7 @@ class PoolLoraLayers:
             for name, own in by_name.items()
         ]
 
-    def _wrap_forward_and_generate(self) -> None:
+    def _wrap_forward_and_generate_with_adapter_names(self) -> None:
         """Wrap the model's ``forward`` and ``generate`` so that they can use the pool's adapters.
 
         The wrappers accept ``adapter_names=``. During a call with ``adapter_names=``, the named
@@ -193,9 +193,10 @@ class PoolLoraLayers:
             parameter.requires_grad_(True)
 
     def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the dtype of the base weights of the layers.
+        """Return the device and the dtype of the layers' base weights.
 
-        All base weights must be on one device. The dtype is that of the first base weight.
+        The base weights of all layers must be on one device. The dtype is that of the first base
+        weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
@@ -221,7 +222,7 @@ def _expert_and_router_target_parameters(model: nn.Module) -> list[str] | None:
     parameters are those with former names; see `former_names_of_parameter`. Stacks of other modules
     are left out, and so are quantized parameters.
     """
-    parameters = base_parameters_outside_auxiliary_wrappers(named_base_modules(model))
+    parameters = base_parameters_outside_auxiliary_wrappers(modules_with_original_names(model))
     former = former_to_parameter_names(model_type_of(model))
     stacks = {each.name for each in stacks_with_expert_layer_class(parameters)}
     return [

@@ -26,7 +26,7 @@ _THREADS = 4
 
 
 class Lease:
-    """A lease on adapters of a pool.
+    """A lease that keeps adapters of a pool loaded.
 
     The adapters stay on the device, unchanged, until the lease ends. Use the lease as a context
     manager. Exit the context in the thread, and on the CUDA stream, that ran the forward pass.
@@ -240,10 +240,11 @@ class LeaseManager:
         self._make_stream_wait_until_ready(lease).release()
 
     def recompute_all_stale_dora_scales(self) -> None:
-        """Recompute the stale DoRA scales of all adapters on the device.
+        """Recompute all stale DoRA scales of the pool.
 
-        Scales are stale if the base weights have changed since they were computed. Adapters that
-        were replaced or removed are included while they are leased.
+        Scales are stale if the base weights have changed since the scales were computed. Only
+        adapters on the device have scales. Missing scales of these adapters are computed too.
+        Adapters that were replaced or removed are included while they are leased.
         """
         with self.changed:
             self.check_pool_open()
@@ -353,8 +354,8 @@ class LeaseManager:
     def _make_stream_wait_until_ready(self, lease: Lease) -> Lease:
         """Make the current stream wait until a lease's adapters are ready to use.
 
-        The stream waits until the adapters have been copied to the device. The stream also waits
-        for the computation of DoRA scales, which this method starts if necessary.
+        The adapters are ready when their transfer to the device is complete. For DoRA adapters, the
+        stream also waits for the computation of the scales, which this method starts if necessary.
 
         Returns:
             ``lease``. If this method raises an error, it releases the lease first.

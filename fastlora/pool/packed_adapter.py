@@ -94,9 +94,10 @@ class AdapterLayout:
 
     @functools.cached_property
     def tensor_offsets(self) -> torch.Tensor:
-        """Offset of each tensor in the packed tensor, in elements.
+        """Offset of each tensor in the packed tensor.
 
-        The result is an int64 CPU tensor of shape ``[len(BLOCK_KINDS), G]``.
+        The offsets are in elements. The result is an int64 CPU tensor of shape
+        ``[len(BLOCK_KINDS), G]``.
         """
         by_kind = list(zip(*(offsets for _, offsets in self.blocks), strict=True))
         return torch.tensor(by_kind, dtype=torch.int64, device="cpu")
@@ -144,10 +145,10 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter whose tensors are packed into one tensor.
+    """An adapter whose tensors are packed, so that they can be copied quickly.
 
-    The packed tensor is 1-D and is stored in CPU or GPU memory. A single transfer copies all of an
-    adapter's tensors to a GPU.
+    All tensors are packed into one 1-D tensor, which is stored in CPU or GPU memory. A single
+    transfer copies all of an adapter's tensors to a GPU.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.

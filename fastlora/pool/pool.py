@@ -262,14 +262,15 @@ class AdapterPool:
         self._register([entry])
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
-        """Register the adapters in all subfolders of a folder.
+        """Register all adapters in a folder.
 
-        The name of each adapter is the name of its subfolder. If the folder itself contains an
-        adapter, that adapter is registered too, under the folder's own name. PEFT saves the adapter
-        ``"default"`` in this way and other adapters in subfolders.
+        The adapters are in direct subfolders, and each adapter gets the name of its subfolder. If
+        the folder itself contains an adapter, that adapter is registered too, under the folder's
+        own name. PEFT saves the adapter ``"default"`` in the folder itself, and saves other
+        adapters in subfolders.
 
         Args:
-            root: The folder whose subfolders are registered.
+            root: The folder with the adapters.
 
         Returns:
             A sorted list of the registered names.
@@ -319,10 +320,10 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Pin an adapter on the device, so that it is not evicted.
+        """Pin an adapter, so that it is not evicted.
 
-        The adapter stays pinned until `unpin` is called. If the adapter is not on the device yet,
-        it is brought there.
+        The adapter stays on the device until `unpin` is called. If the adapter is not on the device
+        yet, it is brought there.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -468,7 +469,7 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
-        """Load adapters onto the device, and return a lease that keeps them there.
+        """Load adapters, and return a lease that keeps the adapters loaded.
 
         The adapters stay on the device until the lease ends, and they do not change during this
         time. All of them are leased together. While leases of other threads leave too little room
@@ -506,10 +507,10 @@ class AdapterPool:
         return self._lease_manager.acquire_all_loaded()
 
     def recompute_scales(self) -> None:
-        """Recompute the DoRA scales of the pool's adapters.
+        """Recompute the scales of the pool's adapters.
 
-        Only adapters on the device are included. Their scales are recomputed only if the scales are
-        outdated, which means that the base weights have changed. Missing scales are computed too.
+        The scales are the DoRA scales of the adapters on the device. Scales are recomputed only if
+        the base weights have changed. Missing scales are computed too.
         """
         self._lease_manager.recompute_all_stale_dora_scales()
 

@@ -23,7 +23,7 @@ from fastlora.model.adapter_folder import (
     open_adapter_folder,
     parse_and_check_tensors,
 )
-from fastlora.model.base_modules import base_module_of, named_base_modules
+from fastlora.model.base_modules import base_module_of, modules_with_original_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors, may_need_expert_conversion
 from fastlora.model.plan import check_targets_of_parameters
@@ -85,10 +85,10 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads adapters from files or state dicts for a pool.
+    """Reads, validates, and packs adapters for a pool.
 
-    The reader validates the adapters and packs them for the pool's model. Any thread may use the
-    reader, because the reader stores no adapters.
+    The reader reads adapters from files or state dicts, and packs them for the pool's model. Any
+    thread may use the reader, because the reader stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -414,10 +414,10 @@ class AdapterReader:
             )
 
     def _select_targets(self, config: LoraConfig, layers_in_file: set[str]) -> SelectedTargets:
-        """Return the targets that an adapter selects in the model.
+        """Return the targets that an adapter's config selects in the model.
 
-        The targets depend on the adapter's config and on the layers in the adapter's file. A config
-        without ``target_modules`` selects parameters only.
+        The targets are modules and parameters. The selection also depends on the layers in the
+        adapter's file. A config without ``target_modules`` selects parameters only.
 
         Args:
             config: The adapter's config.
@@ -458,7 +458,9 @@ class AdapterReader:
             return found
         parameters = {
             e.name: e
-            for e in base_parameters_outside_auxiliary_wrappers(named_base_modules(self._model))
+            for e in base_parameters_outside_auxiliary_wrappers(
+                modules_with_original_names(self._model)
+            )
         }
         current = replace(found.parameters, parameters=[parameters[name] for name in names])
         return found._replace(parameters=current)

@@ -13,10 +13,11 @@ from fastlora.pool.packed_adapter import PackedAdapter
 
 
 class DoraScales:
-    """The DoRA scales of a `LoadedAdapter`.
+    """The DoRA scales of an adapter in a pool.
 
-    They are stored on the device, with one value per output feature of each module. Scales in fp32
-    are updated in place when a base weight changes, so their addresses do not change.
+    The scales belong to a `LoadedAdapter`, and are stored on the device. The scales have one value
+    per output feature of each module. Scales in fp32 are updated in place when a base weight
+    changes, so their addresses do not change.
 
     Attributes:
         by_module: Maps each module index to the module's scales g, ``[N]``, in fp32 (fp64 for an

@@ -27,10 +27,10 @@ _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new 
 
 
 class DoraScaleUpdater:
-    """Updates the DoRA scales of a pool's adapters.
+    """Updates the stale DoRA scales of a pool's adapters.
 
-    The scales of an adapter on the device are updated if base weights have changed since the scales
-    were computed. Missing scales are computed too. The scales are stored on the device.
+    The updater computes the scales of an adapter on the device if the scales are missing, or if
+    base weights have changed since the scales were computed. The scales are stored on the device.
 
     Args:
         layers: The pool's layers. The index of a layer is its ``table_row``.
@@ -46,26 +46,29 @@ class DoraScaleUpdater:
         self._stamps: list[Any] = []
 
     def update_stale_dora_scales(
-        self, loaded_adapters: Iterable[LoadedAdapter], pool_lock: AbstractContextManager[Any]
+        self,
+        loaded_adapters: Iterable[LoadedAdapter],
+        pool_lock: AbstractContextManager[Any],
     ) -> None:
         """Update the stale DoRA scales of loaded adapters.
 
         Missing scales are computed too. Scales are stale if the base weights have changed since
-        they were computed.
+        the scales were computed.
 
         Args:
             loaded_adapters: The leased adapters.
-            pool_lock: The pool's lock, which this method acquires for a short time. The caller must
-                not hold it, because computing norms is slow.
+            pool_lock: The pool's lock, which protects the adapters' read events. This method
+                holds the lock only while it reads the events. The caller must not hold the lock,
+                because computing norms is slow.
 
         Raises:
             AdapterStateError: Scales are missing or outdated, and a CUDA graph is being captured.
         """
         dora = [loaded for loaded in loaded_adapters if loaded.uses_dora]
-        if not dora or not self._find_stale_scales_and_stamps(dora)[0]:
+        if not dora or not self._find_stale_scales_and_base_weight_stamps(dora)[0]:
             return  # without waiting for other threads that compute scales
         with self._lock:
-            stale, stamps = self._find_stale_scales_and_stamps(dora)
+            stale, stamps = self._find_stale_scales_and_base_weight_stamps(dora)
             if not stale:
                 return
             if not may_cache_tensors(self._tables.rank.device):
@@ -82,10 +85,10 @@ class DoraScaleUpdater:
                 for loaded, rows in stale:
                     self._compute_scales(loaded, rows, stamps)
 
-    def _find_stale_scales_and_stamps(
+    def _find_stale_scales_and_base_weight_stamps(
         self, dora_adapters: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
-        """Return the stale scales of DoRA adapters, and the version stamps of the base weights.
+        """Return the DoRA adapters with stale scales, and the version stamps of the base weights.
 
         Scales depend on the base weights. Scales are stale if they are missing, or if a base weight
         may have changed since the scales were computed. The version stamps show such changes.
@@ -138,6 +141,6 @@ class DoraScaleUpdater:
         # The stamps are assigned last, because a thread that finds them current does not take the
         # lock.
         scales.by_module, scales.blocks = by_module, blocks
-        scales.written = self._transfers.record_write_event()
+        scales.written = self._transfers.record_event_after_writes()
         scales.stamps = stamps
         loaded.scales = scales

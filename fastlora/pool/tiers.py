@@ -19,10 +19,10 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFul
 
 
 class StorageTiers:
-    """The storage tiers of a pool, and the adapters that they contain.
+    """The storage tiers of a pool: device memory, CPU memory, and disk.
 
-    The tiers are device memory, CPU memory, and disk. The methods move adapters between them, and
-    evict the least recently used adapters.
+    The class keeps track of the adapters in each tier. The methods move adapters between the tiers,
+    and evict the least recently used adapters.
 
     If the pool's device is a CPU, an image is in only one memory tier at a time, and moving it
     between tiers copies no data. If it is a GPU, the CPU tier is a cache that may contain copies of
@@ -81,7 +81,7 @@ class StorageTiers:
         return found
 
     def find_packed_adapter(self, name: str) -> PackedAdapter | None:
-        """Find the `PackedAdapter` of an adapter in the pool's memory.
+        """Find a packed adapter by its name.
 
         The packed adapter may be on the device or in the CPU tier, or a thread may have just read
         it from files. The result is None if the adapter is not in memory.
@@ -92,10 +92,10 @@ class StorageTiers:
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters, so that they can be loaded on demand.
+        """Register adapters with the pool's storage tiers.
 
-        Each adapter is registered under the name in its record. This method does not read the
-        adapters' files.
+        Each adapter is registered under the name in its record, and can then be loaded on demand.
+        This method does not read the adapters' files.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.
@@ -198,9 +198,10 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """List of all adapters that are loaded on the device.
+        """List of all loaded adapters.
 
-        Adapters that were replaced or removed are included while they are leased.
+        Loaded adapters are on the device. Adapters that were replaced or removed are included while
+        they are leased.
         """
         return [*self.device.values(), *self.retired]
 
@@ -334,7 +335,7 @@ class StorageTiers:
         if old is None:
             self._free_slots.pop()
         loaded = LoadedAdapter(name, slot, column, uploaded)
-        loaded.written = self._transfers.record_write_event()
+        loaded.written = self._transfers.record_event_after_writes()
         return loaded
 
     def _evict_until_device_has_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
@@ -454,7 +455,7 @@ class StorageTiers:
 
 
 def adapter_not_found_error(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Return the error to raise for an unknown adapter name.
+    """Return the `AdapterNotFoundError` for an unknown adapter name.
 
     The error message suggests names in ``known`` that are similar to ``name``, if there are any.
     ``known`` contains the names of all registered adapters.

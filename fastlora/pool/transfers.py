@@ -33,9 +33,10 @@ class DeviceTransfers:
     shares_memory = True
 
     def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that selects the stream for writes as the current stream.
+        """Return a context manager that makes the write stream the current stream.
 
-        The writes are those to adapters and tables. On a CPU, the context manager does nothing.
+        The write stream is the stream for writes to adapters and tables. On a CPU, the context
+        manager does nothing.
         """
         return contextlib.nullcontext()
 
@@ -46,11 +47,11 @@ class DeviceTransfers:
         """
         return image
 
-    def record_write_event(self) -> torch.cuda.Event | None:
-        """Record a CUDA event after the writes to adapters and tables, and return the event.
+    def record_event_after_writes(self) -> torch.cuda.Event | None:
+        """Record a CUDA event after the latest writes, and return the event.
 
-        The event completes when all such writes issued so far have completed. On a CPU, which needs
-        no events, return None.
+        The event completes when all writes to adapters and tables that were issued so far have
+        completed. On a CPU, which needs no events, return None.
         """
         return None
 
@@ -74,7 +75,10 @@ class DeviceTransfers:
         return None
 
     def order_writes_after_reads(self, events: Iterable[Any]) -> None:
-        """Make later writes to adapters and tables wait for the given read events."""
+        """Make later writes wait for the given read events.
+
+        All later writes to adapters and tables wait for the events. On a CPU, do nothing.
+        """
 
 
 class AsyncCudaTransfers(DeviceTransfers):
@@ -93,9 +97,9 @@ class AsyncCudaTransfers(DeviceTransfers):
         self._stream = torch.cuda.Stream(device)
 
     def use_write_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager that selects the stream for writes as the current stream.
+        """Return a context manager that makes the write stream the current stream.
 
-        The stream for writes is the pool's own stream. All writes to adapters and tables run on
+        The write stream is the pool's own stream. All writes to adapters and tables run on
         this stream, so they run in order.
         """
         return torch.cuda.stream(self._stream)
@@ -109,11 +113,11 @@ class AsyncCudaTransfers(DeviceTransfers):
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
 
-    def record_write_event(self) -> torch.cuda.Event:
-        """Record a CUDA event after the writes to adapters and tables, and return the event.
+    def record_event_after_writes(self) -> torch.cuda.Event:
+        """Record a CUDA event after the latest writes, and return the event.
 
-        The event is recorded on the pool's stream, on which all such writes run. The event
-        therefore completes when all writes issued so far have completed.
+        The event is recorded on the pool's stream, on which all writes to adapters and tables run.
+        The event therefore completes when all writes issued so far have completed.
         """
         event = torch.cuda.Event()
         event.record(self._stream)
@@ -160,9 +164,9 @@ class AsyncCudaTransfers(DeviceTransfers):
         return event, stream.cuda_stream
 
     def order_writes_after_reads(self, events: Iterable[torch.cuda.Event]) -> None:
-        """Make later writes to adapters and tables wait for the given read events.
+        """Make later writes wait for the given read events.
 
-        The pool's stream waits for the events.
+        The pool's stream, on which all writes to adapters and tables run, waits for the events.
         """
         for event in events:
             self._stream.wait_event(event)

@@ -58,10 +58,9 @@ def is_checking_rows() -> bool:
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether operations on a tensor are being captured into a CUDA graph.
+    """Return whether a tensor is on a GPU while a CUDA graph is being captured.
 
-    The result is True if the tensor is on a GPU and this thread is capturing a CUDA graph. Captures
-    by other threads do not count.
+    Only a capture on the current CUDA stream counts. Captures by other threads do not count.
     """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -83,7 +82,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.row_checker_if_needed(routing.ids.numel())
+        None if checks is None else checks.row_checker_unless_all_checked(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:

@@ -16,7 +16,7 @@ _training = attrgetter("training")
 
 
 class AdapterSnapshot:
-    """A snapshot of the state of adapters that is used to detect later changes.
+    """Detects changes to adapters by comparing their state with a snapshot.
 
     The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
     snapshot is checked once per block. The check does not detect writes that do not change a

@@ -108,17 +108,17 @@ def adapters(
 def routing_from_parameters(
     group: RoutedLayerGroup,
     layers: Sequence[RoutedLayerProtocol],
-    known: Sequence[str],
-    source: Callable[[Sequence[str]], AdapterSource],
+    adapter_names: Sequence[str],
+    source_for_names: Callable[[Sequence[str]], AdapterSource],
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Return a routing for layers whose adapters are stored as parameters.
+    """Return the routing of a batch for layers that store their adapters as parameters.
 
-    The routing is for one block. The adapters are stored as parameters of the layers. A slot is an
-    index into ``known``, the names of the model's adapters. ``source`` returns the `AdapterSource`
-    for a sequence of these names.
+    The routing is for one block. If ``ids`` is a tensor, it contains slots, which are indices into
+    ``adapter_names``, the names of the model's adapters. ``source_for_names`` returns the
+    `AdapterSource` for a sequence of these names.
 
     Raises:
         AdapterStateError: An adapter is merged.
@@ -131,40 +131,47 @@ def routing_from_parameters(
                 f"adapters {merged} are merged into the base weights, which all rows share; call "
                 "unmerge_adapter() first"
             )
-    known = tuple(known)
+    adapter_names = tuple(adapter_names)
     if not isinstance(ids, torch.Tensor):
-        names, slots = names_and_slots(known, ids)
+        names, slots = names_and_slots(adapter_names, ids)
     elif is_capturing_cuda_graph(ids) or (ids.is_cuda and not validate):
         check_one_dimensional_integer_ids(ids)
         ids = ids.to(torch.int64)
-        outside = (ids < NO_ADAPTER) | (ids >= len(known))
-        names, slots = known, ids.masked_fill(outside, OUT_OF_RANGE)
+        outside = (ids < NO_ADAPTER) | (ids >= len(adapter_names))
+        names, slots = adapter_names, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
-        names, slots = known, check_slots_and_move_to_cpu(ids, known)
+        names, slots = adapter_names, check_slots_and_move_to_cpu(ids, adapter_names)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     whole = Routing(
-        group, known, _convert_slots_to_known(known, names, slots), drawn, source(known), layers
+        group,
+        adapter_names,
+        _convert_slots_to_known(adapter_names, names, slots),
+        drawn,
+        source_for_names(adapter_names),
+        layers,
     )
-    if names != known:
-        whole = dataclasses.replace(whole, seeds=_spread_seeds_to_known(drawn, known, names))
-    return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
+    if names != adapter_names:
+        whole = dataclasses.replace(
+            whole, seeds=_spread_seeds_to_known(drawn, adapter_names, names)
+        )
+    return Routing(group, names, slots, drawn, source_for_names(names), layers, whole=whole)
 
 
 def sample_routings_from_parameters(
     group: RoutedLayerGroup,
     layers: Sequence[RoutedLayerProtocol],
-    known: Sequence[str],
-    source: Callable[[Sequence[str]], AdapterSource],
+    adapter_names: Sequence[str],
+    source_for_names: Callable[[Sequence[str]], AdapterSource],
     max_adapters: int | None,
-    ranks: Sequence[int] | None,
+    allowed_ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return example routings for adapters that are stored as parameters of the model's layers.
+    """Return example routings for layers that store their adapters as parameters.
 
-    The routings are for `warm_up`. For each combination of rank and dtype, one routing has a single
-    adapter. Another routing also has other adapters of at most this rank, up to ``max_adapters`` in
-    total. If ``ranks`` is given, there are routings only for these ranks. See
-    `fastlora.routing.routers.AdapterRouter.sample_routings`.
+    The routings are used by `warm_up`. For each combination of rank and dtype, one routing has a
+    single adapter. Another routing also has other adapters of at most this rank, up to
+    ``max_adapters`` in total. If ``allowed_ranks`` is given, there are routings only for these
+    ranks. See `fastlora.routing.routers.AdapterRouter.sample_routings`.
     """
     sizes: dict[str, tuple[int, torch.dtype]] = {}
     for layer in layers:
@@ -173,16 +180,20 @@ def sample_routings_from_parameters(
                 rank, dtype = module.weight.shape[0], module.weight.dtype
                 sizes[name] = max(rank, sizes.get(name, (0, dtype))[0]), dtype
     found, sampled = [], set()
-    for name in known:
+    for name in adapter_names:
         if name not in sizes or sizes[name] in sampled:
             continue
-        if ranks is not None and sizes[name][0] not in ranks:
+        if allowed_ranks is not None and sizes[name][0] not in allowed_ranks:
             continue
         sampled.add(sizes[name])
-        others = [n for n in known if n != name and n in sizes and sizes[n][0] <= sizes[name][0]]
+        others = [
+            n for n in adapter_names if n != name and n in sizes and sizes[n][0] <= sizes[name][0]
+        ]
         for names in dict.fromkeys(((name,), (name, *others)[:max_adapters])):
             ids = torch.zeros(1, dtype=torch.int64)
-            found.append(routing_from_parameters(group, layers, names, source, ids, None, False))
+            found.append(
+                routing_from_parameters(group, layers, names, source_for_names, ids, None, False)
+            )
     return found
 
 

@@ -74,7 +74,7 @@ class PackedAdapterSet:
     def __init__(self, factors_can_change: bool) -> None:
         self.snapshot = AdapterSnapshot() if factors_can_change else None
         self.weights_version = (
-            weights_versions.for_trainable_weights() if factors_can_change else None
+            weights_versions.version_of_trainable_weights() if factors_can_change else None
         )
         self.tables: AddressTables | Literal[False] | None = None
         self._met: set[tuple[int, torch.dtype, BatchKind]] = set()
@@ -160,11 +160,10 @@ class PackedAdapterSetsCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the adapter set for a key.
+        """Return the packed adapter set for a key, and create the set if it is missing or outdated.
 
-        A new set is created if no set is cached for the key, or if the cached set is outdated,
-        which means that its factors have changed. ``factors_can_change`` tells whether the factors
-        can change.
+        The set is missing if no set is cached for the key. The set is outdated if its factors have
+        changed. ``factors_can_change`` tells whether the factors can change.
         """
         with self._lock:
             known = self._sets.get(key)
@@ -180,7 +179,7 @@ class PackedAdapterSetsCache:
             return known
 
     def clear(self) -> None:
-        """Remove all adapter sets from the cache.
+        """Empty the cache of adapter sets.
 
         Open blocks also stop using the cached sets whose factors can change. Clearing the cache is
         required if factors may have changed, or may change later, without the change being
@@ -214,7 +213,7 @@ class PackedAdapterSetsCache:
 
 @dataclass(eq=False)
 class PerBlockCache:
-    """A cache for the duration of one `fastlora.adapters` block.
+    """A cache that lasts for one `fastlora.adapters` block.
 
     An entry is computed when it is first needed in the block, and is reused in the rest of the
     block while it is valid.

@@ -43,7 +43,8 @@ def names_and_slots(
     Args:
         loaded_names: Names of the model's adapters, which determine the order. None for
             alphabetical order, if other code checks the names.
-        ids: For each sample a name, or None or ``"__base__"``.
+        ids: For each sample or token of the batch, the name of its adapter, or None or
+            ``"__base__"`` for no adapter.
 
     Raises:
         AdapterNotFoundError: A name does not exist.
@@ -119,14 +120,14 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
     return not rows % ids if ids else not rows
 
 
-def ids_cover_whole_entries(leading_shape: Sequence[int], num_ids: int) -> bool:
-    """Return whether each of ``num_ids`` ids covers whole entries along the leading dimensions.
+def each_id_covers_whole_entries(leading_shape: Sequence[int], num_ids: int) -> bool:
+    """Return whether each id covers whole entries of a tensor's leading dimensions.
 
-    ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each id has an equal
-    share of consecutive flattened rows. The result is True if the rows of each id are complete
-    entries (slices) along one of the dimensions. Entries along the first dimension are usually
-    samples. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the
-    10 rows would cover 2.5 entries along the first dimension.
+    ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each of the ``num_ids``
+    ids has an equal share of consecutive flattened rows. The result is True if the rows of each id
+    are complete entries (slices) along one of the dimensions. Entries along the first dimension are
+    usually samples. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first
+    5 of the 10 rows would cover 2.5 entries along the first dimension.
     """
     for size in leading_shape:
         if size % num_ids == 0:
@@ -165,29 +166,29 @@ class DeferredIdChecks:
         self._pending: list[_PendingIdCheck] = []
         self._lock = threading.Lock()
 
-    def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a deferred check of adapter ids.
+    def add(self, out_of_range: torch.Tensor, message: str) -> None:
+        """Add a check of adapter ids that is deferred to a later call of `check`.
 
-        The check fails with the given message if the given flag is set. The flag is a bool tensor
-        ``[1]`` that is set if an id is out of range. If the flag is on the GPU, this method starts
-        to copy the flag to the host, and `check` reads the copy.
+        ``out_of_range`` is a flag, a bool tensor ``[1]`` that is set if an adapter id is out of
+        range. If the flag is set, `check` raises an error with the given message. If the flag is on
+        the GPU, this method starts to copy the flag to the host, and `check` reads the copy.
         """
         arrived = None
-        if flag.is_cuda:
-            host = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
-            arrived, stream = torch.cuda.Event(), torch.cuda.current_stream(flag.device)
-            flag = host.copy_(flag, non_blocking=True)
+        if out_of_range.is_cuda:
+            host = torch.empty(out_of_range.shape, dtype=torch.bool, pin_memory=True)
+            arrived, stream = torch.cuda.Event(), torch.cuda.current_stream(out_of_range.device)
+            out_of_range = host.copy_(out_of_range, non_blocking=True)
             arrived.record(stream)
         with self._lock:
-            self._pending.append(_PendingIdCheck(flag, arrived, message))
+            self._pending.append(_PendingIdCheck(out_of_range, arrived, message))
 
     def check(self) -> None:
-        """Check that the adapter ids of earlier batches are valid.
+        """Check the flags that were added, and raise an error if a flag is set.
 
-        This method reads the results of the deferred checks. Results that have not arrived on the
-        host yet are usually left to a later call. While a CUDA graph is being captured, events
-        cannot be queried. A call during a capture therefore does nothing, and a later call reads
-        the results.
+        A flag is set if an adapter id of an earlier batch is out of range. Flags that have not
+        arrived on the host yet are usually left to a later call. While a CUDA graph is being
+        captured, events cannot be queried. A call during a capture therefore does nothing, and a
+        later call reads the flags.
 
         Raises:
             AdapterNotFoundError: An id is out of range.

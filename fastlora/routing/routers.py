@@ -16,10 +16,9 @@ from fastlora.routing.routing import Routing
 
 
 class AdapterRouter(Protocol):
-    """Routes the rows of batches to their adapters.
+    """Protocol for routers, which determine the adapter of each row of a batch.
 
-    A router turns the adapter ids of a batch into the `Routing` of a block. This class is a
-    protocol that all routers implement.
+    A router turns the adapter ids of a batch into the `Routing` of a block.
     """
 
     def routing(
@@ -36,11 +35,11 @@ class AdapterRouter(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return a list of example routings for `warm_up`.
+        """Return example routings of batches with up to ``adapters`` adapters of the given ranks.
 
-        Together, they cover every kernel used for mixed batches. Each routing has one id.
-        ``adapters`` is the largest number of adapters in a batch, or None for all adapters.
-        ``ranks`` lists the ranks of adapters, or is None for all ranks.
+        The routings are used by `warm_up`. Together, the routings cover every kernel used for mixed
+        batches. Each routing has one id. ``adapters`` is the largest number of adapters in a batch,
+        or None for all adapters. ``ranks`` lists the ranks of adapters, or is None for all ranks.
         """
 
 

@@ -30,10 +30,10 @@ from fastlora.routing.caches import (
 from fastlora.routing.ids import (
     NO_ADAPTER,
     DeferredIdChecks,
-    ids_cover_whole_entries,
+    each_id_covers_whole_entries,
     ids_divide_rows,
 )
-from fastlora.routing.row_checks import LayerRowOrderChecks, raise_partial_batch
+from fastlora.routing.row_checks import ModelRowOrderChecks, raise_partial_batch
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from fastlora.weights_version import UncopiedCache
 
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class RoutedLayerGroup(UncopiedCache):
-    """The group of all routed layers of a model.
+    """The group of a model's routed layers, which share one routing.
 
-    The layers use the same routing, and the group stores the state that they share. A copied or
-    unpickled model gets a new group, which has not seen a forward pass.
+    The group also stores other state that the layers share. A copied or unpickled model gets a new
+    group, which has not seen a forward pass.
 
     Attributes:
         packs: The cache of the model's adapter sets.
@@ -59,7 +59,7 @@ class RoutedLayerGroup(UncopiedCache):
     def __init__(self) -> None:
         self.packs = PackedAdapterSetsCache()
         self.unchecked = DeferredIdChecks()
-        self.row_checks: LayerRowOrderChecks | None = None
+        self.row_checks: ModelRowOrderChecks | None = None
         self.unfinished: dict[tuple[int, int, int], Any] = {}
         self._open = 0
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class RoutedLayerGroup(UncopiedCache):
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """The assignment of adapters to the samples or tokens of a batch.
+    """The routing of a batch, which assigns an adapter to each sample or token.
 
     Attributes:
         group: The group of layers that the routing applies to.
@@ -133,7 +133,7 @@ class Routing:
     captured: bool = False
     cache: PerBlockCache = field(default_factory=PerBlockCache, repr=False)
 
-    def sorted_rows(self, m: int, device: torch.device, *, read_on_host: bool = False) -> Rows:
+    def sorted_rows(self, m: int, device: torch.device, *, check_ids_now: bool = False) -> Rows:
         """Return the ``m`` rows of a layer input, sorted by adapter.
 
         The results are cached by ``m`` and stream.
@@ -141,11 +141,11 @@ class Routing:
         Args:
             m: Number of rows of the input.
             device: Device of the input.
-            read_on_host: Whether to check the ids immediately, because the caller reads the rows on
-                the host.
+            check_ids_now: Whether to check the ids immediately, because the caller reads the rows
+                on the host.
 
         Raises:
-            AdapterNotFoundError: ``read_on_host`` is set and an id is out of range.
+            AdapterNotFoundError: ``check_ids_now`` is set and an id is out of range.
             ValueError: ``m`` is not a multiple of the number of ids.
         """
         cache = self.cache
@@ -161,7 +161,7 @@ class Routing:
             # Clone the ids: rows read them later too, when the caller may have overwritten them.
             ids = self.ids if self.ids.is_cuda else self.ids.clone()
             known = cache.rows[key] = sort_rows(ids, m, len(self.names), device)
-        if read_on_host and not cache.is_checked:
+        if check_ids_now and not cache.is_checked:
             if self.ids.numel() and self.ids.min() < NO_ADAPTER:
                 raise AdapterNotFoundError(self._out_of_range())
             cache.is_checked = True
@@ -205,7 +205,9 @@ class Routing:
         if not count or x.dim() < 3 or x.shape[0] % count == 0:
             return
         leading = x.shape[:-1]
-        if ids_divide_rows(leading.numel(), count) and not ids_cover_whole_entries(leading, count):
+        if ids_divide_rows(leading.numel(), count) and not each_id_covers_whole_entries(
+            leading, count
+        ):
             checks = self.group.row_checks
             name = type(layer).__name__ if checks is None else checks.name_of(layer)
             raise ValueError(
@@ -288,12 +290,12 @@ class Routing:
         )
 
 
-def unique_layer_numbers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return a unique number for each named layer.
+def layer_numbers_from_name_hashes(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
+    """Return a unique number for each layer name.
 
-    It is the CRC-32 of the name, or the next unused number. The number depends on the name, so that
-    a layer's dropout does not depend on which other modules are adapted. ``taken`` are the numbers
-    of the model's other layers.
+    The number is the CRC-32 of the name, or the next unused number. The number depends on the name,
+    so that a layer's dropout does not depend on which other modules are adapted. ``taken`` are the
+    numbers of the model's other layers.
     """
     used, numbers = set(taken), []
     for name in names:
@@ -318,7 +320,7 @@ def add_to_group(
     new = [(name, layer) for name, layer in named_layers if layer.routing_group is not group]
     if new:
         taken = [layer.routing_index for _, layer in named_layers if layer.routing_group is group]
-        numbers = unique_layer_numbers([name for name, _ in new], taken)
+        numbers = layer_numbers_from_name_hashes([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routing_group, layer.routing_index = group, number
-    group.row_checks = LayerRowOrderChecks(root, named_layers)
+    group.row_checks = ModelRowOrderChecks(root, named_layers)

@@ -61,8 +61,8 @@ _SEQUENCE_FIRST_MODULES = {
 }
 
 
-class LayerRowOrderChecks:
-    """Checks that the layers of a model get the rows of mixed batches in batch order.
+class ModelRowOrderChecks:
+    """Checks that a model's layers get the rows of mixed batches in batch order.
 
     Each layer must get all rows of a batch. The object also keeps the results of earlier checks.
 
@@ -91,11 +91,12 @@ class LayerRowOrderChecks:
                 root, name, layer
             )
 
-    def row_checker_if_needed(self, num_ids: int) -> RowOrderChecker | None:
-        """Return a checker for the rows of a batch, or None if none is needed.
+    def row_checker_unless_all_checked(self, num_ids: int) -> RowOrderChecker | None:
+        """Return a checker for the rows of a batch, or None if all layers have been checked before.
 
-        The checker is a context manager for the block of the batch. No checker is needed if each
-        layer has been shown to get all rows, or is known to be unsupported.
+        The checker is a context manager for the block of the batch. A layer has been checked if it
+        has been shown to get all rows in the model's current mode (training or evaluation), or if
+        it is known to be unsupported.
 
         Args:
             num_ids: Number of adapter ids of the block.
@@ -126,28 +127,28 @@ class LayerRowOrderChecks:
         self,
         training: bool,
         ran: Iterable[RoutedLayerProtocol],
-        selected_in_order: Collection[int] = (),
+        track_again: Collection[int] = (),
     ) -> None:
-        """Record a block and the layers that ran in it.
+        """Record which layers ran in a block whose rows were tracked.
 
-        The rows of the block were tracked, and the layers in ``ran`` got all rows.
+        The layers in ``ran`` got all rows.
 
         Args:
             training: Whether the model is in training mode.
             ran: The layers that ran in the block.
-            selected_in_order: Numbers of the layers whose rows were selected by the data and were
+            track_again: Numbers of the layers whose rows were selected by the data and were
                 in order in this block. Their rows are tracked again in the next blocks, up to the
                 limit of 8 blocks.
         """
         self._blocks[training] += 1
         for layer in ran:
-            if layer.routing_index in selected_in_order and self._blocks[training] < _MOST_BLOCKS:
+            if layer.routing_index in track_again and self._blocks[training] < _MOST_BLOCKS:
                 continue
             if layer.routing_index not in self._unsupported:
                 self._shown[bool(layer.training)].add(layer.routing_index)
                 layer.may_see_partial_rows = False
 
-    def raise_now_and_always_for(self, layer: RoutedLayerProtocol, reason: str) -> None:
+    def raise_now_and_at_later_checks(self, layer: RoutedLayerProtocol, reason: str) -> None:
         """Raise an error for a layer now and at every later check of the layer.
 
         The layer therefore raises an error in all later mixed batches, including in compiled code.
@@ -161,8 +162,8 @@ class LayerRowOrderChecks:
         self._unsupported[layer.routing_index] = reason
         raise_partial_batch(layer)
 
-    def warn_rows_not_checked(self, layer: RoutedLayerProtocol) -> None:
-        """Warn that a layer's rows could not be checked.
+    def warn_row_order_not_checked(self, layer: RoutedLayerProtocol) -> None:
+        """Warn that the row order of a layer's input could not be checked.
 
         The check determines whether the layer gets every row of the batch in order. Rows cannot be
         checked if the layer runs for the first time after the limit of 8 tracked blocks has been
@@ -181,10 +182,10 @@ class LayerRowOrderChecks:
 
 
 class RowOrderChecker:
-    """Checks that layers get all rows of a batch, in batch order.
+    """Checks that layers get the rows of a batch in batch order.
 
-    The checker is a context manager. It checks the inputs of the layers that run in its ``with``
-    block.
+    The layers must also get all rows of the batch. The checker is a context manager that checks the
+    inputs of the layers that run in its ``with`` block.
 
     Args:
         checks: The model's checks.
@@ -194,7 +195,7 @@ class RowOrderChecker:
     """
 
     def __init__(
-        self, checks: LayerRowOrderChecks, mode: bool, order: RowOrderTracker | None
+        self, checks: ModelRowOrderChecks, mode: bool, order: RowOrderTracker | None
     ) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
@@ -226,14 +227,14 @@ class RowOrderChecker:
             self.order.record_in_batch_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking rows.
+        """Stop tracking how the rows of tensors relate to the rows of the batch.
 
         Rows are not tracked in the rest of this block. The record of the layers that ran is
         discarded.
         """
         self._ran.clear()
         if self.order is not None:
-            self.order.invalidate_facts()
+            self.order.invalidate_all_facts()
 
     def check_gets_all_rows_in_order(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
         """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
@@ -245,9 +246,9 @@ class RowOrderChecker:
             if kind is RowOriginKind.CHOSEN or (
                 kind is RowOriginKind.EVEN and layer.may_see_partial_rows
             ):
-                self._checks.raise_now_and_always_for(layer, _SELECTED)
+                self._checks.raise_now_and_at_later_checks(layer, _SELECTED)
             if self.order.is_shared_table(x):
-                self._checks.raise_now_and_always_for(layer, _LONE_TABLE)
+                self._checks.raise_now_and_at_later_checks(layer, _LONE_TABLE)
             if kind is RowOriginKind.EVEN:
                 self._even.add(layer.routing_index)
             self._ran[layer.routing_index] = layer
@@ -255,7 +256,7 @@ class RowOrderChecker:
         elif layer.routing_index not in self._ran:
             if layer.may_see_partial_rows:
                 raise_partial_batch(layer)
-            self._checks.warn_rows_not_checked(layer)
+            self._checks.warn_row_order_not_checked(layer)
 
 
 def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
@@ -266,7 +267,7 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     Raises:
         UnsupportedLayerError: Always.
     """
-    checks: LayerRowOrderChecks = layer.routing_group.row_checks
+    checks: ModelRowOrderChecks = layer.routing_group.row_checks
     name = checks.name_of(layer)
     advice = (
         "remove it from target_modules, or use one adapter at a time, with set_adapter() and "
@@ -324,7 +325,7 @@ class _ExpertModuleEvidence(NamedTuple):
 
 
 class _ExpertDetector:
-    """Detects whether a layer belongs to an expert in a mixture of experts.
+    """Detects experts in a mixture of experts, and tells whether a layer belongs to an expert.
 
     The detection is based on the structure and the names of the model's modules; see
     `looks_like_expert`. The detector looks for modules with the same structure, and caches the
@@ -357,7 +358,7 @@ class _ExpertDetector:
             key = at, child is layer
             evidence = self._evidence.get(key)
             if evidence is None:
-                evidence = self._evidence[key] = self._expert_evidence(
+                evidence = self._evidence[key] = self._expert_evidence_of_last_module(
                     modules, names, child is layer
                 )
             if evidence.alike > 1 and (
@@ -366,7 +367,7 @@ class _ExpertDetector:
                 return True
         return False
 
-    def _expert_evidence(
+    def _expert_evidence_of_last_module(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
     ) -> _ExpertModuleEvidence:
         """Return the evidence about whether the last module of a path is an expert.

@@ -17,10 +17,11 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """Describes how a tensor's rows relate to the rows of the batch.
+    """The kind of origin that a tensor's rows have.
 
-    For example, the rows may be the rows of the batch in order, rows that the data selected, or
-    rows made from parameters or constants.
+    The kind tells how the rows relate to the rows of the batch. For example, the rows may be the
+    rows of the batch in order, rows that the data selected, or rows made from parameters or
+    constants.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
@@ -118,7 +119,7 @@ class RowFactsTable:
             return entry.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
-    def source_index_key(self, index: torch.Tensor) -> int:
+    def key_of_original_index(self, index: torch.Tensor) -> int:
         """Return a key that identifies the index from which an index tensor was derived.
 
         If the tensor was not derived from another index, the key identifies the tensor itself.
@@ -127,10 +128,10 @@ class RowFactsTable:
         return storage_key(index) if origin is None else origin
 
     def put(self, tensors: object, facts: RowOriginFacts) -> None:
-        """Record facts about the rows of one or more tensors.
+        """Record facts about the rows of a tensor, or of each tensor in a tuple or list.
 
-        ``tensors`` is a tensor, or a tuple or list of tensors, such as the output of an operator.
-        Objects that are not tensors are ignored.
+        ``tensors`` is, for example, the output of an operator. Objects that are not tensors are
+        ignored.
         """
         for tensor in tensors if isinstance(tensors, (tuple, list)) else (tensors,):
             if not isinstance(tensor, torch.Tensor):
@@ -165,7 +166,9 @@ class RowFactsTable:
         if facts.kind in TABLES:
             return row_samples.no_samples(shape)
         known = facts.samples
-        return None if known is None else row_samples.samples_of_view(tensor, known, num_row_dims)
+        return (
+            None if known is None else row_samples.sample_of_each_row(tensor, known, num_row_dims)
+        )
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
         """Return the sample that each row of a result belongs to.
@@ -187,22 +190,22 @@ class RowFactsTable:
         return None if found is None else found.flatten()
 
     def facts_from_samples(
-        self, sample_per_row: torch.Tensor | None, index_key: int | None, *, fixed: bool
+        self, sample_index_per_row: torch.Tensor | None, index_key: int | None, *, fixed: bool
     ) -> RowOriginFacts:
         """Return the `RowOriginFacts` of rows, given the sample of each row.
 
         The rows were selected by an index, or they result from joining tensors with such rows.
 
         Args:
-            sample_per_row: The sample of each row, or None if the samples are unknown.
+            sample_index_per_row: The sample of each row, or None if the samples are unknown.
             index_key: The key of the index, or None if it is unknown.
             fixed: See `RowOriginFacts`.
         """
-        if sample_per_row is not None and row_samples.are_samples_in_batch_order(
-            sample_per_row, self.count
+        if sample_index_per_row is not None and row_samples.are_samples_in_batch_order(
+            sample_index_per_row, self.count
         ):
             return ROWS if fixed else RowOriginFacts(RowOriginKind.EVEN)
-        found = None if sample_per_row is None else sample_per_row.flatten()
+        found = None if sample_index_per_row is None else sample_index_per_row.flatten()
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def are_samples_fixed_across_batches(self, *tensors: torch.Tensor) -> bool:
@@ -217,7 +220,7 @@ class RowFactsTable:
             for facts in found
         )
 
-    def are_data_independent(self, *indices: torch.Tensor | None) -> bool:
+    def are_independent_of_input_data(self, *indices: torch.Tensor | None) -> bool:
         """Return whether all of the index tensors are independent of the input data.
 
         An index tensor is independent if it was computed without any input data, for example by
@@ -234,9 +237,9 @@ class RowFactsTable:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return the key of a tensor's storage.
+    """Return an integer that identifies a tensor's storage.
 
-    The key is 0 if there is no storage, as for a sparse tensor.
+    The result is 0 if there is no storage, as for a sparse tensor.
     """
     try:
         return tensor.untyped_storage()._cdata

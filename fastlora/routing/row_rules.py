@@ -70,7 +70,7 @@ def _default_rule(
     is_copy = getattr(func, "overloadpacket", None) in _COPIES
     if kind in (RowOriginKind.COUNTED, RowOriginKind.IDENTITY) and not is_copy:
         kind = RowOriginKind.CONSTANT
-    origin = facts.origin if operand.is_floating_point() else known.source_index_key(operand)
+    origin = facts.origin if operand.is_floating_point() else known.key_of_original_index(operand)
     samples = known.samples_of_result(operand, out) if kind is RowOriginKind.CHOSEN else None
     return RowOriginFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
@@ -136,8 +136,10 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     samples = known.samples_of_rows(source, row_samples.indexed_dimensions(indices))
     if samples is not None:
         samples = row_samples.selected_samples(samples, indices)
-    fixed = known.are_data_independent(*indices) and known.are_samples_fixed_across_batches(source)
-    return known.facts_from_samples(samples, known.source_index_key(index), fixed=fixed)
+    fixed = known.are_independent_of_input_data(
+        *indices
+    ) and known.are_samples_fixed_across_batches(source)
+    return known.facts_from_samples(samples, known.key_of_original_index(index), fixed=fixed)
 
 
 def _counts_up_through_all_rows(
@@ -159,7 +161,7 @@ def _table_lookup_facts(
 
     The result is derived from the kind of the table and from what is known about the indices.
     """
-    if known.are_data_independent(*indices):
+    if known.are_independent_of_input_data(*indices):
         return TABLE if table_kind is RowOriginKind.TABLE else CONSTANT
     if table_kind is RowOriginKind.IDENTITY:
         return RowOriginFacts(RowOriginKind.CHOICE)
@@ -193,7 +195,7 @@ def _facts_after_write(
     first = bool(dest.dim()) and (indices[0] is not None or dest.shape[0] == 1)
     if index is None:
         return facts
-    origin = known.source_index_key(index)
+    origin = known.key_of_original_index(index)
     if brought.kind is RowOriginKind.COUNTED and first:
         # The result is the inverse of the index.
         return RowOriginFacts(RowOriginKind.CONSTANT, None, origin)
@@ -204,7 +206,9 @@ def _facts_after_write(
             return facts
         # Numbers at places that data chose are the weights of a choice.
         return (
-            facts if known.are_data_independent(*indices) else RowOriginFacts(RowOriginKind.CHOICE)
+            facts
+            if known.are_independent_of_input_data(*indices)
+            else RowOriginFacts(RowOriginKind.CHOICE)
         )
     if not first:
         return RowOriginFacts(brought.kind, brought.origin)
@@ -219,7 +223,7 @@ def _facts_after_write(
     fixed = known.are_samples_fixed_across_batches(dest) and (
         back
         or (
-            known.are_data_independent(*indices)
+            known.are_independent_of_input_data(*indices)
             and known.are_samples_fixed_across_batches(*tensors_in(values))
         )
     )
@@ -249,7 +253,7 @@ def _samples_after_write(
         return None
     before: torch.Tensor | None = row_samples.no_samples(dest.shape[:lead])
     if held is not None:
-        before = row_samples.samples_of_view(dest, held, lead)
+        before = row_samples.sample_of_each_row(dest, held, lead)
     there = None if before is None else row_samples.selected_samples(before, indices)
     if before is None or there is None:
         return None
@@ -284,11 +288,11 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions.
+    """Apply the rule for dtype conversions, which usually keep the row facts.
 
-    The result usually keeps the row facts of the source. There are two exceptions. The samples are
-    kept only for the kind `CHOSEN`, if they are known for the result. If integers or bools of the
-    batch are converted to floats, the result counts as a `CHOICE` instead.
+    There are two exceptions. The samples are kept only for the kind `CHOSEN`, if they are known for
+    the result. If integers or bools of the batch are converted to floats, the result counts as a
+    `CHOICE` instead.
     """
     source = args[0]
     facts = known.facts_of(source)
@@ -363,10 +367,11 @@ def _write_along_rule(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Return a row index with one entry per row instead of one per element.
+    """Undo the expansion of a row index to all elements of the rows.
 
-    `gather` requires a row index to be expanded to all elements of the rows. An index that was not
-    expanded is returned unchanged, as an index of elements.
+    The result has one entry per row instead of one per element. `gather` requires a row index to be
+    expanded to all elements of the rows. An index that was not expanded is returned unchanged, as
+    an index of elements.
     """
     while index.dim() > 1 and (index.stride(-1) == 0 or index.shape[-1] == 1):
         index = index.select(-1, 0)
@@ -385,7 +390,7 @@ def _take_or_masked_select(
     return (
         facts
         if facts.kind in TABLES
-        else RowOriginFacts(RowOriginKind.CHOSEN, known.source_index_key(index))
+        else RowOriginFacts(RowOriginKind.CHOSEN, known.key_of_original_index(index))
     )
 
 
@@ -404,12 +409,12 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFac
     The operator returns the positions that a mask selects.
     """
     (mask,) = args
-    if known.are_data_independent(mask):
+    if known.are_independent_of_input_data(mask):
         return CONSTANT
     samples = known.samples_of_rows(mask, mask.dim()) if mask.dim() else None
     if samples is not None:
         samples = row_samples.selected_samples(samples, [mask.bool()])
-    return known.facts_from_samples(samples, known.source_index_key(mask), fixed=False)
+    return known.facts_from_samples(samples, known.key_of_original_index(mask), fixed=False)
 
 
 def _sort(
@@ -422,7 +427,9 @@ def _sort(
     source = next(tensors_in(args))
     _topk(known, args, out)
     if not source.is_floating_point():
-        known.put(out[1], known.facts_of(out[1])._replace(inverse=known.source_index_key(source)))
+        known.put(
+            out[1], known.facts_of(out[1])._replace(inverse=known.key_of_original_index(source))
+        )
     return None
 
 
@@ -435,11 +442,11 @@ def _topk(
     """
     source = next(tensors_in(args))
     facts = ROWS
-    if out[0].dim() == 1 and not known.are_data_independent(source):
+    if out[0].dim() == 1 and not known.are_independent_of_input_data(source):
         samples = known.samples_of_rows(source, 1)
         if samples is not None:
             samples = row_samples.selected_samples(samples, [out[1]])
-        facts = known.facts_from_samples(samples, known.source_index_key(out[1]), fixed=False)
+        facts = known.facts_from_samples(samples, known.key_of_original_index(out[1]), fixed=False)
     known.put(out[0], facts)
     known.put(out[1], facts._replace(origin=None))
     return None
@@ -478,7 +485,7 @@ def _elementwise_product(
 ) -> RowOriginFacts | None:
     """Apply the rule for elementwise products.
 
-    A `CHOICE` times weights is still a `CHOICE`.
+    The rule combines the row facts of the operands. A `CHOICE` times weights is still a `CHOICE`.
     """
     operands = list(tensors_in(args))
     kinds = [known.facts_of(tensor).kind for tensor in operands]
@@ -493,7 +500,7 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
     A condition that selects between constants yields a `CHOICE`.
     """
     condition, *branches = args
-    if known.facts_of(condition).kind in ORDERED and known.are_data_independent(
+    if known.facts_of(condition).kind in ORDERED and known.are_independent_of_input_data(
         *tensors_in(branches)
     ):
         return RowOriginFacts(RowOriginKind.CHOICE)

@@ -70,25 +70,25 @@ def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
     return any(n > 1 and step > strides[0] for n, step in zip(sizes, strides, strict=True))
 
 
-def samples_of_view(
-    tensor: torch.Tensor, storage_samples: torch.Tensor, num_row_dims: int
+def sample_of_each_row(
+    view: torch.Tensor, storage_samples: torch.Tensor, num_row_dims: int
 ) -> torch.Tensor | None:
     """Return the sample of the batch that each row of a view belongs to.
 
     Returns None if the samples are unknown.
 
     Args:
-        tensor: Any view of its storage.
+        view: The tensor, which may be any view of its storage.
         storage_samples: The sample of each part of the storage. The storage is divided into
             ``storage_samples.numel()`` equal parts.
         num_row_dims: Number of leading dimensions. Each of their entries is a row.
     """
-    total = storage_numel(tensor)
+    total = storage_numel(view)
     if not storage_samples.numel() or total % storage_samples.numel():
         return None
     part = total // storage_samples.numel()
-    at = torch.tensor(tensor.storage_offset(), device="cpu")
-    dimensions = list(zip(tensor.shape, tensor.stride(), strict=True))
+    at = torch.tensor(view.storage_offset(), device="cpu")
+    dimensions = list(zip(view.shape, view.stride(), strict=True))
     for size, step in dimensions[:num_row_dims]:
         at = at.unsqueeze(-1) + torch.arange(size, device="cpu") * step
     last = sum((size - 1) * step for size, step in dimensions[num_row_dims:])
@@ -111,9 +111,10 @@ def is_contiguous_and_covers_storage(tensor: torch.Tensor) -> bool:
 
 
 def indexed_dimensions(indices: Indices) -> int:
-    """Return the number of leading dimensions to which the indices apply.
+    """Return the number of tensor dimensions that the indices consume.
 
-    A k-dimensional mask applies to k dimensions.
+    The dimensions are the leading dimensions of the indexed tensor. A k-dimensional mask applies to
+    k dimensions.
     """
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
@@ -152,12 +153,12 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples_before: torch.Tensor, indices: Indices, written_samples: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the sample of each row of a tensor after rows have been written to it.
+    """Return the sample of each row after an indexed write, or None if the samples are unknown.
 
-    The write changes the rows at ``indices``. ``samples_before`` are the samples of the rows before
-    the write, and ``written_samples`` are the samples of the written rows. If ``adds`` is set, the
-    written rows are added to the existing rows. Returns None if the indices cannot be read, because
-    the samples are then unknown.
+    The write changes the rows of a tensor at ``indices``. ``samples_before`` are the samples of the
+    rows before the write, and ``written_samples`` are the samples of the written rows. If ``adds``
+    is set, the written rows are added to the existing rows. The samples are unknown if the indices
+    cannot be read.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:

@@ -33,7 +33,7 @@ from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_
 
 
 class RowOrderTracker(TorchDispatchMode):
-    """Tracks which tensors contain the rows of the batch in order.
+    """Tracks how the rows of tensors relate to the rows of the batch.
 
     The tracker is a `TorchDispatchMode`. The tracker's records allow a layer to raise an error if
     the layer gets a tensor that does not contain the batch's rows in order.
@@ -55,7 +55,7 @@ class RowOrderTracker(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Tell PyTorch to ignore the mode when `torch.compile` compiles code.
+        """Tell PyTorch that this mode ignores operators that `torch.compile` compiles.
 
         PyTorch calls this method, which always returns True. Code is compiled as if the mode were
         off.
@@ -70,8 +70,8 @@ class RowOrderTracker(TorchDispatchMode):
         self._thread = 0
         super().__exit__(*error)
 
-    def invalidate_facts(self) -> None:
-        """Mark the recorded facts as invalid, so that they are no longer used.
+    def invalidate_all_facts(self) -> None:
+        """Invalidate all recorded facts, so that they are no longer used.
 
         From then on, `has_valid_facts` is False, even while the mode is still on, and the rows of
         layers are no longer checked against the facts.
@@ -83,7 +83,7 @@ class RowOrderTracker(TorchDispatchMode):
         """Whether the recorded facts about rows are still valid.
 
         The facts are valid, and may be used, if the mode is on in this thread and
-        `invalidate_facts` has not been called.
+        `invalidate_all_facts` has not been called.
         """
         return self._thread == threading.get_ident()
 

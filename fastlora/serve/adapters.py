@@ -119,7 +119,7 @@ class ServedAdapters:
         """
         with self._lock:
             version.users -= 1
-            self._unload_if_unused(version)
+            self._unload_if_outdated_and_unused(version)
 
     def read_in_background(self, version: AdapterVersion, on_done: Callable[[], None]) -> None:
         """Read a version's files in the background, and then call ``on_done``.
@@ -166,7 +166,7 @@ class ServedAdapters:
         found: dict[str, tuple[Path, tuple[object, ...]]] = {}
         rejected: set[tuple[object, ...]] = set()
         for entry in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            fingerprint = None if entry.name.startswith(".") else _files_fingerprint(entry)
+            fingerprint = None if entry.name.startswith(".") else _adapter_folder_fingerprint(entry)
             if fingerprint is None:
                 continue
             try:
@@ -212,7 +212,7 @@ class ServedAdapters:
         """
         self._check_name(name)
         folder = self._resolve_below_root(Path(path) if self.root is None else self.root / path)
-        fingerprint = _files_fingerprint(folder)
+        fingerprint = _adapter_folder_fingerprint(folder)
         if fingerprint is None:
             raise ConfigError(
                 f"{path!r}: not an adapter folder; expected it to contain {CONFIG_NAME}"
@@ -249,7 +249,7 @@ class ServedAdapters:
                 raise AdapterNotFoundError(
                     f"adapter {name!r} is not loaded{near_names(name, self._versions)}"
                 )
-            own = None if self.root is None else _files_fingerprint(self.root / name)
+            own = None if self.root is None else _adapter_folder_fingerprint(self.root / name)
             self._remove_current(name)
             if own is not None:
                 self._unloaded[name] = own
@@ -260,13 +260,12 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether an adapter needs a new version.
+        """Return whether an adapter is new or has changed, so that it needs a new version.
 
-        An adapter needs a new version if the adapter is new or if its files have changed. The files
-        have changed if ``fingerprint``, which identifies their state, differs from the fingerprint
-        of the adapter's current version. A scan must then register a new version. The result is
-        False for an adapter that a client has loaded, and for an unloaded adapter whose files have
-        not changed since it was unloaded.
+        An adapter has changed if ``fingerprint``, which identifies the state of the adapter's
+        files, differs from the fingerprint of the adapter's current version. If the result is True,
+        a scan must register a new version. The result is False for an adapter that a client has
+        loaded, and for an unloaded adapter whose files have not changed since it was unloaded.
         """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
@@ -291,19 +290,19 @@ class ServedAdapters:
                 self._versions[name] = version
                 if version.error is not None:
                     _log.warning("adapter %r cannot be used: %s", name, version.error)
-            self._unload_if_unused(version)
+            self._unload_if_outdated_and_unused(version)
 
     def _remove_current(self, name: str) -> None:
         version = self._versions.pop(name, None)
         self._loaded_by_client.discard(name)
         if version is not None:
-            self._unload_if_unused(version)
+            self._unload_if_outdated_and_unused(version)
 
-    def _unload_if_unused(self, version: AdapterVersion) -> None:
-        """Unload a version of an adapter from the pool if the version is no longer used.
+    def _unload_if_outdated_and_unused(self, version: AdapterVersion) -> None:
+        """Unload a version of an adapter if it is outdated and no request uses it.
 
-        The current version of an adapter counts as used, because it stays loaded for later
-        requests. Any other version is used until all of its requests have ended.
+        The version is unloaded from the pool. The current version of an adapter stays loaded for
+        later requests. Every other version is outdated.
         """
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
@@ -346,13 +345,12 @@ class ServedAdapters:
         return text if option is None else f"{text} (set by the server's {option})"
 
 
-def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a fingerprint of the adapter files in a folder.
+def _adapter_folder_fingerprint(folder: Path) -> tuple[object, ...] | None:
+    """Return a fingerprint of an adapter folder's files, or None if the config file is missing.
 
     The fingerprint contains the modification time, the size, and the inode of each file, so it
-    changes when a file changes. Returns None if the config file is missing or inaccessible, because
-    the folder then does not count as an adapter folder. Other files that are missing or
-    inaccessible are left out.
+    changes when a file changes. A folder whose config file is missing or inaccessible does not
+    count as an adapter folder. Other files that are missing or inaccessible are left out.
     """
     found: list[object] = []
     for name in _FILES:

@@ -49,9 +49,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Settings of a `Server`, such as its API keys and the maximum size of a request's body.
+    """Settings of a `Server`.
 
-    They apply to the HTTP application of the server.
+    The settings apply to the HTTP application of the server.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.
@@ -70,10 +70,9 @@ class ServerSettings:
 
 
 class Server:
-    """An HTTP server for an engine.
+    """An HTTP server that gives clients access to an engine's model and adapters.
 
-    The server gives clients access to the engine's model and adapters. The application of the
-    server, `app`, closes the engine on shutdown.
+    The application of the server, `app`, closes the engine on shutdown.
     """
 
     def __init__(
@@ -201,7 +200,7 @@ class Server:
             check_no_surrogates("prompt", given)
             tokens = await self._tokenize_in_thread(len(given), self.prompts.tokenize_text, given)
         else:
-            tokens = self.prompts.check_token_ids(given)
+            tokens = self.prompts.check_ids_in_vocabulary(given)
         return await self._answer(body, request, tokens, sampling, CompletionFormat)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:

@@ -100,16 +100,15 @@ class OpenConnections:
         """
         return DeadlineProtocol(self, **given)
 
-    def make_room_if_full(self) -> bool:
-        """Make room for a new connection if the server is full.
+    def close_waiting_connection_if_full(self) -> bool:
+        """Close a waiting connection if the server is full, to make room for a new connection.
 
         Returns whether there is room. The server is full if the maximum number of connections is
-        open. To make room, this method closes a connection, but only one that waits for its client.
-        Connections with unfinished requests are closed before connections between two requests,
-        because a client between two requests has been served. A quarter of the connections is
-        reserved for unfinished requests, so that connections between two requests do not keep new
-        clients out. There is no room if no connection can be closed or if the server is shutting
-        down.
+        open. Only a connection that waits for its client can be closed. Connections with unfinished
+        requests are closed before connections between two requests, because a client between two
+        requests has been served. A quarter of the connections is reserved for unfinished requests,
+        so that connections between two requests do not keep new clients out. There is no room if no
+        connection can be closed or if the server is shutting down.
         """
         if self.ending:
             return False
@@ -129,10 +128,10 @@ class OpenConnections:
 
 
 class DeadlineProtocol(H11Protocol):
-    """An HTTP protocol that closes a connection when the client misses a deadline.
+    """An HTTP protocol that enforces deadlines on a connection.
 
-    The class extends uvicorn's protocol. A deadline applies while a connection waits for its
-    client.
+    The protocol closes the connection when the client misses a deadline. The class extends
+    uvicorn's protocol. A deadline applies while a connection waits for its client.
     """
 
     def __init__(self, every: OpenConnections, **given: Any) -> None:
@@ -140,11 +139,11 @@ class DeadlineProtocol(H11Protocol):
         self._every, self._counted = every, False
         limiter = SmallChunkLimiter(self.conn.next_event, self.abort)
         self.conn.next_event = limiter.next_event  # type: ignore
-        self._deadline = DeadlineTimer(self, every)
+        self._deadline = ClientDeadlineTimer(self, every)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._counted = self._every.make_room_if_full()
+        self._counted = self._every.close_waiting_connection_if_full()
         if self._counted:
             self._every.open += 1
         else:
@@ -180,7 +179,11 @@ class DeadlineProtocol(H11Protocol):
             super().shutdown()
 
     def abort(self) -> None:
-        """Close the connection without waiting for the client to read the remaining data."""
+        """Abort the connection.
+
+        The connection is closed immediately, without waiting for the client to read the remaining
+        data.
+        """
         self._leave()
         self.transport.abort()
 
@@ -201,11 +204,10 @@ class DeadlineProtocol(H11Protocol):
         self._counted = False
 
 
-class DeadlineTimer:
-    """A timer for the deadline of a connection.
+class ClientDeadlineTimer:
+    """A timer that closes a connection when the client misses a deadline.
 
-    The timer closes the connection when the client misses the deadline. The timer runs while the
-    connection waits for the client.
+    The timer runs while the connection waits for the client.
 
     Attributes:
         waits: The event that the connection waits for; None while the client waits for the server.

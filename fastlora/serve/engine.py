@@ -132,7 +132,7 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Shut down the engine, and wait for its thread to end.
+        """Shut down the engine, and wait until it has stopped.
 
         The engine accepts no more requests. Earlier requests have ``timeout`` seconds to finish, or
         unlimited time if ``timeout`` is None. Requests that have not finished within this time fail
@@ -225,7 +225,7 @@ class Engine:
                 self._running.fail_all(error)
 
     def _can_start_or_end_waiting(self) -> bool:
-        """Return whether any waiting request can be started or must be ended."""
+        """Return whether any waiting request can be started or ended."""
         return any(
             job.canceled or job.version is None or job.version.ready or job.version.error
             for job in self._waiting
@@ -304,8 +304,8 @@ class Engine:
         """Release a request's adapter, and report the request's failure to the client.
 
         Nothing is reported if the request has already ended. Otherwise, the error is reported to
-        the request's ``on_chunk`` function. If ``error`` is None, the reported error says that the
-        request was canceled.
+        the request's ``on_chunk`` function. If ``error`` is None, the reported
+        error says that the request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

@@ -13,10 +13,7 @@ _MOST_BYTES = 4096  # maximum size of a key file
 
 
 class AdminKeyRequiredError(FastLoraError):
-    """A request requires the admin key, but its caller is not an admin.
-
-    A caller is identified as an admin if the request contains the admin key.
-    """
+    """A request requires the admin key but does not contain it."""
 
 
 class CallerRole(enum.Enum):

@@ -21,10 +21,9 @@ class OneLineMessageFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a log record.
+        """Format a log record as text, with the message on one line.
 
-        The message is put on one line. If the record has a traceback, the lines of the traceback
-        follow, indented.
+        If the record has a traceback, the lines of the traceback follow, indented.
         """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)

@@ -19,12 +19,13 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that are too long, without tokenizing them.
+    """Detects texts that are too long.
 
-    A text is too long if it has more tokens than a given limit. A detected text is certain to be
-    too long. Other texts may be too long as well. The detector uses the maximum number of
-    characters per token. This maximum exists for byte-level BPE, and for BPE with byte tokens for
-    unknown characters, in tokenizers of the ``tokenizers`` library.
+    A text is too long if it has more tokens than a given limit. The detector does not tokenize
+    texts. A detected text is certain to be too long. Other texts may be too long as well. The
+    detector uses the maximum number of characters per token. This maximum exists for byte-level
+    BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the ``tokenizers``
+    library.
 
     Args:
         tokenizer: A transformers tokenizer.

@@ -58,7 +58,7 @@ class BatchKVCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new keys and values of a layer, and return the cached keys and values.
+        """Store new keys and values of a layer, and return the layer's keys and values.
 
         The returned tensors contain the rows of this forward pass, up to the end of the longest
         row.

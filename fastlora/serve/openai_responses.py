@@ -78,7 +78,10 @@ class EventStreamResponse(StreamingResponse):
 
 
 class BaseAnswerFormat(abc.ABC):
-    """Base class for the JSON formats in which an answer is returned."""
+    """Base class for the answer formats of OpenAI's API.
+
+    The answer is returned as JSON.
+    """
 
     prefix, kind, chunk_kind = "", "", ""
 

@@ -37,11 +37,11 @@ class PromptTokenizer:
             del ids[-1]
         return ids
 
-    def check_token_ids(self, tokens: Sequence[int]) -> list[int]:
-        """Check that token ids are in the vocabulary, and return them as a list.
+    def check_ids_in_vocabulary(self, tokens: Sequence[int]) -> list[int]:
+        """Check that token ids are in the vocabulary, and return the ids as a list.
 
-        The token ids come from a client. A prompt that is too long is not checked, because the
-        engine rejects it.
+        The token ids come from a client. The ids are not checked if the prompt is too long, because
+        the engine rejects the prompt.
 
         Raises:
             ConfigError: A token id is not in the vocabulary.

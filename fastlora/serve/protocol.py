@@ -71,7 +71,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """The options of a request for a stream.
+    """The ``stream_options`` of a request for a streamed answer.
 
     `include_usage` adds a final chunk with the token counts.
     """

@@ -48,7 +48,10 @@ class PersistentAdaptersBlock:
 
     @contextlib.contextmanager
     def route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Route each row to an adapter in the pool during the ``with`` block."""
+        """Route each row to the named adapter during the ``with`` block.
+
+        The adapters are in the pool. A name of None stands for the base model.
+        """
         key = (self._pool.replaced, *names)
         if key != self._key:
             self.close_adapters_block_if_open()
@@ -114,9 +117,9 @@ class RunningBatch:
             self._fail(job, error)
 
     def close_adapters_block(self) -> None:
-        """Exit the `fastlora.adapters` context that the last forward pass left open.
+        """Close the `fastlora.adapters` block in which the batch runs.
 
-        Nothing happens if no context is open.
+        The last forward pass may have left the block open. Nothing happens if no block is open.
         """
         self._block.close_adapters_block_if_open()
 

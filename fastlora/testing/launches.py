@@ -118,9 +118,10 @@ class _RecordingDriver(StandInDriver):
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Stand in for Triton's launcher class, and return a launcher that records launches.
+        """Return a launcher that records kernel launches.
 
-        Each launch of a kernel is recorded as a `Launch`, and the kernel is not executed.
+        The method stands in for Triton's launcher class. Each launch of a kernel is recorded as a
+        `Launch`, and the kernel is not executed.
         """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared

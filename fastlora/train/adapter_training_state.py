@@ -36,9 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """The counts that are kept for one adapter during training.
-
-    For example, the number of optimizer steps is counted.
+    """The counts that are kept for an adapter during training, such as the number of steps.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -55,10 +53,10 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter.
+    """The training state of one adapter, such as its optimizer, schedule, and counts.
 
-    It consists of the parameters, the optimizer, the schedule, and the counts. See
-    `AdapterOptimizers` for the arguments and errors.
+    The state also includes the adapter's parameters. See `AdapterOptimizers` for the arguments and
+    errors.
     """
 
     def __init__(
@@ -104,10 +102,10 @@ class AdapterTrainingState:
         return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Scale the adapter's loss for the backward pass.
+        """Scale the adapter's loss by a weight and by the loss scale, for the backward pass.
 
-        The loss is multiplied by ``weight`` and by the loss scale of the adapter's gradient scaler.
-        Without a gradient scaler, the loss scale is 1. ``loss`` is a scalar tensor.
+        The loss scale is that of the adapter's gradient scaler. Without a gradient scaler, the loss
+        scale is 1. ``loss`` is a scalar tensor.
         """
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
@@ -206,10 +204,10 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """Set the optimizer's learning rate according to the adapter's schedule.
+        """Set the optimizer's learning rate to the current value of the adapter's schedule.
 
-        The learning rate is the current value of the schedule, and applies to the next step. If the
-        scheduler is not a `LambdaLR`, the learning rate remains unchanged.
+        The learning rate applies to the next optimizer step. If the scheduler is not a `LambdaLR`,
+        the learning rate remains unchanged.
         """
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler

@@ -38,10 +38,10 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The state of a training run that is stored in a checkpoint.
+    """The training state that a checkpoint stores.
 
-    A resumed run starts from this state and from the adapter weights, which the checkpoint stores
-    separately.
+    A resumed run starts from this state and from the adapter weights. A checkpoint stores the
+    adapter weights in separate files.
 
     Attributes:
         step: Number of completed steps.
@@ -83,11 +83,12 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 @contextlib.contextmanager
 def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> Iterator[Path]:
-    """Write a new checkpoint, and yield the folder in which the caller saves the adapters.
+    """Write a checkpoint atomically, and remove old checkpoints.
 
-    In the ``with`` block, the checkpoint is a temporary folder. On exit, the state is written, and
-    the checkpoint is completed by renaming the folder. Then all but the newest ``max_to_keep``
-    checkpoints are removed.
+    This context manager yields the folder in which the caller saves the adapters. In the ``with``
+    block, the checkpoint is a temporary folder. On exit, the state is written, and the checkpoint
+    is completed by renaming the folder. Then all but the newest ``max_to_keep`` checkpoints are
+    removed.
 
     Args:
         root: The folder of all checkpoints of the run.
@@ -223,10 +224,11 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Extract the tensors of a state into a dict, and return a copy of the state without them.
+    """Replace the tensors in a nested value with placeholders, and collect the tensors in a dict.
 
-    The copy is JSON-compatible and contains a placeholder for each tensor. The state itself remains
-    unchanged. The tensors are added to ``tensors`` under names that begin with ``key``.
+    The tensors are added to ``tensors`` under names that begin with ``key``. The result is a
+    JSON-compatible copy of the value. The value is a training state or a part of a training state,
+    and remains unchanged.
     """
     if isinstance(value, torch.Tensor):
         tensors[key] = value

@@ -18,9 +18,9 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The loss of each adapter in a batch.
+    """The losses of the adapters in a batch, with one loss for each adapter.
 
-    The batch may be a mixed batch, with rows of several adapters. A token counts if it contributes
+    The batch may be a mixed batch with rows of several adapters. A token counts if it contributes
     to the loss. Adapters without counted tokens are left out of all fields.
 
     Attributes:
@@ -126,10 +126,9 @@ def adapter_losses(
 def _sum_losses_and_count_tokens(
     token_losses: torch.Tensor, mask: torch.Tensor, samples_by_adapter: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Sum the losses of each adapter's tokens, and count the tokens.
+    """For each adapter, sum the token losses that the mask selects, and count the selected tokens.
 
-    Returns a tuple (name, sum, token count, sum as a float) for each adapter. The mask selects the
-    tokens.
+    Returns a tuple (name, sum, token count, sum as a float) for each adapter.
     """
     if not samples_by_adapter:
         return []

@@ -32,11 +32,11 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
     """Make the named adapters trainable, and freeze all other adapters.
 
-    The named adapters can then be trained at the same time.
+    The named adapters can then be trained at the same time. Several of the named adapters may have
+    their own copies of the same module (``modules_to_save``), because each row of a mixed batch
+    uses at most one adapter.
 
-    Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
-    of the named adapters may also have their own copies of the same module (``modules_to_save``),
-    because each row of a mixed batch uses at most one adapter. A later call to
+    The function sets only ``requires_grad``; the active adapters remain the same. A later call to
     ``model.set_adapter`` freezes all adapters that it does not activate.
 
     Args:
@@ -80,7 +80,7 @@ def check_can_train_together(model: LoraModel, names: str | Sequence[str]) -> li
 
 @dataclass(frozen=True)
 class StepReport:
-    """A report on one optimizer step.
+    """A report on what happened to the adapters in an optimizer step.
 
     `AdapterOptimizers.step` returns this report. The report lists the adapters that the step
     updated, the adapters that the step skipped, and their gradient norms. An adapter without a loss
@@ -206,14 +206,14 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Draw a dropout seed for each of the named adapters.
+        """Draw a pseudorandom dropout seed for each of the named adapters.
 
         The result is a dict that maps adapter names to seeds. Pass it to `fastlora.adapters` as
-        ``seeds``. Each adapter has its own pseudorandom sequence of seeds: a seed is derived from
-        ``seed``, the name of the adapter, and the number of its forward passes so far. The dropout
-        masks are therefore the same as if the adapter trained alone, provided that its samples are
-        padded to the same length. If processes share batches, each process draws its own seeds, and
-        every forward pass counts for every adapter.
+        ``seeds``. Each adapter has its own sequence of seeds: a seed is derived from ``seed``, the
+        name of the adapter, and the number of its forward passes so far. The dropout masks are
+        therefore the same as if the adapter trained alone, provided that its samples are padded to
+        the same length. If processes share batches, each process draws its own seeds, and every
+        forward pass counts for every adapter.
 
         Args:
             names: The adapter of each sample. None and ``"__base__"`` need no seed.
@@ -229,12 +229,11 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the total number of tokens of each adapter.
+        """Sum the token count of each adapter over all processes, and return the totals.
 
-        The totals cover all batches of a step in all processes. ``counts`` covers the batches of
-        this process, and this method sums the counts over the processes. The result is a dict that
-        maps adapter names to token counts. Adapters without tokens are left out. Pass the dict to
-        `causal_lm_losses` or `adapter_losses` as ``tokens``.
+        ``counts`` contains the counts of this process. The result is a dict that maps adapter names
+        to the total token counts of all batches of a step in all processes. Adapters without tokens
+        are left out. Pass the dict to `causal_lm_losses` or `adapter_losses` as ``tokens``.
 
         Args:
             counts: Token counts of this process for all batches of the step; see `count_tokens`.
@@ -308,10 +307,10 @@ class AdapterOptimizers:
         self._present.update(agreed.finite)
 
     def step(self, present: Iterable[str] | None = None) -> StepReport:
-        """Step the optimizers of the adapters, and return a report.
+        """Step the optimizers of the present adapters, and return a report.
 
-        The optimizers of the adapters in ``present`` are stepped. If ``present`` is None, these are
-        the adapters that had a finite loss in `backward` since the last step. An adapter with a
+        The present adapters are the adapters in ``present``. If ``present`` is None, these are the
+        adapters that had a finite loss in `backward` since the last step. An adapter with a
         non-finite gradient is skipped: its optimizer and its schedule do not advance, and its loss
         scale, if any, is lowered. The call causes one host-device synchronization.
 
@@ -360,9 +359,10 @@ class AdapterOptimizers:
         return StepReport(tuple(stepped), tuple(skipped), left_out, grad_norms)
 
     def zero_grad(self, names: Iterable[str] | None = None) -> None:
-        """Clear the gradients of the named adapters.
+        """Reset the gradients of the named adapters, or of all adapters.
 
-        If ``names`` is None, the gradients of all adapters are cleared.
+        If ``names`` is None, the gradients of all adapters are reset. As in
+        `torch.optim.Optimizer.zero_grad`, each gradient is set to None.
 
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.
@@ -374,7 +374,7 @@ class AdapterOptimizers:
             self._present.discard(adapter.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizers as a dict.
+        """Return the state dict of the optimizers.
 
         The dict maps each adapter to its training state, and can be passed to `load_state_dict`.
         A training state includes the states of the optimizer, the schedule, and the loss scale, as
@@ -400,13 +400,13 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Update the learning rates of the optimizers according to their schedules.
+        """Set the adapters' learning rates to the current values of their schedules.
 
-        The learning rate of each adapter is set to the current value of the adapter's schedule,
-        which is the learning rate for the next step. The schedules do not advance. Call this method
-        after `load_state_dict` if a schedule has changed, because a loaded state contains the
-        learning rates of the schedule that it was saved with. If an adapter's schedule is not a
-        `LambdaLR`, the learning rate of the adapter remains unchanged.
+        The current value of an adapter's schedule is the learning rate for the adapter's next step.
+        The schedules themselves remain unchanged. Call this method after `load_state_dict` if a
+        schedule has changed, because a loaded state contains the learning rates of the schedule
+        that it was saved with. If an adapter's schedule is not a `LambdaLR`, the learning rate of
+        the adapter remains unchanged.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

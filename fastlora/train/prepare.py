@@ -39,8 +39,9 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class SampleSchedule:
     """A schedule that determines the samples of each step in a training run.
 
-    The order of the samples, which changes from epoch to epoch, depends only on the settings and
-    the data. A resumed run therefore uses the samples in the same order.
+    A step may have samples of several adapters. The order of the samples, which changes from epoch
+    to epoch, depends only on the settings and the data. A resumed run therefore uses the samples in
+    the same order.
 
     Attributes:
         order: The samples of each step.
@@ -166,8 +167,9 @@ def add_trainable_adapters(
 def _check_no_fp16_trained(model: LoraModel) -> None:
     """Raise `ConfigError` if an adapter has trainable fp16 parameters.
 
-    torch cannot unscale the gradients of fp16 parameters. The factors of an adapter are fp32.
-    Biases of the base model and copies of its modules have the dtype of the base model.
+    Training in fp16 needs loss scaling, and torch cannot unscale the gradients of fp16 parameters.
+    The factors of an adapter are fp32. Biases of the base model and copies of its modules have the
+    dtype of the base model.
     """
     for name, config in model.peft_config.items():
         for key, parameter in adapter_parameters(model, name).items():
@@ -228,10 +230,10 @@ def read_and_tokenize_data(
 def describe_data(
     corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
 ) -> list[str]:
-    """Return messages that describe the training and evaluation data of each adapter.
+    """Return messages that describe the training data and the evaluation data.
 
-    The messages state the format and the size of the data, and include any notes about its files.
-    ``held_out`` contains the evaluation data.
+    For each adapter, the messages state the format and the size of its data, and include any notes
+    about its files. ``held_out`` contains the evaluation data.
     """
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
@@ -266,10 +268,10 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> tqdm[Any]:
-    """Return a tqdm progress bar.
+    """Create a tqdm progress bar with the given options.
 
-    The bar is written to stderr, and write errors are ignored. The keyword arguments are passed to
-    `tqdm.tqdm`. Pass ``disable=True`` to hide the bar.
+    The options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
+    The bar is written to stderr, and write errors are ignored.
 
     Raises:
         TrainError: tqdm is not installed.

@@ -43,10 +43,10 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedFiniteLosses(NamedTuple):
-    """The agreement among all training processes about which losses are finite.
+    """The agreement among all training processes on which adapters' losses are finite.
 
     The losses are those of one batch. If an adapter's loss is not finite in at least one process,
-    all processes leave out that loss.
+    all processes skip the loss of that adapter.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -63,9 +63,10 @@ class AgreedFiniteLosses(NamedTuple):
 
 
 class BatchProcessGroup:
-    """A process group of the processes among which each batch is split.
+    """A group of processes that train together on each batch.
 
-    A process that trains alone does not communicate.
+    Each batch is split among the processes. The methods of the group are collective operations. A
+    process that trains alone does not communicate.
 
     Args:
         group: See `AdapterOptimizers`.
@@ -101,9 +102,10 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedFiniteLosses:
-        """Determine which losses are finite in every process that has them.
+        """Agree with the other processes on which adapters' losses are finite.
 
-        The result also contains a weight for each loss of this process.
+        An adapter's loss must be finite in every process that has a loss of the adapter. The result
+        also contains a weight for each loss of this process.
         """
         seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens

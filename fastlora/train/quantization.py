@@ -93,11 +93,11 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
 
 
 def prevent_repacking_and_cast_warnings(model: PreTrainedModel) -> None:
-    """Prevent bitsandbytes from repacking a model's weights and from warning about casts.
+    """Prevent weight repacking and cast warnings in a quantized model.
 
-    The function prepares a quantized base model for training, and changes the model in place. If
-    bitsandbytes repacked 4-bit weights in an evaluation, the model could not be trained afterward.
-    The warnings are suppressed in the whole process.
+    The function prepares the model for training, and changes the model in place. If bitsandbytes
+    repacked 4-bit weights during an evaluation, the model could not be trained afterward. The cast
+    warnings of bitsandbytes are suppressed in the whole process.
     """
     prevent_bitsandbytes_repacking(model)
     # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in

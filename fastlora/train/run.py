@@ -51,9 +51,9 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A loss, a gradient, or a weight became NaN or infinite during training.
+    """A value became NaN or infinite during training.
 
-    The run cannot continue.
+    The value is a loss, a gradient, or a weight. The run cannot continue.
 
     Attributes:
         step: The step, counted from 1.
@@ -173,10 +173,10 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean training losses of a run, and the paths of the files that contain its losses.
+    """The mean training losses of a run, and the paths of its loss files.
 
-    There is one mean loss for each adapter. The files are a table and a plot of the losses. If the
-    run has steps left, there are no mean losses and no files.
+    There is one mean loss for each adapter. The loss files are a table and, if matplotlib is
+    installed, a plot. If the run has steps left, there are no mean losses and no files.
     """
 
     means: dict[str, float]
@@ -184,9 +184,10 @@ class _MeanLossesAndFilePaths(NamedTuple):
 
 
 class Run:
-    """A run that trains the adapters of a base model.
+    """A training run, with its state and its steps.
 
-    It resumes from the checkpoint ``resumed``, or starts from the beginning if that is None.
+    A run trains the adapters of a base model. If ``resumed`` is the path of a checkpoint, the run
+    resumes from that checkpoint. If ``resumed`` is None, the run starts from the beginning.
     """
 
     def __init__(
@@ -307,7 +308,7 @@ class Run:
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
         ) as bar:
             while self.step < steps and not self._run_should_stop():
-                self._run_optimizer_step()
+                self._run_training_step()
                 bar.set_postfix_str(self._progress_text(), refresh=False)
                 bar.update()
                 if self.step == steps:
@@ -370,8 +371,8 @@ class Run:
     def _suppress_and_record_write_error(self, what: str) -> Iterator[None]:
         """Suppress and record a write error that is raised in the ``with`` block.
 
-        The run then ends after the current step. If there are several errors, only the first one is
-        recorded. The message of the error says that ``what`` could not be written.
+        The current step continues, and the run ends after it. If there are several errors, only the
+        first one is recorded. The message of the error says that ``what`` could not be written.
         """
         try:
             with run_log.os_error_as_train_error(what):
@@ -391,20 +392,20 @@ class Run:
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
-        """Return whether the run should stop.
+        """Return whether the run is interrupted.
 
-        The run should stop if it has received a signal or recorded a write error. The run then ends
-        after the current step. The result is the same in all processes. In a run with several
-        processes, the result is updated only when the processes exchange their losses.
+        A signal or a recorded write error interrupts the run, which then ends after the current
+        step. The result is the same in all processes. In a run with several processes, the result
+        is updated only when the processes exchange their losses.
         """
         return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
     def _this_process_should_stop(self) -> bool:
-        """Return whether this process should stop after this step.
+        """Return whether this process is interrupted.
 
-        The reasons to stop are a received signal and a recorded failure to write. Other processes
-        may have no reason to stop. In contrast, the result of `_run_should_stop` is the same in all
-        processes.
+        A signal or a recorded write error interrupts the process, which then ends after the current
+        step. Other processes may not be interrupted yet. In contrast, the result of
+        `_run_should_stop` is the same in all processes.
         """
         return self._signals.received is not None or self._failure is not None
 
@@ -426,11 +427,11 @@ class Run:
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate the adapters if an evaluation is due.
+        """Evaluate the adapters if an evaluation is due, and return their losses.
 
-        Returns each adapter's loss. Unless the run is about to stop, the answers to the prompts are
-        logged too. If no evaluation is due, the result is an empty dict. A run that stops leaves
-        the evaluation to the run that resumes it.
+        The result is a dict that maps each adapter with evaluation data to its loss. Unless the run
+        is about to stop, the answers to the prompts are logged too. If no evaluation is due, the
+        result is an empty dict. A run that stops leaves the evaluation to the run that resumes it.
         """
         if self._run_should_stop() or not self._is_due_or_last(self.settings.eval_every):
             return {}
@@ -440,10 +441,10 @@ class Run:
         return evaluated
 
     def _is_before_first_step(self) -> bool:
-        """Return whether this run has not completed its first step yet.
+        """Return whether the run has not completed any step yet.
 
-        In a resumed run, the first step is the step after the checkpoint. The result is False if
-        no steps are left.
+        In a resumed run, only the steps after the checkpoint count. The result is False if no steps
+        are left.
         """
         return self.resumed_from == self.step < self.schedule.steps
 
@@ -460,8 +461,8 @@ class Run:
         if self._log is not None:
             self._log.close()
 
-    def _run_optimizer_step(self) -> None:
-        """Run one training step, which includes the optimizer step.
+    def _run_training_step(self) -> None:
+        """Run one training step.
 
         The step consists of the forward and backward passes, the optimizer step, and the log entry.
         Raises `NonFiniteError` if a loss or a gradient is not finite. With loss scaling, an
@@ -503,7 +504,10 @@ class Run:
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
     def _check_no_adapter_skipped_all_steps(self) -> None:
-        """Raise `NonFiniteError` if an adapter has skipped all of its steps."""
+        """Raise `NonFiniteError` if an adapter has skipped all of its steps.
+
+        A step is skipped if a gradient of the adapter is not finite.
+        """
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
                 scale = f"{self.optimizers.loss_scale(name):g}"
@@ -525,26 +529,26 @@ class Run:
 
     def _compute_mean_losses(
         self,
-        rows: Sequence[SampleRef],
+        samples: Sequence[SampleRef],
         corpora: Mapping[str, TokenizedCorpus],
         *,
         accumulate_gradients: bool,
     ) -> dict[str, float]:
-        """Compute each adapter's mean loss over its tokens in ``rows``.
+        """Compute the mean loss of each adapter on the given samples.
 
-        The forward passes are distributed over all processes. With
-        ``accumulate_gradients=True``, they also accumulate gradients. A run that stops ends an
-        evaluation early; the returned losses are then meaningless.
+        The mean is over the tokens that contribute to the loss. The forward passes are distributed
+        over all processes. With ``accumulate_gradients=True``, gradients are accumulated too. An
+        interrupted run ends an evaluation early; the returned losses are then meaningless.
         """
         from accelerate.utils import set_seed
 
-        drawn = {row.adapter for row in rows}
+        drawn = {row.adapter for row in samples}
         tokens = {name: 0 for name in corpora if name in drawn}
-        for row in rows:
+        for row in samples:
             tokens[row.adapter] += corpora[row.adapter].num_loss_tokens(row.sample)
         sums = dict.fromkeys(tokens, 0.0)
         for number, part in enumerate(
-            sorted_micro_batches(rows, corpora, self.schedule.micro_batch_size)
+            sorted_micro_batches(samples, corpora, self.schedule.micro_batch_size)
         ):
             # Draw seeds in every process, so that all processes count the same forward passes.
             seeds = (

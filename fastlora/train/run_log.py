@@ -140,11 +140,11 @@ def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's losses to a file in ``folder``, and return the file's path.
+    """Plot the logged losses to an image file in ``folder``, and return the file's path.
 
-    The file is ``losses.png``. Returns None if matplotlib is not installed. With 10 or more steps,
-    the losses are drawn as a thin line, and their moving average is drawn as a thick line.
-    Evaluations are drawn as dots on a dashed line.
+    The file is ``losses.png``. Returns None if matplotlib is not installed. Each adapter has its
+    own lines. With 10 or more steps, the training losses are drawn as a thin line, and their
+    moving average is drawn as a thick line. Evaluations are drawn as dots on a dashed line.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -208,7 +208,7 @@ def _moving_average(values: Sequence[float]) -> list[float]:
 def os_error_as_train_error(what: Path | str) -> Iterator[None]:
     """Convert an `OSError` raised in the ``with`` block to a `TrainError`.
 
-    The message says that ``what`` could not be written.
+    The message names ``what``, such as a file, and says that it could not be written.
     """
     try:
         yield

@@ -22,8 +22,8 @@ class SettingType(NamedTuple):
     """The type of a setting, which defines how the setting's value is parsed and checked.
 
     Attributes:
-        check: Function that takes a value and its name in error messages. It returns the converted
-            value or raises `ConfigError`.
+        check: Function that takes a value and the setting's name for error messages. The function
+            returns the converted value or raises `ConfigError`.
         flag: Keyword arguments for `argparse.ArgumentParser.add_argument`. They define how the
             setting's flag is parsed.
     """

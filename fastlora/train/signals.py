@@ -37,12 +37,13 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopSignalHandler:
-    """Handles SIGINT and SIGTERM, so that a run can end after its current step.
+    """Handles SIGINT and SIGTERM, so that a training run can stop cleanly.
 
     The handler is a context manager. Until `defer_first_signal` is called, a signal raises
     `RunInterrupted` immediately. Once `defer_first_signal` has been called, the first signal only
-    sets `received`. The next signal has the effect that it had before the ``with`` block: by
-    default, SIGINT raises `KeyboardInterrupt` and SIGTERM ends the process.
+    sets `received`, so that the run can end after its current step. The next signal has the effect
+    that it had before the ``with`` block: by default, SIGINT raises `KeyboardInterrupt` and SIGTERM
+    ends the process.
 
     Only the main thread can handle signals, so the block does nothing in another thread. A handler
     that the program installed itself stays in place.

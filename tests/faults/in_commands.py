@@ -112,12 +112,12 @@ FAULTS = (
         check_batch_matches_ids(router.group, args, kwargs)
 
 
-_finding""",
+def _generate_with""",
         after="""\
         pass
 
 
-_finding""",
+def _generate_with""",
         tests=(
             "tests/integrations/test_from_peft.py::test_mixed_batches_of_injected_adapters[deepcopy]",
         ),

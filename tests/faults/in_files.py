@@ -68,9 +68,9 @@ FAULTS = (
         kind="a lock not taken",
         source="103fddf",
         path="fastlora/model/adapter_folder.py",
-        before="    with folder_lock(folder), atomic_replace_files(*paths) as "
+        before="    with folder_lock(folder), atomic_replace_each_file(*paths) as "
         "(weights, new_config):",
-        after="    with atomic_replace_files(*paths) as (weights, new_config):",
+        after="    with atomic_replace_each_file(*paths) as (weights, new_config):",
         tests=(f"{_FILES}::test_simultaneous_saves",),
     ),
     Fault(
@@ -80,11 +80,11 @@ FAULTS = (
         path="fastlora/model/adapter_folder.py",
         before="""\
     paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    with folder_lock(folder), atomic_replace_files(*paths) as (weights, new_config):
+    with folder_lock(folder), atomic_replace_each_file(*paths) as (weights, new_config):
 """,
         after="""\
     paths = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    with folder_lock(folder), atomic_replace_files(*paths) as (new_config, weights):
+    with folder_lock(folder), atomic_replace_each_file(*paths) as (new_config, weights):
 """,
         tests=("tests/crash/test_save.py::test_kills_at_fixed_calls[1]",),
     ),
@@ -114,7 +114,7 @@ FAULTS = (
         kind="an old config saved again",
         source="59aa300",
         path="fastlora/model/config.py",
-        before='bytes_for_config_only_save(folder, text.encode("utf-8"))',
+        before='config_file_bytes_for_config_only_save(folder, text.encode("utf-8"))',
         after='text.encode("utf-8")',
         tests=(f"{_FILES}::test_the_config_that_was_replaced_can_be_saved_again",),
     ),

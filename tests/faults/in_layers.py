@@ -253,7 +253,7 @@ FAULTS = (
         "stale base norms",
         "1871540",
         "fastlora/layers/dora_norms.py",
-        "return watched[0], (*watched[1], weights_versions.for_base_weight(weight))",
+        "return watched[0], (*watched[1], weights_versions.version_of_base_weight(weight))",
         "return watched",
         (
             "tests/test_stamps.py::"
@@ -412,7 +412,7 @@ FAULTS = (
         "lost write",
         "a602bf8",
         "fastlora/layers/merging.py",
-        "unwritten = snapshot is not None and self._is_unmodified_since_merge()\n"
+        "unwritten = snapshot is not None and self._is_base_layer_unmodified_since_merge()\n"
         "        # All processes",
         "unwritten = snapshot is not None\n        # All processes",
         ("tests/model/test_dropin.py::test_unmerge_keeps_what_moves_no_version[fused step]",),
@@ -467,7 +467,7 @@ FAULTS = (
         "bound forward",
         "b1be4d63",
         "fastlora/layers/unfused.py",
-        "    if has_uncopyable_forward(module):\n",
+        "    if has_replaced_forward_that_cannot_be_copied(module):\n",
         "    if False:\n",
         ("tests/model/test_expert_models.py::test_a_forward_that_was_replaced_on_the_instance",),
     ),
@@ -691,7 +691,7 @@ FAULTS = (
         "missed write",
         "issue 31",
         "fastlora/layers/adapted_parameters.py",
-        "context = (id(watched), weights_versions.for_trainable_weights())",
+        "context = (id(watched), weights_versions.version_of_trainable_weights())",
         "context = (id(watched),)",
         (f"{_EXPERTS}::test_the_copy_of_lora_b_follows_every_write",),
     ),

@@ -127,7 +127,9 @@ FAULTS = (
         kind="a wait for what others make",
         source="8b99b55",
         path="fastlora/pool/scales.py",
-        before="        if not dora or not self._find_stale_scales_and_stamps(dora)[0]:\n",
+        before="""\
+        if not dora or not self._find_stale_scales_and_base_weight_stamps(dora)[0]:
+""",
         after="        if not dora:\n",
         tests=(f"{_SCALES}::test_threads_make_them_once",),
     ),

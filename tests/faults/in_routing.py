@@ -24,8 +24,8 @@ FAULTS = (
         "wrong dimension",
         "2e3e9bb",
         "fastlora/routing/routing.py",
-        "ids_divide_rows(leading.numel(), count) and not ids_cover_whole_entries(leading, count)",
-        "False",
+        " and not each_id_covers_whole_entries(\n            leading, count\n        ):\n",
+        " and False:\n",
         (
             "tests/routing/test_experts.py::"
             "test_samples_that_are_not_along_the_first_dimension_raise",
@@ -152,8 +152,8 @@ FAULTS = (
         "chosen rows",
         "ac78699",
         "fastlora/routing/row_rules.py",
-        "(*indices) and known.are_samples_fixed_across_batches(source)",
-        "(*indices)",
+        "        *indices\n    ) and known.are_samples_fixed_across_batches(source)\n",
+        "        *indices\n    )\n",
         (f"{_SELECTED}{_AGAIN}[picked backward]",),
     ),
     Fault(
@@ -180,7 +180,7 @@ FAULTS = (
         "5037054",
         "fastlora/routing/row_checks.py",
         "            if self.order.is_shared_table(x):\n"
-        "                self._checks.raise_now_and_always_for(layer, _LONE_TABLE)\n",
+        "                self._checks.raise_now_and_at_later_checks(layer, _LONE_TABLE)\n",
         "",
         (f"{_SELECTED}test_a_layer_over_a_table_of_the_model_raises",),
     ),
@@ -237,7 +237,7 @@ FAULTS = (
         kind="no mark",
         source="M10",
         path="fastlora/routing/caches.py",
-        before="weights_versions.for_trainable_weights() if factors_can_change else None\n",
+        before="weights_versions.version_of_trainable_weights() if factors_can_change else None\n",
         after="None\n",
         tests=(
             "tests/kernels/test_mixed_tables.py::test_tables_end_with_what_they_were_made_from",

@@ -328,6 +328,23 @@ def test_jit_trace_and_the_old_exporter(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(change: dict[str, Any], strict: bool) -> None:
+    """An exported program computes the model's output, also after the weights have changed."""
+    model, x = made(**change).eval(), torch.randn(5, 16)
+    with torch.no_grad():
+        before = model(x)  # fills the caches
+    program = torch.export.export(model, (torch.randn(5, 16),), strict=strict).module()
+    torch.testing.assert_close(program(x), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    after = model(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(program(x), after)
+
+
+@pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"lora_bias": True}])
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "patched"])
 def test_nested_tensors(change: dict[str, Any], ours: bool) -> None:
     """Samples of other lengths in one tensor come out as they do one by one, with gradients."""

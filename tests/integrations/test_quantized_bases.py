@@ -42,7 +42,7 @@ IDS: list[str | None] = ["de", None, "en", "fr", "es", "en", None, "de"]
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draws the masks that `masked_peft` makes explicit."""
-    monkeypatch.setattr(ops, "draw_seed", fixed_seed)
+    monkeypatch.setattr(ops, "draw_dropout_seed", fixed_seed)
     yield
 
 

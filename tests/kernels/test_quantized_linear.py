@@ -17,7 +17,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 
 from fastlora.kernels import lora_linear, mixed_lora_linear
 from fastlora.ops.backend import BACKENDS, BackwardArguments
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.quantized_tensor import QuantizedTensor, dequantize
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
@@ -82,7 +82,7 @@ def test_rows_are_the_weight_bit_for_bit(lab: Lab, dtype: torch.dtype) -> None:
         x = torch.eye(128, dtype=dtype, device=lab.device)
         zeros = torch.zeros(4, 128, dtype=dtype), torch.zeros(50, 4, dtype=dtype)
         own = [[t.to(lab.device)] for t in zeros]
-        operands = AdapterOperands(*own, [None], torch.tensor(1.0), (0.0,))
+        operands = LayerAdapterOperands(*own, [None], torch.tensor(1.0), (0.0,))
         parts = [
             TRITON.forward(rows, Base(weight), operands, None, None, "auto")[0]
             for rows in x.split(64)
@@ -195,7 +195,7 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
     weight = make_quantized_weight("nf4", problem.weight)
     problem.weight = dequantize(weight)
     dropout_p, rows = tuple(problem.ps), problem.groups
-    operands = AdapterOperands(
+    operands = LayerAdapterOperands(
         *(problem.lora_a, problem.lora_b, problem.lora_bias, problem.scaling),
         *(dropout_p, problem.seeds),
     )
@@ -230,7 +230,7 @@ def test_the_batch_invariant_mode_has_one_kernel_over_codes(
     else:
         weight = make_quantized_weight("nf4", lab.rand(48, 128, dtype=dtype))
         x, own = lab.rand(70, 128, dtype=dtype), [lab.rand(8, 128, dtype=dtype)]
-        operands = AdapterOperands(
+        operands = LayerAdapterOperands(
             own, [lab.rand(48, 8, dtype=dtype)], [None], torch.tensor(1.0), (0.0,)
         )
         whole, part = (

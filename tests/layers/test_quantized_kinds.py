@@ -16,7 +16,7 @@ from torch import nn
 import fastlora
 from fastlora.layers import FastLoraWrapper, quantized_base
 from fastlora.layers.dora_norms import base_weight_rows
-from fastlora.layers.quantized import RepackedProduct, quantized_weight_of
+from fastlora.layers.quantized import ProductWithRepackedCopy, quantized_weight_of
 from fastlora.layers.quantized_base import (
     KernelWeightCache,
     fallback_reason_base_called,
@@ -248,7 +248,7 @@ def test_a_write_ends_a_copy_of_the_codes() -> None:
     module: Any = quantize_linear(nn.Linear(128, 48).half(), "nf4")
     kept = KernelWeightCache()
     kept._entries_if_cacheable(module)
-    kept.repacked = made = RepackedProduct(module)
+    kept.repacked = made = ProductWithRepackedCopy(module)
     kept._entries_if_cacheable(module)
     assert kept.repacked is made
     module.weight.quant_state.absmax.mul_(2)

@@ -53,7 +53,7 @@ def test_logits_gradients_and_files(
     tmp_path: Path,
 ) -> None:
     """Under our masks PEFT has our logits and every gradient of ours, on three layers."""
-    monkeypatch.setattr(ops, "draw_seed", fixed_seed)
+    monkeypatch.setattr(ops, "draw_dropout_seed", fixed_seed)
     config, dtype, options = CASES[case]
     folder = None if options or dtype == BF16 else tmp_path
     mine = check_three_layers(fresh_smollm2, dtype, config, folder=folder, **options)

@@ -20,7 +20,7 @@ from triton import knobs
 from fastlora.kernels import launch as launching
 from fastlora.kernels.launch import cached_launches, empty, launch, product
 from fastlora.ops.backend import BackwardArguments
-from fastlora.ops.factors import AdapterOperands, AddressTables
+from fastlora.ops.factors import AddressTables, LayerAdapterOperands
 from fastlora.ops.layout import shrink_partials_shape
 from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import sort_rows
@@ -256,7 +256,7 @@ def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -
         torch.zeros(shape) for shape in ((m, 64), (64, 96), (m, 96), (8, 96), (64, 8), (m, 8))
     )
     seeds = torch.zeros(1, dtype=torch.int64) if p else None
-    operands = AdapterOperands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
+    operands = LayerAdapterOperands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
     wants = True, bias, False, (True, True, False)
     return (BackwardArguments(dy, weight, x, operands, None, s, plan, *wants),)
 

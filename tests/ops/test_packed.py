@@ -27,7 +27,7 @@ from fastlora.ops.torch.packed_plans import (
     DensePlan,
     PerAdapterPlan,
     PerSamplePlan,
-    WeightedSumTerms,
+    RowUpdateTerms,
 )
 from fastlora.testing import assert_within_budget
 from tests.support.tiny import randomize, with_adapters
@@ -283,7 +283,7 @@ def test_few_rows_of_mixed_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         outputs = steps(model, x, names)
     found = [packed_plans.cached_plan(*call.args) for call in plans.call_args_list]
-    assert {(type(plan), type(plan.terms)) for plan in found} == {(BlockedPlan, WeightedSumTerms)}
+    assert {(type(plan), type(plan.terms)) for plan in found} == {(BlockedPlan, RowUpdateTerms)}
     assert_alone(outputs, model, x, names)
 
 

@@ -25,7 +25,7 @@ from fastlora.ops.torch.packed_plans import (
     PerAdapterPlan,
     PerSamplePlan,
     Plan,
-    WeightedSumTerms,
+    RowUpdateTerms,
 )
 from fastlora.ops.torch.packed_slots import PackedSlots
 from fastlora.testing import assert_within_budget
@@ -79,11 +79,11 @@ def add(
 
 MIXES = {
     # slots, slices, ranks of a slot, samples, tokens of each, dtype, plans that must occur
-    "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan, WeightedSumTerms}),
+    "decode": (4, 3, (8,), 16, 1, torch.float32, {DensePlan, RowUpdateTerms}),
     "decode of large ranks": (4, 3, (64,), 16, 1, torch.float32, {BlockedPlan, PerAdapterPlan}),
     "more rows": (4, 3, (8,), 40, 1, torch.float32, {BlockedPlan, NoneType}),
     "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {PerAdapterPlan}),
-    "many slots": (16, 1, (8,), 64, 1, torch.float32, {WeightedSumTerms, PerAdapterPlan}),
+    "many slots": (16, 1, (8,), 64, 1, torch.float32, {RowUpdateTerms, PerAdapterPlan}),
     "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {BlockedPlan}),
     "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, PerAdapterPlan}),
     "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, PerAdapterPlan}),

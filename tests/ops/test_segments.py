@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.torch import segments
 from fastlora.testing import assert_within_budget
@@ -19,9 +19,9 @@ MIXES = {
 }
 
 
-def operands(dtype: torch.dtype, ranks: list[int], with_bias: bool) -> AdapterOperands:
+def operands(dtype: torch.dtype, ranks: list[int], with_bias: bool) -> LayerAdapterOperands:
     """Random adapters of slots 1 to 5."""
-    return AdapterOperands(
+    return LayerAdapterOperands(
         [torch.randn(r, K).to(dtype) / 5 for r in ranks],
         [torch.randn(N, r).to(dtype) / 5 for r in ranks],
         [torch.randn(N).to(dtype) if with_bias else None for _ in ranks],
@@ -33,7 +33,7 @@ def operands(dtype: torch.dtype, ranks: list[int], with_bias: bool) -> AdapterOp
 
 
 def expected(
-    y: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, adapters: AdapterOperands
+    y: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, adapters: LayerAdapterOperands
 ) -> torch.Tensor:
     """y plus each adapter's update in y's dtype."""
     y = y.clone()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fastlora.autograd.stacks import stacked_lora_linear
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.stacks import (
-    WeightStackAdapterOperands,
+    StackedWeightAdapterOperands,
     dropout_seeds_of_keys,
     rank_row_views,
     transposed_rank_rows,
@@ -51,13 +51,15 @@ class Case:
         self.x = torch.randn(rows, K, dtype=dtype)[self.rows.order.long()].requires_grad_()
         self.dy = torch.randn(rows, N, dtype=dtype)
 
-    def operands(self) -> WeightStackAdapterOperands:
+    def operands(self) -> StackedWeightAdapterOperands:
         pairs = [
             rank_row_views(a, b, E) if a.numel() else (a.view(E, 0, K), b.new_empty(E, 0, N))
             for a, b in self.files
         ]
         lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
-        return WeightStackAdapterOperands(lora_a, lora_b, self.scaling, self.dropout_p, self.seeds)
+        return StackedWeightAdapterOperands(
+            lora_a, lora_b, self.scaling, self.dropout_p, self.seeds
+        )
 
     def truth(self) -> torch.Tensor:
         """Each row by itself, with PEFT's own formula for the layout."""
@@ -180,7 +182,7 @@ def test_factors_in_fp32(spread: str, wide: str, p: float, dtype: torch.dtype) -
             strict=True,
         )
         numbers = scaling.double() if exact else scaling
-        operands = WeightStackAdapterOperands([*lora_a], [*lora_b], numbers, (p,) * slots, seeds)
+        operands = StackedWeightAdapterOperands([*lora_a], [*lora_b], numbers, (p,) * slots, seeds)
         y = stacked_lora_linear(own_x, None, own_x.new_zeros(m, N), slots, operands, rows, "eager")
         return [y.detach(), *torch.autograd.grad(y, [own_x, *own], dy.to(y.dtype))]
 
@@ -221,7 +223,7 @@ def test_nothing_as_large_as_the_stack_is_made(adapters: int, dtype: torch.dtype
     pairs = [(rank_row_views(a, b, count)[0], transposed_rank_rows(b, count)) for a, b in files]
     lora_a, lora_b = ([*part] for part in zip(*pairs, strict=True))
     scaling = torch.ones(adapters, dtype=torch.float64 if dtype.itemsize == 8 else None)
-    operands = WeightStackAdapterOperands(lora_a, lora_b, scaling, (0.0,) * adapters)
+    operands = StackedWeightAdapterOperands(lora_a, lora_b, scaling, (0.0,) * adapters)
     with _LargestTensor(stack) as largest:
         y = stacked_lora_linear(x, stack, None, adapters, operands, sorted_rows, "eager")
         y.sum().backward()

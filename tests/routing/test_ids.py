@@ -10,7 +10,7 @@ import torch
 from fastlora.routing.ids import (
     DeferredIdChecks,
     check_slots_and_move_to_cpu,
-    ids_cover_whole_entries,
+    each_id_covers_whole_entries,
     ids_divide_rows,
     names_and_slots,
 )
@@ -77,7 +77,7 @@ def test_messages_have_twenty_names() -> None:
 def test_the_rows_of_an_id_end_with_an_entry(
     shape: tuple[int, ...], ids: int, aligned: bool
 ) -> None:
-    assert ids_cover_whole_entries(shape, ids) is aligned
+    assert each_id_covers_whole_entries(shape, ids) is aligned
 
 
 def test_rows_fit_ids() -> None:

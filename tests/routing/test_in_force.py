@@ -15,7 +15,7 @@ from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.routing import active, block
 from fastlora.routing.caches import PerBlockCache
-from fastlora.routing.routing import RoutedLayerGroup, unique_layer_numbers
+from fastlora.routing.routing import RoutedLayerGroup, layer_numbers_from_name_hashes
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -94,7 +94,7 @@ def test_ids_are_checked_where_the_host_reads_rows() -> None:
         routing.sorted_rows(4, cpu)
         wrong = pytest.raises(AdapterNotFoundError, match="^an adapter id is out of range")
         with wrong if invalid else nullcontext():
-            routing.sorted_rows(4, cpu, read_on_host=True)
+            routing.sorted_rows(4, cpu, check_ids_now=True)
 
 
 def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
@@ -199,7 +199,7 @@ def test_a_block_knows_its_slots_among_all_adapters() -> None:
 
 
 def test_layers_have_numbers_of_their_own() -> None:
-    first, second = unique_layer_numbers(["q", "v"])
-    assert first != second and unique_layer_numbers(["v"]) == [second]
-    assert unique_layer_numbers(["q", "v"], [first, second]) == [first + 1, second + 1]
-    assert unique_layer_numbers(["q"], [first, first + 1]) == [first + 2]
+    first, second = layer_numbers_from_name_hashes(["q", "v"])
+    assert first != second and layer_numbers_from_name_hashes(["v"]) == [second]
+    assert layer_numbers_from_name_hashes(["q", "v"], [first, second]) == [first + 1, second + 1]
+    assert layer_numbers_from_name_hashes(["q"], [first, first + 1]) == [first + 2]

@@ -14,7 +14,7 @@ import fastlora
 from fastlora import adapters
 from fastlora.routing.active import active_routings
 from fastlora.routing.ids import DeferredIdChecks, _PendingIdCheck
-from fastlora.routing.routing import unique_layer_numbers
+from fastlora.routing.routing import layer_numbers_from_name_hashes
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 from tests.support.tiny import TwoLayers, randomize, tiny_llama, with_adapters
 
@@ -286,7 +286,7 @@ def test_factors_that_functional_call_replaced() -> None:
 
 def test_layers_whose_names_collide() -> None:
     """CRC-32 of both is the same; each keeps its own factors."""
-    assert len(set(unique_layer_numbers(["plumless", "buckeroo"]))) == 2
+    assert len(set(layer_numbers_from_name_hashes(["plumless", "buckeroo"]))) == 2
 
     class Colliding(nn.Module):
         def __init__(self) -> None:

@@ -280,9 +280,9 @@ def test_answers_are_sent_at_once() -> None:
 def test_a_server_that_ends_takes_no_connection() -> None:
     """E1: asyncio may have accepted one that uvicorn does not know of yet."""
     connections = OpenConnections(SHORT)
-    assert connections.make_room_if_full()
+    assert connections.close_waiting_connection_if_full()
     connections.ending = True
-    assert not connections.make_room_if_full()
+    assert not connections.close_waiting_connection_if_full()
 
 
 def test_limits_leave_descriptors() -> None:

@@ -129,7 +129,7 @@ def test_a_long_text_is_rejected_without_the_tokenizer(monkeypatch: pytest.Monke
         prompts.tokenize_text("ab" * 500_000)
     with pytest.raises(ConfigError, match=said):
         prompts.tokenize_messages([{"role": "user", "content": "ab" * 500_000}])
-    assert len(prompts.check_token_ids([10**9] * 101)) == 101  # the engine refuses them
+    assert len(prompts.check_ids_in_vocabulary([10**9] * 101)) == 101  # the engine refuses them
 
 
 def test_long_prompts_delay_no_short_one() -> None:

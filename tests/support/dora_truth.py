@@ -85,7 +85,7 @@ def dora(problem: Problem, scaling: float, mask: torch.Tensor | None = None) -> 
 
 
 def fixed_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Takes the place of `ops.draw_seed`."""
+    """Takes the place of `ops.draw_dropout_seed`."""
     return torch.tensor([SEED], device=x.device if impl == "triton" else "cpu")
 
 

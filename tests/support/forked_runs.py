@@ -103,7 +103,7 @@ class SignalInStep:
         self.numbers = numbers
 
     def __call__(self) -> None:
-        do_step = Run._run_optimizer_step
+        do_step = Run._run_training_step
 
         def interrupted(run: Run) -> None:
             if run.step + 1 == self.step:
@@ -111,7 +111,7 @@ class SignalInStep:
                     signal.raise_signal(number)
             do_step(run)
 
-        Run._run_optimizer_step = interrupted  # type: ignore[method-assign]
+        Run._run_training_step = interrupted  # type: ignore[method-assign]
 
 
 class FullLogInStep:
@@ -121,7 +121,7 @@ class FullLogInStep:
         self.step = step
 
     def __call__(self) -> None:
-        do_step = Run._run_optimizer_step
+        do_step = Run._run_training_step
 
         def full(run: Run) -> None:
             if run.step + 1 == self.step and run._log is not None:
@@ -129,7 +129,7 @@ class FullLogInStep:
                 run._log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (as RunLogFile)
             do_step(run)
 
-        Run._run_optimizer_step = full  # type: ignore[method-assign]
+        Run._run_training_step = full  # type: ignore[method-assign]
 
 
 class WaitInStep:
@@ -140,7 +140,7 @@ class WaitInStep:
         self.file = file
 
     def __call__(self) -> None:
-        do_step = Run._run_optimizer_step
+        do_step = Run._run_training_step
 
         def waiting(run: Run) -> None:
             if run.step + 1 == self.step:
@@ -148,7 +148,7 @@ class WaitInStep:
                 signal.pause()
             do_step(run)
 
-        Run._run_optimizer_step = waiting  # type: ignore[method-assign]
+        Run._run_training_step = waiting  # type: ignore[method-assign]
 
 
 class KillInState:

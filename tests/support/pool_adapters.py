@@ -256,7 +256,7 @@ class RecordingTransfers(DeviceTransfers):
         self.log.append(("write", data.data_ptr()))
         return dataclasses.replace(image, data=data)
 
-    def record_write_event(self) -> int:
+    def record_event_after_writes(self) -> int:
         self.marks += 1
         return self.marks
 

@@ -226,7 +226,7 @@ def test_tokens_labels_and_losses(case: str, base: Path, tmp_path: Path) -> None
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         found = []
         for _ in range(2):
-            run._run_optimizer_step()
+            run._run_training_step()
             found.append(run.losses["a"])
     # The second step shows the gradients: the loss has moved, and equally.
     assert found == pytest.approx(losses, rel=2e-5) and abs(found[1] - found[0]) > 1e-3
@@ -264,7 +264,7 @@ def test_packed_documents_stay_separate(base: Path, tmp_path: Path) -> None:
         settings |= {"adapters": {"a": adapter}} | ({"packing": packing} if packing else {})
         with open_run(settings_from_dict(settings, {}, "test"), progress=False) as run:
             run.schedule.order.batch_size = len(run.corpora["a"])  # all of them, each once
-            run._run_optimizer_step()
+            run._run_training_step()
             losses[packing] = run.losses["a"]
     assert losses["bfd"] == pytest.approx(losses[None], rel=1e-6)
     assert abs(losses["wrapped"] - losses[None]) > 1e-3

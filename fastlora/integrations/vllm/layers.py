@@ -102,8 +102,8 @@ def _shards(
     layer: Any,
     lora_a: Sequence[_Factor],
     lora_b: Sequence[_Factor],
-    own_a: Sequence[_Factor],
-    own_b: Sequence[_Factor],
+    sharded_a: Sequence[_Factor],
+    sharded_b: Sequence[_Factor],
 ) -> tuple[list[Any], list[Any]]:
     """Return this process's shards of a layer's factors.
 
@@ -115,10 +115,10 @@ def _shards(
         layer: The layer.
         lora_a: For each slice, the lora_a that vLLM passes.
         lora_b: For each slice, the lora_b that vLLM passes.
-        own_a: For each slice, lora_a as vLLM shards it.
-        own_b: For each slice, lora_b as vLLM shards it.
+        sharded_a: For each slice, lora_a as vLLM shards it.
+        sharded_b: For each slice, lora_b as vLLM shards it.
     """
-    found_a, found_b = list[Any](own_a), list[Any](own_b)
+    found_a, found_b = list[Any](sharded_a), list[Any](sharded_b)
     for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
         features = layer.lora_a_stacked[index].shape[3]
         width = layer.lora_b_stacked[index].shape[2]
@@ -185,7 +185,7 @@ def _split_and_set_slices(
 
 
 def keep_scaling_apart(self: Any) -> Any:
-    """Keep the scaling apart from lora_b.
+    """Keep the LoRA scaling apart from lora_b instead of multiplying lora_b by the scaling.
 
     vLLM's method ``LoRALayerWeights.optimize``, which this function replaces, multiplies lora_b by
     the scaling. In 16-bit dtypes, this product would be rounded.
@@ -262,14 +262,14 @@ def with_one_lora_request_per_adapter_id(
     return make_lora_inputs
 
 
-def one_lora_request_per_adapter_id(self: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
+def one_lora_request_per_adapter_id(lora_state: Any, req_ids: Sequence[str]) -> tuple[Any, ...]:
     """Return one LoRA request per adapter ID for the given requests.
 
     The adapter IDs are those that the requests use. This function replaces
     ``LoraState.get_activate_loras`` of model runner V2. vLLM's method can omit an adapter, for the
     reason given in `with_one_lora_request_per_adapter_id`.
     """
-    found = (self.lora_requests.get(name) for name in req_ids)
+    found = (lora_state.lora_requests.get(name) for name in req_ids)
     return tuple({each.lora_int_id: each for each in found if each is not None}.values())
 
 
@@ -313,7 +313,7 @@ def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
 
 
 def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
-    """Check that the factors of an adapter fit the model.
+    """Check that the factors of an adapter fit the layers of the model.
 
     This function is called before the adapter is loaded into a slot. The factors of experts are not
     checked.

@@ -101,9 +101,9 @@ RELIED_ON = tuple(
 
 
 class NotRegisteredReason(NamedTuple):
-    """The reason why fastlora is not registered with vLLM.
+    """A reason why fastlora is not registered with vLLM.
 
-    `register` returns this reason if vLLM does not use fastlora.
+    `register` returns the reason if vLLM does not use fastlora.
 
     Attributes:
         reason: Why.

@@ -119,7 +119,7 @@ class LayerSlots:
         self._set_ranks(slot, ranks_a, ranks_b, scalings)
 
     def is_empty(self, slot: int) -> bool:
-        """Return whether a slot is empty.
+        """Return whether a slot contains no adapter.
 
         An empty slot contains no adapter for this layer, and its rank is 0 in all slices. A slot in
         which a write failed may have ranks in some of the products only, and is not empty.

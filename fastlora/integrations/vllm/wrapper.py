@@ -160,11 +160,12 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Multiply each row of x by the lora_a of its adapter, and add the products to y.
+        """Add the LoRA shrink output of each row of x to y.
 
-        The product ``scale * x @ lora_a.T`` is the shrink output of a slice. The output of slice i
-        is added to ``y[i]``, which vLLM fills with zeros. ``scale`` must be 1, because `add_expand`
-        multiplies by the scaling. vLLM calls this method if ``fully_sharded_loras`` is set.
+        Each row uses the lora_a of its own adapter. The shrink output of a slice is
+        ``scale * x @ lora_a.T``. The output of slice i is added to ``y[i]``, which vLLM fills with
+        zeros. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this
+        method if ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
         for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):
@@ -197,10 +198,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Replace each row of y with the output of its adapter's own linear layer.
+        """Apply the linear layers that are part of the adapters, and write their outputs to y.
 
-        The layer is the adapter's own classification head. Rows are not changed if their adapter
-        does not have its own head.
+        Each row of y is replaced with the output of its adapter's own classification head. Rows are
+        not changed if their adapter does not have its own head.
 
         Args:
             y: ``[M, labels]``.

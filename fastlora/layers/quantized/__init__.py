@@ -22,7 +22,7 @@ from fastlora.layers.quantized.base_weight import (
     register_quantized_weight,
 )
 from fastlora.layers.quantized.repacking import (
-    RepackedProduct,
+    ProductWithRepackedCopy,
     is_bitsandbytes_repacking_prevented,
     prevent_bitsandbytes_repacking,
     warn_if_gradients_blocked,
@@ -32,7 +32,7 @@ __all__ = [
     "UNREFERENCED_OUTPUT_MODULES",
     "KernelsCannotReadError",
     "BaseQuantizedWeight",
-    "RepackedProduct",
+    "ProductWithRepackedCopy",
     "address_tensor",
     "qualified_class_name",
     "prevent_bitsandbytes_repacking",

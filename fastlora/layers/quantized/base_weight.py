@@ -39,10 +39,11 @@ class KernelsCannotReadError(Exception):
 
 
 class BaseQuantizedWeight(MergeTarget):
-    """Base class of quantized base weights.
+    """Base class for access to the quantized weight of a base layer.
 
-    A subclass supports one kind of quantization. `dense` returns a new tensor. A kind that does not
-    support merging raises in `check_writable`, and defines nothing else for merging.
+    Each subclass supports one kind of quantization, such as the 4-bit quantization of bitsandbytes.
+    `dense` returns a new tensor. A kind that does not support merging raises in `check_writable`,
+    and defines nothing else for merging.
 
     Args:
         base: The module.
@@ -73,7 +74,10 @@ class BaseQuantizedWeight(MergeTarget):
 
     @staticmethod
     def stored_weight_of(module: object) -> Any:
-        """Return a module's weight as the module stores it."""
+        """Return a module's weight as the module stores it.
+
+        The stored weight may be quantized. Returns None if the module has no ``weight``.
+        """
         return getattr(module, "weight", None)
 
     @classmethod
@@ -83,9 +87,9 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight.
+        """The dtype of the weight.
 
-        `dense` returns the weight in this dtype.
+        `dense` returns the dequantized weight in this dtype.
         """
         found: torch.dtype = self.weight.dtype
         return found
@@ -222,11 +226,12 @@ class BaseQuantizedWeight(MergeTarget):
         """
         return lambda: self.dense().to(dtype)
 
-    def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product in ``dtype``.
+    def bias_for_product(self, product_dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the bias to add to a matrix product in ``product_dtype``.
 
-        Returns None if the module has no bias. If calling the module would convert the module's own
-        bias to the dtype of the product, this method also converts it.
+        Returns None if the module has no bias. The bias has the dtype that it would have after a
+        call of the module. If a call converts the module's own bias to the dtype of the product,
+        this method also converts that bias.
         """
         bias: torch.Tensor | None = self.base.bias
         return bias
@@ -244,8 +249,10 @@ class BaseQuantizedWeight(MergeTarget):
     def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
         """Yield the dequantized weight in pieces.
 
-        A piece is flat and contains elements of the weight in fp32. There are approximately
-        ``approximate_count`` pieces. By default, the whole weight is one piece.
+        There are approximately ``approximate_count`` pieces, so that the whole dequantized weight
+        need not be in memory at once. A piece is flat and contains consecutive elements of the
+        weight in fp32. In a subclass that does not override this method, the whole weight is one
+        piece.
         """
         yield self.dense().reshape(-1).float()
 
@@ -300,14 +307,15 @@ class BaseQuantizedWeight(MergeTarget):
     def fingerprint(self) -> Fingerprint:
         return tuple(total for part in self.stored_tensors() for total in bit_sums(part))
 
-    def convert_snapshot(
+    def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return the snapshot unchanged.
+        """Convert a snapshot with ``fn`` if needed, and return the snapshot.
 
-        The function that ``nn.Module._apply`` applies to the module's tensors is not applied to the
-        snapshot, because the function may change dtypes. `restore` can use the snapshot as it is,
-        because `restore` moves the data to the weight's device.
+        A snapshot of a quantized weight is returned unchanged. ``fn`` is the function that
+        ``nn.Module._apply`` applies to the module's tensors. ``fn`` is not applied to the snapshot,
+        because ``fn`` may change dtypes. `restore` can use the snapshot as it is, because `restore`
+        moves the data to the weight's device.
         """
         return snapshot
 
@@ -350,10 +358,10 @@ def qualified_class_name(module: object) -> str:
 
 
 def quantized_weight_of(module: object) -> BaseQuantizedWeight | None:
-    """Return a module's quantized weight.
+    """Return an object that gives access to a module's quantized weight.
 
-    The result is an object of the registered kind that supports the module. Returns None if no
-    registered kind supports the module, for example because its weight is not quantized.
+    The object is of the registered kind that supports the module. Returns None if no registered
+    kind supports the module, for example because the module's weight is not quantized.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.
@@ -372,11 +380,11 @@ def check_weight_tensor(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Check a tensor of a quantized weight, and return the tensor.
+    """Check that a part of a quantized weight is a tensor that kernels can read.
 
-    The quantized weight is an object of a quantization library, and the tensor is one of its
-    fields. Kernels require one of the given dtypes, ``count`` contiguous elements, and the device
-    of ``like``.
+    The part is a field of an object from a quantization library. Kernels require a tensor with one
+    of the given dtypes and ``count`` contiguous elements, on the device of ``like``. The tensor is
+    returned.
 
     Args:
         name: The field's name, for the message.

@@ -33,9 +33,11 @@ _NESTED_BLOCK = 256
 
 @register_quantized_weight
 class BitsAndBytes4BitWeight(BaseQuantizedWeight):
-    """Base weight of a bitsandbytes 4-bit layer, with methods that read and write it.
+    """Base weight of a bitsandbytes 4-bit layer.
 
-    The layer is a `Linear4bit`. The weight is stored as blocks of 4-bit codes with one absmax each.
+    The class has methods that read and write the weight. The layer is a `Linear4bit`. The weight is
+    stored as blocks of 4-bit codes with one absmax each.
+
     In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
     absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
     """
@@ -58,7 +60,8 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
     def dtype(self) -> torch.dtype:
         """The dtype of the dequantized weight.
 
-        It is fp32 if the codes are repacked. Otherwise, it is the dtype before quantization.
+        If the codes are repacked, the dtype is fp32. Otherwise, the dtype is that of the weight
+        before quantization.
         """
         found: torch.dtype = self.weight.quant_state.dtype
         return torch.float32 if self._is_repacked() else found
@@ -181,16 +184,16 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
         codes, state.dtype = self.weight.data.view(-1, 1), dtype
         return lambda: library.dequantize_4bit(codes, state)
 
-    def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product in ``dtype``.
+    def bias_for_product(self, product_dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the bias to add to a matrix product in ``product_dtype``.
 
         Returns None if the module has no bias. As in bitsandbytes, the module's own bias is
-        converted to ``dtype`` in place.
+        converted to ``product_dtype`` in place.
         """
         bias: torch.Tensor | None = self.base.bias
-        if bias is not None and bias.dtype is not dtype:
+        if bias is not None and bias.dtype is not product_dtype:
             with torch.inference_mode(False):
-                bias.data = bias.data.to(dtype)
+                bias.data = bias.data.to(product_dtype)
         return bias
 
     # ------------------------------------------------------------------------------- in pieces
@@ -210,8 +213,9 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
     def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
         """Yield the dequantized weight in pieces.
 
-        There are about ``approximate_count`` pieces. A piece contains elements of the weight in
-        fp32. A repacked weight is one piece.
+        There are about ``approximate_count`` pieces, so that the whole dequantized weight need not
+        be in memory at once. A piece contains consecutive elements of the weight in fp32. A
+        repacked weight is one piece.
         """
         if self._is_repacked():
             yield from super().dequantized_pieces()
@@ -341,7 +345,7 @@ class BitsAndBytes8BitWeight(BaseQuantizedWeight):
     def dtype(self) -> torch.dtype:
         """The dtype of the dequantized weight.
 
-        It is always fp32.
+        The dtype is always fp32.
         """
         return torch.float32
 
@@ -349,9 +353,10 @@ class BitsAndBytes8BitWeight(BaseQuantizedWeight):
         return [self.weight, self.scales]
 
     def read_for_kernels(self, dtype: torch.dtype) -> NoReturn:
-        """Always raise `KernelsCannotReadError`.
+        """Always raise `KernelsCannotReadError`, because kernels cannot read the weight.
 
-        Kernels cannot read the weight because bitsandbytes also rounds x to int8.
+        The kernels do not support this kind of quantization, in which bitsandbytes also rounds x to
+        int8.
         """
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""

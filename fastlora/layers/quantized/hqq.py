@@ -13,10 +13,10 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantized_weight
 class HqqWeight(BaseQuantizedWeight):
-    """Base weight of an HQQ layer, with methods that dequantize it.
+    """Base weight of an HQQ layer.
 
-    The layer is an `HQQLinear`. The weight is stored as codes with a zero point and a scale for
-    each group.
+    The class has methods that dequantize the weight. The layer is an `HQQLinear`. The weight is
+    stored as codes with a zero point and a scale for each group.
     """
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")

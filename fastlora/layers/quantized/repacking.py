@@ -7,7 +7,8 @@ for x, and nothing raises. The change cannot be undone, because the old values a
 
 For this reason, `prevent_bitsandbytes_repacking` prevents repacking in the 4-bit layers of a model
 with trained adapters. LoRA layers run the special product over a repacked copy of the codes instead
-(`RepackedProduct`). They cache the copy while they evaluate; see `fastlora.layers.quantized_base`.
+(`ProductWithRepackedCopy`). They cache the copy while they evaluate; see
+`fastlora.layers.quantized_base`.
 """
 
 from __future__ import annotations
@@ -93,11 +94,12 @@ def is_repacked(base: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-class RepackedProduct:
-    """Matrix product with a repacked weight.
+class ProductWithRepackedCopy:
+    """Matrix product of x and a repacked copy of a base weight.
 
-    bitsandbytes computes it from repacked codes, for inference on a CPU. The module is not changed.
-    The first product makes the copy, which takes 4 bits per weight and a bf16 value per block.
+    bitsandbytes computes the product from the repacked codes, for inference on a CPU. The first
+    product makes the copy, which takes 4 bits per weight and a bf16 value per block. The module is
+    not changed.
 
     Args:
         base: A `Linear4bit` that `prevent_bitsandbytes_repacking` prevents from being repacked.
@@ -114,7 +116,10 @@ class RepackedProduct:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this product supports x and is faster than the module itself."""
+        """Return whether this product supports x and is faster for x.
+
+        The product is faster if it takes less time than calling the module.
+        """
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +144,7 @@ class RepackedProduct:
 
 
 def _max_rows_for_repacked_product(base: nn.Module) -> int:
-    """Return the maximum number of rows for which a `RepackedProduct` is used.
+    """Return the maximum number of rows for which a `ProductWithRepackedCopy` is used.
 
     In bf16, it is faster to dequantize the weight and multiply, as the module does, if there are
     more rows. In other compute dtypes, there is no limit. The result is 0 if the product is not

@@ -31,9 +31,10 @@ _LOADERS = {
 
 @register_quantized_weight
 class TorchaoWeight(BaseQuantizedWeight):
-    """Base weight that torchao has quantized, with methods that read and write it.
+    """Base weight that torchao has quantized.
 
-    Examples are weights in int8 or float8 with one scale per row or per tensor.
+    The class has methods that read and write the weight. Examples of such weights are int8 or
+    float8 weights with one scale per row or per tensor.
     """
 
     backend = "torchao"
@@ -121,7 +122,8 @@ class TorchaoWeight(BaseQuantizedWeight):
     def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
         """Yield the dequantized weight in pieces.
 
-        There are about ``approximate_count`` pieces. A piece contains elements of the weight in
+        There are about ``approximate_count`` pieces, so that the whole dequantized weight need not
+        be in memory at once. A piece contains consecutive rows of the weight, flattened and in
         fp32. A weight of an unsupported torchao class is one piece.
         """
         if type(self.weight).__name__ not in _TORCHAO:

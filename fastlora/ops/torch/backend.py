@@ -14,10 +14,10 @@ import torch
 
 from fastlora.ops.backend import BackwardArguments, Gradients, register_backend
 from fastlora.ops.execution_mode import is_traced
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import Rows
-from fastlora.ops.stacks import WeightStackAdapterOperands
+from fastlora.ops.stacks import StackedWeightAdapterOperands
 from fastlora.ops.torch import products, reference, segments, single, stacks
 
 
@@ -34,7 +34,7 @@ class TorchBackend(OperatorBackend):
         self,
         x: torch.Tensor,
         base: Base,
-        operands: AdapterOperands,
+        operands: LayerAdapterOperands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
@@ -75,7 +75,7 @@ class TorchBackend(OperatorBackend):
         return dx, dy.sum(0) if given.wants_bias else None, ds, factors
 
     def add_stacked_updates_(
-        self, y: torch.Tensor, x: torch.Tensor, operands: WeightStackAdapterOperands, rows: Rows
+        self, y: torch.Tensor, x: torch.Tensor, operands: StackedWeightAdapterOperands, rows: Rows
     ) -> torch.Tensor:
         return stacks.add_updates_and_return_s_(y, x, operands, rows)
 
@@ -84,7 +84,7 @@ class TorchBackend(OperatorBackend):
         dy: torch.Tensor,
         x: torch.Tensor | None,
         s: torch.Tensor,
-        operands: WeightStackAdapterOperands,
+        operands: StackedWeightAdapterOperands,
         rows: Rows,
         wants_x: bool,
         wants: Sequence[bool],

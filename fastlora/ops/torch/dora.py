@@ -247,8 +247,9 @@ class DropoutAdapter(NamedTuple):
     def apply_dropout(self, rows: torch.Tensor, dependency: torch.Tensor | None) -> torch.Tensor:
         """Apply dropout to the given rows, and return the result.
 
-        The rows have the shape ``[M, K]``. Every call uses the same mask. ``dependency`` is as in
-        `fastlora.ops.torch.single.keep_mask`.
+        The rows have the shape ``[M, K]``. Every call uses the same mask, which depends on the
+        seed. In a backward pass, ``dependency`` is a tensor of this pass, which prevents a compiler
+        from computing the mask in the forward pass. In a forward pass, ``dependency`` is None.
         """
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)

@@ -13,7 +13,13 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import PENDING, AdapterOperands, Base, Factor, replace_missing_with_empty
+from fastlora.ops.factors import (
+    PENDING,
+    Base,
+    Factor,
+    LayerAdapterOperands,
+    replace_missing_with_empty,
+)
 from fastlora.ops.layout import (
     grad_a_buffer_layout,
     grad_b_buffer_layout,
@@ -39,7 +45,7 @@ def keep(
 
 def _operands_per_module(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
-) -> list[AdapterOperands]:
+) -> list[LayerAdapterOperands]:
     """Split an operator's arguments into the adapter operands of each module.
 
     The result is a list. The operands of a module contain its lora_a, its dropout seeds, and its
@@ -83,10 +89,9 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters.
+    """Compute a linear layer with adapters for a mixed batch.
 
-    Returns a list that starts with the output y. Unless s is given, the list also contains the
-    shrink output s.
+    The result is a list of the output y and, unless s is given, the shrink output s.
     """
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.expand_operands(
@@ -104,9 +109,10 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter, including its lora_bias, to y in place.
+    """Add the LoRA update of each row's adapter to y in place.
 
-    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``.
+    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``. The scaling thus also applies
+    to the lora_bias.
     """
     # x is not read if s is given.
     _add_(
@@ -121,7 +127,7 @@ def expand_(
 def _add_(
     y: torch.Tensor,
     x: torch.Tensor,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> None:
@@ -240,7 +246,7 @@ def add_at_(
         if biases and biases[0][slot]:
             lora_bias[place] = cpu_tensor_at_address(biases[0][slot], (n,), factor_dtype)
     scaling, none = tables[3][index, list(slots)], (0.0,) * len(slots)
-    _add_(y, x, AdapterOperands(lora_a, lora_b, lora_bias, scaling, none, None, slots), batch)
+    _add_(y, x, LayerAdapterOperands(lora_a, lora_b, lora_bias, scaling, none, None, slots), batch)
 
 
 def scale_(
@@ -250,12 +256,12 @@ def scale_(
     dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of y by their adapters' DoRA scales in place, but leave the bias unscaled.
+    """Scale the rows of y in place by the DoRA scales of their adapters.
 
-    Only rows of DoRA adapters are changed. Each of these rows becomes
-    ``(y - included_bias) * scale + included_bias``, because y includes the base layer's bias. If
-    ``included_bias`` is None, y includes no bias. Rows of adapters with the address `PENDING`
-    become NaN.
+    The bias that is included in y stays unscaled. Only rows of DoRA adapters are changed. Each of
+    these rows becomes ``(y - included_bias) * scale + included_bias``, because y includes the base
+    layer's bias. If ``included_bias`` is None, y includes no bias. Rows of adapters with the
+    address `PENDING` become NaN.
     """
     if not y.numel():
         return

@@ -100,6 +100,8 @@ def first_fit_layout(ranks: tuple[int, ...], round_units_to_blocks: bool = False
 class PackedLayerFactors(NamedTuple):
     """The factors of a layer's adapters, packed together.
 
+    The adapters are those of a batch, or those of all slots.
+
     Attributes:
         layout: Position of the rank rows. It applies to each slice.
         lora_a: ``[K, slices * rank rows]`` for dense products, otherwise
@@ -122,11 +124,11 @@ class PackedLayerFactors(NamedTuple):
 def pack_layer_factors(
     slots: Slots, dtype: torch.dtype, kind: BatchKind
 ) -> PackedLayerFactors | None:
-    """Pack the factors of a layer's adapters together, for a given kind of batch.
+    """Pack the factors of a layer's adapters together.
 
-    The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
-    any factor is not finite, because one product serves several adapters and would carry a NaN from
-    one adapter to the others.
+    The packed factors have the dtype ``dtype``, and their layout is for the given kind of batch.
+    The result is None if no adapter has factors, or if any factor is not finite, because one
+    product serves several adapters and would carry a NaN from one adapter to the others.
     """
     layout = _layout(slots, dtype, kind)
     if layout is None:
@@ -134,7 +136,7 @@ def pack_layer_factors(
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
     is_dense = dense_is_fastest(layout.unit, layout.units, dtype, every_unit_is_used=True)
-    lora_a, rank_rows_a = allocate_packed_lora_a(layout, 1, k, dtype, device, is_dense)
+    lora_a, rank_rows_a = zeros_for_packed_lora_a(layout, 1, k, dtype, device, is_dense)
     lora_b = torch.zeros(layout.rank_rows, n, dtype=dtype, device=device)
     lora_bias = None
     if any(f is not None and f.lora_bias is not None for f in slots):
@@ -147,13 +149,13 @@ def pack_layer_factors(
         rank_rows_a[unit, 0, in_unit : in_unit + rank] = own.lora_a
         lora_b[first : first + rank] = unrounded_scaled_lora_b_rank_rows(own, dtype)
         if lora_bias is not None and own.lora_bias is not None:
-            lora_bias[at] = own.lora_bias.to(_dtype_for_scaling(dtype)) * own.scaling
+            lora_bias[at] = own.lora_bias.to(_dtype_for_applying_scaling(dtype)) * own.scaling
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
         return None
     return PackedLayerFactors(layout, lora_a, (lora_b,), lora_bias, (n,))
 
 
-def _dtype_for_scaling(dtype: torch.dtype) -> torch.dtype:
+def _dtype_for_applying_scaling(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which the scaling is applied to factors.
 
     The scaled factors are then rounded to ``dtype``.
@@ -162,19 +164,19 @@ def _dtype_for_scaling(dtype: torch.dtype) -> torch.dtype:
 
 
 def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Return the transpose of lora_b, multiplied by the scaling and not rounded.
+    """Return the rank rows of lora_b multiplied by the scaling, before they are rounded.
 
-    The result has the shape ``[R, N]``. Its rows are the rank rows of lora_b. It has not been
-    rounded to ``dtype``. Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
+    The result is the transpose of lora_b times the scaling, with the shape ``[R, N]``. The result
+    is not rounded to ``dtype``: its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
     """
-    rows = factors.lora_b.t().to(_dtype_for_scaling(dtype))
+    rows = factors.lora_b.t().to(_dtype_for_applying_scaling(dtype))
     scaling = factors.scaling
     if isinstance(scaling, torch.Tensor) and scaling.dim():
         scaling = scaling.unsqueeze(1)
     return rows * scaling
 
 
-def allocate_packed_lora_a(
+def zeros_for_packed_lora_a(
     layout: PackedLayout,
     slices: int,
     k: int,

@@ -47,7 +47,7 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch, which determines how the batch's matrix products are arranged.
+    """An enum of the kinds of batches for which matrix products are arranged differently.
 
     The kind depends on the number of rows, and on whether adjacent rows form long samples.
 
@@ -63,9 +63,9 @@ class BatchKind(enum.Enum):
 
 
 def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
-    """Return the `BatchKind` of a batch of ``rows`` rows.
+    """Return the kind of a batch: few rows, many rows, or many rows in long samples.
 
-    Each id covers ``rows_per_id`` rows.
+    The batch has ``rows`` rows. Each id covers ``rows_per_id`` rows.
     """
     if rows <= _FEW_ROWS:
         return BatchKind.FEW
@@ -117,7 +117,7 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
 
 
 def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether products are faster if units are coalesced into larger blocks.
+    """Return whether products are faster if units of rank rows are coalesced into larger blocks.
 
     If units are coalesced, each block of a product has several units. Otherwise, each block has one
     unit. The number of rank rows in a unit is the largest rank. Blocks of several units are faster

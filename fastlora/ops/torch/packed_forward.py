@@ -22,7 +22,7 @@ from fastlora.ops.torch.packed_plans import (
     PerSamplePlan,
     Plan,
     RowsOfOneAdapter,
-    WeightedSumTerms,
+    RowUpdateTerms,
 )
 
 
@@ -45,7 +45,7 @@ def linear(
         (s,) = _zero_other_columns(s, pack, plan)
         y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        products.baddbmm_(places, s, _lora_b_of_blocks(lora_b, pack, plan))
+        products.baddbmm_(places, s, _view_lora_b_by_block(lora_b, pack, plan))
         return _add_bias(y.index_select(0, plan.place), adapter, pack)
     return add_(products.linear(x, weight, bias), x, adapter, pack, plan)
 
@@ -57,9 +57,9 @@ def add_(
     pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
-    """Add the packed adapters' updates to y in place, and return y.
+    """Add the update of each row's adapter to y in place, using packed factors.
 
-    Each row gets the update of its own adapter.
+    The function returns y.
 
     Args:
         y: ``[M, N]``, the outputs of the slices side by side, with columns that are adjacent in
@@ -81,7 +81,7 @@ def add_(
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _add_weighted_rank_rows(parts, s, pack, terms)
+        _add_lora_b_rows_weighted_by_s(parts, s, pack, terms)
     return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
 
 
@@ -133,17 +133,17 @@ def _zero_other_columns(
     return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
 
 
-def _add_weighted_rank_rows(
+def _add_lora_b_rows_weighted_by_s(
     y_slices: Sequence[torch.Tensor],
     s: torch.Tensor,
     pack: PackedLayerFactors,
-    terms: WeightedSumTerms,
+    terms: RowUpdateTerms,
 ) -> None:
-    """Add weighted sums of the rank rows of lora_b to the rows of y in place.
+    """Add rank rows of the packed lora_b, weighted by the elements of s, to y in place.
 
-    The sum for a row of y is the row's update. The sum is over the rank rows of the row's adapter
-    in the packed lora_b. The weights are the row's elements of s in the columns that belong to this
-    adapter.
+    The weighted sum for a row of y is the row's update. The sum is over the rank rows of the row's
+    adapter in the packed lora_b. The weights are the row's elements of s in the columns that belong
+    to this adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
@@ -187,7 +187,7 @@ def _add_products(
         products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), s, own_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-        update = products.bmm(s, _lora_b_of_blocks(lora_b, pack, plan))
+        update = products.bmm(s, _view_lora_b_by_block(lora_b, pack, plan))
         y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
 
 
@@ -243,13 +243,13 @@ def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> to
     return pack.lora_a.transpose(1, 2).index_select(0, unit_indices).transpose(1, 2)
 
 
-def _lora_b_of_blocks(
+def _view_lora_b_by_block(
     lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan
 ) -> torch.Tensor:
-    """Return the packed lora_b of the blocks of a plan.
+    """Return a view of the packed lora_b with one part for each block of a plan.
 
-    The result is a view with one part for each block. Each part consists of the rank rows of the
-    block's units. The view has the shape ``[blocks, rank rows per block, N]``.
+    Each part consists of the rank rows of the block's units. The view has the shape
+    ``[blocks, rank rows per block, N]``.
     """
     unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
     own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]

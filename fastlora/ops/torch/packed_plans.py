@@ -18,7 +18,7 @@ units. The kinds of plans are:
 
 For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, dense and
 blocked plans multiply x by lora_a only. Each row's update is then a sum of its own rank rows of
-lora_b (`WeightedSumTerms`), and no row is moved back.
+lora_b (`RowUpdateTerms`), and no row is moved back.
 
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
@@ -67,8 +67,8 @@ _PLACES_EACH = 4
 
 
 @dataclass(frozen=True, eq=False)
-class WeightedSumTerms:
-    """The terms of the weighted sums that form the updates of a batch's rows.
+class RowUpdateTerms:
+    """The terms of the sums that form the LoRA updates of a batch's rows.
 
     Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
     update of a row of y is the sum of one term for each rank row of its adapter.
@@ -118,15 +118,15 @@ class DensePlan(NamedTuple):
 
     other: torch.Tensor | None
     unit: int | None
-    terms: WeightedSumTerms | None = None
+    terms: RowUpdateTerms | None = None
 
 
 class BlockedPlan(NamedTuple):
-    """A plan for multiplying the rows of a batch in blocks.
+    """A plan for multiplying the rows of a batch by packed factors in blocks.
 
-    Rows are gathered into blocks of equal size. One batched product multiplies all blocks, each by
-    the rank rows of one or more adjacent units. Each block contains the rows of the batch whose
-    adapters are in its units. Rows without an adapter fill free places.
+    Rows are gathered into blocks, which are padded to equal size. One batched product multiplies
+    all blocks, each by the rank rows of one or more adjacent units. Each block contains the rows of
+    the batch whose adapters are in its units. Rows without an adapter fill free places.
 
     Attributes:
         start: The first unit of the first block.
@@ -149,7 +149,7 @@ class BlockedPlan(NamedTuple):
     place: torch.Tensor
     other: torch.Tensor | None
     exact: bool
-    terms: WeightedSumTerms | None = None
+    terms: RowUpdateTerms | None = None
 
 
 class PerSamplePlan(NamedTuple):
@@ -171,10 +171,10 @@ class PerSamplePlan(NamedTuple):
 
 
 class RowsOfOneAdapter(NamedTuple):
-    """A group of rows that use the same adapter.
+    """The rows of a batch that use one adapter.
 
-    A `PerAdapterPlan` contains one group for each adapter that adapts the layer and has rows in the
-    batch.
+    A `PerAdapterPlan` contains one group of rows for each adapter that adapts the layer and has
+    rows in the batch.
 
     Attributes:
         first: The adapter's first rank row.
@@ -243,7 +243,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first
             return DensePlan(
-                None, None, _make_weighted_sum_terms(begin, first, rank, layout.rank_rows)
+                None, None, _make_row_update_terms(begin, first, rank, layout.rank_rows)
             )
         return DensePlan(_mask_outside_row_ranges(layout.rank_rows, first, rank, device), None)
     if not pack.is_finite or not used:
@@ -277,22 +277,23 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     if sums_rank_rows:
         # Units are not coalesced in fp32.
         begin = plan.place * layout.unit + first % layout.unit
-        terms = _make_weighted_sum_terms(begin, first, rank, layout.unit)
+        terms = _make_row_update_terms(begin, first, rank, layout.unit)
         return plan._replace(other=None, terms=terms)
     gather, place = plan.gather.to(device), plan.place.to(device)
     masks = None if plan.other is None else plan.other.to(device)
     return plan._replace(gather=gather, place=place, other=masks)
 
 
-def _make_weighted_sum_terms(
+def _make_row_update_terms(
     first_weight_positions: torch.Tensor,
     first_rank_rows: torch.Tensor,
     rank_per_row: torch.Tensor,
     slice_width: int,
-) -> WeightedSumTerms:
-    """Build the `WeightedSumTerms` of a batch.
+) -> RowUpdateTerms:
+    """Build the terms of the sums that form the LoRA updates of a batch's rows.
 
-    Each row has one term for each rank row of its adapter.
+    The terms are rank rows of the packed lora_b, weighted by elements of s. Each row has one term
+    for each rank row of its adapter.
 
     Args:
         first_weight_positions: The position in the flattened s of one slice at which each row's
@@ -308,7 +309,7 @@ def _make_weighted_sum_terms(
         torch.repeat_interleave(own, rank_per_row) + within
         for own in (first_weight_positions, first_rank_rows)
     )
-    return WeightedSumTerms(rank_rows, starts, positions, slice_width)
+    return RowUpdateTerms(rank_rows, starts, positions, slice_width)
 
 
 def _mask_outside_row_ranges(
@@ -317,7 +318,8 @@ def _mask_outside_row_ranges(
     """Return a mask of the columns outside of each row's range.
 
     The mask is a bool tensor ``[M, 1, width]``. In each row, only the ``rank_per_row`` columns
-    starting at ``first_rank_rows`` are False. The result is None if no column is outside.
+    starting at ``first_rank_rows`` are False. Elements of s are set to zero where the mask is True.
+    The result is None if no column is outside.
     """
     at, first_rank_rows, rank_per_row = (
         torch.arange(width),
@@ -381,7 +383,7 @@ def _make_blocked_plan(
     unit_range: tuple[int, int],
     coalesced: int,
 ) -> BlockedPlan:
-    """Make a `BlockedPlan`, which groups the rows of a batch into blocks.
+    """Make a `BlockedPlan` by grouping the rows of a batch into blocks.
 
     Each row gets a place in the block that contains its adapter's rank rows. Rows without an
     adapter fill free places.

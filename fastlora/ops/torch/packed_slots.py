@@ -16,8 +16,8 @@ from fastlora.ops.factors import Factors
 from fastlora.ops.torch.packed import (
     PackedLayerFactors,
     PackedLayout,
-    allocate_packed_lora_a,
     unrounded_scaled_lora_b_rank_rows,
+    zeros_for_packed_lora_a,
 )
 from fastlora.ops.torch.packed_choice import dense_is_fastest
 
@@ -55,7 +55,7 @@ class _PackedSlotFactors(NamedTuple):
     lora_b: tuple[torch.Tensor, ...]
     unit: int
 
-    def write(self, slot: int, slices: Sequence[Factors | None]) -> bool:
+    def write_and_check_finite(self, slot: int, slices: Sequence[Factors | None]) -> bool:
         """Write the factors of an adapter into a slot, and return whether they are finite.
 
         The new factors replace the slot's previous factors. The result is True if all values of
@@ -139,7 +139,7 @@ class PackedSlots:
             with torch.inference_mode(False):
                 storage = self._allocate_and_copy(unit)
         try:
-            is_finite = storage.write(slot, slices)
+            is_finite = storage.write_and_check_finite(slot, slices)
         except BaseException:
             # The storage in use must not contain an adapter that was only partly copied.
             if storage is self._storage and any(f is not None for f in slices):
@@ -158,6 +158,8 @@ class PackedSlots:
 
     def _check(self, slices: Sequence[Factors | None]) -> None:
         """Check that the factors of each slice fit the packed slots.
+
+        The dtype of the factors is not checked, because a copy into a slot converts the factors.
 
         Raises:
             ValueError: The number or the shapes of the factors do not fit, or an adapter has a
@@ -188,7 +190,7 @@ class PackedSlots:
         slots, dtype, device = len(self._ranks), self._dtype, self._device
         layout = one_unit_per_slot(rank_rows_per_slot, (0,) * slots)
         is_dense = dense_is_fastest(rank_rows_per_slot, slots, dtype, every_unit_is_used=False)
-        lora_a, rank_rows_a = allocate_packed_lora_a(
+        lora_a, rank_rows_a = zeros_for_packed_lora_a(
             layout, len(self._widths), self._in_features, dtype, device, is_dense
         )
         shapes = [(slots * rank_rows_per_slot, n) for n in self._widths]

@@ -105,7 +105,9 @@ def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``x @ weight.T + bias``.
 
-    The result has the shape ``[M, N]`` for ``x [M, K]``.
+    The result has the shape ``[M, N]`` for ``x [M, K]``. Unlike `F.linear`, this function computes
+    the product in fp32 if the processor emulates the dtype of the operands, and if fp32 is possible
+    and faster.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
     if (
@@ -120,7 +122,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b`` for two matrices.
 
-    The result has the shape ``[M, N]`` for ``a [M, K]`` and ``b [K, N]``.
+    The result has the shape ``[M, N]`` for ``a [M, K]`` and ``b [K, N]``. Unlike `torch.mm`, this
+    function computes the product in fp32 if the processor emulates the dtype of a and b, and if
+    fp32 is possible and faster.
     """
     if (
         a.dtype not in EMULATED
@@ -133,7 +137,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     def write(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         part.copy_(torch.mm(a, b, out=a.new_empty(part.shape)))
 
-    _compute_in_fp32_parts(write, y, a, b)
+    _multiply_in_fp32_parts(write, y, a, b)
     return y
 
 
@@ -155,15 +159,15 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         part.copy_(part.float().addmm_(a, b))
 
-    _compute_in_fp32_parts(add, y, a, b)
+    _multiply_in_fp32_parts(add, y, a, b)
     return y
 
 
 def mm_into_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Write ``a @ b`` into ``out``, and return ``out``.
+    """Write ``a @ b`` into ``out`` in place.
 
-    ``out`` has the shape ``[M, N]``. On a CPU, the product is computed in the dtype of ``out`` if
-    this dtype is wider than that of the operands.
+    The function returns ``out``, which has the shape ``[M, N]``. On a CPU, the product is computed
+    in the dtype of ``out`` if this dtype is wider than that of the operands.
     """
     is_narrower = torch.promote_types(out.dtype, a.dtype) != out.dtype
     if not a.is_cpu or is_narrower or (out.dtype == a.dtype and a.dtype in EMULATED):
@@ -221,18 +225,20 @@ def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape[-2] <= few
 
 
-def _compute_in_fp32_parts(
-    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+def _multiply_in_fp32_parts(
+    write_or_add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
     y: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
     """Compute the product of a and b in parts, with the operands converted to fp32.
 
-    ``compute`` is called with each part of y and the operands of this part in fp32. ``compute``
-    writes the product of these operands to the part of y, or adds the product to the part of y.
-    Only the larger operand is split. The fp32 copies at any time are therefore a copy of the whole
-    smaller operand and a copy of one part of the larger operand.
+    Computing in parts limits the memory for the converted operands.
+
+    ``write_or_add_product`` is called with each part of y and the operands of this part in fp32.
+    ``write_or_add_product`` writes the product of these operands to the part of y, or adds the
+    product to the part of y. Only the larger operand is split. The fp32 copies at any time are
+    therefore a copy of the whole smaller operand and a copy of one part of the larger operand.
     """
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())
@@ -241,9 +247,9 @@ def _compute_in_fp32_parts(
     size = max(part_elements // max(parted.shape[1], results.shape[1], 1), _LEAST)
     for own, part in zip(parted.split(size), results.split(size), strict=True):
         if by_rows:
-            compute(part, own.float(), whole)
+            write_or_add_product(part, own.float(), whole)
         else:
-            compute(part.t(), whole, own.float().t())
+            write_or_add_product(part.t(), whole, own.float().t())
 
 
 def _groups(a: torch.Tensor, b: torch.Tensor) -> Iterator[slice]:

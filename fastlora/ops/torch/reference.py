@@ -17,10 +17,11 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def column_sums(dy: torch.Tensor) -> torch.Tensor:
-    """Return the column sums of ``dy [M, N]``.
+    """Return the sums of the columns of dy, which are needed for the gradient of a bias.
 
-    They are in fp32 (fp64 for an fp64 dy). In a 16-bit dtype, the scaled sums could overflow and
-    would be rounded a second time.
+    ``dy`` has the shape ``[M, N]``. Each sum is over all rows of dy. The sums are in fp32 (fp64 for
+    an fp64 dy). In a 16-bit dtype, the scaled sums could overflow and would be rounded a second
+    time.
     """
     return dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
 
@@ -57,7 +58,10 @@ def lora_shrink(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
 def lora_expand_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
-    """Add the LoRA update ``(scaling * s) @ lora_b.T`` to y in place, and return y."""
+    """Add the LoRA update ``(scaling * s) @ lora_b.T`` to y in place.
+
+    All rows use the same lora_b. The function returns y.
+    """
     if y.dtype == torch.float16:
         # scaling * s can overflow in fp16 even if the product does not.
         scaled_b = (lora_b.float() * scaling).to(y.dtype)
@@ -112,9 +116,9 @@ def overwrite_mask_with_kept_elements_(keep: torch.Tensor, x: torch.Tensor) -> t
     """Overwrite the dropout mask ``keep`` in place with the elements of x that it keeps.
 
     The function returns the memory of the mask as a tensor in x's dtype. The tensor is x where
-    ``keep`` was 1, and zero elsewhere. No memory is allocated. The product of integers is one pass
-    at the speed of memory. For 512 x 576 elements, it takes 12 to 25 us, and `torch.where` takes
-    350 us (one Xeon core). Dropped elements may be NaN.
+    ``keep`` was 1, and zero elsewhere. The kept elements are not scaled. No memory is allocated.
+    The product of integers is one pass at the speed of memory. For 512 x 576 elements, it takes 12
+    to 25 us, and `torch.where` takes 350 us (one Xeon core). Dropped elements may be NaN.
     """
     return keep.mul_(x.view(keep.dtype)).view(x.dtype)
 
@@ -140,8 +144,8 @@ def lora_ds(dy: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor) -> to
 def lora_b_grad(
     dy: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> torch.Tensor:
-    """Return the gradient of lora_b, ``d_lora_b = dy.T @ (scaling * s)``.
+    """Return the gradient of lora_b.
 
-    It has the shape ``[N, R]`` and lora_b's dtype.
+    The gradient is ``dy.T @ (scaling * s)``. It has the shape ``[N, R]`` and lora_b's dtype.
     """
     return cast(products.mm(dy.t(), cast(s * scaling, dy.dtype)), lora_b.dtype)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.layout import rank_to_multiple_of_16
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference
@@ -34,25 +34,25 @@ def shrink_operands(
     lora_a: Sequence[torch.Tensor],
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
-) -> AdapterOperands:
-    """Return the operands of a shrink operation as an `AdapterOperands`.
+) -> LayerAdapterOperands:
+    """Return the operands of a shrink operation: lora_a and dropout.
 
-    It contains only lora_a and dropout.
+    The result is a `LayerAdapterOperands` that contains only these operands.
     """
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
-    return AdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
+    return LayerAdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
 
 def expand_operands(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
-) -> AdapterOperands:
-    """Return the operands of an expand operation as an `AdapterOperands`.
+) -> LayerAdapterOperands:
+    """Return the operands of an expand operation: lora_b, lora_bias, and scaling.
 
-    It contains only lora_b, lora_bias, and scaling.
+    The result is a `LayerAdapterOperands` that contains only these operands.
     """
-    return AdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
+    return LayerAdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
 class _PositionsOfOneAdapter(NamedTuple):
@@ -86,7 +86,7 @@ class _PositionsOfOneAdapter(NamedTuple):
         )
 
 
-def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_PositionsOfOneAdapter]:
+def _adapter_positions(operands: LayerAdapterOperands, rows: Rows) -> list[_PositionsOfOneAdapter]:
     """Return a list of the positions of each adapter's rows.
 
     It contains one `_PositionsOfOneAdapter` per adapter in the batch, in slot order. Adapters
@@ -108,7 +108,7 @@ def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_Positions
     return found
 
 
-def _apply_dropout(rows: torch.Tensor, operands: AdapterOperands, place: int) -> torch.Tensor:
+def _apply_dropout(rows: torch.Tensor, operands: LayerAdapterOperands, place: int) -> torch.Tensor:
     """Apply dropout to an adapter's rows.
 
     Every call uses the same mask.
@@ -123,14 +123,14 @@ def _apply_dropout(rows: torch.Tensor, operands: AdapterOperands, place: int) ->
 def forward(
     x: torch.Tensor,
     base: Base,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the forward pass of a layer whose rows may use different adapters.
+    """Compute the forward pass for rows that may use different adapters.
 
-    Returns a tuple (output ``[M, N]``, s). s is the shrink output, which is computed here unless it
-    is given.
+    Returns a tuple (output of the layer, s). The output is ``[M, N]``. s is the shrink output,
+    which is computed here unless it is given.
     """
     y = base.y
     if base.weight is not None:
@@ -145,7 +145,7 @@ def forward(
 def _add_adapter_updates_and_return_s(
     y: torch.Tensor,
     x: torch.Tensor,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     rows: Rows,
     known_s: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -190,17 +190,17 @@ def _add_adapter_updates_and_return_s(
 def _add_same_rank_updates(
     y: torch.Tensor,
     x: torch.Tensor,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     group: list[_PositionsOfOneAdapter],
     rows: Rows,
-    s: torch.Tensor,
+    s_out: torch.Tensor,
 ) -> None:
     """Add the updates of adapters of the same rank to y in place.
 
-    The adapters' rows of s are written too. Two batched products with stacked factors compute the
-    updates. If an adapter has fewer rows than another one in the group, its first row fills the
-    free places, and the results there are discarded. No adapter is multiplied with the rows of
-    another one.
+    The shrink outputs of these adapters are stored in ``s_out``. Two batched products with stacked
+    factors compute the updates. If an adapter has fewer rows than another adapter in the group, its
+    first row fills the free places, and the results there are discarded. The factors of an adapter
+    are never multiplied by the rows of another adapter.
     """
     places = [share.place for share in group]
     lora_a = torch.stack([operands.lora_a[place] for place in places]).to(x.dtype)
@@ -221,7 +221,7 @@ def _add_same_rank_updates(
     update = update.flatten(0, 1).index_select(0, own).to(y.dtype)
     reference.add_rows_(y, targets, update)
     for share, its in zip(group, made, strict=True):
-        part = share.part(s)
+        part = share.part(s_out)
         part.copy_(its[: len(part)])
 
 
@@ -251,7 +251,7 @@ def _padded_gather_and_scatter_positions(
     return tensors[0], tensors[1], tensors[2]
 
 
-def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
+def shrink(x: torch.Tensor, layers: Sequence[LayerAdapterOperands], rows: Rows) -> torch.Tensor:
     """Compute the shrink output s with the lora_a of each row's own adapter.
 
     After dropout, each row of x is multiplied by the ``lora_a.T`` of its own adapter. The layers
@@ -272,7 +272,7 @@ def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> to
 def grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     rows: Rows,
     wants: Sequence[bool],
     wants_ds: bool = True,
@@ -305,7 +305,7 @@ def grad_x(
     dy: torch.Tensor,
     weight: torch.Tensor | None,
     ds: torch.Tensor,
-    operands: AdapterOperands,
+    operands: LayerAdapterOperands,
     rows: Rows,
 ) -> torch.Tensor:
     """Return the gradient of x.
@@ -330,7 +330,7 @@ def grad_x(
 def grad_a(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
-    layers: Sequence[AdapterOperands],
+    layers: Sequence[LayerAdapterOperands],
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:

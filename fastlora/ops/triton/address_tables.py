@@ -40,11 +40,11 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object that describes lora_a factors for kernels.
+    """Return a `RankRows` object that contains the addresses of lora_a factors for kernels.
 
-    Kernels use the object to read the rank rows of the factors by address. The object contains a
-    table of the factors' addresses and a table of their ranks. All factors must be aligned.
-    ``shape`` is the shape of the tables.
+    Kernels use the addresses to read the rank rows of the factors. The object contains a table of
+    the factors' addresses and a table of their ranks. All factors must be aligned. ``shape`` is the
+    shape of the tables.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -60,7 +60,7 @@ def lora_b_rank_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return a `RankRows` object that describes lora_b factors for kernels.
+    """Return a `RankRows` object that describes the rank rows of lora_b factors.
 
     Kernels use the object to read the rank rows of the factors by address. The object contains
     tables of the addresses of lora_b and lora_bias, of the ranks, and of the scalings. The tensors
@@ -78,7 +78,7 @@ def lora_b_rank_rows(
 
 
 def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slice) -> RankRows:
-    """Return a `RankRows` object that describes the lora_b factors in address tables.
+    """Return a `RankRows` object that describes the rank rows of lora_b in address tables.
 
     The object contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
     ``module_index`` selects one module, or a slice of adjacent modules.
@@ -94,10 +94,11 @@ def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slic
 
 
 def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
-    """Return the factors as tensors with the alignment that the kernels require.
+    """Align factors in memory, so that kernels can read the factors by address.
 
-    The tensors are contiguous and aligned to 16 bytes. The caller must keep the result until the
-    launch, which receives only the addresses.
+    The function returns all factors as contiguous tensors that are aligned to 16 bytes. Factors
+    that do not have this layout are copied. The caller must keep the result until the launch, which
+    receives only the addresses.
     """
     return [
         t
@@ -119,11 +120,11 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 def max_rank_sum_of_one_adapter(
     lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int
 ) -> int:
-    """Return an upper bound on the sum of one adapter's ranks in a group of modules.
+    """Return the largest sum of one adapter's ranks in a group of modules.
 
-    A group consists of ``modules_per_group`` adjacent modules. The bound is the largest sum over
-    all adapters and groups. Each rank is rounded up to a multiple of 4 before it is added. The
-    result is at least 1.
+    A group consists of ``modules_per_group`` adjacent modules. All adapters and groups are taken
+    into account. Each rank is rounded up to a multiple of 4 before it is added, so the result may
+    be larger than the sum of the exact ranks. The result is at least 1.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

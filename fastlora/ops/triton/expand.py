@@ -36,10 +36,11 @@ def expand_(
     lora_bias: Sequence[Factor],
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter, including its lora_bias, to y in place.
+    """Add the LoRA update of each row's adapter to y in place.
 
-    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``. y is ``[M, N]``, and s is the
-    shrink output. If ``rows`` is empty, one slot has all rows, and its lora_bias must be None.
+    The update of a row includes lora_bias. The formula is ``scaling * (s @ lora_b.T + lora_bias)``.
+    y is ``[M, N]``, and s is the shrink output. If ``rows`` is empty, one slot has all rows, and
+    its lora_bias must be None.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
@@ -89,7 +90,7 @@ def add_at_(
 
 
 def expand_mixed_(
-    ys: Sequence[torch.Tensor],
+    module_outputs: Sequence[torch.Tensor],
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
     up: RankRows,
@@ -98,23 +99,23 @@ def expand_mixed_(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Add the LoRA update of each row's adapter to the outputs of all modules in place.
+    """Add the LoRA update of each row's adapter to the outputs of modules in place.
 
-    One launch computes the updates. Before it, another one may add the partial sums of s
-    (`configs.sums_s_once`).
+    One launch computes the updates for all modules. Before this launch, another launch may add the
+    partial sums of s (`configs.sums_s_once`).
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     ``pdl`` means that the previous launch is the shrink that computes s.
     """
-    (splits, *_, m, r), y = s.shape, ys[0]
-    tiles = sum(cdiv(own.shape[1], config.block_n) for own in ys)
-    y_bytes = y.itemsize * m * sum(own.shape[1] for own in ys)
+    (splits, *_, m, r), y = s.shape, module_outputs[0]
+    tiles = sum(cdiv(own.shape[1], config.block_n) for own in module_outputs)
+    y_bytes = y.itemsize * m * sum(own.shape[1] for own in module_outputs)
     if sums_s_once(chip_of(y), m, r, splits, tiles, y_bytes):
         partials, s = s, empty(y, 1, *s.shape[1:])
         reduce_split_k(s[0], partials, after_shrink=pdl)
         pdl = False
     mixed_lora_expand.launch_mixed_lora_expand(
-        *(ys, s, rows, up),
+        *(module_outputs, s, rows, up),
         config=config,
         pdl=pdl and chip_of(s).has_pdl,
         dropout=dropout,

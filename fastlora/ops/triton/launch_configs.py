@@ -24,10 +24,10 @@ def config_of(
     group_size: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Return the config of a kernel launch for the input x and the given problem sizes.
+    """Return the config of a kernel launch for the given problem sizes.
 
-    The kernel runs on x's device, and computes matrix products in x's dtype. All other arguments
-    are as in `fastlora.kernels.configs.choose`.
+    The kernel runs on the device of the input x, and computes matrix products in x's dtype. All
+    other arguments are as in `fastlora.kernels.configs.choose`.
     """
     return configs.choose(
         *(chips.chip_of(x.device), launch, x.dtype),

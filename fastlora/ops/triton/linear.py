@@ -129,11 +129,12 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return the outputs of a group of modules that share an input, for a mixed batch.
+    """Return the outputs of a group of modules for a mixed batch.
 
-    The group has 2 to 4 modules with adjacent table rows. The outputs are computed by two launches,
-    a shrink and a linear. If many adapters may share a row tile, they are computed by library
-    products, a shrink, and an expand instead. Quantized weights must all be of one kind.
+    The group has 2 to 4 modules that share the input x and have adjacent table rows. The outputs
+    are computed by two launches, a shrink and a linear. If many adapters may share a row tile, the
+    outputs are computed by library products, a shrink, and an expand instead. Quantized weights
+    must all be of one kind.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     own, x = slice(first, first + len(weights)), to_kernel_layout(x)
@@ -149,9 +150,10 @@ def grouped_forward(
 ) -> list[torch.Tensor]:
     """Compute the outputs of a group of LoRA linear layers that share an input.
 
-    Returns a list, as `Backend.grouped_forward` does. The layers share kernel launches if possible.
-    With dropout, or if a tensor's layout is not supported in a shared launch, each layer has its
-    own launches.
+    Returns a list, as `Backend.grouped_forward` does. The layers of the group share their kernel
+    launches if possible. Each layer has its own launches if there is dropout, if a tensor's layout
+    is not supported in a shared launch, or if the weights, biases, or factors differ in kind or
+    dtype.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -181,7 +183,7 @@ def linear_one_adapter(
     """Compute the output of a linear layer with one adapter.
 
     Returns a list that starts with the output y. Unless s is given, the list also contains the
-    shrink output s.
+    shrink output s, which the backward pass uses.
     """
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _grouped_linear(x, *own, seed, dropout_p, plan, with_s=s is None)
@@ -202,14 +204,15 @@ def _grouped_linear(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Compute the outputs of LoRA linear layers that share an input, in shared kernel launches.
+    """Compute the outputs of LoRA linear layers that share an input, in grouped kernel launches.
 
-    Each layer has one adapter, which applies to all rows. Returns a list of the outputs. If
-    ``with_s`` is True, s is appended to the list. The launches are a shrink, unless s is given, and
-    a linear or an expand. After an expand, library products accumulate into y. If the shrink splits
-    K, the linear or the expand adds the partial sums of s, or a launch before the expand does so
-    (`configs.sums_s_once`). If the linear splits K, a third launch adds the partial sums of y. For
-    quantized weights, ``launch`` names the linear, and there is no library product.
+    Each launch is for all layers. Each layer has one adapter, which applies to all rows. Returns a
+    list of the outputs. If ``with_s`` is True, s is appended to the list. The launches are a
+    shrink, unless s is given, and a linear or an expand. After an expand, library products
+    accumulate into y. If the shrink splits K, the linear or the expand adds the partial sums of s,
+    or a launch before the expand does so (`configs.sums_s_once`). If the linear splits K, a third
+    launch adds the partial sums of y. For quantized weights, ``launch`` names the linear, and there
+    is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
@@ -306,11 +309,11 @@ def _plan_and_base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return the launch plan and the base-layer outputs.
+    """Choose the launch plan, and compute the base products that the plan needs.
 
-    This function computes the base-layer outputs only if the plan is "split". For any other plan,
-    the second item of the result is None. The outputs are computed before the shrink and the
-    expand. For dense weights, `torch.nn.functional.linear` computes the outputs. For quantized
+    Returns a tuple (plan, list of the base-layer outputs). This function computes the outputs only
+    if the plan is "split", before the shrink and the expand. For any other plan, the second item is
+    None. For dense weights, `torch.nn.functional.linear` computes the outputs. For quantized
     weights, one fastlora GEMM computes all outputs. ``stem`` names the launches, which have their
     own plans and configs.
     """
@@ -383,9 +386,9 @@ def fused_mixed_linear(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Compute the outputs of all modules for a mixed batch in one fused launch.
+    """Compute base products and LoRA updates for a mixed batch in one fused launch.
 
-    s and ``pdl`` are as in `expand_mixed_`.
+    Returns a list of the outputs of all modules. s and ``pdl`` are as in `expand_mixed_`.
     """
     ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
     mixed_lora_linear.launch_mixed_lora_linear(

@@ -31,10 +31,11 @@ def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
 def rows_and_run_length_for_gradients(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Return the tensors for the ``rows`` argument of a gradient operator, and the run length.
+    """Return the row tensors and the run length for a gradient operator.
 
-    The result is a tuple. A run is a range of sorted positions, and its length is the number of
-    rows in it. No piece is part of two runs.
+    The result is a tuple (tensors for the ``rows`` argument of the operator, run length). A run is
+    a range of sorted positions, and its length is the number of rows in it. No piece is part of two
+    runs.
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

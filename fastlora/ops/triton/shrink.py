@@ -110,8 +110,8 @@ def shrink_with_partials(
 def to_kernel_layout(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
     """Return x in the memory layout that the kernels expect.
 
-    x is ``[M, K]``. Its layout consists of strides and an alignment. In the expected layout, x
-    begins at a multiple of 16 bytes, rows are contiguous, and the stride between rows is a multiple
+    x is ``[M, K]``. Its layout consists of strides and an alignment. In the expected layout, the
+    last stride is 1, x begins at a multiple of 16 bytes, and the stride between rows is a multiple
     of 16 if and only if K is. x is copied if it has any other layout, for which Triton would
     compile another kernel. A copy is contiguous, and costs one read and one write of x. For
     ``M = 1``, the stride between rows is K.
@@ -161,10 +161,9 @@ def mixed_shrink(
 ) -> tuple[torch.Tensor, bool]:
     """Return the shrink output s for a mixed batch.
 
-    The result is a tuple. Its first item is s, ``[G, M, R]`` for G modules that share the input x.
-    The second item states whether a single launch computed s. If K is split, a second launch adds
-    the partial sums, and the second item is False. ``dropout`` must be None if there are several
-    modules.
+    s is ``[G, M, R]`` for G modules that share the input x. The result is a tuple (s, flag). If K
+    is split, a second launch adds the partial sums, and the flag is False. Otherwise, a single
+    launch computes s, and the flag is True. ``dropout`` must be None unless G is 1.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

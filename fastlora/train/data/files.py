@@ -24,15 +24,15 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
-    """The data of a run is invalid.
+    """The training data is invalid.
 
-    This applies to training and evaluation data. A data file is missing or empty, or contains an
-    invalid row.
+    For example, a data file is missing or empty, or contains an invalid row. The error is also
+    raised for evaluation data.
     """
 
 
 class SampleLocation(NamedTuple):
-    """The location of a sample in a file.
+    """The location of a data sample, such as a file and a line.
 
     Attributes:
         path: The file, or the folder of a `datasets` dataset.
@@ -53,13 +53,13 @@ class SampleLocation(NamedTuple):
 
 
 class ParsedDataFile(NamedTuple):
-    """The parsed contents of a data file.
+    """A parsed data file, with its rows and their locations.
 
-    The contents are a list of rows.
+    A sample is made from each row.
 
     Attributes:
-        found: List of tuples (source of the row, row). A plain text file has one row, its text. In
-            other files, each row is a parsed line or entry, which is a dict unless the file is
+        found: List of tuples (location of the row, row). A plain text file has one row, its text.
+            In other files, each row is a parsed line or entry, which is a dict unless the file is
             invalid.
         digest: SHA-256 digest of the file's bytes.
         cells: Whether values are text cells of a table, in which lists are written as JSON.

@@ -36,7 +36,7 @@ _PAIRED = ", paired with an input that provides further context"
 
 
 class DataFormat(NamedTuple):
-    """A format of training data.
+    """A format of training data, such as chats or prompts and completions.
 
     The format of a file determines the columns from which its samples are read.
 
@@ -93,7 +93,10 @@ class TextOrChatSample(NamedTuple):
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for reading and preparing the data of a training run.
+    """Options for training data, such as the packing and the tokens that contribute to the loss.
+
+    The options determine how the data files of a run are read and prepared. They apply to
+    evaluation data too.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
@@ -175,7 +178,7 @@ def single_message_chat(role: str, text: str) -> Messages:
 def alpaca_prompt(instruction: str, input: str = "", *, chat: bool = False) -> str:
     """Return the Alpaca prompt for an instruction and its input.
 
-    If ``chat`` is True, Alpaca's template is omitted.
+    If ``chat`` is True, the prompt is for a chat message, which does not use Alpaca's template.
     """
     if chat:
         return f"{instruction}\n\n{input}" if input else instruction
@@ -265,7 +268,7 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrCh
     if format_name == "alpaca":
         given = values.get_text("instruction"), values.get_text("input", optional=True)
         prompt, text = alpaca_prompt(*given, chat=chat), values.get_text("output")
-    elif values.list_or_str_type("prompt", "completion") is list:
+    elif values.common_list_or_str_type("prompt", "completion") is list:
         asked, answered = values.get_messages("prompt"), values.get_messages("completion")
         return TextOrChatSample(source, asked, answered, values.get_chat_template_kwargs())
     else:
@@ -281,7 +284,7 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrCh
 
 
 class _RowValues:
-    """The values of a row in a data file.
+    """The values of one row in a data file, from which a training sample is made.
 
     A value is validated when it is read. Columns are named as in `FORMATS`.
     """
@@ -300,12 +303,12 @@ class _RowValues:
                     f"the file does; available columns: {list(self._row)}"
                 )
 
-    def list_or_str_type(self, *columns: str) -> type:
-        """Return whether the columns of a row contain lists or strings.
+    def common_list_or_str_type(self, *columns: str) -> type:
+        """Return the common type of the values in the given columns, `list` or `str`.
 
-        The result is `list` if all columns contain lists, and `str` if none do. Raises `DataError`
-        if only some of the columns contain lists. Other types of values are not detected here;
-        `get_text` raises an error for them.
+        Raises `DataError` if only some of the values are lists. If no value is a list, the result
+        is `str`. The values may then still be of another type, for which `get_text` raises an
+        error.
         """
         lists = [isinstance(self._row[self._names[column]], list) for column in columns]
         if any(lists) and not all(lists):
@@ -334,9 +337,10 @@ class _RowValues:
         return value
 
     def get_messages(self, column: str) -> Messages:
-        """Return the messages of the chat in a column.
+        """Return the validated chat messages in a column.
 
-        Each message has a ``role`` and ``content``.
+        Each message has a ``role`` and ``content``. Raises `DataError` if the column does not
+        contain a list of valid messages, or if the list is empty.
         """
         value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:
@@ -369,10 +373,10 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the parsed value in a column.
+        """Return the value in a column, parsed from JSON if necessary.
 
-        Text cells and ``tools`` are parsed as JSON. A value that needs no parsing is returned
-        unchanged.
+        A string is parsed if it is a cell of a table or is in the column ``tools``. An empty string
+        of this kind becomes None. Any other value is returned unchanged.
         """
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):

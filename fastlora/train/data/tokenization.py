@@ -183,7 +183,7 @@ def tokenize_files(
     empty: list[SampleLocation] = []
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
-        for sample, found in zip(chunk, _tokenize_samples(chunk, tokenizer, options), strict=True):
+        for sample, found in zip(chunk, _tokenize_chunk(chunk, tokenizer, options), strict=True):
             size = len(found.ids)
             parted += found.parted > 0
             if sample.ends and not splits:
@@ -330,13 +330,13 @@ def _check_compatible_with_options(
         )
 
 
-def _tokenize_samples(
+def _tokenize_chunk(
     samples: Sequence[TextOrChatSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> Iterator[_TokenizedDocument]:
-    """Tokenize the samples, and yield a tokenized document for each sample.
+    """Tokenize a chunk of samples, and yield a tokenized document for each sample.
 
-    Texts are tokenized together, and chats are tokenized one at a time. Each document includes its
-    loss mask.
+    All texts of the chunk are tokenized together. Each chat is tokenized when its document is
+    yielded. Each document includes its loss mask, which depends on the options.
     """
     end = tokenizer.eos_token or ""
     heads: list[str] = []
@@ -392,23 +392,30 @@ def _tokenize_chat_sample(
 
 
 def _document_with_masked_prompt(
-    source: SampleLocation, prompt_token_ids: list[int], token_ids: list[int], options: DataOptions
+    source: SampleLocation,
+    prompt_token_ids: list[int],
+    document_token_ids: list[int],
+    options: DataOptions,
 ) -> _TokenizedDocument:
-    """Return a tokenized document whose prompt is excluded from the loss.
+    """Create a tokenized document in which the prompt's tokens are masked out of the loss.
 
-    ``token_ids`` contains the tokens of the document, and ``prompt_token_ids`` contains the tokens
-    of the prompt alone. The loss starts at the first token of the document that differs from the
-    prompt. Without ``completion_only_loss``, all tokens contribute to the loss.
+    ``document_token_ids`` contains the tokens of the document, and ``prompt_token_ids`` contains
+    the tokens of the prompt alone. The loss starts at the first token of the document that differs
+    from the prompt. Without ``completion_only_loss``, all tokens contribute to the loss.
     """
     same = next(
-        (n for n, (a, b) in enumerate(zip(prompt_token_ids, token_ids, strict=False)) if a != b),
+        (
+            n
+            for n, (a, b) in enumerate(zip(prompt_token_ids, document_token_ids, strict=False))
+            if a != b
+        ),
         None,
     )
-    start = min(len(prompt_token_ids), len(token_ids)) if same is None else same
+    start = min(len(prompt_token_ids), len(document_token_ids)) if same is None else same
     parted = len(prompt_token_ids) - start
     first = start if options.completion_only_loss else 0
     return _TokenizedDocument(
-        source, token_ids, [n >= first for n in range(len(token_ids))], parted
+        source, document_token_ids, [n >= first for n in range(len(document_token_ids))], parted
     )
 
 

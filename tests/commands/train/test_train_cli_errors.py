@@ -201,7 +201,7 @@ def test_a_frozen_adapter(given: Any) -> None:
                 parameter.requires_grad_(False)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         with pytest.raises(fastlora.FastLoraError, match="adapter 'b' is frozen"):
-            run._run_optimizer_step()
+            run._run_training_step()
         assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
 
@@ -247,6 +247,6 @@ def test_a_gradient_that_is_not_finite(given: Any) -> None:
         poisoned = [p for n, p in run.model.named_parameters() if "lora_B.a." in n][0]
         poisoned.register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(NonFiniteError, match="the gradient of adapter 'a' is") as caught:
-            run._run_optimizer_step()
+            run._run_training_step()
         assert (caught.value.step, caught.value.adapter) == (1, "a")
         assert "no checkpoint has been saved yet" in str(caught.value)

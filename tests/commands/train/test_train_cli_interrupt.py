@@ -219,13 +219,13 @@ def test_handlers_of_the_program_stay(
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
 
-    do_step = Run._run_optimizer_step
+    do_step = Run._run_training_step
 
     def looking(run: Run) -> None:
         seen.append(signal.getsignal(signal.SIGINT))
         do_step(run)
 
-    monkeypatch.setattr(Run, "_run_optimizer_step", looking)
+    monkeypatch.setattr(Run, "_run_training_step", looking)
     other = settings_from_dict(given, {"out": str(tmp_path / "other")}, "test")
     thread = threading.Thread(target=train, args=(other,), kwargs={"progress": False})
     thread.start()
@@ -329,7 +329,7 @@ def full_log(patched: pytest.MonkeyPatch) -> None:
     """The line of step 3 does not fit into the log."""
     from tests.support.forked_runs import FullLogInStep
 
-    patched.setattr(Run, "_run_optimizer_step", Run._run_optimizer_step)  # set back at the end
+    patched.setattr(Run, "_run_training_step", Run._run_training_step)  # set back at the end
     FullLogInStep(3)()
 
 

@@ -85,8 +85,8 @@ def test_accumulation_is_one_large_batch(base: Path, data: Any, tmp_path: Path) 
             run.model.double()
             entries: list[dict[str, Any]] = []
             run._write_log_and_trackers = entries.append  # type: ignore[method-assign]
-            run._run_optimizer_step()
-            run._run_optimizer_step()
+            run._run_training_step()
+            run._run_training_step()
             found.append(entries[-1])
     for kind in ("loss", "grad_norm"):
         assert found[0][kind].keys() == found[1][kind].keys() == {"a", "b"}

@@ -9,7 +9,7 @@ import torch
 
 from fastlora.kernels.chips import Chip
 from fastlora.ops.backend import BACKENDS
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.operator_backend import weight_for_kernels
 from fastlora.ops.triton import forward
 from tests.support.bytes.byte_counter import ByteCounter
@@ -39,7 +39,7 @@ def count_decode(step: Step, kind: str = "nf4") -> Counts:
     with torch.no_grad():
         if adapters == 1:
             x, lora_a, lora_b = (torch.randn(size).half() for size in ((m, k), (r, k), (n, r)))
-            operands = AdapterOperands([lora_a], [lora_b], [None], torch.tensor([0.5]), (0.0,))
+            operands = LayerAdapterOperands([lora_a], [lora_b], [None], torch.tensor([0.5]), (0.0,))
             counter = ByteCounter(x=[x], lora_a=[lora_a], lora_b=[lora_b], **named)
             with on(chip), counter:
                 y, s = BACKENDS["triton"].forward(x, Base(weight), operands, None, None, "auto")

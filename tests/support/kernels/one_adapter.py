@@ -29,7 +29,7 @@ Results = dict[str, torch.Tensor]
 
 
 class Problem:
-    """AdapterOperands in one dtype, unless a test replaces one; each kernel is a method.
+    """LayerAdapterOperands in one dtype, unless a test replaces one; each kernel is a method.
 
     Args:
         lab: The fixture.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastlora.ops.backend import BACKENDS, BackwardArguments
-from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.operator_backend import weight_for_kernels
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.triton import forward
@@ -34,7 +34,7 @@ def check_linear(
     lora_a, lora_b = lab.rand(r, k, dtype=dtype), lab.rand(n, r, dtype=dtype)
     seeds = torch.tensor([SEED], device=lab.device) if p else None
     scaling = torch.tensor(c, device=lab.device)
-    operands = AdapterOperands([lora_a], [lora_b], [None], scaling, (p,), seeds)
+    operands = LayerAdapterOperands([lora_a], [lora_b], [None], scaling, (p,), seeds)
     with torch.no_grad():
         y, s = TRITON.forward(x, Base(weight, bias), operands, None, None, plan)
         results: dict[str, Any] = {"y": y}
