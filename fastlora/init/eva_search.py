@@ -35,7 +35,7 @@ class EvaDirectionSearch:
     """Search for the directions and ranks with which EVA initializes the layers.
 
     The directions are the principal directions of each layer's inputs, which incremental PCA finds.
-    Call `find_shared_inputs`, then `run_until_converged`, then `directions`.
+    Call `find_shared_inputs`, then `repeat_batches_until_converged`, then `directions`.
 
     Attributes:
         model: The model to run over the data.
@@ -107,7 +107,7 @@ class EvaDirectionSearch:
         self.found = {n: IncrementalPca(self.limits[n], self.settings.tau) for n in owners}
         self.ranks = dict(self.limits)
 
-    def run_until_converged(self, loader: Iterable[Any], show: bool) -> None:
+    def repeat_batches_until_converged(self, loader: Iterable[Any], show: bool) -> None:
         """Run batches through the model until all layers have converged.
 
         Each batch updates the principal directions of the layers that have not converged. A layer
@@ -194,7 +194,7 @@ class EvaDirectionSearch:
             if found.components is None:
                 raise InitializationError(
                     f"layer {name!r} has no principal directions yet; call "
-                    "run_until_converged first"
+                    "repeat_batches_until_converged first"
                 )
             scales = found.values[:rank].sqrt()[:, None] if self.settings.whiten else 1.0
             made[name] = (found.components[:rank] / scales).float()

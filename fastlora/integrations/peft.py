@@ -508,13 +508,13 @@ class PatchedModelRouter:
         if isinstance(root, FastPeftLoraModel):
             return
         self.batch_check = root.register_forward_pre_hook(
-            _check_batch_of_injected_model, with_kwargs=True
+            _check_batch_size_of_injected_model, with_kwargs=True
         )
         if hasattr(root, "generate") and (
             "generate" not in vars(root) or _has_wrapped_generate(root)
         ):
             # A partial, unlike a closure, can be pickled and copied with the model.
-            vars(root)["generate"] = functools.partial(_generate_with_injected_adapters, root)
+            vars(root)["generate"] = functools.partial(_generate_after_batch_size_check, root)
 
     def find_routed_layers(self) -> list[Any]:
         """Return the model's routed layers.
@@ -586,7 +586,7 @@ class PatchedModelRouter:
         )
 
 
-def _check_batch_of_injected_model(
+def _check_batch_size_of_injected_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Forward pre-hook that checks that the batch size matches the number of adapter ids.
@@ -599,7 +599,7 @@ def _check_batch_of_injected_model(
         check_batch_matches_ids(router.group, args, kwargs)
 
 
-def _generate_with_injected_adapters(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _generate_after_batch_size_check(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call the model's ``generate`` method.
 
     The number of adapter ids must match the number of samples. Beam search later adds rows to the
@@ -618,8 +618,8 @@ def _generate_with_injected_adapters(model: nn.Module, *args: Any, **kwargs: Any
 
 
 def _has_wrapped_generate(model: nn.Module) -> bool:
-    """Return whether the model's ``generate`` is `_generate_with_injected_adapters`."""
-    return getattr(vars(model).get("generate"), "func", None) is _generate_with_injected_adapters
+    """Return whether the model's ``generate`` is `_generate_after_batch_size_check`."""
+    return getattr(vars(model).get("generate"), "func", None) is _generate_after_batch_size_check
 
 
 _finding = threading.Lock()

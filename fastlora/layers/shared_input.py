@@ -249,7 +249,7 @@ class _SharedInputCallSequence:
         # The tensor's version, or a copy of the tensor if PyTorch does not count writes to it.
         self._state = x.clone() if x.is_inference() else x._version
 
-    def can_append_call(self, layer: nn.Module, x: torch.Tensor) -> bool:
+    def can_append_call_to_sequence(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Return whether a call to a layer with input x can be appended to the sequence.
 
         The call is in this thread. It can be appended if the sequence is in this thread too, x is
@@ -321,7 +321,7 @@ def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
                 return known
     with _sequences_lock:
         for sequence in [*_open_sequences]:
-            if sequence.can_append_call(layer, x):
+            if sequence.can_append_call_to_sequence(layer, x):
                 sequence.append_call(layer, x)
                 return None
             # A thread that calls another layer, or uses another tensor, has ended its last

@@ -163,7 +163,7 @@ def get_eva_state_dict(
     )
     with without, temporary_training_mode(model, training=False):
         search.find_shared_inputs(dataloader)
-        search.run_until_converged(dataloader, show_progress_bar)
+        search.repeat_batches_until_converged(dataloader, show_progress_bar)
     return search.directions()
 
 

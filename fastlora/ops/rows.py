@@ -274,7 +274,7 @@ def sort_rows(
     *,
     cache_pieces: bool = True,
 ) -> Rows:
-    """Sort the rows of a batch by adapter, and return a `Rows`.
+    """Sort the rows of a batch by adapter, and return them as a `Rows` object.
 
     Each adapter is identified by its slot, and the rows are sorted by slot.
 

@@ -14,7 +14,7 @@ from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
 class _ThreadRoutings(threading.local):
-    """Thread-local storage for the active routings of each thread.
+    """Thread-local storage for the active routings.
 
     The active routings of a thread are those of its open blocks. The storage also maps each group
     of layers to the group's innermost routing.

@@ -110,7 +110,7 @@ class RowFactsTable:
         self._next_drop = _FIRST_DROP
 
     def facts_of(self, tensor: torch.Tensor) -> RowOriginFacts:
-        """Return what is known about the rows of a tensor.
+        """Return the facts about the origin of a tensor's rows.
 
         The tensor is looked up by its storage.
         """
@@ -229,7 +229,7 @@ class RowFactsTable:
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard what is known about the rows of a tensor.
+        """Discard the facts about the origin of a tensor's rows.
 
         Its rows are then treated as the rows of the batch, in the same order.
         """

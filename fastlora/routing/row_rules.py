@@ -110,7 +110,7 @@ def _combined_facts(
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowOriginFacts:
-    """Return what is known about the rows that the indices select from ``source``.
+    """Return facts about the origin of the rows that the indices select from ``source``.
 
     There is one index, or None, for each leading dimension.
     """
@@ -157,9 +157,9 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, table_kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return what is known about the rows that the indices look up in a table.
+    """Return facts about the origin of the rows that the indices look up in a table.
 
-    The result is derived from the kind of the table and from what is known about the indices.
+    The result is derived from the kind of the table and from the facts about the indices.
     """
     if known.are_independent_of_input_data(*indices):
         return TABLE if table_kind is RowOriginKind.TABLE else CONSTANT
@@ -184,7 +184,7 @@ def _facts_after_write(
     *,
     adds: bool = False,
 ) -> RowOriginFacts:
-    """Return what is known about the rows of ``dest`` after a write.
+    """Return facts about the origin of the rows of ``dest`` after a write.
 
     ``values`` are written to ``dest`` at ``indices``.
     """
@@ -308,7 +308,7 @@ def _index(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
     return _selected_facts(known, args[0], args[1])
 
 
-def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
+def _copy_into(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `copy_`: the filled tensor takes over the row facts of the copied tensor.
 
     If `copy_` fills only a part of a tensor, the facts change only if the tensor contains no rows
@@ -530,7 +530,7 @@ _RULES: dict[Any, Rule] = {
         (aten.new_empty, aten.new_full, aten.new_empty_strided),
         _constant_rule(RowOriginKind.CONSTANT),
     ),
-    aten.copy_: _copy,
+    aten.copy_: _copy_into,
     aten.index: _index,
     aten._unsafe_index: _index,
     aten.index_select: _index_select,

@@ -148,7 +148,7 @@ class RowOrderTracker(TorchDispatchMode):
         args: Arguments = (),
         kwargs: Keywords | None = None,
     ) -> Any:
-        """Call an operator, record what is known about its result, and return the result."""
+        """Call an operator, record facts about the rows of its result, and return the result."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._rests:

@@ -241,7 +241,7 @@ def tokenize_files(
 def format_and_tokenize_prompt(
     text: str, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Format a prompt like the prompts of a training corpus, and return its token ids."""
+    """Format a prompt as in a training corpus, and return the token ids of the prompt."""
     example = corpus.example
     if example is not None and example.is_chat:
         return _tokenize_chat(
