@@ -23,6 +23,7 @@ from fastlora.layers.mixed_forward import forward_mixed
 from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.ops.factors import Base, Factors
 from fastlora.routing.active import active_routing
+from fastlora.validation import UnsupportedLayerError
 from fastlora.weights_version import WeightsVersion, weights_versions
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall |
 
     x is ``[..., K]``. The object contains the conditions of the forward pass and the adapters to
     apply. A `UniformCall` without names means that only the base layer runs.
+
+    Raises:
+        UnsupportedLayerError: A mixed batch is being exported in a way that is not supported.
     """
     routing = None if layer._disabled else active_routing(layer)
     names = layer._applied_adapters() if routing is None else []
@@ -46,6 +50,11 @@ def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall |
         x = x.to(autocast)
     if routing is None:
         return UniformCall(layer, given, x, conditions, names)
+    if conditions.compiling and not torch.compiler.is_dynamo_compiling():
+        raise UnsupportedLayerError(
+            "torch.export exports mixed batches only with strict=True; pass it to torch.export, or "
+            "export the model outside the fastlora.adapters block"
+        )
     if layer.may_see_partial_rows or (
         not conditions.compiling and routing.cache.row_checker is not None
     ):

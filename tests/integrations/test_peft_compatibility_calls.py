@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastlora import LoraConfig, LoraModel, adapters, get_peft_model, patch
-from fastlora.validation import CheckpointError, ConfigError
+from fastlora.validation import CheckpointError, ConfigError, UnsupportedLayerError
 from tests.support.tiny import TwoLayers, tiny_llama
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
@@ -344,6 +344,18 @@ def test_export(change: dict[str, Any], strict: bool) -> None:
     after = model(x)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(program(x), after)
+
+
+def test_export_of_a_mixed_batch() -> None:
+    """The adapters of the rows are constants of the program."""
+    model, x = made().eval(), torch.randn(3, 16)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
+    with adapters(model, ["b", None, "default"]):
+        expected = model(x)
+        program = torch.export.export(model, (x,), strict=True).module()
+        with pytest.raises(UnsupportedLayerError, match="only with strict=True"):
+            torch.export.export(model, (x,), strict=False)
+    torch.testing.assert_close(program(x), expected)
 
 
 @pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"lora_bias": True}])
