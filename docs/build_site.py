@@ -37,7 +37,7 @@ OUTSIDE = {
 # index.md replaces the README on the site.
 _PLACES = OUTSIDE | {"README.md": "index.md"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)")
-_INLINE_CODE = re.compile(r"<code>([^<]+)</code>")
+_INLINE_CODE = re.compile(r"(?<!<pre>)(?<!<pre><span></span>)<code>([^<]+)</code>")
 _LONGEST_UNBROKEN_CODE = 30
 
 

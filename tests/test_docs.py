@@ -281,6 +281,22 @@ def test_a_broken_link_of_the_site_is_found(tmp_path: Path) -> None:
     ]
 
 
+def test_only_inline_code_is_broken() -> None:
+    """Short code stays whole, long code may break after separators, and blocks are left alone."""
+    site = importlib.import_module("docs.build_site")
+    long = "tests/integrations/test_peft_compatibility_calls.py"
+    parts = long.replace("/", "/<wbr>").replace("_", "_<wbr>").replace(".", ".<wbr>")
+    found = site.on_page_content(
+        f"<p><code>a/b.py</code> <code>{long}</code></p>", None, None, None
+    )
+    assert found == f'<p><code class="short">a/b.py</code> <code>{parts}</code></p>'
+    for block in (
+        f"<pre><span></span><code>{long}\n</code></pre>",
+        f"<pre><code>{long}</code></pre>",
+    ):
+        assert site.on_page_content(block, None, None, None) == block
+
+
 def test_links_of_pages_lead_where_the_site_has_their_targets() -> None:
     """Up and out of docs/, into pages that lie elsewhere, and between those."""
     site = importlib.import_module("docs.build_site")
