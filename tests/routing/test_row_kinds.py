@@ -59,6 +59,10 @@ KINDS: dict[str, tuple[Make, RowOriginKind]] = {
         lambda x, n: x.view(8, D)[(at := n.flatten().argsort(stable=True))][at.argsort()],
         RowOriginKind.ROWS,
     ),
+    "mixed, and back by a copy of the index": (
+        lambda x, n: x.view(8, D)[MIXED][MIXED.clone().argsort()],
+        RowOriginKind.ROWS,
+    ),
     "counted more often than there are samples": (
         lambda x, n: x[torch.arange(0, 1, 0.25).long()],
         RowOriginKind.CHOSEN,
