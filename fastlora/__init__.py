@@ -133,13 +133,13 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 
-def _make_kernels_and_bench_importable() -> None:
-    """Make the folders `kernels/` and `bench/` of the repository importable.
+def _register_kernels_and_bench() -> None:
+    """Register the folders `kernels/` and `bench/` of a source checkout as packages.
 
-    In a source checkout, the two folders are next to this package's folder, so they are registered
-    as the packages `fastlora.kernels` and `fastlora.bench`. An installed package contains both
-    folders, so nothing is registered. See `setup.py` for the reason why the folders have no
-    `__init__.py`.
+    In a source checkout, the two folders are next to this package's folder. They are registered as
+    the packages `fastlora.kernels` and `fastlora.bench`, so that they can be imported. An installed
+    package contains both folders, so nothing is registered. See `setup.py` for the reason why the
+    folders have no `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
     if not (checkout / "kernels" / "lora_linear.py").is_file():
@@ -150,7 +150,7 @@ def _make_kernels_and_bench_importable() -> None:
         globals()[name] = _sys.modules[spec.name] = _util.module_from_spec(spec)
 
 
-_make_kernels_and_bench_importable()
+_register_kernels_and_bench()
 
 __all__ = [
     "AdapterOptimizers",

@@ -45,10 +45,10 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder of measured kernel configurations.
+    """Return the folder that overrides the default folder of measured kernel configurations.
 
-    ``FASTLORA_MEASURED`` sets the folder, which contains tables of configurations. The result is
-    None if no folder is set.
+    The environment variable ``FASTLORA_MEASURED`` sets the folder, which contains tables of
+    configurations. The result is None if no folder is set.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
@@ -68,7 +68,7 @@ def vllm_plugin_enabled(device: str) -> bool:
 def vllm_plugin_disabled() -> bool:
     """Return whether an environment variable disables fastlora's vLLM plugin.
 
-    The variable ``FASTLORA_VLLM`` disables the plugin if its value is 0. vLLM then uses its own
+    The plugin is disabled if the variable ``FASTLORA_VLLM`` is set to 0. vLLM then uses its own
     LoRA backend.
     """
     return os.environ.get("FASTLORA_VLLM") == "0"

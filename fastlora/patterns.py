@@ -56,13 +56,13 @@ class _BoundedPatternMatcher:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Count the time of a ``with`` block toward the time limit for pattern matching.
+        """Context manager that counts the time spent on matching patterns toward the time limit.
 
-        All CPU time of the block is counted, including the time that is not spent on matching
-        patterns. The time of nested blocks is counted only once.
+        The CPU time of the whole ``with`` block is counted, including the time between matches.
+        The time of nested blocks is counted only once.
 
         Args:
-            config_field: Name of the config field, for error messages.
+            config_field: Name of the config field with the patterns, for error messages.
 
         Raises:
             CheckpointError: The time limit is exceeded at the end of the block.
@@ -169,16 +169,16 @@ def bounded_matching() -> Iterator[None]:
 def count_toward_matching_time_limit(
     config_field: str,
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts the time of a block toward the matching time limit.
+    """Return a context manager that counts time spent on matching patterns toward the limit.
 
-    All CPU time of the ``with`` block is counted, including the time that is not spent on matching
-    patterns. The block raises `CheckpointError` at its end if the time limit is exceeded. Each
-    match inside the block also checks the limit. A block around a loop over patterns therefore
-    counts the time of the loop itself, and the loop stops when the limit is exceeded. Outside
-    `bounded_matching`, the context manager does nothing.
+    The CPU time of the whole ``with`` block is counted, including the time between matches. The
+    block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside the
+    block also checks the limit. A block around a loop over patterns therefore counts the time of
+    the loop itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`, the
+    context manager does nothing.
 
     Args:
-        config_field: Name of the config field, for error messages.
+        config_field: Name of the config field with the patterns, for error messages.
     """
     bounded = _bounded.get()
     return (

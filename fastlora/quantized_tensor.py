@@ -54,7 +54,7 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor that wraps a quantized weight and a function that dequantizes the weight.
+    """A tensor that represents a quantized weight and can dequantize the weight.
 
     The weight has the shape ``[N, K]`` and is stored as quantized data. Kernels read the quantized
     data directly. Most PyTorch operations dequantize the weight first.

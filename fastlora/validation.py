@@ -16,9 +16,10 @@ from fastlora.deprecation import renamed_attributes
 
 
 class FastLoraError(Exception):
-    """Base class of fastlora's errors.
+    """Base class of the errors that are specific to fastlora.
 
-    Functions of fastlora also raise built-in exceptions, such as `ValueError` and `TypeError`.
+    Some functions of fastlora raise a built-in exception instead, such as `ValueError` or
+    `TypeError`.
     """
 
 
@@ -34,9 +35,10 @@ class TargetNotFoundError(FastLoraError, ValueError):
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A layer is not supported by fastlora, for example because of its type.
+    """A layer is not supported by fastlora.
 
-    The reason may also be the state of the layer. The error is also raised for other modules.
+    For example, the type or the current state of a layer is not supported. The error is also raised
+    for modules that are not layers, such as a whole model.
     """
 
 
@@ -56,17 +58,18 @@ class AdapterNotFoundError(FastLoraError, ValueError):
 
 
 class AdapterStateError(FastLoraError, ValueError):
-    """An operation is not possible in the current state of an adapter.
+    """The state of an adapter is not valid for the requested operation.
 
     For example, an adapter is merged, or an adapter with the same name already exists.
     """
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint is invalid or does not match the model.
+    """A checkpoint is missing, is invalid, or does not match the model.
 
-    For example, a file is missing, damaged, or unsafe. The error is also raised if a checkpoint
-    cannot be loaded for another reason, or cannot be saved. Adapter folders are checkpoints too.
+    The checkpoint is a checkpoint of a training run, an adapter folder, or a model folder. For
+    example, a file of a checkpoint is missing, damaged, or unsafe. The error is also raised if a
+    checkpoint cannot be loaded for another reason, or cannot be saved.
     """
 
 

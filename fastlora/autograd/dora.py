@@ -54,10 +54,11 @@ class ApplyDoraScaleAndAddBias(torch.autograd.Function):
         magnitude: torch.Tensor,
         squared_norms: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Scale u by the DoRA scale, add the bias, and return the result.
+        """Scale u by the DoRA scale, and add the bias.
 
-        The DoRA scale is computed from the magnitude and the squared norms. u and the result are
-        ``[..., N]``. Tensors that the backward pass needs are saved in ``ctx``.
+        The DoRA scale is computed from the magnitude and the squared norms. The bias itself is not
+        scaled. Returns the sum, which is ``[..., N]`` like u. Tensors that the backward pass needs
+        are saved in ``ctx``.
         """
         rows = u.reshape(-1, u.shape[-1])
         y = scale_and_add_bias(rows, bias, dora_scale(magnitude, squared_norms))
@@ -148,11 +149,12 @@ def _allocate_gradients(
     adapters: Sequence[torch.Tensor],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Allocate the gradients for the backward pass of DoRA adapters with dropout.
+    """Allocate tensors for the gradients of x, the weight, and the adapters.
 
-    The result is a list of tensors for the gradients of x, the weight, and each adapter's lora_a,
-    lora_b, and magnitude in turn. The tensors are not initialized. The tensor of a gradient that is
-    not wanted has no elements.
+    The backward pass of DoRA adapters with dropout computes these gradients. The result is a list
+    of tensors for the gradients of x, the weight, and each adapter's lora_a, lora_b, and magnitude
+    in turn. The tensors are not initialized. The tensor of a gradient that is not wanted has no
+    elements.
     """
     like = [x, weight, *(t for own in _chunked(_EACH, adapters) for t in own[:3])]
     return [
@@ -257,12 +259,14 @@ class DoraLinearWithDropout(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute the output of a linear layer with DoRA adapters.
 
-        The adapters have active dropout with the probabilities ``dropout_p``. Tensors that the
-        backward pass needs are saved in ``ctx``. The output is computed from the base layer's
-        output, or from weight and bias if ``base`` is None. ``adapters`` has six tensors for each
-        adapter; see `DropoutAdapter`. ``ids [B]`` are slots per sample or per token, and ``slots``
-        lists each adapter's slot. If ids is None, there is one adapter, which applies to all rows.
-        With ids, ``base`` must be given.
+        The adapters have active dropout with the probabilities ``dropout_p``. ``adapters`` contains
+        six tensors for each adapter; see `DropoutAdapter`. The output is computed from the base
+        layer's output ``base``, or from weight and bias if ``base`` is None. Tensors that the
+        backward pass needs are saved in ``ctx``.
+
+        If ``ids`` is given, the batch is mixed. ``ids [B]`` contains the slot of each sample or
+        token, and ``slots`` lists the slot of each adapter. A mixed batch requires ``base``. If
+        ``ids`` is None, there is one adapter, which applies to all rows.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad

@@ -115,7 +115,7 @@ def _fusion_report_and_model_facts(
             warnings.simplefilter("always", UserWarning)
             base, quantization = _load_model_and_quantization_method(folder)
             kind = type(base).__name__
-            report, left_out = _fusion_report_and_unadapted_layers(base, adapter)
+            report, left_out = _fusion_report_and_layers_without_adapter(base, adapter)
     except (FastLoraError, OSError, ImportError) as error:
         if isinstance(error, ImportError):
             what = f"checking a MODEL failed: a package cannot be imported ({error})"
@@ -174,7 +174,7 @@ def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | 
             return library.AutoModelForCausalLM.from_config(config, dtype=dtype), None
 
 
-def _fusion_report_and_unadapted_layers(
+def _fusion_report_and_layers_without_adapter(
     base: nn.Module, adapter: Path | None
 ) -> tuple[FusionReport, list[str]]:
     """Return a model's fusion report and the names of its layers without an adapter.

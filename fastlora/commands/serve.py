@@ -211,9 +211,10 @@ class _LoadingThread(threading.Thread):
         app.on_startup = self.start
 
     def run(self) -> None:
-        """Load the model, and start serving it.
+        """Start serving the model.
 
-        This method runs in the thread. If loading fails, the server is stopped.
+        This method runs in the thread. The model and the adapters are loaded before serving starts.
+        If loading fails, the server is stopped.
         """
         try:
             self._load()
@@ -315,7 +316,7 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
     """Build the HTTP application, and return it with the names of its adapters."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters
-    from fastlora.serve.app import Server, ServerSettings
+    from fastlora.serve.app import AppSettings, Server
     from fastlora.serve.engine import Engine
     from fastlora.serve.prompt_tokenizer import PromptTokenizer
     from fastlora.serve.running_batch import PREFILL_TOKENS
@@ -348,7 +349,7 @@ def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str
         length=args.max_length,
         max_waiting=args.max_queue,
     )
-    settings = ServerSettings(
+    settings = AppSettings(
         base=args.name,
         keys=args.keys,
         max_body_bytes=args.max_body,

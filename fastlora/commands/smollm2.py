@@ -71,10 +71,10 @@ def converted_smollm2_dir(cache: Path | str | None = None, *, progress: bool = T
 
     If the cache does not yet contain the converted model, this function first converts the model.
     Nothing is downloaded. The folder contains the model in fp32, in safetensors format, and also
-    the tokenizer. The conversion writes to a temporary folder beside
-    the final folder, and renames the temporary folder at the end. An interrupted conversion leaves
-    nothing that a later run would take for a model. If two processes need the model at the same
-    time, the second process waits until the first process has converted the model.
+    the tokenizer. The conversion writes to a temporary folder beside the final folder, and renames
+    the temporary folder at the end. An interrupted conversion leaves nothing that a later run would
+    take for a model. If two processes need the model at the same time, the second process waits
+    until the first process has converted the model.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).

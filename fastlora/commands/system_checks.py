@@ -243,7 +243,8 @@ def check_gpus_and_test_launches(
 def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
     """Launch a test kernel on a device, and return the outcome as text.
 
-    Its result is compared with float64.
+    The kernel's result is compared with a result computed in float64. If the launch fails, or if
+    the kernel's result is wrong, a problem is added to ``found``.
     """
     import torch
 

@@ -32,10 +32,11 @@ from fastlora.validation import InitializationError
 
 @dataclass
 class EvaDirectionSearch:
-    """Search for the directions and ranks with which EVA initializes the layers.
+    """Search for the directions with which EVA initializes the layers.
 
     The directions are the principal directions of each layer's inputs, which incremental PCA finds.
-    Call `find_shared_inputs`, then `repeat_batches_until_converged`, then `directions`.
+    The search also distributes the total rank among the layers. Call `find_shared_inputs`, then
+    `repeat_batches_until_converged`, then `directions`.
 
     Attributes:
         model: The model to run over the data.

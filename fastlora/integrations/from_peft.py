@@ -89,10 +89,10 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Inject an adapter into a model in place, and return the model.
 
-    This function works as PEFT's function of the same name does. The injected LoRA layers are
-    PEFT's layers, patched to run with fastlora. Use `unpatch` to restore PEFT's own layers. The
-    result is the model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts
-    the model.
+    For LoRA, this function is a drop-in replacement for PEFT's function of the same name. PEFT
+    creates the LoRA layers, and `patch` then patches them to run with fastlora. Use `unpatch` to
+    restore PEFT's own layers. The result is the model itself, without a `peft.PeftModel` around
+    it. `fastlora.adapters` accepts the model.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

@@ -40,11 +40,10 @@ def _call_or_warn(name: str, action: Callable[[], None]) -> None:
 
 
 class _ImportHookFinder(importlib.abc.MetaPathFinder):
-    """An import finder that intercepts the import of a module to run a hook.
+    """An import finder that adds an import hook to a module.
 
-    Each finder handles one module and one action. The finder finds the module through the other
-    finders in ``sys.meta_path``, and adds an import hook to the module. The hook runs the action
-    after the module is imported.
+    The hook runs an action after the module is imported. Each finder handles one module and one
+    action. The finder finds the module through the other finders in ``sys.meta_path``.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:

@@ -121,7 +121,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
             else Base(module.weight, module.bias)
         )
 
-    def _local_quantized_weight(self: Any) -> BaseQuantizedWeight | None:
+    def _local_weight_if_quantized(self: Any) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -135,9 +135,9 @@ class _FusedForwardMixin(BaseAdapterLayer):
         self._clear_model_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter from the layer, as PEFT does.
+        """Delete an adapter, as PEFT does.
 
-        The layer's caches are then cleared.
+        PEFT deletes the adapter from the layer. The layer's caches are then cleared.
 
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
@@ -156,9 +156,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge the adapters from the base weight, as PEFT's layer does.
+        """Unmerge the adapters, as PEFT does.
 
-        The caches that fastlora keeps for the layer's weights are cleared first.
+        PEFT unmerges the adapters from the layer's base weight. The caches that fastlora keeps for
+        the layer's weights are cleared first.
         """
         clear_weight_dependent_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
@@ -179,10 +180,11 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 )
 
     def _applied_adapters(self: Any) -> list[str]:
-        """Return the names of the adapters that the layer applies with fastlora.
+        """Return the names of the adapters that the layer applies.
 
         These are the active adapters of the layer. The list is empty if adapters are disabled or
-        merged, or if PEFT's ``forward`` method must be called.
+        merged. The list is also empty if an active adapter uses a PEFT variant of LoRA that
+        fastlora does not implement, because PEFT's ``forward`` method then applies the adapters.
         """
         if self.disable_adapters or self.merged:
             return []
@@ -341,9 +343,9 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 class FastPeftLoraModel(PeftLoraModel):
     """PEFT's ``LoraModel`` with fastlora's LoRA layers.
 
-    This class is a subclass of PEFT's LoRA tuner. PEFT creates each new LoRA layer, and
-    `patch_layer` then replaces the class of the layer with fastlora's subclass, if there is one.
-    The model supports mixed batches.
+    ``LoraModel`` is PEFT's LoRA tuner. PEFT creates each new LoRA layer, and `patch_layer` then
+    replaces the class of the layer with fastlora's subclass, if there is one. The model supports
+    mixed batches.
     """
 
     @staticmethod
@@ -434,13 +436,13 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Context manager that enables PEFT's forward hooks or routes ``adapter_names``.
+        """Context manager that enables PEFT's forward hooks, or routes rows to adapters instead.
 
         This method overrides PEFT's method of the same name. During the ``with`` block, each row is
-        routed to the adapter that ``adapter_names`` assigns. The assignment is computed once for
-        the whole model, whereas PEFT computes it at every layer. PEFT's forward hooks are enabled
-        instead if there are no ``adapter_names``, in training, or if fastlora cannot route the
-        batch.
+        routed to the adapter that ``adapter_names`` assigns to the row. The assignment is computed
+        once for the whole model, whereas PEFT computes the assignment at every layer. PEFT's
+        forward hooks are enabled if there are no ``adapter_names``, if the model is in training
+        mode, or if fastlora cannot route the batch.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -713,10 +715,10 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place.
+    """Patch the LoRA layers of a PEFT model in place, and return their number.
 
-    The tuners are also patched. The result is the number of LoRA layers that were found. This
-    number includes layers of classes that fastlora does not patch, which remain unchanged.
+    The returned number includes LoRA layers of classes that fastlora does not patch, which remain
+    unchanged. The model's tuners are also patched.
     """
     seen = 0
     for module in model.modules():

@@ -177,7 +177,7 @@ class ParameterLoraLayer(LoraLayer):
         start.initialize_weights(lora_a, lora_b, rank=r)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
-    def factors_in_file_shapes(self, name: str, call: UniformCall | None = None) -> Factors:
+    def factors_in_file_shapes(self, adapter_name: str, call: UniformCall | None = None) -> Factors:
         """Return an adapter's factors in the shapes used in adapter files.
 
         If ``call`` is given, the scaling is a tensor on the device of its x.
@@ -185,20 +185,20 @@ class ParameterLoraLayer(LoraLayer):
         Raises:
             UnsupportedLayerError: The adapter's modules would have to be called.
         """
-        found = self._local_factors(name, call)
+        found = self._local_factors(adapter_name, call)
         if found is None:
-            reason = fallback_reason_adapter_called(self, [name])
+            reason = fallback_reason_adapter_called(self, [adapter_name])
             raise UnsupportedLayerError(f"parameter {self.parameter_name!r}: {reason}")
         return found
 
-    def rank_rows(self, name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and lora_b with one row for each rank index.
+    def rank_rows(self, adapter_name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an adapter's lora_a and lora_b as stacks of matrices with one row per rank index.
 
-        Both are stacks of matrices with R rows, where R is the adapter's rank. The rows are called
-        rank rows. The result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b
-        ``[E, R, N]``. The transposed lora_b is a copy, which is cached while gradients are
-        disabled. If lora_b is stored as rank rows, as in a pool, the transposed lora_b is a view of
-        lora_b instead. ``name`` identifies the adapter in the cache.
+        The matrices have R rows, where R is the adapter's rank. The rows are called rank rows. The
+        result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``. The
+        transposed lora_b is a copy, which is cached while gradients are disabled. If lora_b is
+        stored as rank rows, as in a pool, the transposed lora_b is a view of lora_b instead.
+        ``adapter_name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
@@ -212,14 +212,14 @@ class ParameterLoraLayer(LoraLayer):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
         context = (id(watched), weights_versions.version_of_trainable_weights())
-        known = cache.get(name)
+        known = cache.get(adapter_name)
         if known is None or not known[0].matches((watched,), context):
             stamp = stamp_tensors((watched,), context)
             with torch.inference_mode(False):  # A later backward pass may need the result.
                 rank_rows = transposed_rank_rows(watched.detach(), self.num_matrices)
             if stamp is None:
                 return lora_a, rank_rows
-            known = cache[name] = stamp, rank_rows
+            known = cache[adapter_name] = stamp, rank_rows
         return lora_a, known[1]
 
     def factors_and_scaling(self, adapter_name: str) -> Factors:
@@ -306,7 +306,9 @@ class ParameterLoraLayer(LoraLayer):
 
 
 class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
-    """LoRA layer for a module with adapters on its parameters.
+    """LoRA layer for a module whose parameters have adapters.
+
+    This class is also the base class of the LoRA layer for stacked experts.
 
     Args:
         base_layer: The module.
@@ -337,7 +339,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers that a new adapter adapts, each with its own settings.
+        """Return the layers to adapt, each with its settings for the new adapter.
 
         There is one layer for each parameter that the adapter adapts. Layers that do not exist yet
         are created. The settings of a layer are the arguments for adding the adapter to the layer.
@@ -413,7 +415,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             layer._when_merged = []
         super()._apply(fn, recurse)
         for layer in merged:
-            layer._when_merged = [] if layer._unmerged is None else layer._base_fingerprints()
+            layer._when_merged = (
+                [] if layer._unmerged is None else layer._weight_and_bias_fingerprints()
+            )
         return self
 
     # -------------------------------------------------------------------------------- forward
@@ -565,11 +569,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Run the module separately for each adapter's rows, and return the combined outputs.
+        """Run the module separately for each adapter's rows.
 
-        The module's forward hooks do not run. Each row along the first dimension of x uses at most
-        one adapter. An output must have the same number of rows for each row of x. The outputs have
-        the rows in the order of x.
+        Returns the combined outputs of these runs. The module's forward hooks do not run. Each row
+        along the first dimension of x uses at most one adapter. An output must have the same number
+        of rows for each row of x. The outputs have the rows in the order of x.
         """
         count = routing.ids.numel()
         if (

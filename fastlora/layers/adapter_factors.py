@@ -50,9 +50,10 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight of a plain linear module.
+    """Return the weight of an `nn.Linear` that has no hooks.
 
-    Returns None for any other module. A plain linear module is an `nn.Linear` without hooks.
+    Returns None for any other module. An instance of a subclass counts as another module, and so
+    does an `nn.Linear` whose weight is not a plain `nn.Parameter`.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
@@ -82,12 +83,12 @@ def factors_from_parameters(
 ) -> Factors | None:
     """Return an adapter's factors for a layer, without calling the adapter's modules.
 
-    The factors are taken from the parameters of the adapter's modules, and include the scaling, the
-    dropout probability, and the DoRA magnitude. The result is None if the modules must be called
-    instead, for example because they have hooks.
+    The factors are taken from the parameters of the modules, and include the scaling, the dropout
+    probability, and the DoRA magnitude. The result is None if the modules must be called instead,
+    for example because they have hooks.
 
     Args:
-        layer: The layer with the adapter.
+        layer: The layer, which must have the adapter.
         name: The adapter's name.
         call: If given, the scaling is the tensor that `scaling_as_scalar_tensor` returns. Otherwise
             it is the layer's own value.
@@ -173,7 +174,7 @@ def fallback_reason_adapter_called(
 def scaling_as_scalar_tensor(
     layer: BaseLinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
-    """Return an adapter's scaling as a scalar tensor.
+    """Return an adapter's scaling as an fp32 or fp64 scalar tensor.
 
     The tensor has no dimensions and is on x's device. The dtype is fp64 if x is fp64, and fp32
     otherwise. In a graph that is being compiled, the tensor is an input of the graph; a number
@@ -226,7 +227,7 @@ def dora_scales_of_adapters(
     for name in names:
         scaling = scaling_as_scalar_tensor(layer, name, call) if compiling else layer.scaling[name]
         sums.append(cached_adapted_squared_norms(layer, name, scaling, compiling))
-    squares = layer._reduce_row_squared_norms(sums)
+    squares = layer._reduce_norms_and_replace_zeros(sums)
     magnitudes = [layer._local_magnitude(name) for name in names]
     return list(zip(magnitudes, squares, strict=True))
 
@@ -242,18 +243,19 @@ class AdapterSource(Protocol):
 
     @property
     def loaded_adapters(self) -> tuple[LoadedAdapter | None, ...] | None:
-        """The loaded adapters of a pool, by slot.
+        """The loaded adapters, by slot.
 
-        The tuple has one entry per slot. The entry of an empty slot is None. If the source is not a
-        pool, the value is None instead of a tuple.
+        The tuple has one entry per slot. The entry of an empty slot is None. Only a pool has loaded
+        adapters. If the source is not a pool, the value is None instead of a tuple.
         """
 
     @property
     def tables(self) -> AddressTables | None:
-        """The tables from which kernels read the addresses of the factors.
+        """The address tables of the source's adapters.
 
-        Only a pool provides such tables. If the factors are those of a model's own adapters, the
-        value is None, and `get_or_build_address_tables` builds the tables.
+        Kernels read the addresses of the factors from these tables. If the source has no tables,
+        the value is None. Only a pool has tables of its own. For a model's own adapters,
+        `get_or_build_address_tables` builds the tables.
         """
 
     def factors(
@@ -280,7 +282,7 @@ class AdapterSource(Protocol):
 
 
 class ParameterSource:
-    """`AdapterSource` that takes the adapters from the parameters of the model's layers.
+    """`AdapterSource` that takes adapter factors from the parameters of the model's layers.
 
     Args:
         names: Name of the adapter in each slot.

@@ -19,9 +19,9 @@ from fastlora.validation import AdapterStateError, InitializationError, Unsuppor
 
 
 class InitializableLayer(Protocol):
-    """Protocol for a layer on which an adapter can be initialized.
+    """Interface for layers on which an adapter can be initialized.
 
-    It has the attributes of a `LoraLayer` that adapter initialization uses.
+    This `Protocol` declares the attributes of a `LoraLayer` that adapter initialization uses.
     """
 
     merged_adapters: Any

@@ -93,8 +93,8 @@ def _build_model_tables(
 def _dtype_and_rank_for_empty_tables(routing: Routing) -> tuple[torch.dtype, int]:
     """Return the dtype and rank to use for empty address tables.
 
-    The tables are empty if no adapter of the batch has factors on a linear layer. The dtype and the
-    rank are then those of one of the model's adapters. If the adapter's rank differs between
+    The tables are empty if no adapter of the batch has factors on any linear layer. The dtype and
+    the rank are then those of one of the model's adapters. If the adapter's rank differs between
     layers, the largest rank is used. The batch therefore launches the same kernels as a batch with
     this adapter, and `warm_up` compiles these kernels. The kernels read no factors from empty
     tables.

@@ -104,8 +104,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def inner_layers(self) -> dict[str, LoraLayer]:
         """Return a dict of the LoRA layers inside this layer.
 
-        The dict is keyed by relative name. The only inner layer is the LoRA layer of out_proj. The
-        adapters of in_proj belong to this layer itself.
+        The dict maps relative names to layers. The only entry is the LoRA layer of out_proj,
+        because the adapters of in_proj belong to this layer itself.
         """
         return {_OUT: self._out()}
 

@@ -133,9 +133,10 @@ def tensor_parallel_style(module: nn.Module) -> str | None:
 
 
 def keeps_no_reference_to_output(module: nn.Module) -> bool:
-    """Return whether a linear-like module returns a new tensor to which it keeps no reference.
+    """Return whether a linear-like module keeps no reference to its output.
 
-    The output may be overwritten only if the module keeps no reference to it.
+    The result is True only for classes that are known to return a new tensor. The output may be
+    overwritten only if the module keeps no reference to it.
     """
     kind = type(module)
     # The name has the form that `qualified_class_name` returns.
@@ -243,12 +244,12 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
 
 
 def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
-    """Replace the data of a module's weight.
+    """Replace the data of a module's weight without replacing the parameter.
 
     The module is linear-like, and the new data is ``[N, K]``. The parameter object, the dtype, and
-    the layout stay the same. The memory of a dense weight's old data is not overwritten, because
-    other code may refer to it. A quantized weight is quantized again, and may be overwritten in
-    place. See `reason_weight_not_replaceable`.
+    the layout stay the same. A dense weight gets new memory, because other code may refer to its
+    old memory. A quantized weight is quantized again, possibly in the same memory. See
+    `reason_weight_not_replaceable`.
     """
     found = quantized_weight_of(module)
     if found is not None:

@@ -231,7 +231,10 @@ def _must_gather_adapter_rows(
 
 
 def _apply_dora_adapters_with_dropout(
-    call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
+    call: MixedCall,
+    y: torch.Tensor,
+    slots_with_dropout: tuple[int, ...],
+    scales: Sequence[DoraScaleTerms],
 ) -> torch.Tensor:
     """Apply the DoRA adapters that have active dropout to y.
 
@@ -244,7 +247,7 @@ def _apply_dora_adapters_with_dropout(
         seeds = routing.layer_dropout_seeds(layer.routing_index, torch.device("cpu"))
     adapters: list[torch.Tensor] = []
     acting: dict[int, float] = {}
-    for slot, scale in zip(slots, scales, strict=True):
+    for slot, scale in zip(slots_with_dropout, scales, strict=True):
         factors = routing.source.factors(layer, slot, call)
         if factors is not None:
             seed = layer._local_dropout_seed(seeds[slot : slot + 1])

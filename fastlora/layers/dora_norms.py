@@ -55,8 +55,9 @@ def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
 def may_cache_tensors(device: torch.device) -> bool:
     """Return whether tensors on a device may currently be cached.
 
-    For example, DoRA norms are cached. New tensors on a CUDA device must not be cached while a CUDA
-    graph is being captured. At any other time, and on any other device, tensors may be cached.
+    New tensors on a CUDA device, such as DoRA norms, must not be cached while a CUDA graph is being
+    captured. The result is always True for any other device. The function does not check whether a
+    graph is being compiled.
     """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -83,7 +84,7 @@ def base_weight_rows(layer: BaseLinearWithAdapters) -> torch.Tensor | RowChunked
 
     The base weight ``[N, K]`` is returned as a matrix or, if quantized, as a `RowChunkedWeight`.
     """
-    found = layer._local_quantized_weight()
+    found = layer._local_weight_if_quantized()
     if found is None:
         return layer._local_weight()
     return RowChunkedWeight(found.dequantized_rows, found.dtype, found.codes().device)
@@ -143,7 +144,7 @@ def adapted_squared_norms(
     computed without storing the adapted weight. A norm of 0 is replaced by infinity. With tensor
     parallelism, the norms are summed over the processes.
     """
-    return layer._reduce_row_squared_norms(
+    return layer._reduce_norms_and_replace_zeros(
         [local_adapted_squared_norms(layer, lora_a, lora_b, scaling, compiling)]
     )[0]
 
@@ -167,7 +168,7 @@ def cached_adapted_squared_norms(
         base = base_weight_stamp(layer)
         if base is not None:
             version = weights_versions.version_of_trainable_weights()
-            watched = _stamp_arguments((lora_a, lora_b), version, base, scaling)
+            watched = _arguments_for_stamp_tensors((lora_a, lora_b), version, base, scaling)
     own = local_shard(lora_a), local_shard(lora_b)
     return _get_or_compute_squared_norms(
         layer, name, watched, lambda: local_adapted_squared_norms(layer, *own, scaling, compiling)
@@ -178,9 +179,9 @@ def _base_stamp_arguments(layer: BaseLinearWithAdapters) -> _StampArguments | No
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
-    found = layer._local_quantized_weight()
+    found = layer._local_weight_if_quantized()
     if found is None:
-        watched = _stamp_arguments((weight,))
+        watched = _arguments_for_stamp_tensors((weight,))
         if watched is None:
             return None
         return watched[0], (*watched[1], weights_versions.version_of_base_weight(weight))
@@ -190,10 +191,13 @@ def _base_stamp_arguments(layer: BaseLinearWithAdapters) -> _StampArguments | No
     )
 
 
-def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments for a call of `stamp_tensors` with the given tensors and context.
+def _arguments_for_stamp_tensors(
+    tensors: Sequence[torch.Tensor], *context: Hashable
+) -> _StampArguments | None:
+    """Return the arguments for a call to `stamp_tensors`.
 
-    Returns None if a stamp cannot detect changes to the tensors.
+    The call creates a stamp of the given tensors and context. Returns None if a stamp cannot detect
+    changes to the tensors.
     """
     if fully_shard_was_called():  # A newly gathered tensor may reuse the last one's memory.
         return None
@@ -214,28 +218,28 @@ def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _St
 
 def _get_or_compute_squared_norms(
     layer: BaseLinearWithAdapters,
-    cache_key: str | None,
+    adapter_name: str | None,
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     """Return squared norms for DoRA from a layer's cache, or compute and cache the norms.
 
-    The norms are squared row norms. ``cache_key`` is the name of an adapter, or None for the base
-    weight. The norms are computed if the cache has no norms with a valid stamp under this key. If
-    ``watched`` is None, or if no stamp can be created, the norms are always computed, and they are
-    not cached.
+    The norms are the squared row norms of the adapted weight of the adapter ``adapter_name``. If
+    ``adapter_name`` is None, the norms are those of the base weight. The norms are computed if the
+    cache has no such norms with a valid stamp. If ``watched`` is None, or if no stamp can be
+    created, the norms are always computed, and they are not cached.
     """
     if watched is None:
         return make()
     entries = _cache(layer).entries
-    known = entries.get(cache_key)
+    known = entries.get(adapter_name)
     if known is None or not known[0].matches(*watched):
         stamp = stamp_tensors(*watched)
         if stamp is None:
             return make()
         # A later backward pass may need the result.
         with torch.inference_mode(False), torch.no_grad():
-            known = entries[cache_key] = stamp, make()
+            known = entries[adapter_name] = stamp, make()
     return known[1]
 
 

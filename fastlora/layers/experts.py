@@ -47,7 +47,7 @@ _MARKS = (
 )
 
 
-class _SortedRows(NamedTuple):
+class _RowsSortedByExpert(NamedTuple):
     """The rows of one call to an experts module, sorted by expert.
 
     The rows of each expert are sorted by adapter slot.
@@ -216,7 +216,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
 
     def _sort_by_expert_and_slot(
         self, expert_ids: torch.Tensor, routing: Routing | None, conditions: ExecutionMode
-    ) -> _SortedRows:
+    ) -> _RowsSortedByExpert:
         """Sort the rows of a call by expert and adapter slot.
 
         Args:
@@ -241,9 +241,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             keys = torch.where(keys < 0, keys, keys * slots + slot)
         rows = sort_rows(keys, len(keys), count * slots, cache_pieces=not conditions.compiling)
         matrix = keys[rows.order.long()].clamp(min=0) // slots
-        return _SortedRows(rows, matrix, routing, adapters, conditions)
+        return _RowsSortedByExpert(rows, matrix, routing, adapters, conditions)
 
-    def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
+    def _product(self, name: str, x: torch.Tensor, call: _RowsSortedByExpert) -> torch.Tensor:
         """Return the product of the sorted rows ``x`` and the weight stack called ``name``.
 
         The bias and the adapters' updates are added to the product.
@@ -261,7 +261,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         stack: torch.Tensor,
         bias: torch.Tensor | None,
         x: torch.Tensor,
-        call: _SortedRows,
+        call: _RowsSortedByExpert,
     ) -> torch.Tensor:
         """Return the product of the sorted rows ``x`` and a stack, with the adapters applied.
 
@@ -281,7 +281,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             return y
 
     def _operands(
-        self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows
+        self, layer: ParameterLoraLayer, x: torch.Tensor, call: _RowsSortedByExpert
     ) -> list[StackedWeightAdapterOperands]:
         """Return the operands of a layer's adapters for the sorted rows.
 
@@ -293,7 +293,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return self._mixed_operands(layer, x, call, call.routing)
 
     def _uniform_operands(
-        self, layer: ParameterLoraLayer, name: str, x: torch.Tensor, call: _SortedRows
+        self, layer: ParameterLoraLayer, name: str, x: torch.Tensor, call: _RowsSortedByExpert
     ) -> StackedWeightAdapterOperands:
         factors = layer.factors_in_file_shapes(
             name, UniformCall(layer, x, x, call.conditions, [name])
@@ -310,7 +310,11 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         )
 
     def _mixed_operands(
-        self, layer: ParameterLoraLayer, x: torch.Tensor, call: _SortedRows, routing: Routing
+        self,
+        layer: ParameterLoraLayer,
+        x: torch.Tensor,
+        call: _RowsSortedByExpert,
+        routing: Routing,
     ) -> list[StackedWeightAdapterOperands]:
         count, compiling = layer.num_matrices, call.conditions.compiling
         own = MixedCall(layer, x, x, call.conditions, routing) if compiling else None
@@ -390,7 +394,7 @@ def _stacked_linear(
     stack: torch.Tensor | None,
     addend: torch.Tensor | None,
     operands: StackedWeightAdapterOperands,
-    call: _SortedRows,
+    call: _RowsSortedByExpert,
 ) -> torch.Tensor:
     """Multiply sorted rows by a stack of matrices, and add ``addend`` and the adapters' updates.
 
@@ -439,7 +443,7 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
         y = self._product("down_proj", up * base.act_fn(gate), call)
         return y.index_select(0, _inverse_permutation(place))
 
-    def _product(self, name: str, x: torch.Tensor, call: _SortedRows) -> torch.Tensor:
+    def _product(self, name: str, x: torch.Tensor, call: _RowsSortedByExpert) -> torch.Tensor:
         stack = self.base_layer._parameters[name].transpose(1, 2)
         layer: Any = self.inner_layers().get(name)
         return self._adapted_product(layer, stack, None, x, call)

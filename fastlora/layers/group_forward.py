@@ -68,6 +68,8 @@ _memory_of = torch.Tensor.untyped_storage
 
 # A layer's operands: the active adapter, the adapters of all slots, or the tables of a mixed batch.
 _LayerFactors = Factors | Slots | TableLaunchArguments
+# The reason why a layer does not share a computation, or an empty string if the layer shares it.
+_ReasonNotShared = str
 
 
 def group_forward(
@@ -286,7 +288,7 @@ def _compute_outputs_with_later_layers(
     backend = BACKENDS[conditions.backend]
     if (
         launch is None
-        or not launch.matches(x, base, own)
+        or not launch.matches_prepared_call(x, base, own)
         or (records and not launch.fits_one_node(x))
     ):
         group.launches.clear()  # The launches of other layers are as old.
@@ -324,7 +326,7 @@ def _compute_outputs_with_later_layers(
 
 def _compute_s_with_later_layers(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
-) -> tuple[PrecomputedResult | None, str]:
+) -> tuple[PrecomputedResult | None, _ReasonNotShared]:
     """Compute s for a layer and for later layers in its group, in one pass over x.
 
     The later layers are those that are called after the layer. Returns a tuple (result, reason). If

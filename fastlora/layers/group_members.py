@@ -45,10 +45,11 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class PreparedGroupLaunch:
-    """A kernel launch for several layers of a group, prepared so that later calls can reuse it.
+    """A prepared kernel launch for several layers of a shared-input group.
 
-    The launch consists of the arguments for computing the outputs of these layers in one call. The
-    layers are the one that is called first and those that are called after it.
+    Later calls can reuse the launch. The launch consists of the arguments for computing the outputs
+    of all its layers in one call. The launch covers the layer that is called first and layers that
+    are called after it.
 
     Attributes:
         dtype, device: Dtype and device of x.
@@ -76,12 +77,13 @@ class PreparedGroupLaunch:
     others: list[tuple[float, list[torch.Tensor]]]
     quantized: list[QuantizedTensor]
 
-    def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether a call matches the call for which the launch was prepared.
+    def matches_prepared_call(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
+        """Return whether a call's x, base layer, and factors match those of the prepared call.
 
-        A matching call can use the prepared launch. The base layer and the factors must be the same
-        as those for which the launch was prepared. x may be a new tensor if its dtype and its
-        device are the same.
+        The prepared call is the call for which the launch was prepared. A matching call can use the
+        launch. The base layer and the factors must be the same as those of the prepared call. x may
+        be a new tensor if its dtype and its device are the same. The dtypes of the launch's tensors
+        and the quantized weights must be unchanged.
         """
         before, known = self.own, self.base
         return (
@@ -359,17 +361,17 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record the reason why a layer falls back in a compiled graph.
+    """Record the reason why a compiled graph computes a layer separately from its group.
 
-    This function is called while the graph is being compiled. A layer falls back if it needs its
-    own pass over x, instead of the pass that its shared-input group shares. The reason is an empty
+    This function is called while the graph is being compiled. The layer falls back to its own pass
+    over x if it cannot use the pass that its shared-input group shares. The reason is an empty
     string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 
 
 def describe_input_sharing(layer: BaseLinearWithAdapters, uses_kernels: bool) -> str:
-    """Describe how a layer shares its input with other layers, or why it does not.
+    """Describe how a layer shares its input with other layers.
 
     The description is for the fusion report and applies to training. The returned text states how
     many layers share a pass over x, or the reason why the layer does not share a pass.

@@ -22,7 +22,7 @@ DEFAULT_ADAPTER = "default"
 
 
 class FastLoraLinear(LoraLayer, nn.Linear):
-    """Linear layer with LoRA adapters.
+    """LoRA layer for an `nn.Linear`.
 
     Computes ``y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
@@ -187,7 +187,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def get_base_layer(self) -> nn.Module:
         """Return the base layer.
 
-        This layer contains the base weight, and is therefore its own base layer.
+        The result is this layer itself, because the layer contains the base weight.
         """
         return self
 

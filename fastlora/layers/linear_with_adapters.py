@@ -93,12 +93,11 @@ class BaseLinearWithAdapters(nn.Module):
         """
         return None
 
-    def _local_quantized_weight(self) -> BaseQuantizedWeight | None:
-        """Return the local part of the quantized base weight.
+    def _local_weight_if_quantized(self) -> BaseQuantizedWeight | None:
+        """Return this process's part of the base weight if the weight is quantized.
 
-        The local part is the part that belongs to this process. If the layer is not split over
-        processes, the local part is the whole weight. Returns None if the base weight is not
-        quantized.
+        If the layer is not split over processes, this process's part is the whole weight. Returns
+        None if the base weight is not quantized.
         """
         return None
 
@@ -108,7 +107,7 @@ class BaseLinearWithAdapters(nn.Module):
         The result is in the form that autograd saves. A quantized weight is represented without a
         dense matrix, unless ``dequantize`` is set, for example during compilation.
         """
-        found = None if dequantize else self._local_quantized_weight()
+        found = None if dequantize else self._local_weight_if_quantized()
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
@@ -129,12 +128,11 @@ class BaseLinearWithAdapters(nn.Module):
         """
         return seed
 
-    def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Sum squared row norms over the processes of a split layer.
+    def _reduce_norms_and_replace_zeros(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Sum squared row norms over the processes of a split layer, and replace zeros.
 
         Each entry of ``sums`` contains the squared norms ``[N]`` of an adapted weight over this
-        process's columns. Each result contains the squared norms ``[N]`` of whole rows. By default,
-        a process has whole rows, so nothing is added. In all cases, results of 0 are replaced by
-        infinity.
+        process's columns. Each result contains the squared norms ``[N]`` of whole rows. A norm of 0
+        is replaced by infinity. By default, a process has whole rows, so no norms are summed.
         """
         return [replace_zeros_with_infinity(each) for each in sums]

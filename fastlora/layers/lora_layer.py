@@ -179,10 +179,11 @@ class LoraLayer(MergeableLayer):
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
     def _num_rank_blocks(self, part: str) -> int:
-        """Return the number of blocks into which the rank dimension of a factor is divided.
+        """Return the number of groups or matrices into which a factor is divided.
 
-        The blocks have the same size. The lora_A of a convolution has one block per group, and the
-        lora_A of a stack has one block per matrix. Any other factor has one block.
+        The rank dimension of the factor is divided into this number of blocks of the same size. The
+        lora_A of a convolution has one block per group, and the lora_A of a stack has one block per
+        matrix. Any other factor has one block.
         """
         base: Any = self.get_base_layer()
         return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
@@ -323,7 +324,7 @@ class LoraLayer(MergeableLayer):
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
-        squares = self._adapted_squared_norms_by_name([adapter_name])[adapter_name]
+        squares = self._adapted_squared_norms_by_adapter([adapter_name])[adapter_name]
         norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
         norms = self._reshape_to_magnitude(norms.to(lora_b.device, lora_b.dtype))
         magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)
@@ -437,7 +438,7 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file and in the state dict.
+        """Return the names of an adapter's tensors in an adapter file.
 
         The result is a dict that maps each name in the file to the tensor's state dict key. The
         names and the keys are relative to this layer. The tensors of inner layers are included.

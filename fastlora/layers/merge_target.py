@@ -91,7 +91,7 @@ class MergeTarget(Protocol):
         implementation may return ``snapshot`` itself without applying ``fn``.
         """
 
-    def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
+    def snapshot_to_dense(self, snapshot: object) -> torch.Tensor:
         """Return the dense matrix that a snapshot represents.
 
         The matrix is ``[N, K]``. The snapshot is a result of `snapshot`.
@@ -121,7 +121,7 @@ class DenseMergeTarget:
         self.weight, self._matrix = weight, matrix
 
     def dense(self) -> torch.Tensor:
-        return self.dense_from_snapshot(self.weight)
+        return self.snapshot_to_dense(self.weight)
 
     def merge_buffer(self) -> torch.Tensor:
         return self.dense().detach()
@@ -136,10 +136,10 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write the result of `merge_buffer` to the weight.
+        """Write the merged matrix back to the weight.
 
-        The result of `merge_buffer` is the weight itself. The weight therefore already has the
-        values of the matrix, and this method does nothing.
+        The matrix is the result of `merge_buffer`, which for this class is the weight itself. The
+        weight therefore already has the values of the matrix, and nothing is left to write.
         """
 
     def snapshot(self) -> object:
@@ -156,7 +156,7 @@ class DenseMergeTarget:
         weight: Any = snapshot
         return fn(weight)
 
-    def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
+    def snapshot_to_dense(self, snapshot: object) -> torch.Tensor:
         weight: Any = snapshot
         made: torch.Tensor = weight if self._matrix is None else self._matrix(weight)
         return made

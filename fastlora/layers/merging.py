@@ -37,8 +37,8 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
     def _init_merging(self) -> None:
         self._init_adapter_state()
         # While adapters are merged: the (weight, bias) from before the first merge, and the
-        # `_base_fingerprints` from after the last one. `MergeTarget` determines how a weight is
-        # saved.
+        # `_weight_and_bias_fingerprints` from after the last one. `MergeTarget` determines how a
+        # weight is saved.
         self._unmerged: tuple[object, torch.Tensor | None] | None = None
         self._when_merged: list[Fingerprint] = []
         # g of each merged adapter that uses DoRA, from norms of the unmerged weight.
@@ -58,7 +58,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         """
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
-    def _base_fingerprints(self) -> list[Fingerprint]:
+    def _weight_and_bias_fingerprints(self) -> list[Fingerprint]:
         """Return fingerprints of the base weight and the bias.
 
         Adapters are merged into the weight and the bias. The list contains one fingerprint for each
@@ -74,7 +74,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         merge. If the weight and the bias are both unmodified, `unmerge` can restore the values that
         `merge` saved.
         """
-        return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
+        return all(map(fingerprints_equal, self._weight_and_bias_fingerprints(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
 
@@ -97,7 +97,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         for name in names:
             self.merged_adapters.append(name)
             self._add_bias_change_of_last_adapter(bias, self.merged_adapters, 1.0, scales)
-        self._when_merged = [] if snapshot is None else self._base_fingerprints()
+        self._when_merged = [] if snapshot is None else self._weight_and_bias_fingerprints()
         clear_weight_dependent_caches(self)
 
     def _requantize_and_measure_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
@@ -213,14 +213,14 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
             name: dora_scale(layer._local_magnitude(name).detach(), squares)
-            for name, squares in self._adapted_squared_norms_by_name(dora).items()
+            for name, squares in self._adapted_squared_norms_by_adapter(dora).items()
         }
 
     @torch.no_grad()
-    def _adapted_squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def _adapted_squared_norms_by_adapter(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return the squared row norms of the adapted weight for each named adapter.
 
-        The result is a dict that maps an adapter name to squared norms ``[N]``. An adapter's
+        The result is a dict that maps each adapter's name to squared norms ``[N]``. An adapter's
         adapted weight is the unmerged base weight plus the adapter's update. DoRA scales and
         magnitudes are computed from these norms.
         """
@@ -236,7 +236,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
             if snapshot is not None and fingerprints_equal(
                 weight.fingerprint(), self._when_merged[0]
             ):
-                base = weight.dense_from_snapshot(snapshot[0])
+                base = weight.snapshot_to_dense(snapshot[0])
             else:
                 base = weight.merge_buffer().clone() if weight.in_place else weight.merge_buffer()
                 self._subtract_merged_adapters(base, None)
@@ -245,7 +245,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         for name in names:
             factors = *self._factors_for_dora_norm(name), self.scaling[name]
             sums.append(squared_row_norms_with_update(base, squares, *factors))
-        return dict(zip(names, self._reduce_row_squared_norms(sums), strict=True))
+        return dict(zip(names, self._reduce_norms_and_replace_zeros(sums), strict=True))
 
     @torch.no_grad()
     def _add_delta_weight(
@@ -282,18 +282,20 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
     def _add_bias_change_of_last_adapter(
         self,
         bias: torch.Tensor | None,
-        names: list[str],
+        names_in_merge_order: list[str],
         sign: float,
         dora_scales: dict[str, torch.Tensor],
     ) -> None:
-        """Update the bias in place with the change that the last adapter in ``names`` makes.
+        """Update the bias in place with the change that the last merged adapter makes.
 
-        The change is multiplied by ``sign`` before it is added. Adapters are merged in the order of
-        ``names``. ``dora_scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
+        The change is multiplied by ``sign`` before it is added. The list ``names_in_merge_order``
+        contains the names of the adapters in the order in which they are merged. The last name is
+        that of the adapter whose change is added. ``dora_scales`` maps the name of each DoRA
+        adapter to its scale g, shape ``[N]``.
         """
         before: torch.Tensor | None = None
         change: torch.Tensor | None = None
-        for name in names if bias is not None else ():
+        for name in names_in_merge_order if bias is not None else ():
             before, lora_bias = change, self._factors(name)[2]
             if lora_bias is not None:
                 own = lora_bias.detach() * self.scaling[name]
@@ -382,7 +384,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
             self._unmerged = snapshot, None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:
-            self._when_merged = self._base_fingerprints()
+            self._when_merged = self._weight_and_bias_fingerprints()
         return self
 
 

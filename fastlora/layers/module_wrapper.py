@@ -17,12 +17,12 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that keep a trained copy of a module or its rows for each adapter.
+    """Base class of wrappers that take the place of a module and keep the original module inside.
 
-    A wrapper takes the place of a module in a model. Adapters train the wrapped module without
-    LoRA. Each adapter's copy is of the whole wrapped module (``modules_to_save``) or of some of its
-    rows (``trainable_token_indices``). A subclass defines what an adapter trains. Names of
-    parameters and of file keys follow PEFT.
+    Adapters train the wrapped module without LoRA. For each adapter, a wrapper keeps a trained copy
+    of the whole wrapped module (``modules_to_save``) or of some of its rows
+    (``trainable_token_indices``). A subclass defines what an adapter trains. Names of parameters
+    and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -64,10 +64,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file and in the state dict.
+        """Return a mapping between an adapter's tensor names in its file and in the state dict.
 
-        The result is a dict that maps each name in the file to the tensor's state dict key. The
-        names and the keys are relative to this module.
+        The keys of the result are the names in the adapter file, and the values are the names in
+        the state dict. All names are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -92,7 +92,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         """Return the wrapped module without this wrapper.
 
         The returned module replaces this wrapper when the adapters are removed. By default, the
-        returned module is the base layer.
+        returned module is the base layer, which is the original module.
         """
         return self.get_base_layer()
 
@@ -140,7 +140,8 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this module.
 
-        The adapter's copy of the module or of its rows is deleted.
+        The adapter's copy of the module or of its rows is deleted, and the adapter is no longer
+        active.
 
         Raises:
             AdapterNotFoundError: The adapter has no version of the module.

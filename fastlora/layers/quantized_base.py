@@ -240,8 +240,8 @@ def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
 def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:
     """Return the reason why a layer's base layer is called instead of a fused kernel.
 
-    The result is an empty string if kernels can be used instead of the base layer. The base layer
-    is quantized or is another module that is not a plain `nn.Linear`.
+    The result is an empty string if kernels can be used instead of the base layer. If the base
+    layer is not quantized, the result is never empty.
     """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
@@ -281,11 +281,11 @@ def to_base_output_dtype(
 
 
 def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear a layer's caches that depend on weights.
+    """Clear a layer's caches that depend on its weights.
 
-    These caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized base
-    weight for kernels. If ``release_captured`` is set, weights that CUDA graphs read are released
-    too.
+    The weights are those of the base layer and of the adapters. The caches contain the DoRA norms,
+    the rank rows of a stack's adapters, and the quantized base weight for kernels. If
+    ``release_captured`` is set, weights that CUDA graphs read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)

@@ -237,8 +237,8 @@ class SharedInputGroup(SharedResultCache):
 class _SharedInputCallSequence:
     """Consecutive calls of layers with the same input tensor.
 
-    The calls form a sequence in one thread. `form_group` forms a shared-input group from the
-    layers.
+    The called layers are candidates for a shared-input group, which `form_group` forms. All calls
+    of a sequence are made in the same thread.
     """
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:

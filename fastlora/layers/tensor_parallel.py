@@ -325,12 +325,12 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
 
-    def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _reduce_norms_and_replace_zeros(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self.style == ROW_WISE and sums:
             joined = torch.stack(list(sums))  # One message for all sums.
             dist.all_reduce(joined, group=self.base_layer.weight.device_mesh.get_group())
             sums = joined.unbind()
-        return super()._reduce_row_squared_norms(sums)
+        return super()._reduce_norms_and_replace_zeros(sums)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The caller may write into the tensors' local parts, as dcp.load does. No version records

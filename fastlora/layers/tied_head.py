@@ -38,9 +38,10 @@ class _TransposedEmbeddingFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of a LoRA factor of the tied output head.
+        """The weight that the tied output head takes from the embedding's adapter.
 
-        This weight is a transposed view of the embedding's LoRA factor.
+        This weight is a LoRA factor of the head, and is a transposed view of one of the embedding's
+        factors.
         """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
@@ -105,8 +106,8 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Return the names under which an adapter's tensors are stored in the adapter file.
 
-        The adapter file contains no tensors of a tied head, so the result is an empty dict. The
-        shared factors are saved with the embedding.
+        A tied head has no tensors of its own, so the result is an empty dict. The shared factors
+        are saved with the embedding.
         """
         return {}
 

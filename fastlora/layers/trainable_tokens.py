@@ -198,11 +198,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return a mapping between an adapter's tensor names in its file and in the state dict.
 
-        The result is a dict that maps each of these names to the tensor's state dict key. Its only
-        entry is for the adapter's rows. The dict is empty if another module owns the rows, or if
-        the module does not have the adapter.
+        The keys of the result are the names in the adapter file, and the values are the names in
+        the state dict. The only entry is for the adapter's rows. The dict is empty if another
+        module owns the rows, or if the module does not have the adapter.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -232,7 +232,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._activate_without_making_trainable(names)
 
     def _activate_without_making_trainable(self, names: list[str]) -> None:
-        """Activate the named adapters without making their rows trainable."""
+        """Activate the named adapters without making their rows trainable.
+
+        No parameter's ``requires_grad`` is changed.
+        """
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
@@ -279,18 +282,17 @@ class TrainableTokensWrapper(ModuleWrapper):
                 else self._replace_columns(x, y, name)
             )
         if routing.whole is not None and execution_mode_of(x, "eager").compiling:
-            return self._replace_outputs_in_mixed_batch(routing.whole, x, y)
+            return self._replace_rows_in_mixed_batch(routing.whole, x, y)
         with self._check_rows_and_pause_tracking(routing, x):
-            return self._replace_outputs_in_mixed_batch(routing, x, y)
+            return self._replace_rows_in_mixed_batch(routing, x, y)
 
-    def _replace_outputs_in_mixed_batch(
+    def _replace_rows_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Replace the outputs for trainable tokens in a mixed batch, and return the result.
+        """Replace the embeddings or logits of trainable tokens in a mixed batch.
 
-        In the result, each row's outputs for trainable tokens, which are embeddings or logits, are
-        those of the row's adapter. Rows without an adapter on this module keep the base layer's
-        output y.
+        In the returned tensor, each row's embeddings or logits of trainable tokens are those of the
+        row's adapter. Rows without an adapter on this module keep the base layer's output y.
         """
         known = [name for name in routing.names if name in self.token_indices]
         # Every adapter that trains must get a gradient if other processes wait for it.
@@ -419,8 +421,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
         """Merge the trained rows of the named adapters into the base weight without checks.
 
-        The adapters must already have passed `check_merge`. The replaced rows are saved regardless
-        of ``keep_base``, so that `unmerge` can restore them.
+        The adapters must already have passed `check_merge`. The base rows that are replaced are
+        always kept for `unmerge`, even if `merge` was called with ``keep_base=False``.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

@@ -56,7 +56,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
 
     @property
     def weight(self) -> Any:
-        """The base layer's weight."""
+        """The weight of the layer, which is the base layer's weight."""
         return self.base_layer.weight
 
     @property

@@ -30,9 +30,9 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps another module as its base layer.
+    """LoRA layer that wraps another module, such as a linear layer from another library.
 
-    The base layer may be any linear-like module, for example one from another library. The layer
+    The wrapped module is the base layer, and may be any linear-like module. The LoRA layer
     computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``, usually by calling
     the base layer and adding the update to its output.
 
@@ -103,7 +103,7 @@ class FastLoraWrapper(LoraLayer):
             "target_parameters instead of target_modules"
         )
 
-    def _local_quantized_weight(self) -> BaseQuantizedWeight | None:
+    def _local_weight_if_quantized(self) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def _fusable_base(self) -> Base | None:

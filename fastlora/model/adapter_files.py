@@ -3,7 +3,7 @@
 A save replaces the weights file first and the config file second. If the process is killed between
 the two steps, the folder contains new weights and an old config. For this reason, the metadata of
 the weights file contains a copy of the config that was saved with the weights, and a hash of the
-config file that the save replaces. `_select_config_saved_with_weights` compares both with the
+config file that the save replaces. `_select_config_matching_weights` compares both with the
 config file, and selects the config that belongs to the weights.
 """
 
@@ -89,7 +89,7 @@ def open_adapter_files(
         text = _read_config(path, root, limits.config)
         file = open_regular_file(folder / WEIGHTS_NAME, root)
         with SafetensorsFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
-            own = _select_config_saved_with_weights(text, weights.metadata, path, limits.config)
+            own = _select_config_matching_weights(text, weights.metadata, path, limits.config)
             # A concurrent save may have replaced both files since the config was read.
             if own is None and _read_config(path, root, limits.config) != text:
                 continue
@@ -100,8 +100,8 @@ def open_adapter_files(
     )
 
 
-def read_config_saved_with_weights(folder: Path) -> dict[str, Any]:
-    """Read the config saved with the weights in a folder, and return a dict of its fields.
+def read_config_matching_weights(folder: Path) -> dict[str, Any]:
+    """Read the config that belongs to the weights in a folder, and return a dict of its fields.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
     weights file. If the weights file is missing or damaged, the config file is used.
@@ -132,10 +132,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str]:
-    """Create the metadata for a weights file.
+    """Create the metadata that ties the weights in a weights file to their config.
 
-    The metadata contains the config that is saved with the weights. If the folder already contains
-    a different config file, the metadata also contains a hash of that file.
+    The metadata contains the entire config that is saved with the weights. If the folder already
+    contains a different config file, the metadata also contains a hash of that file.
 
     Args:
         folder: The folder that the weights are saved into.
@@ -233,16 +233,15 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         return text
 
 
-def _select_config_saved_with_weights(
+def _select_config_matching_weights(
     config_file_text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Select the config that was saved with the weights.
+    """Select the config that belongs to the weights: the config file or the config in the metadata.
 
-    The candidates are the content of the config file and the config stored in the metadata. The
-    config file is selected if both are the same. The stored config is selected if the config file
-    is the one that the save was about to replace. In this case, the save was interrupted or is
-    still running. Returns None if the config was edited after the save, or if the weights were not
-    written by fastlora.
+    The config stored in the metadata is selected if the save was interrupted or is still running.
+    In this case, the config file is the one that the save was about to replace. If both configs are
+    the same, the content of the config file is returned. Returns None if the config was edited
+    after the save, or if the weights were not written by fastlora.
 
     Args:
         config_file_text: The content of the config file.

@@ -66,7 +66,7 @@ def file_keys_to_state_keys(
     tuner = lora_model.base_model
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
-    for name, module in modules_with_adapters(model, inner_layers=False):
+    for name, module in modules_with_adapters(model, include_inner_lora_layers=False):
         at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
         if isinstance(module, ModuleWrapper) or module._has_adapter(adapter_name):
             for disk, key in module.file_names(adapter_name).items():

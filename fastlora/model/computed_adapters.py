@@ -44,17 +44,18 @@ class LayerAdapterParameters(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank of the computed adapter's factors on this layer.
+        """The rank of the computed adapter.
 
-        The adapter may have different ranks on other layers.
+        The rank is that of the adapter's factors on one layer. The adapter may have different ranks
+        on other layers.
         """
         return self.lora_a.shape[0] // self.num_matrices
 
 
 class ComputedAdapter(NamedTuple):
-    """A computed adapter that is ready to be added to the model.
+    """An adapter whose parameters were computed from those of one or more other adapters.
 
-    The adapter's parameters were computed from those of one or more other adapters.
+    The computed adapter is ready to be added to a model.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.

@@ -24,7 +24,7 @@ from fastlora.model.adapter_files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     config_file_bytes_for_config_only_save,
-    read_config_saved_with_weights,
+    read_config_matching_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
@@ -592,20 +592,22 @@ class LoraConfig(PeftConfigMethods):
     ) -> _T:
         """Load an adapter's config from a local folder.
 
-        The result is the config that belongs to the folder's weights. Usually, this is the config
-        in ``adapter_config.json``. If a save was interrupted after it replaced the weights file and
-        before it replaced ``adapter_config.json``, the config stored in the metadata of the weights
-        file is returned. To read the config file itself, use `from_json_file`.
+        Usually, the config is read from ``adapter_config.json``. The result is always the config
+        that belongs to the folder's weights. If a save was interrupted after it replaced the
+        weights file and before it replaced ``adapter_config.json``, the config stored in the
+        metadata of the weights file is returned. To read the config file itself, use
+        `from_json_file`.
 
         Args:
             folder: The adapter folder.
-            for_loading: Whether the adapter's weights are loaded from the folder as well. Settings
-                that only affect the initialization are then not checked. See `from_dict`.
+            for_loading: Whether the adapter's weights are loaded from the folder as well. The
+                checks are then more lenient: settings that matter only for the initialization,
+                before training, are not checked. See `from_dict`.
 
         Raises:
             CheckpointError: If the config file is missing or is not a JSON object.
             ConfigError: If a value is not accepted.
         """
-        data = read_config_saved_with_weights(Path(folder))
+        data = read_config_matching_weights(Path(folder))
         with error_prefix(Path(folder) / CONFIG_NAME):
             return cls.from_dict(data, for_loading=for_loading)

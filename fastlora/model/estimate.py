@@ -28,10 +28,10 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory estimate for training an adapter on a model.
+    """The result of `estimate`: parameter counts and memory sizes for a model with an adapter.
 
-    The estimate is the result of `estimate`. The estimate covers the adapter and its base model,
-    and also contains parameter counts. The memory for activations is not included.
+    The sizes estimate the memory needed to train the adapter. The memory for activations is not
+    included.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -62,7 +62,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The fraction of trainable parameters.
+        """The share of trainable parameters.
 
         The value is the number of trainable parameters divided by the number of parameters of the
         base model.
@@ -71,10 +71,11 @@ class Estimate:
 
     @property
     def training_bytes(self) -> int:
-        """The estimated number of bytes that training needs for the trainable parameters.
+        """The estimated size of the training state in bytes.
 
-        The value is the total size of the trainable parameters, their gradients, and the optimizer
-        state. The base model, activations, and `workspace_bytes` are not included.
+        The training state consists of the trainable parameters, their gradients, and the optimizer
+        state. The memory for the base model, activations, and dequantized weights (see
+        `workspace_bytes`) is not included.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
@@ -101,9 +102,10 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the number of trainable parameters and the memory needed to train an adapter.
+    """Estimate the memory needed to train an adapter on a model.
 
-    The adapter is not created, and the model is not changed.
+    The result also contains the number of trainable parameters. The memory for activations is not
+    included. The adapter is not created, and the model is not changed.
 
     Args:
         model: Any module on any device, with or without adapters. A model on
@@ -162,9 +164,9 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 
 
 class _ParameterBytes(NamedTuple):
-    """The byte counts of one parameter, for a memory estimate.
+    """The sizes of a parameter in bytes, for a memory estimate.
 
-    The counts cover the parameter as it is stored and after dequantization.
+    The sizes are those of the stored parameter and, if it is quantized, of the dequantized weight.
 
     Attributes:
         values: The size of the stored values, quantized or not.
@@ -178,10 +180,9 @@ class _ParameterBytes(NamedTuple):
 
 
 def _parameter_bytes(parameter: torch.Tensor) -> _ParameterBytes:
-    """Return the byte counts of a parameter for a memory estimate.
+    """Return the sizes of a parameter in bytes, for a memory estimate.
 
-    For a weight that bitsandbytes has not quantized yet, the counts after quantization are
-    returned.
+    For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
     """
     kind, numel = type(parameter).__name__, unpacked_numel(parameter)
     own: Any = parameter

@@ -112,7 +112,7 @@ def convert_expert_factors(model: nn.Module, file: AdapterContents) -> AdapterCo
     config, tensors = copy.deepcopy(file.config), dict(file.tensors)
     factors, ranks, alphas = dict[str, torch.Tensor](), dict[str, int](), dict[str, float]()
     for name in (name for name in stacks if name in found):
-        layers = _layers_of_stack_by_former_name(file, stacks[name], former, found[name])
+        layers = _layers_grouped_by_former_name(file, stacks[name], former, found[name])
         scaling = config.scaling_for(layers[0][0])
         parts = [
             [
@@ -154,8 +154,9 @@ def config_for_peft(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
     former names, the result is a modified config that keeps PEFT from adapting experts that
     fastlora does not adapt. Whenever PEFT reads a config, it converts the former names of experts.
     PEFT then adapts all experts, and no linear layer with a former name. The modified config has no
-    former names. For other base models, or if ``target_modules`` is not set, the config is returned
-    unchanged.
+    former names. In the modified config, ``target_parameters`` also selects the weights of the
+    linear routers that the adapter adapts. For other base models, or if ``target_modules`` is not
+    set, the config is returned unchanged.
 
     PEFT cannot adapt some linear layers that fastlora adapts. If the adapter has such layers, a
     warning names them. When fastlora loads the adapter, it recognizes these layers by their
@@ -242,9 +243,9 @@ def _with_renamed_expert_blocks(
 
 
 class InferredLayerSettings(NamedTuple):
-    """The settings of a layer's LoRA factors, inferred from an adapter file.
+    """The LoRA settings of a layer, inferred from an adapter file.
 
-    The layer is a linear layer or another module, or a parameter such as the stacked weights of
+    A layer is a module, such as a linear layer, or a parameter, such as the stacked weights of
     experts. If a module has several adapted parameters, each of them is a layer in the file.
 
     Attributes:
@@ -313,13 +314,13 @@ def infer_layer_settings(
     return found
 
 
-def _layers_of_stack_by_former_name(
+def _layers_grouped_by_former_name(
     file: AdapterContents,
     stack: BaseModelParameter,
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Find the layers of a stacked parameter in an adapter file, grouped by former name.
+    """Return a stacked parameter's layers in an adapter file, grouped by former name.
 
     The result contains one list for each former name of the parameter (such as ``gate_proj``), in
     the order of `former_names_of_parameter`. Each list contains one layer name per expert.

@@ -138,7 +138,7 @@ def prepare_model_for_compiled_hotswap(
         replace_factors(layer, adapter, factors, target_rank)
     configs = {} if tuner is None else tuner.peft_config
     for adapter, of_model in configs.items():
-        _update_config_ranks_and_scalings(of_model, adapter, layers)
+        _copy_ranks_and_scalings_to_config(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
     for each in given.values():
         if each is not None and not any(each is of_model for of_model in configs.values()):
@@ -294,7 +294,7 @@ def _check_and_write_tensors(
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
-    _update_config_ranks_and_scalings(made, adapter_name, layers)
+    _copy_ranks_and_scalings_to_config(made, adapter_name, layers)
     tuner.peft_config[adapter_name] = made
 
 
@@ -345,7 +345,7 @@ def _file_key_prefixes_by_adapted_parameter(model: nn.Module, adapter_name: str)
 def _file_key_prefixes_by_parameter(
     adapted_parameters_by_module: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
-    """Map each parameter to its key prefix in adapter files.
+    """Map each adapted parameter to its key prefix in adapter files.
 
     The keys of the result are the full names of the parameters. The argument maps the names of
     modules to the names of the parameters that an adapter adapts in these modules.
@@ -474,13 +474,13 @@ def _original_of_copied_tensor(base: nn.Module, copy_key: str) -> torch.Tensor |
     return original
 
 
-def _update_config_ranks_and_scalings(
+def _copy_ranks_and_scalings_to_config(
     config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
 ) -> None:
-    """Update the ranks and scalings in an adapter's config to match the adapter's layers.
+    """Copy the ranks and scalings of an adapter's layers to the adapter's config.
 
     The config stores each scaling as an alpha, which is computed from the rank and the scaling of a
-    layer. After the update, the files of a saved adapter are consistent and can be loaded.
+    layer. If the adapter is then saved, its files are consistent and can be loaded.
     """
     own = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
     if not own:
@@ -523,7 +523,7 @@ def _drop_unchanged_base_weights(
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:
-    """Insert an adapter's name into a key.
+    """Insert an adapter's name into the key of a tensor.
 
     The key is from an adapter file. The result is a key as in PEFT's error messages.
     """

@@ -26,7 +26,7 @@ from fastlora.model.dequantize import (
     temporarily_dequantized,
 )
 from fastlora.model.plan import AdapterPlan, adapter_settings_for
-from fastlora.model.replication import clear_replication_record
+from fastlora.model.replication import clear_layer_replication_record
 from fastlora.model.tied_weights import (
     SharedWeightUntier,
     input_embedding_name,
@@ -204,15 +204,17 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         module._active_adapters = [n for n in module._active_adapters if n != adapter_name]
 
 
-def modules_with_adapters(model: nn.Module, *, inner_layers: bool = True) -> list[tuple[str, Any]]:
+def modules_with_adapters(
+    model: nn.Module, *, include_inner_lora_layers: bool = True
+) -> list[tuple[str, Any]]:
     """Return the modules that contain adapters as a list of tuples ``(name, module)``.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trainable tokens. In a mixed
-    batch, they select an adapter for each row. ``inner_layers`` tells whether to include LoRA
-    layers that are part of other LoRA layers.
+    batch, these modules select an adapter for each row. ``include_inner_lora_layers`` specifies
+    whether to include LoRA layers that are part of other LoRA layers.
     """
     kinds = (LoraLayer, ModuleWrapper)
-    found = named_outer_modules(model, include_inner_lora_layers=inner_layers)
+    found = named_outer_modules(model, include_inner_lora_layers=include_inner_lora_layers)
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
@@ -233,7 +235,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     `LoraLayer.inner_layers`.
     """
     found: dict[str, LoraLayer] = {}
-    for name, module in modules_with_adapters(model, inner_layers=False):
+    for name, module in modules_with_adapters(model, include_inner_lora_layers=False):
         if isinstance(module, LoraLayer):
             inner = module.inner_layers().items()
             own = {f"{name}.{n}": layer for n, layer in inner if not layer.replaces_module}
@@ -380,15 +382,15 @@ def unload(
     shared.warn_if_weights_were_untied()
     warn_of_requantization_errors(errors)
     untie_config_if_weights_untied(model)
-    clear_replication_record(model)
+    clear_layer_replication_record(model)
     return model
 
 
 def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> None:
     """Warn about the rounding errors caused by requantizing merged weights.
 
-    The warning states the average error, the largest error, and the layer with the largest error.
-    If no layer has a quantized weight, no warning is emitted.
+    A single warning states the average error, the largest error, and the layer with the largest
+    error. If no layer has a quantized weight, no warning is emitted.
 
     Args:
         merge_errors: A mapping from layer names to the fraction of the merged update that rounding

@@ -205,8 +205,8 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> LoraModel:
         """Load a saved adapter into a model, and return a `LoraModel`.
 
-        The adapter is loaded from a local folder in PEFT's format. Nothing is downloaded from the
-        Hugging Face Hub.
+        The adapter is loaded from a local folder in PEFT's format. To load an adapter from the
+        Hugging Face Hub, download its folder first.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -280,9 +280,10 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> Any:
         """Load a saved adapter into the model.
 
-        The adapter is read from a local folder in PEFT's format. If no adapter with the given name
-        is loaded, a new inactive adapter is added. Otherwise, the loaded adapter is overwritten in
-        place, and a scaling that was set with `set_scale` remains in effect.
+        The adapter is read from a local folder in PEFT's format. To load an adapter from the
+        Hugging Face Hub, download its folder first. If no adapter with the given name is loaded, a
+        new inactive adapter is added. Otherwise, the loaded adapter is overwritten in place, and a
+        scaling that was set with `set_scale` remains in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
@@ -539,10 +540,10 @@ def _check_arguments_and_read_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Return a dict with the names of the base model's class and of the class's Python module.
+    """Return the ``auto_mapping`` for a config: the names of the base model's class and library.
 
-    The dict is stored in a config. PEFT's AutoPeftModel loads the base model with this class if the
-    config has no task type.
+    The library is the Python module that defines the class. PEFT's AutoPeftModel loads the base
+    model with this class if the config has no task type.
     """
     cls = type(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}

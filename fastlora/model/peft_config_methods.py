@@ -92,10 +92,10 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Hook for checking the keyword arguments of a config.
+        """Hook for checking the keyword arguments of a config and returning the accepted ones.
 
-        The hook returns the arguments. As in PEFT, subclasses can override the hook to add checks.
-        This class adds no checks, because the values are checked when a config is created.
+        As in PEFT, subclasses can override the hook to check the arguments. The hook of this class
+        returns all arguments, because invalid arguments are rejected when a config is created.
         """
         return fields
 

@@ -31,7 +31,7 @@ from fastlora.model.base_modules import base_module_of, modules_with_original_na
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import (
     RevertibleLayerReplication,
-    prepare_layer_replication,
+    plan_layer_replication,
     temporary_replication,
 )
 from fastlora.model.target_names import saved_modules_and_task_heads
@@ -60,9 +60,9 @@ from fastlora.validation import (
 
 
 class TargetModule(NamedTuple):
-    """A module to which an adapter applies LoRA.
+    """A target module of an adapter, together with the adapter's settings for the module.
 
-    The object also contains the adapter's settings for the module.
+    The adapter applies LoRA to the module.
 
     Attributes:
         base: The module without adapters.
@@ -180,12 +180,12 @@ def make_adapter_plan(
     check_adapter_name(adapter_name)
     config = copy.deepcopy(to_lora_config(peft_config))
     config.check_supported("load" if loading else "new")
-    replication = prepare_layer_replication(model, config.layer_replication)
+    replication = plan_layer_replication(model, config.layer_replication)
     with temporary_replication(replication):
         ties = update_config_for_tied_embedding(model, config)
         plan = plan_target_modules(model, config, loading, ties, layers_in_file)
         plan = dataclasses.replace(plan, replication=replication)
-        _warn_of_ignored_dropout_or_peft_differences(plan)
+        _warn_of_peft_differences_and_ignored_dropout(plan)
         config.target_modules = plan.target_modules
         config.fan_in_fan_out = _fan_in_fan_out_to_store(plan)
     if plan.modules_to_save:
@@ -373,12 +373,13 @@ def _has_own_forward(linear: nn.Linear) -> bool:
     return replaced and quantized_weight_of(linear) is None and linear.weight.is_floating_point()
 
 
-def _warn_of_ignored_dropout_or_peft_differences(plan: AdapterPlan) -> None:
-    """Warn about targets that ignore dropout or are computed differently than in PEFT.
+def _warn_of_peft_differences_and_ignored_dropout(plan: AdapterPlan) -> None:
+    """Warn about an adapter's differences from PEFT and about dropout that has no effect.
 
-    The warning about dropout is emitted if a new adapter has ``lora_dropout``, but a target has no
-    input to which dropout can be applied. The warning about differences from PEFT is emitted only
-    for an adapter that was loaded from a file with a ``peft_version`` in its config.
+    A warning about a difference names a target that is computed differently than in PEFT. Such a
+    warning is emitted only for an adapter that was loaded from a file with a ``peft_version`` in
+    its config. The warning about dropout is emitted if a new adapter has ``lora_dropout``, but a
+    target has no input to which dropout can be applied.
     """
     config = plan.config
     without = [name for name, target in plan.targets.items() if not target.kind.uses_dropout]

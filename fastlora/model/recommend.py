@@ -170,7 +170,7 @@ class Recommendation:
 def recommend(
     model_or_num_params: nn.Module | int, *, memory_bytes: int | None = None
 ) -> Recommendation:
-    """Recommend LoRA hyperparameters for a base model.
+    """Recommend LoRA settings for a base model.
 
     The recommended values are starting points for tuning. They depend on the number of parameters
     of the base model:
@@ -185,8 +185,9 @@ def recommend(
     For all sizes, the learning rate is 1e-4 to 5e-4, and gradients are clipped. The recommended
     starting values are the largest r and the smallest alpha of the ranges, so that alpha is 2 r.
 
-    With ``memory_bytes``, the result also says whether to use QLoRA (Dettmers et al., 2023, arXiv
-    2305.14314). It is recommended if the parameters in 16 bits take more than 60 % of the memory.
+    With ``memory_bytes``, the result also says whether to quantize the model so that it fits in the
+    memory. QLoRA (Dettmers et al., 2023, arXiv 2305.14314) is recommended if the parameters in 16
+    bits take more than 60 % of the memory.
 
     For a model with stacked experts, the recommendation includes the experts, as in "LoRA Without
     Regret" (Schulman et al., 2025). Their rank is r divided by the number of experts that process a

@@ -124,11 +124,12 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter to a LoRA adapter of a given rank, and return its config and tensors.
+    """Convert a model's adapter to LoRA, and return the config and tensors of the result.
 
-    In a PEFT model, the adapter may use any method that PEFT can convert to LoRA. In a `LoraModel`,
-    the adapter is already a LoRA adapter. Its rank is then reduced as in `reduce_rank`, and a
-    warning reports the approximation error. The model is not changed.
+    The result describes a LoRA adapter of the given rank. In a PEFT model, the adapter to convert
+    may be of any type that PEFT can convert to LoRA. In a `LoraModel`, the adapter is already a
+    LoRA adapter. The result is then a reduced-rank approximation of the adapter, as in
+    `reduce_rank`, and a warning reports the approximation error. The model is not changed.
 
     Args:
         model: A `LoraModel` or a PEFT model. For a PEFT model, PEFT's function is called.
@@ -306,10 +307,9 @@ def _scale_down_intruder_dimensions(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute a reduced-rank adapter that approximates an adapter of the model.
+    """Compute a reduced-rank approximation of an adapter and its relative error on each layer.
 
-    The relative error of the approximation on each layer is also computed. The model is not
-    changed.
+    The adapter and the model are not changed.
 
     Returns:
         A tuple of the computed adapter and a dict that maps layer names to the relative errors of

@@ -106,10 +106,10 @@ def temporary_replication(replication: RevertibleLayerReplication | None) -> Ite
         replication.undo()
 
 
-def prepare_layer_replication(
+def plan_layer_replication(
     model: nn.Module, ranges: Ranges | None
 ) -> RevertibleLayerReplication | None:
-    """Prepare to replicate the layers of a model according to the given ranges.
+    """Plan the replication of a model's layers according to the given ranges.
 
     An adapter's config specifies the ranges. The model is not changed before
     `RevertibleLayerReplication.apply` is called, and the replication can be undone. The result is
@@ -136,7 +136,7 @@ def prepare_layer_replication(
     return RevertibleLayerReplication(model, asked) if asked else None
 
 
-def clear_replication_record(model: nn.Module) -> None:
+def clear_layer_replication_record(model: nn.Module) -> None:
     """Remove the record of a model's layer replication.
 
     The replicated layers then count as the model's original layers. Adapters that are added later

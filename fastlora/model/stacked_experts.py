@@ -197,8 +197,8 @@ def former_names_selected_by_target_modules(
 ) -> set[str]:
     """Return those former names of a parameter that ``target_modules`` selects.
 
-    The former names are the names of the linear layers that the parameter replaced. These linear
-    layers were routers or parts of experts.
+    The former names are the names of the linear layers that the parameter replaced. The parameter
+    replaced linear layers of individual experts, or the linear layer of a router.
 
     As in PEFT, ``"all-linear"`` selects all former names, and an entry of a list selects all
     parameters that its last component stands for. The full name of a linear layer selects only this

@@ -42,7 +42,7 @@ def saved_modules_and_task_heads(config: LoraConfig) -> list[str]:
 
 
 def task_heads(config: LoraConfig) -> tuple[str, ...]:
-    """Return the names of the task heads to train for a config's task type.
+    """Return the names of the task heads to train and save for a config's task type.
 
     As in PEFT, these names are added to ``modules_to_save``.
     """
@@ -118,11 +118,12 @@ def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
 
 
 def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
-    """Return whether a name matches the given targets in the layers that a config selects.
+    """Return whether a name matches the target modules of a config.
 
-    The targets are a set of names or a regular expression. If the targets are a set, the name must
-    also belong to one of the layers in the config's ``layers_to_transform``. A full name in the set
-    is exempt from this layer filter. Exclusions are checked separately, by `is_excluded`.
+    The targets are the resolved ``target_modules``: a set of names or a regular expression. If the
+    targets are a set, the name must also belong to one of the layers in ``layers_to_transform``. A
+    full name in the set is exempt from this layer filter. Exclusions are checked separately, by
+    `is_excluded`.
     """
     if isinstance(targets, str):
         return matches_whole_name("target_modules", targets, name)

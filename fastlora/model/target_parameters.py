@@ -60,7 +60,7 @@ class SelectedParameters:
 
     @property
     def names(self) -> list[str]:
-        """The names of the selected parameters."""
+        """The names of the selected target parameters."""
         return [each.name for each in self.parameters]
 
     def by_module(self) -> dict[str, list[str]]:

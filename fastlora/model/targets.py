@@ -244,16 +244,16 @@ def _warn_of_unmatched_config_values(
     any_excluded: bool,
     config: LoraConfig,
 ) -> None:
-    """Warn about config values that match no module.
+    """Warn about config values that match nothing in the model.
 
     These values are entries of ``target_modules`` and ``exclude_modules``, and keys of
-    ``rank_pattern`` and ``alpha_pattern``. `select_parameters` checks the entries of
-    ``target_parameters``.
+    ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
         unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
         target_module_names: The names of the target modules.
-        selected_parameters: The selected parameters.
+        selected_parameters: The selected parameters. `select_parameters` has already checked the
+            entries of ``target_parameters``.
         any_excluded: Whether at least one module or parameter is excluded.
         config: The adapter's config.
     """
@@ -399,10 +399,11 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
 def resolve_target_modules(
     model: nn.Module, config: LoraConfig, modules: ModulesWithOriginalNames | None = None
 ) -> set[str] | str:
-    """Resolve ``target_modules`` to a set of module names or a regular expression.
+    """Resolve the ``target_modules`` of a config for a model.
 
     None is replaced with the default of the model's architecture, and ``"all-linear"`` with the
-    names of the linear layers. The result is the value to store in a saved config.
+    names of the linear layers. The result is a set of module names or a regular expression, and is
+    the value to store in a saved config.
 
     Args:
         model: The base model, with or without adapters.

@@ -61,7 +61,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The size of the tensor's data in the file, in bytes."""
+        """The size of the tensor in the file, in bytes."""
         return self.stop - self.start
 
 
@@ -108,9 +108,9 @@ class SafetensorsFile:
 
     @property
     def file_size(self) -> int:
-        """The size of the file in bytes.
+        """The size of the file on disk, in bytes.
 
-        The value is the size on disk when the file was opened.
+        The value is the size at the time when the file was opened.
         """
         return self._state[0]
 

@@ -179,11 +179,12 @@ class LoraTuner(nn.Module):
     def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Check that a new adapter's initialization does not conflict with other adapters.
 
-        If there is a conflict, an error is raised or a warning is emitted. Some initialization
-        methods change the base weights, which all adapters share. A warning is emitted if an
-        initialization method that changes the base weights is used in a model with several
-        adapters. A warning is also emitted if the initialization of a loaded adapter changed the
-        base weights at random, because loading cannot repeat the change.
+        Some initialization methods change the base weights, which all adapters share. An error is
+        raised if loading an adapter must change the base weights, but another adapter has already
+        changed them. Otherwise, a warning is emitted if an initialization method that changes the
+        base weights is used in a model with several adapters. A warning is also emitted if the
+        initialization of a loaded adapter changed the base weights at random, because loading
+        cannot repeat this change exactly.
 
         Raises:
             AdapterStateError: If the adapter is loaded from a file, its initialization must be
@@ -691,11 +692,11 @@ class LoraTuner(nn.Module):
         )
 
     def unload(self, *, dequantize: bool = False) -> nn.Module:
-        """Remove the LoRA layers without merging the adapters, and return the base model.
+        """Remove the LoRA layers from the model, and return the base model.
 
-        As in PEFT, adapters that were already merged with `merge_adapter` stay in the weights, and
-        a module in ``modules_to_save`` is replaced with the active adapter's copy. To get the
-        original base weights, call `unmerge_adapter` first.
+        The adapters are not merged. As in PEFT, adapters that were already merged with
+        `merge_adapter` stay in the weights, and a module in ``modules_to_save`` is replaced with
+        the active adapter's copy. To get the original base weights, call `unmerge_adapter` first.
 
         Args:
             dequantize: See `merge_and_unload`.

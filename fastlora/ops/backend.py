@@ -23,7 +23,7 @@ _Gradient = torch.Tensor | None
 
 
 def draw_dropout_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a random dropout seed on the device that an implementation requires.
+    """Draw a random seed for dropout.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. If ``impl`` is
     ``"triton"``, the tensor is on x's device, so that the host does not wait for the seed.
@@ -39,7 +39,7 @@ def draw_dropout_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
 
 
 class BackwardArguments(NamedTuple):
-    """The arguments of the backward pass of a LoRA layer.
+    """The arguments that a backend takes for the backward pass of a LoRA layer.
 
     `Backend.gradients` takes these arguments for one layer. The caller computes the gradient of the
     base weight.
@@ -82,7 +82,7 @@ MAX_LAYERS_PER_LAUNCH = 4
 
 
 class Backend(ABC):
-    """Base class of all backends, which implement linear layers with adapters.
+    """Base class of the backends, which run the operations of linear layers with LoRA adapters.
 
     Callers look up a backend by name in `BACKENDS`. A backend implements `grouped_forward` and
     `grouped_gradients` if `supports_grouped_forward` can return True. A backend implements

@@ -224,10 +224,9 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """A record of the mode in which a forward pass runs.
+    """The conditions under which a forward pass runs, and the backend that executes it.
 
-    The mode states whether compilation, tracing, autocast, and batch invariance are active, and
-    which backend executes the pass.
+    The conditions are whether compilation, tracing, autocast, and batch invariance are active.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested

@@ -90,9 +90,10 @@ Slots = list[Factors | None]
 
 
 class LayerAdapterOperands(NamedTuple):
-    """The operands of the adapters of a linear layer, such as factors and scalings.
+    """The LoRA operands of one linear layer, in the form that backends and operators take.
 
-    Backends and operators receive adapters in this form.
+    The operands include the factors, the scalings, and the dropout settings of the layer's
+    adapters.
 
     Attributes:
         lora_a, lora_b, lora_bias: For each adapter a tensor ``[R, K]``, ``[N, R]``, and ``[N]`` or
@@ -144,9 +145,10 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the address tables as a list of tensors to pass to an operator.
+        """Return the tables as a list of tensors to pass to an operator.
 
-        The list is the operator's ``tables`` argument.
+        The list is the operator's ``tables`` argument. The tables contain the addresses of the
+        adapters' factors, the ranks, and the scalings.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:

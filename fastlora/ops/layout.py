@@ -92,10 +92,11 @@ def grad_b_buffer_layout(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Split a packed buffer into views of the lora_b and lora_bias gradients.
+    """Split packed gradients into the gradients of each lora_b and of its lora_bias.
 
-    The result has one pair (lora_b gradient, lora_bias gradient) per slot. The second item is None
-    if there is no lora_bias.
+    The result has one pair (lora_b gradient, lora_bias gradient) for each item of ``lora_b``, which
+    has one item per slot. The gradients are views of the buffer ``packed``. The second item of a
+    pair is None if there is no lora_bias.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     offsets, bias_offsets, _ = grad_b_buffer_layout(ups, with_bias)

@@ -101,11 +101,11 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight in the form that the given operators take.
+        """Return the weight to pass to the given operators.
 
         Registered operators and the PyTorch implementation take the weight itself, quantized or
-        not. If Triton kernels are called directly, the form is that of `weight_for_kernels`:
-        quantized data or a dense matrix.
+        not. If Triton kernels are called directly, the form depends on the plan, as in
+        `weight_for_kernels`: quantized data or a dense matrix.
         """
         if operators is torch.ops.fastlora or self.impl != "triton":
             return weight
@@ -141,7 +141,7 @@ class OperatorBackend(Backend):
         weight: torch.Tensor | QuantizedData | None,
         operators: schema.Operators,
     ) -> Gradients:
-        """Compute the gradients of a layer by calling operators.
+        """Compute the gradients of a layer by calling the given operators.
 
         ``operators`` are the registered operators, or functions that run their implementations
         directly. The result is that of `gradients`. The weight is in the form that ``operators``
@@ -312,12 +312,14 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Compute the outputs of a group of layers for a mixed batch by launching kernels directly.
+    """Compute the outputs of a group of linear layers with adapters for a mixed batch.
 
     The layers share the input x, and have adjacent rows in the address tables, starting at
-    ``first``. The result is a list of the outputs. The result is None if something observes
-    operators, because the kernels are launched directly, without a registered operator. The result
-    is also None if one launch cannot read all of the weights.
+    ``first``. The result is a list of the outputs.
+
+    The kernels are launched directly, without a registered operator. The result is therefore None
+    if something observes operators. The result is also None if one launch cannot read all of the
+    weights.
     """
     if operators_are_observed(x, by_profiler=False):
         return None

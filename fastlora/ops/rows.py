@@ -32,7 +32,7 @@ define_operator("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Te
 
 
 class Segment(NamedTuple):
-    """A range of adjacent rows that use the same adapter.
+    """A range of rows that use the same adapter.
 
     The rows have the same slot, and are adjacent in sorted order.
 
@@ -306,12 +306,12 @@ def sort_rows(
     return Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids, cached)
 
 
-def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
+def rows_from_tensors(rows_argument: Sequence[torch.Tensor]) -> Rows:
     """Build a `Rows` from the tensors in an operator's ``rows`` argument.
 
     Pieces at the end of the argument are ignored.
     """
-    order, segment_of, segment_slot, slot_start = tensors[:4]
+    order, segment_of, segment_slot, slot_start = rows_argument[:4]
     none = order.new_empty(0, dtype=torch.bool)
     sizes = slot_start.shape[0] - 1, order.shape[0]
     return Rows(order, segment_of, segment_slot, slot_start, none, *sizes)
@@ -321,11 +321,11 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 def _sort_rows_by_slot(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Sort the rows of a batch by slot, and return tensors that describe the sorted rows.
+    """Sort the rows of a batch by slot, and return the tensors that describe the sorted rows.
 
-    No rows are added as padding. The result is a tuple of the first five fields of `Rows`, and a
-    tensor with the start positions of the pieces for ``block_m``. If ``block_m`` is 0, the last
-    tensor is empty.
+    The result is a tuple of the first five fields of `Rows`, and a tensor with the start positions
+    of the pieces for tiles of ``block_m`` rows (see `Rows.piece_starts`). If ``block_m`` is 0, the
+    last tensor is empty. No rows are added as padding.
     """
     if slots < 0:
         raise ValueError(f"the number of slots must be non-negative, got {slots}")

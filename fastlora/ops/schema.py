@@ -97,7 +97,7 @@ def define_and_register_fake(
 
 
 class Operators(Protocol):
-    """The namespace of the registered or direct operators that a backend calls.
+    """A namespace of the operators that a backend calls, such as `torch.ops.fastlora`.
 
     This protocol describes the results of `registered_or_direct_operators`: `torch.ops.fastlora`,
     or an object that provides the functions that the operators run.

@@ -1,8 +1,8 @@
 """Adapters in slots at fixed addresses, for engines that load and evict adapters between batches.
 
-`BatchRows` has the slot of each row of the current batch. `SlotProducts` adds the updates of the
-slots' adapters. On a CPU, it uses packed factors. In traced code and on a GPU, an operator reads
-tables of addresses, so that one graph serves every batch.
+`BatchRows` has the slot of each row of the current batch. `SlotLoraUpdates` adds the updates of the
+slots' adapters. On a CPU, the updates are computed from packed factors. In traced code and on a
+GPU, an operator reads tables of addresses, so that one graph serves every batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SortedRowsAndPlanCache(NamedTuple):
 
 
 class BatchRows:
-    """The rows of the current batch and their slots.
+    """The slot of each row of the current batch, and the rows sorted by slot.
 
     Args:
         slots: int64 ``[max rows]``, the slot of each row, or -1 for a row without an adapter. Its
@@ -65,8 +65,11 @@ class BatchRows:
         self._sorted: dict[int, SortedRowsAndPlanCache] = {}
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
-    def start(self, batch_slots: np.ndarray) -> None:
-        """Start a new batch whose rows have the given slots.
+    def reset_for_batch(self, batch_slots: np.ndarray) -> None:
+        """Reset the state for a new batch whose rows have the given slots.
+
+        The sorted rows of the previous batch are discarded. For captured graphs, all rows are
+        sorted again into the tensors that the graphs read.
 
         Args:
             batch_slots: The slot of each row, on the host. The caller has already copied this
@@ -154,8 +157,8 @@ class _PackedFactorsAndPlan(NamedTuple):
     plan: Plan | None
 
 
-class SlotProducts:
-    """Computes the LoRA matrix products of a layer whose adapters are in slots.
+class SlotLoraUpdates:
+    """Computes the LoRA updates of a layer whose adapters are in slots.
 
     Each object holds the factors of one layer. The methods add each row's update to y. The update
     of a row is ``scaling * (x @ lora_a.T) @ lora_b``, with the factors in the row's slot. There are

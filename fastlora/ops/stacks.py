@@ -42,12 +42,12 @@ class StackedWeightAdapterOperands(NamedTuple):
         return self.lora_a[0].shape[0]
 
     def unstacked(self) -> LayerAdapterOperands:
-        """Split the stack into its matrices, and return the operands of their adapters.
+        """Return the operands of the individual matrices of the stack as the operands of one layer.
 
-        The result is one `LayerAdapterOperands`, in which each matrix has its own adapters. A key
-        stands for one matrix of the stack and one adapter. The result has one adapter for each key,
-        and thus ``E * S`` adapters in the order of the keys. The factors of the result are views of
-        this object's factors.
+        In the result, each matrix of the stack has its own adapters. A key stands for one matrix of
+        the stack and one adapter. The result has one adapter for each key, and thus ``E * S``
+        adapters in the order of the keys. The factors of the result are views of this object's
+        factors.
         """
         count = self.num_matrices
         lora_a = [

@@ -39,7 +39,7 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class PoolLoraLayers:
-    """The LoRA layers that an adapter pool adds to a model.
+    """The LoRA layers that an adapter pool installs in a model.
 
     The LoRA layers replace the target modules of the model. The constructor installs the layers,
     and `restore_model` removes them. In each forward pass, the layers use the adapters that are
@@ -193,7 +193,7 @@ class PoolLoraLayers:
             parameter.requires_grad_(True)
 
     def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the dtype of the layers' base weights.
+        """Return the device and the dtype of the base weights.
 
         The base weights of all layers must be on one device. The dtype is that of the first base
         weight.

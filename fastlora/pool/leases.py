@@ -18,7 +18,7 @@ from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers, adapter_not_found_error
-from fastlora.pool.transfers import DeviceTransfers
+from fastlora.pool.transfers import BaseDeviceTransfers
 from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
 
 # Number of prefetch threads. With several, an adapter that is slow to read does not delay others.
@@ -112,7 +112,7 @@ class LeaseManager:
         self,
         reader: AdapterReader,
         tiers: StorageTiers,
-        transfers: DeviceTransfers,
+        transfers: BaseDeviceTransfers,
         scales: DoraScaleUpdater,
     ) -> None:
         self._reader, self._tiers, self._transfers = reader, tiers, transfers

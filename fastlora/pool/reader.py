@@ -51,8 +51,8 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class TensorTargetAndKind(NamedTuple):
-    """The target and the kind of a tensor in an adapter.
+class TargetAndKind(NamedTuple):
+    """The target and the kind of a tensor from an adapter.
 
     The target and the kind determine the location of the tensor in a packed adapter.
 
@@ -85,10 +85,10 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads, validates, and packs adapters for a pool.
+    """Reads adapters and packs them for a pool.
 
-    The reader reads adapters from files or state dicts, and packs them for the pool's model. Any
-    thread may use the reader, because the reader stores no adapters.
+    The reader reads adapters from files or state dicts, and validates their contents. Any thread
+    may use the reader, because the reader stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -153,11 +153,11 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
-        """Context manager that opens and checks an adapter folder.
+        """Context manager that opens an adapter folder and checks it against the pool's limits.
 
         The context manager checks the config and the size of the tensor file, and yields the open
-        folder. Inside the ``with`` block, the time and memory for matching the config's patterns
-        are limited.
+        folder. The pool must support the config. Inside the ``with`` block, the time and memory for
+        matching the config's patterns are limited.
         """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
@@ -254,7 +254,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, TensorTargetAndKind]:
+    ) -> dict[str, TargetAndKind]:
         """Update the config, and find the target and the kind of each tensor.
 
         The target and the kind determine the location of the tensor in the packed adapter. The
@@ -268,7 +268,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, TensorTargetAndKind] = {}
+        locations: dict[str, TargetAndKind] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._select_targets(config, {module for module, _ in keys.values()})
@@ -287,7 +287,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = TensorTargetAndKind(index, _BLOCK_OF[kind], name)
+            locations[key] = TargetAndKind(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_selected_targets_have_factors(
@@ -303,7 +303,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, TensorTargetAndKind],
+        locations: Mapping[str, TargetAndKind],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:
@@ -363,13 +363,13 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return the parameter name and the rank of each layer in an adapter file.
+        """Return the parameter and the rank of each layer in an adapter file.
 
-        Only layers whose factors adapt a parameter are included. The result is a dict that maps the
-        name of each layer to a tuple (name of the target, name of the parameter, rank). The
-        parameter is the one that the factors adapt. If the parameter belongs to a linear layer, the
-        target is that layer. The names of the layers in the file depend on the parameters that the
-        adapter adapts.
+        The parameter is the one that the layer's factors adapt. Only layers whose factors adapt a
+        parameter are included. The result is a dict that maps the name of each layer to a tuple
+        (name of the target, name of the parameter, rank). If the parameter belongs to a linear
+        layer, the target is that layer. The names of the layers in the file depend on the
+        parameters that the adapter adapts.
 
         Raises:
             CheckpointError: A parameter does not support the config.

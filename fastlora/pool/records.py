@@ -37,11 +37,12 @@ class DoraScales:
 
 
 class LoadedAdapter:
-    """The pool's record of a loaded adapter.
+    """An adapter that is loaded in a pool.
 
-    A loaded adapter is on the device. A hot swap creates a new `LoadedAdapter` with the new
-    factors. The factors never change. Their memory is guaranteed to stay valid only while a lease
-    on the adapter is active. The pool's lock protects the last four attributes.
+    A loaded adapter is on the device. The object is the pool's record of the adapter. A hot swap
+    creates a new `LoadedAdapter` with the new factors. The factors never change. Their memory is
+    guaranteed to stay valid only while a lease on the adapter is active. The pool's lock protects
+    the last four attributes.
 
     Attributes:
         name: Name of the adapter.

@@ -20,7 +20,7 @@ from fastlora.layers.dora_norms import adapted_squared_norms, base_weight_stamp,
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.records import DoraScales, LoadedAdapter
-from fastlora.pool.transfers import DeviceTransfers
+from fastlora.pool.transfers import BaseDeviceTransfers
 from fastlora.validation import AdapterStateError
 
 _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new scales
@@ -39,7 +39,7 @@ class DoraScaleUpdater:
     """
 
     def __init__(
-        self, layers: Sequence[Any], tables: PoolTables, transfers: DeviceTransfers
+        self, layers: Sequence[Any], tables: PoolTables, transfers: BaseDeviceTransfers
     ) -> None:
         self._layers, self._tables, self._transfers = layers, tables, transfers
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ class DoraScaleUpdater:
         loaded_adapters: Iterable[LoadedAdapter],
         pool_lock: AbstractContextManager[Any],
     ) -> None:
-        """Update the stale DoRA scales of loaded adapters.
+        """Recompute the stale DoRA scales of loaded adapters.
 
         Missing scales are computed too. Scales are stale if the base weights have changed since
         the scales were computed.

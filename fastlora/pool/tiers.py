@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from fastlora.pool.address_tables import NO_COLUMN, PoolTables
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.records import LoadedAdapter, RegisteredAdapter
-from fastlora.pool.transfers import DeviceTransfers
+from fastlora.pool.transfers import BaseDeviceTransfers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
 
@@ -51,7 +51,7 @@ class StorageTiers:
     def __init__(
         self,
         tables: PoolTables,
-        transfers: DeviceTransfers,
+        transfers: BaseDeviceTransfers,
         device_bytes: int | None,
         cpu_bytes: int | None,
     ) -> None:
@@ -160,7 +160,7 @@ class StorageTiers:
         loaded = None
         if now:  # first, because it can fail: the name still has its old adapter
             self._evict_until_device_has_room({name: image})
-            loaded = self._upload_and_assign_slot(name, image)
+            loaded = self._upload_without_eviction(name, image)
         entry.pinned, self.entries[name] = pinned, entry
         self.replaced += before is not None
         self.staged.pop(name, None)
@@ -198,10 +198,9 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """List of all loaded adapters.
+        """List of the adapters that are loaded on the device.
 
-        Loaded adapters are on the device. Adapters that were replaced or removed are included while
-        they are leased.
+        Adapters that were replaced or removed are included while they are leased.
         """
         return [*self.device.values(), *self.retired]
 
@@ -214,7 +213,10 @@ class StorageTiers:
         return sum(loaded.packed.nbytes for loaded in self.loaded_adapters)
 
     def leased(self) -> set[LoadedAdapter]:
-        """Return the set of leased adapters on the device."""
+        """Return the set of leased adapters.
+
+        All leased adapters are on the device.
+        """
         return {loaded for loaded in self.loaded_adapters if loaded.leases}
 
     def fits_beside_pinned_and_held(
@@ -269,7 +271,7 @@ class StorageTiers:
             self._evict_until_device_has_room(images)
         try:
             for name, image in missing.items():
-                self.device[name] = self._upload_and_assign_slot(name, image)
+                self.device[name] = self._upload_without_eviction(name, image)
                 self.staged.pop(name, None)
         finally:  # after a failure too (the GPU's memory is full), so that no adapter is lost
             for name, image in missing.items():
@@ -311,12 +313,12 @@ class StorageTiers:
         if name in self.entries and name not in self.device and known is image:
             self._add_to_cpu_lru(name, image)
 
-    def _upload_and_assign_slot(self, name: str, image: PackedAdapter) -> LoadedAdapter:
+    def _upload_without_eviction(self, name: str, image: PackedAdapter) -> LoadedAdapter:
         """Copy an adapter to the device, assign it a slot, and return the loaded adapter.
 
         The slot is that of the adapter of the same name on the device, or otherwise a free slot.
-        There must be room for the image. If the copy fails, for example because the GPU is out of
-        memory, nothing has changed.
+        This method does not evict any adapter, so there must be room for the image. If the copy
+        fails, for example because the GPU is out of memory, nothing has changed.
         """
         old, column = self.device.get(name), self._free_columns[-1]
         slot = self._free_slots[-1] if old is None else old.slot

@@ -19,11 +19,11 @@ from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.validation import AdapterStateError
 
 
-class DeviceTransfers:
-    """Copies packed adapters from CPU memory to a pool's device.
+class BaseDeviceTransfers:
+    """Base class for objects that copy packed adapters from CPU memory to a pool's device.
 
     The subclass `AsyncCudaTransfers` is for GPUs, and uses CUDA events to order the copies and the
-    forward passes. This base class is used if the device is a CPU, and then copies nothing.
+    forward passes. The base class itself is for a pool on a CPU, and copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -81,7 +81,7 @@ class DeviceTransfers:
         """
 
 
-class AsyncCudaTransfers(DeviceTransfers):
+class AsyncCudaTransfers(BaseDeviceTransfers):
     """Copies adapters from the CPU to a GPU asynchronously, on a separate CUDA stream.
 
     The adapters are packed, and are copied from page-locked memory.
@@ -172,8 +172,8 @@ class AsyncCudaTransfers(DeviceTransfers):
             self._stream.wait_event(event)
 
 
-def make_transfers(device: torch.device) -> DeviceTransfers:
-    """Return the `DeviceTransfers` object for a pool on a CPU or CUDA device.
+def make_transfers(device: torch.device) -> BaseDeviceTransfers:
+    """Return the `BaseDeviceTransfers` object for a pool on a CPU or CUDA device.
 
     Raises:
         ValueError: The device is of another type.
@@ -182,4 +182,4 @@ def make_transfers(device: torch.device) -> DeviceTransfers:
         return AsyncCudaTransfers(device)
     if device.type != "cpu":
         raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
-    return DeviceTransfers()
+    return BaseDeviceTransfers()

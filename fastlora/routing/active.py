@@ -82,7 +82,9 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.row_checker_unless_all_checked(routing.ids.numel())
+        None
+        if checks is None
+        else checks.row_checker_unless_all_layers_checked(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:

@@ -96,7 +96,7 @@ def adapters(
         if unused_gradients is None:
             unused_gradients = has_multiple_processes()
         routing = router_of(unwrap_ddp(model)).routing(ids, seeds, validate, held)
-        routing.group.unchecked.check()
+        routing.group.unchecked.raise_pending_errors()
         routing = dataclasses.replace(routing, unused_gradients=unused_gradients)
         recompute.patch_activation_checkpointing()
         with activate_routing(routing):

@@ -160,10 +160,10 @@ class PackedAdapterSetsCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the packed adapter set for a key, and create the set if it is missing or outdated.
+        """Return the cached packed adapter set for a key, and create the set if necessary.
 
-        The set is missing if no set is cached for the key. The set is outdated if its factors have
-        changed. ``factors_can_change`` tells whether the factors can change.
+        A new set is created if no set is cached for the key, or if the factors of the cached set
+        have changed. ``factors_can_change`` tells whether the factors can change at all.
         """
         with self._lock:
             known = self._sets.get(key)
@@ -179,11 +179,11 @@ class PackedAdapterSetsCache:
             return known
 
     def clear(self) -> None:
-        """Empty the cache of adapter sets.
+        """Empty the cache.
 
-        Open blocks also stop using the cached sets whose factors can change. Clearing the cache is
-        required if factors may have changed, or may change later, without the change being
-        detected.
+        All adapter sets are removed. Open blocks also stop using the cached sets whose factors can
+        change. Clearing the cache is required if factors may have changed, or may change later,
+        without the change being detected.
         """
         weights_versions.invalidate_trainable_weights()  # Open blocks have sets too.
         with self._lock:

@@ -78,9 +78,10 @@ def names_and_slots(
 
 
 def check_slots_and_move_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check that integer ids are valid slots, and return them on the CPU.
+    """Check that integer ids are valid slots, and move them to the CPU.
 
-    An id is valid if it is -1 or names an occupied slot. The result is int64.
+    An id is valid if it is within the range of ``slots`` and its slot is occupied. The id -1, which
+    stands for no adapter, is valid too. The result is int64.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
@@ -166,29 +167,33 @@ class DeferredIdChecks:
         self._pending: list[_PendingIdCheck] = []
         self._lock = threading.Lock()
 
-    def add(self, out_of_range: torch.Tensor, message: str) -> None:
-        """Add a check of adapter ids that is deferred to a later call of `check`.
+    def add(self, out_of_range_flag: torch.Tensor, message: str) -> None:
+        """Add an out-of-range flag and its error message to the pending checks of adapter ids.
 
-        ``out_of_range`` is a flag, a bool tensor ``[1]`` that is set if an adapter id is out of
-        range. If the flag is set, `check` raises an error with the given message. If the flag is on
-        the GPU, this method starts to copy the flag to the host, and `check` reads the copy.
+        ``out_of_range_flag`` is a bool tensor ``[1]``, which is set if an adapter id of a batch is
+        out of range. If the flag is set, a later call of `raise_pending_errors` raises an error
+        with the given message. If the flag is on the GPU, this method starts to copy it to the
+        host.
         """
         arrived = None
-        if out_of_range.is_cuda:
-            host = torch.empty(out_of_range.shape, dtype=torch.bool, pin_memory=True)
-            arrived, stream = torch.cuda.Event(), torch.cuda.current_stream(out_of_range.device)
-            out_of_range = host.copy_(out_of_range, non_blocking=True)
+        if out_of_range_flag.is_cuda:
+            host = torch.empty(out_of_range_flag.shape, dtype=torch.bool, pin_memory=True)
+            arrived, stream = (
+                torch.cuda.Event(),
+                torch.cuda.current_stream(out_of_range_flag.device),
+            )
+            out_of_range_flag = host.copy_(out_of_range_flag, non_blocking=True)
             arrived.record(stream)
         with self._lock:
-            self._pending.append(_PendingIdCheck(out_of_range, arrived, message))
+            self._pending.append(_PendingIdCheck(out_of_range_flag, arrived, message))
 
-    def check(self) -> None:
-        """Check the flags that were added, and raise an error if a flag is set.
+    def raise_pending_errors(self) -> None:
+        """Raise an error if a pending check has found an adapter id that is out of range.
 
-        A flag is set if an adapter id of an earlier batch is out of range. Flags that have not
-        arrived on the host yet are usually left to a later call. While a CUDA graph is being
-        captured, events cannot be queried. A call during a capture therefore does nothing, and a
-        later call reads the flags.
+        The pending checks are those of earlier batches. The method reads their flags. Flags that
+        have not arrived on the host yet are usually left to a later call. While a CUDA graph is
+        being captured, events cannot be queried. A call during a capture therefore does nothing,
+        and a later call reads the flags.
 
         Raises:
             AdapterNotFoundError: An id is out of range.

@@ -16,9 +16,10 @@ from fastlora.routing.routing import Routing
 
 
 class AdapterRouter(Protocol):
-    """Protocol for routers, which determine the adapter of each row of a batch.
+    """Routes the rows of a batch to adapters.
 
-    A router turns the adapter ids of a batch into the `Routing` of a block.
+    A router turns the adapter ids of a batch into the `Routing` of a block. This class is a
+    protocol, which tuners, pools, and patches implement.
     """
 
     def routing(
@@ -35,7 +36,7 @@ class AdapterRouter(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return example routings of batches with up to ``adapters`` adapters of the given ranks.
+        """Return sample routings for a given number of adapters and given ranks.
 
         The routings are used by `warm_up`. Together, the routings cover every kernel used for mixed
         batches. Each routing has one id. ``adapters`` is the largest number of adapters in a batch,

@@ -192,7 +192,7 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
-        """Check that the sample dimension of a layer's input matches the number of adapter ids.
+        """Check that a layer's input has a sample dimension that fits the adapter ids.
 
         The input ``x`` has the shape ``[..., K]``. An error is raised if the first dimension of
         ``x`` cannot be the sample dimension. The size of the first dimension may be a multiple of

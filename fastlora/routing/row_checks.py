@@ -62,9 +62,10 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class ModelRowOrderChecks:
-    """Checks that a model's layers get the rows of mixed batches in batch order.
+    """Checks that a model passes the rows of a batch to its layers in batch order.
 
-    Each layer must get all rows of a batch. The object also keeps the results of earlier checks.
+    Each layer that runs in mixed batches must get all rows of a batch. The object also keeps the
+    results of earlier checks.
 
     Args:
         root: The model.
@@ -73,7 +74,7 @@ class ModelRowOrderChecks:
 
     def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayerProtocol]]) -> None:
         layers = list(layers)
-        experts = _ExpertDetector()
+        experts = _ExpertLayerDetector()
         self._first = layers[0][1] if layers else None
         self._names = {layer.routing_index: name for name, layer in layers}
         # By mode (training or not): the layers that got all rows in a tracked block, and the
@@ -91,7 +92,7 @@ class ModelRowOrderChecks:
                 root, name, layer
             )
 
-    def row_checker_unless_all_checked(self, num_ids: int) -> RowOrderChecker | None:
+    def row_checker_unless_all_layers_checked(self, num_ids: int) -> RowOrderChecker | None:
         """Return a checker for the rows of a batch, or None if all layers have been checked before.
 
         The checker is a context manager for the block of the batch. A layer has been checked if it
@@ -182,7 +183,7 @@ class ModelRowOrderChecks:
 
 
 class RowOrderChecker:
-    """Checks that layers get the rows of a batch in batch order.
+    """Checks that the rows of a batch reach the layers of a model in batch order.
 
     The layers must also get all rows of the batch. The checker is a context manager that checks the
     inputs of the layers that run in its ``with`` block.
@@ -227,10 +228,10 @@ class RowOrderChecker:
             self.order.record_in_batch_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking how the rows of tensors relate to the rows of the batch.
+        """Stop tracking the order of rows for the rest of this block.
 
-        Rows are not tracked in the rest of this block. The record of the layers that ran is
-        discarded.
+        From then on, the inputs of layers are not checked against the tracked rows. The record of
+        the layers that ran is discarded.
         """
         self._ran.clear()
         if self.order is not None:
@@ -309,7 +310,9 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 class _ExpertModuleEvidence(NamedTuple):
     """Evidence about whether a module is an expert in a mixture of experts.
 
-    The evidence comes from the structure and the names of the model's modules.
+    An expert gets only the rows that a router selects for it. The order of these rows may differ
+    from that of the batch. The evidence comes from the structure and the names of the model's
+    modules.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -324,12 +327,12 @@ class _ExpertModuleEvidence(NamedTuple):
     beside: set[tuple[int, ...]]
 
 
-class _ExpertDetector:
-    """Detects experts in a mixture of experts, and tells whether a layer belongs to an expert.
+class _ExpertLayerDetector:
+    """Detects the layers that belong to experts in a mixture of experts.
 
-    The detection is based on the structure and the names of the model's modules; see
-    `looks_like_expert`. The detector looks for modules with the same structure, and caches the
-    results.
+    The detection is based on the structure and the names of the model's modules, so the model does
+    not need to run; see `looks_like_expert`. The detector looks for modules with the same
+    structure, and caches the results.
     """
 
     def __init__(self) -> None:
@@ -388,10 +391,10 @@ class _ExpertDetector:
         return _ExpertModuleEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Return a dict that maps each child to the number of children with the same structure.
+        """Return the number of children that have the same structure, for each child.
 
-        The children are those of ``parent``. The keys of the dict are the names of the children.
-        Each number includes the child itself.
+        The children are those of ``parent``. The result is a dict with the names of the children as
+        keys. Each number includes the child itself.
         """
         known = self._counts.get(id(parent))
         if known is None:

@@ -98,7 +98,8 @@ _FIRST_DROP = 4096
 class RowFactsTable:
     """A table of known facts about the rows of tensors.
 
-    The table covers the tensors of one block.
+    For example, the facts may tell which sample of the batch each row comes from. The table covers
+    the tensors of one block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -119,10 +120,11 @@ class RowFactsTable:
             return entry.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
-    def key_of_original_index(self, index: torch.Tensor) -> int:
-        """Return a key that identifies the index from which an index tensor was derived.
+    def origin_key_of_index(self, index: torch.Tensor) -> int:
+        """Return the key of the index from which an index tensor was derived.
 
-        If the tensor was not derived from another index, the key identifies the tensor itself.
+        The key is an int that identifies the original index. If the tensor was not derived from
+        another index, the key identifies the tensor itself.
         """
         origin = self.facts_of(index).origin
         return storage_key(index) if origin is None else origin
@@ -209,10 +211,10 @@ class RowFactsTable:
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def are_samples_fixed_across_batches(self, *tensors: torch.Tensor) -> bool:
-        """Return whether the rows of all given tensors belong to the same samples in every batch.
+        """Return whether each row of the given tensors belongs to the same sample in every batch.
 
-        The result is False if any of the tensors has a row that may belong to different samples in
-        different batches.
+        A sample is identified by its index in the batch. The result is False if any of the tensors
+        has a row that may belong to different samples in different batches.
         """
         found = map(self.facts_of, tensors)
         return all(

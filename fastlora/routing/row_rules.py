@@ -41,9 +41,10 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def result_row_facts_if_changed(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowOriginFacts | None:
-    """Return the `RowOriginFacts` for an operator's result, or None if they do not change.
+    """Return the `RowOriginFacts` for an operator's result if the operator changes the facts.
 
-    The function applies the operator's rule.
+    The function applies the operator's rule. Returns None if the facts that are recorded for the
+    result remain valid.
     """
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
@@ -70,7 +71,7 @@ def _default_rule(
     is_copy = getattr(func, "overloadpacket", None) in _COPIES
     if kind in (RowOriginKind.COUNTED, RowOriginKind.IDENTITY) and not is_copy:
         kind = RowOriginKind.CONSTANT
-    origin = facts.origin if operand.is_floating_point() else known.key_of_original_index(operand)
+    origin = facts.origin if operand.is_floating_point() else known.origin_key_of_index(operand)
     samples = known.samples_of_result(operand, out) if kind is RowOriginKind.CHOSEN else None
     return RowOriginFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
@@ -139,7 +140,7 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     fixed = known.are_independent_of_input_data(
         *indices
     ) and known.are_samples_fixed_across_batches(source)
-    return known.facts_from_samples(samples, known.key_of_original_index(index), fixed=fixed)
+    return known.facts_from_samples(samples, known.origin_key_of_index(index), fixed=fixed)
 
 
 def _counts_up_through_all_rows(
@@ -195,7 +196,7 @@ def _facts_after_write(
     first = bool(dest.dim()) and (indices[0] is not None or dest.shape[0] == 1)
     if index is None:
         return facts
-    origin = known.key_of_original_index(index)
+    origin = known.origin_key_of_index(index)
     if brought.kind is RowOriginKind.COUNTED and first:
         # The result is the inverse of the index.
         return RowOriginFacts(RowOriginKind.CONSTANT, None, origin)
@@ -288,11 +289,11 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions, which usually keep the row facts.
+    """Apply the rule for dtype conversions, which usually keep the origin of the rows.
 
-    There are two exceptions. The samples are kept only for the kind `CHOSEN`, if they are known for
-    the result. If integers or bools of the batch are converted to floats, the result counts as a
-    `CHOICE` instead.
+    The row facts are kept, with two exceptions. The samples are kept only for the kind `CHOSEN`, if
+    they are known for the result. If integers or bools of the batch are converted to floats, the
+    result counts as a `CHOICE` instead.
     """
     source = args[0]
     facts = known.facts_of(source)
@@ -309,10 +310,10 @@ def _index(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
 
 
 def _copy_into(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for `copy_`: the filled tensor takes over the row facts of the copied tensor.
+    """Apply the rule for in-place copies: the target takes over the row facts of the source.
 
-    If `copy_` fills only a part of a tensor, the facts change only if the tensor contains no rows
-    of the batch.
+    The rule is for `copy_`. If `copy_` fills only a part of a tensor, the facts change only if the
+    tensor contains no rows of the batch.
     """
     dest, source = args[:2]
     kind = known.facts_of(dest).kind
@@ -390,7 +391,7 @@ def _take_or_masked_select(
     return (
         facts
         if facts.kind in TABLES
-        else RowOriginFacts(RowOriginKind.CHOSEN, known.key_of_original_index(index))
+        else RowOriginFacts(RowOriginKind.CHOSEN, known.origin_key_of_index(index))
     )
 
 
@@ -414,7 +415,7 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFac
     samples = known.samples_of_rows(mask, mask.dim()) if mask.dim() else None
     if samples is not None:
         samples = row_samples.selected_samples(samples, [mask.bool()])
-    return known.facts_from_samples(samples, known.key_of_original_index(mask), fixed=False)
+    return known.facts_from_samples(samples, known.origin_key_of_index(mask), fixed=False)
 
 
 def _sort(
@@ -428,7 +429,7 @@ def _sort(
     _topk(known, args, out)
     if not source.is_floating_point():
         known.put(
-            out[1], known.facts_of(out[1])._replace(inverse=known.key_of_original_index(source))
+            out[1], known.facts_of(out[1])._replace(inverse=known.origin_key_of_index(source))
         )
     return None
 
@@ -446,7 +447,7 @@ def _topk(
         samples = known.samples_of_rows(source, 1)
         if samples is not None:
             samples = row_samples.selected_samples(samples, [out[1]])
-        facts = known.facts_from_samples(samples, known.key_of_original_index(out[1]), fixed=False)
+        facts = known.facts_from_samples(samples, known.origin_key_of_index(out[1]), fixed=False)
     known.put(out[0], facts)
     known.put(out[1], facts._replace(origin=None))
     return None

@@ -75,7 +75,8 @@ def sample_of_each_row(
 ) -> torch.Tensor | None:
     """Return the sample of the batch that each row of a view belongs to.
 
-    Returns None if the samples are unknown.
+    Returns None if the samples are unknown, for example because a row may span several parts of the
+    storage.
 
     Args:
         view: The tensor, which may be any view of its storage.
@@ -153,12 +154,12 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples_before: torch.Tensor, indices: Indices, written_samples: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the sample of each row after an indexed write, or None if the samples are unknown.
+    """Return the sample of each row after an indexed write, or None if the indices cannot be read.
 
     The write changes the rows of a tensor at ``indices``. ``samples_before`` are the samples of the
     rows before the write, and ``written_samples`` are the samples of the written rows. If ``adds``
-    is set, the written rows are added to the existing rows. The samples are unknown if the indices
-    cannot be read.
+    is set, the written rows are added to the existing rows. A row is marked with `SEVERAL_SAMPLES`
+    if it may belong to more than one sample after the write.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:

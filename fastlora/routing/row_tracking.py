@@ -33,10 +33,11 @@ from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_
 
 
 class RowOrderTracker(TorchDispatchMode):
-    """Tracks how the rows of tensors relate to the rows of the batch.
+    """Tracks whether the rows of tensors are in the order of the batch.
 
-    The tracker is a `TorchDispatchMode`. The tracker's records allow a layer to raise an error if
-    the layer gets a tensor that does not contain the batch's rows in order.
+    The tracker is a `TorchDispatchMode` that records how the rows relate to the rows of the batch.
+    The tracker's records allow a layer to raise an error if the layer gets a tensor that does not
+    contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -55,10 +56,10 @@ class RowOrderTracker(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Tell PyTorch that this mode ignores operators that `torch.compile` compiles.
+        """Tell PyTorch that this mode ignores the internals of `torch.compile`.
 
         PyTorch calls this method, which always returns True. Code is compiled as if the mode were
-        off.
+        off, and the mode ignores the operators that are compiled.
         """
         return True
 

@@ -260,12 +260,13 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether an adapter is new or has changed, so that it needs a new version.
+        """Return whether an adapter's files must be registered as a new version.
 
-        An adapter has changed if ``fingerprint``, which identifies the state of the adapter's
-        files, differs from the fingerprint of the adapter's current version. If the result is True,
-        a scan must register a new version. The result is False for an adapter that a client has
-        loaded, and for an unloaded adapter whose files have not changed since it was unloaded.
+        An adapter needs a new version if the adapter is new or has changed. An adapter has changed
+        if ``fingerprint``, which identifies the state of the adapter's files, differs from the
+        fingerprint of the adapter's current version. The result is False for an adapter that a
+        client has loaded, and for an unloaded adapter whose files have not changed since it was
+        unloaded.
         """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False

@@ -48,10 +48,8 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """Settings of a `Server`.
-
-    The settings apply to the HTTP application of the server.
+class AppSettings:
+    """Settings of the HTTP application of a `Server`.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.
@@ -70,9 +68,10 @@ class ServerSettings:
 
 
 class Server:
-    """An HTTP server that gives clients access to an engine's model and adapters.
+    """Serves an engine's model and adapters over HTTP.
 
-    The application of the server, `app`, closes the engine on shutdown.
+    The attribute ``app`` is the FastAPI application, which handles the HTTP requests. The engine is
+    closed when the application shuts down.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Server:
         engine: Engine,
         adapters: ServedAdapters,
         prompts: PromptTokenizer,
-        settings: ServerSettings,
+        settings: AppSettings,
     ) -> None:
         self.engine, self.adapters, self.prompts = engine, adapters, prompts
         self.settings = settings

@@ -100,15 +100,16 @@ class OpenConnections:
         """
         return DeadlineProtocol(self, **given)
 
-    def close_waiting_connection_if_full(self) -> bool:
-        """Close a waiting connection if the server is full, to make room for a new connection.
+    def make_room_for_connection(self) -> bool:
+        """Make room for a new connection, and return whether there is room.
 
-        Returns whether there is room. The server is full if the maximum number of connections is
-        open. Only a connection that waits for its client can be closed. Connections with unfinished
-        requests are closed before connections between two requests, because a client between two
-        requests has been served. A quarter of the connections is reserved for unfinished requests,
-        so that connections between two requests do not keep new clients out. There is no room if no
-        connection can be closed or if the server is shutting down.
+        If the server is full, a waiting connection is closed. The server is full if the maximum
+        number of connections is open. Only a connection that waits for its client can be closed.
+        Connections with unfinished requests are closed before connections between two requests,
+        because a client between two requests has been served. A quarter of the connections is
+        reserved for unfinished requests, so that connections between two requests do not keep new
+        clients out. There is no room if no connection can be closed or if the server is shutting
+        down.
         """
         if self.ending:
             return False
@@ -143,7 +144,7 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._counted = self._every.close_waiting_connection_if_full()
+        self._counted = self._every.make_room_for_connection()
         if self._counted:
             self._every.open += 1
         else:

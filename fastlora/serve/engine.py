@@ -301,11 +301,11 @@ class Engine:
     def _release_adapter_and_report_failure(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the request's failure to the client.
+        """Release a request's adapter, and report the request's failure, if there is one.
 
-        Nothing is reported if the request has already ended. Otherwise, the error is reported to
-        the request's ``on_chunk`` function. If ``error`` is None, the reported
-        error says that the request was canceled.
+        Nothing is reported for a request that has already ended. For any other request, the error
+        is passed to the request's ``on_chunk`` function. If ``error`` is None, the reported error
+        says that the request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

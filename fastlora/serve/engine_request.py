@@ -33,7 +33,7 @@ class RequestFailedError(FastLoraError):
 
 
 def to_client_error(error: Exception) -> FastLoraError:
-    """Convert an exception to an error that can be sent to clients.
+    """Convert an exception to a `FastLoraError` that can be shown to the client.
 
     A `FastLoraError` is returned unchanged. Any other exception is converted to a
     `RequestFailedError`, which hides internal details.

@@ -21,9 +21,10 @@ class OneLineMessageFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a log record as text, with the message on one line.
+        """Format a log record as text.
 
-        If the record has a traceback, the lines of the traceback follow, indented.
+        The message is put on one line, and long lines are truncated. If the record has a traceback,
+        the lines of the traceback follow, indented.
         """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)
@@ -69,8 +70,8 @@ class OncePerMinuteFilter(logging.Filter):
 def log_warnings_to_stderr() -> None:
     """Set up logging so that warnings are written to stderr.
 
-    Errors are written to stderr too. The function configures the root logger, so it affects the
-    whole process.
+    Python warnings and log messages of level WARNING or higher are written. The function configures
+    the root logger, so it affects the whole process.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineMessageFormatter())

@@ -17,8 +17,8 @@ _RETRY = {"Retry-After": "1"}
 class KeyAndSizeMiddleware:
     """ASGI middleware that checks the API key and the body size of each request.
 
-    It stores the `CallerRole` of a request in ``request.state.caller``. `ServerSettings` in
-    `app` describes the arguments.
+    The middleware stores the `CallerRole` of a request in ``request.state.caller``. `AppSettings`
+    in `app` describes the arguments.
     """
 
     def __init__(

@@ -127,17 +127,18 @@ class BatchKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the sequence length of the cache.
+        """Return the number of cached tokens in the longest row.
 
-        This is the number of cached positions in the longest row. The new tokens are not counted.
-        Some models call this even though they are given position_ids.
+        Only the rows of the current forward pass are considered, and their new tokens are not
+        counted. Some models call this method even though they are given ``position_ids``.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 
 
 class KVCacheModelRunner:
-    """Runs forward passes of a language model with a key-value cache.
+    """Runs a language model with a key-value cache.
 
+    A forward pass returns the logits from which the next tokens are sampled.
     The model is a causal language model of transformers, and the cache is a `BatchKVCache`.
 
     Args:

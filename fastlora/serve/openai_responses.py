@@ -24,10 +24,10 @@ _T = TypeVar("_T")
 
 
 class AsyncAnswerStream:
-    """An asynchronous stream of the chunks of an answer.
+    """Streams the chunks of an answer asynchronously.
 
     A coroutine reads the chunks while the engine produces them in another thread. Creating a stream
-    submits the request, and raises the errors of `Engine.submit`.
+    submits the request, and may raise the errors of `Engine.submit`.
     """
 
     def __init__(

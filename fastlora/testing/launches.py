@@ -82,7 +82,7 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
 
     described = chips.Chip(chip, processors)
     launches: list[Launch] = []
-    counting = _RecordingDriver(described, launches)  # raises for an unknown chip
+    counting = _RecordOnlyDriver(described, launches)  # raises for an unknown chip
     before, status = driver._active, (True, f"stubbed ({chip})")
     driver.set_active(counting)
     compiler.max_shared_mem.cache_clear()
@@ -98,8 +98,8 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
         compiler.max_shared_mem.cache_clear()
 
 
-class _RecordingDriver(StandInDriver):
-    """A driver that records kernel launches.
+class _RecordOnlyDriver(StandInDriver):
+    """A stand-in for Triton's driver that only records kernel launches.
 
     The kernels are not executed.
     """

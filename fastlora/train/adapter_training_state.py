@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """The counts that are kept for an adapter during training, such as the number of steps.
+    """The counts that are kept for an adapter during training.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -91,13 +91,18 @@ class AdapterTrainingState:
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))
 
-    def next_dropout_seed(self, rank: int = 0) -> int:
+    def next_dropout_seed(self, process_rank: int = 0) -> int:
         """Return the next dropout seed of the adapter.
 
-        Each call returns a seed for another forward pass. ``rank`` is the rank of the process that
-        runs the forward pass. The seed has 62 bits.
+        Each call returns a seed for another forward pass. ``process_rank`` is the rank of the
+        process that runs the forward pass. The seed has 62 bits.
         """
-        parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
+        parts = (
+            self.seed,
+            self.counts.forwards,
+            self.name,
+            *([process_rank] if process_rank else []),
+        )
         self.counts.forwards += 1
         return derive_seed(*parts, nbytes=8) >> 2
 
@@ -129,7 +134,8 @@ class AdapterTrainingState:
     def clip_and_step_if_finite(self, grad_norm: torch.Tensor, grad_norm_value: float) -> bool:
         """Clip the gradients and step the optimizer, but only if the gradient norm is finite.
 
-        Returns whether the norm is finite. If it is not, the step is counted as skipped.
+        Returns whether the optimizer took a step. If the gradient norm is not finite, the step is
+        counted as skipped.
 
         ``grad_norm`` is the norm of the gradients as a scalar tensor, and ``grad_norm_value`` is
         the same norm as a number.

@@ -34,9 +34,10 @@ CPU = torch.device("cpu")
 
 
 def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the base model that is specified in the settings.
+    """Load the tokenizer for the given training settings.
 
-    If `chat_template` is set, it replaces the chat template of the tokenizer.
+    The tokenizer belongs to the base model that the settings specify. If `chat_template` is set, it
+    replaces the chat template of the tokenizer.
 
     Raises:
         CheckpointError: The tokenizer cannot be read.

@@ -369,9 +369,10 @@ def _fusion_report_text(
     device: torch.device,
     is_quantized: bool,
 ) -> str:
-    """Return the fusion report for ``device`` as text.
+    """Return a text that describes which LoRA layers are fused on the given device.
 
-    If the model is quantized, return a note instead.
+    The text is a fusion report. For a quantized model, the text is a note instead. The note states
+    the number of LoRA layers and explains how to get the fusion report of the loaded model.
     """
     report = fusion_report(prepare.add_trainable_adapters(base, settings, advice))
     if is_quantized:

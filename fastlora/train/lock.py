@@ -73,10 +73,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _acquire_lock_if_supported(path: Path) -> int | None:
-    """Acquire the lock on a file if the file system supports locks.
+    """Acquire the lock on the output folder of a run if the file system supports locks.
 
-    Returns the descriptor of the lock file. If the file system does not support locks, the
-    function warns and returns None.
+    The lock is held on ``path``, a file in this folder. Returns the descriptor of the lock file. If
+    the file system does not support locks, the function warns and returns None.
 
     Raises `TrainError` if another run holds the lock or if the file cannot be written.
     """
@@ -134,7 +134,7 @@ def _write_holder(descriptor: int) -> None:
 def _describe_lock_holder(descriptor: int) -> str:
     """Return a description of the process that holds the lock.
 
-    It is read from the lock file, whose descriptor is ``descriptor``.
+    The description is read from the lock file, whose descriptor is ``descriptor``.
     """
     try:
         found = json.loads(os.pread(descriptor, 1 << 16, 0))

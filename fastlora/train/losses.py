@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The losses of the adapters in a batch, with one loss for each adapter.
+    """The loss of each adapter in a batch.
 
     The batch may be a mixed batch with rows of several adapters. A token counts if it contributes
     to the loss. Adapters without counted tokens are left out of all fields.
@@ -126,9 +126,10 @@ def adapter_losses(
 def _sum_losses_and_count_tokens(
     token_losses: torch.Tensor, mask: torch.Tensor, samples_by_adapter: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """For each adapter, sum the token losses that the mask selects, and count the selected tokens.
+    """Sum the token losses and count the tokens of each adapter.
 
-    Returns a tuple (name, sum, token count, sum as a float) for each adapter.
+    Only the tokens that the mask selects are included. Returns a tuple (name, sum, token count, sum
+    as a float) for each adapter.
     """
     if not samples_by_adapter:
         return []
@@ -165,7 +166,7 @@ def causal_lm_losses(
         labels: Labels of shape ``[B, T]``, int64, not shifted. Tokens with label -100 do not
             contribute to the loss.
         adapters: See `adapter_losses`.
-        tokens: See `adapter_losses`.
+        tokens: Token counts by which the summed losses are divided; see `adapter_losses`.
 
     Returns:
         The losses of all adapters that have counted tokens.

@@ -125,10 +125,10 @@ def _check_init(config: LoraConfig, is_new: bool, adapters: int) -> None:
 def add_trainable_adapters(
     base: PreTrainedModel, settings: TrainSettings, advice: Recommendation
 ) -> LoraModel:
-    """Add all adapters to the base model, make them trainable, and return the `LoraModel`.
+    """Add the adapters of a run to the base model, and return the `LoraModel`.
 
-    The initial factors of a new adapter depend on the seed and the adapter's name, but not on other
-    adapters.
+    All adapters are made trainable. The initial factors of a new adapter depend on the seed and the
+    adapter's name, but not on other adapters.
 
     Raises the errors of `get_peft_model` and `LoraModel.load_adapter`. Also raises an error if an
     entry of targets matches no module, if an adapter trains fp16 parameters, or if one of several
@@ -268,10 +268,10 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> tqdm[Any]:
-    """Create a tqdm progress bar with the given options.
+    """Create a tqdm progress bar that is written to stderr.
 
     The options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
-    The bar is written to stderr, and write errors are ignored.
+    Write errors are ignored.
 
     Raises:
         TrainError: tqdm is not installed.
@@ -282,7 +282,10 @@ def progress_bar(**options: Any) -> tqdm[Any]:
 def make_sample_schedule(
     settings: TrainSettings, corpora: Mapping[str, TokenizedCorpus], processes: int
 ) -> SampleSchedule:
-    """Return the `SampleSchedule` of a run.
+    """Make the schedule that determines the samples of each step in a run.
+
+    The schedule also determines the maximum number of samples in a forward pass. Each process runs
+    at least one forward pass in every step.
 
     Raises:
         ConfigError: A step has fewer forward passes than there are processes, or an adapter has no

@@ -25,9 +25,9 @@ _STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
-    """A training run failed.
+    """A problem prevents a training run from starting or continuing.
 
-    The run could not start or could not continue.
+    The error message describes the problem.
     """
 
 
@@ -42,8 +42,8 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
         raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
-class AgreedFiniteLosses(NamedTuple):
-    """The agreement among all training processes on which adapters' losses are finite.
+class FiniteLossAgreement(NamedTuple):
+    """An agreement among all training processes on which adapters' losses are finite.
 
     The losses are those of one batch. If an adapter's loss is not finite in at least one process,
     all processes skip the loss of that adapter.
@@ -101,7 +101,7 @@ class BatchProcessGroup:
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedFiniteLosses:
+    def agree_on_finite_losses(self, losses: AdapterLosses) -> FiniteLossAgreement:
         """Agree with the other processes on which adapters' losses are finite.
 
         An adapter's loss must be finite in every process that has a loss of the adapter. The result
@@ -116,7 +116,7 @@ class BatchProcessGroup:
         if losses.own_divisors:
             # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
-        return AgreedFiniteLosses(finite, left_out, weights)
+        return FiniteLossAgreement(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
         """Return the union of the names from all processes."""
@@ -149,9 +149,9 @@ def torchrun_world_size() -> int:
 class RunProcesses:
     """The processes of a training run.
 
-    They are a single process, or several that torchrun started. Every process has the whole model,
-    with the same adapters and optimizer states. Only the main process (`main`) writes files and
-    reports.
+    A run has a single process, or several processes that torchrun started. Every process has the
+    whole model, with the same adapters and optimizer states. Only the main process (`main`) writes
+    files and reports.
 
     Args:
         cpu: Whether to run on the CPU even if there is an accelerator.
@@ -250,9 +250,9 @@ class RunProcesses:
             self._accelerator.init_trackers("trackers")
 
     def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
-        """Log values to the trackers.
+        """Log the values of a step to the trackers.
 
-        ``values`` maps names to numbers and strings.
+        ``values`` maps names to numbers and strings. Only the main process logs the values.
         """
         if self._tracked and values:
             self._accelerator.log(values, step=step)

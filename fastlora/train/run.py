@@ -295,11 +295,11 @@ class Run:
         """
         settings, steps = self.settings, self.schedule.steps
         was_evaluated = self.processes.run_in_main_and_broadcast(self._open_log_and_check_evaluated)
-        with self._suppress_and_record_write_error("trackers"):
+        with self._defer_write_error("trackers"):
             self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
         self._write_log_and_trackers({"step": self.step, **where})
-        self.processes.run_in_main_and_broadcast(self._raise_recorded_write_error)
+        self.processes.run_in_main_and_broadcast(self._raise_deferred_write_error)
         saved = None
         self._signals.defer_first_signal()
         # A run interrupted after this step has not evaluated yet; a finished run evaluates again.
@@ -355,24 +355,25 @@ class Run:
         means: dict[str, float] = {}
         files: list[Path | None] = []
         if self.step == self.schedule.steps and self._failure is None:
-            with self._suppress_and_record_write_error("losses"):
+            with self._defer_write_error("losses"):
                 logged = run_log.read_logged_losses(folder)
                 means = run_log.mean_training_loss_by_adapter(logged)
                 files = [
                     run_log.write_loss_table(folder, logged),
                     run_log.plot_losses(folder, logged),
                 ]
-        with self._suppress_and_record_write_error("trackers"):
+        with self._defer_write_error("trackers"):
             self.processes.close_trackers()
-        self._raise_recorded_write_error()
+        self._raise_deferred_write_error()
         return _MeanLossesAndFilePaths(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
-    def _suppress_and_record_write_error(self, what: str) -> Iterator[None]:
-        """Suppress and record a write error that is raised in the ``with`` block.
+    def _defer_write_error(self, what: str) -> Iterator[None]:
+        """Defer a write error that is raised in the ``with`` block.
 
-        The current step continues, and the run ends after it. If there are several errors, only the
-        first one is recorded. The message of the error says that ``what`` could not be written.
+        The error is recorded instead of being raised. The current step continues, and the run then
+        ends with the error. If there are several errors, only the first one is recorded. The
+        message of the error says that ``what`` could not be written.
         """
         try:
             with run_log.os_error_as_train_error(what):
@@ -380,8 +381,8 @@ class Run:
         except TrainError as error:
             self._failure = self._failure or error
 
-    def _raise_recorded_write_error(self) -> None:
-        """Raise the recorded write error, if there is one.
+    def _raise_deferred_write_error(self) -> None:
+        """Raise the deferred write error, if there is one.
 
         If several writes have failed, the first error is raised. A recovery hint is added to the
         message of the error.
@@ -394,7 +395,7 @@ class Run:
     def _run_should_stop(self) -> bool:
         """Return whether the run is interrupted.
 
-        A signal or a recorded write error interrupts the run, which then ends after the current
+        A signal or a deferred write error interrupts the run, which then ends after the current
         step. The result is the same in all processes. In a run with several processes, the result
         is updated only when the processes exchange their losses.
         """
@@ -403,7 +404,7 @@ class Run:
     def _this_process_should_stop(self) -> bool:
         """Return whether this process is interrupted.
 
-        A signal or a recorded write error interrupts the process, which then ends after the current
+        A signal or a deferred write error interrupts the process, which then ends after the current
         step. Other processes may not be interrupted yet. In contrast, the result of
         `_run_should_stop` is the same in all processes.
         """
@@ -638,7 +639,7 @@ class Run:
             for name, own in found.items()
         }
         self._write_log_and_trackers({"step": self.step, "answers": entries})
-        with self._suppress_and_record_write_error("answers"):
+        with self._defer_write_error("answers"):
             for name, own in entries.items():
                 for number, entry in enumerate(own, 1):
                     prompt, text = entry["prompt"], entry["answer"]
@@ -716,7 +717,7 @@ class Run:
         """
         if self._log is None:
             return
-        with self._suppress_and_record_write_error("trackers"):
+        with self._defer_write_error("trackers"):
             self._log.write(entry)
             numbers = run_log.flatten_for_trackers({k: v for k, v in entry.items() if k != "step"})
             self.processes.log_to_trackers(numbers, self.step)

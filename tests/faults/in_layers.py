@@ -235,8 +235,8 @@ FAULTS = (
         "stale norms",
         "1871540",
         "fastlora/layers/dora_norms.py",
-        "watched = _stamp_arguments((lora_a, lora_b), version, base, scaling)",
-        "watched = _stamp_arguments((lora_a, lora_b), base, scaling)",
+        "watched = _arguments_for_stamp_tensors((lora_a, lora_b), version, base, scaling)",
+        "watched = _arguments_for_stamp_tensors((lora_a, lora_b), base, scaling)",
         ("tests/layers/test_dora_norms.py::test_when_norms_are_computed",),
     ),
     Fault(

@@ -108,11 +108,11 @@ def _adapter(module: str, inputs: int, outputs: int) -> Any:
 )
 def test_shapes_of_an_adapter_are_checked_by_every_name(module: str, outputs: int) -> None:
     """A pooling model's names lack the prefix, and an adapter may name a fused layer."""
-    layers.check_adapter_factors(_adapter(module, 24, outputs), _manager(), "good")
+    layers.check_factors_fit_model(_adapter(module, 24, outputs), _manager(), "good")
     with pytest.raises(ValueError, match=f"{module}.*23 inputs.*has 24 inputs"):
-        layers.check_adapter_factors(_adapter(module, 23, outputs), _manager(), "bad")
+        layers.check_factors_fit_model(_adapter(module, 23, outputs), _manager(), "bad")
     with pytest.raises(ValueError, match=f"{module}.* and {outputs + 1} outputs, but"):
-        layers.check_adapter_factors(_adapter(module, 24, outputs + 1), _manager(), "bad")
+        layers.check_factors_fit_model(_adapter(module, 24, outputs + 1), _manager(), "bad")
 
 
 @pytest.mark.parametrize("shards_already", [False, True])

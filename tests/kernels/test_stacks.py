@@ -65,7 +65,7 @@ def test_kernels_compute_the_updates(
 ) -> None:
     """Here, PyTorch's products round fp32 factors to the dtype of x, as kernels do."""
     model = make_model(dtype)
-    monkeypatch.setattr(stacks, "_dtype_of_products", lambda x, *_: x.dtype)
+    monkeypatch.setattr(stacks, "_dtype_of_factor_products", lambda x, *_: x.dtype)
     if rows is not None:
         model.base_model.set_adapter(list(RANKS))
     layer = model.base_model.model.experts

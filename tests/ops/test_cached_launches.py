@@ -69,7 +69,7 @@ def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
         return run
 
-    monkeypatch.setattr(stubs._RecordingDriver, "launcher_cls", launcher_cls)
+    monkeypatch.setattr(stubs._RecordOnlyDriver, "launcher_cls", launcher_cls)
     with torch.no_grad(), stubbed_launches(request.param):
         yield calls
 

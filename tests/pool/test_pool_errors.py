@@ -23,7 +23,7 @@ from fastlora.patterns import MATCHING_SECONDS
 from fastlora.pool import AdapterPool
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.transfers import DeviceTransfers
+from fastlora.pool.transfers import BaseDeviceTransfers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -488,7 +488,7 @@ def test_limits_are_checked() -> None:
     assert type(model.layers[0].q) is nn.Linear
 
 
-class Separate(DeviceTransfers):
+class Separate(BaseDeviceTransfers):
     """A device with memory of its own, which can be full."""
 
     shares_memory = False

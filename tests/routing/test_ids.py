@@ -23,8 +23,8 @@ def test_each_batch_is_told_once() -> None:
         unchecked.add(torch.tensor([invalid]), message)
     for message in ("second", "last"):
         with pytest.raises(AdapterNotFoundError, match=message):
-            unchecked.check()
-    unchecked.check()
+            unchecked.raise_pending_errors()
+    unchecked.raise_pending_errors()
 
 
 def test_names_are_slots_in_the_order_of_the_model() -> None:

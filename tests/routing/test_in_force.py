@@ -82,7 +82,7 @@ def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
             routing.defer_id_check()
             wrong = pytest.raises(AdapterNotFoundError, match=r"in an earlier block.*'n19'\]")
             with wrong if invalid else nullcontext():
-                routing.group.unchecked.check()
+                routing.group.unchecked.raise_pending_errors()
 
 
 def test_ids_are_checked_where_the_host_reads_rows() -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the server needs it")
 
 from starlette.exceptions import HTTPException
 
-from fastlora.serve.app import ServerSettings
+from fastlora.serve.app import AppSettings
 from fastlora.serve.connections import (
     ConnectionLimits,
     OpenConnections,
@@ -280,9 +280,9 @@ def test_answers_are_sent_at_once() -> None:
 def test_a_server_that_ends_takes_no_connection() -> None:
     """E1: asyncio may have accepted one that uvicorn does not know of yet."""
     connections = OpenConnections(SHORT)
-    assert connections.close_waiting_connection_if_full()
+    assert connections.make_room_for_connection()
     connections.ending = True
-    assert not connections.close_waiting_connection_if_full()
+    assert not connections.make_room_for_connection()
 
 
 def test_limits_leave_descriptors() -> None:
@@ -315,7 +315,7 @@ def test_the_limit_of_open_files_is_raised() -> None:
 
 def test_bodies_that_are_being_read_are_bounded_together() -> None:
     """A large body that does not fit is refused; small ones, and what follows, are not."""
-    settings = ServerSettings(
+    settings = AppSettings(
         base="tiny", max_body_bytes=1 << 20, max_pending_body_bytes=(1 << 20) + (1 << 18)
     )
     gate = KeyAndSizeMiddleware(

@@ -97,11 +97,11 @@ def answer(keys: ApiKeys, method: str, path: str, sent: str | None, **options: A
 
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi")
-    from fastlora.serve.app import Server, ServerSettings
+    from fastlora.serve.app import AppSettings, Server
 
     adapters: Any = SimpleNamespace(usable_names=["ash"], unload=lambda name: None)
     engine: Any = SimpleNamespace(length=8)
-    app = Server(engine, adapters, SimpleNamespace(), ServerSettings(base="tiny", keys=keys)).app  # type: ignore
+    app = Server(engine, adapters, SimpleNamespace(), AppSettings(base="tiny", keys=keys)).app  # type: ignore
 
     async def ask() -> Any:
         transport = httpx.ASGITransport(app)

@@ -136,7 +136,7 @@ def test_long_prompts_delay_no_short_one() -> None:
     """E3: more long prompts than there are threads are being tokenized; a short one passes."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi")
-    from fastlora.serve.app import Server, ServerSettings
+    from fastlora.serve.app import AppSettings, Server
     from fastlora.serve.engine_request import AnswerChunk
 
     release, entered = threading.Event(), threading.Event()
@@ -153,7 +153,7 @@ def test_long_prompts_delay_no_short_one() -> None:
     engine: Any = SimpleNamespace(length=8, submit=submit, cancel=lambda job: None)
     prompts: Any = SimpleNamespace(tokenize_text=tokenize_text)
     adapters: Any = SimpleNamespace(usable_names=[])
-    app = Server(engine, adapters, prompts, ServerSettings(base="tiny")).app
+    app = Server(engine, adapters, prompts, AppSettings(base="tiny")).app
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(app)

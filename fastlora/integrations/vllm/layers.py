@@ -286,7 +286,7 @@ def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         check_no_config_fields_vllm_ignores(lora_request.lora_path, lora_request.lora_name)
         lora = load_adapter(self, lora_request)
-        check_adapter_factors(lora, self._adapter_manager, lora_request.lora_name)
+        check_factors_fit_model(lora, self._adapter_manager, lora_request.lora_name)
         return lora
 
     return _load_adapter
@@ -312,7 +312,7 @@ def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
         )
 
 
-def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
+def check_factors_fit_model(lora: Any, manager: Any, adapter_name: str) -> None:
     """Check that the factors of an adapter fit the layers of the model.
 
     This function is called before the adapter is loaded into a slot. The factors of experts are not
@@ -326,7 +326,7 @@ def check_adapter_factors(lora: Any, manager: Any, name: str) -> None:
         if ".experts" in module:
             continue
         down, up = weights.lora_a, weights.lora_b
-        where = f"adapter {name!r}, module {module!r}"
+        where = f"adapter {adapter_name!r}, module {module!r}"
         if down is None or up is None:
             raise ValueError(f"{where}: lora_{'A' if down is None else 'B'} is missing")
         if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:

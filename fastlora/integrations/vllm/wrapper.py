@@ -72,8 +72,8 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         # An embedding looks up rows without an adapter in slot 0. The result is not used.
         torch.mul(self._token_lora_indices.clamp(min=0), vocab_size, out=self._embeddings_indices)
         self.indices_len[:] = [len(tokens), len(sampled), len(sampled), len(tokens)]
-        self._tokens.start(tokens)
-        self._sampled.start(sampled)
+        self._tokens.reset_for_batch(tokens)
+        self._sampled.reset_for_batch(sampled)
         self.no_lora = not self._tokens.used_slots
 
     def add_lora_linear(
@@ -131,7 +131,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         slots = slots_of_rows((adapter,), adapter_of_slot)
         rows = torch.full_like(self._token_lora_indices, int(slots[0]))
         self._one_request = BatchRows(rows, self._sampled.count, False)
-        self._one_request.start(slots)
+        self._one_request.reset_for_batch(slots)
         try:
             yield
         finally:
@@ -198,10 +198,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Apply the linear layers that are part of the adapters, and write their outputs to y.
+        """Apply the full linear layers of the adapters, and write the outputs to y.
 
-        Each row of y is replaced with the output of its adapter's own classification head. Rows are
-        not changed if their adapter does not have its own head.
+        A full linear layer is an adapter's own classification head, which has a full weight and a
+        bias instead of low-rank factors. Each row of y is replaced with the output of the head of
+        its adapter. Rows are not changed if their adapter does not have its own head.
 
         Args:
             y: ``[M, labels]``.

@@ -229,9 +229,9 @@ class BaseQuantizedWeight(MergeTarget):
     def bias_for_product(self, product_dtype: torch.dtype) -> torch.Tensor | None:
         """Return the bias to add to a matrix product in ``product_dtype``.
 
-        Returns None if the module has no bias. The bias has the dtype that it would have after a
-        call of the module. If a call converts the module's own bias to the dtype of the product,
-        this method also converts that bias.
+        Returns None if the module has no bias. If a call of the module converts the module's own
+        bias to the dtype of the product, this method also converts that bias. Otherwise, the bias
+        keeps its dtype.
         """
         bias: torch.Tensor | None = self.base.bias
         return bias
@@ -319,7 +319,7 @@ class BaseQuantizedWeight(MergeTarget):
         """
         return snapshot
 
-    def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
+    def snapshot_to_dense(self, snapshot: object) -> torch.Tensor:
         now = self.snapshot()
         try:
             self.restore(snapshot)

@@ -208,10 +208,10 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the backward pass of `scale_and_add_bias`.
+    """Compute the backward pass of DoRA's scaling of columns.
 
-    The result is a tuple (gradient of u, gradient of the magnitude). The latter is None if u is
-    None.
+    The forward pass is `scale_and_add_bias`. The result is a tuple (gradient of u, gradient of the
+    magnitude). The gradient of the magnitude is None if u is None.
     """
     scale = dora_scale(magnitude, squares)
     if u is None:
@@ -224,7 +224,9 @@ def scale_columns_backward(
 
 
 class DropoutAdapter(NamedTuple):
-    """The tensors and settings of one DoRA adapter with active dropout.
+    """A DoRA adapter with active dropout.
+
+    The tuple contains the tensors and the settings of the adapter.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.

@@ -109,10 +109,9 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place.
+    """Add the LoRA update of each row's adapter, computed from s, to y in place.
 
-    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``. The scaling thus also applies
-    to the lora_bias.
+    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``, where s is the shrink output.
     """
     # x is not read if s is given.
     _add_(
@@ -144,11 +143,11 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradient ds of s, and the gradients of lora_b and lora_bias.
+    """Compute the gradients of lora_b, lora_bias, and s.
 
-    The result is a tuple of ds, one buffer into which all gradients of lora_b and lora_bias are
-    packed, and an empty tensor. The empty tensor takes the place of the column sums that the
-    operator returns for one slot.
+    The result is a tuple of the gradient ds of s, one buffer into which all gradients of lora_b and
+    lora_bias are packed, and an empty tensor. The empty tensor takes the place of the column sums
+    that the operator returns for one slot.
     """
     batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)

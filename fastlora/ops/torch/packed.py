@@ -34,11 +34,12 @@ ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """The layout in which the factors of several adapters are packed together.
+    """The layout of adapters' factors in packed tensors.
 
-    The layout states which rank rows of the packed factors belong to each adapter. A rank row is a
-    row of lora_a or a column of lora_b. Adjacent rank rows form units of equal size. Layers on
-    which the adapters have the same ranks share a layout.
+    The factors of several adapters are packed together. The layout states which rank rows of the
+    packed factors belong to each adapter. A rank row is a row of lora_a or a column of lora_b.
+    Adjacent rank rows form units of equal size. Layers on which the adapters have the same ranks
+    share a layout.
 
     Attributes:
         unit: Number of rank rows in a unit.
@@ -186,7 +187,8 @@ def zeros_for_packed_lora_a(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Allocate a tensor of zeros for the packed lora_a.
 
-    Returns the tensor and a view of it with the shape ``[units, slices, unit, K]``.
+    The result is a tuple of the tensor and a view of the tensor. The view has the shape
+    ``[units, slices, unit, K]``, so that the factors can be written to the tensor through the view.
     ``is_dense`` states whether the packed factors are for dense products.
     """
     unit, units = layout.unit, layout.units

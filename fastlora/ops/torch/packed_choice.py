@@ -47,7 +47,7 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """An enum of the kinds of batches for which matrix products are arranged differently.
+    """The kind of a batch, which affects how the batch's matrix products are arranged.
 
     The kind depends on the number of rows, and on whether adjacent rows form long samples.
 
@@ -63,9 +63,10 @@ class BatchKind(enum.Enum):
 
 
 def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
-    """Return the kind of a batch: few rows, many rows, or many rows in long samples.
+    """Classify a batch by its number of rows and by the number of rows that each id covers.
 
-    The batch has ``rows`` rows. Each id covers ``rows_per_id`` rows.
+    The result is one of the three values of `BatchKind`, which stand for few rows, many rows in any
+    order, and many rows in long samples.
     """
     if rows <= _FEW_ROWS:
         return BatchKind.FEW
@@ -89,14 +90,14 @@ def dense_is_fastest(
     return units == 1 or (every_unit_is_used and unit * units <= _DENSE)
 
 
-def expand_by_weighted_sums_is_faster(
+def expand_by_embedding_bag_is_faster(
     rows: int, adapters: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Return whether weighted sums are faster than matrix products in the expand step.
+    """Return whether `embedding_bag` is faster than matrix products in the expand step.
 
-    The sum for a row is over the columns of its adapter's lora_b, and the weights are the row's
-    elements of s. Each of the ``rows`` rows belongs to one of ``adapters`` adapters, whose largest
-    rank is ``rank``, or to none.
+    `embedding_bag` computes a weighted sum for each row. The sum for a row is over the columns of
+    its adapter's lora_b, and the weights are the row's elements of s. Each of the ``rows`` rows
+    belongs to one of ``adapters`` adapters, whose largest rank is ``rank``, or to none.
     """
     has_fast_sums = dtype == torch.float32 and device.type == "cpu" and _HAS_FAST_SUMS
     each = min(_SUMMED_ROWS_EACH, _TERMS_EACH // rank)

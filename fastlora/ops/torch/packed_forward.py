@@ -16,8 +16,8 @@ import torch
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.packed import PackedLayerFactors
 from fastlora.ops.torch.packed_plans import (
-    BlockedPlan,
     DensePlan,
+    PaddedBlocksPlan,
     PerAdapterPlan,
     PerSamplePlan,
     Plan,
@@ -30,30 +30,35 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    adapter: torch.Tensor,
+    adapter_per_row: torch.Tensor,
     pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
     """Return the output of a linear layer with packed adapters.
 
     The output has the shape ``[M, N]``. Each row gets the update of its own adapter. The arguments
-    are those of `add_`.
+    x, ``adapter_per_row``, ``pack``, and ``plan`` are those of `add_`.
     """
     lora_b = pack.lora_b[0] if len(pack.lora_b) == 1 else None
-    if lora_b is not None and isinstance(plan, BlockedPlan) and plan.exact and plan.terms is None:
+    if (
+        lora_b is not None
+        and isinstance(plan, PaddedBlocksPlan)
+        and plan.exact
+        and plan.terms is None
+    ):
         x, s = _arrange_rows_and_shrink(x, pack, plan)
         (s,) = _zero_other_columns(s, pack, plan)
         y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
         products.baddbmm_(places, s, _view_lora_b_by_block(lora_b, pack, plan))
-        return _add_bias(y.index_select(0, plan.place), adapter, pack)
-    return add_(products.linear(x, weight, bias), x, adapter, pack, plan)
+        return _add_bias(y.index_select(0, plan.place), adapter_per_row, pack)
+    return add_(products.linear(x, weight, bias), x, adapter_per_row, pack, plan)
 
 
 def add_(
     y: torch.Tensor,
     x: torch.Tensor,
-    adapter: torch.Tensor,
+    adapter_per_row: torch.Tensor,
     pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
@@ -65,13 +70,14 @@ def add_(
         y: ``[M, N]``, the outputs of the slices side by side, with columns that are adjacent in
             memory. It may consist of columns of a larger tensor.
         x: ``[M, K]``.
-        adapter: The index of each row's adapter in the pack, as for `packed_plans.cached_plan`.
+        adapter_per_row: The index of each row's adapter in the pack, as for
+            `packed_plans.cached_plan`.
         pack: The packed factors.
         plan: The result of `packed_plans.cached_plan`.
     """
     if isinstance(plan, PerAdapterPlan):
         _add_per_adapter(y, x, pack, plan)
-        return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
+        return y if pack.lora_bias is None else _add_bias(y, adapter_per_row, pack)
     _, s = _arrange_rows_and_shrink(x, pack, plan)
     parts = (y,) if len(pack.widths) == 1 else y.split_with_sizes(pack.widths, 1)
     terms = None if isinstance(plan, PerSamplePlan) else plan.terms
@@ -82,11 +88,11 @@ def add_(
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
         _add_lora_b_rows_weighted_by_s(parts, s, pack, terms)
-    return y if pack.lora_bias is None else _add_bias(y, adapter, pack)
+    return y if pack.lora_bias is None else _add_bias(y, adapter_per_row, pack)
 
 
 def _arrange_rows_and_shrink(
-    x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
+    x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedBlocksPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arrange the rows of x as the plan requires, and multiply them by the packed lora_a.
 
@@ -113,7 +119,7 @@ def _arrange_rows_and_shrink(
 
 
 def _zero_other_columns(
-    s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | BlockedPlan | PerSamplePlan
+    s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedBlocksPlan | PerSamplePlan
 ) -> Sequence[torch.Tensor]:
     """In each row of s, zero the columns that do not belong to the row's adapter.
 
@@ -122,7 +128,7 @@ def _zero_other_columns(
     """
     is_dense = isinstance(plan, DensePlan) and plan.unit is None
     width = pack.layout.rank_rows if is_dense else pack.layout.unit
-    if isinstance(plan, BlockedPlan):
+    if isinstance(plan, PaddedBlocksPlan):
         shape = (plan.blocks, plan.longest, plan.coalesced, len(pack.lora_b), width)
         s = s.view(shape)
     else:
@@ -130,7 +136,7 @@ def _zero_other_columns(
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)
     every_s = s.unbind(-2)
-    return [own.flatten(2) for own in every_s] if isinstance(plan, BlockedPlan) else every_s
+    return [own.flatten(2) for own in every_s] if isinstance(plan, PaddedBlocksPlan) else every_s
 
 
 def _add_lora_b_rows_weighted_by_s(
@@ -170,7 +176,7 @@ def _add_products(
     s: torch.Tensor,
     lora_b: torch.Tensor,
     pack: PackedLayerFactors,
-    plan: DensePlan | BlockedPlan | PerSamplePlan,
+    plan: DensePlan | PaddedBlocksPlan | PerSamplePlan,
 ) -> None:
     """Add the matrix products of s and lora_b to y in place.
 
@@ -233,10 +239,10 @@ def _add_adapter(
 
 
 def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> torch.Tensor:
-    """Return the units of the packed lora_a at the given indices.
+    """Gather the packed lora_a of the given units.
 
-    A unit can contain the rank rows of several adapters. For B indices in ``unit_indices``, the
-    result has the shape ``[B, K, slices * unit]``.
+    A unit is a group of adjacent rank rows, which can belong to several adapters. For B indices in
+    ``unit_indices``, the result has the shape ``[B, K, slices * unit]``.
     """
     if pack.lora_a.is_contiguous():
         return pack.lora_a.index_select(0, unit_indices)
@@ -244,7 +250,7 @@ def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> to
 
 
 def _view_lora_b_by_block(
-    lora_b: torch.Tensor, pack: PackedLayerFactors, plan: BlockedPlan
+    lora_b: torch.Tensor, pack: PackedLayerFactors, plan: PaddedBlocksPlan
 ) -> torch.Tensor:
     """Return a view of the packed lora_b with one part for each block of a plan.
 
@@ -256,7 +262,9 @@ def _view_lora_b_by_block(
     return own.view(plan.blocks, rank_rows, lora_b.shape[1])
 
 
-def _add_bias(y: torch.Tensor, adapter: torch.Tensor, pack: PackedLayerFactors) -> torch.Tensor:
+def _add_bias(
+    y: torch.Tensor, adapter_per_row: torch.Tensor, pack: PackedLayerFactors
+) -> torch.Tensor:
     if pack.lora_bias is None:
         return y
-    return y.add_(pack.lora_bias.index_select(0, adapter))
+    return y.add_(pack.lora_bias.index_select(0, adapter_per_row))

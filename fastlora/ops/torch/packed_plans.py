@@ -6,8 +6,8 @@ units. The kinds of plans are:
 
 - DensePlan: every row is multiplied by all rank rows, and only the columns of its own adapter are
   used. No row is moved.
-- BlockedPlan: rows are multiplied by the rank rows of a few adapters, in one batched product. Rows
-  are gathered once.
+- PaddedBlocksPlan: rows are multiplied by the rank rows of a few adapters, in one batched product.
+  Rows are gathered once.
 - PerSamplePlan: this kind is used if blocks would be uneven and samples are at least as long as the
   largest rank. The tokens of each sample are multiplied by the rank rows of its adapter, in one
   batched product. Factors are gathered, and no row is moved.
@@ -16,9 +16,9 @@ units. The kinds of plans are:
   are not moved. Products of one adapter cannot affect the rows of another adapter, so factors may
   be non-finite.
 
-For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, dense and
-blocked plans multiply x by lora_a only. Each row's update is then a sum of its own rank rows of
-lora_b (`RowUpdateTerms`), and no row is moved back.
+For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, a `DensePlan`
+or a `PaddedBlocksPlan` multiplies x by lora_a only. Each row's update is then a sum of its own rank
+rows of lora_b (`RowUpdateTerms`), and no row is moved back.
 
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
@@ -46,7 +46,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchKind,
     batch_kind,
     coalescing_units_is_faster,
-    expand_by_weighted_sums_is_faster,
+    expand_by_embedding_bag_is_faster,
 )
 
 # Units are combined until a block has at least this many rows.
@@ -103,11 +103,11 @@ class RowUpdateTerms:
 
 
 class DensePlan(NamedTuple):
-    """A plan for multiplying every row of the batch by the factors of all adapters.
+    """A plan for applying packed adapters with dense matrix products.
 
-    Only the columns of a row's own adapter are used. If the factors are not packed for dense
-    products, the batch uses only one unit, and every row is multiplied by the rank rows of this
-    unit alone.
+    A dense product multiplies every row of the batch by the factors of all adapters. Only the
+    columns of a row's own adapter are used. If the factors are not packed for dense products, the
+    batch uses only one unit, and every row is multiplied by the rank rows of this unit alone.
 
     Attributes:
         other: bool ``[M, 1, rank rows]``, the rank rows that belong to adapters other than the
@@ -121,8 +121,8 @@ class DensePlan(NamedTuple):
     terms: RowUpdateTerms | None = None
 
 
-class BlockedPlan(NamedTuple):
-    """A plan for multiplying the rows of a batch by packed factors in blocks.
+class PaddedBlocksPlan(NamedTuple):
+    """A plan for applying packed adapters to equal-sized blocks of rows.
 
     Rows are gathered into blocks, which are padded to equal size. One batched product multiplies
     all blocks, each by the rank rows of one or more adjacent units. Each block contains the rows of
@@ -203,7 +203,7 @@ class PerAdapterPlan(NamedTuple):
     gather: torch.Tensor
 
 
-Plan = DensePlan | BlockedPlan | PerSamplePlan | PerAdapterPlan
+Plan = DensePlan | PaddedBlocksPlan | PerSamplePlan | PerAdapterPlan
 PlanCache = dict[tuple[PackedLayout, torch.dtype, bool], Plan]
 
 
@@ -238,7 +238,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     kind = batch_kind(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
-    sums_rank_rows = expand_by_weighted_sums_is_faster(m, len(used), layout.unit, dtype, device)
+    sums_rank_rows = expand_by_embedding_bag_is_faster(m, len(used), layout.unit, dtype, device)
     if pack.is_finite and pack.lora_a.dim() == 2:
         if sums_rank_rows:
             begin = torch.arange(m) * layout.rank_rows + first
@@ -262,7 +262,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
         return DensePlan(own, start)
     coalesced = 1
     while True:
-        plan = _make_blocked_plan(first, rank, layout, (start, stop), coalesced)
+        plan = _make_padded_blocks_plan(first, rank, layout, (start, stop), coalesced)
         wider = 2 * coalesced
         fits = (stop - start) % wider == 0 and wider * layout.unit <= WIDEST_BLOCK
         if plan.longest >= _FEW_ROWS or not fits or not coalesces:
@@ -376,14 +376,14 @@ def _make_per_sample_plan(
     return PerSamplePlan(units, tokens, None if masks is None else masks.unsqueeze(1))
 
 
-def _make_blocked_plan(
+def _make_padded_blocks_plan(
     first_rank_rows: torch.Tensor,
     rank_per_row: torch.Tensor,
     layout: PackedLayout,
     unit_range: tuple[int, int],
-    coalesced: int,
-) -> BlockedPlan:
-    """Make a `BlockedPlan` by grouping the rows of a batch into blocks.
+    units_per_block: int,
+) -> PaddedBlocksPlan:
+    """Make a `PaddedBlocksPlan` by grouping the rows of a batch into blocks.
 
     Each row gets a place in the block that contains its adapter's rank rows. Rows without an
     adapter fill free places.
@@ -394,10 +394,10 @@ def _make_blocked_plan(
             adapter.
         layout: The layout of the packed factors.
         unit_range: The range of units that the blocks cover.
-        coalesced: The number of adjacent units that each block covers.
+        units_per_block: The number of adjacent units that each block covers.
     """
     (start, stop), m = unit_range, first_rank_rows.numel()
-    blocks, width = (stop - start) // coalesced, coalesced * layout.unit
+    blocks, width = (stop - start) // units_per_block, units_per_block * layout.unit
     first_rank_rows = first_rank_rows - start * layout.unit
     own = rank_per_row > 0
     block = torch.where(own, first_rank_rows // width, 0)
@@ -418,7 +418,7 @@ def _make_blocked_plan(
     # Results at places without a row are not read.
     others = torch.zeros(blocks * longest, width, dtype=torch.bool)
     others[place] = (at < from_block[:, None]) | (at >= (from_block + rank_per_row)[:, None])
-    shape = (blocks, longest, coalesced, 1, layout.unit)
+    shape = (blocks, longest, units_per_block, 1, layout.unit)
     other = others.view(shape) if others.any() else None
     exact = blocks * longest == m
-    return BlockedPlan(start, blocks, longest, coalesced, gather, place, other, exact)
+    return PaddedBlocksPlan(start, blocks, longest, units_per_block, gather, place, other, exact)

@@ -159,12 +159,11 @@ class PackedSlots:
     def _check(self, slices: Sequence[Factors | None]) -> None:
         """Check that the factors of each slice fit the packed slots.
 
-        The dtype of the factors is not checked, because a copy into a slot converts the factors.
-
         Raises:
             ValueError: The number or the shapes of the factors do not fit, or an adapter has a
                 lora_bias, dropout, or DoRA.
         """
+        # Factors in any dtype fit, because a copy into a slot converts them.
         if len(slices) != len(self._widths):
             raise ValueError(f"got factors for {len(slices)} slices, expected {len(self._widths)}")
         for factors, n in zip(slices, self._widths, strict=True):

@@ -123,11 +123,11 @@ def overwrite_mask_with_kept_elements_(keep: torch.Tensor, x: torch.Tensor) -> t
     return keep.mul_(x.view(keep.dtype)).view(x.dtype)
 
 
-def apply_mask_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Apply the dropout mask ``keep`` to x in place.
+def zero_dropped_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Zero the elements of x that dropout drops, in place.
 
-    Elements of x are set to zero where ``keep`` is 0, and do not change where it is 1. The function
-    returns x.
+    The dropout mask ``keep`` is 0 where an element is dropped. Elements do not change where the
+    mask is 1. The function returns x.
     """
     x.view(keep.dtype).mul_(keep)
     return x

@@ -64,7 +64,7 @@ def gradients(given: BackwardArguments) -> Gradients:
         inner = ds * dropped
     if wants_x and keep is not None:
         # The base term is added to the dropped update, which saves one buffer of x's size.
-        dx = reference.apply_mask_(products.mm(inner, factor), keep)
+        dx = reference.zero_dropped_(products.mm(inner, factor), keep)
         if weight is not None:
             products.addmm_(dx, dy, reference.cast(weight, dy.dtype))
     elif wants_x:

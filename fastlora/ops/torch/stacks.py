@@ -30,10 +30,10 @@ _FEW_ROWS = 128
 _PART_ROWS = 512
 
 
-class _AdjacentKeysAndRows(NamedTuple):
-    """Adjacent keys and the rows that have these keys.
+class _KeyRangeAndRows(NamedTuple):
+    """A range of keys and the rows that have these keys.
 
-    The keys form a range. Each key stands for one matrix of the stack and one adapter.
+    Each key stands for one matrix of the stack and one adapter.
 
     Attributes:
         keys: The range of keys.
@@ -48,10 +48,10 @@ class _AdjacentKeysAndRows(NamedTuple):
     segments: Sequence[Segment]
 
 
-class _RowsOfOneKey(NamedTuple):
-    """The rows of a batch that share one key.
+class _RowsOfOneMatrixAndAdapter(NamedTuple):
+    """The rows of a batch that use one matrix of the stack and one adapter.
 
-    A key stands for one matrix of the stack and one adapter.
+    The rows share one key, which stands for this matrix and this adapter.
 
     Attributes:
         matrix: Index of the key's matrix in the stack.
@@ -68,7 +68,7 @@ class _RowsOfOneKey(NamedTuple):
 
 def _rows_of_each_key(
     operands: StackedWeightAdapterOperands, rows: Rows
-) -> Iterator[_RowsOfOneKey]:
+) -> Iterator[_RowsOfOneMatrixAndAdapter]:
     """Yield the rows of each key.
 
     A key stands for a pair of a matrix in the stack and an adapter. Keys without rows and keys
@@ -78,11 +78,14 @@ def _rows_of_each_key(
     for key, start, stop in rows.segments:
         matrix, slot = divmod(key, slots)
         if operands.lora_a[slot].shape[1]:
-            yield _RowsOfOneKey(matrix, slot, slice(start, stop), key)
+            yield _RowsOfOneMatrixAndAdapter(matrix, slot, slice(start, stop), key)
 
 
 def _key_rows_after_dropout(
-    x: torch.Tensor, operands: StackedWeightAdapterOperands, its: _RowsOfOneKey, dtype: torch.dtype
+    x: torch.Tensor,
+    operands: StackedWeightAdapterOperands,
+    its: _RowsOfOneMatrixAndAdapter,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return the rows of x that belong to one key, with dropout applied.
 
@@ -103,7 +106,10 @@ def add_updates_and_return_s_(
     y is ``[P, N]``. s is ``[P, R]`` for the largest rank R, in `dtype_of_s`. Columns beyond a row's
     rank are not written.
     """
-    dtype, columns = _dtype_of_products(x, operands, rows), max(a.shape[1] for a in operands.lora_a)
+    dtype, columns = (
+        _dtype_of_factor_products(x, operands, rows),
+        max(a.shape[1] for a in operands.lora_a),
+    )
     s = x.new_empty(x.shape[0], columns, dtype=dtype_of_s(x, operands))
     if _uses_grouped_mm(dtype, operands, rows):
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
@@ -152,7 +158,7 @@ def gradients(
     """
     if wants_x and dx is None:
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[2])
-    dtype = _dtype_of_products(dy, operands, rows)
+    dtype = _dtype_of_factor_products(dy, operands, rows)
     if _uses_grouped_mm(dtype, operands, rows):
         return dx, _grouped_factor_gradients(dy.contiguous(), x, s, operands, rows, dx, wants)
     pairs = zip(operands.lora_a, operands.lora_b, strict=True)
@@ -193,7 +199,7 @@ def dtype_of_s(x: torch.Tensor, operands: StackedWeightAdapterOperands) -> torch
     return torch.float32 if is_wider else x.dtype
 
 
-def _dtype_of_products(
+def _dtype_of_factor_products(
     x: torch.Tensor, operands: StackedWeightAdapterOperands, rows: Rows
 ) -> torch.dtype:
     """Return the dtype in which products with the factors are computed.
@@ -231,7 +237,7 @@ def _uses_grouped_mm(
     )
 
 
-def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKeysAndRows]:
+def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_KeyRangeAndRows]:
     """Split the range of all keys into contiguous parts.
 
     The function returns a list of the parts, which are processed one by one. Each key stands for
@@ -242,22 +248,20 @@ def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_AdjacentKey
     """
     ends = rows.slot_start[1:]
     if not converts_rows or rows.m <= _PART_ROWS:
-        return [_AdjacentKeysAndRows(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
-    parts, segments, key = list[_AdjacentKeysAndRows](), rows.segments, 0
+        return [_KeyRangeAndRows(slice(0, rows.slots), slice(0, rows.m), ends, rows.segments)]
+    parts, segments, key = list[_KeyRangeAndRows](), rows.segments, 0
     while segments:
         start = segments[0].start
         own = [each for each in segments if each.stop - start <= _PART_ROWS] or [segments[0]]
         segments = segments[len(own) :]
         keys = slice(key, own[-1].slot + 1 if segments else rows.slots)
-        parts.append(
-            _AdjacentKeysAndRows(keys, slice(start, own[-1].stop), ends[keys] - start, own)
-        )
+        parts.append(_KeyRangeAndRows(keys, slice(start, own[-1].stop), ends[keys] - start, own))
         key = keys.stop
     return parts
 
 
 def _add_grouped_product_(
-    out: torch.Tensor, mat: torch.Tensor, factor: torch.Tensor, part: _AdjacentKeysAndRows
+    out: torch.Tensor, mat: torch.Tensor, factor: torch.Tensor, part: _KeyRangeAndRows
 ) -> None:
     """Add a grouped matrix product to a tensor in place.
 
@@ -326,7 +330,7 @@ def _add_dx_(
     ds: torch.Tensor,
     lora_a: torch.Tensor,
     operands: StackedWeightAdapterOperands,
-    its: _RowsOfOneKey,
+    its: _RowsOfOneMatrixAndAdapter,
 ) -> None:
     """Add the contribution of one key's LoRA update to dx in place.
 
@@ -339,7 +343,7 @@ def _add_dx_(
         return
     update, seed = products.mm(ds, lora_a), operands.seeds[its.key : its.key + 1].cpu()
     keep = reference.draw_keep_mask(update, seed, p)
-    dx.add_(reference.apply_mask_(update, keep), alpha=1 / (1 - p))
+    dx.add_(reference.zero_dropped_(update, keep), alpha=1 / (1 - p))
 
 
 # ------------------------------------------------------------------------------- the base product
@@ -387,7 +391,8 @@ def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor)
 def _supports_grouped_mm(x: torch.Tensor, stack: torch.Tensor) -> bool:
     """Return whether `torch.nn.functional.grouped_mm` supports the operands.
 
-    It is as fast as PyTorch's products, so a dtype that a CPU emulates is left to `products`.
+    The result is also False if the processor emulates the dtype, because the functions in
+    `fastlora.ops.torch.products` may be faster for such a dtype.
     """
     is_dense = stack.is_contiguous() or stack.transpose(1, 2).is_contiguous()
     if not _grouped_mm_is_fast_for_dtype(x) or not x.is_contiguous() or not is_dense:

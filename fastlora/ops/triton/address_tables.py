@@ -38,20 +38,20 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 
 
 def lora_a_rank_rows(
-    lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
+    lora_a: Sequence[torch.Tensor], device: torch.device, table_shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object that contains the addresses of lora_a factors for kernels.
+    """Return a `RankRows` object that describes the rank rows of lora_a factors.
 
-    Kernels use the addresses to read the rank rows of the factors. The object contains a table of
-    the factors' addresses and a table of their ranks. All factors must be aligned. ``shape`` is the
-    shape of the tables.
+    Kernels use the object to read the rank rows of the factors by address. The object contains a
+    table of the factors' addresses and a table of their ranks. Each table has the given
+    ``table_shape``, with one entry for each factor. All factors must be aligned.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
         addresses_of(lora_a, device),
         number_tensor_without_sync(ranks, torch.int32, device),
     )
-    own = address.view(shape), None, rank.view(shape), None
+    own = address.view(table_shape), None, rank.view(table_shape), None
     return RankRows(*own, lora_a[0].dtype, max(ranks))
 
 

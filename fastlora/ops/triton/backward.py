@@ -71,7 +71,8 @@ def grad_b(
     gradient of s, and the column sums are the gradient of the layer's bias. For one slot, the
     second item is the gradient of lora_b alone, and the column sums are computed if ``with_bias``
     requests them. For a mixed batch, the second item is a buffer with the gradients of all slots,
-    and the column sums are empty.
+    and the column sums are empty. ``run`` is the largest number of sorted rows on which one
+    program works.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:

@@ -76,9 +76,9 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Compute the LoRA update from the layer's input x, and add it to y in place.
+    """Add the LoRA update of each row's adapter to y in place.
 
-    Each row gets the update of its own adapter. The function launches a shrink and an expand.
+    The update is computed from the layer's input x. The function launches a shrink and an expand.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     x = to_kernel_layout(x)

@@ -159,11 +159,11 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return the shrink output s for a mixed batch.
+    """Return the shrink output s for a mixed batch, and whether a single launch computed s.
 
-    s is ``[G, M, R]`` for G modules that share the input x. The result is a tuple (s, flag). If K
-    is split, a second launch adds the partial sums, and the flag is False. Otherwise, a single
-    launch computes s, and the flag is True. ``dropout`` must be None unless G is 1.
+    The result is a tuple of s and a bool. s is ``[G, M, R]`` for G modules that share the input x.
+    If K is split, a second launch adds the partial sums and stores the result in s, and the bool is
+    False. ``dropout`` must be None unless G is 1.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

@@ -53,9 +53,10 @@ class SampleLocation(NamedTuple):
 
 
 class ParsedDataFile(NamedTuple):
-    """A parsed data file, with its rows and their locations.
+    """A parsed file of training or evaluation data.
 
-    A sample is made from each row.
+    A training or evaluation sample is made from each row of the file. The object also stores the
+    location of each row.
 
     Attributes:
         found: List of tuples (location of the row, row). A plain text file has one row, its text.

@@ -84,16 +84,16 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample is a chat rather than text.
+        """Whether the sample is in chat format.
 
-        A chat consists of messages.
+        A sample in chat format consists of messages, and any other sample consists of text.
         """
         return isinstance(self.text, list)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for training data, such as the packing and the tokens that contribute to the loss.
+    """Options for training data, such as its format and its packing.
 
     The options determine how the data files of a run are read and prepared. They apply to
     evaluation data too.
@@ -284,9 +284,10 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrCh
 
 
 class _RowValues:
-    """The values of one row in a data file, from which a training sample is made.
+    """The values of one row in a data file.
 
-    A value is validated when it is read. Columns are named as in `FORMATS`.
+    A training sample is made from these values. A value is validated when it is read. Columns are
+    named as in `FORMATS`.
     """
 
     def __init__(
@@ -352,9 +353,9 @@ class _RowValues:
         return found
 
     def get_chat_template_kwargs(self) -> dict[str, Any]:
-        """Return the row's keyword arguments for the chat template.
+        """Return the row's additional keyword arguments for the chat template.
 
-        They are passed in addition to the messages.
+        The chat template gets these arguments in addition to the messages.
         """
         found: dict[str, Any] = {}
         if "tools" in self._names and (tools := self._get_parsed_value("tools")) is not None:
@@ -373,10 +374,10 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the value in a column, parsed from JSON if necessary.
+        """Return the parsed value in a column.
 
-        A string is parsed if it is a cell of a table or is in the column ``tools``. An empty string
-        of this kind becomes None. Any other value is returned unchanged.
+        A string is parsed as JSON if it is a cell of a table or is in the column ``tools``. An
+        empty string of this kind becomes None. Any other value is returned unchanged.
         """
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):

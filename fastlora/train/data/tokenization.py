@@ -397,11 +397,12 @@ def _document_with_masked_prompt(
     document_token_ids: list[int],
     options: DataOptions,
 ) -> _TokenizedDocument:
-    """Create a tokenized document in which the prompt's tokens are masked out of the loss.
+    """Create a tokenized document, and mask the prefix that it shares with the prompt.
 
-    ``document_token_ids`` contains the tokens of the document, and ``prompt_token_ids`` contains
-    the tokens of the prompt alone. The loss starts at the first token of the document that differs
-    from the prompt. Without ``completion_only_loss``, all tokens contribute to the loss.
+    Masked tokens do not contribute to the loss. ``document_token_ids`` contains the tokens of the
+    document, and ``prompt_token_ids`` contains the tokens of the prompt alone. The loss starts at
+    the first token of the document that differs from the prompt. The result also stores the number
+    of prompt tokens after the shared prefix. Without ``completion_only_loss``, no token is masked.
     """
     same = next(
         (
