@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -60,7 +61,7 @@ from fastlora.routing.active import (
 from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import BASE, names_and_slots
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
-from fastlora.validation import UnsupportedLayerError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 
 
 class _FusedForwardMixin(BaseAdapterLayer):
@@ -512,7 +513,7 @@ class PatchedModelRouter:
         self.batch_check = root.register_forward_pre_hook(
             _check_batch_size_of_injected_model, with_kwargs=True
         )
-        if hasattr(root, "generate") and (
+        if hasattr(type(root), "generate") and (
             "generate" not in vars(root) or _has_wrapped_generate(root)
         ):
             # A partial, unlike a closure, can be pickled and copied with the model.
@@ -526,28 +527,41 @@ class PatchedModelRouter:
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
         """
-        if self.routed_layers is not None and isinstance(self.root, FastPeftLoraModel):
-            return self.routed_layers  # The tuner reports every change.
+        # A copy has no row checks yet, and another router may have taken layers into its group.
+        known, group = self.routed_layers, self.group
+        if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
+            known = None
+        if known is not None and isinstance(self.root, FastPeftLoraModel):
+            return known  # The tuner reports every other change.
         layers, others = [], []
         for name, module in self.root.named_modules():
             if isinstance(module, _FusedForwardMixin):
                 layers.append((name, module))
-            elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+            elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
         found = [layer for _, layer in layers]
-        known = self.routed_layers
         if known is None or [*map(id, found)] != [*map(id, known)]:
-            add_to_group(self.group, self.root, layers)  # even if others fail: blocks may be open
+            for _, layer in layers:
+                if layer.routing_group not in (None, group) and layer.routing_group.has_open_blocks:
+                    raise AdapterStateError(
+                        "a fastlora.adapters() block is open for another model or module that "
+                        f"contains layers of this {type(self.root).__name__}; open the block for "
+                        "the same model, or after that block has ended"
+                    )
+            add_to_group(group, self.root, layers)  # even if others fail: blocks may be open
+        self.routed_layers = None
         for name, module in others:
             if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
                 raise UnsupportedLayerError(
                     f"{name!r} was added after fastlora.patch() and is not patched; call "
                     "fastlora.patch(model) again"
                 )
-            instead = "; pass adapter_names= to the model instead"
+            kind, instead = type(module).__name__, "; pass adapter_names= to the model instead"
+            if not isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+                kind = f"{kind} of {type(module).__module__}"  # another method than LoRA
             raise UnsupportedLayerError(
-                f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                f"support{instead if isinstance(self.root, FastPeftLoraModel) else ''}"
+                f"{name!r} is a PEFT {kind}, which fastlora.adapters() does not support"
+                f"{instead if isinstance(self.root, FastPeftLoraModel) else ''}"
             )
         patch_activation_checkpointing()  # because adapter_names= opens blocks too
         self.routed_layers = found
@@ -556,7 +570,7 @@ class PatchedModelRouter:
     def update_routed_layers(self) -> None:
         """Look up the model's routed layers again."""
         self.routed_layers = None
-        with contextlib.suppress(UnsupportedLayerError):  # the next batch raises it
+        with contextlib.suppress(UnsupportedLayerError, AdapterStateError):  # the next batch raises
             self.find_routed_layers()
 
     def adapter_names(self) -> tuple[str, ...]:
@@ -575,6 +589,12 @@ class PatchedModelRouter:
         The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
         """
         group, layers, known = self.group, self.find_routed_layers(), self.adapter_names()
+        if not isinstance(ids, torch.Tensor):
+            for name in {*ids} & {*known}:
+                if not any(name in layer.lora_A for layer in layers):
+                    raise AdapterNotFoundError(
+                        f"no LoRA layer has the adapter {name!r}, although peft_config contains it"
+                    )
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
@@ -610,13 +630,15 @@ def _generate_after_batch_size_check(model: nn.Module, *args: Any, **kwargs: Any
     Raises:
         ValueError: The batch size does not match the number of adapter ids.
     """
-    group, model_class = model.__dict__["_fastlora_router"].group, cast(Any, type(model))
-    check_batch_matches_ids(group, args, kwargs, per_sample=True)
+    router, model_class = model.__dict__.get("_fastlora_router"), cast(Any, type(model))
+    if router is None:  # The model is no longer patched.
+        return model_class.generate(model, *args, **kwargs)
+    check_batch_matches_ids(router.group, args, kwargs, per_sample=True)
     try:
         with skip_batch_size_check():
             return model_class.generate(model, *args, **kwargs)
     finally:
-        discard_unused_results(group)
+        discard_unused_results(router.group)
 
 
 def _has_wrapped_generate(model: nn.Module) -> bool:
@@ -635,21 +657,49 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
+        AdapterStateError: A `fastlora.adapters` block is open for another module that shares layers
+            with this one.
     """
-    tuners = (m for m in model.modules() if isinstance(m, FastPeftLoraModel))
-    root: nn.Module | None = next(tuners, None)
+    root, outside = _root_and_modules_outside(model)
     if root is None:
-        if not isinstance(getattr(model, "peft_config", None), dict):
-            return None
-        if not any(isinstance(module, _FusedForwardMixin) for module in model.modules()):
-            return None
-        root = model
+        return None
+    if not isinstance(root, FastPeftLoraModel) and not any(
+        isinstance(module, _FusedForwardMixin) for module in root.modules()
+    ):
+        return None
+    for module in outside:
+        if isinstance(module, _FusedForwardMixin):
+            raise UnsupportedLayerError(
+                f"the {type(model).__name__} has LoRA layers outside its {type(root).__name__}; "
+                "call fastlora.adapters() for each model that PEFT has added LoRA layers to"
+            )
     with _finding:  # two threads must create only one group
         router: PatchedModelRouter | None = root.__dict__.get("_fastlora_router")
         if router is None or router.root is not root:
             router = root.__dict__["_fastlora_router"] = PatchedModelRouter(root)
         router.find_routed_layers()
     return router
+
+
+def _root_and_modules_outside(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
+    """Return the root of a model's router, and the modules of the model that are outside the root.
+
+    The root is the first module that PEFT has given a ``peft_config``: the tuner of a `PeftModel`,
+    or the model into which PEFT injected adapters. It is None if there is none.
+    """
+    root: nn.Module | None = None
+    outside, seen, waiting = [], {id(model)}, [model]
+    while waiting:  # Modules of the root are not visited: it has the most of them.
+        module = waiting.pop()
+        if root is None and isinstance(vars(module).get("peft_config"), dict):
+            root = module
+            continue
+        outside.append(module)
+        for child in reversed([*module._modules.values()]):
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return root, outside
 
 
 def patch_layer(module: nn.Module) -> None:

@@ -50,7 +50,11 @@ def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall |
         x = x.to(autocast)
     if routing is None:
         return UniformCall(layer, given, x, conditions, names)
-    if conditions.compiling and not torch.compiler.is_dynamo_compiling():
+    if (
+        conditions.compiling
+        and not torch.compiler.is_dynamo_compiling()
+        and torch.compiler.is_exporting()
+    ):
         raise UnsupportedLayerError(
             "torch.export exports mixed batches only with strict=True; pass it to torch.export, or "
             "export the model outside the fastlora.adapters block"

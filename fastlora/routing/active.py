@@ -169,7 +169,8 @@ def check_batch_matches_ids(
     features = x.shape[-1] if x.dtype.is_floating_point and x.dim() > 1 else 1
     samples, tokens = x.shape[0], x.numel() // max(features, 1)
     count = routing.ids.numel()
-    if count not in (samples, tokens):
+    # Dynamo evaluates `in` wrongly for sizes that it does not know.
+    if count != samples and count != tokens:
         raise ValueError(
             f"the batch has {samples} samples ({tokens} tokens) and {count} adapter ids; expected "
             "one id per sample or per token"

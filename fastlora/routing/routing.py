@@ -84,6 +84,11 @@ class RoutedLayerGroup(UncopiedCache):
                 if results is not None:
                     results.discard_untaken()
 
+    @property
+    def has_open_blocks(self) -> bool:
+        """Whether a block of the group is open, in any thread."""
+        return bool(self._open)
+
     def check_no_open_blocks(self, operation: str) -> None:
         """Raise `AdapterStateError` if an operation is called while blocks are open.
 
@@ -93,7 +98,7 @@ class RoutedLayerGroup(UncopiedCache):
             operation: Name of the method that would change the adapters or weights of an open
                 block's rows.
         """
-        if self._open:
+        if self.has_open_blocks:
             raise AdapterStateError(
                 f"{operation}() cannot be called while a fastlora.adapters() block or a call with "
                 f"adapter_names= is open for this model (open blocks in all threads: {self._open})."

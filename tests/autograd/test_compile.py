@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fastlora.functional  # noqa: F401  # registers the operators
-from fastlora import LoraConfig, get_peft_model
+from fastlora import LoraConfig, adapters, get_peft_model
 from fastlora.testing import assert_within_budget
-from tests.support.tiny import trainable
+from tests.support.tiny import TwoLayers, trainable
 
 IDS = torch.randint(0, 49_000, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -65,3 +65,14 @@ def test_checkpointing_of_the_real_model(fresh_smollm2: Callable[..., Any]) -> N
     model.gradient_checkpointing_enable()
     for mine, expected in zip(run(loss, IDS, parameters), plain, strict=True):
         assert torch.equal(mine, expected)
+
+
+def test_a_mixed_batch_after_batches_of_other_sizes() -> None:
+    """The graph for any batch size compares the size with the number of adapter ids."""
+    config = LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
+    model, x = get_peft_model(TwoLayers(), config).eval(), torch.randn(4, 3, 16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(x[:2]), compiled(x)  # sizes are dynamic from the second one on
+        with adapters(model, ["default", None]):
+            torch.testing.assert_close(compiled(x[:2]), model(x[:2]))

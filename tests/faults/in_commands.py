@@ -79,13 +79,11 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft.py",
         before="""\
-            add_to_group(self.group, self.root, layers)  # even if others fail: blocks may be open
-        for name, module in others:
+            add_to_group(group, self.root, layers)  # even if others fail: blocks may be open
 """,
         after="""\
             if not others:
-                add_to_group(self.group, self.root, layers)
-        for name, module in others:
+                add_to_group(group, self.root, layers)
 """,
         tests=(
             "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",
@@ -132,5 +130,45 @@ def _generate_after""",
         tests=(
             "tests/integrations/test_from_peft.py::test_rows_of_injected_models_are_tracked_once",
         ),
+    ),
+    Fault(
+        sentence="A block has no effect after one of another model that shares its layers.",
+        kind="layers of another group",
+        source="cfdcef8",
+        path="fastlora/integrations/peft.py",
+        before="""\
+        if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
+""",
+        after="        if group.row_checks is None:\n",
+        tests=("tests/integrations/test_from_peft.py::test_models_that_share_layers_take_turns",),
+    ),
+    Fault(
+        sentence="A copied model does not check the rows of its layers.",
+        kind="a check that a copy lacks",
+        source="cfdcef8",
+        path="fastlora/integrations/peft.py",
+        before="""\
+        if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
+""",
+        after="        if any(x.routing_group is not group for x in known or ()):\n",
+        tests=("tests/integrations/test_from_peft.py::test_copies_track_rows_again",),
+    ),
+    Fault(
+        sentence="Adapters of other methods apply to all rows of a mixed batch.",
+        kind="a layer that is not seen",
+        source="cfdcef8",
+        path="fastlora/integrations/peft.py",
+        before="            elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):\n",
+        after="            elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):\n",
+        tests=("tests/integrations/test_from_peft.py::test_adapters_that_cannot_be_routed_raise",),
+    ),
+    Fault(
+        sentence="LoRA layers outside the routed model use their active adapters.",
+        kind="a layer that is not seen",
+        source="cfdcef8",
+        path="fastlora/integrations/peft.py",
+        before="    for module in outside:\n",
+        after="    for module in ():\n",
+        tests=("tests/integrations/test_from_peft.py::test_adapters_that_cannot_be_routed_raise",),
     ),
 )

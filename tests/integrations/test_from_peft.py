@@ -16,7 +16,12 @@ from fastlora.integrations import from_peft
 from fastlora.integrations.from_peft import AS_IN_PEFT, AUTO_CLASSES, NAMES
 from fastlora.routing.active import is_checking_rows
 from fastlora.testing import assert_within_budget
-from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    ConfigError,
+    UnsupportedLayerError,
+)
 from tests.support.peft_twins import peft
 from tests.support.programs import ROOT, python
 from tests.support.tiny import TwoLayers, adapted, randomize, tiny_llama
@@ -271,6 +276,98 @@ def test_the_life_of_injected_adapters_with_mixed_batches(injected: Any) -> None
         fastlora.adapters(injected, ["a", "b"]),
     ):
         pass
+
+
+def rows_alone(model: Any, names: list[str | None]) -> torch.Tensor:
+    """Logits of each row, with a block for its adapter alone."""
+    rows = []
+    for row, name in enumerate(names):
+        with torch.no_grad(), fastlora.adapters(model, [name]):
+            rows.append(model(BATCH[row : row + 1]).logits)
+    return torch.cat(rows)
+
+
+def assert_routed(model: Any, names: list[str | None], expected: torch.Tensor) -> None:
+    with torch.no_grad(), fastlora.adapters(model, names):
+        torch.testing.assert_close(model(BATCH).logits, expected)
+
+
+def test_models_that_share_layers_take_turns() -> None:
+    """A PeftModel and its base model, and a layer that was patched again."""
+    pytest.importorskip("transformers")
+    outer = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="a"
+    )
+    outer.add_adapter("b", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    randomize(outer)
+    fastlora.patch(outer.eval())
+    inner = outer.get_base_model()
+    expected = rows_alone(copy.deepcopy(outer), ["b", "a"])
+    for model in (outer, inner, outer, copy.deepcopy(outer), inner):
+        assert_routed(model, ["b", "a"], expected)
+    for model, other in ((outer, inner), (inner, outer)):
+        with fastlora.adapters(model, ["b", "a"]):
+            with (
+                pytest.raises(AdapterStateError, match="open for another model or module"),
+                fastlora.adapters(other, ["a", "b"]),
+            ):
+                pass
+            torch.testing.assert_close(model(BATCH).logits, expected)
+    layer = inner.model.layers[0].self_attn.q_proj
+    fastlora.unpatch(layer)
+    fastlora.patch(layer)
+    assert_routed(outer, ["b", "a"], expected)
+
+
+def test_copies_track_rows_again(injected: Any) -> None:
+    with fastlora.adapters(injected, ["a", "b"]):
+        injected(BATCH)
+    for made in (copy.deepcopy(injected), pickle.loads(pickle.dumps(injected))):
+        tracked = []
+        for _ in range(2):
+            with fastlora.adapters(made, ["a", "b"]):
+                made(BATCH)
+                tracked.append(is_checking_rows())
+        assert tracked == [True, False]
+
+
+def test_adapters_that_cannot_be_routed_raise(injected: Any) -> None:
+    """Other methods, layers outside the model, and an adapter without layers."""
+    other = copy.deepcopy(injected)
+    with (
+        pytest.raises(UnsupportedLayerError, match="LoRA layers outside its LlamaForCausalLM"),
+        fastlora.adapters(nn.ModuleList([injected, other]), ["a", "b"]),
+    ):
+        pass
+    for module in other.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.delete_adapter("b")
+    with (
+        pytest.raises(AdapterNotFoundError, match="no LoRA layer has the adapter 'b'"),
+        fastlora.adapters(other, ["a", "b"]),
+    ):
+        pass
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    peft.inject_adapter_in_model(config, injected, "c")
+    with (
+        pytest.raises(UnsupportedLayerError, match="k_proj' is a PEFT Linear of peft.tuners.ia3"),
+        fastlora.adapters(injected, ["a", "b"]),
+    ):
+        pass
+
+
+def test_generate_of_a_compiled_and_of_a_wrapped_model(injected: Any) -> None:
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    compiled = torch.compile(injected, backend="eager")
+    with fastlora.adapters(compiled, ["a", "b"]):
+        expected = injected.generate(BATCH, **options)
+        assert compiled.generate(BATCH, **options).equal(expected)
+    apply_only(injected, "a")
+    before, generate = injected.generate(BATCH, **options), injected.generate
+    assert compiled.generate(BATCH, **options).equal(before)
+    injected.generate = lambda *args, **kwargs: generate(*args, **kwargs)
+    fastlora.unpatch(injected)
+    assert injected.generate(BATCH, **options).equal(before)
 
 
 def test_injections_that_raise() -> None:
