@@ -51,7 +51,9 @@ class _BatchInvariantState(threading.local):
     Each thread has its own.
     """
 
-    invariant = env.batch_invariant()
+    def __init__(self) -> None:
+        # Not a class attribute: compiled graphs check only attributes of instances again.
+        self.invariant = env.batch_invariant()
 
 
 _batch_invariant_state = _BatchInvariantState()

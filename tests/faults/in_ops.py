@@ -439,4 +439,22 @@ FAULTS = (
         after="own[-1].slot + 1",
         tests=("tests/ops/test_stacks.py::test_factors_in_fp32",),
     ),
+    Fault(
+        sentence="Graphs compiled before the first use of batch-invariant mode ignore it.",
+        kind="an attribute without a guard",
+        source="f3bf933",
+        path="fastlora/ops/execution_mode.py",
+        before="""\
+    def __init__(self) -> None:
+        # Not a class attribute: compiled graphs check only attributes of instances again.
+        self.invariant = env.batch_invariant()
+""",
+        after="""\
+    invariant = env.batch_invariant()
+""",
+        tests=(
+            "tests/ops/test_execution_mode.py::"
+            "test_a_graph_compiled_before_the_first_use_of_the_mode",
+        ),
+    ),
 )

@@ -1,0 +1,27 @@
+"""How a layer's forward pass is run."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import torch
+
+from fastlora.ops.execution_mode import batch_invariant, is_batch_invariant
+
+
+def test_a_graph_compiled_before_the_first_use_of_the_mode() -> None:
+    """It is compiled again in the mode, in every thread."""
+    compiled = torch.compile(lambda x: x + is_batch_invariant(), backend="eager", fullgraph=True)
+    found: list[float] = []
+
+    def run() -> None:
+        for enabled in (False, True, False):
+            with batch_invariant() if enabled else contextlib.nullcontext():
+                found.append(compiled(torch.zeros(())).item())
+
+    for _ in range(2):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert found == [0, 1, 0] * 2
