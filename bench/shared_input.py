@@ -25,7 +25,7 @@ from fastlora.bench.mixed_strategies import Rows
 from fastlora.bench.modes import Mode
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
 from fastlora.ops.factors import Base, LayerAdapterOperands
-from fastlora.ops.operator_backend import mixed_grouped_forward
+from fastlora.ops.operator_backend import launch_mixed_group_without_operator
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
@@ -160,7 +160,9 @@ def _fastlora(p: Problem) -> list[torch.Tensor]:
         if len(layers) == 1:
             given = None, p.tables, 0, largest, x.dtype, "auto"
             return [torch.ops.fastlora.lora_linear_at(x, weights[0], None, rows, *given)[0]]
-        made = mixed_grouped_forward(x, weights, biases, rows, p.tables, 0, largest, x.dtype)
+        made = launch_mixed_group_without_operator(
+            x, weights, biases, rows, p.tables, 0, largest, x.dtype
+        )
         if made is None:
             raise RuntimeError("something observes operators, so layers do not share a launch")
         return made

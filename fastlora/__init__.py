@@ -133,12 +133,12 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 
-def _register_kernels_and_bench() -> None:
+def _register_checkout_folders_as_packages() -> None:
     """Register the folders `kernels/` and `bench/` of a source checkout as packages.
 
-    In a source checkout, the two folders are next to this package's folder. They are registered as
-    the packages `fastlora.kernels` and `fastlora.bench`, so that they can be imported. An installed
-    package contains both folders, so nothing is registered. See `setup.py` for the reason why the
+    The function makes the folders importable as `fastlora.kernels` and `fastlora.bench`. In a
+    source checkout, the two folders are next to this package's folder. An installed package
+    contains both folders, so nothing is registered. See `setup.py` for the reason why the
     folders have no `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
@@ -150,7 +150,7 @@ def _register_kernels_and_bench() -> None:
         globals()[name] = _sys.modules[spec.name] = _util.module_from_spec(spec)
 
 
-_register_kernels_and_bench()
+_register_checkout_folders_as_packages()
 
 __all__ = [
     "AdapterOptimizers",

@@ -65,7 +65,7 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint is missing, is invalid, or does not match the model.
+    """A checkpoint or an adapter is invalid or does not match the model.
 
     The checkpoint is a checkpoint of a training run, an adapter folder, or a model folder. For
     example, a file of a checkpoint is missing, damaged, or unsafe. The error is also raised if a

@@ -20,10 +20,10 @@ SVD = "_svd"
 
 
 class CombinationMethodSpec(NamedTuple):
-    """The specification of a method for combining adapters, such as ``"linear"`` or ``"ties"``.
+    """The pruning and the sign election of a method for combining adapters, such as ``"ties"``.
 
-    The method combines several tensors of the same shape into one tensor. The tensors are the
-    adapters' factors or updates.
+    A method may use one of these steps, both, or neither. The method combines several tensors of
+    the same shape into one tensor. The tensors are the adapters' factors or updates.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its

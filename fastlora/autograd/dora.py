@@ -29,7 +29,7 @@ from fastlora.autograd.lora_linear import once_differentiable_without_autocast
 from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.torch.dora import (
-    DropoutAdapter,
+    DoraAdapterWithDropout,
     dora_scale,
     forward_with_dropout,
     gradients,
@@ -54,11 +54,11 @@ class ApplyDoraScaleAndAddBias(torch.autograd.Function):
         magnitude: torch.Tensor,
         squared_norms: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Scale u by the DoRA scale, and add the bias.
+        """Scale the LoRA output, which is without bias, by the DoRA scale, and then add the bias.
 
         The DoRA scale is computed from the magnitude and the squared norms. The bias itself is not
-        scaled. Returns the sum, which is ``[..., N]`` like u. Tensors that the backward pass needs
-        are saved in ``ctx``.
+        scaled. Returns the sum, which is ``[..., N]`` like the LoRA output. Tensors that the
+        backward pass needs are saved in ``ctx``.
         """
         rows = u.reshape(-1, u.shape[-1])
         y = scale_and_add_bias(rows, bias, dora_scale(magnitude, squared_norms))
@@ -112,7 +112,7 @@ def _enumerate_adapters_with_rows(
     slot_of_adapter: list[int],
     dropout_p: list[float],
     impl: str,
-) -> Iterator[tuple[int, torch.Tensor, slice, DropoutAdapter]]:
+) -> Iterator[tuple[int, torch.Tensor, slice, DoraAdapterWithDropout]]:
     """Iterate over the adapters that have rows in the batch.
 
     For each of these adapters, yields a tuple (index, rows, positions, adapter). ``index`` is the
@@ -125,19 +125,20 @@ def _enumerate_adapters_with_rows(
     for place, own in enumerate(_chunked(_EACH, adapters)):
         start, stop = starts[slot_of_adapter[place]], starts[slot_of_adapter[place] + 1]
         if start < stop:
-            adapter = DropoutAdapter._make((*own, dropout_p[place], impl))
+            adapter = DoraAdapterWithDropout._make((*own, dropout_p[place], impl))
             seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
             rows = batch.order[start:stop].long().to(x.device)
             yield place, rows, slice(start, stop), adapter._replace(seed=seed)
 
 
-def _allocate_s_and_z(
+def _allocate_intermediates_s_and_z(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the tensors for the intermediate results s and z.
+    """Allocate the tensors for the intermediate results s and z of DoRA's forward pass.
 
-    `_dora_with_dropout` computes s and z. If ``needs_z`` is False, z has no rows. The tensors are
-    not initialized. Only the rows of adapters are used later.
+    `_dora_with_dropout` computes s and z, and the backward pass uses them. The tensor s is for
+    ``dropout(x) @ lora_a.T``, and z is for ``dropout(x) @ weight.T``. If ``needs_z`` is False, z
+    has no rows. The tensors are not initialized. Only the rows of adapters are used later.
     """
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if needs_z else 0, y.shape[1])
@@ -176,7 +177,7 @@ def _dora_with_dropout(
     rows.
     """
     y = y.clone(memory_format=torch.contiguous_format)
-    s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])
+    s, z = _allocate_intermediates_s_and_z(y, x, batch[0], batch[-1])
     for _, rows, part, adapter in _enumerate_adapters_with_rows(x, *batch[:-1]):
         y[rows], own_s, own_z = forward_with_dropout(
             y[rows], x[rows], weight, None, adapter, inplace=True
@@ -191,7 +192,7 @@ def _dora_with_dropout(
 def _(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return y.new_empty(y.shape), *_allocate_s_and_z(y, x, batch[0], batch[-1])
+    return y.new_empty(y.shape), *_allocate_intermediates_s_and_z(y, x, batch[0], batch[-1])
 
 
 @register_implementation("dora_dropped_backward")
@@ -260,8 +261,8 @@ class DoraLinearWithDropout(torch.autograd.Function):
         """Compute the output of a linear layer with DoRA adapters.
 
         The adapters have active dropout with the probabilities ``dropout_p``. ``adapters`` contains
-        six tensors for each adapter; see `DropoutAdapter`. The output is computed from the base
-        layer's output ``base``, or from weight and bias if ``base`` is None. Tensors that the
+        six tensors for each adapter; see `DoraAdapterWithDropout`. The output is computed from the
+        base layer's output ``base``, or from weight and bias if ``base`` is None. Tensors that the
         backward pass needs are saved in ``ctx``.
 
         If ``ids`` is given, the batch is mixed. ``ids [B]`` contains the slot of each sample or
@@ -272,7 +273,7 @@ class DoraLinearWithDropout(torch.autograd.Function):
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
         needs_a, needs_b, needs_m = (any(needs[at::_EACH]) for at in (8, 9, 10))
         if ids is None:
-            own = DropoutAdapter._make((*adapters, *dropout_p, impl))
+            own = DoraAdapterWithDropout._make((*adapters, *dropout_p, impl))
             y, s, z = forward_with_dropout(flat, rows, weight, bias, own)
         else:
             y, s, z = torch.ops.fastlora.dora_dropped(
@@ -302,7 +303,7 @@ class DoraLinearWithDropout(torch.autograd.Function):
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         found: Sequence[torch.Tensor | None]
         if ids is None:
-            adapter = DropoutAdapter._make((*adapters, *ctx.dropout_p, ctx.impl))
+            adapter = DoraAdapterWithDropout._make((*adapters, *ctx.dropout_p, ctx.impl))
             dx, d_weight, d_factors = gradients(
                 *(dy, rows, weight, adapter, s, z),
                 own_base=ctx.own_base,

@@ -152,22 +152,23 @@ define_operator(
 @register_composite_implicit_autograd("stacked_linear")
 def _stacked_lora_linear(
     x: torch.Tensor,
-    stack: torch.Tensor | None,
+    weight_stack: torch.Tensor | None,
     y: torch.Tensor | None,
     num_adapter_slots: int,
     *given: Any,
 ) -> torch.Tensor:
-    """Compute the output of a stack of linear layers with LoRA adapters.
+    """Multiply the sorted rows by a stack of weights, and add the LoRA updates of the adapters.
 
-    This function implements the operator ``fastlora::stacked_linear``, which decomposes when
-    autograd is traced. The sorted rows are multiplied by the weights of the stack, and the LoRA
-    updates are added to the products. If y ``[P, N]`` is given, y is also added to the products.
-    Without a stack, the LoRA updates are added to y. There may be no adapters.
+    If y ``[P, N]`` is given, y is also added to the products. Without a weight stack, the LoRA
+    updates are added to y. There may be no adapters. This function implements the operator
+    ``fastlora::stacked_linear``, which decomposes when autograd is traced.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackedWeightAdapterOperands(*operands)
-    if stack is not None:
-        product = stacked_lora_linear(x, stack, None, num_adapter_slots, adapters, rows, impl)
+    if weight_stack is not None:
+        product = stacked_lora_linear(
+            x, weight_stack, None, num_adapter_slots, adapters, rows, impl
+        )
         return product if y is None else product + y
     if y is None:
         raise ValueError("neither a stack nor y is given")

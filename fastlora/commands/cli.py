@@ -256,8 +256,8 @@ def adapter_facts(path: str) -> dict[str, Any]:
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
     from fastlora.model.expert_files import (
-        InferredLayerSettings,
-        infer_layer_settings,
+        InferredLoraSettings,
+        infer_lora_settings,
     )
 
     header = inspect_adapter_folder(path)
@@ -267,7 +267,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         for key, (module, kind) in header.keys.items()
         if kind.endswith("_A")
     }
-    sizes = infer_layer_settings(config, rows)
+    sizes = infer_lora_settings(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]
@@ -279,7 +279,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or InferredLayerSettings(None, None, None))._asdict(),
+                **(size or InferredLoraSettings(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,

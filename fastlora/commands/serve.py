@@ -210,10 +210,9 @@ class _LoadingThread(threading.Thread):
         self.error: BaseException | None = None
         app.on_startup = self.start
 
-    def run(self) -> None:
-        """Start serving the model.
+    def run(self: _LoadingThread) -> None:
+        """Load the model and the adapters in the thread, and then start serving the model.
 
-        This method runs in the thread. The model and the adapters are loaded before serving starts.
         If loading fails, the server is stopped.
         """
         try:

@@ -16,7 +16,7 @@ from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.base_layers import tensor_parallel_style
 from fastlora.layers.tensor_parallel import TensorParallelLoraLinear
 from fastlora.model import LoraModel
-from fastlora.model.base_modules import named_outer_modules
+from fastlora.model.base_modules import named_modules_outside_adapters
 from fastlora.sharding import clip_grads_with_norm_, total_norm
 from fastlora.validation import AdapterStateError
 
@@ -73,7 +73,9 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
     from torch.distributed.tensor.parallel import parallelize_module
 
     base = model.get_base_model()
-    layers = {n: m for n, m in named_outer_modules(base) if isinstance(m, FastLoraLinear)}
+    layers = {
+        n: m for n, m in named_modules_outside_adapters(base) if isinstance(m, FastLoraLinear)
+    }
     for name, layer in layers.items():
         if layer.merged:
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")

@@ -87,12 +87,12 @@ def import_from_peft(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Inject an adapter into a model in place, and return the model.
+    """Inject LoRA layers that run with fastlora into a model in place, and return the model.
 
     For LoRA, this function is a drop-in replacement for PEFT's function of the same name. PEFT
-    creates the LoRA layers, and `patch` then patches them to run with fastlora. Use `unpatch` to
-    restore PEFT's own layers. The result is the model itself, without a `peft.PeftModel` around
-    it. `fastlora.adapters` accepts the model.
+    creates the LoRA layers, and `patch` then patches them: the class of each supported layer is
+    replaced with a subclass of fastlora. Use `unpatch` to restore PEFT's own layers. The result is
+    the model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

@@ -12,7 +12,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft.tuners.lora import LoraModel as PeftLoraModel
@@ -41,7 +41,7 @@ from fastlora.layers.quantized import (
 )
 from fastlora.layers.quantized_base import (
     call_base_layer,
-    clear_weight_dependent_caches,
+    clear_base_and_adapter_caches,
     fallback_reason_base_called,
     quantized_base_for_kernels,
     quantized_base_of_layer,
@@ -63,6 +63,9 @@ from fastlora.routing.ids import BASE, names_and_slots
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 
+# A layer whose class derives from `_FusedForwardMixin` and from the class of PEFT's layer.
+_PatchedPeftLayer: TypeAlias = Any
+
 
 class _FusedForwardMixin(BaseAdapterLayer):
     """Mixin that gives PEFT's LoRA layers fastlora's fused forward pass.
@@ -72,7 +75,9 @@ class _FusedForwardMixin(BaseAdapterLayer):
     layer class in the list of base classes.
     """
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self: _PatchedPeftLayer, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Run the layer's forward pass.
 
         The layer is run with fastlora if possible, or else with PEFT's ``forward`` method. The
@@ -99,7 +104,11 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return to_base_output_dtype(call, base, forward(call, base))
 
     def _read_or_call_base_layer(
-        self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
+        self: _PatchedPeftLayer,
+        call: UniformCall | MixedCall,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Base:
         """Return the base layer's weight and bias, or call the layer and return its output.
 
@@ -114,7 +123,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
             return base
         return Base(y=call_base_layer(call, module, *args, **kwargs))
 
-    def _fusable_base(self: Any) -> Base | None:
+    def _fusable_base(self: _PatchedPeftLayer) -> Base | None:
         module = self.base_layer
         return (
             quantized_base_of_layer(self)
@@ -122,10 +131,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
             else Base(module.weight, module.bias)
         )
 
-    def _local_weight_if_quantized(self: Any) -> BaseQuantizedWeight | None:
+    def _local_weight_if_quantized(self: _PatchedPeftLayer) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
-    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self: _PatchedPeftLayer, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the layer or update an existing adapter, as PEFT does.
 
         The state that fastlora keeps is then updated: the adapter's scaling is moved to the device
@@ -135,10 +144,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
         self._move_scalings_to_factors([adapter_name])
         self._clear_model_packed_factors()
 
-    def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT does.
+    def delete_adapter(self: _PatchedPeftLayer, adapter_name: str) -> None:
+        """Delete an adapter from the layer, and clear the layer's caches.
 
-        PEFT deletes the adapter from the layer. The layer's caches are then cleared.
+        The adapter is deleted by PEFT's own method.
 
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
@@ -148,24 +157,24 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
         clear_layer_caches(self)
 
-    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+    def merge(self: _PatchedPeftLayer, *args: Any, **kwargs: Any) -> None:
         """Merge adapters into the base weight, as PEFT's layer does.
 
         The caches that fastlora keeps for the layer's weights are cleared first.
         """
-        clear_weight_dependent_caches(self)
+        clear_base_and_adapter_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
-    def unmerge(self: Any) -> None:
-        """Unmerge the adapters, as PEFT does.
+    def unmerge(self: _PatchedPeftLayer) -> None:
+        """Unmerge the adapters from the layer's base weight.
 
-        PEFT unmerges the adapters from the layer's base weight. The caches that fastlora keeps for
-        the layer's weights are cleared first.
+        Before PEFT's own method unmerges the adapters, the caches that fastlora keeps for the
+        layer's weights are cleared.
         """
-        clear_weight_dependent_caches(self)
+        clear_base_and_adapter_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
-    def _check_layer_supports_mixed_batch(self: Any, routing: Routing) -> None:
+    def _check_layer_supports_mixed_batch(self: _PatchedPeftLayer, routing: Routing) -> None:
         """Raise `UnsupportedLayerError` if the layer does not support a mixed batch.
 
         The layer does not support the batch if an adapter in the routing uses a PEFT variant of
@@ -180,7 +189,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
                     "mixed batches"
                 )
 
-    def _applied_adapters(self: Any) -> list[str]:
+    def _applied_adapters(self: _PatchedPeftLayer) -> list[str]:
         """Return the names of the adapters that the layer applies.
 
         These are the active adapters of the layer. The list is empty if adapters are disabled or
@@ -193,15 +202,15 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return [] if any(_has_unsupported_variant(self, name) for name in names) else names
 
     @property
-    def _disabled(self: Any) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
+    def _disabled(self: _PatchedPeftLayer) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
         return self.disable_adapters
 
-    def fusion(self: Any, gathered: bool = False) -> FusionStatus:
+    def fusion(self: _PatchedPeftLayer, fsdp_gathered: bool = False) -> FusionStatus:
         """Return the fusion status of the layer.
 
         The status states whether the layer is fused and, if not, the reason. A fused layer computes
-        the base GEMM and the LoRA update in one call. ``gathered`` means that FSDP2 replaces shards
-        with plain parameters during the forward pass.
+        the base GEMM and the LoRA update in one call. ``fsdp_gathered`` means that FSDP2 replaces
+        shards with plain parameters during the forward pass.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
@@ -209,9 +218,9 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 variant = type(self.lora_variant[name]).__name__
                 return FusionStatus(False, f"adapter {name!r} uses {variant}, which runs in PEFT")
         reason = fallback_reason_not_plain_linear(
-            self.base_layer, gathered
+            self.base_layer, fsdp_gathered
         ) and fallback_reason_base_called(self)
-        return fusion_status(self, names, reason, gathered)
+        return fusion_status(self, names, reason, fsdp_gathered)
 
 
 def _has_unsupported_variant(layer: Any, name: str) -> bool:
@@ -295,19 +304,19 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return FusionStatus(False, f"{found.__name__} computes it with its module")
 
 
-def _copy_dunder_name_from_peft_base(cls: type) -> type:
-    """Set the ``__name__`` of a patched class to the name of its PEFT base class.
+def _set_printed_name_to_peft_base(cls: type) -> type:
+    """Set the name that printed models show for a patched class to that of its PEFT base class.
 
-    Printed models and `get_layer_status` then show PEFT's class name. ``__qualname__``, which
-    pickles use, does not change. The class itself is returned, so that this function can be used as
-    a decorator.
+    The function sets ``__name__``, which `get_layer_status` also shows. The class keeps its
+    ``__qualname__``, which pickles use. The class itself is returned, so that this function can be
+    used as a decorator.
     """
     cls.__name__ = next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("peft."))
     return cls
 
 
-_copy_dunder_name_from_peft_base(FastPeftLinear)
-_copy_dunder_name_from_peft_base(FastPeftParamWrapper)
+_set_printed_name_to_peft_base(FastPeftLinear)
+_set_printed_name_to_peft_base(FastPeftParamWrapper)
 
 
 @functools.cache
@@ -325,7 +334,7 @@ def _patched_class_for(peft_class: type) -> type | None:
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
-    return _copy_dunder_name_from_peft_base(
+    return _set_printed_name_to_peft_base(
         type(f"Fast{peft_class.__name__}", (_FusedForwardMixin, peft_class), members)
     )
 
@@ -437,13 +446,13 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Context manager that enables PEFT's forward hooks, or routes rows to adapters instead.
+        """Context manager that routes each row of a batch as ``adapter_names`` specifies.
 
-        This method overrides PEFT's method of the same name. During the ``with`` block, each row is
-        routed to the adapter that ``adapter_names`` assigns to the row. The assignment is computed
-        once for the whole model, whereas PEFT computes the assignment at every layer. PEFT's
-        forward hooks are enabled if there are no ``adapter_names``, if the model is in training
-        mode, or if fastlora cannot route the batch.
+        This method overrides PEFT's method of the same name. During the ``with`` block, fastlora
+        routes each row to its adapter. The routing is computed once for the whole model, whereas
+        PEFT assigns the rows to adapters at every layer. PEFT's own method is used, and enables
+        PEFT's forward hooks, if there are no ``adapter_names``, if the model is in training mode,
+        or if fastlora cannot route the batch.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -483,7 +492,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return found
 
 
-_copy_dunder_name_from_peft_base(FastPeftLoraModel)
+_set_printed_name_to_peft_base(FastPeftLoraModel)
 
 
 class PatchedModelRouter:
@@ -765,10 +774,11 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place, and return their number.
+    """Patch a PEFT model in place, and return the number of its LoRA layers.
 
-    The returned number includes LoRA layers of classes that fastlora does not patch, which remain
-    unchanged. The model's tuners are also patched.
+    The LoRA layers are patched to run with fastlora. The returned number includes LoRA layers of
+    classes that fastlora does not patch, which remain unchanged. The model's tuners are also
+    patched.
     """
     seen = 0
     for module in model.modules():
@@ -804,13 +814,13 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def peft_layer_fusion_status(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
+def peft_layer_fusion_status(module: nn.Module, fsdp_gathered: bool = False) -> FusionStatus | None:
     """Return the fusion status of a PEFT LoRA layer.
 
     The result is None for any other module.
     """
     if isinstance(module, _FusedForwardMixin):
-        return module.fusion(gathered)
+        return module.fusion(fsdp_gathered)
     if isinstance(module, FastPeftParamWrapper):
         return module.fusion()
     if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above

@@ -25,7 +25,7 @@ from fastlora.layers import parts
 from fastlora.layers.adapter_factors import fallback_reason_adapter_called
 from fastlora.layers.adapter_init import AdapterInitializer
 from fastlora.layers.call import MixedCall, UniformCall
-from fastlora.layers.dora_norms import may_cache_tensors
+from fastlora.layers.dora_norms import is_not_capturing_cuda_graph
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import (
     LayerAdapterSettings,
@@ -149,8 +149,8 @@ class ParameterLoraLayer(LoraLayer):
         kind = type(self.get_base_layer()).__name__
         return FusionStatus(False, f"the layer of its {kind} adds its update")
 
-    def _num_rank_blocks(self, part: str) -> int:
-        return self.num_matrices if part == "lora_A" else 1
+    def _num_rank_blocks(self, factor_name: str) -> int:
+        return self.num_matrices if factor_name == "lora_A" else 1
 
     def view_as_stack(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor as a stack of matrices.
@@ -207,7 +207,7 @@ class ParameterLoraLayer(LoraLayer):
             or watched.t().is_contiguous()  # Nothing is copied.
             or fully_shard_was_called()  # A newly gathered tensor may reuse the last one's memory.
             or is_being_compiled()
-            or not may_cache_tensors(watched.device)
+            or not is_not_capturing_cuda_graph(watched.device)
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
@@ -256,13 +256,13 @@ class ParameterLoraLayer(LoraLayer):
         weight: torch.Tensor,
         adapter_name: str,
         sign: float,
-        scale: torch.Tensor | None = None,
+        dora_row_scale: torch.Tensor | None = None,
     ) -> None:
         """Add an adapter's delta weight, multiplied by ``sign``, to a weight in place.
 
         The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
-        which are changed one by one. ``scale`` is the DoRA scale, which is always None
-        here, because adapters on parameters do not use DoRA.
+        which are changed one by one. ``dora_row_scale`` is always None here, because
+        adapters on parameters do not use DoRA.
         """
         factors = rank_row_views(*self._factors(adapter_name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -441,7 +441,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         applied = {} if routing is not None else self._adapters_for_all_rows_by_parameter()
         if routing is None and not applied:
             return self.base_layer(x, *args, **kwargs)
-        conditions = self._check_execution_mode(x)
+        conditions = self._check_mode_is_supported(x)
         self._check_parameters_not_sharded()
         if routing is None:
             return self._run(applied, conditions, x, *args, **kwargs)

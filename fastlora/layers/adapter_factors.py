@@ -49,11 +49,11 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
     return any(map(_hooks_of, tensors)) or any(map(_post_hooks_of, tensors))
 
 
-def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight of an `nn.Linear` that has no hooks.
+def weight_of_linear_without_hooks(module: nn.Module) -> torch.Tensor | None:
+    """Return the weight of a module if it is an `nn.Linear` that has no hooks, and else None.
 
-    Returns None for any other module. An instance of a subclass counts as another module, and so
-    does an `nn.Linear` whose weight is not a plain `nn.Parameter`.
+    The result is also None for an instance of a subclass of `nn.Linear`, and for an `nn.Linear`
+    whose weight is not a plain `nn.Parameter`.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
@@ -74,24 +74,24 @@ def _weight_was_replaced_with_tensor(module: nn.Module) -> bool:
     return weight is not None and not isinstance(weight, nn.Parameter)
 
 
-def factors_from_parameters(
+def factors_without_calling_modules(
     layer: BaseLinearWithAdapters,
     name: str,
     call: UniformCall | MixedCall | None = None,
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors for a layer, without calling the adapter's modules.
+    """Return an adapter's factors for a layer, or None if the adapter's modules must be called.
 
-    The factors are taken from the parameters of the modules, and include the scaling, the dropout
-    probability, and the DoRA magnitude. The result is None if the modules must be called instead,
-    for example because they have hooks.
+    The factors are taken from the parameters of the modules, which are not called. The factors
+    include the scaling, the dropout probability, and the DoRA magnitude. Modules must be called,
+    for example, if they have hooks.
 
     Args:
         layer: The layer, which must have the adapter.
         name: The adapter's name.
-        call: If given, the scaling is the tensor that `scaling_as_scalar_tensor` returns. Otherwise
-            it is the layer's own value.
+        call: If given, the scaling is the tensor that `scaling_as_fp32_or_fp64_scalar` returns.
+            Otherwise it is the layer's own value.
         with_dropout: Whether dropout can be active. If False, the dropout module is ignored.
     """
     # Read the module dicts directly: each attribute lookup takes microseconds in a large model.
@@ -115,7 +115,7 @@ def factors_from_parameters(
         # This is `layer.scaling[name]` without the property's Python call.
         scaling = layer.__dict__["_scaling"][name]
     else:
-        scaling = scaling_as_scalar_tensor(layer, name, call)
+        scaling = scaling_as_fp32_or_fp64_scalar(layer, name, call)
     magnitudes = modules.get("lora_magnitude_vector")
     magnitude = None
     if magnitudes is not None and name in magnitudes._modules:
@@ -150,8 +150,8 @@ def fallback_reason_adapter_called(
     """
     for name in names:
         factors = (
-            weight_of_plain_linear(layer.lora_A[name]),
-            weight_of_plain_linear(layer.lora_B[name]),
+            weight_of_linear_without_hooks(layer.lora_A[name]),
+            weight_of_linear_without_hooks(layer.lora_B[name]),
         )
         if any(factor is None for factor in factors):
             modules = layer.lora_A[name], layer.lora_B[name]
@@ -171,7 +171,7 @@ def fallback_reason_adapter_called(
     return ""
 
 
-def scaling_as_scalar_tensor(
+def scaling_as_fp32_or_fp64_scalar(
     layer: BaseLinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
     """Return an adapter's scaling as an fp32 or fp64 scalar tensor.
@@ -192,7 +192,9 @@ def scaling_as_scalar_tensor(
     return torch.full((), value, dtype=exact, device=x.device)
 
 
-def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def scalings_as_fp32_or_fp64_tensor(
+    values: Sequence[float | torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     """Return a list of scalings as one fp32 or fp64 tensor.
 
     The tensor is ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and fp32
@@ -225,9 +227,11 @@ def dora_scales_of_adapters(
     layer, compiling = call.layer, call.conditions.compiling
     sums = []
     for name in names:
-        scaling = scaling_as_scalar_tensor(layer, name, call) if compiling else layer.scaling[name]
+        scaling = (
+            scaling_as_fp32_or_fp64_scalar(layer, name, call) if compiling else layer.scaling[name]
+        )
         sums.append(cached_adapted_squared_norms(layer, name, scaling, compiling))
-    squares = layer._reduce_norms_and_replace_zeros(sums)
+    squares = layer._reduce_squares_and_replace_zeros(sums)
     magnitudes = [layer._local_magnitude(name) for name in names]
     return list(zip(magnitudes, squares, strict=True))
 
@@ -282,7 +286,9 @@ class AdapterSource(Protocol):
 
 
 class ParameterSource:
-    """`AdapterSource` that takes adapter factors from the parameters of the model's layers.
+    """`AdapterSource` for the adapters in the layers of a model.
+
+    The adapters' factors are taken from the parameters of the layers.
 
     Args:
         names: Name of the adapter in each slot.

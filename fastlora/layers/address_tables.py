@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fastlora.layers.adapter_factors import factors_from_parameters
+from fastlora.layers.adapter_factors import factors_without_calling_modules
 from fastlora.ops.factors import AddressTables, Factors
 from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
@@ -126,7 +126,7 @@ def _collect_factors(
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue
-            factors = factors_from_parameters(layer, name, with_dropout=False)
+            factors = factors_without_calling_modules(layer, name, with_dropout=False)
             if factors is None:
                 return None
             found.append((row, column, factors))

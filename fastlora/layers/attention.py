@@ -85,15 +85,14 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Counterpart of the ``_qkv_same_embed_dim`` attribute of `nn.MultiheadAttention`.
+        """Whether q, k, and v have the same embedding dimension, as in `nn.MultiheadAttention`.
 
-        The value is that of the base layer, except that it is False while an adapter applies. The
-        base layer's value is True for every supported module.
+        The value mirrors the attribute of the base layer, which is True for every supported module.
+        While an adapter applies, however, the value is False.
 
-        The attribute of `nn.MultiheadAttention` states whether q, k, and v have the same embedding
-        dimension. In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself
-        only if the attribute is True. The value False makes the encoder layer call this layer.
-        Otherwise, the encoder layer would ignore the adapters.
+        In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself only if
+        the attribute is True. The value False makes the encoder layer call this layer. Otherwise,
+        the encoder layer would ignore the adapters.
         """
         return not self._applied_adapters() and not self._out()._applied_adapters()
 
@@ -102,10 +101,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of the LoRA layers inside this layer.
+        """Return the LoRA layers inside this adapted attention module, by relative name.
 
-        The dict maps relative names to layers. The only entry is the LoRA layer of out_proj,
-        because the adapters of in_proj belong to this layer itself.
+        The adapters of in_proj belong to this layer itself. The dict therefore contains only the
+        LoRA layer of out_proj.
         """
         return {_OUT: self._out()}
 
@@ -152,7 +151,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         own, inner = self._applied_adapters(), self._out()._applied_adapters()
         if routing is not None or not (own or inner):
             return self.base_layer(query, *args, **kwargs)
-        conditions = self._check_execution_mode(query)
+        conditions = self._check_mode_is_supported(query)
         base = self.base_layer
         weight = _add_lora_updates(self, base.in_proj_weight, own)
         out_weight = _add_lora_updates(self._out(), self._out().weight, inner)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from fastlora.deprecation import RenamedAttribute, without_old_names
-from fastlora.layers.adapter_factors import factors_from_parameters
+from fastlora.layers.adapter_factors import factors_without_calling_modules
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
 from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
-from fastlora.layers.quantized_base import clear_weight_dependent_caches
+from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.weights_version import weights_versions
@@ -26,7 +26,7 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
     These are the caches that depend on the layer's weights. They include the packed factors that
     the layer's model caches for mixed batches.
     """
-    clear_weight_dependent_caches(layer)
+    clear_base_and_adapter_caches(layer)
     clear_group_cache(layer)
     weights_versions.invalidate_trainable_weights()  # Open blocks cache results too.
     layer._clear_model_packed_factors()
@@ -48,7 +48,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
     def __dir__(self) -> list[str]:
         return without_old_names(self, super().__dir__())
 
-    _local_factors = factors_from_parameters
+    _local_factors = factors_without_calling_modules
     _local_magnitude = dora_magnitude_of
 
     def _clear_model_packed_factors(self) -> None:
@@ -93,10 +93,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             weights_versions.invalidate_trainable_weights()
 
     def _register_load_hook_that_moves_scalings(self) -> None:
-        """Register a load hook that moves the layer's scalings to the device of its factors.
+        """Register a load hook that moves the layer's scalings to the right device.
 
         The hook runs after ``load_state_dict``, which may replace the factors with tensors on
-        another device. Each scaling is moved to the device of its adapter's factors.
+        another device. The hook moves each scaling to the device of its adapter's factors.
         """
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)

@@ -52,12 +52,11 @@ def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
     return magnitude
 
 
-def may_cache_tensors(device: torch.device) -> bool:
-    """Return whether tensors on a device may currently be cached.
+def is_not_capturing_cuda_graph(device: torch.device) -> bool:
+    """Return whether no CUDA graph is currently being captured on a device.
 
-    New tensors on a CUDA device, such as DoRA norms, must not be cached while a CUDA graph is being
-    captured. The result is always True for any other device. The function does not check whether a
-    graph is being compiled.
+    New tensors, such as DoRA norms, must not be cached while a CUDA graph is being captured. The
+    result is always True for a device that is not a CUDA device.
     """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -67,7 +66,7 @@ def base_weight_stamp(layer: BaseLinearWithAdapters) -> TensorStamp | None:
 
     The stamp is a `TensorStamp` that identifies the current state of the weight. Returns None if
     changes to the weight cannot be detected. The same stamp is returned until the weight changes or
-    `clear_weight_dependent_caches` clears the stamp.
+    `clear_base_and_adapter_caches` clears the stamp.
     """
     watched = _base_stamp_arguments(layer)
     if watched is None:
@@ -101,7 +100,7 @@ def base_squared_norms(
     if compiling:
         return squared_row_norms(weight, in_one_pass=True)
     base = None
-    if may_cache_tensors(weight.device):
+    if is_not_capturing_cuda_graph(weight.device):
         trains = not isinstance(weight, RowChunkedWeight) and weight.requires_grad
         if trains and torch.is_grad_enabled():
             # The weight trains: it will be written to soon, and not every optimizer changes its
@@ -144,7 +143,7 @@ def adapted_squared_norms(
     computed without storing the adapted weight. A norm of 0 is replaced by infinity. With tensor
     parallelism, the norms are summed over the processes.
     """
-    return layer._reduce_norms_and_replace_zeros(
+    return layer._reduce_squares_and_replace_zeros(
         [local_adapted_squared_norms(layer, lora_a, lora_b, scaling, compiling)]
     )[0]
 
@@ -162,7 +161,9 @@ def cached_adapted_squared_norms(
     lora_a = modules["lora_A"]._modules[name].weight
     lora_b = modules["lora_B"]._modules[name].weight
     may_cache = (
-        not compiling and may_cache_tensors(lora_a.device) and not isinstance(scaling, torch.Tensor)
+        not compiling
+        and is_not_capturing_cuda_graph(lora_a.device)
+        and not isinstance(scaling, torch.Tensor)
     )
     if may_cache and not torch.is_grad_enabled():
         base = base_weight_stamp(layer)

@@ -131,10 +131,10 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 def batch_invariance_unsupported_reason(
     inference_only: bool, autocast_dtype: torch.dtype | None
 ) -> str:
-    """Return the reason why a layer cannot run a mixed batch in batch-invariant mode.
+    """Explain why a layer cannot run a mixed batch in batch-invariant mode.
 
-    The caller has found that the layer cannot run the batch in this mode, although kernels are
-    available.
+    Returns the reason as text. The caller has already found that the layer cannot run the batch in
+    this mode, although kernels are available. The function therefore always returns a reason.
     """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"

@@ -15,7 +15,7 @@ import torch
 
 from fastlora.deprecation import renamed_arguments
 from fastlora.layers.adapter_factors import (
-    factors_from_parameters,
+    factors_without_calling_modules,
     has_gradient_hooks,
     has_module_hooks,
     promoted_factor_dtype,
@@ -77,13 +77,13 @@ class PreparedGroupLaunch:
     others: list[tuple[float, list[torch.Tensor]]]
     quantized: list[QuantizedTensor]
 
-    def matches_prepared_call(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether a call's x, base layer, and factors match those of the prepared call.
+    def can_reuse_launch(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
+        """Return whether the prepared launch can be reused for a call.
 
-        The prepared call is the call for which the launch was prepared. A matching call can use the
-        launch. The base layer and the factors must be the same as those of the prepared call. x may
-        be a new tensor if its dtype and its device are the same. The dtypes of the launch's tensors
-        and the quantized weights must be unchanged.
+        The call has the input x, the base layer ``base``, and the factors ``own``. The base layer
+        and the factors must be the same as those of the call for which the launch was prepared. x
+        may be a new tensor if its dtype and its device are the same. The dtypes of the launch's
+        tensors and the quantized weights must be unchanged.
         """
         before, known = self.own, self.base
         return (
@@ -191,7 +191,7 @@ def _groupable_operands(
     names, base = member._applied_adapters(), member._fusable_base()
     if len(names) != 1 or base is None:
         return None
-    factors = factors_from_parameters(member, names[0], call)
+    factors = factors_without_calling_modules(member, names[0], call)
     if factors is None or not _is_groupable(member, x, base, factors):
         return None
     if records:
@@ -287,7 +287,7 @@ def _factors_or_reason(
         magnitudes = member._modules.get("lora_magnitude_vector")
         if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "a layer uses DoRA"
-        factors = factors_from_parameters(member, names[0], call)
+        factors = factors_without_calling_modules(member, names[0], call)
         if factors is None:
             return None, "a layer has a factor or dropout module with hooks, or a custom one"
         return [factors], ""
@@ -361,11 +361,11 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record the reason why a compiled graph computes a layer separately from its group.
+    """Record the reason for a fallback under ``torch.compile``.
 
-    This function is called while the graph is being compiled. The layer falls back to its own pass
-    over x if it cannot use the pass that its shared-input group shares. The reason is an empty
-    string if the layer shares a pass.
+    The layer ``self`` falls back to its own pass over x if it cannot use the pass that its
+    shared-input group shares. The function is called while a graph is being compiled. The reason is
+    an empty string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 

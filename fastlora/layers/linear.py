@@ -185,9 +185,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer.
+        """Return the base linear layer, as in PEFT.
 
-        The result is this layer itself, because the layer contains the base weight.
+        A layer of this class contains the base weight and is its own base layer. The method
+        therefore returns the layer itself. `base_layer` is the base `nn.Linear` without the
+        adapters.
         """
         return self
 
@@ -210,10 +212,13 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return whether the layer's forward pass is fused and, if not, the reason.
 
-        A fused layer computes the base GEMM and the LoRA update in one call. Set ``gathered`` if
-        FSDP2 replaces the layer's shards by plain parameters during the forward pass.
+        A fused layer computes the base GEMM and the LoRA update in one call.
+
+        Args:
+            gathered: Whether FSDP2 replaces the layer's shards by plain parameters during the
+                forward pass.
         """
         if is_dtensor(self._parameters.get("weight")) and not gathered:
             return FusionStatus(False, "its base weight is sharded (a DTensor) and is not gathered")

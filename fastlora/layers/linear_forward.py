@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.layers.adapter_factors import fallback_reason_adapter_called, scaling_as_scalar_tensor
+from fastlora.layers.adapter_factors import (
+    fallback_reason_adapter_called,
+    scaling_as_fp32_or_fp64_scalar,
+)
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora import run_dora
 from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, raise_if_triton_required, uses_dora
@@ -124,7 +127,7 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
             if shared is not None and shared.y is not None:
                 return shared.y
     else:
-        first, others, bias = _concatenate_factors_unless_dropout(call, names)
+        first, others, bias = _concatenate_factors_and_sum_biases(call, names)
     if first is None:
         conditions.raise_if_batch_invariant(layer, fallback_reason_adapter_called(layer, names))
         return _add_by_calling_modules(call, base.base_layer_output(x), names)
@@ -140,15 +143,17 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
     return y
 
 
-def _concatenate_factors_unless_dropout(
+def _concatenate_factors_and_sum_biases(
     call: UniformCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Concatenate the factors of several adapters unless dropout is active.
+    """Concatenate the factors of several adapters, and sum their biases.
 
-    The factors are concatenated along the rank dimension. Returns a tuple of the concatenated
-    factors, a list of the adapters to compute separately, and the sum of the adapters' scaled
-    lora_bias ``[N]`` or None. With active dropout, the first item is the first adapter alone. The
-    first item is None if the modules of any adapter must be called.
+    The factors are concatenated along the rank dimension, so that one pass applies all adapters.
+    Returns a tuple of the concatenated factors, a list of the factors to apply separately, and the
+    sum of the adapters' scaled lora_bias ``[N]`` or None. The list is empty unless dropout is
+    active. With active dropout, nothing is concatenated or summed: the first item contains the
+    first adapter's factors, and the list contains those of the other adapters. The first item is
+    None if the modules of any adapter must be called.
     """
     found: list[Factors] = []
     for name in names:
@@ -178,7 +183,7 @@ def _add_by_calling_modules(call: UniformCall, y: torch.Tensor, names: list[str]
         down, up = layer.lora_A[name], layer.lora_B[name]
         cast = call.conditions.autocast is None and layer.cast_input_dtype_enabled
         inner = x.to(down.weight.dtype) if cast else x
-        update = up(down(layer.lora_dropout[name](inner))) * scaling_as_scalar_tensor(
+        update = up(down(layer.lora_dropout[name](inner))) * scaling_as_fp32_or_fp64_scalar(
             layer, name, call
         )
         y = (y + update).to(y.dtype)

@@ -55,7 +55,7 @@ class BaseLinearWithAdapters(nn.Module):
             compiled.
         _local_weight: Returns the base weight as a dense matrix, ``[N, K]``.
         _local_factors: Returns an adapter's factors; see
-            `fastlora.layers.adapter_factors.factors_from_parameters`.
+            `fastlora.layers.adapter_factors.factors_without_calling_modules`.
         _local_magnitude: Returns an adapter's magnitude; see
             `fastlora.layers.dora_norms.dora_magnitude_of`.
     """
@@ -128,11 +128,13 @@ class BaseLinearWithAdapters(nn.Module):
         """
         return seed
 
-    def _reduce_norms_and_replace_zeros(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Sum squared row norms over the processes of a split layer, and replace zeros.
+    def _reduce_squares_and_replace_zeros(
+        self, squared_norms: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Sum squared row norms over tensor-parallel processes, and replace zeros by infinity.
 
-        Each entry of ``sums`` contains the squared norms ``[N]`` of an adapted weight over this
-        process's columns. Each result contains the squared norms ``[N]`` of whole rows. A norm of 0
-        is replaced by infinity. By default, a process has whole rows, so no norms are summed.
+        Each entry of ``squared_norms`` contains the squared norms ``[N]`` of an adapted weight over
+        this process's columns. Each result contains the squared norms ``[N]`` of whole rows. By
+        default, a process has whole rows, so no norms are summed.
         """
-        return [replace_zeros_with_infinity(each) for each in sums]
+        return [replace_zeros_with_infinity(each) for each in squared_norms]

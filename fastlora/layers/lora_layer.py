@@ -178,15 +178,15 @@ class LoraLayer(MergeableLayer):
         """
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
-    def _num_rank_blocks(self, part: str) -> int:
+    def _num_rank_blocks(self, factor_name: str) -> int:
         """Return the number of groups or matrices into which a factor is divided.
 
         The rank dimension of the factor is divided into this number of blocks of the same size. The
-        lora_A of a convolution has one block per group, and the lora_A of a stack has one block per
+        lora_A of a convolution has one block per group. The lora_A of a stack has one block per
         matrix. Any other factor has one block.
         """
         base: Any = self.get_base_layer()
-        return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
+        return int(getattr(base, "groups", 1)) if factor_name == "lora_A" else 1
 
     # ----------------------------------------------------------------------------- adapters
 
@@ -438,10 +438,11 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in an adapter file.
+        """Return the names under which an adapter's tensors are stored in its file.
 
-        The result is a dict that maps each name in the file to the tensor's state dict key. The
-        names and the keys are relative to this layer. The tensors of inner layers are included.
+        The names in the file are the keys of the dict. Each value is the name of the same tensor in
+        the state dict. All names are relative to this layer. The tensors of inner layers are
+        included.
         """
         names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
         for below, layer in self.inner_layers().items():

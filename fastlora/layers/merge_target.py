@@ -83,12 +83,13 @@ class MergeTarget(Protocol):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn`` if needed, for example to another device.
+        """Convert a snapshot with ``fn``, or keep the snapshot as it is, and return the snapshot.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
-        ``nn.Module._apply`` applies to the module's tensors. The converted snapshot is for use
-        after the module has been converted. If `restore` does not need a converted snapshot, an
-        implementation may return ``snapshot`` itself without applying ``fn``.
+        ``nn.Module._apply`` applies to the module's tensors, for example to move the module to
+        another device. The returned snapshot is for use after the module has been converted. If
+        `restore` does not need a converted snapshot, an implementation may return ``snapshot``
+        itself without applying ``fn``.
         """
 
     def snapshot_to_dense(self, snapshot: object) -> torch.Tensor:
@@ -136,10 +137,11 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write the merged matrix back to the weight.
+        """Write the merged matrix back to the weight, unless the matrix is the weight itself.
 
-        The matrix is the result of `merge_buffer`, which for this class is the weight itself. The
-        weight therefore already has the values of the matrix, and nothing is left to write.
+        The matrix is the result of `merge_buffer`, which for this class is always the weight itself
+        in its stored form. The weight therefore already has the values of the matrix, and nothing
+        is left to convert or write.
         """
 
     def snapshot(self) -> object:

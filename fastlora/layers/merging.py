@@ -14,7 +14,7 @@ from fastlora.layers.dora_norms import base_squared_norms, base_weight_rows
 from fastlora.layers.fallback_reasons import uses_dora
 from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums, fingerprints_equal
 from fastlora.layers.module_with_adapters import ModuleWithAdapters
-from fastlora.layers.quantized_base import clear_weight_dependent_caches
+from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.scalings import Scaling
 from fastlora.ops.torch.dora import dora_scale, squared_row_norms, squared_row_norms_with_update
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -98,7 +98,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
             self.merged_adapters.append(name)
             self._add_bias_change_of_last_adapter(bias, self.merged_adapters, 1.0, scales)
         self._when_merged = [] if snapshot is None else self._weight_and_bias_fingerprints()
-        clear_weight_dependent_caches(self)
+        clear_base_and_adapter_caches(self)
 
     def _requantize_and_measure_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
         """Requantize the weight with new values, and measure the quantization error.
@@ -188,7 +188,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         self._unmerged = self.merge_error = None
         self.merged_adapters.clear()
         self._merged_scales.clear()
-        clear_weight_dependent_caches(self)
+        clear_base_and_adapter_caches(self)
 
     def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Subtract all merged adapters from a weight and a bias in place.
@@ -245,7 +245,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         for name in names:
             factors = *self._factors_for_dora_norm(name), self.scaling[name]
             sums.append(squared_row_norms_with_update(base, squares, *factors))
-        return dict(zip(names, self._reduce_norms_and_replace_zeros(sums), strict=True))
+        return dict(zip(names, self._reduce_squares_and_replace_zeros(sums), strict=True))
 
     @torch.no_grad()
     def _add_delta_weight(
@@ -253,13 +253,14 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         weight: torch.Tensor,
         adapter_name: str,
         sign: float,
-        scale: torch.Tensor | None = None,
+        dora_row_scale: torch.Tensor | None = None,
     ) -> None:
-        """Add ``sign`` times an adapter's delta weight to a weight in place.
+        """Add an adapter's delta weight, multiplied by a sign, to a weight in place.
 
         The weight is ``[N, K]``. The delta weight is ``scaling * B @ A``. The sum is rounded once.
-        For a DoRA adapter, ``scale [N]`` is its g or the inverse of g. The sum is multiplied by
-        ``scale``, or, if the update is subtracted (``sign < 0``), the weight is multiplied before.
+        For a DoRA adapter, ``dora_row_scale [N]`` is its g or the inverse of g, and scales whole
+        rows of the weight. The sum is multiplied by ``dora_row_scale``, or, if the update is
+        subtracted (``sign < 0``), the weight is multiplied before.
         """
         lora_a, lora_b, _ = self._factors(adapter_name)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -268,7 +269,11 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = weight[start : start + _MERGE_ROWS]
             factor = lora_b[start : start + _MERGE_ROWS].to(compute)
-            by = None if scale is None else scale[start : start + _MERGE_ROWS, None].to(compute)
+            by = (
+                None
+                if dora_row_scale is None
+                else dora_row_scale[start : start + _MERGE_ROWS, None].to(compute)
+            )
             wide = rows.to(compute)  # Rows that are wide already are not copied.
             if by is not None and sign < 0:
                 wide *= by
@@ -371,7 +376,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        clear_weight_dependent_caches(self)
+        clear_base_and_adapter_caches(self)
         self._clear_model_packed_factors()
         super()._load_from_state_dict(*args, **kwargs)
 

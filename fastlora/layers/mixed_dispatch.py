@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastlora.autograd.lora_linear import records_gradients
-from fastlora.layers.adapter_factors import factors_from_parameters, factors_in_slots
+from fastlora.layers.adapter_factors import factors_in_slots, factors_without_calling_modules
 from fastlora.layers.address_tables import get_or_build_address_tables
 from fastlora.layers.call import MixedCall
 from fastlora.layers.fallback_reasons import (
@@ -176,7 +176,9 @@ def slot_factors_for_compiled_graph(
     if layer.merged_adapters or call.conditions.invariant:
         return None
     found = {
-        name: factors_from_parameters(layer, name, call) for name in names if name in layer.lora_A
+        name: factors_without_calling_modules(layer, name, call)
+        for name in names
+        if name in layer.lora_A
     }
     for factors in found.values():
         if factors is None or factors.lora_a.device != call.x.device:

@@ -17,12 +17,12 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that take the place of a module and keep the original module inside.
+    """Wrapper that keeps a module and, for each adapter, a trained copy of the module or its rows.
 
-    Adapters train the wrapped module without LoRA. For each adapter, a wrapper keeps a trained copy
-    of the whole wrapped module (``modules_to_save``) or of some of its rows
-    (``trainable_token_indices``). A subclass defines what an adapter trains. Names of parameters
-    and of file keys follow PEFT.
+    The wrapper takes the place of the original module in the model. Adapters train the copies
+    without LoRA. This class is the base class of the wrappers, and a subclass defines what an
+    adapter trains: a copy of the whole module (``modules_to_save``) or of some of its rows
+    (``trainable_token_indices``). Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -64,9 +64,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a mapping between an adapter's tensor names in its file and in the state dict.
+        """Return the names under which an adapter's tensors are stored in its file.
 
-        The keys of the result are the names in the adapter file, and the values are the names in
+        The names in the file are the keys of the dict. Each value is the name of the same tensor in
         the state dict. All names are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")

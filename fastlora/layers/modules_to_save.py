@@ -73,11 +73,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a mapping between an adapter's tensor names in its file and in the state dict.
+        """Return the names under which an adapter's tensors are stored in its file.
 
-        The keys of the result are the names in the adapter file, and the values are the names in
-        the state dict. The names in the adapter file are those in the state dict of the adapter's
-        copy of the module.
+        The names in the file are the keys of the dict. Each value is the name of the same tensor in
+        the state dict. The names in the file are those in the state dict of the adapter's copy of
+        the module.
         """
         if adapter_name not in self.modules_to_save:
             return {}
@@ -92,11 +92,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the wrapped module without this wrapper.
+        """Return the original module, or the active adapter's copy of it, without the wrapper.
 
-        The returned module replaces this wrapper when the adapters are removed. If no adapter is
-        active, the original module is returned. Otherwise, the active adapter's copy of the
-        original module is returned, even if adapters are disabled.
+        The returned module replaces this wrapper when the adapters are removed. The original module
+        is returned if no adapter is active. Otherwise, the active adapter's copy is returned, even
+        if adapters are disabled.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]

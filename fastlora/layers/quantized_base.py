@@ -16,7 +16,7 @@ from torch import nn
 
 from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
-from fastlora.layers.dora_norms import may_cache_tensors
+from fastlora.layers.dora_norms import is_not_capturing_cuda_graph
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
     ProductWithRepackedCopy,
@@ -103,7 +103,7 @@ class KernelWeightCache(UncopiedCache):
                     fallback_reason_not_plain_linear(module)
                     or "its base layer's own forward pass is used"
                 )
-            elif not may_cache_tensors(kind.codes().device):
+            elif not is_not_capturing_cuda_graph(kind.codes().device):
                 return _CAPTURED
             else:
                 # A later backward pass may need it.
@@ -124,14 +124,14 @@ class KernelWeightCache(UncopiedCache):
             self._captured.append(weight)
         return Base(weight, kind.bias_for_product(weight.dtype))
 
-    def clear(self, release_captured: bool = False) -> None:
+    def clear(self, release_cuda_graph_weights: bool = False) -> None:
         """Clear the cache.
 
-        Weights that CUDA graphs read are cleared only if ``release_captured`` is set.
+        Weights that CUDA graphs read are cleared only if ``release_cuda_graph_weights`` is set.
         """
         self.dtype = self.repacked = None
         self._of = None, None, None
-        if release_captured:
+        if release_cuda_graph_weights:
             self._captured.clear()
 
     def output_from_repacked_codes(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -280,19 +280,19 @@ def to_base_output_dtype(
     return y.to(dtype)
 
 
-def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear a layer's caches that depend on its weights.
+def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: bool = False) -> None:
+    """Clear a layer's caches of values that depend on its base weight or its adapters' weights.
 
-    The weights are those of the base layer and of the adapters. The caches contain the DoRA norms,
-    the rank rows of a stack's adapters, and the quantized base weight for kernels. If
-    ``release_captured`` is set, weights that CUDA graphs read are released too.
+    The caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized base
+    weight for kernels. If ``release_cuda_graph_weights`` is set, cached weights that CUDA graphs
+    read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)
     own.pop("_rank_rows", None)
     cache = own.get("_kernel_weights")
     if isinstance(cache, KernelWeightCache):
-        cache.clear(release_captured)
+        cache.clear(release_cuda_graph_weights)
         if "_shared_input_group" in own:
             own["_shared_input_group"].launches.clear()  # Launches hold the weights too.
 

@@ -16,7 +16,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.shared_input import SharedInputGroup, observe_call
 from fastlora.ops import schema
 from fastlora.ops.factors import AddressTables, Base
-from fastlora.ops.operator_backend import mixed_grouped_forward, weight_for_kernels
+from fastlora.ops.operator_backend import launch_mixed_group_without_operator, weight_for_kernels
 from fastlora.ops.rows import Rows
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
@@ -100,7 +100,7 @@ def get_table_launch_arguments(
     )
     shared = group if len(members) > 1 else None
     found = TableLaunchArguments(
-        tables, rows, invariant, own, tables.operator_arguments(), row, shared, first, members
+        tables, rows, invariant, own, tables.tables_argument(), row, shared, first, members
     )
     if group is not None:
         call.routing.cache.layers["table_launches", layer.routing_index] = key, found
@@ -149,7 +149,7 @@ def linear_from_tables(
         )
     read: torch.Tensor | QuantizedData = base.weight
     if call.conditions.compiling:
-        operators: schema.Operators = torch.ops.fastlora
+        operators: schema.OperatorNamespace = torch.ops.fastlora
     else:
         is_coded = isinstance(read, QuantizedTensor)
         operators = schema.registered_or_direct_operators(x, in_autograd_function=is_coded)
@@ -180,7 +180,7 @@ def run_launch_with_neighbors(
     tensors = [*weights, *(bias for bias in biases if bias is not None)]
     if not all(t.dtype is x.dtype and t.device == x.device and t.is_contiguous() for t in tensors):
         return None
-    return mixed_grouped_forward(
+    return launch_mixed_group_without_operator(
         *(flat, weights, biases, launch.own, launch.tables),
         *(launch.first, launch.of.max_rank, launch.of.dtype),
     )

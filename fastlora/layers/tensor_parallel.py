@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastlora.layers.adapter_factors import has_module_hooks, scaling_as_scalar_tensor
+from fastlora.layers.adapter_factors import has_module_hooks, scaling_as_fp32_or_fp64_scalar
 from fastlora.layers.base_layers import (
     COLUMN_WISE,
     ROW_WISE,
@@ -63,7 +63,7 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.quantized_base import clear_weight_dependent_caches
+from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.ops.factors import Base, Factors
@@ -287,7 +287,9 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return Factors(
             to_local_summing_replicated_grads(self.lora_A[name].weight),
             to_local_summing_replicated_grads(up.weight),
-            self.scaling[name] if call is None else scaling_as_scalar_tensor(self, name, call),
+            self.scaling[name]
+            if call is None
+            else scaling_as_fp32_or_fp64_scalar(self, name, call),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
@@ -325,17 +327,19 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
 
-    def _reduce_norms_and_replace_zeros(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if self.style == ROW_WISE and sums:
-            joined = torch.stack(list(sums))  # One message for all sums.
+    def _reduce_squares_and_replace_zeros(
+        self, squared_norms: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        if self.style == ROW_WISE and squared_norms:
+            joined = torch.stack(list(squared_norms))  # One message for all sums.
             dist.all_reduce(joined, group=self.base_layer.weight.device_mesh.get_group())
-            sums = joined.unbind()
-        return super()._reduce_norms_and_replace_zeros(sums)
+            squared_norms = joined.unbind()
+        return super()._reduce_squares_and_replace_zeros(squared_norms)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The caller may write into the tensors' local parts, as dcp.load does. No version records
         # that.
-        clear_weight_dependent_caches(self)
+        clear_base_and_adapter_caches(self)
         super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report
@@ -382,10 +386,10 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's delta weight ``scaling * B @ A``.
+        """Return an adapter's delta weight ``scaling * B @ A`` for the whole tensor-parallel layer.
 
-        The delta weight ``[N, K]`` covers the whole layer and is not sharded. All processes must
-        call this method.
+        The delta weight ``[N, K]`` is gathered from the shards, so all processes must call this
+        method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -38,10 +38,10 @@ class _TransposedEmbeddingFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight that the tied output head takes from the embedding's adapter.
+        """The weight that the tied output head shares with the embedding, transposed.
 
-        This weight is a LoRA factor of the head, and is a transposed view of one of the embedding's
-        factors.
+        The shared weight is a LoRA factor of the embedding's adapter, and not the embedding matrix.
+        The property returns a transposed view of this factor.
         """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]

@@ -85,8 +85,10 @@ class BaseUnfusedLoraLayer(LoraLayer):
         kind = type(self.base_layer).__name__
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
-    def _check_execution_mode(self, x: torch.Tensor) -> ExecutionMode:
-        """Check that the layer can run in the execution mode for x, and return the mode.
+    def _check_mode_is_supported(self, x: torch.Tensor) -> ExecutionMode:
+        """Check that the layer supports the execution mode for the input x, and return the mode.
+
+        The mode is determined by `execution_mode_of`.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
@@ -152,7 +154,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         names = self._applied_adapters() if routing is None else []
         if routing is None and not names:
             return y
-        conditions = self._check_execution_mode(x)
+        conditions = self._check_mode_is_supported(x)
         if routing is not None:
             routing.check_gets_all_rows(self, x, conditions.compiling)
             with contextlib.nullcontext() if conditions.compiling else routing.pause_row_tracking():

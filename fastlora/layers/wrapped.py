@@ -30,17 +30,17 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps another module, such as a linear layer from another library.
+    """LoRA layer that wraps a module of the base model and adds adapters to it.
 
-    The wrapped module is the base layer, and may be any linear-like module. The LoRA layer
-    computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``, usually by calling
-    the base layer and adding the update to its output.
+    The wrapped module is the base layer. The base layer is a linear-like module that is not a plain
+    `nn.Linear`: a quantized layer, a tensor-parallel layer, a layer that hooks offload, or Hugging
+    Face's Conv1D.
 
-    The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
-    layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
-    added to the base layer's output in place where that is safe. If kernels run and can read the
-    quantized base weight, the kernels compute the base product too, and the base layer is not
-    called.
+    The LoRA layer computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``,
+    usually by calling the base layer and adding the update to its output. Without gradients, the
+    update is added to the base layer's output in place where that is safe. If kernels run and can
+    read the quantized base weight, the kernels compute the base product too, and the base layer is
+    not called.
 
     Args:
         base_layer: Any linear-like module.

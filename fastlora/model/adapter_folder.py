@@ -456,7 +456,7 @@ def _check_factor(
 
 
 def _may_be_stacked_rank(config: LoraConfig, rank_dim_size: int) -> bool:
-    """Return whether the size of a rank dimension may be the combined rank of stacked matrices.
+    """Return whether the size of a rank dimension could be the combined rank of stacked matrices.
 
     A target parameter may be a stack of matrices, such as the weights of several experts. The rank
     dimension of its factors then has the combined rank, which is the adapter's rank multiplied by

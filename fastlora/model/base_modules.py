@@ -20,11 +20,11 @@ _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
-def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes that wrappers such as ``torch.compile`` and FSDP add to a name.
+def strip_compile_and_fsdp_prefixes(name: str) -> str:
+    """Remove the prefixes that ``torch.compile`` and FSDP add to the name of a module or tensor.
 
-    The name is that of a module or tensor. The prefixes of ``torch.compile``, FSDP1, and activation
-    checkpointing are removed wherever they occur in the name.
+    The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
+    occur in the name.
     """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
@@ -92,15 +92,15 @@ def base_module_of(module: nn.Module) -> nn.Module:
     )
 
 
-def named_outer_modules(
+def named_modules_outside_adapters(
     model: nn.Module, *, remove_duplicate: bool = True, include_inner_lora_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return the named modules of a model that are not inside LoRA layers or wrappers.
+    """Return the named modules of a model that are not inside modules with adapters.
 
-    The result is a list of tuples ``(name, module)``, in the order of ``named_modules()``. The LoRA
-    layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included. Of the modules
-    inside LoRA layers and wrappers, only inner LoRA layers can be included. The running time does
-    not depend on the number of adapters.
+    Modules with adapters are LoRA layers and auxiliary wrappers (see `is_auxiliary_wrapper`). These
+    modules themselves are included. Of the modules inside them, only inner LoRA layers can be
+    included. The result is a list of tuples ``(name, module)``, in the order of
+    ``named_modules()``. The running time does not depend on the number of adapters.
 
     Args:
         model: The model, with or without adapters.
@@ -148,15 +148,15 @@ def modules_with_original_names(
 
     The original names are those in the base model without adapters. Modules that belong to an
     adapter are left out. A LoRA layer or wrapper is listed in place of the module that it replaced,
-    under the name of that module. In addition to the modules that `named_outer_modules` returns,
-    the modules inside wrapped modules are included.
+    under the name of that module. The modules inside wrapped modules are included in addition to
+    those that `named_modules_outside_adapters` returns.
 
     Returns:
         A list of tuples ``(name, module, wrapped)``. ``wrapped`` is True if the module is a wrapper
         or is inside a wrapped module.
     """
     found: ModulesWithOriginalNames = []
-    for name, module in named_outer_modules(model, remove_duplicate=remove_duplicate):
+    for name, module in named_modules_outside_adapters(model, remove_duplicate=remove_duplicate):
         wraps = bool(module._modules) and is_auxiliary_wrapper(module)
         found.append((name, module, wraps))
         if wraps:

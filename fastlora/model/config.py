@@ -279,13 +279,12 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the config describes a plain LoRA adapter.
+        """Check that the config describes plain LoRA, which does not change the base weights.
 
-        Here, an adapter is plain if it was trained on the original base weights, even if it uses
-        DoRA or other features. Some initialization methods change the base weights, and the adapter
-        is then trained on the changed weights. If this change to the base weights must be repeated
-        when the adapter is loaded, an error is raised. If PEFT does not repeat the change to the
-        base weights either, only a warning is emitted.
+        Some initialization methods change the base weights, and the adapter is then trained on the
+        changed weights. If this change to the base weights must be repeated when the adapter is
+        loaded, an error is raised. If PEFT does not repeat the change to the base weights either,
+        only a warning is emitted. DoRA, rank patterns, and other features are allowed.
 
         Args:
             what: A description of the operation's result, as the subject of the message.

@@ -30,10 +30,10 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Enum of the PEFT types that fastlora supports.
+    """Enum of PEFT types, with LoRA as its only member.
 
-    The enum stands in for PEFT's ``PeftType``. LoRA is the only member, because fastlora supports
-    no other type.
+    The enum stands in for PEFT's ``PeftType``. The other PEFT types are missing because fastlora
+    supports only LoRA.
     """
 
     LORA = "LORA"

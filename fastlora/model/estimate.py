@@ -62,20 +62,19 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters.
+        """The number of trainable parameters as a share of the base model's parameters.
 
-        The value is the number of trainable parameters divided by the number of parameters of the
-        base model.
+        The value is a fraction: the number of trainable parameters divided by the number of
+        parameters of the base model.
         """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The estimated size of the training state in bytes.
+        """The estimated memory in bytes for trainable weights, gradients, and optimizer state.
 
-        The training state consists of the trainable parameters, their gradients, and the optimizer
-        state. The memory for the base model, activations, and dequantized weights (see
-        `workspace_bytes`) is not included.
+        The weights are the trainable parameters. The memory for the base model, activations, and
+        dequantized weights (see `workspace_bytes`) is not included.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
@@ -163,10 +162,10 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _ParameterBytes(NamedTuple):
-    """The sizes of a parameter in bytes, for a memory estimate.
+class _StoredAndDenseBytes(NamedTuple):
+    """The sizes of a parameter in bytes, as stored and as a dense tensor, for a memory estimate.
 
-    The sizes are those of the stored parameter and, if it is quantized, of the dequantized weight.
+    The dense size is only set if the parameter is quantized.
 
     Attributes:
         values: The size of the stored values, quantized or not.
@@ -179,7 +178,7 @@ class _ParameterBytes(NamedTuple):
     dense: int = 0
 
 
-def _parameter_bytes(parameter: torch.Tensor) -> _ParameterBytes:
+def _parameter_bytes(parameter: torch.Tensor) -> _StoredAndDenseBytes:
     """Return the sizes of a parameter in bytes, for a memory estimate.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
@@ -197,15 +196,15 @@ def _parameter_bytes(parameter: torch.Tensor) -> _ParameterBytes:
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _ParameterBytes(values, scales, numel * compute.itemsize)
+        return _StoredAndDenseBytes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _ParameterBytes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _StoredAndDenseBytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _ParameterBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _ParameterBytes(parameter.nbytes)
+        return _StoredAndDenseBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _StoredAndDenseBytes(parameter.nbytes)
 
 
 def _quant_state_bytes(state: object) -> int:

@@ -41,7 +41,7 @@ _MOST_RHO = 1000
 def prepare_model_inputs_fn_language_modeling(
     model_input: Any, peft_config: Any
 ) -> torch.Tensor | None:
-    """Find the tokens that EVA uses in a batch of a language model's inputs.
+    """Prepare a language model's inputs for EVA by finding the indices of the tokens to use.
 
     A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
@@ -51,8 +51,9 @@ def prepare_model_inputs_fn_language_modeling(
         peft_config: The adapter's config, which has the ``eva_config``.
 
     Returns:
-        The indices of these tokens, a tensor of shape ``[tokens, mask.dim()]``. None, which stands
-        for all tokens, if the batch is not a mapping with ``input_ids``.
+        The indices of the tokens to use, a tensor of shape ``[tokens, mask.dim()]``. If the batch
+        is not a mapping with ``input_ids``, there are no indices and the result is None, which
+        stands for all tokens.
     """
     if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
         return None

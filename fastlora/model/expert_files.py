@@ -242,7 +242,7 @@ def _with_renamed_expert_blocks(
     return with_renamed_modules(file, renamed)
 
 
-class InferredLayerSettings(NamedTuple):
+class InferredLoraSettings(NamedTuple):
     """The LoRA settings of a layer, inferred from an adapter file.
 
     A layer is a module, such as a linear layer, or a parameter, such as the stacked weights of
@@ -261,12 +261,12 @@ class InferredLayerSettings(NamedTuple):
     experts: int | None = None
 
 
-def infer_layer_settings(
+def infer_lora_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
-) -> dict[str, InferredLayerSettings]:
+) -> dict[str, InferredLoraSettings]:
     """Infer the settings of the layers in an adapter file, such as the rank and alpha.
 
-    See `InferredLayerSettings` for all settings. The keys of the result are the module names in
+    See `InferredLoraSettings` for all settings. The keys of the result are the module names in
     the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is
@@ -278,10 +278,10 @@ def infer_layer_settings(
         lora_a_rows: Maps module names to the number of rows of lora_A, which is the rank times the
             number of experts.
     """
-    found: dict[str, InferredLayerSettings] = {}
+    found: dict[str, InferredLoraSettings] = {}
     by_module: dict[str, list[str]] = {}
     for name in lora_a_rows:
-        found[name] = InferredLayerSettings(
+        found[name] = InferredLoraSettings(
             config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
         )
         module = name
@@ -303,14 +303,14 @@ def infer_layer_settings(
         common = set[int].intersection(*counts)
         for name in names:
             if len(common) != 1:
-                found[name] = InferredLayerSettings(None, None, None)
+                found[name] = InferredLoraSettings(None, None, None)
                 continue
             (count,) = common
             rank = lora_a_rows[name] // count
             same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
             values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
             alpha, scaling = values.pop() if len(values) == 1 else (None, None)
-            found[name] = InferredLayerSettings(rank, alpha, scaling, count if count > 1 else None)
+            found[name] = InferredLoraSettings(rank, alpha, scaling, count if count > 1 else None)
     return found
 
 

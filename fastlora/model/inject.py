@@ -18,7 +18,7 @@ from fastlora.init.calibration_data import progress_bar
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TrainableTokensLayer
-from fastlora.model.base_modules import base_module_of, named_outer_modules
+from fastlora.model.base_modules import base_module_of, named_modules_outside_adapters
 from fastlora.model.dequantize import (
     dequantize_base_layer,
     dequantize_linears,
@@ -214,7 +214,9 @@ def modules_with_adapters(
     whether to include LoRA layers that are part of other LoRA layers.
     """
     kinds = (LoraLayer, ModuleWrapper)
-    found = named_outer_modules(model, include_inner_lora_layers=include_inner_lora_layers)
+    found = named_modules_outside_adapters(
+        model, include_inner_lora_layers=include_inner_lora_layers
+    )
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
@@ -387,10 +389,10 @@ def unload(
 
 
 def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> None:
-    """Warn about the rounding errors caused by requantizing merged weights.
+    """Emit one warning that summarizes the rounding errors from requantizing merged weights.
 
-    A single warning states the average error, the largest error, and the layer with the largest
-    error. If no layer has a quantized weight, no warning is emitted.
+    The warning states the average error, the largest error, and the layer with the largest error.
+    If no layer has a quantized weight, no warning is emitted.
 
     Args:
         merge_errors: A mapping from layer names to the fraction of the merged update that rounding

@@ -205,8 +205,8 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> LoraModel:
         """Load a saved adapter into a model, and return a `LoraModel`.
 
-        The adapter is loaded from a local folder in PEFT's format. To load an adapter from the
-        Hugging Face Hub, download its folder first.
+        The adapter is loaded from a local folder in PEFT's format. An adapter from the Hugging Face
+        Hub can be loaded after its folder has been downloaded.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -280,10 +280,12 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> Any:
         """Load a saved adapter into the model.
 
-        The adapter is read from a local folder in PEFT's format. To load an adapter from the
-        Hugging Face Hub, download its folder first. If no adapter with the given name is loaded, a
-        new inactive adapter is added. Otherwise, the loaded adapter is overwritten in place, and a
-        scaling that was set with `set_scale` remains in effect.
+        The adapter is loaded from a local folder in PEFT's format. An adapter from the Hugging Face
+        Hub can be loaded after its folder has been downloaded.
+
+        If no adapter with the given name is loaded, a new inactive adapter is added. Otherwise, the
+        loaded adapter is overwritten in place, and a scaling that was set with `set_scale` remains
+        in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,

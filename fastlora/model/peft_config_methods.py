@@ -92,10 +92,11 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Hook for checking the keyword arguments of a config and returning the accepted ones.
+        """Hook that checks the keyword arguments for creating a config and returns them.
 
-        As in PEFT, subclasses can override the hook to check the arguments. The hook of this class
-        returns all arguments, because invalid arguments are rejected when a config is created.
+        As in PEFT, subclasses can override the hook to check or correct the arguments. The hook of
+        this class returns all arguments unchanged, because invalid arguments are rejected when the
+        config is created.
         """
         return fields
 

@@ -170,10 +170,11 @@ class Recommendation:
 def recommend(
     model_or_num_params: nn.Module | int, *, memory_bytes: int | None = None
 ) -> Recommendation:
-    """Recommend LoRA settings for a base model.
+    """Recommend LoRA settings for a base model, given its size and the available memory.
 
-    The recommended values are starting points for tuning. They depend on the number of parameters
-    of the base model:
+    The settings include the rank, alpha, the dropout probability, and the learning rate. The
+    recommended values are starting points for tuning. They depend on the number of parameters of
+    the base model:
 
     | parameters            | r        | alpha    | dropout |
     |-----------------------|----------|----------|---------|

@@ -44,7 +44,7 @@ _CONVERTED = "fastlora-converted"
 
 @dataclass(frozen=True)
 class RankReduction:
-    """The result of reducing an adapter's rank.
+    """Describes how the rank of an adapter was reduced.
 
     `reduce_rank` returns this object, which contains the new ranks and the errors that the
     reduction causes.
@@ -124,12 +124,14 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert a model's adapter to LoRA, and return the config and tensors of the result.
+    """Convert an adapter of another type to LoRA, and return the config and tensors of the result.
 
     The result describes a LoRA adapter of the given rank. In a PEFT model, the adapter to convert
-    may be of any type that PEFT can convert to LoRA. In a `LoraModel`, the adapter is already a
-    LoRA adapter. The result is then a reduced-rank approximation of the adapter, as in
-    `reduce_rank`, and a warning reports the approximation error. The model is not changed.
+    may be of any type that PEFT can convert to LoRA. The model is not changed.
+
+    In a `LoraModel`, the adapter is already a LoRA adapter. The result is then a reduced-rank
+    approximation of the adapter, as in `reduce_rank`, and a warning reports the approximation
+    error.
 
     Args:
         model: A `LoraModel` or a PEFT model. For a PEFT model, PEFT's function is called.

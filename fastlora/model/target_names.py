@@ -54,12 +54,11 @@ def is_all_linear(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
-def dotted_suffixes(name: str) -> list[str]:
-    """Return all suffixes of a dotted name.
+def dotted_suffixes_shortest_first(name: str) -> list[str]:
+    """Return all suffixes of a dotted name, from the shortest to the longest.
 
-    The suffixes are sorted from the shortest to the longest. The first suffix is the last
-    component, and the last suffix is the whole name. For example, the suffixes of ``"a.b.c"`` are
-    ``["c", "b.c", "a.b.c"]``.
+    The first suffix is the last component, and the last suffix is the whole name. For example, the
+    suffixes of ``"a.b.c"`` are ``["c", "b.c", "a.b.c"]``.
     """
     found, at = [], len(name)
     while at >= 0:
@@ -74,10 +73,10 @@ def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> se
     The result is a small set, because one suffix can match several names. If all suffixes of a name
     match others, the whole name is used.
     """
-    taken = {suffix for other in others for suffix in dotted_suffixes(other)}
+    taken = {suffix for other in others for suffix in dotted_suffixes_shortest_first(other)}
     chosen: set[str] = set()
     for name in sorted(names):
-        suffixes = dotted_suffixes(name)
+        suffixes = dotted_suffixes_shortest_first(name)
         if not any(suffix in chosen for suffix in suffixes):
             chosen.add(next((s for s in suffixes if s not in taken), name))
     return chosen
@@ -89,7 +88,7 @@ def matches_names(name: str, entries: Collection[str]) -> bool:
     An entry matches if it is the whole name or the last components of the name. For example, the
     entry ``"b.c"`` matches ``"b.c"`` and ``"a.b.c"``, but not ``"a.bb.c"``.
     """
-    return any(map(entries.__contains__, dotted_suffixes(name)))
+    return any(map(entries.__contains__, dotted_suffixes_shortest_first(name)))
 
 
 def is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
@@ -167,7 +166,9 @@ def suggest_names(entries: Sequence[str], names: list[str], kind: str = "modules
         # Compare with names of the same number of components: `attn.q_proj` with
         # `self_attn.q_proj`.
         depth = entry.count(".")
-        candidates = sorted({s for n in names for s in dotted_suffixes(n)[depth : depth + 1]})
+        candidates = sorted(
+            {s for n in names for s in dotted_suffixes_shortest_first(n)[depth : depth + 1]}
+        )
         close = near_names(entry, candidates)
         if close:
             return close

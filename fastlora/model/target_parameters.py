@@ -23,7 +23,7 @@ from fastlora.model.stacked_experts import (
     full_former_name_without_index,
 )
 from fastlora.model.target_names import (
-    dotted_suffixes,
+    dotted_suffixes_shortest_first,
     format_config_value,
     in_layers,
     is_excluded,
@@ -209,7 +209,7 @@ def _check_entries_match(
     """Raise `TargetNotFoundError` if an entry of ``target_parameters`` matches no parameter."""
     if entries:
         names = [each.name for each in parameters]
-        known = {suffix for name in names for suffix in dotted_suffixes(name)}
+        known = {suffix for name in names for suffix in dotted_suffixes_shortest_first(name)}
         lost = sorted(set(entries) - known)
         if lost:
             raise TargetNotFoundError(

@@ -22,7 +22,7 @@ from fastlora.model.base_modules import (
     is_modules_to_save_wrapper,
     is_trainable_tokens_wrapper,
     modules_with_original_names,
-    named_outer_modules,
+    named_modules_outside_adapters,
     unwrap_auxiliary_wrapper,
 )
 from fastlora.model.config import LoraConfig
@@ -40,7 +40,7 @@ from fastlora.model.stacked_experts import (
 from fastlora.model.target_names import (
     ALL_LINEAR,
     distinguishing_suffixes,
-    dotted_suffixes,
+    dotted_suffixes_shortest_first,
     format_config_value,
     is_all_linear,
     is_excluded,
@@ -194,7 +194,7 @@ def select_targets(
     lost = _unmatched_targets(names, resolved_targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     excludes = bool(excluded or selected.excluded)
-    _warn_of_unmatched_config_values(unmatched, found, selected, excludes, config)
+    _warn_of_unmatched_modules_and_patterns(unmatched, found, selected, excludes, config)
     if left:
         warn(
             f"target_modules={format_config_value(config.target_modules)} leaves out experts"
@@ -237,29 +237,30 @@ def _check_no_target_has_selected_parameters(
         )
 
 
-def _warn_of_unmatched_config_values(
-    unmatched_targets: list[str],
+def _warn_of_unmatched_modules_and_patterns(
+    unmatched_target_modules: list[str],
     target_module_names: list[str],
     selected_parameters: SelectedParameters,
     any_excluded: bool,
     config: LoraConfig,
 ) -> None:
-    """Warn about config values that match nothing in the model.
+    """Warn about module names and patterns in the config that match nothing in the model.
 
-    These values are entries of ``target_modules`` and ``exclude_modules``, and keys of
-    ``rank_pattern`` and ``alpha_pattern``.
+    The warning covers entries of ``target_modules`` and ``exclude_modules``, and keys of
+    ``rank_pattern`` and ``alpha_pattern``. `select_parameters` has already checked the entries of
+    ``target_parameters``.
 
     Args:
-        unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
+        unmatched_target_modules: The entries of ``target_modules`` that match no module and no
+            experts.
         target_module_names: The names of the target modules.
-        selected_parameters: The selected parameters. `select_parameters` has already checked the
-            entries of ``target_parameters``.
+        selected_parameters: The selected parameters.
         any_excluded: Whether at least one module or parameter is excluded.
         config: The adapter's config.
     """
     names = [*target_module_names, *selected_parameters.names]
-    unused = _format_unmatched_config_values(unmatched_targets, names, any_excluded, config)
-    if selected_parameters.parameters and not target_module_names and unmatched_targets:
+    unused = _format_unmatched_config_values(unmatched_target_modules, names, any_excluded, config)
+    if selected_parameters.parameters and not target_module_names and unmatched_target_modules:
         warn(  # in PEFT's words
             f"target_modules={config.target_modules} were set but no module was matched.",
             RuntimeWarning,
@@ -530,7 +531,7 @@ def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
     The result is text that follows the module's name in the message. The reason is that the module
     called ``name`` is, or is inside, a module that adapters own copies of or train rows of.
     """
-    for outer, module in named_outer_modules(model, remove_duplicate=False):
+    for outer, module in named_modules_outside_adapters(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
             where = "is" if name == outer else f"is inside {outer!r},"
             if is_trainable_tokens_wrapper(module):
@@ -580,7 +581,7 @@ def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) 
     """
     if isinstance(targets, str):
         return []
-    known = {suffix for name in module_names for suffix in dotted_suffixes(name)}
+    known = {suffix for name in module_names for suffix in dotted_suffixes_shortest_first(name)}
     return sorted(entry for entry in targets if entry not in known)
 
 

@@ -145,7 +145,9 @@ class Backend(ABC):
             rows: The sorted rows.
         """
         base = Base(y=y, inplace=True)
-        return self.forward(x, base, operands.unstacked(), rows.in_sorted_order(), None, "auto")[1]
+        return self.forward(
+            x, base, operands.as_operands_of_one_layer(), rows.in_sorted_order(), None, "auto"
+        )[1]
 
     def stacked_gradients(
         self,
@@ -173,7 +175,7 @@ class Backend(ABC):
             for flag in pair
         ] * count
         given = BackwardArguments(
-            *(dy, None, x, operands.unstacked(), rows.in_sorted_order(), s, "auto"),
+            *(dy, None, x, operands.as_operands_of_one_layer(), rows.in_sorted_order(), s, "auto"),
             *(wants_x, False, False, each),
         )
         update, _, _, found = self.gradients(given)

@@ -226,9 +226,10 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """The conditions under which a forward pass runs, and the backend that executes it.
+    """Describes how a forward pass runs: with Triton kernels or in plain PyTorch, compiled or not.
 
-    The conditions are whether compilation, tracing, autocast, and batch invariance are active.
+    The object names the backend that executes the forward pass, and states whether compilation,
+    tracing, autocast, and batch invariance are active.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested

@@ -23,12 +23,13 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The LoRA factors of an adapter for a linear layer.
+    """The LoRA factors on a linear layer, kept together with their bias and scaling.
 
-    The adapter's scaling, dropout, and magnitude are included.
+    The factors are those of one adapter, or of several adapters that are concatenated along the
+    rank. The dropout probability and DoRA's magnitude are included too.
 
     Attributes:
-        lora_a: ``[R, K]``. Several adapters can be concatenated along the rank.
+        lora_a: ``[R, K]``.
         lora_b: ``[N, R]``; often a view with strides ``(1, N)``.
         scaling: A number, a tensor without dimensions, or a tensor with R elements.
         lora_bias: ``[N]``, not scaled, or None.
@@ -144,11 +145,10 @@ class AddressTables(NamedTuple):
     rows: dict[int, int] | None = None
     keepalive: tuple[torch.Tensor, ...] = ()
 
-    def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the tables as a list of tensors to pass to an operator.
+    def tables_argument(self) -> list[torch.Tensor]:
+        """Return the tables as the list of tensors for an operator's ``tables`` argument.
 
-        The list is the operator's ``tables`` argument. The tables contain the addresses of the
-        adapters' factors, the ranks, and the scalings.
+        The tables contain the addresses of the adapters' factors, the ranks, and the scalings.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:

@@ -44,7 +44,7 @@ class OperatorBackend(Backend):
 
     def _registered_or_direct_operators(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
-    ) -> schema.Operators:
+    ) -> schema.OperatorNamespace:
         """Return the registered operators, or functions that run their implementations directly.
 
         The caller passes x and a weight to the result. The result is the registered operators if
@@ -98,7 +98,7 @@ class OperatorBackend(Backend):
         x: torch.Tensor,
         lora_b: Sequence[torch.Tensor],
         plan: str,
-        operators: schema.Operators,
+        operators: schema.OperatorNamespace,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
         """Return the weight to pass to the given operators.
@@ -139,7 +139,7 @@ class OperatorBackend(Backend):
         self,
         given: BackwardArguments,
         weight: torch.Tensor | QuantizedData | None,
-        operators: schema.Operators,
+        operators: schema.OperatorNamespace,
     ) -> Gradients:
         """Compute the gradients of a layer by calling the given operators.
 
@@ -153,7 +153,7 @@ class OperatorBackend(Backend):
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
-            own, run = self._rows_argument_and_run_length("mixed_lora_grad_b", rows, dy)
+            own, run = self._rows_argument_and_rows_per_program("mixed_lora_grad_b", rows, dy)
             with_bias = [bias is not None for bias in lora_bias]
             with_factors = any(wants[1::3]) or any(wants[2::3])
             ds, packed, _ = operators.lora_grad_b(
@@ -181,13 +181,14 @@ class OperatorBackend(Backend):
             ds = _zero_unwritten_elements(ds, rows, lora_a)
         return dx, d_bias, ds, found
 
-    def _rows_argument_and_run_length(
+    def _rows_argument_and_rows_per_program(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the tensors for the ``rows`` argument of a launch, and the number of rows per run.
+        """Return the ``rows`` argument of a launch, and the number of rows per kernel program.
 
-        The result is a tuple. A run is a range of sorted positions on which a Triton kernel works.
-        Other implementations do not work on runs, and for them the number is 0.
+        The result is a tuple of a list of tensors and a number. Each program of a Triton kernel
+        works on a run, which is a range of at most this many sorted positions. For other
+        implementations, the number is 0.
         """
         if self.impl != "triton":
             return rows.operator_arguments(), 0
@@ -212,7 +213,7 @@ class OperatorBackend(Backend):
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
-        own, run = self._rows_argument_and_run_length("mixed_lora_grad_a", rows, x)
+        own, run = self._rows_argument_and_rows_per_program("mixed_lora_grad_a", rows, x)
         (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
         return split_grad_a(packed, lora_a)
 
@@ -302,7 +303,7 @@ class OperatorBackend(Backend):
         return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows, operator)]
 
 
-def mixed_grouped_forward(
+def launch_mixed_group_without_operator(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
@@ -312,14 +313,13 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Compute the outputs of a group of linear layers with adapters for a mixed batch.
+    """Launch the kernels for a group of layers and a mixed batch, without a registered operator.
 
-    The layers share the input x, and have adjacent rows in the address tables, starting at
-    ``first``. The result is a list of the outputs.
+    The layers are linear layers with adapters. They share the input x, and have adjacent rows in
+    the address tables, starting at ``first``. The result is a list of the outputs of the layers.
 
-    The kernels are launched directly, without a registered operator. The result is therefore None
-    if something observes operators. The result is also None if one launch cannot read all of the
-    weights.
+    The result is None if the kernels cannot be launched in this way. This is the case if something
+    observes operators, or if one launch cannot read all of the weights.
     """
     if operators_are_observed(x, by_profiler=False):
         return None

@@ -96,8 +96,8 @@ def define_and_register_fake(
     return register_fake(name)
 
 
-class Operators(Protocol):
-    """A namespace of the operators that a backend calls, such as `torch.ops.fastlora`.
+class OperatorNamespace(Protocol):
+    """A namespace of operators that a backend calls, such as `torch.ops.fastlora`.
 
     This protocol describes the results of `registered_or_direct_operators`: `torch.ops.fastlora`,
     or an object that provides the functions that the operators run.
@@ -108,7 +108,7 @@ class Operators(Protocol):
 
 def registered_or_direct_operators(
     x: torch.Tensor, in_autograd_function: bool = False
-) -> Operators:
+) -> OperatorNamespace:
     """Return the registered operators, or functions that run their implementations directly.
 
     The caller passes x to the operators. The result is the registered operators if something

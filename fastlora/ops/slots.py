@@ -1,6 +1,6 @@
 """Adapters in slots at fixed addresses, for engines that load and evict adapters between batches.
 
-`BatchRows` has the slot of each row of the current batch. `SlotLoraUpdates` adds the updates of the
+`BatchRows` has the slot of each row of the current batch. `SlotLoraUpdater` adds the updates of the
 slots' adapters. On a CPU, the updates are computed from packed factors. In traced code and on a
 GPU, an operator reads tables of addresses, so that one graph serves every batch.
 """
@@ -157,7 +157,7 @@ class _PackedFactorsAndPlan(NamedTuple):
     plan: Plan | None
 
 
-class SlotLoraUpdates:
+class SlotLoraUpdater:
     """Computes the LoRA updates of a layer whose adapters are in slots.
 
     Each object holds the factors of one layer. The methods add each row's update to y. The update

@@ -41,8 +41,8 @@ class StackedWeightAdapterOperands(NamedTuple):
         """Number of matrices in the stack, E."""
         return self.lora_a[0].shape[0]
 
-    def unstacked(self) -> LayerAdapterOperands:
-        """Return the operands of the individual matrices of the stack as the operands of one layer.
+    def as_operands_of_one_layer(self) -> LayerAdapterOperands:
+        """Return the operands of the stack's adapters as the operands of one layer.
 
         In the result, each matrix of the stack has its own adapters. A key stands for one matrix of
         the stack and one adapter. The result has one adapter for each key, and thus ``E * S``

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastlora.layers.quantized_base import clear_weight_dependent_caches
+from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.pool.pool import pool_of
 from fastlora.weights_version import weights_versions
@@ -35,7 +35,7 @@ def clear_caches(model: nn.Module) -> None:
     """
     weights_versions.invalidate_all()
     for module in model.modules():
-        clear_weight_dependent_caches(module, release_captured=True)
+        clear_base_and_adapter_caches(module, release_cuda_graph_weights=True)
         clear_group_cache(module)
         group = getattr(module, "routing_group", None)
         if group is not None:

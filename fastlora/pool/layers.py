@@ -38,12 +38,13 @@ from fastlora.routing.routing import RoutedLayerGroup, add_to_group
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
-class PoolLoraLayers:
+class InstalledPoolLoraLayers:
     """The LoRA layers that an adapter pool installs in a model.
 
     The LoRA layers replace the target modules of the model. The constructor installs the layers,
-    and `restore_model` removes them. In each forward pass, the layers use the adapters that are
-    loaded in the pool.
+    and `restore_model` removes them.
+
+    In each forward pass, the layers use the adapters that are loaded in the pool.
 
     Args:
         model: The base model. It is unchanged if the constructor raises.
@@ -192,11 +193,10 @@ class PoolLoraLayers:
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
-    def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the dtype of the base weights.
+    def shared_base_device_and_first_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Return the device that all base weights share, and the dtype of the first base weight.
 
-        The base weights of all layers must be on one device. The dtype is that of the first base
-        weight.
+        All layers of the pool are considered.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.

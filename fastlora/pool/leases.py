@@ -26,10 +26,12 @@ _THREADS = 4
 
 
 class Lease:
-    """A lease that keeps adapters of a pool loaded.
+    """A lease, which keeps pooled adapters on the device until the lease ends.
 
-    The adapters stay on the device, unchanged, until the lease ends. Use the lease as a context
-    manager. Exit the context in the thread, and on the CUDA stream, that ran the forward pass.
+    A lease can cover any number of adapters, which do not change during the lease.
+
+    Use the lease as a context manager. Exit the context in the thread, and on the CUDA stream, that
+    ran the forward pass.
 
     Attributes:
         loaded_adapters: The adapters, in the order of the requested names.
@@ -151,15 +153,15 @@ class LeaseManager:
             known = dict(known)
         raise adapter_not_found_error(lost, known)  # outside the lock: finding close names is slow
 
-    def drain(self, wait: float | None) -> None:
-        """Wait until all leases have ended.
+    def reject_new_leases_and_drain(self, wait: float | None) -> None:
+        """Reject new leases from now on, and wait until all leases have ended.
 
-        This method raises an error if the leases do not end within ``wait`` seconds. New leases are
-        rejected from now on. However, if ``wait`` is None and a lease is held, this method only
-        raises an error.
+        This method raises an error if the leases do not end in time. If ``wait`` is None
+        and a lease is held, the method raises an error immediately and does not reject new leases.
 
         Args:
-            wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
+            wait: Seconds to wait if a lease is held, or None to raise an error instead; see
+                `AdapterPool.close`.
 
         Raises:
             AdapterStateError: Leases are active, or have not ended in time.
@@ -239,12 +241,14 @@ class LeaseManager:
             lease = self._create_lease((loaded,))  # it is on the device and needs no more room
         self._make_stream_wait_until_ready(lease).release()
 
-    def recompute_all_stale_dora_scales(self) -> None:
-        """Recompute all stale DoRA scales of the pool.
+    def recompute_stale_dora_scales_of_pool(self) -> None:
+        """Recompute all DoRA scales of the pool that are stale.
 
-        Scales are stale if the base weights have changed since the scales were computed. Only
-        adapters on the device have scales. Missing scales of these adapters are computed too.
-        Adapters that were replaced or removed are included while they are leased.
+        DoRA scales are stale if the base weights have changed since the scales were computed. Only
+        adapters on the device have DoRA scales, whether or not the adapters are leased.
+
+        Missing scales of these adapters are computed too. Adapters that were replaced or removed
+        are included while they are leased.
         """
         with self.changed:
             self.check_pool_open()

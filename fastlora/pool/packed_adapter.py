@@ -145,10 +145,10 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter whose tensors are packed, so that they can be copied quickly.
+    """An adapter whose tensors are packed into contiguous memory, ready to be copied to the device.
 
-    All tensors are packed into one 1-D tensor, which is stored in CPU or GPU memory. A single
-    transfer copies all of an adapter's tensors to a GPU.
+    A single 1-D tensor in CPU or GPU memory contains all of the adapter's tensors. A single
+    transfer therefore copies the whole adapter to a GPU.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.

@@ -20,7 +20,7 @@ from torch import nn
 from fastlora.deprecation import RenamedAttribute, without_old_names
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool.address_tables import PoolTables
-from fastlora.pool.layers import PoolLoraLayers
+from fastlora.pool.layers import InstalledPoolLoraLayers
 from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
 from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
@@ -123,9 +123,9 @@ class AdapterPool:
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         parameters = None if target_parameters is None else list(target_parameters)
         block = functools.partial(adapters, self)
-        self._layers = PoolLoraLayers(model, targets, parameters, block)
+        self._layers = InstalledPoolLoraLayers(model, targets, parameters, block)
         try:
-            base_device, base_dtype = self._layers.base_weights_device_and_dtype()
+            base_device, base_dtype = self._layers.shared_base_device_and_first_dtype()
             self.device = torch.device(device) if device is not None else base_device
             transfers = make_transfers(self.device)
             packer = AdapterPacker(
@@ -496,10 +496,11 @@ class AdapterPool:
         return self._lease_manager.acquire(LeaseRequest(self._require_registered(names)), timeout)
 
     def lease_loaded(self) -> Lease:
-        """Return a lease on all adapters that are currently loaded.
+        """Return a lease on the adapters that are already loaded, which keeps them on the device.
 
-        The loaded adapters are those on the device, and the lease keeps them there. If row ids are
-        slots, `fastlora.adapters` uses this lease, because slots may refer to any loaded adapter.
+        The lease covers all of the adapters that are on the device when this method is called. If
+        row ids are slots, `fastlora.adapters` uses this lease, because slots may refer to any
+        loaded adapter.
 
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.
@@ -512,7 +513,7 @@ class AdapterPool:
         The scales are the DoRA scales of the adapters on the device. Scales are recomputed only if
         the base weights have changed. Missing scales are computed too.
         """
-        self._lease_manager.recompute_all_stale_dora_scales()
+        self._lease_manager.recompute_stale_dora_scales_of_pool()
 
     # -------------------------------------------------------------------------------- closing
 
@@ -538,7 +539,7 @@ class AdapterPool:
         number = isinstance(wait, (int, float)) and not isinstance(wait, bool)
         if wait is not None and not (number and 0 <= wait < math.inf):
             raise ConfigError(f"wait must be a non-negative number of seconds, got {wait!r}")
-        self._lease_manager.drain(wait)
+        self._lease_manager.reject_new_leases_and_drain(wait)
         with self._changed:
             if self._lease_manager.closed:
                 return

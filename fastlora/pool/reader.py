@@ -85,10 +85,10 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads adapters and packs them for a pool.
+    """Reads adapters from files or state dicts, and packs them for a pool.
 
-    The reader reads adapters from files or state dicts, and validates their contents. Any thread
-    may use the reader, because the reader stores no adapters.
+    The reader also validates the contents of the adapters. Any thread may use the reader, because
+    the reader stores no adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.

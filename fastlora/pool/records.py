@@ -12,11 +12,12 @@ from fastlora.ops.factors import Factors
 from fastlora.pool.packed_adapter import PackedAdapter
 
 
-class DoraScales:
-    """The DoRA scales of an adapter in a pool.
+class AdapterDoraScales:
+    """The DoRA scales of one adapter in a pool.
 
-    The scales belong to a `LoadedAdapter`, and are stored on the device. The scales have one value
-    per output feature of each module. Scales in fp32 are updated in place when a base weight
+    The scales cover all modules for which the adapter uses DoRA. The scales have one value per
+    output feature of each of these modules. The scales belong to a `LoadedAdapter`, and are stored
+    on the device. Scales in fp32 are updated in place when a base weight
     changes, so their addresses do not change.
 
     Attributes:
@@ -71,7 +72,7 @@ class LoadedAdapter:
         self.max_rank = max(ranks, default=0)
         self.dora_modules = image.layout.dora_modules
         self.uses_dora = bool(self.dora_modules)
-        self.scales: DoraScales | None = None
+        self.scales: AdapterDoraScales | None = None
         self.packed = image
         self.leases = 0
         self.written: Any = None

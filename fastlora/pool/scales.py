@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 
-from fastlora.layers.dora_norms import adapted_squared_norms, base_weight_stamp, may_cache_tensors
+from fastlora.layers.dora_norms import (
+    adapted_squared_norms,
+    base_weight_stamp,
+    is_not_capturing_cuda_graph,
+)
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.pool.address_tables import PoolTables
-from fastlora.pool.records import DoraScales, LoadedAdapter
+from fastlora.pool.records import AdapterDoraScales, LoadedAdapter
 from fastlora.pool.transfers import BaseDeviceTransfers
 from fastlora.validation import AdapterStateError
 
@@ -27,10 +31,10 @@ _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new 
 
 
 class DoraScaleUpdater:
-    """Updates the stale DoRA scales of a pool's adapters.
+    """Updates the DoRA scales of a pool's adapters when the scales are stale.
 
-    The updater computes the scales of an adapter on the device if the scales are missing, or if
-    base weights have changed since the scales were computed. The scales are stored on the device.
+    Scales are stale if they are missing, or if base weights have changed since the scales were
+    computed. The scales are computed and stored on the device.
 
     Args:
         layers: The pool's layers. The index of a layer is its ``table_row``.
@@ -50,14 +54,14 @@ class DoraScaleUpdater:
         loaded_adapters: Iterable[LoadedAdapter],
         pool_lock: AbstractContextManager[Any],
     ) -> None:
-        """Recompute the stale DoRA scales of loaded adapters.
+        """Recompute the DoRA scales of loaded adapters if base weights have changed.
 
-        Missing scales are computed too. Scales are stale if the base weights have changed since
-        the scales were computed.
+        The scales of a module are recomputed if the module's base weight may have changed since the
+        scales were computed. Missing scales are computed too.
 
         Args:
             loaded_adapters: The leased adapters.
-            pool_lock: The pool's lock, which protects the adapters' read events. This method
+            read_events_lock: The pool's lock, which protects the adapters' read events. This method
                 holds the lock only while it reads the events. The caller must not hold the lock,
                 because computing norms is slow.
 
@@ -71,7 +75,7 @@ class DoraScaleUpdater:
             stale, stamps = self._find_stale_scales_and_base_weight_stamps(dora)
             if not stale:
                 return
-            if not may_cache_tensors(self._tables.rank.device):
+            if not is_not_capturing_cuda_graph(self._tables.rank.device):
                 raise AdapterStateError(
                     "the scales of DoRA adapters have not been computed yet, and a CUDA graph is "
                     "being captured; acquire the lease before the capture starts"
@@ -121,7 +125,7 @@ class DoraScaleUpdater:
         return [row for row in rows if stamps[row] is None or known[row] != stamps[row]]
 
     def _compute_scales(self, loaded: LoadedAdapter, rows: list[int], stamps: list[Any]) -> None:
-        scales = loaded.scales or DoraScales()
+        scales = loaded.scales or AdapterDoraScales()
         by_module, blocks = dict(scales.by_module), dict(scales.blocks)
         for row in rows:
             factors: Any = loaded.factors(row)

@@ -160,7 +160,7 @@ class StorageTiers:
         loaded = None
         if now:  # first, because it can fail: the name still has its old adapter
             self._evict_until_device_has_room({name: image})
-            loaded = self._upload_without_eviction(name, image)
+            loaded = self._upload_to_own_or_free_slot(name, image)
         entry.pinned, self.entries[name] = pinned, entry
         self.replaced += before is not None
         self.staged.pop(name, None)
@@ -271,7 +271,7 @@ class StorageTiers:
             self._evict_until_device_has_room(images)
         try:
             for name, image in missing.items():
-                self.device[name] = self._upload_without_eviction(name, image)
+                self.device[name] = self._upload_to_own_or_free_slot(name, image)
                 self.staged.pop(name, None)
         finally:  # after a failure too (the GPU's memory is full), so that no adapter is lost
             for name, image in missing.items():
@@ -313,11 +313,12 @@ class StorageTiers:
         if name in self.entries and name not in self.device and known is image:
             self._add_to_cpu_lru(name, image)
 
-    def _upload_without_eviction(self, name: str, image: PackedAdapter) -> LoadedAdapter:
-        """Copy an adapter to the device, assign it a slot, and return the loaded adapter.
+    def _upload_to_own_or_free_slot(self, name: str, image: PackedAdapter) -> LoadedAdapter:
+        """Copy an adapter to its own slot or to a free slot, and return the loaded adapter.
 
-        The slot is that of the adapter of the same name on the device, or otherwise a free slot.
-        This method does not evict any adapter, so there must be room for the image. If the copy
+        If an adapter of the same name is on the device, the new adapter takes over its slot.
+        Otherwise, the new adapter gets a free slot. This method does not evict any adapter, so
+        there must be room for the image. If the copy
         fails, for example because the GPU is out of memory, nothing has changed.
         """
         old, column = self.device.get(name), self._free_columns[-1]

@@ -22,8 +22,8 @@ from fastlora.validation import AdapterStateError
 class BaseDeviceTransfers:
     """Base class for objects that copy packed adapters from CPU memory to a pool's device.
 
-    The subclass `AsyncCudaTransfers` is for GPUs, and uses CUDA events to order the copies and the
-    forward passes. The base class itself is for a pool on a CPU, and copies nothing.
+    The subclass `AsyncTransfersToCuda` is for GPUs, and uses CUDA events to order the copies and
+    the forward passes. The base class itself is for a pool on a CPU, and copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -81,10 +81,12 @@ class BaseDeviceTransfers:
         """
 
 
-class AsyncCudaTransfers(BaseDeviceTransfers):
-    """Copies adapters from the CPU to a GPU asynchronously, on a separate CUDA stream.
+class AsyncTransfersToCuda(BaseDeviceTransfers):
+    """Copies packed adapters from the CPU to a GPU asynchronously, on a separate CUDA stream.
 
-    The adapters are packed, and are copied from page-locked memory.
+    The copies can overlap with computation, because the adapters are in page-locked CPU memory.
+    CUDA events order the copies with the forward passes that use the adapters. The class copies
+    nothing from the GPU to the CPU.
 
     Args:
         device: A CUDA device.
@@ -179,7 +181,7 @@ def make_transfers(device: torch.device) -> BaseDeviceTransfers:
         ValueError: The device is of another type.
     """
     if device.type == "cuda":
-        return AsyncCudaTransfers(device)
+        return AsyncTransfersToCuda(device)
     if device.type != "cpu":
         raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
     return BaseDeviceTransfers()

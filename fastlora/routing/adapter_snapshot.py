@@ -48,8 +48,12 @@ class AdapterSnapshot:
         """Add the named adapters of a layer to the snapshot.
 
         The snapshot records the current state of the adapters, so that it can detect later changes.
-        ``names`` lists the adapters to record. The layer may lack some of the adapters in
-        ``names``. ``scaling`` maps the name of each adapter to its scaling in the layer.
+        The state includes the factors, the dropouts, and the scalings of the adapters.
+
+        Args:
+            layer: The layer, which may lack some of the adapters.
+            scaling: Maps the name of each adapter to its scaling in the layer.
+            names: Names of the adapters to record.
         """
         modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules

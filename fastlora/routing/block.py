@@ -166,9 +166,10 @@ def sample_routings_from_parameters(
     max_adapters: int | None,
     allowed_ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return example routings for layers that store their adapters as parameters.
+    """Return routings for warm-up, built from adapters that layers store as parameters.
 
-    The routings are used by `warm_up`. For each combination of rank and dtype, one routing has a
+    `warm_up` uses these example routings to cover the ranks and dtypes of the adapters. For each
+    combination of rank and dtype, one routing has a
     single adapter. Another routing also has other adapters of at most this rank, up to
     ``max_adapters`` in total. If ``allowed_ranks`` is given, there are routings only for these
     ranks. See `fastlora.routing.routers.AdapterRouter.sample_routings`.

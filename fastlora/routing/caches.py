@@ -18,7 +18,7 @@ import torch
 from fastlora.ops.factors import AddressTables
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, has_layout_for
-from fastlora.ops.torch.packed_choice import BatchKind
+from fastlora.ops.torch.packed_choice import BatchRowPattern
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
 from fastlora.routing.row_checks import RowOrderChecker
 from fastlora.weights_version import weights_versions
@@ -37,9 +37,9 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayerProtocol(Protocol):
-    """Protocol for layers that take part in routing.
+    """Protocol that describes what a layer must offer to take part in routing.
 
-    The protocol declares the attributes that routing needs.
+    The layer must have the attributes below.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.
@@ -77,8 +77,8 @@ class PackedAdapterSet:
             weights_versions.version_of_trainable_weights() if factors_can_change else None
         )
         self.tables: AddressTables | Literal[False] | None = None
-        self._met: set[tuple[int, torch.dtype, BatchKind]] = set()
-        self._packs: dict[tuple[int, torch.dtype, BatchKind], PackedLayerFactors | None] = {}
+        self._met: set[tuple[int, torch.dtype, BatchRowPattern]] = set()
+        self._packs: dict[tuple[int, torch.dtype, BatchRowPattern], PackedLayerFactors | None] = {}
 
     @property
     def has_current_weights_version(self) -> bool:
@@ -100,9 +100,9 @@ class PackedAdapterSet:
         )
 
     def get_or_should_pack(
-        self, layer_number: int, dtype: torch.dtype, kind: BatchKind
+        self, layer_number: int, dtype: torch.dtype, kind: BatchRowPattern
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return a layer's packed factors if available, and whether the caller should pack them.
+        """Return a layer's packed factors, and whether the caller should pack the factors.
 
         The result is a tuple. Its first item is None if no packed factors are stored, or if the
         factors cannot be packed. Its second item is True only if none are stored and the same
@@ -112,7 +112,7 @@ class PackedAdapterSet:
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
             return pack, False
-        for other in BatchKind:
+        for other in BatchRowPattern:
             pack = self._packs.get((layer_number, dtype, other))
             if pack is not None and has_layout_for(pack, dtype, kind):
                 self._packs[key] = pack
@@ -126,7 +126,7 @@ class PackedAdapterSet:
         self,
         layer_number: int,
         dtype: torch.dtype,
-        kind: BatchKind,
+        kind: BatchRowPattern,
         pack: PackedLayerFactors | None,
     ) -> None:
         """Store the packed factors of a layer.

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fastlora.routing.row_facts import RowOriginKind
-from fastlora.routing.row_tracking import RowOrderTracker
+from fastlora.routing.row_tracking import RowOriginTracker
 from fastlora.user_warnings import warn
 from fastlora.validation import UnsupportedLayerError
 
@@ -110,7 +110,7 @@ class ModelRowOrderChecks:
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
             return RowOrderChecker(self, mode, None)
-        return RowOrderChecker(self, mode, RowOrderTracker(num_ids, root.buffers()))
+        return RowOrderChecker(self, mode, RowOriginTracker(num_ids, root.buffers()))
 
     def name_of(self, layer: RoutedLayerProtocol) -> str:
         """Return the name of a layer in the model."""
@@ -196,7 +196,7 @@ class RowOrderChecker:
     """
 
     def __init__(
-        self, checks: ModelRowOrderChecks, mode: bool, order: RowOrderTracker | None
+        self, checks: ModelRowOrderChecks, mode: bool, order: RowOriginTracker | None
     ) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
@@ -308,7 +308,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _ExpertModuleEvidence(NamedTuple):
-    """Evidence about whether a module is an expert in a mixture of experts.
+    """Evidence that a module is an expert in a mixture of experts, or that it is not.
 
     An expert gets only the rows that a router selects for it. The order of these rows may differ
     from that of the batch. The evidence comes from the structure and the names of the model's
@@ -328,11 +328,11 @@ class _ExpertModuleEvidence(NamedTuple):
 
 
 class _ExpertLayerDetector:
-    """Detects the layers that belong to experts in a mixture of experts.
+    """Detects experts in a mixture of experts from the structure of the model.
 
-    The detection is based on the structure and the names of the model's modules, so the model does
-    not need to run; see `looks_like_expert`. The detector looks for modules with the same
-    structure, and caches the results.
+    The detector compares the structure and the names of the model's modules, so the model does not
+    need to run; see `looks_like_expert`. The detector looks for modules with the same structure,
+    and caches the results.
     """
 
     def __init__(self) -> None:
@@ -391,10 +391,10 @@ class _ExpertLayerDetector:
         return _ExpertModuleEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Return the number of children that have the same structure, for each child.
+        """Return the size of the group of children with the same structure, for each child.
 
-        The children are those of ``parent``. The result is a dict with the names of the children as
-        keys. Each number includes the child itself.
+        A group consists of all children of ``parent`` with the same structure, and includes the
+        child itself. The result is a dict with the names of the children as keys.
         """
         known = self._counts.get(id(parent))
         if known is None:

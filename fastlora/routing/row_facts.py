@@ -17,11 +17,11 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """The kind of origin that a tensor's rows have.
+    """The kinds of origin that a tensor's rows can have.
 
-    The kind tells how the rows relate to the rows of the batch. For example, the rows may be the
-    rows of the batch in order, rows that the data selected, or rows made from parameters or
-    constants.
+    For example, the rows may be the rows of the batch in order, rows that were selected or
+    reordered depending on the data, or rows made from parameters or constants. Rows of unknown
+    origin count as rows of the batch in order.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
@@ -169,7 +169,9 @@ class RowFactsTable:
             return row_samples.no_samples(shape)
         known = facts.samples
         return (
-            None if known is None else row_samples.sample_of_each_row(tensor, known, num_row_dims)
+            None
+            if known is None
+            else row_samples.batch_sample_of_each_row(tensor, known, num_row_dims)
         )
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
@@ -210,11 +212,11 @@ class RowFactsTable:
         found = None if sample_index_per_row is None else sample_index_per_row.flatten()
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
-    def are_samples_fixed_across_batches(self, *tensors: torch.Tensor) -> bool:
-        """Return whether each row of the given tensors belongs to the same sample in every batch.
+    def rows_have_fixed_sample_indices(self, *tensors: torch.Tensor) -> bool:
+        """Return whether the rows of tensors belong to the same sample indices in every batch.
 
-        A sample is identified by its index in the batch. The result is False if any of the tensors
-        has a row that may belong to different samples in different batches.
+        A sample index is the position of a sample in the batch. The result is False if any of the
+        tensors has a row that may belong to different sample indices in different batches.
         """
         found = map(self.facts_of, tensors)
         return all(

@@ -97,7 +97,7 @@ def _combined_facts(
         # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
             return RowOriginFacts(full[0])
-        fixed = known.are_samples_fixed_across_batches(*operands)
+        fixed = known.rows_have_fixed_sample_indices(*operands)
         return RowOriginFacts(
             RowOriginKind.CHOSEN, known.facts_of(chosen).origin, None, samples, fixed
         )
@@ -137,9 +137,9 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     samples = known.samples_of_rows(source, row_samples.indexed_dimensions(indices))
     if samples is not None:
         samples = row_samples.selected_samples(samples, indices)
-    fixed = known.are_independent_of_input_data(
-        *indices
-    ) and known.are_samples_fixed_across_batches(source)
+    fixed = known.are_independent_of_input_data(*indices) and known.rows_have_fixed_sample_indices(
+        source
+    )
     return known.facts_from_samples(samples, known.origin_key_of_index(index), fixed=fixed)
 
 
@@ -221,11 +221,11 @@ def _facts_after_write(
     samples = _samples_after_write(known, dest, facts.samples, indices, values, adds)
     if samples is None:
         return ROWS if back else RowOriginFacts(RowOriginKind.CHOSEN, origin)
-    fixed = known.are_samples_fixed_across_batches(dest) and (
+    fixed = known.rows_have_fixed_sample_indices(dest) and (
         back
         or (
             known.are_independent_of_input_data(*indices)
-            and known.are_samples_fixed_across_batches(*tensors_in(values))
+            and known.rows_have_fixed_sample_indices(*tensors_in(values))
         )
     )
     if not row_samples.are_samples_in_batch_order(samples, known.count, allow_no_sample=True):
@@ -254,7 +254,7 @@ def _samples_after_write(
         return None
     before: torch.Tensor | None = row_samples.no_samples(dest.shape[:lead])
     if held is not None:
-        before = row_samples.sample_of_each_row(dest, held, lead)
+        before = row_samples.batch_sample_of_each_row(dest, held, lead)
     there = None if before is None else row_samples.selected_samples(before, indices)
     if before is None or there is None:
         return None

@@ -70,24 +70,25 @@ def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
     return any(n > 1 and step > strides[0] for n, step in zip(sizes, strides, strict=True))
 
 
-def sample_of_each_row(
-    view: torch.Tensor, storage_samples: torch.Tensor, num_row_dims: int
+def batch_sample_of_each_row(
+    view: torch.Tensor, samples_of_storage_parts: torch.Tensor, num_row_dims: int
 ) -> torch.Tensor | None:
-    """Return the sample of the batch that each row of a view belongs to.
+    """Return which sample of the batch each row of a view belongs to.
 
-    Returns None if the samples are unknown, for example because a row may span several parts of the
-    storage.
+    The result contains the index of a sample in the batch for each row. The index is `NO_SAMPLE`
+    for a row that belongs to no sample. The function returns None if the samples are unknown, for
+    example because a row may span several parts of the storage.
 
     Args:
         view: The tensor, which may be any view of its storage.
-        storage_samples: The sample of each part of the storage. The storage is divided into
-            ``storage_samples.numel()`` equal parts.
+        samples_of_storage_parts: The sample of each part of the storage. The storage is divided
+            into ``samples_of_storage_parts.numel()`` equal parts.
         num_row_dims: Number of leading dimensions. Each of their entries is a row.
     """
     total = storage_numel(view)
-    if not storage_samples.numel() or total % storage_samples.numel():
+    if not samples_of_storage_parts.numel() or total % samples_of_storage_parts.numel():
         return None
-    part = total // storage_samples.numel()
+    part = total // samples_of_storage_parts.numel()
     at = torch.tensor(view.storage_offset(), device="cpu")
     dimensions = list(zip(view.shape, view.stride(), strict=True))
     for size, step in dimensions[:num_row_dims]:
@@ -95,7 +96,7 @@ def sample_of_each_row(
     last = sum((size - 1) * step for size, step in dimensions[num_row_dims:])
     if at.numel() and int((at % part).max()) + last >= part:
         return None
-    return storage_samples[at // part]
+    return samples_of_storage_parts[at // part]
 
 
 def storage_numel(tensor: torch.Tensor) -> int:

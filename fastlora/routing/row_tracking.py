@@ -1,7 +1,7 @@
-"""`RowOrderTracker`, a dispatch mode that finds tensors with rows out of the batch's order.
+"""`RowOriginTracker`, a dispatch mode that finds tensors with rows out of the batch's order.
 
 A mixed batch assigns a layer's rows to adapters by their position. That is wrong for a tensor with
-rows that the data chose, as when a router chooses tokens for an expert. `RowOrderTracker`
+rows that the data chose, as when a router chooses tokens for an expert. `RowOriginTracker`
 intercepts every operator in a block. It records the storage of each tensor with rows that are not
 all rows of the batch in order. Views share their storage, so they need no record of their own.
 
@@ -32,12 +32,12 @@ from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOriginKind
 from fastlora.routing.row_rules import Arguments, Keywords, result_row_facts_if_changed
 
 
-class RowOrderTracker(TorchDispatchMode):
-    """Tracks whether the rows of tensors are in the order of the batch.
+class RowOriginTracker(TorchDispatchMode):
+    """Tracks where the rows of tensors come from while a model runs.
 
-    The tracker is a `TorchDispatchMode` that records how the rows relate to the rows of the batch.
-    The tracker's records allow a layer to raise an error if the layer gets a tensor that does not
-    contain the batch's rows in order.
+    The tracker is a `TorchDispatchMode` that records how the rows relate to the rows of the batch,
+    and thus whether they are in the order of the batch. A layer can then raise an error if the
+    layer gets a tensor that does not contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -63,7 +63,7 @@ class RowOrderTracker(TorchDispatchMode):
         """
         return True
 
-    def __enter__(self) -> RowOrderTracker:
+    def __enter__(self) -> RowOriginTracker:
         self._thread = threading.get_ident()
         return super().__enter__()
 

@@ -19,12 +19,12 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that have too many tokens.
+    """Detects texts that have too many tokens, without tokenizing them.
 
-    The detector does not tokenize texts. A detected text is certain to have more tokens than a
-    given limit. Other texts may exceed the limit as well. The detector uses the maximum number of
-    characters per token. This maximum exists for byte-level BPE, and for BPE with byte tokens for
-    unknown characters, in tokenizers of the ``tokenizers`` library.
+    A detected text is certain to have more tokens than a given limit. Other texts may exceed the
+    limit as well. The detector uses the maximum number of characters per token. This maximum exists
+    for byte-level BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the
+    ``tokenizers`` library.
 
     Args:
         tokenizer: A transformers tokenizer.

@@ -127,10 +127,11 @@ class BatchKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of cached tokens in the longest row.
+        """Return the length of the sequence cached so far, like the caches of transformers.
 
-        Only the rows of the current forward pass are considered, and their new tokens are not
-        counted. Some models call this method even though they are given ``position_ids``.
+        If the rows of the current forward pass have cached sequences of different lengths, the
+        longest one determines the result. The new tokens of the forward pass are not counted. Some
+        models call this method even though they are given ``position_ids``.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 

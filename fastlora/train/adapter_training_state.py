@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """The counts that are kept for an adapter during training.
+    """The counts in the training state of one adapter, such as its number of optimizer steps.
 
     Attributes:
         steps: Number of optimizer steps.

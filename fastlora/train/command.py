@@ -274,7 +274,7 @@ def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
     first = next(iter(estimates.values()))
     is_quantized = first.scale_bytes > 0
     # This adds the adapters to the base model.
-    fusion = _fusion_report_text(base, settings, advice, device, is_quantized)
+    fusion = _add_adapters_and_report_fusion(base, settings, advice, device, is_quantized)
     state = None if found is None else checkpoint.read_checkpoint_state(found)
     processes = torchrun_world_size()
     tokenizer = base_model.load_tokenizer(settings)
@@ -362,17 +362,18 @@ def _estimate_step_memory(
         return None
 
 
-def _fusion_report_text(
+def _add_adapters_and_report_fusion(
     base: PreTrainedModel,
     settings: TrainSettings,
     advice: Recommendation,
     device: torch.device,
     is_quantized: bool,
 ) -> str:
-    """Return a text that describes which LoRA layers are fused on the given device.
+    """Add the adapters to the base model, and return a report on its fused layers as text.
 
-    The text is a fusion report. For a quantized model, the text is a note instead. The note states
-    the number of LoRA layers and explains how to get the fusion report of the loaded model.
+    The report shows which LoRA layers are fused on the given device. For a quantized model, the
+    text is a note instead. The note states the number of LoRA layers and explains how to get the
+    report from the loaded model.
     """
     report = fusion_report(prepare.add_trainable_adapters(base, settings, advice))
     if is_quantized:

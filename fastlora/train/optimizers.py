@@ -400,13 +400,13 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Set the adapters' learning rates to the current values of their schedules.
+        """Update the learning rate of each adapter from the adapter's schedule.
 
-        The current value of an adapter's schedule is the learning rate for the adapter's next step.
-        The schedules themselves remain unchanged. Call this method after `load_state_dict` if a
-        schedule has changed, because a loaded state contains the learning rates of the schedule
-        that it was saved with. If an adapter's schedule is not a `LambdaLR`, the learning rate of
-        the adapter remains unchanged.
+        The learning rate is set to the current value of the schedule, which is the value for the
+        adapter's next step. The schedules themselves remain unchanged. Call this method after
+        `load_state_dict` if a schedule has changed, because a loaded state contains the learning
+        rates of the schedule that it was saved with. If an adapter's schedule is not a `LambdaLR`,
+        the learning rate of the adapter remains unchanged.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

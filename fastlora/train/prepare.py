@@ -271,7 +271,7 @@ def progress_bar(**options: Any) -> tqdm[Any]:
     """Create a tqdm progress bar that is written to stderr.
 
     The options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
-    Write errors are ignored.
+    If writing to stderr fails, the error is ignored.
 
     Raises:
         TrainError: tqdm is not installed.

@@ -173,9 +173,9 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean training losses of a run, and the paths of its loss files.
+    """The mean training loss of each adapter in a run, and the paths of the run's loss files.
 
-    There is one mean loss for each adapter. The loss files are a table and, if matplotlib is
+    The loss files are a table and, if matplotlib is
     installed, a plot. If the run has steps left, there are no mean losses and no files.
     """
 
@@ -402,9 +402,9 @@ class Run:
         return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
     def _this_process_should_stop(self) -> bool:
-        """Return whether this process is interrupted.
+        """Return whether this process has been interrupted, for example by a signal.
 
-        A signal or a deferred write error interrupts the process, which then ends after the current
+        A deferred write error interrupts the process too. The process then ends after the current
         step. Other processes may not be interrupted yet. In contrast, the result of
         `_run_should_stop` is the same in all processes.
         """

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastlora.integrations.vllm.slots import LayerSlots
-from fastlora.ops.slots import BatchRows, SlotLoraUpdates
+from fastlora.ops.slots import BatchRows, SlotLoraUpdater
 from fastlora.ops.torch import packed_forward
 from fastlora.ops.torch.packed_slots import PackedSlots
 from fastlora.testing import assert_within_budget
@@ -203,7 +203,7 @@ def test_a_batch_without_adapters_computes_nothing(monkeypatch: pytest.MonkeyPat
     _load(slots, 1, 4)
     (products,) = slots.linear
     monkeypatch.setattr(packed_forward, "add_", fail)
-    monkeypatch.setattr(SlotLoraUpdates, "add_from_tables_", fail)
+    monkeypatch.setattr(SlotLoraUpdater, "add_from_tables_", fail)
     y = torch.randn(3, sum(WIDTHS))
     before = y.clone()
     for add in (products.add_, slots.add_linear_):

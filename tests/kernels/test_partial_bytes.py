@@ -118,7 +118,7 @@ def run_one_adapter(draw: random.Random, m: int, n: int, k: int, r: int) -> None
     )
     nones = [None] * count
     plan = draw.choice(("auto", "fused", "split"))
-    linear._grouped_linear(
+    linear._linear_in_grouped_launches(
         *(x, weights, nones, None, lora_a, lora_b, [scaling] * count),
         plan=plan,
         with_s=draw.random() < 0.5,

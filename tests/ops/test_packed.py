@@ -24,7 +24,7 @@ from fastlora.ops.torch import packed_choice, packed_plans, products
 from fastlora.ops.torch.packed import first_fit_layout
 from fastlora.ops.torch.packed_plans import (
     DensePlan,
-    PaddedBlocksPlan,
+    PaddedRowBlocksPlan,
     PerAdapterPlan,
     PerSamplePlan,
     RowUpdateTerms,
@@ -133,31 +133,31 @@ PLANS = {
     # adapters, rank, samples of each on average, tokens, dtype, matrix unit: what must be chosen
     "one": (1, 8, 6, 1, torch.float32, False, DensePlan),
     "two": (2, 16, 4, 1, torch.float32, False, DensePlan),
-    "few, fp32": (4, 16, 4, 1, torch.float32, False, PaddedBlocksPlan),
+    "few, fp32": (4, 16, 4, 1, torch.float32, False, PaddedRowBlocksPlan),
     "two, bf16": (2, 16, 4, 1, torch.bfloat16, False, DensePlan),
-    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, PaddedBlocksPlan),
+    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, PaddedRowBlocksPlan),
     "few, bf16, amx": (4, 16, 4, 1, torch.bfloat16, True, DensePlan),
-    "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, PaddedBlocksPlan),
+    "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, PaddedRowBlocksPlan),
     "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, DensePlan),
-    "many, fp32": (16, 16, 1, 1, torch.float32, False, PaddedBlocksPlan),
-    "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, PaddedBlocksPlan),
+    "many, fp32": (16, 16, 1, 1, torch.float32, False, PaddedRowBlocksPlan),
+    "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, PaddedRowBlocksPlan),
     "low ranks, fp32": (8, 2, 2, 1, torch.float32, False, DensePlan),
-    "more of low rank, fp32": (17, 2, 2, 1, torch.float32, False, PaddedBlocksPlan),
-    "low ranks, many, fp32": (17, 4, 64, 1, torch.float32, False, PaddedBlocksPlan),
-    "low ranks, many, bf16": (9, 16, 64, 1, torch.bfloat16, False, PaddedBlocksPlan),
-    "tokens, fp32": (4, 16, 80, 1, torch.float32, False, PaddedBlocksPlan),
+    "more of low rank, fp32": (17, 2, 2, 1, torch.float32, False, PaddedRowBlocksPlan),
+    "low ranks, many, fp32": (17, 4, 64, 1, torch.float32, False, PaddedRowBlocksPlan),
+    "low ranks, many, bf16": (9, 16, 64, 1, torch.bfloat16, False, PaddedRowBlocksPlan),
+    "tokens, fp32": (4, 16, 80, 1, torch.float32, False, PaddedRowBlocksPlan),
     "tokens of one, fp32": (1, 16, 320, 1, torch.float32, False, DensePlan),
     "tokens, bf16, amx": (16, 16, 20, 1, torch.bfloat16, True, DensePlan),
     "prefill of two": (2, 16, 8, 20, torch.float32, False, DensePlan),
-    "prefill, fp32": (4, 16, 5, 16, torch.float32, False, PaddedBlocksPlan),
-    "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, PaddedBlocksPlan),
+    "prefill, fp32": (4, 16, 5, 16, torch.float32, False, PaddedRowBlocksPlan),
+    "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, PaddedRowBlocksPlan),
     "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, DensePlan),
-    "prefill of many, bf16, amx": (17, 16, 2, 16, torch.bfloat16, True, PaddedBlocksPlan),
+    "prefill of many, bf16, amx": (17, 16, 2, 16, torch.bfloat16, True, PaddedRowBlocksPlan),
     "uneven prefill, fp32": (4, 16, 4.5, 16, torch.float32, False, PerSamplePlan),
     "uneven prefill, bf16": (16, 16, 1.5, 16, torch.bfloat16, False, PerSamplePlan),
     "uneven prefill, bf16, amx": (17, 16, 1.5, 16, torch.bfloat16, True, PerSamplePlan),
     "prefill of four, bf16, amx": (4, 16, 5, 16, torch.bfloat16, True, DensePlan),
-    "short samples, high rank": (4, 32, 5, 16, torch.float32, False, PaddedBlocksPlan),
+    "short samples, high rank": (4, 32, 5, 16, torch.float32, False, PaddedRowBlocksPlan),
 }
 
 
@@ -183,7 +183,7 @@ def test_plans(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         outputs = steps(model, x, names)
         assert_alone(outputs, model, x, names)
     assert {type(plan) for plan in chosen} == {kind}
-    if kind in (PaddedBlocksPlan, DensePlan):
+    if kind in (PaddedRowBlocksPlan, DensePlan):
         expected = dtype == torch.float32 and 1 < count <= len(x) * tokens <= 8 * count
         assert {plan.terms is not None for plan in chosen} == {expected}
     if case == "many, bf16":
@@ -284,7 +284,7 @@ def test_few_rows_of_mixed_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         outputs = steps(model, x, names)
     found = [packed_plans.cached_plan(*call.args) for call in plans.call_args_list]
     assert {(type(plan), type(plan.terms)) for plan in found} == {
-        (PaddedBlocksPlan, RowUpdateTerms)
+        (PaddedRowBlocksPlan, RowUpdateTerms)
     }
     assert_alone(outputs, model, x, names)
 

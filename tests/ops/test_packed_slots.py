@@ -21,7 +21,7 @@ from fastlora.ops.torch import (
 )
 from fastlora.ops.torch.packed_plans import (
     DensePlan,
-    PaddedBlocksPlan,
+    PaddedRowBlocksPlan,
     PerAdapterPlan,
     PerSamplePlan,
     Plan,
@@ -87,16 +87,16 @@ MIXES = {
         16,
         1,
         torch.float32,
-        {PaddedBlocksPlan, PerAdapterPlan},
+        {PaddedRowBlocksPlan, PerAdapterPlan},
     ),
-    "more rows": (4, 3, (8,), 40, 1, torch.float32, {PaddedBlocksPlan, NoneType}),
+    "more rows": (4, 3, (8,), 40, 1, torch.float32, {PaddedRowBlocksPlan, NoneType}),
     "decode of mixed ranks": (6, 2, (3, 64, 8), 20, 1, torch.float32, {PerAdapterPlan}),
     "many slots": (16, 1, (8,), 64, 1, torch.float32, {RowUpdateTerms, PerAdapterPlan}),
-    "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {PaddedBlocksPlan}),
+    "many slots, bf16": (16, 3, (16,), 64, 1, torch.bfloat16, {PaddedRowBlocksPlan}),
     "one row": (5, 4, (16,), 1, 1, torch.float32, {DensePlan, PerAdapterPlan}),
     "prefill": (4, 3, (16, 16, 4), 6, 70, torch.float32, {PerSamplePlan, PerAdapterPlan}),
     "prefill, bf16": (4, 3, (16, 16, 12), 6, 70, torch.bfloat16, {PerSamplePlan, PerAdapterPlan}),
-    "many tokens": (4, 2, (24,), 500, 1, torch.float32, {PaddedBlocksPlan}),
+    "many tokens": (4, 2, (24,), 500, 1, torch.float32, {PaddedRowBlocksPlan}),
 }
 
 
@@ -133,7 +133,7 @@ def test_slots_change_one_by_one(case: str) -> None:
             y = torch.randn(samples * tokens, sum(widths)).to(dtype)
             made, plan = add(pack, y, x, rows)
             plans.add(type(plan))
-            if isinstance(plan, PaddedBlocksPlan):
+            if isinstance(plan, PaddedRowBlocksPlan):
                 plans.add(type(plan.terms))
             base = torch.tensor([slot < 0 for slot in spread])
             assert torch.equal(made[base], y[base])
@@ -228,7 +228,7 @@ def test_a_layer_of_several_slices_with_an_equal_number_of_rows_for_each_adapter
     assert pack.factors is not None
     with mock.patch.object(packed_choice, "_MATRIX_UNIT", frozenset()):
         plan = packed_plans.cached_plan(rows, rows.slot_index, pack.factors, {})
-    assert isinstance(plan, PaddedBlocksPlan) and plan.exact
+    assert isinstance(plan, PaddedRowBlocksPlan) and plan.exact
     x, weight, bias = torch.randn(len(ids), K), torch.randn(64, K), torch.randn(64)
     made = packed_forward.linear(x, weight, bias, rows.slot_index, pack.factors, plan)
     base = torch.nn.functional.linear(x, weight, bias)

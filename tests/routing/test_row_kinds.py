@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastlora.routing.row_facts import ROWS, RowFactsTable, RowOriginFacts, RowOriginKind
 from fastlora.routing.row_rules import result_row_facts_if_changed
-from fastlora.routing.row_tracking import RowOrderTracker
+from fastlora.routing.row_tracking import RowOriginTracker
 
 aten = torch.ops.aten
 D = 8
@@ -194,7 +194,7 @@ def _wide(index: torch.Tensor) -> torch.Tensor:
 
 
 def _kind(make: Make) -> RowOriginKind:
-    order = RowOrderTracker(2, [TABLE])
+    order = RowOriginTracker(2, [TABLE])
     x, numbers = torch.randn(2, 4, D), NUMBERS.clone()
     with order:
         return order.row_origin_kind(make(x, numbers))
@@ -297,13 +297,13 @@ def test_a_table_of_the_model_that_reaches_a_layer_alone() -> None:
         ((0, 4, D), False),
     ):
         table = torch.ones(shape)
-        assert RowOrderTracker(2, [table]).is_shared_table(table) is alone, shape
+        assert RowOriginTracker(2, [table]).is_shared_table(table) is alone, shape
     different = torch.arange(4.0 * D).view(4, D)
-    assert RowOrderTracker(2, [different]).is_shared_table(different)
-    assert not RowOrderTracker(2, [different]).is_shared_table(different.clone())
-    assert not RowOrderTracker(2).is_shared_table(different)
+    assert RowOriginTracker(2, [different]).is_shared_table(different)
+    assert not RowOriginTracker(2, [different]).is_shared_table(different.clone())
+    assert not RowOriginTracker(2).is_shared_table(different)
     of_each_sample = torch.arange(8.0 * D).view(2, 4, D)
-    assert not RowOrderTracker(2, [of_each_sample]).is_shared_table(of_each_sample)
+    assert not RowOriginTracker(2, [of_each_sample]).is_shared_table(of_each_sample)
 
 
 def test_marks_of_storages_that_are_gone_are_dropped() -> None:

@@ -29,7 +29,7 @@ def test_samples_of_a_view(view: str) -> None:
     take, lead = VIEWS[view]
     each = SAMPLES[:, None, None].expand(6, 2, 4).contiguous()
     expected = take(each)
-    found = row_samples.sample_of_each_row(take(torch.randn(6, 2, 4)), SAMPLES, lead)
+    found = row_samples.batch_sample_of_each_row(take(torch.randn(6, 2, 4)), SAMPLES, lead)
     assert found is not None and found.shape == expected.shape[:lead]
     assert torch.equal(
         found[(...,) + (None,) * (expected.dim() - lead)].expand_as(expected), expected
@@ -38,11 +38,11 @@ def test_samples_of_a_view(view: str) -> None:
 
 def test_rows_of_several_samples_have_no_sample() -> None:
     rows = torch.randn(6, 2, 4)
-    assert row_samples.sample_of_each_row(rows.transpose(0, 1), SAMPLES, 1) is None
-    assert row_samples.sample_of_each_row(rows.view(3, 16), SAMPLES, 1) is None
-    assert row_samples.sample_of_each_row(torch.randn(5, 2), SAMPLES, 1) is None
+    assert row_samples.batch_sample_of_each_row(rows.transpose(0, 1), SAMPLES, 1) is None
+    assert row_samples.batch_sample_of_each_row(rows.view(3, 16), SAMPLES, 1) is None
+    assert row_samples.batch_sample_of_each_row(torch.randn(5, 2), SAMPLES, 1) is None
     behind_the_first_element = torch.randn(24).as_strided((5, 4), (4, 1), 1)
-    assert row_samples.sample_of_each_row(behind_the_first_element, SAMPLES, 1) is None
+    assert row_samples.batch_sample_of_each_row(behind_the_first_element, SAMPLES, 1) is None
 
 
 def test_the_order_of_the_batch() -> None:

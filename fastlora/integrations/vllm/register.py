@@ -101,12 +101,12 @@ RELIED_ON = tuple(
 
 
 class NotRegisteredReason(NamedTuple):
-    """A reason why fastlora is not registered with vLLM.
+    """The result of `register` if fastlora is not registered with vLLM.
 
-    `register` returns the reason if vLLM does not use fastlora.
+    The result states the reason, and whether the user should be warned.
 
     Attributes:
-        reason: Why.
+        reason: Why fastlora is not registered.
         is_problem: Whether the user should be warned.
     """
 

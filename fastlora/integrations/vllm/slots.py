@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.slots import BatchRows, SlotLoraUpdates
+from fastlora.ops.slots import BatchRows, SlotLoraUpdater
 
 _ALIGNMENT = 16  # bytes
 _MOST_SLICES = 4
@@ -44,13 +44,13 @@ class LayerSlots:
         self.lora_a, self.lora_b = blocks[: len(shapes_a)], blocks[len(shapes_a) :]
         rank = 0 if stack_a is None else stack_a.shape[2]
         same_a, same_b = (_expanded_identity(slots, each, storage) for each in (rank, max_rank))
-        self.shrink = [SlotLoraUpdates([own], [same_a], storage) for own in self.lora_a]
-        self.expand = [SlotLoraUpdates([same_b], [own], storage) for own in self.lora_b]
-        self.linear: list[SlotLoraUpdates] = []
+        self.shrink = [SlotLoraUpdater([own], [same_a], storage) for own in self.lora_a]
+        self.expand = [SlotLoraUpdater([same_b], [own], storage) for own in self.lora_b]
+        self.linear: list[SlotLoraUpdater] = []
         if rank == max_rank:
             for start in range(0, len(stacks_b), _MOST_SLICES):
                 group = slice(start, start + _MOST_SLICES)
-                self.linear.append(SlotLoraUpdates(self.lora_a[group], self.lora_b[group], storage))
+                self.linear.append(SlotLoraUpdater(self.lora_a[group], self.lora_b[group], storage))
 
     def add_linear_(self, y: torch.Tensor, x: torch.Tensor, batch: BatchRows) -> None:
         """Add the LoRA updates of a linear layer to y in place.

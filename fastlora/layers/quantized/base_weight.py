@@ -227,7 +227,7 @@ class BaseQuantizedWeight(MergeTarget):
         return lambda: self.dense().to(dtype)
 
     def bias_for_product(self, product_dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product in ``product_dtype``.
+        """Return the bias as the quantized module adds it to a product in ``product_dtype``.
 
         Returns None if the module has no bias. If a call of the module converts the module's own
         bias to the dtype of the product, this method also converts that bias. Otherwise, the bias
@@ -310,12 +310,12 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn`` if needed, and return the snapshot.
+        """Keep a snapshot of a quantized weight as it is, and return the snapshot.
 
-        A snapshot of a quantized weight is returned unchanged. ``fn`` is the function that
-        ``nn.Module._apply`` applies to the module's tensors. ``fn`` is not applied to the snapshot,
-        because ``fn`` may change dtypes. `restore` can use the snapshot as it is, because `restore`
-        moves the data to the weight's device.
+        ``fn`` is the function that ``nn.Module._apply`` applies to the module's tensors. A dense
+        weight's snapshot is converted with ``fn``. A quantized weight's snapshot is not, because
+        ``fn`` may change dtypes. `restore` can use the snapshot as it is, because `restore` moves
+        the data to the weight's device.
         """
         return snapshot
 

@@ -13,9 +13,10 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantized_weight
 class HqqWeight(BaseQuantizedWeight):
-    """Base weight of an HQQ layer.
+    """Wrapper for read-only access to the quantized base weight of an HQQ layer.
 
-    The class has methods that dequantize the weight. The layer is an `HQQLinear`. The weight is
+    The class has methods that dequantize the weight. Adapters cannot be merged into the weight,
+    because fastlora does not requantize HQQ weights. The layer is an `HQQLinear`. The weight is
     stored as codes with a zero point and a scale for each group.
     """
 

@@ -223,10 +223,10 @@ def scale_columns_backward(
 # --------------------------------------------------------------------------- active dropout
 
 
-class DropoutAdapter(NamedTuple):
-    """A DoRA adapter with active dropout.
+class DoraAdapterWithDropout(NamedTuple):
+    """A DoRA adapter with active dropout: its factors, magnitude, and dropout settings.
 
-    The tuple contains the tensors and the settings of the adapter.
+    The tuple also contains the scaling and the implementation.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.
@@ -257,7 +257,7 @@ class DropoutAdapter(NamedTuple):
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
         keep = keep_mask(rows, self.seed, self.dropout_p, dependency)
-        return reference.overwrite_mask_with_kept_elements_(keep, rows).mul_(
+        return reference.write_masked_x_into_mask_memory_(keep, rows).mul_(
             1.0 / (1.0 - self.dropout_p)
         )
 
@@ -267,7 +267,7 @@ def forward_with_dropout(
     rows: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    adapter: DropoutAdapter,
+    adapter: DoraAdapterWithDropout,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the forward pass of a DoRA adapter with dropout.
@@ -302,7 +302,7 @@ def gradients(
     dy: torch.Tensor,
     rows: torch.Tensor | None,
     weight: torch.Tensor,
-    adapter: DropoutAdapter,
+    adapter: DoraAdapterWithDropout,
     s: torch.Tensor | None,
     z: torch.Tensor | None,
     *,

@@ -31,6 +31,7 @@ from fastlora.ops.torch import reference, segments
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[Factor]
+_DsPackedGradBEmpty = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def keep(
@@ -109,9 +110,13 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter, computed from s, to y in place.
+    """Add the LoRA update of each row's adapter to y in place, including the LoRA bias.
 
-    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``, where s is the shrink output.
+    Args:
+        y: ``[M, N]``.
+        s: The shrink output.
+        rows, lora_b, lora_bias: As in `fastlora.ops.schema`.
+        scaling: One number per adapter. The update is ``scaling * (s @ lora_b.T + lora_bias)``.
     """
     # x is not read if s is given.
     _add_(
@@ -142,12 +147,12 @@ def grad_b(
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the gradients of lora_b, lora_bias, and s.
+) -> _DsPackedGradBEmpty:
+    """Return the gradients of s, lora_b, and lora_bias for a mixed batch.
 
     The result is a tuple of the gradient ds of s, one buffer into which all gradients of lora_b and
-    lora_bias are packed, and an empty tensor. The empty tensor takes the place of the column sums
-    that the operator returns for one slot.
+    lora_bias are packed, and an empty tensor. The buffer is empty unless ``with_factors`` is set.
+    The empty tensor takes the place of the column sums that the operator returns for one slot.
     """
     batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)

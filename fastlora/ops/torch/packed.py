@@ -4,8 +4,8 @@ If adapters are used repeatedly, as in every decode step, the factors of each la
 together, so that one product serves many adapters. A rank row is a row of lora_a or a column of
 lora_b. Rank rows are arranged in units. The number of rank rows in a unit is the largest rank.
 
-`pack_layer_factors` packs a set of adapters once, and adapters of smaller ranks share a unit.
-`fastlora.ops.torch.packed_slots` packs adapters that change one by one. A layer may consist of
+`pack_layer_factors_if_finite` packs a set of adapters once, and adapters of smaller ranks share a
+unit. `fastlora.ops.torch.packed_slots` packs adapters that change one by one. A layer may consist of
 several slices, such as q, k, and v: layers with the same input and with outputs side by side.
 `fastlora.ops.torch.packed_forward` computes the forward pass.
 """
@@ -20,7 +20,7 @@ import torch
 
 from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import (
-    BatchKind,
+    BatchRowPattern,
     coalescing_units_is_faster,
     column_major_lora_a_is_faster,
     dense_is_fastest,
@@ -122,14 +122,16 @@ class PackedLayerFactors(NamedTuple):
     is_finite: bool = True
 
 
-def pack_layer_factors(
-    slots: Slots, dtype: torch.dtype, kind: BatchKind
+def pack_layer_factors_if_finite(
+    slots: Slots, dtype: torch.dtype, kind: BatchRowPattern
 ) -> PackedLayerFactors | None:
-    """Pack the factors of a layer's adapters together.
+    """Pack the factors of a layer's adapters together if all of the factors are finite.
 
-    The packed factors have the dtype ``dtype``, and their layout is for the given kind of batch.
-    The result is None if no adapter has factors, or if any factor is not finite, because one
-    product serves several adapters and would carry a NaN from one adapter to the others.
+    The result is None if any factor is not finite, or if no adapter has factors. Non-finite factors
+    are not packed because one product serves several adapters and would carry a NaN from one
+    adapter to the others.
+
+    The packed factors have the dtype ``dtype``. ``kind`` only affects their layout.
     """
     layout = _layout(slots, dtype, kind)
     if layout is None:
@@ -137,7 +139,7 @@ def pack_layer_factors(
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
     is_dense = dense_is_fastest(layout.unit, layout.units, dtype, every_unit_is_used=True)
-    lora_a, rank_rows_a = zeros_for_packed_lora_a(layout, 1, k, dtype, device, is_dense)
+    lora_a, rank_rows_a = zeros_and_view_for_packed_lora_a(layout, 1, k, dtype, device, is_dense)
     lora_b = torch.zeros(layout.rank_rows, n, dtype=dtype, device=device)
     lora_bias = None
     if any(f is not None and f.lora_bias is not None for f in slots):
@@ -177,22 +179,22 @@ def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> t
     return rows * scaling
 
 
-def zeros_for_packed_lora_a(
+def zeros_and_view_for_packed_lora_a(
     layout: PackedLayout,
     slices: int,
     k: int,
     dtype: torch.dtype,
     device: torch.device | None,
-    is_dense: bool,
+    for_dense_products: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate a tensor of zeros for the packed lora_a.
+    """Return a tensor of zeros for the packed lora_a, and a view of the tensor.
 
-    The result is a tuple of the tensor and a view of the tensor. The view has the shape
-    ``[units, slices, unit, K]``, so that the factors can be written to the tensor through the view.
-    ``is_dense`` states whether the packed factors are for dense products.
+    The view has the shape ``[units, slices, unit, K]``, so that the factors can be written to the
+    tensor through the view. The memory layout of the tensor depends on whether the packed factors
+    are for dense products.
     """
     unit, units = layout.unit, layout.units
-    if is_dense:
+    if for_dense_products:
         zeros = torch.zeros(k, slices, units, unit, dtype=dtype, device=device)
         return zeros.flatten(1), zeros.permute(2, 1, 3, 0)
     if column_major_lora_a_is_faster(slices * unit, dtype):
@@ -202,12 +204,12 @@ def zeros_for_packed_lora_a(
     return zeros.flatten(1, 2).transpose(1, 2), zeros
 
 
-def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:
+def _layout(slots: Slots, dtype: torch.dtype, kind: BatchRowPattern) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
     return first_fit_layout(ranks, coalescing_units_is_faster(dtype, kind)) if any(ranks) else None
 
 
-def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
+def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchRowPattern) -> bool:
     """Return whether packed factors have the right layout for a dtype and a kind of batch.
 
     Factors that were packed for another kind of batch can have the same layout.

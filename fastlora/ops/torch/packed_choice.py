@@ -46,10 +46,10 @@ _MATRIX_UNIT = frozenset(
 )
 
 
-class BatchKind(enum.Enum):
-    """The kind of a batch, which affects how the batch's matrix products are arranged.
+class BatchRowPattern(enum.Enum):
+    """The pattern of a batch's rows: few rows, many rows, or many rows in long samples.
 
-    The kind depends on the number of rows, and on whether adjacent rows form long samples.
+    The pattern affects how the matrix products of the batch are arranged.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -62,15 +62,15 @@ class BatchKind(enum.Enum):
     SAMPLES = enum.auto()
 
 
-def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
+def batch_row_pattern(rows: int, rows_per_id: int) -> BatchRowPattern:
     """Classify a batch by its number of rows and by the number of rows that each id covers.
 
-    The result is one of the three values of `BatchKind`, which stand for few rows, many rows in any
-    order, and many rows in long samples.
+    The result is one of the three values of `BatchRowPattern`, which stand for few rows, many rows
+    in any order, and many rows in long samples.
     """
     if rows <= _FEW_ROWS:
-        return BatchKind.FEW
-    return BatchKind.SAMPLES if rows_per_id >= _LONG else BatchKind.MANY
+        return BatchRowPattern.FEW
+    return BatchRowPattern.SAMPLES if rows_per_id >= _LONG else BatchRowPattern.MANY
 
 
 def dense_is_fastest(
@@ -117,7 +117,7 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 and rank_rows >= _WIDE
 
 
-def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
+def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchRowPattern) -> bool:
     """Return whether products are faster if units of rank rows are coalesced into larger blocks.
 
     If units are coalesced, each block of a product has several units. Otherwise, each block has one
@@ -127,4 +127,4 @@ def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product if blocks have 4
     rows, and 6.1 times as long if blocks have 1 row. In fp32, the block size makes no difference.
     """
-    return dtype.itemsize == 2 and kind is BatchKind.FEW
+    return dtype.itemsize == 2 and kind is BatchRowPattern.FEW

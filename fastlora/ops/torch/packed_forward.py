@@ -17,7 +17,7 @@ from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.packed import PackedLayerFactors
 from fastlora.ops.torch.packed_plans import (
     DensePlan,
-    PaddedBlocksPlan,
+    PaddedRowBlocksPlan,
     PerAdapterPlan,
     PerSamplePlan,
     Plan,
@@ -42,7 +42,7 @@ def linear(
     lora_b = pack.lora_b[0] if len(pack.lora_b) == 1 else None
     if (
         lora_b is not None
-        and isinstance(plan, PaddedBlocksPlan)
+        and isinstance(plan, PaddedRowBlocksPlan)
         and plan.exact
         and plan.terms is None
     ):
@@ -50,7 +50,7 @@ def linear(
         (s,) = _zero_other_columns(s, pack, plan)
         y = products.linear(x, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
-        products.baddbmm_(places, s, _view_lora_b_by_block(lora_b, pack, plan))
+        products.baddbmm_(places, s, _view_lora_b_per_row_block(lora_b, pack, plan))
         return _add_bias(y.index_select(0, plan.place), adapter_per_row, pack)
     return add_(products.linear(x, weight, bias), x, adapter_per_row, pack, plan)
 
@@ -87,12 +87,12 @@ def add_(
             if lora_b is not None:
                 _add_products(part, own_s, lora_b, pack, plan)
     else:
-        _add_lora_b_rows_weighted_by_s(parts, s, pack, terms)
+        _add_weighted_rank_rows_of_own_adapter(parts, s, pack, terms)
     return y if pack.lora_bias is None else _add_bias(y, adapter_per_row, pack)
 
 
 def _arrange_rows_and_shrink(
-    x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedBlocksPlan | PerSamplePlan
+    x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedRowBlocksPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arrange the rows of x as the plan requires, and multiply them by the packed lora_a.
 
@@ -119,7 +119,7 @@ def _arrange_rows_and_shrink(
 
 
 def _zero_other_columns(
-    s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedBlocksPlan | PerSamplePlan
+    s: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedRowBlocksPlan | PerSamplePlan
 ) -> Sequence[torch.Tensor]:
     """In each row of s, zero the columns that do not belong to the row's adapter.
 
@@ -128,7 +128,7 @@ def _zero_other_columns(
     """
     is_dense = isinstance(plan, DensePlan) and plan.unit is None
     width = pack.layout.rank_rows if is_dense else pack.layout.unit
-    if isinstance(plan, PaddedBlocksPlan):
+    if isinstance(plan, PaddedRowBlocksPlan):
         shape = (plan.blocks, plan.longest, plan.coalesced, len(pack.lora_b), width)
         s = s.view(shape)
     else:
@@ -136,20 +136,20 @@ def _zero_other_columns(
     if plan.other is not None:
         s.masked_fill_(plan.other, 0.0)
     every_s = s.unbind(-2)
-    return [own.flatten(2) for own in every_s] if isinstance(plan, PaddedBlocksPlan) else every_s
+    return [own.flatten(2) for own in every_s] if isinstance(plan, PaddedRowBlocksPlan) else every_s
 
 
-def _add_lora_b_rows_weighted_by_s(
+def _add_weighted_rank_rows_of_own_adapter(
     y_slices: Sequence[torch.Tensor],
     s: torch.Tensor,
     pack: PackedLayerFactors,
     terms: RowUpdateTerms,
 ) -> None:
-    """Add rank rows of the packed lora_b, weighted by the elements of s, to y in place.
+    """Add to each row of y the rank rows of its own adapter, weighted by s, in place.
 
-    The weighted sum for a row of y is the row's update. The sum is over the rank rows of the row's
-    adapter in the packed lora_b. The weights are the row's elements of s in the columns that belong
-    to this adapter.
+    The weighted sum for a row of y is the row's LoRA update. The sum is over the rank rows of the
+    row's adapter in the packed lora_b. The weights are the row's elements of s in the columns that
+    belong to this adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
@@ -176,7 +176,7 @@ def _add_products(
     s: torch.Tensor,
     lora_b: torch.Tensor,
     pack: PackedLayerFactors,
-    plan: DensePlan | PaddedBlocksPlan | PerSamplePlan,
+    plan: DensePlan | PaddedRowBlocksPlan | PerSamplePlan,
 ) -> None:
     """Add the matrix products of s and lora_b to y in place.
 
@@ -193,7 +193,7 @@ def _add_products(
         products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), s, own_b)
     else:
         # [blocks, C, rank rows of a block] x [blocks, rank rows of a block, N]
-        update = products.bmm(s, _view_lora_b_by_block(lora_b, pack, plan))
+        update = products.bmm(s, _view_lora_b_per_row_block(lora_b, pack, plan))
         y.add_(update.view(-1, y.shape[1]).index_select(0, plan.place))
 
 
@@ -249,13 +249,13 @@ def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> to
     return pack.lora_a.transpose(1, 2).index_select(0, unit_indices).transpose(1, 2)
 
 
-def _view_lora_b_by_block(
-    lora_b: torch.Tensor, pack: PackedLayerFactors, plan: PaddedBlocksPlan
+def _view_lora_b_per_row_block(
+    lora_b: torch.Tensor, pack: PackedLayerFactors, plan: PaddedRowBlocksPlan
 ) -> torch.Tensor:
-    """Return a view of the packed lora_b with one part for each block of a plan.
+    """Return a view of the packed lora_b with one part for each block of rows in a plan.
 
-    Each part consists of the rank rows of the block's units. The view has the shape
-    ``[blocks, rank rows per block, N]``.
+    Each part consists of the rank rows by which the block is multiplied, which are those of the
+    block's units. The view has the shape ``[blocks, rank rows per block, N]``.
     """
     unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
     own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]

@@ -6,8 +6,8 @@ units. The kinds of plans are:
 
 - DensePlan: every row is multiplied by all rank rows, and only the columns of its own adapter are
   used. No row is moved.
-- PaddedBlocksPlan: rows are multiplied by the rank rows of a few adapters, in one batched product.
-  Rows are gathered once.
+- PaddedRowBlocksPlan: rows are multiplied by the rank rows of a few adapters, in one batched
+  product. Rows are gathered once.
 - PerSamplePlan: this kind is used if blocks would be uneven and samples are at least as long as the
   largest rank. The tokens of each sample are multiplied by the rank rows of its adapter, in one
   batched product. Factors are gathered, and no row is moved.
@@ -17,8 +17,8 @@ units. The kinds of plans are:
   be non-finite.
 
 For at least two adapters with few rows each, in fp32 on a CPU with AVX2 or AVX-512, a `DensePlan`
-or a `PaddedBlocksPlan` multiplies x by lora_a only. Each row's update is then a sum of its own rank
-rows of lora_b (`RowUpdateTerms`), and no row is moved back.
+or a `PaddedRowBlocksPlan` multiplies x by lora_a only. Each row's update is then a sum of its own
+rank rows of lora_b (`RowUpdateTerms`), and no row is moved back.
 
 A pack may contain adapters that have no rows in the batch, as the pack of an engine's slots does.
 Products then cover only the range of units that the batch uses.
@@ -43,8 +43,8 @@ from fastlora.ops.torch.packed import (
     PackedLayout,
 )
 from fastlora.ops.torch.packed_choice import (
-    BatchKind,
-    batch_kind,
+    BatchRowPattern,
+    batch_row_pattern,
     coalescing_units_is_faster,
     expand_by_embedding_bag_is_faster,
 )
@@ -62,16 +62,17 @@ _UNUSED_RANK_ROWS_EACH = 16
 # batch than this, and this many more per adapter, blocks cost more than they save. Time that the
 # adapters add for 16 rows in 16 slots of rank 16 (SmolLM2's linears, one Zen 4 core): 16.9 ms with
 # blocks of 64 places, and 18.8 ms with products for each of 11 adapters.
-_MOST_PLACES = {BatchKind.FEW: 2.0, BatchKind.MANY: 1.25, BatchKind.SAMPLES: 1.25}
+_MOST_PLACES = {BatchRowPattern.FEW: 2.0, BatchRowPattern.MANY: 1.25, BatchRowPattern.SAMPLES: 1.25}
 _PLACES_EACH = 4
 
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms of the sums that form the LoRA updates of a batch's rows.
+    """The rows of the packed lora_b, with weights, whose sums are the LoRA updates of a batch.
 
-    Each term is a row of the packed lora_b multiplied by a weight, which is an element of s. The
-    update of a row of y is the sum of one term for each rank row of its adapter.
+    The LoRA update of a row of y is a weighted sum of the lora_b rows of its adapter. A term is a
+    row of the packed lora_b multiplied by its weight, which is an element of s. The sum has one
+    term for each rank row of the adapter.
 
     Attributes:
         rank_rows: The index of each term's row in the packed lora_b, int64.
@@ -121,12 +122,13 @@ class DensePlan(NamedTuple):
     terms: RowUpdateTerms | None = None
 
 
-class PaddedBlocksPlan(NamedTuple):
-    """A plan for applying packed adapters to equal-sized blocks of rows.
+class PaddedRowBlocksPlan(NamedTuple):
+    """A plan for applying packed adapters to padded, equal-sized blocks of a batch's rows.
 
-    Rows are gathered into blocks, which are padded to equal size. One batched product multiplies
-    all blocks, each by the rank rows of one or more adjacent units. Each block contains the rows of
-    the batch whose adapters are in its units. Rows without an adapter fill free places.
+    The rows of the batch are gathered into blocks, which are padded to equal size. One batched
+    product multiplies all blocks, each by the rank rows of one or more adjacent units. Each block
+    contains the rows of the batch whose adapters are in its units. Rows without an adapter fill
+    free places.
 
     Attributes:
         start: The first unit of the first block.
@@ -203,7 +205,7 @@ class PerAdapterPlan(NamedTuple):
     gather: torch.Tensor
 
 
-Plan = DensePlan | PaddedBlocksPlan | PerSamplePlan | PerAdapterPlan
+Plan = DensePlan | PaddedRowBlocksPlan | PerSamplePlan | PerAdapterPlan
 PlanCache = dict[tuple[PackedLayout, torch.dtype, bool], Plan]
 
 
@@ -235,7 +237,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     adapter = adapter.cpu()  # Blocks are counted on the CPU.
     first = torch.tensor([*layout.firsts, 0])[adapter]
     rank = torch.tensor([*layout.ranks, 0])[adapter]
-    kind = batch_kind(m, rows.each)
+    kind = batch_row_pattern(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
     sums_rank_rows = expand_by_embedding_bag_is_faster(m, len(used), layout.unit, dtype, device)
@@ -257,18 +259,18 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
     if unused > _UNUSED_RANK_ROWS_EACH * len(used):
         return _make_per_adapter_plan(rows, adapter, layout)
-    if stop - start == 1 and kind is BatchKind.FEW:
+    if stop - start == 1 and kind is BatchRowPattern.FEW:
         own = _mask_outside_row_ranges(layout.unit, first - start * layout.unit, rank, device)
         return DensePlan(own, start)
     coalesced = 1
     while True:
-        plan = _make_padded_blocks_plan(first, rank, layout, (start, stop), coalesced)
+        plan = _make_padded_row_blocks_plan(first, rank, layout, (start, stop), coalesced)
         wider = 2 * coalesced
         fits = (stop - start) % wider == 0 and wider * layout.unit <= WIDEST_BLOCK
         if plan.longest >= _FEW_ROWS or not fits or not coalesces:
             break
         coalesced = wider
-    if kind is BatchKind.SAMPLES and rows.each >= layout.unit and not plan.exact:
+    if kind is BatchRowPattern.SAMPLES and rows.each >= layout.unit and not plan.exact:
         return _make_per_sample_plan(
             first[:: rows.each], rank[:: rows.each], layout, rows.each, device
         )
@@ -376,14 +378,14 @@ def _make_per_sample_plan(
     return PerSamplePlan(units, tokens, None if masks is None else masks.unsqueeze(1))
 
 
-def _make_padded_blocks_plan(
+def _make_padded_row_blocks_plan(
     first_rank_rows: torch.Tensor,
     rank_per_row: torch.Tensor,
     layout: PackedLayout,
     unit_range: tuple[int, int],
     units_per_block: int,
-) -> PaddedBlocksPlan:
-    """Make a `PaddedBlocksPlan` by grouping the rows of a batch into blocks.
+) -> PaddedRowBlocksPlan:
+    """Group the rows of a batch into padded blocks, and return the plan for these blocks.
 
     Each row gets a place in the block that contains its adapter's rank rows. Rows without an
     adapter fill free places.
@@ -421,4 +423,4 @@ def _make_padded_blocks_plan(
     shape = (blocks, longest, units_per_block, 1, layout.unit)
     other = others.view(shape) if others.any() else None
     exact = blocks * longest == m
-    return PaddedBlocksPlan(start, blocks, longest, units_per_block, gather, place, other, exact)
+    return PaddedRowBlocksPlan(start, blocks, longest, units_per_block, gather, place, other, exact)

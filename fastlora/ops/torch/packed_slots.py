@@ -17,7 +17,7 @@ from fastlora.ops.torch.packed import (
     PackedLayerFactors,
     PackedLayout,
     unrounded_scaled_lora_b_rank_rows,
-    zeros_for_packed_lora_a,
+    zeros_and_view_for_packed_lora_a,
 )
 from fastlora.ops.torch.packed_choice import dense_is_fastest
 
@@ -189,7 +189,7 @@ class PackedSlots:
         slots, dtype, device = len(self._ranks), self._dtype, self._device
         layout = one_unit_per_slot(rank_rows_per_slot, (0,) * slots)
         is_dense = dense_is_fastest(rank_rows_per_slot, slots, dtype, every_unit_is_used=False)
-        lora_a, rank_rows_a = zeros_for_packed_lora_a(
+        lora_a, rank_rows_a = zeros_and_view_for_packed_lora_a(
             layout, len(self._widths), self._in_features, dtype, device, is_dense
         )
         shapes = [(slots * rank_rows_per_slot, n) for n in self._widths]

@@ -88,7 +88,7 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     Each element is dropped with probability ``p``, and the rest is divided by ``1 - p``.
     `draw_keep_mask` computes the mask.
     """
-    return overwrite_mask_with_kept_elements_(draw_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
+    return write_masked_x_into_mask_memory_(draw_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
 
 
 def draw_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -112,15 +112,17 @@ def draw_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tenso
     return torch.ge(lanes, threshold, out=keep)
 
 
-def overwrite_mask_with_kept_elements_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Overwrite the dropout mask ``keep`` in place with the elements of x that it keeps.
+def write_masked_x_into_mask_memory_(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Write x, with its dropped elements set to zero, into the memory of the dropout mask.
 
-    The function returns the memory of the mask as a tensor in x's dtype. The tensor is x where
-    ``keep`` was 1, and zero elsewhere. The kept elements are not scaled. No memory is allocated.
-    The product of integers is one pass at the speed of memory. For 512 x 576 elements, it takes 12
-    to 25 us, and `torch.where` takes 350 us (one Xeon core). Dropped elements may be NaN.
+    The function returns the memory of the mask as a tensor in x's dtype. The tensor is x where the
+    mask was 1, and zero elsewhere. The kept elements are not scaled. Dropped elements may be NaN.
+
+    No memory is allocated. The product of integers is one pass at the speed of memory. For
+    512 x 576 elements, the product takes 12 to 25 us, and `torch.where` takes 350 us (one Xeon
+    core).
     """
-    return keep.mul_(x.view(keep.dtype)).view(x.dtype)
+    return mask.mul_(x.view(mask.dtype)).view(x.dtype)
 
 
 def zero_dropped_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

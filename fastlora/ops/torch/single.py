@@ -42,7 +42,7 @@ def shrink(
     """
     if seed is None:
         return reference.lora_shrink(x, lora_a)
-    dropped = reference.overwrite_mask_with_kept_elements_(keep_mask(x, seed, dropout_p, None), x)
+    dropped = reference.write_masked_x_into_mask_memory_(keep_mask(x, seed, dropout_p, None), x)
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
@@ -74,7 +74,7 @@ def gradients(given: BackwardArguments) -> Gradients:
             base = products.mm(dy, reference.cast(weight, dy.dtype))
             dx = products.addmm_(base, ds, factor)
     if wants_a and x is not None:
-        kept = x if keep is None else reference.overwrite_mask_with_kept_elements_(keep, x)
+        kept = x if keep is None else reference.write_masked_x_into_mask_memory_(keep, x)
         d_lora_a = reference.cast(products.mm(inner.t(), kept), lora_a.dtype)
     if wants_b and s is not None:
         d_lora_b = reference.lora_b_grad(dy, s, lora_b, scaling)

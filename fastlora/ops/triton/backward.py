@@ -49,6 +49,7 @@ from fastlora.quantized_tensor import QuantizedData
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
 _DsGradBColumnSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_MaxRowsPerProgram = int
 # A result, and the partial sums that have yet to be added into it.
 _Partials = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,20 +60,19 @@ def grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
-    run: int,
+    run: _MaxRowsPerProgram,
     lora_b: _Factors,
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradient of lora_b, together with ds and the column sums of dy.
+    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
 
-    The result is a tuple (ds, gradients of lora_b and lora_bias, column sums of dy). ds is the
-    gradient of s, and the column sums are the gradient of the layer's bias. For one slot, the
-    second item is the gradient of lora_b alone, and the column sums are computed if ``with_bias``
-    requests them. For a mixed batch, the second item is a buffer with the gradients of all slots,
-    and the column sums are empty. ``run`` is the largest number of sorted rows on which one
-    program works.
+    ds is the gradient of s, and the column sums are the gradient of the layer's bias. For one slot,
+    the second item of the result is the gradient of lora_b alone, and the column sums are computed
+    if ``with_bias`` requests them. For a mixed batch, the second item is a buffer with the
+    gradients of all slots, and the column sums are empty. ``run`` is the largest number of sorted
+    rows on which one program works.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:

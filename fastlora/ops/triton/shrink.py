@@ -24,6 +24,7 @@ from fastlora.ops.triton.address_tables import (
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 
 _Tensors = Sequence[torch.Tensor]
+_UsedOneLaunch = bool
 
 
 def shrink(
@@ -158,12 +159,12 @@ def mixed_shrink_partials(
 
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
-) -> tuple[torch.Tensor, bool]:
-    """Return the shrink output s for a mixed batch, and whether a single launch computed s.
+) -> tuple[torch.Tensor, _UsedOneLaunch]:
+    """Return the shrink output s for a mixed batch, and whether one launch was enough.
 
-    The result is a tuple of s and a bool. s is ``[G, M, R]`` for G modules that share the input x.
-    If K is split, a second launch adds the partial sums and stores the result in s, and the bool is
-    False. ``dropout`` must be None unless G is 1.
+    s is ``[G, M, R]`` for G modules that share the input x. If K is split, a second launch adds the
+    partial sums and stores the result in s, and the second item of the result is False.
+    ``dropout`` must be None unless G is 1.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

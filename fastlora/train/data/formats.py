@@ -84,10 +84,7 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample is in chat format.
-
-        A sample in chat format consists of messages, and any other sample consists of text.
-        """
+        """Whether the sample consists of chat messages rather than text."""
         return isinstance(self.text, list)
 
 
@@ -268,7 +265,7 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrCh
     if format_name == "alpaca":
         given = values.get_text("instruction"), values.get_text("input", optional=True)
         prompt, text = alpaca_prompt(*given, chat=chat), values.get_text("output")
-    elif values.common_list_or_str_type("prompt", "completion") is list:
+    elif values.check_all_or_none_are_lists("prompt", "completion") is list:
         asked, answered = values.get_messages("prompt"), values.get_messages("completion")
         return TextOrChatSample(source, asked, answered, values.get_chat_template_kwargs())
     else:
@@ -304,12 +301,12 @@ class _RowValues:
                     f"the file does; available columns: {list(self._row)}"
                 )
 
-    def common_list_or_str_type(self, *columns: str) -> type:
-        """Return the common type of the values in the given columns, `list` or `str`.
+    def check_all_or_none_are_lists(self, *columns: str) -> type:
+        """Check that all or none of the columns contain a list, and return `list` or `str`.
 
-        Raises `DataError` if only some of the values are lists. If no value is a list, the result
-        is `str`. The values may then still be of another type, for which `get_text` raises an
-        error.
+        The result is `list` if the values in all of the given columns are lists, and `str` if no
+        value is a list. Raises `DataError` if only some of the values are lists. A value that is
+        neither a list nor a string raises no error here, but `get_text` raises one.
         """
         lists = [isinstance(self._row[self._names[column]], list) for column in columns]
         if any(lists) and not all(lists):
@@ -374,10 +371,10 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the parsed value in a column.
+        """Return the value in a column, and parse the value first if it is stored as JSON.
 
-        A string is parsed as JSON if it is a cell of a table or is in the column ``tools``. An
-        empty string of this kind becomes None. Any other value is returned unchanged.
+        In the cells of a table and in the column ``tools``, a string is JSON, and an empty string
+        becomes None. Any other value is returned unchanged.
         """
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):

@@ -401,8 +401,9 @@ def _document_with_masked_prompt(
 
     Masked tokens do not contribute to the loss. ``document_token_ids`` contains the tokens of the
     document, and ``prompt_token_ids`` contains the tokens of the prompt alone. The loss starts at
-    the first token of the document that differs from the prompt. The result also stores the number
-    of prompt tokens after the shared prefix. Without ``completion_only_loss``, no token is masked.
+    the first token of the document that differs from the prompt. The result also stores the source
+    and the number of prompt tokens after the shared prefix. Without ``completion_only_loss``, no
+    token is masked.
     """
     same = next(
         (
