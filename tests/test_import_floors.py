@@ -36,7 +36,7 @@ CODE_LINES = {
     "autograd": 831,
     "commands": 1768,  # vLLM in doctor
     "init": 879,
-    "integrations": 1680,  # 700 for vLLM, and mixed batches without a PeftModel
+    "integrations": 1780,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6961,  # replaced forwards, and hooks of adapted parameters
     "model": 7010,  # warm-up, and experts in recommend
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraModel as PeftLoraModel
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
@@ -412,7 +413,7 @@ class FastPeftLoraModel(PeftLoraModel):
         `disable_adapter_layers` does not call this method, because PEFT's context manager
         `disable_adapter` may call `disable_adapter_layers` inside a block.
         """
-        router = self.__dict__.get("_fastlora_router")
+        router = _router_of_base_model(self.model)
         if router is not None:
             router.group.check_no_open_blocks(operation)
 
@@ -421,7 +422,7 @@ class FastPeftLoraModel(PeftLoraModel):
 
         These are the LoRA layers for mixed batches. If the list does not exist yet, do nothing.
         """
-        router = self.__dict__.get("_fastlora_router")
+        router = _router_of_base_model(self.model)
         if router is not None:
             router.update_routed_layers()
 
@@ -435,12 +436,12 @@ class FastPeftLoraModel(PeftLoraModel):
         try:
             return super().forward(*args, **kwargs)
         finally:
-            router = self.__dict__.get("_fastlora_router")
+            router = _router_of_base_model(self.model)
             if router is not None:
                 discard_unused_results(router.group)
 
     def _check_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        router = self.__dict__.get("_fastlora_router")
+        router = _router_of_base_model(self.model)
         if router is not None and router.routed_layers is not None:
             check_batch_matches_ids(router.group, args, kwargs)
 
@@ -498,35 +499,41 @@ _set_printed_name_to_peft_base(FastPeftLoraModel)
 class PatchedModelRouter:
     """Routes batches to the adapters of a patched model.
 
-    Each row of a mixed batch is routed to its own adapter. The router is stored on ``root``.
+    Each row of a mixed batch is routed to its own adapter. The router is stored on the base model,
+    so that a `PeftModel`, its tuner, and the base model share one router.
 
     Args:
-        root: The model's tuner. In a model without a tuner, such as the result of
-            ``inject_adapter_in_model``, it is the module with ``peft_config``. If the model is
-            copied, the copy creates its own `PatchedModelRouter`.
+        model: The base model, into which PEFT has injected the LoRA layers. If it is copied, the
+            copy creates its own `PatchedModelRouter`.
 
     Attributes:
         group: The object that identifies the model's layers. It is never replaced, because open
             blocks refer to it.
+        has_tuner: Whether a patched tuner reports layers that are added.
         routed_layers: The LoRA layers, or None until they are looked up.
-        batch_check: The forward pre-hook that checks the batch size of a model without a tuner. A
-            tuner checks the batch size itself, so this is None.
+        batch_check: The forward pre-hook that checks the batch size, or None. A tuner checks the
+            batch size itself.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.root, self.group = root, RoutedLayerGroup()
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.group, self.has_tuner = model, RoutedLayerGroup(), False
         self.routed_layers: list[Any] | None = None
+        self._known: tuple[str, ...] = ()
         self.batch_check: RemovableHandle | None = None
-        if isinstance(root, FastPeftLoraModel):
+
+    def check_batch_sizes(self) -> None:
+        """Make the base model check the batch size itself, for calls without a tuner."""
+        if self.batch_check is not None:
             return
-        self.batch_check = root.register_forward_pre_hook(
-            _check_batch_size_of_injected_model, with_kwargs=True
+        model = self.model
+        self.batch_check = model.register_forward_pre_hook(
+            _check_batch_size_of_base_model, with_kwargs=True
         )
-        if hasattr(type(root), "generate") and (
-            "generate" not in vars(root) or _has_wrapped_generate(root)
+        if hasattr(type(model), "generate") and (
+            "generate" not in vars(model) or _has_wrapped_generate(model)
         ):
             # A partial, unlike a closure, can be pickled and copied with the model.
-            vars(root)["generate"] = functools.partial(_generate_after_batch_size_check, root)
+            vars(model)["generate"] = functools.partial(_generate_after_batch_size_check, model)
 
     def find_routed_layers(self) -> list[Any]:
         """Return the model's routed layers.
@@ -535,46 +542,56 @@ class PatchedModelRouter:
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
+            AdapterStateError: A block is open for another model that shares layers with this one.
         """
         # A copy has no row checks yet, and another router may have taken layers into its group.
-        known, group = self.routed_layers, self.group
+        known, group, names = self.routed_layers, self.group, self.adapter_names()
         if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
             known = None
-        if known is not None and isinstance(self.root, FastPeftLoraModel):
-            return known  # The tuner reports every other change.
-        layers, others = [], []
-        for name, module in self.root.named_modules():
+        if known is not None and self.has_tuner and names == self._known:
+            return known
+        layers: list[tuple[str, Any]] = []
+        others: list[tuple[str, Any]] = []
+        for name, module in self.model.named_modules():
             if isinstance(module, _FusedForwardMixin):
                 layers.append((name, module))
             elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
         found = [layer for _, layer in layers]
         if known is None or [*map(id, found)] != [*map(id, known)]:
-            for _, layer in layers:
-                if layer.routing_group not in (None, group) and layer.routing_group.has_open_blocks:
-                    raise AdapterStateError(
-                        "a fastlora.adapters() block is open for another model or module that "
-                        f"contains layers of this {type(self.root).__name__}; open the block for "
-                        "the same model, or after that block has ended"
-                    )
-            add_to_group(group, self.root, layers)  # even if others fail: blocks may be open
+            self._add_to_group(layers)  # even if others fail: blocks may be open
         self.routed_layers = None
         for name, module in others:
-            if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
-                raise UnsupportedLayerError(
-                    f"{name!r} was added after fastlora.patch() and is not patched; call "
-                    "fastlora.patch(model) again"
-                )
-            kind, instead = type(module).__name__, "; pass adapter_names= to the model instead"
-            if not isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
-                kind = f"{kind} of {type(module).__module__}"  # another method than LoRA
-            raise UnsupportedLayerError(
-                f"{name!r} is a PEFT {kind}, which fastlora.adapters() does not support"
-                f"{instead if isinstance(self.root, FastPeftLoraModel) else ''}"
-            )
+            self._raise_unsupported(name, module)
         patch_activation_checkpointing()  # because adapter_names= opens blocks too
-        self.routed_layers = found
+        self.routed_layers, self._known = found, names
         return found
+
+    def _add_to_group(self, layers: list[tuple[str, Any]]) -> None:
+        for _, layer in layers:
+            if (
+                layer.routing_group not in (None, self.group)
+                and layer.routing_group.has_open_blocks
+            ):
+                raise AdapterStateError(
+                    "a fastlora.adapters() block is open for another model that contains layers of "
+                    f"this {type(self.model).__name__}; open the block after that block has ended"
+                )
+        add_to_group(self.group, self.model, layers)
+
+    def _raise_unsupported(self, name: str, module: nn.Module) -> None:
+        if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
+            raise UnsupportedLayerError(
+                f"{name!r} was added after fastlora.patch() and is not patched; call "
+                "fastlora.patch(model) again"
+            )
+        kind, instead = type(module).__name__, "; pass adapter_names= to the model instead"
+        if not isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+            kind = f"{kind} of {type(module).__module__}"  # another method than LoRA
+        raise UnsupportedLayerError(
+            f"{name!r} is a PEFT {kind}, which fastlora.adapters() does not support"
+            f"{instead if self.has_tuner else ''}"
+        )
 
     def update_routed_layers(self) -> None:
         """Look up the model's routed layers again."""
@@ -584,7 +601,25 @@ class PatchedModelRouter:
 
     def adapter_names(self) -> tuple[str, ...]:
         """Return the names of the model's adapters, in the order of ``peft_config``."""
-        return tuple(self.root.peft_config)  # type: ignore[arg-type]  # a dict
+        return tuple(self.model.peft_config)  # type: ignore[arg-type]  # a dict
+
+    def _check_adapters_have_layers(
+        self, ids: Sequence[str | None] | torch.Tensor, layers: list[Any]
+    ) -> None:
+        """Raise `AdapterNotFoundError` if a given adapter is in ``peft_config`` only."""
+        present = set[str]().union(*(layer.lora_A for layer in layers))
+        missing = [slot for slot, n in enumerate(self.adapter_names()) if n not in present]
+        if not missing:
+            return
+        if not isinstance(ids, torch.Tensor):
+            used = [slot for slot in missing if self.adapter_names()[slot] in ids]
+        else:
+            used = [] if ids.is_cuda else [slot for slot in missing if bool((ids == slot).any())]
+        if used:
+            raise AdapterNotFoundError(
+                f"no LoRA layer has the adapter {self.adapter_names()[used[0]]!r}, although "
+                "peft_config contains it"
+            )
 
     def routing(
         self,
@@ -598,12 +633,8 @@ class PatchedModelRouter:
         The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
         """
         group, layers, known = self.group, self.find_routed_layers(), self.adapter_names()
-        if not isinstance(ids, torch.Tensor):
-            for name in {*ids} & {*known}:
-                if not any(name in layer.lora_A for layer in layers):
-                    raise AdapterNotFoundError(
-                        f"no LoRA layer has the adapter {name!r}, although peft_config contains it"
-                    )
+        if not self.has_tuner:
+            self._check_adapters_have_layers(ids, layers)
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
@@ -617,7 +648,12 @@ class PatchedModelRouter:
         )
 
 
-def _check_batch_size_of_injected_model(
+def _router_of_base_model(model: nn.Module) -> PatchedModelRouter | None:
+    router: PatchedModelRouter | None = vars(model).get("_fastlora_router")
+    return router
+
+
+def _check_batch_size_of_base_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Forward pre-hook that checks that the batch size matches the number of adapter ids.
@@ -625,7 +661,7 @@ def _check_batch_size_of_injected_model(
     Raises:
         ValueError: The batch size does not match the number of adapter ids.
     """
-    router = model.__dict__.get("_fastlora_router")
+    router = _router_of_base_model(model)
     if router is not None:
         check_batch_matches_ids(router.group, args, kwargs)
 
@@ -639,7 +675,7 @@ def _generate_after_batch_size_check(model: nn.Module, *args: Any, **kwargs: Any
     Raises:
         ValueError: The batch size does not match the number of adapter ids.
     """
-    router, model_class = model.__dict__.get("_fastlora_router"), cast(Any, type(model))
+    router, model_class = _router_of_base_model(model), cast(Any, type(model))
     if router is None:  # The model is no longer patched.
         return model_class.generate(model, *args, **kwargs)
     check_batch_matches_ids(router.group, args, kwargs, per_sample=True)
@@ -666,41 +702,43 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
-        AdapterStateError: A `fastlora.adapters` block is open for another module that shares layers
+        AdapterStateError: A `fastlora.adapters` block is open for another model that shares layers
             with this one.
     """
-    root, outside = _root_and_modules_outside(model)
+    root, outside = _find_root(model)
     if root is None:
         return None
-    if not isinstance(root, FastPeftLoraModel) and not any(
-        isinstance(module, _FusedForwardMixin) for module in root.modules()
-    ):
-        return None
-    for module in outside:
-        if isinstance(module, _FusedForwardMixin):
-            raise UnsupportedLayerError(
-                f"the {type(model).__name__} has LoRA layers outside its {type(root).__name__}; "
-                "call fastlora.adapters() for each model that PEFT has added LoRA layers to"
-            )
+    has_tuner = isinstance(root, FastPeftLoraModel)
+    base: nn.Module = root.model if isinstance(root, FastPeftLoraModel) else root
     with _finding:  # two threads must create only one group
-        router: PatchedModelRouter | None = root.__dict__.get("_fastlora_router")
-        if router is None or router.root is not root:
-            router = root.__dict__["_fastlora_router"] = PatchedModelRouter(root)
+        router = _router_of_base_model(base)
+        if router is None or router.model is not base:
+            router = vars(base)["_fastlora_router"] = PatchedModelRouter(base)
+        router.has_tuner = router.has_tuner or has_tuner
+        if not has_tuner:
+            router.check_batch_sizes()
         router.find_routed_layers()
+    adapted = [m for m in outside if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if adapted and not {*map(id, adapted)} <= {*map(id, base.modules())}:
+        raise UnsupportedLayerError(
+            f"the {type(model).__name__} has layers with adapters outside its "
+            f"{type(base).__name__}; call fastlora.adapters() for the model that contains the "
+            "layers of the named adapters"
+        )
     return router
 
 
-def _root_and_modules_outside(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
-    """Return the root of a model's router, and the modules of the model that are outside the root.
+def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
+    """Return the first module that routes adapters, and the modules visited outside of it.
 
-    The root is the first module that PEFT has given a ``peft_config``: the tuner of a `PeftModel`,
-    or the model into which PEFT injected adapters. It is None if there is none.
+    The module is a patched tuner, or a model into which PEFT injected LoRA layers that no tuner
+    within the model contains. The result is None, without modules, if there is no such module.
     """
     root: nn.Module | None = None
     outside, seen, waiting = [], {id(model)}, [model]
-    while waiting:  # Modules of the root are not visited: it has the most of them.
+    while waiting:  # Modules of the root are not visited, because it contains most of them.
         module = waiting.pop()
-        if root is None and isinstance(vars(module).get("peft_config"), dict):
+        if root is None and (isinstance(module, FastPeftLoraModel) or _is_injected_root(module)):
             root = module
             continue
         outside.append(module)
@@ -708,7 +746,33 @@ def _root_and_modules_outside(model: nn.Module) -> tuple[nn.Module | None, list[
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
-    return root, outside
+    return (None, []) if root is None else (root, outside)
+
+
+def _is_injected_root(module: nn.Module) -> bool:
+    """Return whether PEFT injected LoRA layers into a module that no tuner in it contains."""
+    if isinstance(module, PeftModel):
+        return False  # It reads the ``peft_config`` of its tuner.
+    own = isinstance(getattr(type(module), "peft_config", None), property)
+    configs = getattr(module, "peft_config", None) if own else vars(module).get("peft_config")
+    if not isinstance(configs, dict) or not configs:
+        return False
+    if not all(isinstance(config, PeftConfig) for config in configs.values()):
+        return False
+    router = _router_of_base_model(module)
+    if router is not None and router.model is module:
+        return True
+    layers, tuners, waiting = [], [], [module]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, FastPeftLoraModel):
+            tuners.append(module)
+            continue
+        if isinstance(module, _FusedForwardMixin):
+            layers.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    inside = {id(inner) for tuner in tuners for inner in tuner.modules()}
+    return any(id(layer) not in inside for layer in layers)
 
 
 def patch_layer(module: nn.Module) -> None:
@@ -788,7 +852,7 @@ def patch_model(model: nn.Module) -> int:
         elif type(module) is PeftLoraModel:
             module.__class__ = FastPeftLoraModel
     for module in model.modules():
-        router = module.__dict__.get("_fastlora_router")
+        router = _router_of_base_model(module)
         if router is not None:
             router.update_routed_layers()  # blocks may be open
     if any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name):

@@ -79,11 +79,11 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft.py",
         before="""\
-            add_to_group(group, self.root, layers)  # even if others fail: blocks may be open
+            self._add_to_group(layers)  # even if others fail: blocks may be open
 """,
         after="""\
             if not others:
-                add_to_group(group, self.root, layers)
+                self._add_to_group(layers)
 """,
         tests=(
             "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",
@@ -167,8 +167,28 @@ def _generate_after""",
         kind="a layer that is not seen",
         source="cfdcef8",
         path="fastlora/integrations/peft.py",
-        before="    for module in outside:\n",
-        after="    for module in ():\n",
+        before="    if adapted and not {*map(id, adapted)} <= {*map(id, base.modules())}:\n",
+        after="    if adapted and False:\n",
         tests=("tests/integrations/test_from_peft.py::test_adapters_that_cannot_be_routed_raise",),
+    ),
+    Fault(
+        sentence="Slots of a mixed batch index the settings of a wrapper with a peft_config.",
+        kind="a wrong root",
+        source="f3bf933",
+        path="fastlora/integrations/peft.py",
+        before="    return any(id(layer) not in inside for layer in layers)\n",
+        after="    return bool(layers or inside)\n",
+        tests=(
+            "tests/integrations/test_from_peft.py::test_wrappers_of_a_peft_model[peft_config2]",
+        ),
+    ),
+    Fault(
+        sentence="Layers injected beside a tuner apply their active adapters to all rows.",
+        kind="layers that are not looked up",
+        source="f3bf933",
+        path="fastlora/integrations/peft.py",
+        before="        if known is not None and self.has_tuner and names == self._known:\n",
+        after="        if known is not None and self.has_tuner:\n",
+        tests=("tests/integrations/test_from_peft.py::test_wrappers_of_a_peft_model[None]",),
     ),
 )

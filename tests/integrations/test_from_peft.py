@@ -293,7 +293,7 @@ def assert_routed(model: Any, names: list[str | None], expected: torch.Tensor) -
 
 
 def test_models_that_share_layers_take_turns() -> None:
-    """A PeftModel and its base model, and a layer that was patched again."""
+    """A PeftModel, its base model, a shallow copy, and a layer that was patched again."""
     pytest.importorskip("transformers")
     outer = peft.get_peft_model(
         tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="a"
@@ -303,20 +303,61 @@ def test_models_that_share_layers_take_turns() -> None:
     fastlora.patch(outer.eval())
     inner = outer.get_base_model()
     expected = rows_alone(copy.deepcopy(outer), ["b", "a"])
-    for model in (outer, inner, outer, copy.deepcopy(outer), inner):
+    shallow = copy.copy(inner)
+    for model in (outer, inner, shallow, outer, copy.deepcopy(outer), inner, shallow):
         assert_routed(model, ["b", "a"], expected)
-    for model, other in ((outer, inner), (inner, outer)):
+    for model, other in ((outer, shallow), (shallow, inner)):
         with fastlora.adapters(model, ["b", "a"]):
             with (
-                pytest.raises(AdapterStateError, match="open for another model or module"),
+                pytest.raises(AdapterStateError, match="open for another model"),
                 fastlora.adapters(other, ["a", "b"]),
             ):
                 pass
             torch.testing.assert_close(model(BATCH).logits, expected)
+    with fastlora.adapters(inner, ["b", "a"]):
+        assert_routed(outer, ["a", "b"], rows_alone(copy.deepcopy(outer), ["a", "b"]))
+        torch.testing.assert_close(outer(BATCH).logits, expected)
+        with pytest.raises(AdapterStateError, match="merge_adapter"):
+            outer.merge_adapter()
     layer = inner.model.layers[0].self_attn.q_proj
     fastlora.unpatch(layer)
     fastlora.patch(layer)
     assert_routed(outer, ["b", "a"], expected)
+
+
+class Wrapper(nn.Module):
+    """A model with a ``peft_config`` of its own, as a trainer's wrapper may have."""
+
+    def __init__(self, model: Any, peft_config: Any) -> None:
+        super().__init__()
+        self.inner, self.peft_config = model, peft_config
+        self.first = nn.ModuleList([model.get_base_model().model.layers[0].self_attn.q_proj])
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.inner(ids)
+
+
+@pytest.mark.parametrize("peft_config", [{}, {"a": 1}, {"policy": peft.LoraConfig()}, None])
+def test_wrappers_of_a_peft_model(peft_config: Any) -> None:
+    """Names and slots are those of the PeftModel, and the layers may be referred to twice."""
+    pytest.importorskip("transformers")
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="a"
+    )
+    model.add_adapter("b", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    randomize(model)
+    fastlora.patch(model.eval())
+    expected = rows_alone(model, ["b", "a"])
+    wrapper = Wrapper(model, peft_config)
+    assert_routed(wrapper, ["b", "a"], expected)
+    with torch.no_grad(), fastlora.adapters(wrapper, torch.tensor([1, 0])):
+        torch.testing.assert_close(wrapper(BATCH).logits, expected)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["o_proj"]), model.get_base_model())
+    with (
+        pytest.raises(UnsupportedLayerError, match="o_proj' was added"),
+        fastlora.adapters(model, ["b", "a"]),
+    ):
+        pass
 
 
 def test_copies_track_rows_again(injected: Any) -> None:
@@ -335,7 +376,7 @@ def test_adapters_that_cannot_be_routed_raise(injected: Any) -> None:
     """Other methods, layers outside the model, and an adapter without layers."""
     other = copy.deepcopy(injected)
     with (
-        pytest.raises(UnsupportedLayerError, match="LoRA layers outside its LlamaForCausalLM"),
+        pytest.raises(UnsupportedLayerError, match="adapters outside its LlamaForCausalLM"),
         fastlora.adapters(nn.ModuleList([injected, other]), ["a", "b"]),
     ):
         pass
@@ -345,6 +386,11 @@ def test_adapters_that_cannot_be_routed_raise(injected: Any) -> None:
     with (
         pytest.raises(AdapterNotFoundError, match="no LoRA layer has the adapter 'b'"),
         fastlora.adapters(other, ["a", "b"]),
+    ):
+        pass
+    with (
+        pytest.raises(AdapterNotFoundError, match="no LoRA layer has the adapter 'b'"),
+        fastlora.adapters(other, torch.tensor([0, 1])),
     ):
         pass
     config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])

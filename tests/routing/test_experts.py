@@ -352,7 +352,7 @@ def test_experts_of_a_pool_and_of_a_patched_model_raise() -> None:
         check_raises(base, "0.left.w1", target=pool)
         assert pool.stats().leases == 0
     model = patched(moe(InList, by_index))
-    check_raises(model, "model.0.experts.0.w1")
+    check_raises(model, "0.experts.0.w1")
     with pytest.raises(UnsupportedLayerError, match="gets rows that the model selected"):
         model(X, adapter_names=IDS)
 

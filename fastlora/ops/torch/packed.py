@@ -5,8 +5,8 @@ together, so that one product serves many adapters. A rank row is a row of lora_
 lora_b. Rank rows are arranged in units. The number of rank rows in a unit is the largest rank.
 
 `pack_layer_factors_if_finite` packs a set of adapters once, and adapters of smaller ranks share a
-unit. `fastlora.ops.torch.packed_slots` packs adapters that change one by one. A layer may consist of
-several slices, such as q, k, and v: layers with the same input and with outputs side by side.
+unit. `fastlora.ops.torch.packed_slots` packs adapters that change one by one. A layer may consist
+of several slices, such as q, k, and v: layers with the same input and with outputs side by side.
 `fastlora.ops.torch.packed_forward` computes the forward pass.
 """
 
