@@ -67,7 +67,7 @@ class AdapterStateError(FastLoraError, ValueError):
 class CheckpointError(FastLoraError, ValueError):
     """A checkpoint or an adapter is invalid or does not match the model.
 
-    The checkpoint is a checkpoint of a training run, an adapter folder, or a model folder. For
+    The checkpoint may belong to a training run, or be an adapter folder or a model folder. For
     example, a file of a checkpoint is missing, damaged, or unsafe. The error is also raised if a
     checkpoint cannot be loaded for another reason, or cannot be saved.
     """

@@ -157,7 +157,7 @@ def _stacked_lora_linear(
     num_adapter_slots: int,
     *given: Any,
 ) -> torch.Tensor:
-    """Multiply the sorted rows by a stack of weights, and add the LoRA updates of the adapters.
+    """Multiply the sorted rows x by a stack of weights, and add the adapters' LoRA updates.
 
     If y ``[P, N]`` is given, y is also added to the products. Without a weight stack, the LoRA
     updates are added to y. There may be no adapters. This function implements the operator

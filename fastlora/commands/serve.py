@@ -210,7 +210,7 @@ class _LoadingThread(threading.Thread):
         self.error: BaseException | None = None
         app.on_startup = self.start
 
-    def run(self: _LoadingThread) -> None:
+    def run(self) -> None:
         """Load the model and the adapters in the thread, and then start serving the model.
 
         If loading fails, the server is stopped.

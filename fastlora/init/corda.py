@@ -34,12 +34,11 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """The vectors and values that CorDA computes from the covariance of a layer's inputs.
+    """The singular values and vectors that CorDA computes for a layer.
 
-    The initial factors of the layer are computed from these vectors and values. They are R
-    directions of the singular value decomposition ``W C = U S V^T``, where W is the layer's weight,
-    and C is the covariance of the layer's inputs. The class and its attributes have the same names
-    as in PEFT.
+    CorDA computes the initial factors of the layer from R directions of the singular value
+    decomposition ``W C = U S V^T``. W is the layer's weight, and C is the covariance of the layer's
+    inputs. The class and its attributes have the same names as in PEFT.
 
     Attributes:
         S_WC: Singular values, ``[R]``.

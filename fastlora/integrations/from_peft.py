@@ -90,9 +90,9 @@ def inject_adapter_in_model(
     """Inject LoRA layers that run with fastlora into a model in place, and return the model.
 
     For LoRA, this function is a drop-in replacement for PEFT's function of the same name. PEFT
-    creates the LoRA layers, and `patch` then patches them: the class of each supported layer is
-    replaced with a subclass of fastlora. Use `unpatch` to restore PEFT's own layers. The result is
-    the model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model.
+    creates the LoRA layers, and `patch` then replaces the class of each supported layer with a
+    subclass that fastlora defines. Use `unpatch` to restore PEFT's own layers. The result is the
+    model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

@@ -12,7 +12,7 @@ import functools
 import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -64,9 +64,6 @@ from fastlora.routing.ids import BASE, names_and_slots
 from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 
-# A layer whose class derives from `_FusedForwardMixin` and from the class of PEFT's layer.
-_PatchedPeftLayer: TypeAlias = Any
-
 
 class _FusedForwardMixin(BaseAdapterLayer):
     """Mixin that gives PEFT's LoRA layers fastlora's fused forward pass.
@@ -76,9 +73,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     layer class in the list of base classes.
     """
 
-    def forward(
-        self: _PatchedPeftLayer, x: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the layer's forward pass.
 
         The layer is run with fastlora if possible, or else with PEFT's ``forward`` method. The
@@ -105,7 +100,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return to_base_output_dtype(call, base, forward(call, base))
 
     def _read_or_call_base_layer(
-        self: _PatchedPeftLayer,
+        self: Any,
         call: UniformCall | MixedCall,
         x: torch.Tensor,
         *args: Any,
@@ -124,7 +119,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
             return base
         return Base(y=call_base_layer(call, module, *args, **kwargs))
 
-    def _fusable_base(self: _PatchedPeftLayer) -> Base | None:
+    def _fusable_base(self: Any) -> Base | None:
         module = self.base_layer
         return (
             quantized_base_of_layer(self)
@@ -132,10 +127,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
             else Base(module.weight, module.bias)
         )
 
-    def _local_weight_if_quantized(self: _PatchedPeftLayer) -> BaseQuantizedWeight | None:
+    def _local_weight_if_quantized(self: Any) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
-    def update_layer(self: _PatchedPeftLayer, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the layer or update an existing adapter, as PEFT does.
 
         The state that fastlora keeps is then updated: the adapter's scaling is moved to the device
@@ -145,7 +140,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         self._move_scalings_to_factors([adapter_name])
         self._clear_model_packed_factors()
 
-    def delete_adapter(self: _PatchedPeftLayer, adapter_name: str) -> None:
+    def delete_adapter(self: Any, adapter_name: str) -> None:
         """Delete an adapter from the layer, and clear the layer's caches.
 
         The adapter is deleted by PEFT's own method.
@@ -158,7 +153,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
         clear_layer_caches(self)
 
-    def merge(self: _PatchedPeftLayer, *args: Any, **kwargs: Any) -> None:
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """Merge adapters into the base weight, as PEFT's layer does.
 
         The caches that fastlora keeps for the layer's weights are cleared first.
@@ -166,7 +161,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_base_and_adapter_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
-    def unmerge(self: _PatchedPeftLayer) -> None:
+    def unmerge(self: Any) -> None:
         """Unmerge the adapters from the layer's base weight.
 
         Before PEFT's own method unmerges the adapters, the caches that fastlora keeps for the
@@ -175,7 +170,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_base_and_adapter_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
-    def _check_layer_supports_mixed_batch(self: _PatchedPeftLayer, routing: Routing) -> None:
+    def _check_layer_supports_mixed_batch(self: Any, routing: Routing) -> None:
         """Raise `UnsupportedLayerError` if the layer does not support a mixed batch.
 
         The layer does not support the batch if an adapter in the routing uses a PEFT variant of
@@ -190,7 +185,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
                     "mixed batches"
                 )
 
-    def _applied_adapters(self: _PatchedPeftLayer) -> list[str]:
+    def _applied_adapters(self: Any) -> list[str]:
         """Return the names of the adapters that the layer applies.
 
         These are the active adapters of the layer. The list is empty if adapters are disabled or
@@ -203,14 +198,14 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return [] if any(_has_unsupported_variant(self, name) for name in names) else names
 
     @property
-    def _disabled(self: _PatchedPeftLayer) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
+    def _disabled(self: Any) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
         return self.disable_adapters
 
-    def fusion(self: _PatchedPeftLayer, fsdp_gathered: bool = False) -> FusionStatus:
+    def fusion(self: Any, gathered: bool = False) -> FusionStatus:
         """Return the fusion status of the layer.
 
         The status states whether the layer is fused and, if not, the reason. A fused layer computes
-        the base GEMM and the LoRA update in one call. ``fsdp_gathered`` means that FSDP2 replaces
+        the base GEMM and the LoRA update in one call. ``gathered`` means that FSDP2 replaces
         shards with plain parameters during the forward pass.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -219,9 +214,9 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 variant = type(self.lora_variant[name]).__name__
                 return FusionStatus(False, f"adapter {name!r} uses {variant}, which runs in PEFT")
         reason = fallback_reason_not_plain_linear(
-            self.base_layer, fsdp_gathered
+            self.base_layer, gathered
         ) and fallback_reason_base_called(self)
-        return fusion_status(self, names, reason, fsdp_gathered)
+        return fusion_status(self, names, reason, gathered)
 
 
 def _has_unsupported_variant(layer: Any, name: str) -> bool:
@@ -305,19 +300,19 @@ class FastPeftParamWrapper(PeftParamWrapper):
         return FusionStatus(False, f"{found.__name__} computes it with its module")
 
 
-def _set_printed_name_to_peft_base(cls: type) -> type:
-    """Set the name that printed models show for a patched class to that of its PEFT base class.
+def _copy_dunder_name_from_peft_base(cls: type) -> type:
+    """Set the printed name of a patched class to the name of its PEFT base class.
 
-    The function sets ``__name__``, which `get_layer_status` also shows. The class keeps its
-    ``__qualname__``, which pickles use. The class itself is returned, so that this function can be
-    used as a decorator.
+    The function sets ``__name__``, which printed models and `get_layer_status` show. The class
+    keeps its ``__qualname__``, which pickles use. The class itself is returned, so that this
+    function can be used as a decorator.
     """
     cls.__name__ = next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("peft."))
     return cls
 
 
-_set_printed_name_to_peft_base(FastPeftLinear)
-_set_printed_name_to_peft_base(FastPeftParamWrapper)
+_copy_dunder_name_from_peft_base(FastPeftLinear)
+_copy_dunder_name_from_peft_base(FastPeftParamWrapper)
 
 
 @functools.cache
@@ -335,7 +330,7 @@ def _patched_class_for(peft_class: type) -> type | None:
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
-    return _set_printed_name_to_peft_base(
+    return _copy_dunder_name_from_peft_base(
         type(f"Fast{peft_class.__name__}", (_FusedForwardMixin, peft_class), members)
     )
 
@@ -396,12 +391,16 @@ class FastPeftLoraModel(PeftLoraModel):
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge adapters into the base weights, and return the base model without LoRA layers."""
         self._check_no_open_block("merge_and_unload")
-        return super().merge_and_unload(*args, **kwargs)
+        model = super().merge_and_unload(*args, **kwargs)
+        _remove_router(model)
+        return model
 
     def unload(self) -> nn.Module:
         """Remove the LoRA layers without merging, and return the base model."""
         self._check_no_open_block("unload")
-        return super().unload()
+        model = super().unload()
+        _remove_router(model)
+        return model
 
     def _check_no_open_block(self, operation: str) -> None:
         """Raise `AdapterStateError` if a `fastlora.adapters` block of the model is open.
@@ -424,7 +423,7 @@ class FastPeftLoraModel(PeftLoraModel):
         """
         router = _router_of_base_model(self.model)
         if router is not None:
-            router.update_routed_layers()
+            router.update_routed_layers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward pass, as PEFT's model does.
@@ -442,18 +441,18 @@ class FastPeftLoraModel(PeftLoraModel):
 
     def _check_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         router = _router_of_base_model(self.model)
-        if router is not None and router.routed_layers is not None:
+        if router is not None and router.routed_layers:
             check_batch_matches_ids(router.group, args, kwargs)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Context manager that routes each row of a batch as ``adapter_names`` specifies.
+        """Context manager that enables PEFT's forward hooks or fastlora's routing for a batch.
 
         This method overrides PEFT's method of the same name. During the ``with`` block, fastlora
-        routes each row to its adapter. The routing is computed once for the whole model, whereas
-        PEFT assigns the rows to adapters at every layer. PEFT's own method is used, and enables
-        PEFT's forward hooks, if there are no ``adapter_names``, if the model is in training mode,
-        or if fastlora cannot route the batch.
+        routes each row to the adapter that ``adapter_names`` assigns to the row. The routing is
+        computed once for the whole model, whereas PEFT assigns the rows to adapters at every layer.
+        PEFT's own method is used instead if there are no ``adapter_names``, if the model is in
+        training mode, or if fastlora cannot route the batch.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -467,9 +466,7 @@ class FastPeftLoraModel(PeftLoraModel):
             return
         slots = names_and_slots(tuple(self.peft_config), list(names or ()))
         seeds, source = draw_seeds(slots[0], None, draw=False), ParameterSource(slots[0])
-        with routing_in_force(
-            Routing(routed.group, *slots, seeds, source, routed.find_routed_layers())
-        ):
+        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed_layers)):
             check_batch_matches_ids(routed.group, args, kwargs)
             yield
 
@@ -486,14 +483,13 @@ class FastPeftLoraModel(PeftLoraModel):
             found = patched_model_router(self)
         except UnsupportedLayerError:
             return None
-        layers = () if found is None else found.find_routed_layers()
-        for layer in layers:
+        for layer in () if found is None else found.routed_layers:
             if layer.merged or any(_has_unsupported_variant(layer, name) for name in wanted):
                 return None
         return found
 
 
-_set_printed_name_to_peft_base(FastPeftLoraModel)
+_copy_dunder_name_from_peft_base(FastPeftLoraModel)
 
 
 class PatchedModelRouter:
@@ -503,25 +499,24 @@ class PatchedModelRouter:
     so that a `PeftModel`, its tuner, and the base model share one router.
 
     Args:
-        model: The base model, into which PEFT has injected the LoRA layers. If it is copied, the
-            copy creates its own `PatchedModelRouter`.
+        model: The base model, into which PEFT has injected the LoRA layers.
 
     Attributes:
         group: The object that identifies the model's layers. It is never replaced, because open
-            blocks refer to it.
-        has_tuner: Whether a patched tuner reports layers that are added.
-        routed_layers: The LoRA layers, or None until they are looked up.
+            blocks refer to it. A deep copy or an unpickled model has a group of its own.
+        names: The names of the model's adapters, in the order of ``peft_config``.
+        routed_layers: The LoRA layers; an empty list until they are looked up.
         batch_check: The forward pre-hook that checks the batch size, or None. A tuner checks the
             batch size itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.group, self.has_tuner = model, RoutedLayerGroup(), False
-        self.routed_layers: list[Any] | None = None
-        self._known: tuple[str, ...] = ()
+        self.model, self.group = model, RoutedLayerGroup()
+        self.names: tuple[str, ...] = ()
+        self.routed_layers: list[Any] = []
         self.batch_check: RemovableHandle | None = None
 
-    def check_batch_sizes(self) -> None:
+    def install_batch_check(self) -> None:
         """Make the base model check the batch size itself, for calls without a tuner."""
         if self.batch_check is not None:
             return
@@ -535,21 +530,28 @@ class PatchedModelRouter:
             # A partial, unlike a closure, can be pickled and copied with the model.
             vars(model)["generate"] = functools.partial(_generate_after_batch_size_check, model)
 
-    def find_routed_layers(self) -> list[Any]:
-        """Return the model's routed layers.
+    def find_routed_layers(self, tuner: FastPeftLoraModel | None = None) -> None:
+        """Update the list of the model's routed layers.
 
         A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch.
+
+        Args:
+            tuner: The tuner that the call came through. It reports the layers that it adds, so that
+                the modules are searched again only if the adapters have changed.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
             AdapterStateError: A block is open for another model that shares layers with this one.
         """
+        configs: Any = (tuner or self.model).peft_config
+        names, group, before = tuple(configs), self.group, self.routed_layers
         # A copy has no row checks yet, and another router may have taken layers into its group.
-        known, group, names = self.routed_layers, self.group, self.adapter_names()
-        if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
-            known = None
-        if known is not None and self.has_tuner and names == self._known:
-            return known
+        joined = group.row_checks is not None and all(
+            getattr(layer, "routing_group", None) is group for layer in before
+        )
+        if tuner is not None and before and joined and names == self.names:
+            return
+        self.names, self.routed_layers = names, []
         layers: list[tuple[str, Any]] = []
         others: list[tuple[str, Any]] = []
         for name, module in self.model.named_modules():
@@ -558,16 +560,19 @@ class PatchedModelRouter:
             elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
         found = [layer for _, layer in layers]
-        if known is None or [*map(id, found)] != [*map(id, known)]:
+        if not joined or [*map(id, found)] != [*map(id, before)]:
             self._add_to_group(layers)  # even if others fail: blocks may be open
-        self.routed_layers = None
         for name, module in others:
-            self._raise_unsupported(name, module)
+            _raise_mixed_batch_unsupported(name, module, tuner is not None)
         patch_activation_checkpointing()  # because adapter_names= opens blocks too
-        self.routed_layers, self._known = found, names
-        return found
+        self.routed_layers = found
 
     def _add_to_group(self, layers: list[tuple[str, Any]]) -> None:
+        """Add layers to the router's group.
+
+        Raises:
+            AdapterStateError: A block is open for another model that contains one of the layers.
+        """
         for _, layer in layers:
             if (
                 layer.routing_group not in (None, self.group)
@@ -579,47 +584,25 @@ class PatchedModelRouter:
                 )
         add_to_group(self.group, self.model, layers)
 
-    def _raise_unsupported(self, name: str, module: nn.Module) -> None:
-        if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
-            raise UnsupportedLayerError(
-                f"{name!r} was added after fastlora.patch() and is not patched; call "
-                "fastlora.patch(model) again"
-            )
-        kind, instead = type(module).__name__, "; pass adapter_names= to the model instead"
-        if not isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
-            kind = f"{kind} of {type(module).__module__}"  # another method than LoRA
-        raise UnsupportedLayerError(
-            f"{name!r} is a PEFT {kind}, which fastlora.adapters() does not support"
-            f"{instead if self.has_tuner else ''}"
-        )
-
-    def update_routed_layers(self) -> None:
+    def update_routed_layers(self, tuner: FastPeftLoraModel | None = None) -> None:
         """Look up the model's routed layers again."""
-        self.routed_layers = None
+        self.routed_layers = []
         with contextlib.suppress(UnsupportedLayerError, AdapterStateError):  # the next batch raises
-            self.find_routed_layers()
+            self.find_routed_layers(tuner)
 
-    def adapter_names(self) -> tuple[str, ...]:
-        """Return the names of the model's adapters, in the order of ``peft_config``."""
-        return tuple(self.model.peft_config)  # type: ignore[arg-type]  # a dict
+    def _check_adapters_have_layers(self, ids: Sequence[str | None] | torch.Tensor) -> None:
+        """Raise `AdapterNotFoundError` if no LoRA layer has an adapter that ``ids`` contains.
 
-    def _check_adapters_have_layers(
-        self, ids: Sequence[str | None] | torch.Tensor, layers: list[Any]
-    ) -> None:
-        """Raise `AdapterNotFoundError` if a given adapter is in ``peft_config`` only."""
-        present = set[str]().union(*(layer.lora_A for layer in layers))
-        missing = [slot for slot, n in enumerate(self.adapter_names()) if n not in present]
-        if not missing:
-            return
-        if not isinstance(ids, torch.Tensor):
-            used = [slot for slot in missing if self.adapter_names()[slot] in ids]
-        else:
-            used = [] if ids.is_cuda else [slot for slot in missing if bool((ids == slot).any())]
-        if used:
-            raise AdapterNotFoundError(
-                f"no LoRA layer has the adapter {self.adapter_names()[used[0]]!r}, although "
-                "peft_config contains it"
-            )
+        Slots on a GPU are not checked.
+        """
+        present = set[str]().union(*(layer.lora_A for layer in self.routed_layers))
+        for slot, name in enumerate(self.names):
+            if name in present or (isinstance(ids, torch.Tensor) and ids.is_cuda):
+                continue
+            if bool((ids == slot).any()) if isinstance(ids, torch.Tensor) else name in ids:
+                raise AdapterNotFoundError(
+                    f"no LoRA layer has the adapter {name!r}, although peft_config contains it"
+                )
 
     def routing(
         self,
@@ -632,9 +615,9 @@ class PatchedModelRouter:
 
         The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
         """
-        group, layers, known = self.group, self.find_routed_layers(), self.adapter_names()
-        if not self.has_tuner:
-            self._check_adapters_have_layers(ids, layers)
+        group, layers, known = self.group, self.routed_layers, self.names
+        if self.batch_check is not None:  # Calls without a tuner change layers one by one.
+            self._check_adapters_have_layers(ids)
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
@@ -642,7 +625,7 @@ class PatchedModelRouter:
 
         See `fastlora.routing.routers.AdapterRouter`.
         """
-        group, layers, known = self.group, self.find_routed_layers(), self.adapter_names()
+        group, layers, known = self.group, self.routed_layers, self.names
         return sample_routings_from_parameters(
             group, layers, known, ParameterSource, adapters, ranks
         )
@@ -651,6 +634,34 @@ class PatchedModelRouter:
 def _router_of_base_model(model: nn.Module) -> PatchedModelRouter | None:
     router: PatchedModelRouter | None = vars(model).get("_fastlora_router")
     return router
+
+
+def _remove_router(model: nn.Module) -> None:
+    """Remove the router of a base model, and what the router has installed on the model."""
+    router = _router_of_base_model(model)
+    if router is None:
+        return
+    del vars(model)["_fastlora_router"]
+    if router.batch_check is not None:
+        router.batch_check.remove()
+    if _has_wrapped_generate(model):
+        del vars(model)["generate"]
+
+
+def _raise_mixed_batch_unsupported(name: str, module: nn.Module, has_tuner: bool) -> NoReturn:
+    """Raise `UnsupportedLayerError` for a module with adapters that fastlora does not route."""
+    if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
+        raise UnsupportedLayerError(
+            f"{name!r} was added after fastlora.patch() and is not patched; call "
+            "fastlora.patch(model) again"
+        )
+    kind, instead = type(module).__name__, "; pass adapter_names= to the model instead"
+    if not isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+        kind = f"{kind} of {type(module).__module__}"  # another method than LoRA
+    raise UnsupportedLayerError(
+        f"{name!r} is a PEFT {kind}, which fastlora.adapters() does not support"
+        f"{instead if has_tuner else ''}"
+    )
 
 
 def _check_batch_size_of_base_model(
@@ -706,20 +717,22 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
             with this one.
     """
     root, outside = _find_root(model)
-    if root is None:
+    if root is None or getattr(root, "peft_config", None) is None:
         return None
-    has_tuner = isinstance(root, FastPeftLoraModel)
-    base: nn.Module = root.model if isinstance(root, FastPeftLoraModel) else root
+    tuner = root if isinstance(root, FastPeftLoraModel) else None
+    base: nn.Module = root if tuner is None else tuner.model
     with _finding:  # two threads must create only one group
         router = _router_of_base_model(base)
         if router is None or router.model is not base:
             router = vars(base)["_fastlora_router"] = PatchedModelRouter(base)
-        router.has_tuner = router.has_tuner or has_tuner
-        if not has_tuner:
-            router.check_batch_sizes()
-        router.find_routed_layers()
+        if tuner is None:
+            router.install_batch_check()
+        router.find_routed_layers(tuner)
+    if not router.routed_layers:
+        return None  # The adapters were unloaded.
     adapted = [m for m in outside if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    if adapted and not {*map(id, adapted)} <= {*map(id, base.modules())}:
+    inside = {*map(id, base.modules())} if adapted else set()
+    if any(id(module) not in inside for module in adapted):
         raise UnsupportedLayerError(
             f"the {type(model).__name__} has layers with adapters outside its "
             f"{type(base).__name__}; call fastlora.adapters() for the model that contains the "
@@ -729,10 +742,10 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
-    """Return the first module that routes adapters, and the modules visited outside of it.
+    """Return the first module that routes adapters, and the modules that are visited outside of it.
 
     The module is a patched tuner, or a model into which PEFT injected LoRA layers that no tuner
-    within the model contains. The result is None, without modules, if there is no such module.
+    within the model contains. Returns None for it if there is no such module.
     """
     root: nn.Module | None = None
     outside, seen, waiting = [], {id(model)}, [model]
@@ -746,23 +759,21 @@ def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
-    return (None, []) if root is None else (root, outside)
+    return root, outside
 
 
-def _is_injected_root(module: nn.Module) -> bool:
-    """Return whether PEFT injected LoRA layers into a module that no tuner in it contains."""
-    if isinstance(module, PeftModel):
+def _is_injected_root(model: nn.Module) -> bool:
+    """Return whether PEFT injected LoRA layers into a model that no tuner in it contains."""
+    if isinstance(model, PeftModel):
         return False  # It reads the ``peft_config`` of its tuner.
-    own = isinstance(getattr(type(module), "peft_config", None), property)
-    configs = getattr(module, "peft_config", None) if own else vars(module).get("peft_config")
+    # Wrappers that forward attributes do not count, but a class may define a property.
+    is_property = isinstance(getattr(type(model), "peft_config", None), property)
+    configs = getattr(model, "peft_config", None) if is_property else vars(model).get("peft_config")
     if not isinstance(configs, dict) or not configs:
         return False
     if not all(isinstance(config, PeftConfig) for config in configs.values()):
         return False
-    router = _router_of_base_model(module)
-    if router is not None and router.model is module:
-        return True
-    layers, tuners, waiting = [], [], [module]
+    layers, tuners, waiting = [], [], [model]
     while waiting:
         module = waiting.pop()
         if isinstance(module, FastPeftLoraModel):
@@ -869,22 +880,18 @@ def unpatch_model(model: nn.Module) -> None:
         check_can_unpatch(module)
     for module in model.modules():
         unpatch_layer(module)
-        router = module.__dict__.pop("_fastlora_router", None)
-        if router is not None and router.batch_check is not None:
-            router.batch_check.remove()
-            if _has_wrapped_generate(module):
-                del module.__dict__["generate"]
+        _remove_router(module)
         if type(module) is FastPeftLoraModel:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def peft_layer_fusion_status(module: nn.Module, fsdp_gathered: bool = False) -> FusionStatus | None:
+def peft_layer_fusion_status(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
     """Return the fusion status of a PEFT LoRA layer.
 
     The result is None for any other module.
     """
     if isinstance(module, _FusedForwardMixin):
-        return module.fusion(fsdp_gathered)
+        return module.fusion(gathered)
     if isinstance(module, FastPeftParamWrapper):
         return module.fusion()
     if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above

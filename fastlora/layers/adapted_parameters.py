@@ -25,7 +25,7 @@ from fastlora.layers import parts
 from fastlora.layers.adapter_factors import fallback_reason_adapter_called
 from fastlora.layers.adapter_init import AdapterInitializer
 from fastlora.layers.call import MixedCall, UniformCall
-from fastlora.layers.dora_norms import is_not_capturing_cuda_graph
+from fastlora.layers.dora_norms import is_device_capturing
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import (
     LayerAdapterSettings,
@@ -207,7 +207,7 @@ class ParameterLoraLayer(LoraLayer):
             or watched.t().is_contiguous()  # Nothing is copied.
             or fully_shard_was_called()  # A newly gathered tensor may reuse the last one's memory.
             or is_being_compiled()
-            or not is_not_capturing_cuda_graph(watched.device)
+            or is_device_capturing(watched.device)
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
         cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
@@ -261,8 +261,8 @@ class ParameterLoraLayer(LoraLayer):
         """Add an adapter's delta weight, multiplied by ``sign``, to a weight in place.
 
         The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
-        which are changed one by one. ``dora_row_scale`` is always None here, because
-        adapters on parameters do not use DoRA.
+        which are changed one by one. ``dora_row_scale`` is always None here, because adapters on
+        parameters do not use DoRA.
         """
         factors = rank_row_views(*self._factors(adapter_name)[:2], self.num_matrices)
         compute = torch.promote_types(torch.float32, weight.dtype)

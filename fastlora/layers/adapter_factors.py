@@ -50,10 +50,11 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_linear_without_hooks(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight of a module if it is an `nn.Linear` that has no hooks, and else None.
+    """Return the weight of a linear module that has no hooks.
 
-    The result is also None for an instance of a subclass of `nn.Linear`, and for an `nn.Linear`
-    whose weight is not a plain `nn.Parameter`.
+    Returns None for a module that has hooks or is not an `nn.Linear`. The result is also None for
+    an instance of a subclass of `nn.Linear`, and for an `nn.Linear` whose weight is not a plain
+    `nn.Parameter`.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
@@ -84,13 +85,13 @@ def factors_without_calling_modules(
     """Return an adapter's factors for a layer, or None if the adapter's modules must be called.
 
     The factors are taken from the parameters of the modules, which are not called. The factors
-    include the scaling, the dropout probability, and the DoRA magnitude. Modules must be called,
-    for example, if they have hooks.
+    include the scaling, the dropout probability, and the DoRA magnitude. The modules must be
+    called, for example, if they have hooks.
 
     Args:
         layer: The layer, which must have the adapter.
         name: The adapter's name.
-        call: If given, the scaling is the tensor that `scaling_as_fp32_or_fp64_scalar` returns.
+        call: If given, the scaling is the tensor that `scaling_as_scalar_tensor` returns.
             Otherwise it is the layer's own value.
         with_dropout: Whether dropout can be active. If False, the dropout module is ignored.
     """
@@ -115,7 +116,7 @@ def factors_without_calling_modules(
         # This is `layer.scaling[name]` without the property's Python call.
         scaling = layer.__dict__["_scaling"][name]
     else:
-        scaling = scaling_as_fp32_or_fp64_scalar(layer, name, call)
+        scaling = scaling_as_scalar_tensor(layer, name, call)
     magnitudes = modules.get("lora_magnitude_vector")
     magnitude = None
     if magnitudes is not None and name in magnitudes._modules:
@@ -171,7 +172,7 @@ def fallback_reason_adapter_called(
     return ""
 
 
-def scaling_as_fp32_or_fp64_scalar(
+def scaling_as_scalar_tensor(
     layer: BaseLinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
     """Return an adapter's scaling as an fp32 or fp64 scalar tensor.
@@ -192,9 +193,7 @@ def scaling_as_fp32_or_fp64_scalar(
     return torch.full((), value, dtype=exact, device=x.device)
 
 
-def scalings_as_fp32_or_fp64_tensor(
-    values: Sequence[float | torch.Tensor], x: torch.Tensor
-) -> torch.Tensor:
+def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Return a list of scalings as one fp32 or fp64 tensor.
 
     The tensor is ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and fp32
@@ -227,9 +226,7 @@ def dora_scales_of_adapters(
     layer, compiling = call.layer, call.conditions.compiling
     sums = []
     for name in names:
-        scaling = (
-            scaling_as_fp32_or_fp64_scalar(layer, name, call) if compiling else layer.scaling[name]
-        )
+        scaling = scaling_as_scalar_tensor(layer, name, call) if compiling else layer.scaling[name]
         sums.append(cached_adapted_squared_norms(layer, name, scaling, compiling))
     squares = layer._reduce_squares_and_replace_zeros(sums)
     magnitudes = [layer._local_magnitude(name) for name in names]

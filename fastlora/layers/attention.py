@@ -103,8 +103,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def inner_layers(self) -> dict[str, LoraLayer]:
         """Return the LoRA layers inside this adapted attention module, by relative name.
 
-        The adapters of in_proj belong to this layer itself. The dict therefore contains only the
-        LoRA layer of out_proj.
+        The adapters of in_proj belong to this layer itself. The returned dict therefore contains
+        only the LoRA layer of out_proj.
         """
         return {_OUT: self._out()}
 

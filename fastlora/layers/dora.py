@@ -29,7 +29,7 @@ from fastlora.autograd.lora_linear import records_gradients
 from fastlora.layers.adapter_factors import (
     DoraScaleTerms,
     dora_scales_of_adapters,
-    scaling_as_fp32_or_fp64_scalar,
+    scaling_as_scalar_tensor,
 )
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import (
@@ -114,7 +114,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
     layer, x, conditions = call.layer, call.original_x, call.conditions
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
-    dropout, scaling = layer.lora_dropout[name], scaling_as_fp32_or_fp64_scalar(layer, name, call)
+    dropout, scaling = layer.lora_dropout[name], scaling_as_scalar_tensor(layer, name, call)
     bias, magnitude = layer._local_base_bias(), dora_magnitude_of(layer, name)
     inner = x.to(down.weight.dtype) if conditions.autocast is None else x
     inner = dropout(inner)

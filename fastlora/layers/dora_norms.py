@@ -52,13 +52,13 @@ def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
     return magnitude
 
 
-def is_not_capturing_cuda_graph(device: torch.device) -> bool:
-    """Return whether no CUDA graph is currently being captured on a device.
+def is_device_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is currently being captured on a device.
 
-    New tensors, such as DoRA norms, must not be cached while a CUDA graph is being captured. The
-    result is always True for a device that is not a CUDA device.
+    New tensors, such as DoRA norms, must not be cached during the capture. The result is always
+    False for a device that is not a CUDA device.
     """
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def base_weight_stamp(layer: BaseLinearWithAdapters) -> TensorStamp | None:
@@ -100,7 +100,7 @@ def base_squared_norms(
     if compiling:
         return squared_row_norms(weight, in_one_pass=True)
     base = None
-    if is_not_capturing_cuda_graph(weight.device):
+    if not is_device_capturing(weight.device):
         trains = not isinstance(weight, RowChunkedWeight) and weight.requires_grad
         if trains and torch.is_grad_enabled():
             # The weight trains: it will be written to soon, and not every optimizer changes its
@@ -162,7 +162,7 @@ def cached_adapted_squared_norms(
     lora_b = modules["lora_B"]._modules[name].weight
     may_cache = (
         not compiling
-        and is_not_capturing_cuda_graph(lora_a.device)
+        and not is_device_capturing(lora_a.device)
         and not isinstance(scaling, torch.Tensor)
     )
     if may_cache and not torch.is_grad_enabled():

@@ -26,7 +26,7 @@ from fastlora.layers.adapted_parameters import (
     parameter_adapter_shapes,
     shape_as_stack,
 )
-from fastlora.layers.adapter_factors import has_module_hooks, scalings_as_fp32_or_fp64_tensor
+from fastlora.layers.adapter_factors import has_module_hooks, scalings_as_tensor
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import LayerAdapterSettings, LayerKind, register_layer_kind
@@ -304,7 +304,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 draw_dropout_seed(x, call.conditions.impl), layer.num_matrices
             )
         lora_a, lora_b = self._factors_in_product_order(layer, name, factors)
-        scaling = scalings_as_fp32_or_fp64_tensor([factors.scaling], x)
+        scaling = scalings_as_tensor([factors.scaling], x)
         return StackedWeightAdapterOperands(
             [lora_a], [lora_b], scaling, (factors.dropout_p,), seeds
         )
@@ -347,7 +347,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 seeds = seeds.index_select(0, slots)
             seeds = dropout_seeds_of_keys(torch.cat([seeds, seeds.new_zeros(1)]), count)
         lora_a, lora_b = ([pair[side] for pair in chosen] for side in range(2))
-        scaling = scalings_as_fp32_or_fp64_tensor(scalings, x)
+        scaling = scalings_as_tensor(scalings, x)
         return [StackedWeightAdapterOperands(lora_a, lora_b, scaling, tuple(p), seeds)]
 
     def _factors_in_product_order(

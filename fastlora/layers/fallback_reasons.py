@@ -55,7 +55,7 @@ def fusion_status(
         layer: The layer.
         names: The active adapters.
         base_reason: Reason why the base layer is called, or an empty string if it is not called.
-        fsdp_gathered: Whether FSDP2 replaces shards by plain parameters during the forward pass.
+        fsdp_gathered: Whether FSDP2 replaces shards with plain parameters during the forward pass.
     """
     reason = (
         base_reason

@@ -288,7 +288,7 @@ def _compute_outputs_with_later_layers(
     backend = BACKENDS[conditions.backend]
     if (
         launch is None
-        or not launch.can_reuse_launch(x, base, own)
+        or not launch.can_be_reused_for(x, base, own)
         or (records and not launch.fits_one_node(x))
     ):
         group.launches.clear()  # The launches of other layers are as old.

@@ -77,13 +77,13 @@ class PreparedGroupLaunch:
     others: list[tuple[float, list[torch.Tensor]]]
     quantized: list[QuantizedTensor]
 
-    def can_reuse_launch(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
+    def can_be_reused_for(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
         """Return whether the prepared launch can be reused for a call.
 
         The call has the input x, the base layer ``base``, and the factors ``own``. The base layer
-        and the factors must be the same as those of the call for which the launch was prepared. x
-        may be a new tensor if its dtype and its device are the same. The dtypes of the launch's
-        tensors and the quantized weights must be unchanged.
+        and the factors must be the same as those of the call for which the launch was prepared. The
+        input may be a new tensor if its dtype and its device are the same. The dtypes of the
+        launch's tensors and the quantized weights must be unchanged.
         """
         before, known = self.own, self.base
         return (

@@ -185,11 +185,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base linear layer, as in PEFT.
+        """Return the base layer, which is this layer itself.
 
-        A layer of this class contains the base weight and is its own base layer. The method
-        therefore returns the layer itself. `base_layer` is the base `nn.Linear` without the
-        adapters.
+        A layer of this class contains the base weight and is therefore its own base layer. The
+        property `base_layer` is the base `nn.Linear` without the adapters. The name of the method
+        is PEFT's.
         """
         return self
 
@@ -217,7 +217,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         A fused layer computes the base GEMM and the LoRA update in one call.
 
         Args:
-            gathered: Whether FSDP2 replaces the layer's shards by plain parameters during the
+            gathered: Whether FSDP2 replaces the layer's shards with plain parameters during the
                 forward pass.
         """
         if is_dtensor(self._parameters.get("weight")) and not gathered:

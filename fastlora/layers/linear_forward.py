@@ -16,7 +16,7 @@ import torch
 from fastlora.autograd.adapter import run_adapter
 from fastlora.layers.adapter_factors import (
     fallback_reason_adapter_called,
-    scaling_as_fp32_or_fp64_scalar,
+    scaling_as_scalar_tensor,
 )
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora import run_dora
@@ -183,7 +183,7 @@ def _add_by_calling_modules(call: UniformCall, y: torch.Tensor, names: list[str]
         down, up = layer.lora_A[name], layer.lora_B[name]
         cast = call.conditions.autocast is None and layer.cast_input_dtype_enabled
         inner = x.to(down.weight.dtype) if cast else x
-        update = up(down(layer.lora_dropout[name](inner))) * scaling_as_fp32_or_fp64_scalar(
+        update = up(down(layer.lora_dropout[name](inner))) * scaling_as_scalar_tensor(
             layer, name, call
         )
         y = (y + update).to(y.dtype)

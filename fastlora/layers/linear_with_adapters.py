@@ -131,7 +131,7 @@ class BaseLinearWithAdapters(nn.Module):
     def _reduce_squares_and_replace_zeros(
         self, squared_norms: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Sum squared row norms over tensor-parallel processes, and replace zeros by infinity.
+        """Sum squared row norms over tensor-parallel processes, and replace zeros with infinity.
 
         Each entry of ``squared_norms`` contains the squared norms ``[N]`` of an adapted weight over
         this process's columns. Each result contains the squared norms ``[N]`` of whole rows. By

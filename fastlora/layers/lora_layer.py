@@ -438,10 +438,10 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in its file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
-        The names in the file are the keys of the dict. Each value is the name of the same tensor in
-        the state dict. All names are relative to this layer. The tensors of inner layers are
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict. All names are relative to this layer. The tensors of inner layers are
         included.
         """
         names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)

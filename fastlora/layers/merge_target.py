@@ -83,7 +83,7 @@ class MergeTarget(Protocol):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn``, or keep the snapshot as it is, and return the snapshot.
+        """Convert a snapshot with ``fn``, or keep the snapshot as it is, and return the result.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
         ``nn.Module._apply`` applies to the module's tensors, for example to move the module to
@@ -137,11 +137,11 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write the merged matrix back to the weight, unless the matrix is the weight itself.
+        """Write the merged matrix back to the weight.
 
-        The matrix is the result of `merge_buffer`, which for this class is always the weight itself
-        in its stored form. The weight therefore already has the values of the matrix, and nothing
-        is left to convert or write.
+        The merged matrix is the result of `merge_buffer`, which for this class is the weight itself
+        or a view of it. The weight therefore already has the values of the matrix, and this method
+        does nothing.
         """
 
     def snapshot(self) -> object:

@@ -258,9 +258,10 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         """Add an adapter's delta weight, multiplied by a sign, to a weight in place.
 
         The weight is ``[N, K]``. The delta weight is ``scaling * B @ A``. The sum is rounded once.
-        For a DoRA adapter, ``dora_row_scale [N]`` is its g or the inverse of g, and scales whole
-        rows of the weight. The sum is multiplied by ``dora_row_scale``, or, if the update is
-        subtracted (``sign < 0``), the weight is multiplied before.
+        For a DoRA adapter, ``dora_row_scale [N]`` contains a factor for each row. If ``sign`` is
+        positive, the factors are the adapter's DoRA scale g, by which the sum is multiplied. If
+        ``sign`` is negative, the factors are ``1 / g``, by which the weight is multiplied before
+        the delta weight is subtracted.
         """
         lora_a, lora_b, _ = self._factors(adapter_name)
         compute = torch.promote_types(torch.float32, weight.dtype)

@@ -22,7 +22,7 @@ from fastlora.layers import packed_factors
 from fastlora.layers.adapter_factors import (
     factors_in_slots,
     promoted_factor_dtype,
-    scalings_as_fp32_or_fp64_tensor,
+    scalings_as_tensor,
 )
 from fastlora.layers.call import MixedCall
 from fastlora.layers.fallback_reasons import ADAPTED_AFTER_BLOCK
@@ -179,7 +179,7 @@ def _forward_with_factor_lists(
         device = x.device if impl == "triton" else torch.device("cpu")
         seeds = call.routing.layer_dropout_seeds(call.layer.routing_index, device)
         seeds = call.layer._local_dropout_seed(seeds if which is None else seeds[list(which)])
-    scaling, drop = scalings_as_fp32_or_fp64_tensor(scalings, x), (tuple(dropout_p), seeds)
+    scaling, drop = scalings_as_tensor(scalings, x), (tuple(dropout_p), seeds)
     own = LayerAdapterOperands(lora_a, lora_b, lora_bias, scaling, *drop, which)
     return lora_linear.run_adapters(x, base, own, impl, rows=rows, s=s)
 
@@ -195,7 +195,7 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
     if impl != "eager":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # An adapter of rank 0 lets the backend compute the base product and its gradients.
-    (n, k), zero = weight.shape, scalings_as_fp32_or_fp64_tensor((0.0,), x).reshape(())
+    (n, k), zero = weight.shape, scalings_as_tensor((0.0,), x).reshape(())
     operands = LayerAdapterOperands([x.new_empty(0, k)], [x.new_empty(n, 0)], [None], zero, (0.0,))
     return lora_linear.run_adapters(x, base, operands, impl)
 
@@ -251,7 +251,7 @@ def _forward_lists_in_compiled_graph(call: MixedCall, base: Base, slots: Slots) 
             x,
             *base[:3],
             tensors,
-            scalings_as_fp32_or_fp64_tensor(scalings, x),
+            scalings_as_tensor(scalings, x),
             batch.ids,
             batch.seeds,
             dropout_p,

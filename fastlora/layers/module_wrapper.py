@@ -17,7 +17,7 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Wrapper that keeps a module and, for each adapter, a trained copy of the module or its rows.
+    """Wrapper that keeps a module and the copies of the module or its rows that adapters train.
 
     The wrapper takes the place of the original module in the model. Adapters train the copies
     without LoRA. This class is the base class of the wrappers, and a subclass defines what an
@@ -64,10 +64,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in its file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
-        The names in the file are the keys of the dict. Each value is the name of the same tensor in
-        the state dict. All names are relative to this module.
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict. All names are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 

@@ -73,11 +73,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in its file.
+        """Return the names under which an adapter's tensors are stored in the adapter file.
 
-        The names in the file are the keys of the dict. Each value is the name of the same tensor in
-        the state dict. The names in the file are those in the state dict of the adapter's copy of
-        the module.
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict of this wrapper. The names in the adapter file are those in the state dict
+        of the adapter's copy of the module.
         """
         if adapter_name not in self.modules_to_save:
             return {}

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
-from fastlora.layers.dora_norms import is_not_capturing_cuda_graph
+from fastlora.layers.dora_norms import is_device_capturing
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
     ProductWithRepackedCopy,
@@ -103,7 +103,7 @@ class KernelWeightCache(UncopiedCache):
                     fallback_reason_not_plain_linear(module)
                     or "its base layer's own forward pass is used"
                 )
-            elif not is_not_capturing_cuda_graph(kind.codes().device):
+            elif is_device_capturing(kind.codes().device):
                 return _CAPTURED
             else:
                 # A later backward pass may need it.

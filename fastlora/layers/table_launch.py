@@ -100,7 +100,7 @@ def get_table_launch_arguments(
     )
     shared = group if len(members) > 1 else None
     found = TableLaunchArguments(
-        tables, rows, invariant, own, tables.tables_argument(), row, shared, first, members
+        tables, rows, invariant, own, tables.operator_arguments(), row, shared, first, members
     )
     if group is not None:
         call.routing.cache.layers["table_launches", layer.routing_index] = key, found

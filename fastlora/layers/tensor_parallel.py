@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastlora.layers.adapter_factors import has_module_hooks, scaling_as_fp32_or_fp64_scalar
+from fastlora.layers.adapter_factors import has_module_hooks, scaling_as_scalar_tensor
 from fastlora.layers.base_layers import (
     COLUMN_WISE,
     ROW_WISE,
@@ -287,9 +287,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return Factors(
             to_local_summing_replicated_grads(self.lora_A[name].weight),
             to_local_summing_replicated_grads(up.weight),
-            self.scaling[name]
-            if call is None
-            else scaling_as_fp32_or_fp64_scalar(self, name, call),
+            self.scaling[name] if call is None else scaling_as_scalar_tensor(self, name, call),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
@@ -388,8 +386,8 @@ class TensorParallelLoraLinear(FastLoraWrapper):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return an adapter's delta weight ``scaling * B @ A`` for the whole tensor-parallel layer.
 
-        The delta weight ``[N, K]`` is gathered from the shards, so all processes must call this
-        method.
+        The delta weight ``[N, K]`` is not sharded. All processes must call this method, because the
+        shards of the factors A and B are gathered from all processes.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

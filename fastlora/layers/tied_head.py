@@ -38,10 +38,10 @@ class _TransposedEmbeddingFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight that the tied output head shares with the embedding, transposed.
+        """The weight of this LoRA factor, which is a transposed view of the embedding's factor.
 
-        The shared weight is a LoRA factor of the embedding's adapter, and not the embedding matrix.
-        The property returns a transposed view of this factor.
+        The tied output head uses the view as one of its own LoRA factors. The weight is not the
+        embedding matrix.
         """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]

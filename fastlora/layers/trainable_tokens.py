@@ -200,9 +200,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def file_names(self, adapter_name: str) -> dict[str, str]:
         """Return the names under which an adapter's tensors are stored in the adapter file.
 
-        The result is a dict that maps each name in the file to the tensor's name in the module's
-        state dict. The only entry is for the adapter's rows. The dict is empty if another module
-        owns the rows, or if the module does not have the adapter.
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict of this wrapper. The only entry is for the adapter's rows. The dict is
+        empty if another module owns the rows, or if this wrapper does not have the adapter.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -422,7 +422,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Merge the trained rows of the named adapters into the base weight without checks.
 
         The adapters must already have passed `check_merge`. The base rows that are replaced are
-        always kept for `unmerge`, so ``_keep_base`` is ignored.
+        always kept for `unmerge`, so ``keep_base`` is ignored.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

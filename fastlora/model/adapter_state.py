@@ -22,7 +22,7 @@ from fastlora.layers import (
 )
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterContents
-from fastlora.model.base_modules import base_module_of, strip_compile_and_fsdp_prefixes
+from fastlora.model.base_modules import base_module_of, strip_wrapper_prefixes
 from fastlora.model.base_state import key_without_adapters, strip_adapter_wrapper_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import (
@@ -67,23 +67,23 @@ def file_keys_to_state_keys(
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
     for name, module in modules_with_adapters(model, include_inner_lora_layers=False):
-        at = f"{KEY_PREFIX}{strip_compile_and_fsdp_prefixes(name)}."
+        at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
         if isinstance(module, ModuleWrapper) or module._has_adapter(adapter_name):
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
     for name in base_biases_trained_by(model, adapter_name, bias):
-        disk = strip_compile_and_fsdp_prefixes(str(key_without_adapters(model, name, adapter_name)))
-        keys[KEY_PREFIX + disk] = KEY_PREFIX + strip_compile_and_fsdp_prefixes(name)
+        disk = strip_wrapper_prefixes(str(key_without_adapters(model, name, adapter_name)))
+        keys[KEY_PREFIX + disk] = KEY_PREFIX + strip_wrapper_prefixes(name)
     return keys
 
 
 def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     """Strip the prefixes of wrapper modules from the keys of a state dict.
 
-    The result is a new dict with the same tensors. See `strip_compile_and_fsdp_prefixes` for the
+    The result is a new dict with the same tensors. See `strip_wrapper_prefixes` for the
     wrappers.
     """
-    return {strip_compile_and_fsdp_prefixes(key): tensor for key, tensor in state.items()}
+    return {strip_wrapper_prefixes(key): tensor for key, tensor in state.items()}
 
 
 def check_adapter_fits_model(
@@ -248,7 +248,7 @@ def _base_biases_by_original_name(model: nn.Module) -> dict[str, tuple[str, torc
     dict is a tuple of the bias's name in ``model`` and the parameter.
     """
     return {
-        strip_compile_and_fsdp_prefixes(str(key_without_adapters(model, name))): (name, parameter)
+        strip_wrapper_prefixes(str(key_without_adapters(model, name))): (name, parameter)
         for name, parameter in base_parameters(model)
         if name.rpartition(".")[2] == "bias"
     }
@@ -471,7 +471,7 @@ def set_adapter_tensors(
     for disk in others:  # base biases, regardless of the config's bias field, as in PEFT
         name = strip_adapter_wrapper_names(disk.removeprefix(KEY_PREFIX))
         if name in biases:
-            keys[disk] = KEY_PREFIX + strip_compile_and_fsdp_prefixes(biases[name][0])
+            keys[disk] = KEY_PREFIX + strip_wrapper_prefixes(biases[name][0])
     present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
     for disk, key in present.items():
         if tensors[disk].shape != state[key].shape:

@@ -20,7 +20,7 @@ _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
-def strip_compile_and_fsdp_prefixes(name: str) -> str:
+def strip_wrapper_prefixes(name: str) -> str:
     """Remove the prefixes that ``torch.compile`` and FSDP add to the name of a module or tensor.
 
     The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they

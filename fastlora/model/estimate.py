@@ -165,7 +165,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 class _StoredAndDenseBytes(NamedTuple):
     """The sizes of a parameter in bytes, as stored and as a dense tensor, for a memory estimate.
 
-    The dense size is only set if the parameter is quantized.
+    The size as a dense tensor is recorded only for quantized parameters.
 
     Attributes:
         values: The size of the stored values, quantized or not.

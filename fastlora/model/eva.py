@@ -52,8 +52,7 @@ def prepare_model_inputs_fn_language_modeling(
 
     Returns:
         The indices of the tokens to use, a tensor of shape ``[tokens, mask.dim()]``. If the batch
-        is not a mapping with ``input_ids``, there are no indices and the result is None, which
-        stands for all tokens.
+        is not a mapping with ``input_ids``, the result is None, which stands for all tokens.
     """
     if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
         return None

@@ -264,7 +264,7 @@ class InferredLoraSettings(NamedTuple):
 def infer_lora_settings(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
 ) -> dict[str, InferredLoraSettings]:
-    """Infer the settings of the layers in an adapter file, such as the rank and alpha.
+    """Infer the LoRA settings of the layers in an adapter file, such as the rank and alpha.
 
     See `InferredLoraSettings` for all settings. The keys of the result are the module names in
     the file.

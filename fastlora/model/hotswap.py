@@ -153,10 +153,11 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace a loaded adapter's weights in place with those of an adapter from a path.
+    """Replace a loaded adapter's weights in place with those of a saved adapter.
 
-    The path is a local folder in PEFT's format. For a PEFT model, PEFT's function is called, and
-    the path may be anything that PEFT accepts, such as a repository name on the Hugging Face Hub.
+    For a `LoraModel`, the saved adapter is read from a local folder in PEFT's format. For a PEFT
+    model, PEFT's function of the same name is called, which also accepts the name of a repository
+    on the Hugging Face Hub.
 
     On layers that the new adapter does not adapt, the update becomes zero. Usually, compiled models
     are not recompiled. However, if the new adapter has a larger rank than the loaded adapter, new
@@ -164,8 +165,8 @@ def hotswap_adapter(
     `prepare_model_for_compiled_hotswap` first avoids this recompilation.
 
     Args:
-        model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
-        model_name_or_path: A local folder, or for a PEFT model, anything that PEFT accepts.
+        model: A `LoraModel` or a PEFT model, compiled or not.
+        model_name_or_path: A local folder. For a PEFT model, anything that PEFT accepts.
         adapter_name: The adapter to replace. Its name does not change.
         torch_device: Ignored. The adapter's tensors stay on their devices.
         **kwargs: ``subfolder`` is the path of the adapter inside the folder. Other arguments of

@@ -92,11 +92,11 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Hook that checks the keyword arguments for creating a config and returns them.
+        """Hook for checking the keyword arguments for a new config.
 
-        As in PEFT, subclasses can override the hook to check or correct the arguments. The hook of
-        this class returns all arguments unchanged, because invalid arguments are rejected when the
-        config is created.
+        The hook returns the arguments. As in PEFT, subclasses can override the hook to check or
+        correct the arguments. The hook of this class returns all arguments unchanged, because
+        invalid arguments are rejected when the config is created.
         """
         return fields
 

@@ -173,8 +173,8 @@ def recommend(
     """Recommend LoRA settings for a base model, given its size and the available memory.
 
     The settings include the rank, alpha, the dropout probability, and the learning rate. The
-    recommended values are starting points for tuning. They depend on the number of parameters of
-    the base model:
+    recommended values are starting points for tuning. The rank, alpha, and the dropout probability
+    depend on the number of parameters of the base model:
 
     | parameters            | r        | alpha    | dropout |
     |-----------------------|----------|----------|---------|

@@ -246,9 +246,9 @@ def _warn_of_unmatched_modules_and_patterns(
 ) -> None:
     """Warn about module names and patterns in the config that match nothing in the model.
 
-    The warning covers entries of ``target_modules`` and ``exclude_modules``, and keys of
-    ``rank_pattern`` and ``alpha_pattern``. `select_parameters` has already checked the entries of
-    ``target_parameters``.
+    The warning covers entries of ``target_modules``, keys of ``rank_pattern`` and
+    ``alpha_pattern``, and ``exclude_modules`` if this field excludes nothing. `select_parameters`
+    has already checked the entries of ``target_parameters``.
 
     Args:
         unmatched_target_modules: The entries of ``target_modules`` that match no module and no

@@ -23,10 +23,10 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The LoRA factors on a linear layer, kept together with their bias and scaling.
+    """The LoRA factors for a linear layer, together with the LoRA bias and the scaling.
 
     The factors are those of one adapter, or of several adapters that are concatenated along the
-    rank. The dropout probability and DoRA's magnitude are included too.
+    rank. The tuple also contains the dropout probability and DoRA's magnitude.
 
     Attributes:
         lora_a: ``[R, K]``.
@@ -145,7 +145,7 @@ class AddressTables(NamedTuple):
     rows: dict[int, int] | None = None
     keepalive: tuple[torch.Tensor, ...] = ()
 
-    def tables_argument(self) -> list[torch.Tensor]:
+    def operator_arguments(self) -> list[torch.Tensor]:
         """Return the tables as the list of tensors for an operator's ``tables`` argument.
 
         The tables contain the addresses of the adapters' factors, the ranks, and the scalings.

@@ -319,13 +319,13 @@ def rows_from_tensors(rows_argument: Sequence[torch.Tensor]) -> Rows:
 
 @register_implementation("rows_sort")
 def _sort_rows_by_slot(
-    ids: torch.Tensor, m: int, slots: int, device: torch.device, piece_tile_rows: int
+    ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
     """Sort the rows of a batch by slot, and return the tensors that describe the sorted rows.
 
     The result is a tuple of the first five fields of `Rows`, and a tensor with the start positions
-    of the pieces for tiles of ``piece_tile_rows`` rows (see `Rows.piece_starts`). If
-    ``piece_tile_rows`` is 0, the last tensor is empty.
+    of the pieces for tiles of ``block_m`` rows (see `Rows.piece_starts`). If
+    ``block_m`` is 0, the last tensor is empty.
     """
     if slots < 0:
         raise ValueError(f"the number of slots must be non-negative, got {slots}")
@@ -341,7 +341,7 @@ def _sort_rows_by_slot(
         from fastlora.ops.triton.sorting import sort_rows_into
 
         made = sort_rows_into(
-            ids, slots, _allocate_sort_results(m, slots, device, piece_tile_rows), piece_tile_rows
+            ids, slots, _allocate_sort_results(m, slots, device, block_m), block_m
         )
         if made is not None:
             return made
@@ -355,9 +355,7 @@ def _sort_rows_by_slot(
     segment_slot.scatter_(0, segment_of.long(), slot)
     every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
     slot_start = torch.searchsorted(keys, every_slot, out_int32=True)
-    pieces = (
-        _piece_starts(segment_of, slots, piece_tile_rows) if piece_tile_rows else keys.new_empty(0)
-    )
+    pieces = _piece_starts(segment_of, slots, block_m) if block_m else keys.new_empty(0)
     order = order.to(torch.int32)
     return order, segment_of, segment_slot, slot_start, bad.any().view(1), pieces
 

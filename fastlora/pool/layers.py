@@ -193,7 +193,7 @@ class InstalledPoolLoraLayers:
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
-    def shared_base_device_and_first_dtype(self) -> tuple[torch.device, torch.dtype]:
+    def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Return the device that all base weights share, and the dtype of the first base weight.
 
         All layers of the pool are considered.

@@ -26,7 +26,7 @@ _THREADS = 4
 
 
 class Lease:
-    """A lease, which keeps pooled adapters on the device until the lease ends.
+    """A lease that keeps pooled adapters on the device until the lease ends.
 
     A lease can cover any number of adapters, which do not change during the lease.
 
@@ -156,8 +156,8 @@ class LeaseManager:
     def reject_new_leases_and_drain(self, wait: float | None) -> None:
         """Reject new leases from now on, and wait until all leases have ended.
 
-        This method raises an error if the leases do not end in time. If ``wait`` is None
-        and a lease is held, the method raises an error immediately and does not reject new leases.
+        This method raises an error if the leases do not end in time. If ``wait`` is None and a
+        lease is held, the method raises an error immediately and does not reject new leases.
 
         Args:
             wait: Seconds to wait if a lease is held, or None to raise an error instead; see

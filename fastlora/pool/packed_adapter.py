@@ -145,10 +145,10 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter whose tensors are packed into contiguous memory, ready to be copied to the device.
+    """An adapter whose tensors are packed into contiguous memory, so that one transfer copies them.
 
-    A single 1-D tensor in CPU or GPU memory contains all of the adapter's tensors. A single
-    transfer therefore copies the whole adapter to a GPU.
+    A single 1-D tensor in CPU or GPU memory contains all of the adapter's tensors. The
+    whole adapter can therefore be copied to a GPU at once.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.

@@ -125,7 +125,7 @@ class AdapterPool:
         block = functools.partial(adapters, self)
         self._layers = InstalledPoolLoraLayers(model, targets, parameters, block)
         try:
-            base_device, base_dtype = self._layers.shared_base_device_and_first_dtype()
+            base_device, base_dtype = self._layers.base_weights_device_and_dtype()
             self.device = torch.device(device) if device is not None else base_device
             transfers = make_transfers(self.device)
             packer = AdapterPacker(
@@ -496,11 +496,11 @@ class AdapterPool:
         return self._lease_manager.acquire(LeaseRequest(self._require_registered(names)), timeout)
 
     def lease_loaded(self) -> Lease:
-        """Return a lease on the adapters that are already loaded, which keeps them on the device.
+        """Return a lease on all adapters that are already loaded.
 
-        The lease covers all of the adapters that are on the device when this method is called. If
-        row ids are slots, `fastlora.adapters` uses this lease, because slots may refer to any
-        loaded adapter.
+        The lease covers the adapters that are on the device when this method is called, and keeps
+        these adapters there. If row ids are slots, `fastlora.adapters` uses this lease, because
+        slots may refer to any loaded adapter.
 
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.

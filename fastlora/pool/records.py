@@ -17,8 +17,8 @@ class AdapterDoraScales:
 
     The scales cover all modules for which the adapter uses DoRA. The scales have one value per
     output feature of each of these modules. The scales belong to a `LoadedAdapter`, and are stored
-    on the device. Scales in fp32 are updated in place when a base weight
-    changes, so their addresses do not change.
+    on the device. Scales in fp32 are updated in place when a base weight changes, so their
+    addresses do not change.
 
     Attributes:
         by_module: Maps each module index to the module's scales g, ``[N]``, in fp32 (fp64 for an

@@ -19,7 +19,7 @@ import torch
 from fastlora.layers.dora_norms import (
     adapted_squared_norms,
     base_weight_stamp,
-    is_not_capturing_cuda_graph,
+    is_device_capturing,
 )
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.pool.address_tables import PoolTables
@@ -61,7 +61,7 @@ class DoraScaleUpdater:
 
         Args:
             loaded_adapters: The leased adapters.
-            read_events_lock: The pool's lock, which protects the adapters' read events. This method
+            pool_lock: The pool's lock, which protects the adapters' read events. This method
                 holds the lock only while it reads the events. The caller must not hold the lock,
                 because computing norms is slow.
 
@@ -75,7 +75,7 @@ class DoraScaleUpdater:
             stale, stamps = self._find_stale_scales_and_base_weight_stamps(dora)
             if not stale:
                 return
-            if not is_not_capturing_cuda_graph(self._tables.rank.device):
+            if is_device_capturing(self._tables.rank.device):
                 raise AdapterStateError(
                     "the scales of DoRA adapters have not been computed yet, and a CUDA graph is "
                     "being captured; acquire the lease before the capture starts"

@@ -316,10 +316,10 @@ class StorageTiers:
     def _upload_to_own_or_free_slot(self, name: str, image: PackedAdapter) -> LoadedAdapter:
         """Copy an adapter to its own slot or to a free slot, and return the loaded adapter.
 
-        If an adapter of the same name is on the device, the new adapter takes over its slot.
-        Otherwise, the new adapter gets a free slot. This method does not evict any adapter, so
-        there must be room for the image. If the copy
-        fails, for example because the GPU is out of memory, nothing has changed.
+        If an adapter of the same name is on the device, the new adapter takes over the slot of that
+        adapter. Otherwise, the new adapter gets a free slot. This method does not evict any
+        adapter, so there must be room for the image. If the copy fails, for example because the GPU
+        is out of memory, nothing has changed.
         """
         old, column = self.device.get(name), self._free_columns[-1]
         slot = self._free_slots[-1] if old is None else old.slot

@@ -169,10 +169,10 @@ def sample_routings_from_parameters(
     """Return routings for warm-up, built from adapters that layers store as parameters.
 
     `warm_up` uses these example routings to cover the ranks and dtypes of the adapters. For each
-    combination of rank and dtype, one routing has a
-    single adapter. Another routing also has other adapters of at most this rank, up to
-    ``max_adapters`` in total. If ``allowed_ranks`` is given, there are routings only for these
-    ranks. See `fastlora.routing.routers.AdapterRouter.sample_routings`.
+    combination of rank and dtype, one routing has a single adapter. Another routing also has other
+    adapters of at most this rank, up to ``max_adapters`` in total. If ``allowed_ranks`` is given,
+    there are routings only for these ranks. See
+    `fastlora.routing.routers.AdapterRouter.sample_routings`.
     """
     sizes: dict[str, tuple[int, torch.dtype]] = {}
     for layer in layers:

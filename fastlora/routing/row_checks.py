@@ -328,11 +328,11 @@ class _ExpertModuleEvidence(NamedTuple):
 
 
 class _ExpertLayerDetector:
-    """Detects experts in a mixture of experts from the structure of the model.
+    """Detects expert layers in a mixture of experts from the structure of the model.
 
-    The detector compares the structure and the names of the model's modules, so the model does not
-    need to run; see `looks_like_expert`. The detector looks for modules with the same structure,
-    and caches the results.
+    An expert layer is an expert or a part of an expert. The detector compares the structure and the
+    names of the model's modules, so the model does not need to run; see `looks_like_expert`. The
+    detector looks for modules with the same structure, and caches the results.
     """
 
     def __init__(self) -> None:
@@ -391,10 +391,10 @@ class _ExpertLayerDetector:
         return _ExpertModuleEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """Return the size of the group of children with the same structure, for each child.
+        """For each child of a module, return how many children have the same structure.
 
-        A group consists of all children of ``parent`` with the same structure, and includes the
-        child itself. The result is a dict with the names of the children as keys.
+        The result is a dict with the names of the children of ``parent`` as keys. Each number
+        includes the child itself.
         """
         known = self._counts.get(id(parent))
         if known is None:

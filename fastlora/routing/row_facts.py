@@ -20,8 +20,8 @@ class RowOriginKind(enum.Enum):
     """The kinds of origin that a tensor's rows can have.
 
     For example, the rows may be the rows of the batch in order, rows that were selected or
-    reordered depending on the data, or rows made from parameters or constants. Rows of unknown
-    origin count as rows of the batch in order.
+    reordered depending on the data, or rows made from parameters or constants. Rows without a
+    recorded origin count as rows of the batch in order.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.

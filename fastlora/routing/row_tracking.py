@@ -36,7 +36,7 @@ class RowOriginTracker(TorchDispatchMode):
     """Tracks where the rows of tensors come from while a model runs.
 
     The tracker is a `TorchDispatchMode` that records how the rows relate to the rows of the batch,
-    and thus whether they are in the order of the batch. A layer can then raise an error if the
+    and thus whether the rows are in the order of the batch. A layer can then raise an error if the
     layer gets a tensor that does not contain the batch's rows in order.
 
     Args:

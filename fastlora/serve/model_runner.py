@@ -127,7 +127,7 @@ class BatchKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the length of the sequence cached so far, like the caches of transformers.
+        """Return the length of the sequence cached so far, as the caches of transformers do.
 
         If the rows of the current forward pass have cached sequences of different lengths, the
         longest one determines the result. The new tokens of the forward pass are not counted. Some

@@ -42,11 +42,12 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
         raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
-class AdaptersWithFiniteLosses(NamedTuple):
+class FiniteLossAgreement(NamedTuple):
     """The adapters whose losses of a batch are finite in all training processes.
 
     If an adapter's loss is not finite in at least one process, all processes skip the loss of that
-    adapter. The losses of the other adapters are still used.
+    adapter. The losses of the other adapters are still used. The tuple also contains the names of
+    the adapters whose losses are skipped, and the weights of this process's losses.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in
@@ -101,7 +102,7 @@ class BatchProcessGroup:
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree_on_finite_losses(self, losses: AdapterLosses) -> AdaptersWithFiniteLosses:
+    def agree_on_finite_losses(self, losses: AdapterLosses) -> FiniteLossAgreement:
         """Agree with the other processes on which adapters' losses are finite.
 
         An adapter's loss must be finite in every process that has a loss of the adapter. The result
@@ -116,7 +117,7 @@ class BatchProcessGroup:
         if losses.own_divisors:
             # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
-        return AdaptersWithFiniteLosses(finite, left_out, weights)
+        return FiniteLossAgreement(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
         """Return the union of the names from all processes."""

@@ -175,8 +175,8 @@ def open_run(
 class _MeanLossesAndFilePaths(NamedTuple):
     """The mean training loss of each adapter in a run, and the paths of the run's loss files.
 
-    The loss files are a table and, if matplotlib is
-    installed, a plot. If the run has steps left, there are no mean losses and no files.
+    The loss files are a table and, if matplotlib is installed, a plot. If the run has steps left,
+    there are no mean losses and no files.
     """
 
     means: dict[str, float]

@@ -125,7 +125,7 @@ def _generate_after""",
         kind="a check that is repeated",
         source="178c4a6",
         path="fastlora/integrations/peft.py",
-        before="        if known is None or [*map(id, found)] != [*map(id, known)]:\n",
+        before="        if not joined or [*map(id, found)] != [*map(id, before)]:\n",
         after="        if True:\n",
         tests=(
             "tests/integrations/test_from_peft.py::test_rows_of_injected_models_are_tracked_once",
@@ -137,9 +137,11 @@ def _generate_after""",
         source="cfdcef8",
         path="fastlora/integrations/peft.py",
         before="""\
-        if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
+        joined = group.row_checks is not None and all(
+            getattr(layer, "routing_group", None) is group for layer in before
+        )
 """,
-        after="        if group.row_checks is None:\n",
+        after="        joined = group.row_checks is not None\n",
         tests=("tests/integrations/test_from_peft.py::test_models_that_share_layers_take_turns",),
     ),
     Fault(
@@ -148,9 +150,13 @@ def _generate_after""",
         source="cfdcef8",
         path="fastlora/integrations/peft.py",
         before="""\
-        if group.row_checks is None or any(x.routing_group is not group for x in known or ()):
+        joined = group.row_checks is not None and all(
+            getattr(layer, "routing_group", None) is group for layer in before
+        )
 """,
-        after="        if any(x.routing_group is not group for x in known or ()):\n",
+        after="""\
+        joined = all(getattr(layer, "routing_group", None) is group for layer in before)
+""",
         tests=("tests/integrations/test_from_peft.py::test_copies_track_rows_again",),
     ),
     Fault(
@@ -167,8 +173,8 @@ def _generate_after""",
         kind="a layer that is not seen",
         source="cfdcef8",
         path="fastlora/integrations/peft.py",
-        before="    if adapted and not {*map(id, adapted)} <= {*map(id, base.modules())}:\n",
-        after="    if adapted and False:\n",
+        before="    if any(id(module) not in inside for module in adapted):\n",
+        after="    if False:\n",
         tests=("tests/integrations/test_from_peft.py::test_adapters_that_cannot_be_routed_raise",),
     ),
     Fault(
@@ -187,8 +193,33 @@ def _generate_after""",
         kind="layers that are not looked up",
         source="f3bf933",
         path="fastlora/integrations/peft.py",
-        before="        if known is not None and self.has_tuner and names == self._known:\n",
-        after="        if known is not None and self.has_tuner:\n",
+        before="        if tuner is not None and before and joined and names == self.names:\n",
+        after="        if tuner is not None and before and joined:\n",
         tests=("tests/integrations/test_from_peft.py::test_wrappers_of_a_peft_model[None]",),
+    ),
+    Fault(
+        sentence="A model keeps its unloaded LoRA layers.",
+        kind="a record left in place",
+        source="406e895",
+        path="fastlora/integrations/peft.py",
+        before="""\
+        model = super().unload()
+        _remove_router(model)
+""",
+        after="""\
+        model = super().unload()
+""",
+        tests=("tests/integrations/test_from_peft.py::test_mixed_batches_after_unload",),
+    ),
+    Fault(
+        sentence="Slots index the adapters of the base model instead of those of the tuner.",
+        kind="a wrong root",
+        source="406e895",
+        path="fastlora/integrations/peft.py",
+        before="        configs: Any = (tuner or self.model).peft_config\n",
+        after="        configs: Any = self.model.peft_config\n",
+        tests=(
+            "tests/integrations/test_from_peft.py::test_layers_that_are_replaced_in_the_base_model",
+        ),
     ),
 )

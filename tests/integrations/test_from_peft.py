@@ -360,6 +360,54 @@ def test_wrappers_of_a_peft_model(peft_config: Any) -> None:
         pass
 
 
+def test_mixed_batches_after_unload() -> None:
+    """Nothing of the router stays on the base model, and new adapters must be patched."""
+    pytest.importorskip("transformers")
+    base, config = tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    before = {*vars(base)}
+    for unload in ("unload", "merge_and_unload"):
+        model = peft.get_peft_model(base, config, adapter_name="a")
+        fastlora.patch(model.eval())
+        for used in (model, model.get_base_model(), model):
+            with fastlora.adapters(used, ["a", None]):
+                used(BATCH)
+        assert getattr(model, unload)() is base
+        assert {*vars(base)} - {"peft_config"} == before and not base._forward_pre_hooks
+        again = peft.get_peft_model(base, config, adapter_name="a")
+        for used in (again, base, model):
+            with (
+                pytest.raises((TypeError, UnsupportedLayerError), match="patched|adapters"),
+                fastlora.adapters(used, ["a", None]),
+            ):
+                pass
+        again.unload()
+
+
+def test_layers_that_are_replaced_in_the_base_model() -> None:
+    """A call for the base model searches its modules again, also after calls with a tuner."""
+    pytest.importorskip("transformers")
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="a"
+    )
+    randomize(model)
+    fastlora.patch(model.eval())
+    base = model.get_base_model()
+    expected = rows_alone(model, ["a", None])
+    attention = base.model.layers[0].self_attn
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+    assert_routed(base, ["a", None], expected)
+    model.peft_config["b"] = model.peft_config["a"]
+    model.base_model.peft_config = {"b": model.peft_config["a"], "a": model.peft_config["a"]}
+    with torch.no_grad(), fastlora.adapters(model, torch.tensor([1, -1])):
+        torch.testing.assert_close(model(BATCH).logits, expected)
+    fastlora.unpatch(attention.q_proj)
+    with (
+        pytest.raises(UnsupportedLayerError, match="is not patched"),
+        fastlora.adapters(model, ["a", None]),
+    ):
+        pass
+
+
 def test_copies_track_rows_again(injected: Any) -> None:
     with fastlora.adapters(injected, ["a", "b"]):
         injected(BATCH)

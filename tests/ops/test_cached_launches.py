@@ -228,7 +228,7 @@ def _mixed(
     first, stop = layer_range or (index, index + 1)
     shape = shrink_partials_shape(m, 1024, stop - first, 16, plan == "invariant")
     planes = torch.zeros(shape) if s else None
-    given = tables.tables_argument(), index, tables.max_rank, tables.dtype, plan, layer_range
+    given = tables.operator_arguments(), index, tables.max_rank, tables.dtype, plan, layer_range
     return (x, weight, None, own, planes, *given)
 
 

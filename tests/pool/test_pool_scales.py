@@ -270,13 +270,13 @@ def test_none_are_made_while_a_graph_is_captured(
     """A graph would make them anew in each of its replays."""
     pool = make_pool(root)
     with monkeypatch.context() as patched:
-        patched.setattr(scales, "is_not_capturing_cuda_graph", lambda device: False)
+        patched.setattr(scales, "is_device_capturing", lambda device: True)
         with pytest.raises(AdapterStateError, match="acquire the lease before the capture"):
             pool.lease(["a"])
         pool.lease(["c"]).release()
     assert pool.stats().leases == 0
     pool.lease(["a"]).release()
-    monkeypatch.setattr(scales, "is_not_capturing_cuda_graph", lambda device: False)
+    monkeypatch.setattr(scales, "is_device_capturing", lambda device: True)
     pool.lease(["a"]).release()
 
 

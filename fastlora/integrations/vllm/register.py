@@ -101,9 +101,9 @@ RELIED_ON = tuple(
 
 
 class NotRegisteredReason(NamedTuple):
-    """The result of `register` if fastlora is not registered with vLLM.
+    """The reason why `register` did not register fastlora with vLLM.
 
-    The result states the reason, and whether the user should be warned.
+    The tuple contains the reason as text, and states whether the user should be warned.
 
     Attributes:
         reason: Why fastlora is not registered.

@@ -310,12 +310,12 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Keep a snapshot of a quantized weight as it is, and return the snapshot.
+        """Return a snapshot of a quantized weight without converting the snapshot.
 
-        ``fn`` is the function that ``nn.Module._apply`` applies to the module's tensors. A dense
-        weight's snapshot is converted with ``fn``. A quantized weight's snapshot is not, because
-        ``fn`` may change dtypes. `restore` can use the snapshot as it is, because `restore` moves
-        the data to the weight's device.
+        ``fn`` is the function that ``nn.Module._apply`` applies to the module's tensors. A snapshot
+        of a dense weight is converted with ``fn``. A snapshot of a quantized weight is not
+        converted, because ``fn`` may change dtypes. `restore` can use the snapshot as it is,
+        because `restore` moves the data to the weight's device.
         """
         return snapshot
 

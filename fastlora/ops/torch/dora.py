@@ -226,7 +226,8 @@ def scale_columns_backward(
 class DoraAdapterWithDropout(NamedTuple):
     """A DoRA adapter with active dropout: its factors, magnitude, and dropout settings.
 
-    The tuple also contains the scaling and the implementation.
+    The tuple also contains the scaling, the squared row norms of the adapted weight, and the name
+    of the implementation.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.

@@ -112,11 +112,13 @@ def expand_(
 ) -> None:
     """Add the LoRA update of each row's adapter to y in place, including the LoRA bias.
 
+    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``.
+
     Args:
         y: ``[M, N]``.
         s: The shrink output.
         rows, lora_b, lora_bias: As in `fastlora.ops.schema`.
-        scaling: One number per adapter. The update is ``scaling * (s @ lora_b.T + lora_bias)``.
+        scaling: One number per adapter.
     """
     # x is not read if s is given.
     _add_(

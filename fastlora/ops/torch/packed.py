@@ -131,7 +131,8 @@ def pack_layer_factors_if_finite(
     are not packed because one product serves several adapters and would carry a NaN from one
     adapter to the others.
 
-    The packed factors have the dtype ``dtype``. ``kind`` only affects their layout.
+    The packed factors have the dtype ``dtype``. ``kind`` is the row pattern of the batch, and
+    affects only the layout of the packed factors.
     """
     layout = _layout(slots, dtype, kind)
     if layout is None:
@@ -210,9 +211,9 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchRowPattern) -> PackedLa
 
 
 def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchRowPattern) -> bool:
-    """Return whether packed factors have the right layout for a dtype and a kind of batch.
+    """Return whether packed factors have the right layout for a dtype and a batch's row pattern.
 
-    Factors that were packed for another kind of batch can have the same layout.
+    Factors that were packed for another row pattern can have the same layout.
     """
     return (
         first_fit_layout(pack.layout.ranks, coalescing_units_is_faster(dtype, kind)) is pack.layout

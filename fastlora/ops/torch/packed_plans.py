@@ -68,11 +68,11 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The rows of the packed lora_b, with weights, whose sums are the LoRA updates of a batch.
+    """The terms of each row's LoRA update: weighted rows of the packed lora_b, which are summed.
 
-    The LoRA update of a row of y is a weighted sum of the lora_b rows of its adapter. A term is a
-    row of the packed lora_b multiplied by its weight, which is an element of s. The sum has one
-    term for each rank row of the adapter.
+    A term is a row of the packed lora_b multiplied by a weight, which is an element of s. The LoRA
+    update of a row of y is the sum of one term for each rank row of its adapter. The object stores
+    the indices of the lora_b rows and the positions of the weights in s.
 
     Attributes:
         rank_rows: The index of each term's row in the packed lora_b, int64.

@@ -36,12 +36,10 @@ def expand_(
     lora_bias: Sequence[Factor],
     scaling: torch.Tensor,
 ) -> None:
-    """Add the LoRA update of each row's adapter, including its lora_bias, to y in place.
+    """Add the LoRA update of each row's adapter to y in place, including the LoRA bias.
 
-    The update is computed from the shrink output s. If ``rows`` is empty, one slot has all rows,
-    and its lora_bias must be None.
-
-    y is ``[M, N]``. The update is ``scaling * (s @ lora_b.T + lora_bias)``.
+    The update of a row is ``scaling * (s @ lora_b.T + lora_bias)``, where s is the shrink output.
+    y is ``[M, N]``. If ``rows`` is empty, one slot has all rows, and its lora_bias must be None.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
@@ -77,10 +75,10 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the LoRA update of x to y in place, with factors that are looked up in address tables.
+    """Add LoRA updates to y in place, with factors whose addresses are in address tables.
 
-    Each row of y gets the update of its own adapter. The function launches a shrink of x and an
-    expand.
+    Each row of y gets the update of its own adapter, which is computed from the same row of the
+    layer's input x. The function launches a shrink and an expand.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     x = to_kernel_layout(x)

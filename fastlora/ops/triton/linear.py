@@ -204,31 +204,31 @@ def _linear_in_grouped_launches(
     plan: str = "auto",
     *,
     with_s: bool,
-    kernel_name: str = "coded_lora_linear",
+    launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return the outputs of LoRA linear layers that share an input, with a few kernel launches.
+    """Compute the outputs of LoRA linear layers that share an input, in a few kernel launches.
 
-    Each launch is for all layers. Each layer has one adapter, which applies to all rows. The result
+    Each launch covers all layers. Each layer has one adapter, which applies to all rows. The result
     is a list of the outputs. If ``with_s`` is True, s is appended to the list.
 
     The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
     library products accumulate into y. If the shrink splits K, the linear or the expand adds the
     partial sums of s, or a launch before the expand does so (`configs.sums_s_once`). If the linear
-    splits K, a third launch adds the partial sums of y. For quantized weights, ``kernel_name`` is
-    the name of the linear, and there is no library product.
+    splits K, a third launch adds the partial sums of y. For quantized weights, ``launch`` is
+    the name under which the config of the linear is chosen, and there is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
     is_quantized = isinstance(weights[0], QuantizedData)
     if not is_quantized:
         plan = choose_plan(plan, x, weights[0], r, n=n)
-        kernel_name = "lora_expand" if plan == "split" else "lora_linear"
-    fused, invariant = kernel_name != "lora_expand", plan == "invariant" and s is None
+        launch = "lora_expand" if plan == "split" else "lora_linear"
+    fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
     x = to_kernel_layout(x, contiguous=invariant)
     own = shrunk = s
     if own is None or shrunk is None:
         own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
-    config = config_of(kernel_name, x, m, n, k, r, batch_invariant=invariant)
+    config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
     if shrunk is not own and not fused:
         tiles = sum(cdiv(size, config.block_n) for size in sizes)
         if sums_s_once(chip_of(x), m, r, shrunk.shape[0], tiles):
@@ -292,17 +292,17 @@ def quantized_base_products(
     x: torch.Tensor,
     weights: Sequence[QuantizedData],
     biases: Sequence[torch.Tensor | None],
-    kernel_name: str = "coded_lora_linear",
+    launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
     """Return a list of the base-layer outputs of modules with quantized weights.
 
-    One launch computes all outputs. If it splits K, a second launch adds the partial sums.
+    One launch computes all outputs. If this launch splits K, a second launch adds the partial sums.
     """
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
     scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
     return _linear_in_grouped_launches(
-        x, weights, biases, none, (), ups, scalings, with_s=False, kernel_name=kernel_name
+        x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch
     )
 
 

@@ -160,7 +160,7 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, _UsedOneLaunch]:
-    """Return the shrink output s for a mixed batch, and whether one launch was enough.
+    """Return the shrink output s for a mixed batch, and whether one kernel launch was enough.
 
     s is ``[G, M, R]`` for G modules that share the input x. If K is split, a second launch adds the
     partial sums and stores the result in s, and the second item of the result is False.

@@ -265,7 +265,7 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TextOrCh
     if format_name == "alpaca":
         given = values.get_text("instruction"), values.get_text("input", optional=True)
         prompt, text = alpaca_prompt(*given, chat=chat), values.get_text("output")
-    elif values.check_all_or_none_are_lists("prompt", "completion") is list:
+    elif values.common_list_or_str_type("prompt", "completion") is list:
         asked, answered = values.get_messages("prompt"), values.get_messages("completion")
         return TextOrChatSample(source, asked, answered, values.get_chat_template_kwargs())
     else:
@@ -301,7 +301,7 @@ class _RowValues:
                     f"the file does; available columns: {list(self._row)}"
                 )
 
-    def check_all_or_none_are_lists(self, *columns: str) -> type:
+    def common_list_or_str_type(self, *columns: str) -> type:
         """Check that all or none of the columns contain a list, and return `list` or `str`.
 
         The result is `list` if the values in all of the given columns are lists, and `str` if no
@@ -371,7 +371,7 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the value in a column, and parse the value first if it is stored as JSON.
+        """Return the value in a column, parsed if the value is stored as JSON.
 
         In the cells of a table and in the column ``tools``, a string is JSON, and an empty string
         becomes None. Any other value is returned unchanged.
