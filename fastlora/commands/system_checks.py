@@ -105,9 +105,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return a dict of facts about it.
+    """Check the Python version, and return a dict of properties of it.
 
-    The facts are the version and the supported range.
+    The properties are the version and the supported range.
     """
     have, wanted = platform.python_version(), supported_version_ranges().get("python", "")
     if not is_version_in_range(have, wanted):
@@ -118,7 +118,7 @@ def check_python(found: DoctorFindings) -> dict[str, str]:
 def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
     """Check the installed packages and their versions.
 
-    Problems and notes are added to ``found``. For each package, yields a dict of facts: the
+    Problems and notes are added to ``found``. For each package, yields a dict of properties: the
     package's name, version, supported range, and purpose.
     """
     ranges, own = supported_version_ranges(), installed_version(DISTRIBUTION)
@@ -165,10 +165,10 @@ def import_error_text(name: str) -> str:
 def describe_cpu_and_accelerators() -> Iterator[dict[str, Any]]:
     """Describe the CPU and the accelerators that torch detects.
 
-    For each device, yields a dict of facts. The devices are the CPU, each GPU, and any accelerator
-    of another type. The dict contains the device's name, the implementation that ``impl="auto"``
-    selects on the device, and the reason for this choice. For a GPU, the dict also contains facts
-    about its architecture.
+    For each device, yields a dict of properties. The devices are the CPU, each GPU, and any
+    accelerator of another type. The dict contains the device's name, the implementation that
+    ``impl="auto"`` selects on the device, and the reason for this choice. For a GPU, the dict also
+    contains properties of its architecture.
     """
     import torch
 
@@ -186,15 +186,15 @@ def describe_cpu_and_accelerators() -> Iterator[dict[str, Any]]:
             "device": name,
             "implementation": chosen,
             "why": reason,
-            **_gpu_architecture_facts(device),
+            **_gpu_architecture_properties(device),
         }
 
 
-def _gpu_architecture_facts(device: torch.device) -> dict[str, Any]:
-    """Return a dict of facts about a GPU's architecture.
+def _gpu_architecture_properties(device: torch.device) -> dict[str, Any]:
+    """Return a dict of properties of a GPU's architecture.
 
-    The facts are the architecture's name, the number of processors, and the architecture of the
-    config table. The name of an NVIDIA architecture contains the compute capability, as in
+    The properties are the architecture's name, the number of processors, and the architecture of
+    the config table. The name of an NVIDIA architecture contains the compute capability, as in
     ``sm_90``. If the device is not a GPU, or if Triton is not installed, the dict is empty.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:

@@ -48,10 +48,9 @@ def is_modules_to_save_wrapper(module: nn.Module) -> bool:
 
 
 def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a trainable-tokens wrapper.
+    """Return whether ``module`` is a wrapper for trainable tokens.
 
-    A trainable-tokens wrapper is used for ``trainable_token_indices``. The wrappers of fastlora and
-    of PEFT are recognized.
+    Such a wrapper, of fastlora or of PEFT, is used for ``trainable_token_indices``.
     """
     return "token_adapter" in module._modules
 

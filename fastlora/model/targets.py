@@ -526,7 +526,7 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Explain in a message why a module is auxiliary and cannot be a target.
+    """Return a message that explains why a module is auxiliary and cannot be a target.
 
     The result is text that follows the module's name in the message. The reason is that the module
     called ``name`` is, or is inside, a module that adapters own copies of or train rows of.

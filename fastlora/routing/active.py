@@ -58,9 +58,9 @@ def is_checking_rows() -> bool:
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is on a GPU while a CUDA graph is being captured.
+    """Return whether a CUDA graph is being captured on the device of a tensor.
 
-    Only a capture on the current CUDA stream counts. Captures by other threads do not count.
+    The result is True if the tensor is on a GPU and the current CUDA stream is being captured.
     """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

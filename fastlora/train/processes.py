@@ -25,9 +25,9 @@ _STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
-    """An error occurred in a training run or in its preparation.
+    """A training run cannot start or continue.
 
-    The run cannot start or continue. The error message describes the problem.
+    The error message describes the problem.
     """
 
 

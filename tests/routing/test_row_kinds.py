@@ -63,6 +63,10 @@ KINDS: dict[str, tuple[Make, RowOriginKind]] = {
         lambda x, n: x.view(8, D)[MIXED][MIXED.clone().argsort()],
         RowOriginKind.ROWS,
     ),
+    "the largest in order, and back": (
+        lambda x, n: (made := x[..., 0].flatten().topk(8))[0][made[1].argsort()],
+        RowOriginKind.ROWS,
+    ),
     "counted more often than there are samples": (
         lambda x, n: x[torch.arange(0, 1, 0.25).long()],
         RowOriginKind.CHOSEN,
