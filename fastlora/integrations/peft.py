@@ -530,28 +530,29 @@ class PatchedModelRouter:
             # A partial, unlike a closure, can be pickled and copied with the model.
             vars(model)["generate"] = functools.partial(_generate_after_batch_size_check, model)
 
-    def find_routed_layers(self, tuner: FastPeftLoraModel | None = None) -> None:
+    def find_routed_layers(self, root: nn.Module, *, search: bool = True) -> None:
         """Update the list of the model's routed layers.
 
-        A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch.
+        A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch. The
+        caller holds `_finding`.
 
         Args:
-            tuner: The tuner that the call came through. It reports the layers that it adds, so that
-                the modules are searched again only if the adapters have changed.
+            root: The tuner or the model whose ``peft_config`` names the adapters.
+            search: Whether to search the modules even if the adapters have not changed. A tuner
+                reports the layers that it adds.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
             AdapterStateError: A block is open for another model that shares layers with this one.
         """
-        configs: Any = (tuner or self.model).peft_config
-        names, group, before = tuple(configs), self.group, self.routed_layers
+        names: tuple[str, ...] = tuple(getattr(root, "peft_config", None) or ())
+        group, before = self.group, self.routed_layers
         # A copy has no row checks yet, and another router may have taken layers into its group.
         joined = group.row_checks is not None and all(
             getattr(layer, "routing_group", None) is group for layer in before
         )
-        if tuner is not None and before and joined and names == self.names:
+        if not search and before and joined and names == self.names:
             return
-        self.names, self.routed_layers = names, []
         layers: list[tuple[str, Any]] = []
         others: list[tuple[str, Any]] = []
         for name, module in self.model.named_modules():
@@ -560,12 +561,17 @@ class PatchedModelRouter:
             elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
         found = [layer for _, layer in layers]
-        if not joined or [*map(id, found)] != [*map(id, before)]:
-            self._add_to_group(layers)  # even if others fail: blocks may be open
-        for name, module in others:
-            _raise_mixed_batch_unsupported(name, module, tuner is not None)
+        try:
+            if not joined or [*map(id, found)] != [*map(id, before)]:
+                self._add_to_group(layers)  # even if others fail: blocks may be open
+            for name, module in others:
+                _raise_mixed_batch_unsupported(name, module, isinstance(root, FastPeftLoraModel))
+        except (UnsupportedLayerError, AdapterStateError):
+            self.routed_layers = []
+            raise
         patch_activation_checkpointing()  # because adapter_names= opens blocks too
-        self.routed_layers = found
+        # Other threads read both without the lock, so they never see an unfinished search.
+        self.names, self.routed_layers = names, found
 
     def _add_to_group(self, layers: list[tuple[str, Any]]) -> None:
         """Add layers to the router's group.
@@ -584,11 +590,13 @@ class PatchedModelRouter:
                 )
         add_to_group(self.group, self.model, layers)
 
-    def update_routed_layers(self, tuner: FastPeftLoraModel | None = None) -> None:
-        """Look up the model's routed layers again."""
-        self.routed_layers = []
-        with contextlib.suppress(UnsupportedLayerError, AdapterStateError):  # the next batch raises
-            self.find_routed_layers(tuner)
+    def update_routed_layers(self, root: nn.Module) -> None:
+        """Look up the model's routed layers again.
+
+        An error is not raised, because the next batch raises it.
+        """
+        with _finding, contextlib.suppress(UnsupportedLayerError, AdapterStateError):
+            self.find_routed_layers(root)
 
     def _check_adapters_have_layers(self, ids: Sequence[str | None] | torch.Tensor) -> None:
         """Raise `AdapterNotFoundError` if no LoRA layer has an adapter that ``ids`` contains.
@@ -727,7 +735,7 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
             router = vars(base)["_fastlora_router"] = PatchedModelRouter(base)
         if tuner is None:
             router.install_batch_check()
-        router.find_routed_layers(tuner)
+        router.find_routed_layers(root, search=tuner is None)
     if not router.routed_layers:
         return None  # The adapters were unloaded.
     adapted = [m for m in outside if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
@@ -865,7 +873,7 @@ def patch_model(model: nn.Module) -> int:
     for module in model.modules():
         router = _router_of_base_model(module)
         if router is not None:
-            router.update_routed_layers()  # blocks may be open
+            router.update_routed_layers(module)  # blocks may be open
     if any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name):
         prevent_bitsandbytes_repacking(model)
     return seen

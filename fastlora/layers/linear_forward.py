@@ -57,10 +57,12 @@ def create_call(layer: BaseLinearWithAdapters, x: torch.Tensor) -> UniformCall |
         conditions.compiling
         and not torch.compiler.is_dynamo_compiling()
         and torch.compiler.is_exporting()
+        and routing.source.loaded_adapters is None
     ):
         raise UnsupportedLayerError(
-            "torch.export exports mixed batches only with strict=True; pass it to torch.export, or "
-            "export the model outside the fastlora.adapters block"
+            "torch.export exports a mixed batch of adapters that are not in a pool only with "
+            "strict=True; pass it to torch.export, or export the model outside the "
+            "fastlora.adapters block"
         )
     if layer.may_see_partial_rows or (
         not conditions.compiling and routing.cache.row_checker is not None

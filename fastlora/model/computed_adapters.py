@@ -130,8 +130,8 @@ def factor_matrices(
         )
     if require_product and lora_b.shape[1] != lora_a.shape[0]:
         raise UnsupportedLayerError(
-            f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, so its LoRA "
-            "factors are not a pair of matrices; leave this layer out of target_modules"
+            f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups > 1, so its LoRA "
+            "factors are not a pair of matrices; exclude this layer from target_modules"
         )
     low_rank.check_factors_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
     wide = torch.promote_types(lora_a.dtype, torch.float32)

@@ -589,7 +589,7 @@ class AdapterPool:
             AdapterNotFoundError: One of the names is not registered.
         """
         if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f"names is {names!r}, expected a list of names")
+            raise TypeError(f"names must be a list of adapter names, but got {names!r}")
         self._lease_manager.check_registered(names)
         return tuple(names)
 

@@ -79,11 +79,11 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft.py",
         before="""\
-            self._add_to_group(layers)  # even if others fail: blocks may be open
+                self._add_to_group(layers)  # even if others fail: blocks may be open
 """,
         after="""\
-            if not others:
-                self._add_to_group(layers)
+                if not others:
+                    self._add_to_group(layers)
 """,
         tests=(
             "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",
@@ -125,8 +125,8 @@ def _generate_after""",
         kind="a check that is repeated",
         source="178c4a6",
         path="fastlora/integrations/peft.py",
-        before="        if not joined or [*map(id, found)] != [*map(id, before)]:\n",
-        after="        if True:\n",
+        before="            if not joined or [*map(id, found)] != [*map(id, before)]:\n",
+        after="            if True:\n",
         tests=(
             "tests/integrations/test_from_peft.py::test_rows_of_injected_models_are_tracked_once",
         ),
@@ -193,8 +193,8 @@ def _generate_after""",
         kind="layers that are not looked up",
         source="f3bf933",
         path="fastlora/integrations/peft.py",
-        before="        if tuner is not None and before and joined and names == self.names:\n",
-        after="        if tuner is not None and before and joined:\n",
+        before="        if not search and before and joined and names == self.names:\n",
+        after="        if not search and before and joined:\n",
         tests=("tests/integrations/test_from_peft.py::test_wrappers_of_a_peft_model[None]",),
     ),
     Fault(
@@ -216,8 +216,8 @@ def _generate_after""",
         kind="a wrong root",
         source="406e895",
         path="fastlora/integrations/peft.py",
-        before="        configs: Any = (tuner or self.model).peft_config\n",
-        after="        configs: Any = self.model.peft_config\n",
+        before='tuple(getattr(root, "peft_config", None) or ())\n',
+        after='tuple(getattr(self.model, "peft_config", None) or ())\n',
         tests=(
             "tests/integrations/test_from_peft.py::test_layers_that_are_replaced_in_the_base_model",
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +358,47 @@ def test_wrappers_of_a_peft_model(peft_config: Any) -> None:
     with (
         pytest.raises(UnsupportedLayerError, match="o_proj' was added"),
         fastlora.adapters(model, ["b", "a"]),
+    ):
+        pass
+
+
+def test_threads_open_blocks_of_one_injected_model(injected: Any) -> None:
+    """A search of the modules by one thread is never seen unfinished by another."""
+    interval, errors = sys.getswitchinterval(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            for _ in range(150):
+                with fastlora.adapters(injected, ["a", "b"]):
+                    pass
+        except Exception as error:  # noqa: BLE001  # any of them
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    try:
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+
+
+def test_a_patch_after_the_last_adapter_was_deleted(injected: Any) -> None:
+    """As transformers deletes adapters: layer by layer, and then the config."""
+    with fastlora.adapters(injected, ["a", "b"]):
+        injected(BATCH)
+    for module in injected.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            for name in [*module.lora_A]:
+                module.delete_adapter(name)
+    del injected.peft_config
+    fastlora.patch(injected)
+    with (
+        pytest.raises(TypeError, match="expects a LoraModel"),
+        fastlora.adapters(injected, ["a"]),
     ):
         pass
 

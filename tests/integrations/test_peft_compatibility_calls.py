@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from fastlora import LoraConfig, LoraModel, adapters, get_peft_model, patch
 from fastlora.validation import CheckpointError, ConfigError, UnsupportedLayerError
 from tests.support.tiny import TwoLayers, tiny_llama
@@ -356,6 +357,18 @@ def test_export_of_a_mixed_batch() -> None:
         with pytest.raises(UnsupportedLayerError, match="only with strict=True"):
             torch.export.export(model, (x,), strict=False)
     torch.testing.assert_close(program(x), expected)
+    base = TwoLayers().eval()
+    prefix = "base_model.model.q."
+    state = {
+        prefix + "lora_A.weight": torch.randn(2, 16),
+        prefix + "lora_B.weight": torch.randn(24, 2),
+    }
+    with fastlora.AdapterPool(base, target_modules=["q"]) as pool:
+        pool.load("a", state, config={"r": 2, "target_modules": ["q"]})
+        with torch.no_grad(), adapters(base, ["a", None, "a"]):
+            expected = base(x)
+            program = torch.export.export(base, (x,), strict=False).module()
+        torch.testing.assert_close(program(x), expected)  # reads the pool's tensors
 
 
 @pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"lora_bias": True}])
