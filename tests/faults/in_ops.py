@@ -92,7 +92,7 @@ FAULTS = (
         "fastlora/ops/torch/packed.py",
         "if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):",
         "if False:",
-        (f"{_CONFORMS}[nan_in_other_factors-model-mixed-plain]",),
+        (f"{_CONFORMS}[nan_in_other_factors-patched-mixed-plain-float64]",),
     ),
     Fault(
         "In a dense product each row meets a rank row of the next adapter.",

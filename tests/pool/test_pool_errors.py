@@ -436,7 +436,7 @@ def test_names_are_checked(root: Path) -> None:
             pool.load(name, root / "a3")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="'a0'"):
         pool.lease("a0")
-    with pytest.raises(TypeError, match="'abc', expected a list"):
+    with pytest.raises(TypeError, match="list of adapter names, but got 'abc'"):
         pool.prefetch("abc")
     with pytest.raises(AdapterStateError, match="'a3' already exists"):
         pool.register_folder(root / "a3")  # an adapter's own folder
