@@ -169,6 +169,10 @@ class RunProcesses:
         # Without `cpu` and without an accelerator, each process would form a group of its own.
         cpu = cpu or not torch.accelerator.is_available()
         check_trackers(trackers)
+        if torchrun_world_size() > 1:
+            # If this module is imported after the group is formed, the defaults of its functions
+            # hold the group. Its threads then run until the process ends, and can abort it.
+            importlib.import_module("torch.distributed.nn")
         self._tracked = bool(trackers)
         options = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
         self._accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision="no", **options)

@@ -77,6 +77,15 @@ FAULTS = (
         tests=(f"{_LOCK}::test_what_the_lock_says",),
     ),
     Fault(
+        sentence="The threads of a process group run until its process ends.",
+        kind="a crash at the exit",
+        source="issue 29",
+        path="fastlora/train/processes.py",
+        before='importlib.import_module("torch.distributed.nn")',
+        after="pass",
+        tests=(f"{_CLI}/test_train_cli.py::test_processes_end_the_threads_of_their_group",),
+    ),
+    Fault(
         sentence="The logits of a forward are kept until its backward has ended.",
         kind="a tensor kept too long",
         source="f6ce964",

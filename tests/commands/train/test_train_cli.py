@@ -146,6 +146,9 @@ def test_the_base_models_own_dropout_is_resumed_too(start: Any, data: Any, tmp_p
 # ------------------------------------------------------------------------------- several processes
 
 
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 def test_two_processes_give_what_one_gives(
     whole: Path, base: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -153,11 +156,27 @@ def test_two_processes_give_what_one_gives(
     path = train_runs.write_config(
         tmp_path / "c.json", train_runs.config(base, data, tmp_path / "two")
     )
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = programs.run(*launcher, "-m", "fastlora", "train", path, "--quiet")
+    done = programs.run(*TWO_PROCESSES, "-m", "fastlora", "train", path, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved in") == 2
     assert log(tmp_path / "two", "processes")[0]["processes"] == 2
     assert log(whole, "processes")[0]["processes"] == 1
     assert log(tmp_path / "two") == log(whole)
     assert same(tmp_path / "two", whole)
+
+
+def test_processes_end_the_threads_of_their_group(tmp_path: Path) -> None:
+    """Gloo aborts a process in which its threads still run at the exit."""
+    script = tmp_path / "group.py"
+    script.write_text(
+        "import weakref\n"
+        "import torch.distributed as dist\n"
+        "from fastlora.train.processes import RunProcesses\n"
+        "processes = RunProcesses(cpu=True)\n"
+        "group = weakref.ref(dist.group.WORLD)\n"
+        "import torch.distributed.nn\n"
+        "processes.close_trackers_and_leave_group()\n"
+        "assert group() is None\n"
+    )
+    done = programs.run(*TWO_PROCESSES, str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
