@@ -76,7 +76,7 @@ def _create_and_patch_peft_layer(
     """
     from peft.tuners.lora import LoraModel as PeftTuner
 
-    from fastlora.integrations.peft import patch_layer
+    from fastlora.integrations.peft_layers import patch_layer
 
     plain = copy.copy(config)  # keeps the attributes that PEFT has set
     plain._custom_modules = None

@@ -178,7 +178,7 @@ def _verdict(module: nn.Module, gathered: bool) -> FusionStatus | None:
     if isinstance(module, LoraLayer):
         return module.fusion(gathered)
     if "peft.tuners.lora.layer" in sys.modules:
-        from fastlora.integrations.peft import peft_layer_fusion_status
+        from fastlora.integrations.peft_layers import peft_layer_fusion_status
 
         return peft_layer_fusion_status(module, gathered)
     return None

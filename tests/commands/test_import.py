@@ -59,7 +59,7 @@ def test_the_import_leaves_out_what_only_some_need(tmp_path: Path) -> None:
     code = """
 import sys, fastlora
 heavy = ("torch._dynamo", "torch._inductor", "peft", "transformers", "matplotlib",
-    "fastlora.integrations.peft")
+    "fastlora.integrations.peft", "fastlora.integrations.peft_layers")
 own = ("fastlora.kernels.", "fastlora.bench.", "fastlora.commands")
 print([name for name in sys.modules if name.startswith(own) or name in heavy])
 """

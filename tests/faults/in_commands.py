@@ -51,7 +51,7 @@ FAULTS = (
         sentence="A patch that is undone leaves scalings of fastlora's on PEFT's layers.",
         kind="a record left in place",
         source="3c0448f",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_layers.py",
         before='    scalings = dict(module.__dict__.pop("_scaling"))\n',
         after='    scalings = module.__dict__.pop("_scaling")\n',
         tests=(f"{_PATCH}::test_scalings_of_a_patched_model",),
@@ -77,7 +77,7 @@ FAULTS = (
         sentence="An adapter that cannot be routed keeps later layers out of open blocks.",
         kind="layers unknown to open blocks",
         source="e5b400a",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="""\
                 self._add_to_group(layers)  # even if others fail: blocks may be open
 """,
@@ -105,7 +105,7 @@ FAULTS = (
         sentence="The rows of a batch of another size get wrong adapters, without an error.",
         kind="a missing check",
         source="178c4a6",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="""\
         check_batch_matches_ids(router.group, args, kwargs)
 
@@ -124,7 +124,7 @@ def _generate_after""",
         sentence="Every mixed batch of an injected model tracks its rows again.",
         kind="a check that is repeated",
         source="178c4a6",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="            if not joined or [*map(id, found)] != [*map(id, before)]:\n",
         after="            if True:\n",
         tests=(
@@ -135,7 +135,7 @@ def _generate_after""",
         sentence="A block has no effect after one of another model that shares its layers.",
         kind="layers of another group",
         source="cfdcef8",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="""\
         joined = group.row_checks is not None and all(
             getattr(layer, "routing_group", None) is group for layer in before
@@ -148,7 +148,7 @@ def _generate_after""",
         sentence="A copied model does not check the rows of its layers.",
         kind="a check that a copy lacks",
         source="cfdcef8",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="""\
         joined = group.row_checks is not None and all(
             getattr(layer, "routing_group", None) is group for layer in before
@@ -163,7 +163,7 @@ def _generate_after""",
         sentence="Adapters of other methods apply to all rows of a mixed batch.",
         kind="a layer that is not seen",
         source="cfdcef8",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="            elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):\n",
         after="            elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):\n",
         tests=("tests/integrations/test_from_peft.py::test_adapters_that_cannot_be_routed_raise",),
@@ -192,7 +192,7 @@ def _generate_after""",
         sentence="Layers injected beside a tuner apply their active adapters to all rows.",
         kind="layers that are not looked up",
         source="f3bf933",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before="        if not search and before and joined and names == self.names:\n",
         after="        if not search and before and joined:\n",
         tests=("tests/integrations/test_from_peft.py::test_wrappers_of_a_peft_model[None]",),
@@ -204,7 +204,7 @@ def _generate_after""",
         path="fastlora/integrations/peft.py",
         before="""\
         model = super().unload()
-        _remove_router(model)
+        remove_router(model)
 """,
         after="""\
         model = super().unload()
@@ -215,7 +215,7 @@ def _generate_after""",
         sentence="Slots index the adapters of the base model instead of those of the tuner.",
         kind="a wrong root",
         source="406e895",
-        path="fastlora/integrations/peft.py",
+        path="fastlora/integrations/peft_router.py",
         before='tuple(getattr(root, "peft_config", None) or ())\n',
         after='tuple(getattr(self.model, "peft_config", None) or ())\n',
         tests=(

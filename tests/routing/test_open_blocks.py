@@ -328,10 +328,10 @@ def test_names_of_a_patched_model_make_checkpoints_keep_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No block of `adapters` need have been open in the process."""
-    from fastlora.integrations import peft as integration
+    from fastlora.integrations import peft_router
 
     calls: list[None] = []
-    monkeypatch.setattr(integration, "patch_activation_checkpointing", lambda: calls.append(None))
+    monkeypatch.setattr(peft_router, "patch_activation_checkpointing", lambda: calls.append(None))
     patched("q")(X, adapter_names=["b"] * 4)
     assert calls
 

@@ -1,0 +1,249 @@
+"""The router of mixed batches for patched PEFT models."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fastlora.integrations.peft_layers import FusedForwardMixin, patched_class_for
+from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
+from fastlora.routing.active import (
+    check_batch_matches_ids,
+    discard_unused_results,
+    skip_batch_size_check,
+)
+from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
+from fastlora.routing.routing import RoutedLayerGroup, Routing, add_to_group
+from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
+
+# Held while a router is created or searches for layers: two threads must create only one group.
+search_lock = threading.Lock()
+
+
+class PatchedModelRouter:
+    """Routes batches to the adapters of a patched model.
+
+    Each row of a mixed batch is routed to its own adapter. The router is stored on the base model,
+    so that a `PeftModel`, its tuner, and the base model share one router.
+
+    Args:
+        model: The base model, into which PEFT has injected the LoRA layers.
+
+    Attributes:
+        group: The object that identifies the model's layers. It is never replaced, because open
+            blocks refer to it. A deep copy or an unpickled model has a group of its own.
+        names: The names of the model's adapters, in the order of ``peft_config``.
+        routed_layers: The LoRA layers; an empty list until they are looked up.
+        batch_check: The forward pre-hook that checks the batch size, or None. A tuner checks the
+            batch size itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.group = model, RoutedLayerGroup()
+        self.names: tuple[str, ...] = ()
+        self.routed_layers: list[Any] = []
+        self.batch_check: RemovableHandle | None = None
+
+    def install_batch_check(self) -> None:
+        """Make the base model check the batch size itself, for calls without a tuner."""
+        if self.batch_check is not None:
+            return
+        model = self.model
+        self.batch_check = model.register_forward_pre_hook(
+            _check_batch_size_of_base_model, with_kwargs=True
+        )
+        if hasattr(type(model), "generate") and (
+            "generate" not in vars(model) or _has_wrapped_generate(model)
+        ):
+            # A partial, unlike a closure, can be pickled and copied with the model.
+            vars(model)["generate"] = functools.partial(_generate_after_batch_size_check, model)
+
+    def find_routed_layers(self, root: nn.Module, *, search: bool = True) -> None:
+        """Update the list of the model's routed layers.
+
+        A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch. The
+        caller holds `search_lock`.
+
+        Args:
+            root: The tuner or the model whose ``peft_config`` names the adapters.
+            search: Whether to search the modules even if the adapters have not changed. A tuner
+                reports the layers that it adds.
+
+        Raises:
+            UnsupportedLayerError: A module with adapters does not support mixed batches.
+            AdapterStateError: A block is open for another model that shares layers with this one.
+        """
+        names: tuple[str, ...] = tuple(getattr(root, "peft_config", None) or ())
+        group, before = self.group, self.routed_layers
+        # A copy has no row checks yet, and another router may have taken layers into its group.
+        joined = group.row_checks is not None and all(
+            getattr(layer, "routing_group", None) is group for layer in before
+        )
+        if not search and before and joined and names == self.names:
+            return
+        layers: list[tuple[str, Any]] = []
+        others: list[tuple[str, Any]] = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, FusedForwardMixin):
+                layers.append((name, module))
+            elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                others.append((name, module))
+        found = [layer for _, layer in layers]
+        try:
+            if not joined or [*map(id, found)] != [*map(id, before)]:
+                self._add_to_group(layers)  # even if others fail: blocks may be open
+            for name, module in others:
+                _raise_mixed_batch_unsupported(name, module, root is not self.model)
+        except (UnsupportedLayerError, AdapterStateError):
+            self.routed_layers = []
+            raise
+        patch_activation_checkpointing()  # because adapter_names= opens blocks too
+        # Other threads read both without the lock, so they never see an unfinished search.
+        self.names, self.routed_layers = names, found
+
+    def _add_to_group(self, layers: list[tuple[str, Any]]) -> None:
+        """Add layers to the router's group.
+
+        Raises:
+            AdapterStateError: A block is open for another model that contains one of the layers.
+        """
+        for _, layer in layers:
+            if (
+                layer.routing_group not in (None, self.group)
+                and layer.routing_group.has_open_blocks
+            ):
+                raise AdapterStateError(
+                    "a fastlora.adapters() block is open for another model that contains layers of "
+                    f"this {type(self.model).__name__}; open the block after that block has ended"
+                )
+        add_to_group(self.group, self.model, layers)
+
+    def update_routed_layers(self, root: nn.Module) -> None:
+        """Look up the model's routed layers again.
+
+        An error is not raised, because the next batch raises it.
+        """
+        with search_lock, contextlib.suppress(UnsupportedLayerError, AdapterStateError):
+            self.find_routed_layers(root)
+
+    def _check_adapters_have_layers(self, ids: Sequence[str | None] | torch.Tensor) -> None:
+        """Raise `AdapterNotFoundError` if no LoRA layer has an adapter that ``ids`` contains.
+
+        Slots on a GPU are not checked.
+        """
+        present = set[str]().union(*(layer.lora_A for layer in self.routed_layers))
+        for slot, name in enumerate(self.names):
+            if name in present or (isinstance(ids, torch.Tensor) and ids.is_cuda):
+                continue
+            if bool((ids == slot).any()) if isinstance(ids, torch.Tensor) else name in ids:
+                raise AdapterNotFoundError(
+                    f"no LoRA layer has the adapter {name!r}, although peft_config contains it"
+                )
+
+    def routing(
+        self,
+        ids: Sequence[str | None] | torch.Tensor,
+        seeds: Mapping[str, int] | None,
+        validate: bool,
+        held: contextlib.ExitStack,
+    ) -> Routing:
+        """Create the routing that assigns an adapter to each row of a batch.
+
+        The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
+        """
+        group, layers, known = self.group, self.routed_layers, self.names
+        if self.batch_check is not None:  # Calls without a tuner change layers one by one.
+            self._check_adapters_have_layers(ids)
+        return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
+
+    def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
+        """Return sample routings for `warm_up`.
+
+        See `fastlora.routing.routers.AdapterRouter`.
+        """
+        group, layers, known = self.group, self.routed_layers, self.names
+        return sample_routings_from_parameters(
+            group, layers, known, ParameterSource, adapters, ranks
+        )
+
+
+def router_of_base_model(model: nn.Module) -> PatchedModelRouter | None:
+    router: PatchedModelRouter | None = vars(model).get("_fastlora_router")
+    return router
+
+
+def remove_router(model: nn.Module) -> None:
+    """Remove the router of a base model, and what the router has installed on the model."""
+    router = router_of_base_model(model)
+    if router is None:
+        return
+    del vars(model)["_fastlora_router"]
+    if router.batch_check is not None:
+        router.batch_check.remove()
+    if _has_wrapped_generate(model):
+        del vars(model)["generate"]
+
+
+def _raise_mixed_batch_unsupported(name: str, module: nn.Module, has_tuner: bool) -> NoReturn:
+    """Raise `UnsupportedLayerError` for a module with adapters that fastlora does not route."""
+    if patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
+        raise UnsupportedLayerError(
+            f"{name!r} was added after fastlora.patch() and is not patched; call "
+            "fastlora.patch(model) again"
+        )
+    kind, instead = type(module).__name__, "; pass adapter_names= to the model instead"
+    if not isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
+        kind = f"{kind} of {type(module).__module__}"  # another method than LoRA
+    raise UnsupportedLayerError(
+        f"{name!r} is a PEFT {kind}, which fastlora.adapters() does not support"
+        f"{instead if has_tuner else ''}"
+    )
+
+
+def _check_batch_size_of_base_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Forward pre-hook that checks that the batch size matches the number of adapter ids.
+
+    Raises:
+        ValueError: The batch size does not match the number of adapter ids.
+    """
+    router = router_of_base_model(model)
+    if router is not None:
+        check_batch_matches_ids(router.group, args, kwargs)
+
+
+def _generate_after_batch_size_check(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's ``generate`` method.
+
+    The number of adapter ids must match the number of samples. Beam search later adds rows to the
+    batch, so the forward passes within ``generate`` do not check the batch size.
+
+    Raises:
+        ValueError: The batch size does not match the number of adapter ids.
+    """
+    router, model_class = router_of_base_model(model), cast(Any, type(model))
+    if router is None:  # The model is no longer patched.
+        return model_class.generate(model, *args, **kwargs)
+    check_batch_matches_ids(router.group, args, kwargs, per_sample=True)
+    try:
+        with skip_batch_size_check():
+            return model_class.generate(model, *args, **kwargs)
+    finally:
+        discard_unused_results(router.group)
+
+
+def _has_wrapped_generate(model: nn.Module) -> bool:
+    """Return whether the model's ``generate`` is `_generate_after_batch_size_check`."""
+    return getattr(vars(model).get("generate"), "func", None) is _generate_after_batch_size_check
