@@ -269,6 +269,15 @@ def test_memory_that_nothing_points_to_is_out_of_bounds() -> None:
     assert run(lost, out).reports[0].startswith("OOB global read")
 
 
+def test_the_end_of_the_address_space_is_out_of_bounds() -> None:
+    x = torch.zeros(1, dtype=torch.int32)
+    for body in (
+        "mov.b64 %q, -4; ld.global.b32 %x, [%q];",
+        "mov.b64 %q, -4; st.global.b32 [%q], 1;",
+    ):
+        assert run(f"ld.global.b32 %x, [%p0]; {body}", x).reports[0].startswith("OOB global")
+
+
 def test_a_word_that_holds_a_byte_of_a_tensor_may_be_read() -> None:
     x = torch.arange(6, dtype=torch.uint8)
     assert run("ld.global.b32 %x, [%p0+4];", x).reports == []

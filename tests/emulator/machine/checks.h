@@ -8,6 +8,10 @@ enum Access : u8 { READ = 1, WRITTEN = 2 };
 // `writer` and `reader` hold the number of a program plus one; `reader` is SEVERAL after two.
 struct GlobalRange {
   u64 low, high;
+  // Without address + bytes, which overflows near the end of the address space.
+  bool contains(u64 address, u32 bytes) const {
+    return address >= low && address < high && bytes <= high - address;
+  }
   std::vector<u32> writer, reader;
   std::vector<u8> access;
   std::vector<u8> before;  // what bytes held before the launch wrote them
@@ -100,14 +104,14 @@ struct Checks {
 
   static GlobalRange* find_in(std::vector<GlobalRange>& ranges, u64 address, u32 bytes) {
     for (GlobalRange& range : ranges)
-      if (address >= range.low && address + bytes <= range.high) return &range;
+      if (range.contains(address, bytes)) return &range;
     return nullptr;
   }
 
   GlobalRange* range_of(u64 address, u32 bytes) {
     if (last_range < ranges.size()) {
       GlobalRange& last = ranges[last_range];
-      if (address >= last.low && address + bytes <= last.high) return &last;
+      if (last.contains(address, bytes)) return &last;
     }
     GlobalRange* found = find_in(ranges, address, bytes);
     if (!found && find_range && find_range(address, bytes))
