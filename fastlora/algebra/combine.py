@@ -20,7 +20,7 @@ SVD = "_svd"
 
 
 class CombinationMethodSpec(NamedTuple):
-    """The pruning and the sign election of a method for combining adapters, such as ``"ties"``.
+    """The pruning and sign-election steps of a method that combines adapters, such as ``"ties"``.
 
     A method may use one of these steps, both, or neither. The method combines several tensors of
     the same shape into one tensor. The tensors are the adapters' factors or updates.

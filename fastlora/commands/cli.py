@@ -257,7 +257,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
     from fastlora.model.adapter_folder import inspect_adapter_folder
     from fastlora.model.expert_files import (
         InferredLoraSettings,
-        infer_lora_settings,
+        infer_settings_of_layers_in_file,
     )
 
     header = inspect_adapter_folder(path)
@@ -267,7 +267,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
         for key, (module, kind) in header.keys.items()
         if kind.endswith("_A")
     }
-    sizes = infer_lora_settings(config, rows)
+    sizes = infer_settings_of_layers_in_file(config, rows)
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
         info = header.tensor_infos[key]

@@ -154,7 +154,7 @@ class FastPeftLoraModel(PeftLoraModel):
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
             routed = None
         else:
-            routed = self._router_for(names)
+            routed = self._router_if_supported(names)
         if routed is None:
             self._check_batch(args, kwargs)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
@@ -166,11 +166,10 @@ class FastPeftLoraModel(PeftLoraModel):
             check_batch_matches_ids(routed.group, args, kwargs)
             yield
 
-    def _router_for(self, names: Any) -> PatchedModelRouter | None:
-        """Return the router for a batch with the given adapter names.
+    def _router_if_supported(self, names: Any) -> PatchedModelRouter | None:
+        """Return the router for a batch with the given adapter names, if fastlora supports it.
 
-        The result is None if fastlora cannot route the batch. PEFT then processes the batch or
-        raises an error.
+        Otherwise, the result is None, and PEFT processes the batch or raises an error.
         """
         wanted = {name for name in names if name != BASE}
         if not wanted <= set(self.peft_config):

@@ -438,7 +438,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the active adapters added to its parameters."""
         routing = None if self._disabled else active_routing(self)
-        applied = {} if routing is not None else self._adapters_for_all_rows_by_parameter()
+        applied = {} if routing is not None else self._parameters_with_adapters_for_all_rows()
         if routing is None and not applied:
             return self.base_layer(x, *args, **kwargs)
         conditions = self._check_mode_is_supported(x)
@@ -471,11 +471,10 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
                 y = attach_unused_parameters(call, y, may_sync=True)
         return y if isinstance(made, torch.Tensor) else (y, *others)
 
-    def _adapters_for_all_rows_by_parameter(self) -> dict[str, list[str]]:
-        """Return a dict that maps parameter names to the adapters applied to them.
+    def _parameters_with_adapters_for_all_rows(self) -> dict[str, list[str]]:
+        """Return a dict that maps the names of parameters to the adapters that apply to all rows.
 
-        Only adapters that apply to all rows are listed. Parameters without such adapters are left
-        out.
+        Parameters without such adapters are left out.
         """
         found = {name: layer._applied_adapters() for name, layer in self.inner_layers().items()}
         return {name: names for name, names in found.items() if names}
@@ -496,16 +495,16 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         factors = {
             n: [layers[n].factors_and_scaling(a) for a in names] for n, names in applied.items()
         }
-        base, tensors = self.base_layer, self._adapted_tensors(factors, x)
+        base, tensors = self.base_layer, self._parameters_with_factors_applied(factors, x)
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             return torch.func.functional_call(base, tensors, (x, *args), kwargs)
         return call_with_parameters(base, tensors, x, *args, **kwargs)
 
-    def _adapted_tensors(
+    def _parameters_with_factors_applied(
         self, factors: Mapping[str, Sequence[Factors]], x: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return a dict of the adapted parameters that result from the given factors.
+        """Return a dict of parameters to which the updates of the given factors have been added.
 
         ``factors`` maps the name of each parameter to the factors of the adapters applied to it.
         ``x`` is the module's input.
@@ -527,7 +526,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         The module's forward pre-hooks do not run either. ``factors`` maps the name of each adapted
         parameter to the factors of the adapters applied to it.
         """
-        base, tensors = self.base_layer, self._adapted_tensors(factors, x)
+        base, tensors = self.base_layer, self._parameters_with_factors_applied(factors, x)
         if has_replaced_forward_that_cannot_be_copied(base):
             if base._forward_hooks or base._forward_pre_hooks:
                 raise UnsupportedLayerError(

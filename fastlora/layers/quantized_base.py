@@ -122,7 +122,7 @@ class KernelWeightCache(UncopiedCache):
         weight, kind = kernel_weight
         if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):
             self._captured.append(weight)
-        return Base(weight, kind.bias_for_product(weight.dtype))
+        return Base(weight, kind.bias_as_module_adds_it(weight.dtype))
 
     def clear(self, release_cuda_graph_weights: bool = False) -> None:
         """Clear the cache.

@@ -320,7 +320,7 @@ def _apply_eva_state_dict(
             )
     settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
     ranks, alphas, missing = {}, {}, []
-    parameters = _target_parameters_by_layer(layers, config)
+    parameters = _target_parameters_of_layers(layers, config)
     for name, layer in layers.items():
         new_settings = adapter_settings_for(name, config)
         rank, alpha = new_settings.r, new_settings.lora_alpha
@@ -355,11 +355,10 @@ def _apply_eva_state_dict(
         )
 
 
-def _target_parameters_by_layer(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
-    """Return a dict that maps layer names to the layers' target parameters.
+def _target_parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
+    """Return a dict that maps the names of layers to the full names of their target parameters.
 
-    The values are the full names of the parameters. Layers that ``target_modules`` selects have no
-    target parameter, and are left out.
+    Layers that ``target_modules`` selects have no target parameter, and are left out.
     """
     names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
     return {name: weight for name, weight in names.items() if weight != name}
@@ -377,7 +376,8 @@ def _store_adapted_layers_as_targets(
         tuner: The tuner of the model.
         adapter_name: The name of the adapter.
         config: The adapter's config.
-        parameters: The result of `_target_parameters_by_layer` for the layers that had the adapter.
+        parameters: The result of `_target_parameters_of_layers`, for the layers that had the
+            adapter.
     """
     left = adapted_layers(tuner.model, adapter_name)
     config.target_modules = {name for name in left if name not in parameters}

@@ -261,7 +261,7 @@ class InferredLoraSettings(NamedTuple):
     experts: int | None = None
 
 
-def infer_lora_settings(
+def infer_settings_of_layers_in_file(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
 ) -> dict[str, InferredLoraSettings]:
     """Infer the LoRA settings of the layers in an adapter file, such as the rank and alpha.

@@ -382,7 +382,7 @@ class LeaseManager:
         return lease
 
     def _release(self, lease: Lease) -> None:
-        event = self._transfers.record_read_event_unless_capturing()
+        event = self._transfers.record_read_event_and_stream_id()
         with self.changed:
             # Any thread may end the lease. On a second call, no thread holds it.
             owner = next((owner for owner, leases in self.held.items() if lease in leases), None)

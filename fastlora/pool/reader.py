@@ -271,7 +271,7 @@ class AdapterReader:
         locations: dict[str, TargetAndKind] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
-            selected = self._select_targets(config, {module for module, _ in keys.values()})
+            selected = self._targets_in_model(config, {module for module, _ in keys.values()})
             parameters = self._parameters_and_ranks_of_file_layers(config, selected)
         for key, (module, kind) in keys.items():
             if kind in _UNSUPPORTED:
@@ -413,7 +413,7 @@ class AdapterReader:
                 "made for another base model"
             )
 
-    def _select_targets(self, config: LoraConfig, layers_in_file: set[str]) -> SelectedTargets:
+    def _targets_in_model(self, config: LoraConfig, layers_in_file: set[str]) -> SelectedTargets:
         """Return the targets that an adapter's config selects in the model.
 
         The targets are modules and parameters. The selection also depends on the layers in the

@@ -83,7 +83,7 @@ class DoraScaleUpdater:
             with pool_lock:
                 events = [event for loaded, _ in stale for event in loaded.reads.values()]
             # This stream may have written base weights.
-            here = self._transfers.record_read_event_unless_capturing()
+            here = self._transfers.record_read_event_and_stream_id()
             self._transfers.order_writes_after_reads(events if here is None else [*events, here[0]])
             with torch.inference_mode(False), torch.no_grad(), self._transfers.use_write_stream():
                 for loaded, rows in stale:

@@ -65,12 +65,12 @@ class BaseDeviceTransfers:
         On a CPU, do nothing.
         """
 
-    def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after reads on the current stream, unless a CUDA graph is being captured.
+    def record_read_event_and_stream_id(self) -> tuple[torch.cuda.Event, int] | None:
+        """Record an event after reads on the current stream, and return it with the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
-        have completed. Return a tuple (event, id of the stream), or None if no event was recorded.
-        On a CPU, no event is recorded.
+        have completed. The result is a tuple (event, id of the stream), or None if no event was
+        recorded. On a CPU, no event is recorded.
         """
         return None
 
@@ -149,14 +149,12 @@ class AsyncTransfersToCuda(BaseDeviceTransfers):
                 )
             stream.wait_event(event)
 
-    def record_read_event_unless_capturing(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after reads on the current stream, unless a CUDA graph is being captured.
+    def record_read_event_and_stream_id(self) -> tuple[torch.cuda.Event, int] | None:
+        """Record an event after reads on the current stream, and return it with the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
-        have completed. Return a tuple (event, id of the stream).
-
-        While a CUDA graph is being captured, only return None, because a captured forward pass has
-        not read anything yet.
+        have completed. While a CUDA graph is being captured, no event is recorded and the result is
+        None, because a captured forward pass has not read anything yet.
         """
         if torch.cuda.is_current_stream_capturing():
             return None

@@ -71,7 +71,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """The ``stream_options`` of a request for a streamed answer.
+    """The ``stream_options`` of a streaming request.
 
     `include_usage` adds a final chunk with the token counts.
     """

@@ -186,12 +186,12 @@ class RunProcesses:
         self.device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
 
-    def runs_forward_pass(self, index: int) -> bool:
-        """Return whether this process runs the forward pass with the given index.
+    def runs_forward_pass(self, position: int) -> bool:
+        """Return whether this process runs the forward pass at a position of a step or evaluation.
 
-        The index is the position of the forward pass in a step or in an evaluation.
+        The forward passes of a step or an evaluation are distributed evenly over the processes.
         """
-        return index % self.count == self._accelerator.process_index
+        return position % self.count == self._accelerator.process_index
 
     def sum_values_and_stop_flags(
         self, values: dict[str, float], *, stop: bool

@@ -329,7 +329,7 @@ class Run:
         if self._signals.received is not None or self._run_should_stop():
             raise self._interrupted(f"after its last step, {steps}", saved=True)
         losses, skipped = dict(self.losses), self._skipped_step_counts_by_adapter()
-        folders = self._trained_adapter_folders()
+        folders = self._output_folders_of_adapters_with_steps()
         return TrainResult(
             self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
         )
@@ -389,7 +389,7 @@ class Run:
         """
         if self._failure is not None:
             raise self._with_recovery_hint(
-                self._failure, self._trained_adapter_folders()
+                self._failure, self._output_folders_of_adapters_with_steps()
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
@@ -416,10 +416,10 @@ class Run:
         if not saved:
             return RunInterrupted(text, number)
         folder = checkpoint.checkpoint_path(self.root, self.step)
-        adapters = ", ".join(map(str, self._trained_adapter_folders().values()))
+        adapters = ", ".join(map(str, self._output_folders_of_adapters_with_steps().values()))
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
-    def _trained_adapter_folders(self) -> dict[str, Path]:
+    def _output_folders_of_adapters_with_steps(self) -> dict[str, Path]:
         """Return a dict that maps each trained adapter to its output folder.
 
         A trained adapter is an adapter that has taken at least one step.
@@ -674,7 +674,9 @@ class Run:
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
+                raise self._with_recovery_hint(
+                    error, self._output_folders_of_adapters_with_steps()
+                ) from error
 
         self.processes.run_in_main_and_broadcast(write)
 
@@ -686,7 +688,7 @@ class Run:
         adapters are still written before `CheckpointError` is raised.
         """
         saved, failures = [], []
-        for name, folder in self._trained_adapter_folders().items():
+        for name, folder in self._output_folders_of_adapters_with_steps().items():
             try:
                 save_adapter(self.model, name, folder)
                 saved.append(name)

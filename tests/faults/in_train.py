@@ -142,7 +142,9 @@ FAULTS = (
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
+                raise self._with_recovery_hint(
+                    error, self._output_folders_of_adapters_with_steps()
+                ) from error
 """,
         after="""\
             if checkpoint.checkpoint_path(self.root, self.step).exists():
@@ -152,7 +154,9 @@ FAULTS = (
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_recovery_hint(error, self._trained_adapter_folders()) from error
+                raise self._with_recovery_hint(
+                    error, self._output_folders_of_adapters_with_steps()
+                ) from error
             self._save_trained_adapters()
 """,
         tests=(f"{_CLI}/test_train_cli_interrupt.py::test_adapters_are_saved_first",),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastlora import AdapterPool, LoraConfig, LoraModel, adapters, get_peft_model
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from fastlora.model.expert_files import infer_lora_settings
+from fastlora.model.expert_files import infer_settings_of_layers_in_file
 from fastlora.model.stacked_experts import FORMER_NAMES
 from fastlora.model.targets import select_targets
 from fastlora.validation import CheckpointError
@@ -296,13 +296,17 @@ def test_sizes_that_a_file_does_not_show() -> None:
     """A number of experts that does not follow from the ranks is unknown, as its rank is."""
     config = LoraConfig(r=3, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     one_rank = {"mlp.experts": 12, "mlp.experts.base_layer": 12, "q": 3}
-    found = infer_lora_settings(config, one_rank)
+    found = infer_settings_of_layers_in_file(config, one_rank)
     assert found["mlp.experts"] == found["mlp.experts.base_layer"] == (3, 8, 8 / 3, 4)
     assert found["q"] == (3, 8, 8 / 3, None)
     config.rank_pattern, config.alpha_pattern = {"gate_up_proj": 6}, {"gate_up_proj": 1}
-    both = infer_lora_settings(config, {"mlp.experts.base_layer": 24, "mlp.experts": 12})
+    both = infer_settings_of_layers_in_file(
+        config, {"mlp.experts.base_layer": 24, "mlp.experts": 12}
+    )
     assert both == {
         "mlp.experts.base_layer": (6, 1, 1 / 6, 4),
         "mlp.experts": (3, 8, 8 / 3, 4),
     }
-    assert infer_lora_settings(config, {"mlp.experts": 24})["mlp.experts"] == (None,) * 4
+    assert (
+        infer_settings_of_layers_in_file(config, {"mlp.experts": 24})["mlp.experts"] == (None,) * 4
+    )

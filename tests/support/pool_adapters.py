@@ -266,7 +266,7 @@ class RecordingTransfers(BaseDeviceTransfers):
     def make_stream_wait_for_writes(self, marks: Iterable[Any]) -> None:
         self.log += [("forward waits for", mark) for mark in marks]
 
-    def record_read_event_unless_capturing(self) -> tuple[Any, int]:
+    def record_read_event_and_stream_id(self) -> tuple[Any, int]:
         self.marks += 1
         self.log.append(("forward", self.marks))
         return self.marks, threading.get_ident()

@@ -226,7 +226,7 @@ class BaseQuantizedWeight(MergeTarget):
         """
         return lambda: self.dense().to(dtype)
 
-    def bias_for_product(self, product_dtype: torch.dtype) -> torch.Tensor | None:
+    def bias_as_module_adds_it(self, product_dtype: torch.dtype) -> torch.Tensor | None:
         """Return the bias as the quantized module adds it to a product in ``product_dtype``.
 
         Returns None if the module has no bias. If a call of the module converts the module's own

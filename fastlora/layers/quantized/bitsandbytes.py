@@ -184,7 +184,7 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
         codes, state.dtype = self.weight.data.view(-1, 1), dtype
         return lambda: library.dequantize_4bit(codes, state)
 
-    def bias_for_product(self, product_dtype: torch.dtype) -> torch.Tensor | None:
+    def bias_as_module_adds_it(self, product_dtype: torch.dtype) -> torch.Tensor | None:
         """Return the bias to add to a matrix product in ``product_dtype``.
 
         Returns None if the module has no bias. As in bitsandbytes, the module's own bias is
