@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -64,10 +63,9 @@ class PatchedModelRouter:
             _check_batch_size_of_base_model, with_kwargs=True
         )
         if hasattr(type(model), "generate") and (
-            "generate" not in vars(model) or _has_wrapped_generate(model)
+            "generate" not in vars(model) or _has_checked_generate(model)
         ):
-            # A partial, unlike a closure, can be pickled and copied with the model.
-            vars(model)["generate"] = functools.partial(_generate_after_batch_size_check, model)
+            vars(model)["generate"] = _GenerateAfterBatchSizeCheck(model)
 
     def find_routed_layers(self, root: nn.Module, *, search: bool = True) -> None:
         """Update the list of the model's routed layers.
@@ -191,7 +189,7 @@ def remove_router(model: nn.Module) -> None:
     del vars(model)["_fastlora_router"]
     if router.batch_check is not None:
         router.batch_check.remove()
-    if _has_wrapped_generate(model):
+    if _has_checked_generate(model):
         del vars(model)["generate"]
 
 
@@ -224,26 +222,41 @@ def _check_batch_size_of_base_model(
         check_batch_matches_ids(router.group, args, kwargs)
 
 
-def _generate_after_batch_size_check(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's ``generate`` method.
+class _GenerateAfterBatchSizeCheck:
+    """A model's ``generate`` method, with a check of the batch size.
 
     The number of adapter ids must match the number of samples. Beam search later adds rows to the
     batch, so the forward passes within ``generate`` do not check the batch size.
 
-    Raises:
-        ValueError: The batch size does not match the number of adapter ids.
+    A model that has this object as an attribute can be pickled and copied.
     """
-    router, model_class = router_of_base_model(model), cast(Any, type(model))
-    if router is None:  # The model is no longer patched.
-        return model_class.generate(model, *args, **kwargs)
-    check_batch_matches_ids(router.group, args, kwargs, per_sample=True)
-    try:
-        with skip_batch_size_check():
-            return model_class.generate(model, *args, **kwargs)
-    finally:
-        discard_unused_results(router.group)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method itself, which also provides the signature."""
+        method: Callable[..., Any] = cast(Any, type(self._model)).generate.__get__(self._model)
+        return method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method.
+
+        Raises:
+            ValueError: The batch size does not match the number of adapter ids.
+        """
+        router = router_of_base_model(self._model)
+        if router is None:  # The model is no longer patched.
+            return self.__wrapped__(*args, **kwargs)
+        check_batch_matches_ids(router.group, args, kwargs, per_sample=True)
+        try:
+            with skip_batch_size_check():
+                return self.__wrapped__(*args, **kwargs)
+        finally:
+            discard_unused_results(router.group)
 
 
-def _has_wrapped_generate(model: nn.Module) -> bool:
-    """Return whether the model's ``generate`` is `_generate_after_batch_size_check`."""
-    return getattr(vars(model).get("generate"), "func", None) is _generate_after_batch_size_check
+def _has_checked_generate(model: nn.Module) -> bool:
+    """Return whether the model's ``generate`` is a `_GenerateAfterBatchSizeCheck`."""
+    return isinstance(vars(model).get("generate"), _GenerateAfterBatchSizeCheck)

@@ -110,12 +110,12 @@ FAULTS = (
         check_batch_matches_ids(router.group, args, kwargs)
 
 
-def _generate_after""",
+class _GenerateAfter""",
         after="""\
         pass
 
 
-def _generate_after""",
+class _GenerateAfter""",
         tests=(
             "tests/integrations/test_from_peft.py::test_mixed_batches_of_injected_adapters[deepcopy]",
         ),
