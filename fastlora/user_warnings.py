@@ -17,7 +17,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     such line.
     """
     frame = sys._getframe(1)
-    while frame.f_back is not None and _package_of(frame.f_globals) in _SKIPPED_PACKAGES:
+    while frame.f_back is not None and _top_level_package_of(frame.f_globals) in _SKIPPED_PACKAGES:
         frame = frame.f_back
     warnings.warn_explicit(
         message,
@@ -29,6 +29,6 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     )
 
 
-def _package_of(module_globals: dict[str, object]) -> str:
+def _top_level_package_of(module_globals: dict[str, object]) -> str:
     """Return the name of the top-level package of a module, given the module's globals."""
     return str(module_globals.get("__name__", "")).partition(".")[0]

@@ -459,7 +459,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         if conditions.compiling:
             return self._run_mixed(routing.whole or routing, conditions, x, *args, **kwargs)
         slots = [slot for slot, name in enumerate(routing.names) if name]
-        with routing.pause_row_tracking():
+        with routing.pause_row_order_tracking():
             if any(self._factors_in_slot(routing, slot) for slot in slots):
                 made = self._run_mixed(routing, conditions, x, *args, **kwargs)
             else:

@@ -74,7 +74,7 @@ def _build_model_tables(
     if dtypes:
         dtype, largest = functools.reduce(torch.promote_types, dtypes), 0
     else:
-        dtype, largest = _dtype_and_rank_for_empty_tables(routing)
+        dtype, largest = _dtype_and_rank_if_no_factors(routing)
     for row, column, factors in found:
         for kind, tensor in enumerate((factors.lora_a, factors.lora_b.t(), factors.lora_bias)):
             if tensor is not None:
@@ -90,12 +90,12 @@ def _build_model_tables(
     return AddressTables(a, b, bias, *numbers, dtype, rows=rows, keepalive=tuple(held))
 
 
-def _dtype_and_rank_for_empty_tables(routing: Routing) -> tuple[torch.dtype, int]:
-    """Return the dtype and rank to use for empty address tables.
+def _dtype_and_rank_if_no_factors(routing: Routing) -> tuple[torch.dtype, int]:
+    """Return the dtype and rank of the address tables for a batch whose adapters have no factors.
 
-    The tables are empty if no adapter of the batch has factors on any linear layer. The dtype and
-    the rank are then those of one of the model's adapters. If the adapter's rank differs between
-    layers, the largest rank is used. The batch therefore launches the same kernels as a batch with
+    They are the dtype and the rank of one of the model's adapters. If the adapter's rank differs
+    between layers, the largest rank is used. The tables are empty, because no adapter of the batch
+    has factors on any linear layer. The batch therefore launches the same kernels as a batch with
     this adapter, and `warm_up` compiles these kernels. The kernels read no factors from empty
     tables.
     """

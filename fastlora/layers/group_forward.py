@@ -219,7 +219,7 @@ def _layer_operands_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key for a result that is computed from tensors.
+    """Return a cache key for a result that is computed from the given tensors.
 
     The key contains the stream, the dropout probability, and the identity and state of each tensor.
     The key is None if any of the tensors is an inference tensor, because PyTorch does not count

@@ -81,7 +81,7 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
     if isinstance(call, MixedCall):
         if call.conditions.compiling or call.routing.cache.row_checker is None:
             return forward_mixed(call, base)
-        with call.routing.pause_row_tracking():
+        with call.routing.pause_row_order_tracking():
             return forward_mixed(call, base)
     magnitudes = call.layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules or not uses_dora(call.layer, call.names):

@@ -58,9 +58,9 @@ class ModuleWithAdapters:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters.
+        """Names of the module's active adapters.
 
-        Active adapters that this module lacks are included.
+        An adapter that the module lacks can also be active.
         """
         return list(self._active_adapters)
 

@@ -84,7 +84,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         routing.check_gets_all_rows(self, x, compiling)
         if not compiling:
             routing.check_sample_dimension(self, x)
-        return nullcontext() if compiling else routing.pause_row_tracking()
+        return nullcontext() if compiling else routing.pause_row_order_tracking()
 
     # ----------------------------------------------------------------------------- adapters
 

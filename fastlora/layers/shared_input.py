@@ -235,7 +235,7 @@ class SharedInputGroup(SharedResultCache):
 
 
 class _SharedInputCallSequence:
-    """Consecutive calls of layers with the same input tensor.
+    """Consecutive calls to layers that share an input tensor.
 
     The called layers are candidates for a shared-input group, which `form_group` forms. All calls
     of a sequence are made in the same thread.

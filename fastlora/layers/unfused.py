@@ -157,7 +157,11 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         conditions = self._check_mode_is_supported(x)
         if routing is not None:
             routing.check_gets_all_rows(self, x, conditions.compiling)
-            with contextlib.nullcontext() if conditions.compiling else routing.pause_row_tracking():
+            with (
+                contextlib.nullcontext()
+                if conditions.compiling
+                else routing.pause_row_order_tracking()
+            ):
                 return self._add_mixed_updates(routing, x, y, conditions)
         made = y
         for name in names:

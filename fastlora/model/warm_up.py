@@ -277,7 +277,7 @@ def record_kernel_variants(
         for routing in (None, *mixed):
             around: Any = contextlib.nullcontext() if routing is None else activate_routing(routing)
             with around:
-                for group in _distinct_groups(groups, rows, launched):
+                for group in _groups_with_distinct_launches(groups, rows, launched):
                     searched += _bisect_variant_changes(group, rows, launched, searched)
                 found |= launched
                 launched.clear()
@@ -364,14 +364,14 @@ def _sample_count(inputs: Any) -> int:
     raise ConfigError("inputs must contain a tensor with a row for each sample")
 
 
-def _distinct_groups(
+def _groups_with_distinct_launches(
     groups: Sequence[_SharedInputLayers], rows: int, launch_record: _VariantsByKey
 ) -> list[_SharedInputLayers]:
-    """Return the distinct groups of layers, which differ in sizes, dtypes, or kernels.
+    """Return the groups of layers that differ in sizes, dtypes, or the kernels that they launch.
 
-    If several groups have equal sizes, dtypes, and kernels, the result contains the first one.
-    Groups that launch no kernel are left out. All groups run with 1 row and with ``rows``. In a
-    Llama-8B, there are four distinct groups.
+    If several groups agree in all of these, the result contains the first one. Groups that launch
+    no kernel are left out. All groups run with 1 row and with ``rows``. In a Llama-8B, there are
+    four such groups.
     """
     found: dict[object, _SharedInputLayers] = {}
     for group in groups:

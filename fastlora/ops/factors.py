@@ -116,7 +116,7 @@ class LayerAdapterOperands(NamedTuple):
 
 
 class AddressTables(NamedTuple):
-    """Tables of the memory addresses of adapters' factors.
+    """Tables of memory addresses of adapter factors.
 
     The tables have one row for each layer (G) and one column for each adapter's slot (S). Further
     tables of this shape contain the ranks and scalings.

@@ -125,10 +125,10 @@ class PoolTables:
             self.column_of if self.uses_dora else self.plain_column_of, slot_ids
         )
 
-    def clear_column(self, column: int) -> None:
-        """Clear a column of the tables.
+    def clear_adapter_column(self, column: int) -> None:
+        """Remove the adapter in a column of the tables.
 
-        The column then contains no adapter and can be reused. The writes run on the current stream.
+        The column can then be reused. The writes run on the current stream.
         """
         self._numbers[0, :, column] = 0
         if column in self._dora_columns:

@@ -332,7 +332,7 @@ class StorageTiers:
                 self._tables.assign(slot, column)
             except BaseException:  # the column stays free, although the slot may refer to it
                 self._tables.assign(slot, NO_COLUMN if old is None else old.column)
-                self._tables.clear_column(column)
+                self._tables.clear_adapter_column(column)
                 raise
         self._free_columns.pop()
         if old is None:
@@ -403,7 +403,7 @@ class StorageTiers:
         # Later writes to this memory are ordered after the reads.
         self._transfers.order_writes_after_reads(loaded.reads.values())
         with self._transfers.use_write_stream():
-            self._tables.clear_column(loaded.column)
+            self._tables.clear_adapter_column(loaded.column)
         self._free_columns.append(loaded.column)
 
     # ------------------------------------------------------------------------------- CPU memory

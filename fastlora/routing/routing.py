@@ -221,7 +221,7 @@ class Routing:
                 "token"
             )
 
-    def pause_row_tracking(self) -> contextlib.AbstractContextManager[None]:
+    def pause_row_order_tracking(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that pauses row tracking.
 
         Row tracking records how the rows of tensors relate to the rows of the batch. Use the
@@ -234,7 +234,7 @@ class Routing:
             or not row_checker.order.has_valid_facts
         ):
             return contextlib.nullcontext()
-        return row_checker.order.pause_row_tracking()
+        return row_checker.order.pause_row_order_tracking()
 
     def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
         """Return the dropout seeds of layer ``number``.

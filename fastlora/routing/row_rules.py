@@ -111,7 +111,7 @@ def _combined_facts(
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowOriginFacts:
-    """Return facts about the origin of the rows that the indices select from ``source``.
+    """Return what is known about the origin of rows that indices select from ``source``.
 
     There is one index, or None, for each leading dimension.
     """
@@ -158,7 +158,7 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, table_kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return facts about the origin of the rows that the indices look up in a table.
+    """Return what is known about the origin of the rows that the indices look up in a table.
 
     The result is derived from the kind of the table and from the facts about the indices.
     """
@@ -185,7 +185,7 @@ def _facts_after_write(
     *,
     adds: bool = False,
 ) -> RowOriginFacts:
-    """Return facts about the origin of the rows of ``dest`` after a write.
+    """Return what is known about the origin of the rows of ``dest`` after a write.
 
     ``values`` are written to ``dest`` at ``indices``.
     """

@@ -89,7 +89,7 @@ class RowOriginTracker(TorchDispatchMode):
         return self._thread == threading.get_ident()
 
     @contextlib.contextmanager
-    def pause_row_tracking(self) -> Iterator[None]:
+    def pause_row_order_tracking(self) -> Iterator[None]:
         """Context manager that pauses row tracking.
 
         It is for code that preserves the order of the rows. The mode leaves PyTorch's stack of

@@ -61,7 +61,7 @@ class AsyncAnswerStream:
 
 
 class EventStreamResponse(StreamingResponse):
-    """A response that sends an answer as server-sent events.
+    """A response that is streamed as server-sent events.
 
     If the client disconnects, the request is canceled.
     """

@@ -29,10 +29,10 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="""\
                 self._tables.assign(slot, NO_COLUMN if old is None else old.column)
-                self._tables.clear_column(column)
+                self._tables.clear_adapter_column(column)
 """,
         after="""\
-                self._tables.clear_column(column)
+                self._tables.clear_adapter_column(column)
 """,
         tests=(f"{_ERRORS}::test_an_adapter_that_fails_last_leaves_the_slot",),
     ),

@@ -116,10 +116,7 @@ class ProductWithRepackedCopy:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this product supports x and is faster for x.
-
-        The product is faster if it takes less time than calling the module.
-        """
+        """Return whether this object can multiply x, and does so faster than the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
