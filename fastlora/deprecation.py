@@ -27,6 +27,8 @@ def warn_renamed(old: str, new: str) -> None:
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a module ``__getattr__`` that accepts the old names of renamed attributes.
 
+    Accessing an old name issues a deprecation warning.
+
     Args:
         module: The module's ``__name__``.
         names: Maps each old name to the new name.

@@ -45,10 +45,10 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder that overrides the default folder of measured kernel configurations.
+    """Return the folder that an environment variable sets for measured kernel configurations.
 
-    The environment variable ``FASTLORA_MEASURED`` sets the folder, which contains tables of
-    configurations. The result is None if no folder is set.
+    The environment variable is ``FASTLORA_MEASURED``. The folder contains tables of configurations,
+    and is used instead of the default folder. The result is None if the variable sets no folder.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
@@ -114,10 +114,10 @@ def server_admin_key() -> str | None:
 
 
 def user_configured_malloc() -> bool:
-    """Return whether the user has configured the memory allocator.
+    """Return whether the user has configured malloc with an environment variable.
 
-    The allocator is glibc's malloc. The result is True if any of the environment variables that
-    configure it is set.
+    The function checks variables of glibc's malloc. The result is True if ``GLIBC_TUNABLES``,
+    ``MALLOC_ARENA_MAX``, ``MALLOC_MMAP_THRESHOLD_``, or ``MALLOC_TRIM_THRESHOLD_`` is set.
     """
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))

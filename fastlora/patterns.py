@@ -116,7 +116,7 @@ class _BoundedPatternMatcher:
                 "pcre2; install it with: pip install pcre2"
             ) from error
         # PCRE2 accepts limits only at the start of a pattern, so later ones cannot override these.
-        steps = min(_STEPS, _CHARACTERS // _max_expanded_expression_length(pattern, expression))
+        steps = min(_STEPS, _CHARACTERS // _max_length_with_repeats_expanded(pattern, expression))
         limits = f"(*LIMIT_MATCH={steps})(*LIMIT_HEAP={_HEAP_KIB})"
         try:
             found = pcre2.compile(f"{limits}(?:{expression})", jit=False)
@@ -291,10 +291,11 @@ def patterns_matching_no_suffix(
 
 
 class _SuffixPatternIndex:
-    """An index for finding the patterns that match a suffix of a module name.
+    """An index for finding the suffix patterns that match a module name.
 
-    The patterns are those of one config field. Patterns that are plain names are looked up in
-    dicts. All other patterns are regular expressions, which are matched one by one.
+    A suffix pattern matches a name if the pattern matches a suffix of the name. The patterns are
+    those of one config field. Patterns that are plain names are looked up in dicts. All other
+    patterns are regular expressions, which are matched one by one.
 
     Attributes:
         expressions: Maps each pattern that is not a plain name to its position in the field.
@@ -385,12 +386,12 @@ def _match(field: str, pattern: str, template: str, name: str, *, full_match: bo
         return re.fullmatch(expression, name) if full_match else re.match(expression, name)
 
 
-def _max_expanded_expression_length(pattern: str, expression: str) -> int:
-    """Return the maximum length of a regular expression after its repeats are expanded.
+def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
+    """Return an upper bound on the length of an expanded regular expression.
 
-    The result is an upper bound. PCRE2 expands the repeats in an expression. For example, ``a{3}``
-    is expanded to ``aaa``. The bound applies to the length of the expression itself, not to the
-    length of a match. The function stops counting repeats when the length exceeds ``_CHARACTERS``.
+    PCRE2 expands the repeats in an expression. For example, ``a{3}`` is expanded to ``aaa``. The
+    bound applies to the length of the expression itself, not to the length of a match. The function
+    stops counting repeats when the length exceeds ``_CHARACTERS``.
 
     Args:
         pattern: The pattern in the config, whose repeats are counted.

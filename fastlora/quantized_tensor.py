@@ -54,10 +54,11 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor that represents a quantized weight and can dequantize the weight.
+    """A tensor that represents a quantized weight.
 
-    The weight has the shape ``[N, K]`` and is stored as quantized data. Kernels read the quantized
-    data directly. Most PyTorch operations dequantize the weight first.
+    The weight has the shape ``[N, K]`` and is stored as quantized data. The tensor can dequantize
+    the weight. Kernels read the quantized data directly. Most PyTorch operations dequantize the
+    weight first.
 
     Args:
         quantized_data: The quantized data that kernels read.

@@ -121,8 +121,8 @@ def clip_grads_with_norm_(
 def _group_by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Group tensors by their device mesh.
 
-    Plain tensors, which have no mesh, form a group of their own. The result is a list of the
-    groups, in order of first appearance.
+    The DTensors on the same mesh form a group. Plain tensors, which have no mesh, form a group of
+    their own. The result is a list of the groups, in order of first appearance.
     """
     parts: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:

@@ -37,8 +37,8 @@ class TargetNotFoundError(FastLoraError, ValueError):
 class UnsupportedLayerError(FastLoraError, ValueError):
     """A layer is not supported by fastlora.
 
-    For example, the type or the current state of a layer is not supported. The error is also raised
-    for modules that are not layers, such as a whole model.
+    For example, fastlora does not support the type or the current state of the layer. The error is
+    also raised for modules that are not layers, such as a whole model.
     """
 
 
@@ -65,11 +65,12 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint or an adapter is invalid or does not match the model.
+    """A checkpoint cannot be read, written, or used with the model.
 
     The checkpoint may belong to a training run, or be an adapter folder or a model folder. For
-    example, a file of a checkpoint is missing, damaged, or unsafe. The error is also raised if a
-    checkpoint cannot be loaded for another reason, or cannot be saved.
+    example, a file of the checkpoint is missing, damaged, or unsafe, or the checkpoint does not
+    match the model. The error is also raised for an adapter in memory that is invalid or does not
+    match the model.
     """
 
 
@@ -110,9 +111,10 @@ class PoolFullError(FastLoraError, RuntimeError):
 
 
 class ImplementationError(FastLoraError, RuntimeError):
-    """A requested implementation is not supported or not available.
+    """A requested implementation cannot be used.
 
-    The error is also raised for features, and for what is not available on this machine.
+    For example, the implementation is not supported, or it is not available on this machine. The
+    error is also raised if a requested feature is not supported or not available.
     """
 
 

@@ -49,14 +49,15 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """A stamp of one or more tensors, used to detect whether the tensors have changed.
+    """A stamp that is used to detect whether tensors have changed.
 
-    A stamp records the memory, the shape, and the ``_version`` of each tensor. A value that was
-    computed from the tensors is cached with their stamp. The memory address and the ``_version`` of
-    a tensor are not sufficient to detect all changes. PyTorch reuses freed memory, so a tensor that
-    is replaced twice may have its first address again. A stamp therefore also compares the identity
-    of the storage, and it has a weak reference to the storage. The weak reference does not keep the
-    memory alive, but as long as it exists, no other storage can have the same identity.
+    A stamp records the memory, the shape, and the ``_version`` of one or more tensors. A value that
+    was computed from the tensors is cached with their stamp. The memory address and the
+    ``_version`` of a tensor are not sufficient to detect all changes. PyTorch reuses freed memory,
+    so a tensor that is replaced twice may have its first address again. A stamp therefore also
+    compares the identity of the storage, and it has a weak reference to the storage. The weak
+    reference does not keep the memory alive, but as long as it exists, no other storage can have
+    the same identity.
 
     A stamp does not detect writes that leave ``_version`` unchanged. To detect such writes, the
     caller includes a `WeightsVersion` in ``context``. A stamp identifies tensors by their memory,
@@ -123,9 +124,9 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """A version of weights, used to detect whether the weights may have changed.
+    """The version of a set of weights, used to detect whether the weights may have changed.
 
-    A version covers many weights of this process, such as all trainable weights. A cached value
+    The set contains many weights of this process, such as all trainable weights. A cached value
     records the version that the weights had when it was cached. If the current version is a
     different object, the cached value is not used, because the weights may have changed. A version
     is a unique object rather than a number because a compiler that traces an optimizer's step also
@@ -189,14 +190,17 @@ class ProcessWeightsVersions:
         self.trained, self.step = WeightsVersion(), WeightsVersion()
 
     def invalidate_all(self) -> None:
-        """Invalidate all cached values.
+        """Invalidate all weights versions, and thus all values that were cached with them.
 
-        This includes values computed from frozen base weights.
+        The invalidated values include values that were computed from frozen base weights.
         """
         self.trained, self.frozen, self.step = WeightsVersion(), WeightsVersion(), WeightsVersion()
 
     def invalidate_stepped_weights(self, optimizer: torch.optim.Optimizer) -> None:
-        """Invalidate the cached values of all weights that an optimizer's step may have changed."""
+        """Invalidate the versions of the weights that an optimizer's step may have changed.
+
+        All values that were cached with these versions are thus invalidated.
+        """
         self.trained, self.step = WeightsVersion(), WeightsVersion()
         # A compiled graph cannot look up weights by their storage.
         if torch.compiler.is_compiling() or self._holds_watched(optimizer):

@@ -20,10 +20,11 @@ SVD = "_svd"
 
 
 class CombinationMethodSpec(NamedTuple):
-    """The pruning and sign-election steps of a method that combines adapters, such as ``"ties"``.
+    """Specification of a method that combines adapters, such as ``"ties"``.
 
-    A method may use one of these steps, both, or neither. The method combines several tensors of
-    the same shape into one tensor. The tensors are the adapters' factors or updates.
+    The specification states whether and how the method prunes values, and whether the method elects
+    signs. A method may use one of these steps, both, or neither. The method combines several
+    tensors of the same shape into one tensor. The tensors are the adapters' factors or updates.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its

@@ -91,12 +91,12 @@ def compute_svd(matrix: torch.Tensor, driver: str | None = None) -> Svd:
 def svd_of_weighted_sum(
     pairs: Sequence[FactorPair], weights: Sequence[float], driver: str | None = None
 ) -> Svd:
-    """Return the singular value decomposition of a weighted sum of factor products.
+    """Return the singular value decomposition of a weighted sum of low-rank products.
 
     The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. Let R be the sum of the pairs'
-    ranks. If R is less than both N and K, the result is computed from the factors without forming
-    the ``[N, K]`` sum, and only an ``[R, R]`` matrix is decomposed. Otherwise, the ``[N, K]`` sum,
-    which is smaller than the factors, is formed and decomposed directly.
+    ranks. If R is low, that is, less than both N and K, the result is computed from the factors
+    without forming the full ``[N, K]`` sum, and only an ``[R, R]`` matrix is decomposed. If R is
+    not low, the full sum is smaller than the factors, and is formed and decomposed directly.
 
     Args:
         pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).

@@ -134,7 +134,7 @@ def _enumerate_adapters_with_rows(
 def _allocate_intermediates_s_and_z(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the tensors for the intermediate results s and z of DoRA's forward pass.
+    """Allocate the tensors that hold the intermediate results s and z of DoRA's forward pass.
 
     `_dora_with_dropout` computes s and z, and the backward pass uses them. The tensor s is for
     ``dropout(x) @ lora_a.T``, and z is for ``dropout(x) @ weight.T``. If ``needs_z`` is False, z
@@ -199,10 +199,10 @@ def _(
 def _dora_with_dropout_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Compute the gradients for the backward pass of `_dora_with_dropout`.
+    """Compute the gradients of x, the weight, and the parameters of DoRA adapters with dropout.
 
-    Returns a list of the gradients of x, the weight, and each adapter's lora_a, lora_b, and
-    magnitude, in that order.
+    This function is the backward pass of `_dora_with_dropout`. Returns a list of the gradients of
+    x, the weight, and each adapter's lora_a, lora_b, and magnitude, in that order.
     """
     *batch_of, s, z, wanted = batch
     found = _allocate_gradients(x, weight, batch_of[0], wanted)

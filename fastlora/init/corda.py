@@ -34,7 +34,7 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """The singular values and vectors that CorDA computes for a layer.
+    """CorDA's decomposition of a layer's weight into singular values and vectors.
 
     CorDA computes the initial factors of the layer from R directions of the singular value
     decomposition ``W C = U S V^T``. W is the layer's weight, and C is the covariance of the layer's

@@ -50,7 +50,7 @@ class IncrementalPca:
             return
         batch, total, before = len(rows), self._seen + len(rows), self.components
         sums = rows.sum(dim=0, dtype=torch.float64)
-        mean, variance = self._updated_mean_and_variance(rows, sums, total)
+        mean, variance = self._compute_updated_mean_and_variance(rows, sums, total)
         if before is None:
             data = rows - mean.to(rows)
         else:
@@ -80,13 +80,13 @@ class IncrementalPca:
         self.ratios = (s.square() / (variance * total).sum())[: self.count]
         self._seen, self._mean, self._variance = total, mean, variance
 
-    def _updated_mean_and_variance(
+    def _compute_updated_mean_and_variance(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and variance of all rows, including the rows of a new batch.
+        """Compute the mean and variance of all rows, including the rows of a new batch.
 
-        The result is a tuple (mean, variance). Both are ``[K]`` in fp64. The attributes are not
-        changed. The algorithm is that of Chan et al. 1983.
+        The result is a tuple (mean, variance). Both are ``[K]`` in fp64. The caller updates the
+        attributes. The algorithm is that of Chan et al. 1983.
 
         Args:
             rows: The rows of the new batch.

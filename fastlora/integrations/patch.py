@@ -46,8 +46,8 @@ def patch(peft_model: nn.Module) -> FusionReport:
 def unpatch(peft_model: nn.Module) -> None:
     """Undo `patch` on a PEFT model.
 
-    The patched layers get back their original classes, and thus PEFT's forward methods. A model
-    that is not patched is left unchanged.
+    The patched layers and tuners are restored: they get back their original classes, and thus
+    PEFT's forward methods. A model that is not patched is left unchanged.
 
     Raises:
         UnsupportedLayerError: Other code has changed the class of a patched layer.

@@ -113,19 +113,20 @@ class FastPeftLoraModel(PeftLoraModel):
             router.group.check_no_open_blocks(operation)
 
     def _update_routed_layers(self) -> None:
-        """Update the list of routed layers.
+        """Update the list of the model's routed layers.
 
-        These are the LoRA layers for mixed batches. If the list does not exist yet, do nothing.
+        A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch. The
+        model's router keeps the list. If the model has no router yet, this method does nothing.
         """
         router = router_of_base_model(self.model)
         if router is not None:
             router.update_routed_layers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass, as PEFT's model does.
+        """Run the forward pass of the patched PEFT model.
 
-        Returns the model's output. If a `fastlora.adapters` block is open or fastlora routes
-        ``adapter_names``, the batch size must match the number of adapter ids.
+        Returns the model's output, as PEFT's method does. If a `fastlora.adapters` block is open or
+        fastlora routes ``adapter_names``, the batch size must match the number of adapter ids.
         """
         self._check_batch(args, kwargs)
         try:
@@ -142,7 +143,7 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Context manager that enables PEFT's forward hooks or fastlora's routing for a batch.
+        """Context manager that enables the adapters in ``adapter_names`` for the rows of a batch.
 
         This method overrides PEFT's method of the same name. During the ``with`` block, fastlora
         routes each row to the adapter that ``adapter_names`` assigns to the row. The routing is
@@ -224,10 +225,12 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
-    """Return the first module that routes adapters, and the modules that are visited outside of it.
+    """Find the root module of a model's LoRA layers, and the modules outside of this root.
 
-    The module is a patched tuner, or a model into which PEFT injected LoRA layers that no tuner
-    within the model contains. Returns None for it if there is no such module.
+    The root is the first module of the model that is a patched tuner, or into which PEFT injected
+    LoRA layers that no tuner within the module contains. The result is a tuple (root, modules). The
+    root is None if there is no such module. The modules are those that the search visits outside of
+    the root.
     """
     root: nn.Module | None = None
     outside, seen, waiting = [], {id(model)}, [model]
@@ -245,7 +248,11 @@ def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
 
 
 def _is_injected_root(model: nn.Module) -> bool:
-    """Return whether PEFT injected LoRA layers into a model that no tuner in it contains."""
+    """Return whether PEFT injected LoRA layers directly into a model.
+
+    The result is True only if the model has a ``peft_config`` and at least one patched LoRA layer
+    is outside of the model's tuners. The result is False for a `PeftModel`.
+    """
     if isinstance(model, PeftModel):
         return False  # It reads the ``peft_config`` of its tuner.
     # Wrappers that forward attributes do not count, but a class may define a property.
@@ -269,11 +276,10 @@ def _is_injected_root(model: nn.Module) -> bool:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch a PEFT model in place, and return the number of its LoRA layers.
+    """Patch the LoRA layers of a PEFT model in place, and return the number of LoRA layers.
 
-    The LoRA layers are patched to run with fastlora. The returned number includes LoRA layers of
-    classes that fastlora does not patch, which remain unchanged. The model's tuners are also
-    patched.
+    The LoRA layers are patched to run with fastlora. A LoRA layer of a class that fastlora does not
+    patch remains unchanged, but is also counted. The model's tuners are also patched.
     """
     seen = 0
     for module in model.modules():

@@ -120,9 +120,9 @@ class FusedForwardMixin(BaseAdapterLayer):
         self._clear_model_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter from the layer, and clear the layer's caches.
+        """Delete an adapter from the layer.
 
-        The adapter is deleted by PEFT's own method.
+        The adapter is deleted by PEFT's own method. The layer's caches are then cleared.
 
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
@@ -233,8 +233,9 @@ class FastPeftParamWrapper(PeftParamWrapper):
         """Return the fastlora layer that shares this layer's adapters.
 
         The fastlora layer computes the output of the module that this and any nested wrappers
-        contain, and shares the adapters of all these wrappers. The result is None if PEFT's
-        ``forward`` method must be called.
+        contain, and shares the adapters of all these wrappers. The result is None if
+        fastlora cannot provide such a layer. In this case, PEFT's ``forward`` method must be
+        called.
         """
         wrappers: list[Any] = [self]
         while isinstance(wrappers[-1].base_layer, PeftParamWrapper):
@@ -280,9 +281,9 @@ class FastPeftParamWrapper(PeftParamWrapper):
 
 
 def copy_dunder_name_from_peft_base(cls: type) -> type:
-    """Set the printed name of a patched class to the name of its PEFT base class.
+    """Copy the ``__name__`` of the PEFT base class to a patched class.
 
-    The function sets ``__name__``, which printed models and `get_layer_status` show. The class
+    Printed models and `get_layer_status` thus show the name of PEFT's class. The patched class
     keeps its ``__qualname__``, which pickles use. The class itself is returned, so that this
     function can be used as a decorator.
     """

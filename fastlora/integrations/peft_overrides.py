@@ -144,11 +144,11 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
 
 
 def override_peft_functions() -> None:
-    """Override functions of PEFT with fastlora's versions.
+    """Override functions of PEFT so that they also accept fastlora's models.
 
-    fastlora's versions also accept fastlora's models. For any other model, an overridden function
-    calls PEFT's original function. `PEFT_OVERRIDES` lists the functions. If a PEFT module is not
-    imported yet, its functions are overridden when the module is imported.
+    For any other model, an overridden function calls PEFT's original function. `PEFT_OVERRIDES`
+    lists the functions. If a PEFT module is not imported yet, its functions are overridden when the
+    module is imported.
     """
     for module, is_fastlora, functions in PEFT_OVERRIDES:
         call_when_imported(

@@ -31,7 +31,7 @@ search_lock = threading.Lock()
 
 
 class PatchedModelRouter:
-    """Routes batches to the adapters of a patched model.
+    """Router of a patched PEFT model, which routes the rows of a batch to the model's adapters.
 
     Each row of a mixed batch is routed to its own adapter. The router is stored on the base model,
     so that a `PeftModel`, its tuner, and the base model share one router.
@@ -111,7 +111,7 @@ class PatchedModelRouter:
         self.names, self.routed_layers = names, found
 
     def _add_to_group(self, layers: list[tuple[str, Any]]) -> None:
-        """Add layers to the router's group.
+        """Add layers to the router's group of routed layers.
 
         Raises:
             AdapterStateError: A block is open for another model that contains one of the layers.
@@ -181,20 +181,28 @@ def router_of_base_model(model: nn.Module) -> PatchedModelRouter | None:
     return router
 
 
-def remove_router(model: nn.Module) -> None:
-    """Remove the router of a base model, and what the router has installed on the model."""
-    router = router_of_base_model(model)
+def remove_router(base_model: nn.Module) -> None:
+    """Remove the router of a base model.
+
+    The batch size check and the ``generate`` method that the router installed on the model are also
+    removed. If the model has no router, the model is not changed.
+    """
+    router = router_of_base_model(base_model)
     if router is None:
         return
-    del vars(model)["_fastlora_router"]
+    del vars(base_model)["_fastlora_router"]
     if router.batch_check is not None:
         router.batch_check.remove()
-    if _has_checked_generate(model):
-        del vars(model)["generate"]
+    if _has_checked_generate(base_model):
+        del vars(base_model)["generate"]
 
 
 def _raise_mixed_batch_unsupported(name: str, module: nn.Module, has_tuner: bool) -> NoReturn:
-    """Raise `UnsupportedLayerError` for a module with adapters that fastlora does not route."""
+    """Raise `UnsupportedLayerError` for a module that does not support mixed batches.
+
+    The module has adapters, but fastlora does not route them. If ``has_tuner`` is True, the
+    error message may suggest passing ``adapter_names`` to the model.
+    """
     if patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
         raise UnsupportedLayerError(
             f"{name!r} was added after fastlora.patch() and is not patched; call "
@@ -258,5 +266,8 @@ class _GenerateAfterBatchSizeCheck:
 
 
 def _has_checked_generate(model: nn.Module) -> bool:
-    """Return whether the model's ``generate`` is a `_GenerateAfterBatchSizeCheck`."""
+    """Return whether the model's ``generate`` method checks the batch size first.
+
+    Such a method is a `_GenerateAfterBatchSizeCheck`, which a router installs on the model.
+    """
     return isinstance(vars(model).get("generate"), _GenerateAfterBatchSizeCheck)

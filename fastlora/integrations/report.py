@@ -114,8 +114,9 @@ class FusionReport:
 def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Combine similar table rows.
 
-    Rows are similar if they differ only in the part of the layer name before the last dot. The name
-    in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
+    Rows are similar if they differ only in the part of the layer name before the last dot, for
+    example in the number of the layer. The name in a combined row is ``*.LAST (COUNT)``, such as
+    ``*.q_proj (32)``.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *others in rows:

@@ -192,13 +192,13 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, adapter_name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and lora_b as stacks of matrices with one row per rank index.
+        """Return an adapter's lora_a and lora_b as matrices with one row per rank index.
 
         The matrices have R rows, where R is the adapter's rank. The rows are called rank rows. The
-        result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``. The
-        transposed lora_b is a copy, which is cached while gradients are disabled. If lora_b is
-        stored as rank rows, as in a pool, the transposed lora_b is a view of lora_b instead.
-        ``adapter_name`` identifies the adapter in the cache.
+        result is a tuple of two stacks of matrices: lora_a ``[E, R, K]``, and the transposed lora_b
+        ``[E, R, N]``. The transposed lora_b is a copy, which is cached while gradients are
+        disabled. If lora_b is stored as rank rows, as in a pool, the transposed lora_b is a view of
+        lora_b instead. ``adapter_name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b

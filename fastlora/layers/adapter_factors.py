@@ -237,9 +237,9 @@ def dora_scales_of_adapters(
 
 
 class AdapterSource(Protocol):
-    """Protocol for the source from which a layer gets the factors of a batch's adapters.
+    """The source from which a layer gets the factors of a batch's adapters.
 
-    The factors are parameters of the model's layers or belong to a pool.
+    The factors are parameters of the model's layers or belong to a pool. This class is a protocol.
     """
 
     @property
@@ -254,8 +254,8 @@ class AdapterSource(Protocol):
     def tables(self) -> AddressTables | None:
         """The address tables of the source's adapters.
 
-        Kernels read the addresses of the factors from these tables. If the source has no tables,
-        the value is None. Only a pool has tables of its own. For a model's own adapters,
+        Kernels read the addresses of the factors from these tables. Only a pool has tables of its
+        own. If the source is not a pool, the value is None. For a model's own adapters,
         `get_or_build_address_tables` builds the tables.
         """
 

@@ -38,7 +38,8 @@ class InitializableLayer(Protocol):
 class AdapterInitializer:
     """Initializer for a new adapter's factors on one layer.
 
-    This class is used for all initialization methods.
+    This class is used for all initialization methods. Some methods also compute a new base weight,
+    which the caller has to set.
 
     Args:
         layer: The layer, which is not changed.

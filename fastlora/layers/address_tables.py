@@ -33,9 +33,9 @@ def table_row_of(
 def get_or_build_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
     """Return the address tables for a batch, and build them if necessary.
 
-    Returns None if there are no tables for the batch. A pool provides its own tables. For a model's
-    own adapters, the tables are built unless they are already cached. Tables cannot be built if the
-    modules of an adapter must be called, or if factors are on several devices.
+    A pool provides its own tables. For a model's own adapters, the tables are built unless they are
+    already cached. Returns None if tables cannot be built, because the modules of an adapter must
+    be called, or because factors are on several devices.
     """
     if routing.source.tables is not None:
         return routing.source.tables

@@ -87,8 +87,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def _qkv_same_embed_dim(self) -> bool:
         """Whether q, k, and v have the same embedding dimension, as in `nn.MultiheadAttention`.
 
-        The value mirrors the attribute of the base layer, which is True for every supported module.
-        While an adapter applies, however, the value is False.
+        If no adapter applies, the value is that of the base layer's attribute, which is True for
+        every supported module. If an adapter applies, the value is False.
 
         In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself only if
         the attribute is True. The value False makes the encoder layer call this layer. Otherwise,

@@ -95,9 +95,10 @@ def factor_reference(base: nn.Module) -> torch.Tensor | None:
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Return whether a module's weight is sharded by tensor parallelism.
+    """Return whether a module is tensor-parallel.
 
-    The result does not depend on whether adapters support the sharding.
+    The weight of such a module is sharded by tensor parallelism. The result does not depend on
+    whether adapters support the sharding.
     """
     split = getattr(module, "_distribute_module_applied", False)
     return bool(split) and is_dtensor(module._parameters.get("weight"))
@@ -244,12 +245,12 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
 
 
 def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
-    """Replace the data of a module's weight without replacing the parameter.
+    """Replace the data of a module's weight.
 
-    The module is linear-like, and the new data is ``[N, K]``. The parameter object, the dtype, and
-    the layout stay the same. A dense weight gets new memory, because other code may refer to its
-    old memory. A quantized weight is quantized again, possibly in the same memory. See
-    `reason_weight_not_replaceable`.
+    The module is linear-like, and the new data is ``[N, K]``. The parameter itself is not replaced,
+    and the dtype and the layout stay the same. A dense weight gets new memory, because other code
+    may refer to its old memory. A quantized weight is quantized again, possibly in the same memory.
+    See `reason_weight_not_replaceable`.
     """
     found = quantized_weight_of(module)
     if found is not None:

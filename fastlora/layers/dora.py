@@ -309,10 +309,10 @@ def _scale_rows_with_autograd(
     rows: Rows,
     scales: dict[int, DoraScaleTerms],
 ) -> torch.Tensor:
-    """Scale rows of y by their adapters' DoRA scales, and record the operation for autograd.
+    """Scale rows of y by their adapters' DoRA scales, with support for autograd.
 
     y is ``[..., N]``. ``scales`` maps a slot to the scale of its rows. Other rows are not scaled,
-    and neither is ``included_bias [N]``, which y includes.
+    and neither is ``included_bias [N]``, which y includes. Autograd records the operation.
     """
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)

@@ -175,9 +175,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the output of the experts with the adapters applied.
+        """Compute the forward pass of the experts layer.
 
-        The output is ``[T, H]``.
+        Returns the output of the experts with the adapters applied. The output is ``[T, H]``.
         """
         base, k = self.base_layer, top_k_index.shape[-1]
         bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
@@ -272,7 +272,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         with disable_autocast_on(x.device):
             x = x.to(stack.dtype)
             bias = None if bias is None else bias[call.matrix]
-            adapters = [] if layer is None else self._operands(layer, x, call)
+            adapters = [] if layer is None else self._adapter_operands(layer, x, call)
             none = StackedWeightAdapterOperands([], [], x.new_empty(0), ())
             first, *others = adapters or [none]
             y = _stacked_linear(x, stack, bias, first, call)
@@ -280,7 +280,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
                 y = _stacked_linear(x, None, y, operands, call)
             return y
 
-    def _operands(
+    def _adapter_operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _RowsSortedByExpert
     ) -> list[StackedWeightAdapterOperands]:
         """Return the operands of a layer's adapters for the sorted rows.
@@ -427,9 +427,9 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
     def _forward(  # type: ignore[override]  # these experts get no choices of a router
         self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
     ) -> torch.Tensor:
-        """Return the output of the experts with the adapters applied.
+        """Compute the forward pass of the experts layer.
 
-        The output is ``[E * T, H]``.
+        Returns the output of the experts with the adapters applied. The output is ``[E * T, H]``.
         """
         base = self.base_layer
         count = base.num_experts

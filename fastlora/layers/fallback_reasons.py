@@ -149,9 +149,10 @@ def batch_invariance_unsupported_reason(
 
 
 def fallback_reason_for_factor_dtypes(routing: Routing, slots: Slots) -> str:
-    """Return the reason why the dtypes of a batch's factors prevent the use of kernels.
+    """Return the reason why the dtypes of a batch's factors force a fallback.
 
-    The reason is an empty string if the kernels support the dtypes.
+    In a fallback, the kernels are not used. The reason is an empty string if the kernels support
+    the dtypes.
     """
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):

@@ -363,9 +363,9 @@ def has_shared_input_group(self: Any) -> bool:
 def record_compiled_fallback(self: Any, reason: str) -> None:
     """Record the reason for a fallback under ``torch.compile``.
 
-    The layer ``self`` falls back to its own pass over x if it cannot use the pass that its
-    shared-input group shares. The function is called while a graph is being compiled. The reason is
-    an empty string if the layer shares a pass.
+    The reason is recorded in the layer ``self``. The layer falls back to its own pass over x if it
+    cannot use the pass that its shared-input group shares. The function is called while a graph is
+    being compiled. The reason is an empty string if the layer shares a pass.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 

@@ -185,9 +185,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which is this layer itself.
+        """Return the base linear layer.
 
-        A layer of this class contains the base weight and is therefore its own base layer. The
+        The base linear layer is this layer itself, because this layer contains the base weight. The
         property `base_layer` is the base `nn.Linear` without the adapters. The name of the method
         is PEFT's.
         """

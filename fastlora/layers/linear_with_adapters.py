@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class BaseLinearWithAdapters(nn.Module):
     """Base class of linear layers with named adapters.
 
-    It declares the attributes and methods that forward passes use.
+    The class declares the attributes and methods that forward passes use.
     `fastlora.layers.base_adapter_layer` implements them. The attributes have PEFT's names. Names
     that start with ``_local`` refer to the whole layer. For a layer that is split over processes
     (`fastlora.layers.tensor_parallel`) they refer to this process's shard, and shapes are those of
@@ -121,7 +121,7 @@ class BaseLinearWithAdapters(nn.Module):
         return bias
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Derive this process's dropout seed from a given seed.
+        """Derive this process's own dropout seed from a given seed.
 
         ``seed`` is a tensor of one or more seeds. The result has the same shape. By default, the
         result is ``seed`` itself.
@@ -131,10 +131,11 @@ class BaseLinearWithAdapters(nn.Module):
     def _reduce_squares_and_replace_zeros(
         self, squared_norms: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Sum squared row norms over tensor-parallel processes, and replace zeros with infinity.
+        """Sum squared row norms over tensor-parallel processes, and replace zeros.
 
-        Each entry of ``squared_norms`` contains the squared norms ``[N]`` of an adapted weight over
-        this process's columns. Each result contains the squared norms ``[N]`` of whole rows. By
-        default, a process has whole rows, so no norms are summed.
+        Zeros are replaced with infinity, so that DoRA does not divide by zero. Each entry of
+        ``squared_norms`` contains the squared norms ``[N]`` of an adapted weight over this
+        process's columns. Each result contains the squared norms ``[N]`` of whole rows. By default,
+        a process has whole rows, so no norms are summed.
         """
         return [replace_zeros_with_infinity(each) for each in squared_norms]

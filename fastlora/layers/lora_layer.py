@@ -116,7 +116,11 @@ class LoraLayer(MergeableLayer):
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _resolve_init(self, init: bool | str) -> bool | str:
-        """Return the initialization that this kind of layer uses for ``init_lora_weights=init``."""
+        """Resolve an initialization setting to the initialization that this layer uses.
+
+        ``init`` is a value of ``init_lora_weights``. By default, the result is ``init`` itself. A
+        kind of layer that uses another initialization for ``init`` overrides this method.
+        """
         return init
 
     def _modules_that_may_hold_calibration_results(self) -> list[nn.Module]:
@@ -147,10 +151,10 @@ class LoraLayer(MergeableLayer):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers to which a new adapter is added, each with the arguments for adding it.
+        """Return the LoRA layers to adapt, each with its settings for a new adapter.
 
-        By default, a new adapter is added to this layer and to all of its inner layers. The
-        arguments are the same for each of these layers.
+        The settings of a layer are the arguments for adding the adapter to the layer. By default,
+        the adapter is added to this layer and to all of its inner layers, with the same settings.
 
         Args:
             settings: The fields of a `LayerAdapterSettings`.
@@ -179,11 +183,10 @@ class LoraLayer(MergeableLayer):
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
     def _num_rank_blocks(self, factor_name: str) -> int:
-        """Return the number of groups or matrices into which a factor is divided.
+        """Return the number of blocks into which the rank dimension of a factor is divided.
 
-        The rank dimension of the factor is divided into this number of blocks of the same size. The
-        lora_A of a convolution has one block per group. The lora_A of a stack has one block per
-        matrix. Any other factor has one block.
+        The blocks have the same size. The lora_A of a convolution has one block per group. The
+        lora_A of a stack has one block per matrix. Any other factor has one block.
         """
         base: Any = self.get_base_layer()
         return int(getattr(base, "groups", 1)) if factor_name == "lora_A" else 1
@@ -314,13 +317,13 @@ class LoraLayer(MergeableLayer):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset an adapter's DoRA magnitude to the row norms of the current adapted weight.
+        """Reset an adapter's DoRA magnitude to the norms of the current weight.
 
-        The adapted weight is the base weight plus the adapter's update. The magnitude of a new
-        adapter is initialized in the same way. The magnitude has the dtype of the factors. The
-        adapter then changes only the direction of the weight's rows. While lora_B is zero, as it is
-        at initialization, the layer's output is that of its base layer. The new magnitude is
-        frozen.
+        The norms are the row norms of the adapted weight, which is the base weight plus the
+        adapter's update. The magnitude of a new adapter is initialized in the same way. The
+        magnitude has the dtype of the factors. The adapter then changes only the direction of the
+        weight's rows. While lora_B is zero, as it is at initialization, the layer's output is that
+        of its base layer. The new magnitude is frozen.
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
@@ -409,10 +412,10 @@ class LoraLayer(MergeableLayer):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo the effect of `scale_layer` on the active adapters.
+        """Divide the scaling of each active adapter by ``scale``, or reset it.
 
-        The scaling of each active adapter is divided by ``scale``. If ``scale`` is None, the
-        scalings are reset to their initial values.
+        The division undoes the effect of `scale_layer` with the same ``scale``. If ``scale`` is
+        None, the scalings are reset to their initial values.
         """
         for name in self._active_adapters:
             if name in self.scaling:
@@ -438,11 +441,11 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file and in the state dict.
 
-        The result is a dict that maps each name in the adapter file to the name of the same tensor
-        in the state dict. All names are relative to this layer. The tensors of inner layers are
-        included.
+        The result is a dict whose keys are the names in the adapter file. Each value is the name of
+        the same tensor in the state dict. All names are relative to this layer. The tensors of
+        inner layers are included.
         """
         names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
         for below, layer in self.inner_layers().items():
@@ -466,7 +469,8 @@ class LoraLayer(MergeableLayer):
     def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
         """Return a dict of an adapter's factors, keyed by part.
 
-        The keys are part names such as ``"lora_A"`` or, for DoRA, ``"lora_magnitude_vector"``.
+        The keys are the names of the adapter's parts, such as ``"lora_A"`` or, for DoRA,
+        ``"lora_magnitude_vector"``.
         """
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:

@@ -137,11 +137,11 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write the merged matrix back to the weight.
+        """Write a dense matrix to the weight.
 
-        The merged matrix is the result of `merge_buffer`, which for this class is the weight itself
+        The matrix must be the result of `merge_buffer`, which for this class is the weight itself
         or a view of it. The weight therefore already has the values of the matrix, and this method
-        does nothing.
+        copies nothing.
         """
 
     def snapshot(self) -> object:

@@ -68,7 +68,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_base_layer_unmodified_since_merge(self) -> bool:
-        """Return whether the base weight and bias have remained unmodified since the last merge.
+        """Return whether the base layer has remained unmodified since the last merge.
 
         The fingerprints of the base weight and the bias are compared with those from the last
         merge. If the weight and the bias are both unmodified, `unmerge` can restore the values that

@@ -87,8 +87,8 @@ def _forward_before_dora(
     """Compute a layer's output for a mixed batch, before DoRA is applied.
 
     Returns a tuple (y, by_address). y is the output ``[..., N]``. by_address says whether kernels
-    found the factors by address. Rows of the slots in ``excluded_slots`` get the base layer's
-    output.
+    found the factors by address. The adapters in ``excluded_slots`` are not applied, so their rows
+    get the base layer's output.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = choose_mixed_implementation(call, base, excluded_slots)

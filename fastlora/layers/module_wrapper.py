@@ -17,12 +17,13 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Wrapper that keeps a module and the copies of the module or its rows that adapters train.
+    """Base class of wrappers that add adapters to a module.
 
-    The wrapper takes the place of the original module in the model. Adapters train the copies
-    without LoRA. This class is the base class of the wrappers, and a subclass defines what an
-    adapter trains: a copy of the whole module (``modules_to_save``) or of some of its rows
-    (``trainable_token_indices``). Names of parameters and of file keys follow PEFT.
+    A wrapper takes the place of the original module in the model. The wrapper keeps the original
+    module and the copies of the module or of its rows that the adapters train without LoRA. A
+    subclass defines what an adapter trains: a copy of the whole module (``modules_to_save``) or of
+    some of its rows (``trainable_token_indices``). Names of parameters and of file keys follow
+    PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -64,10 +65,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file and in the state dict.
 
-        The result is a dict that maps each name in the adapter file to the name of the same tensor
-        in the state dict. All names are relative to this module.
+        The result is a dict whose keys are the names in the adapter file. Each value is the name of
+        the same tensor in the state dict. All names are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -89,10 +90,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Return the wrapped module without this wrapper.
+        """Return the module that replaces this wrapper when the wrapper is removed.
 
-        The returned module replaces this wrapper when the adapters are removed. By default, the
-        returned module is the base layer, which is the original module.
+        The wrapper is removed together with its adapters. By default, the returned module is the
+        base layer, which is the original module.
         """
         return self.get_base_layer()
 

@@ -28,10 +28,10 @@ def raise_if_container(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Wrapper of a module in ``modules_to_save``.
+    """Wrapper that keeps a copy of a module in ``modules_to_save`` for each adapter.
 
-    The wrapper holds the original module and a copy of it for each adapter. The forward pass runs
-    the active adapter's copy, or the original module if none is active.
+    The wrapper also keeps the original module. The forward pass runs the active adapter's copy, or
+    the original module if no adapter is active.
 
     Args:
         original_module: The module to copy.
@@ -92,11 +92,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the original module, or the active adapter's copy of it, without the wrapper.
+        """Return the module that replaces this wrapper when the wrapper is removed.
 
-        The returned module replaces this wrapper when the adapters are removed. The original module
-        is returned if no adapter is active. Otherwise, the active adapter's copy is returned, even
-        if adapters are disabled.
+        The wrapper is removed together with its adapters. The original module is returned if no
+        adapter is active. Otherwise, the active adapter's copy of the original module is returned,
+        even if adapters are disabled.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
@@ -163,9 +163,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _combine_outputs(
         self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size
     ) -> object:
-        """Combine the outputs of all copies into one output.
+        """Combine the outputs of several modules into one output.
 
-        Tensors are combined into one tensor ``[*lead, ...]``.
+        The modules are the adapters' copies and the original module. Tensors are combined into one
+        tensor ``[*lead, ...]``, in the order of the input rows.
         """
         tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
         if len(tensors) < len(outputs):

@@ -167,12 +167,12 @@ class KernelWeightCache(UncopiedCache):
         """
         known, stamp, entries = self._of
         if entries is not None and stamp is not None and known is module:
-            watched = _stamp_arguments_unless_weight_replaced(module, entries[0])
+            watched = _arguments_for_weight_stamp(module, entries[0])
             if watched is not None and stamp.matches(*watched):
                 return entries
         self._of, self.repacked = (None, None, None), None
         kind = quantized_weight_of(module)
-        watched = _stamp_arguments_unless_weight_replaced(module, kind)
+        watched = _arguments_for_weight_stamp(module, kind)
         stamp, entries = None if watched is None else stamp_tensors(*watched), (kind, {})
         self._of = module, stamp, entries
         return None if stamp is None else entries
@@ -281,7 +281,7 @@ def to_base_output_dtype(
 
 
 def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: bool = False) -> None:
-    """Clear a layer's caches of values that depend on its base weight or its adapters' weights.
+    """Clear what a layer has cached about its base weight and its adapters.
 
     The caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized base
     weight for kernels. If ``release_cuda_graph_weights`` is set, cached weights that CUDA graphs
@@ -297,10 +297,10 @@ def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: boo
             own["_shared_input_group"].launches.clear()  # Launches hold the weights too.
 
 
-def _stamp_arguments_unless_weight_replaced(
+def _arguments_for_weight_stamp(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments with which `stamp_tensors` makes a stamp of a module's weight.
+    """Return the arguments that `stamp_tensors` needs for a stamp of a module's weight.
 
     Returns None if the module's weight is no longer the object that ``kind`` refers to.
     """

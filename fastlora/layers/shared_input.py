@@ -167,7 +167,7 @@ class SharedResultCache(UncopiedCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the cache.
+        """Clear all cached results.
 
         The results of all threads are discarded.
         """

@@ -137,9 +137,10 @@ class TensorParallelLoraLinear(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Remove this layer's hook from the base layer, and return the base layer.
+        """Release the base layer from this layer, and return the base layer.
 
-        Without the hook, the base layer no longer adds the LoRA update.
+        This layer's hook is removed from the base layer. Without the hook, the base layer no longer
+        adds the LoRA update.
         """
         if self._handle is not None:
             self._handle.remove()
@@ -384,10 +385,11 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's delta weight ``scaling * B @ A`` for the whole tensor-parallel layer.
+        """Return an adapter's dense delta weight for the tensor-parallel layer.
 
-        The delta weight ``[N, K]`` is not sharded. All processes must call this method, because the
-        shards of the factors A and B are gathered from all processes.
+        The delta weight ``[N, K]`` is ``scaling * B @ A`` for the whole layer and is not sharded.
+        All processes must call this method, because the shards of the factors A and B are gathered
+        from all processes.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -38,10 +38,10 @@ class _TransposedEmbeddingFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of this LoRA factor, which is a transposed view of the embedding's factor.
+        """The weight of the tied head's LoRA factor.
 
-        The tied output head uses the view as one of its own LoRA factors. The weight is not the
-        embedding matrix.
+        The weight is a transposed view of the LoRA factor of the embedding to which the head is
+        tied. The weight is not the embedding matrix.
         """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
@@ -87,7 +87,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add an adapter to the head.
+        """Add an adapter to the tied head.
 
         The adapter shares its factors with the embedding's adapter of the same name. ``settings``
         are those of `LoraLayer.add_adapter`.

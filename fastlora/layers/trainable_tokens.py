@@ -198,11 +198,12 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file and in the state dict.
 
-        The result is a dict that maps each name in the adapter file to the name of the same tensor
-        in the state dict of this wrapper. The only entry is for the adapter's rows. The dict is
-        empty if another module owns the rows, or if this wrapper does not have the adapter.
+        The result is a dict whose keys are the names in the adapter file. Each value is the name of
+        the same tensor in the state dict of this wrapper. The only entry is for the adapter's rows.
+        The dict is empty if another module owns the rows, or if this wrapper does not have the
+        adapter.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -421,8 +422,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
         """Merge the trained rows of the named adapters into the base weight without checks.
 
-        The adapters must already have passed `check_merge`. The base rows that are replaced are
-        always kept for `unmerge`, so ``keep_base`` is ignored.
+        The adapters must already have passed `check_merge`. ``keep_base`` has no effect, because
+        the base rows that are replaced are always kept for `unmerge`.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

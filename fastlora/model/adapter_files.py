@@ -116,9 +116,10 @@ def read_config_matching_weights(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a config file, and return a dict of its fields.
+    """Read the config file of an adapter into a dict.
 
-    The file is an ``adapter_config.json``. The values are not checked.
+    The file is an ``adapter_config.json`` and must contain a JSON object. The dict contains the
+    object's fields, whose values are not checked.
 
     Raises:
         CheckpointError: If the file is missing, too large, or not a JSON object.

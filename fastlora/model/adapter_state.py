@@ -332,9 +332,10 @@ def adapter_file_state_dict(
 
 
 def _embeddings_by_module_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a dict that maps module names to the input and output embeddings of a model.
+    """Return a dict of a model's embeddings, keyed by module name.
 
-    Embeddings are found with the methods that transformers models define.
+    The embeddings are the input and output embeddings of the model. The function finds the
+    embeddings with the methods that transformers models define for this purpose.
     """
     found = []
     for method in ("get_input_embeddings", "get_output_embeddings"):

@@ -21,10 +21,10 @@ ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes that ``torch.compile`` and FSDP add to the name of a module or tensor.
+    """Remove the prefixes that wrappers such as ``torch.compile`` add to a name.
 
-    The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
-    occur in the name.
+    The name is that of a module or tensor. The prefixes of ``torch.compile``, FSDP1, and activation
+    checkpointing are removed wherever they occur in the name.
     """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")

@@ -23,8 +23,9 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
 class LayerAdapterParameters(NamedTuple):
-    """A computed adapter's factors and other parameters for one layer.
+    """Parameters of a computed adapter in one layer.
 
+    The parameters are the adapter's factors and, where it has them, its bias and DoRA magnitude.
     The adapter was computed from one or more other adapters.
 
     Attributes:
@@ -77,10 +78,10 @@ class ComputedAdapter(NamedTuple):
 
     @torch.no_grad()
     def copy_into_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        """Copy the computed factors into an adapter of the model.
+        """Copy the computed weights into an adapter of the model.
 
-        Computed DoRA magnitudes and biases are copied too. For each module in ``copies``, the
-        existing adapter's copy of the module is also copied.
+        The weights are the computed factors, DoRA magnitudes, and biases. For each module in
+        ``copies``, the existing adapter's copy of the module is also copied.
 
         Args:
             model: The base model with its adapters.
@@ -141,7 +142,7 @@ def factor_matrices(
 def split_factors_by_matrix(
     layer: LoraLayer, pair: low_rank.FactorPair
 ) -> list[low_rank.FactorPair]:
-    """Split the factors of a layer with several matrices into one pair of factors per matrix.
+    """Split a layer's pair of factors into one pair of factors per matrix.
 
     A layer has several matrices if its weight is a stack of matrices, as for stacked experts. For
     any other layer, the result is a list that contains only ``pair``.

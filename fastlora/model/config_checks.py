@@ -16,9 +16,9 @@ from fastlora.validation import ConfigError, check_dropout, check_rank, near_nam
 
 
 class TaskType(str, enum.Enum):
-    """The tasks that a model can be trained for.
+    """Enum of the task types of PEFT.
 
-    The names and values are those of PEFT.
+    A task type is a task that a model can be trained for. The names and values are those of PEFT.
     """
 
     SEQ_CLS = "SEQ_CLS"
@@ -30,17 +30,17 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Enum of PEFT types, with LoRA as its only member.
+    """Enum of the supported PEFT types.
 
-    The enum stands in for PEFT's ``PeftType``. The other PEFT types are missing because fastlora
-    supports only LoRA.
+    The enum stands in for PEFT's ``PeftType``. Its only member is LoRA, because fastlora does not
+    support the other PEFT types.
     """
 
     LORA = "LORA"
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """Raised if a configuration value has the wrong type.
+    """Raised if a value in a config has the wrong type.
 
     The error is only raised where PEFT raises `TypeError`. Elsewhere, `ConfigError` is raised.
     """

@@ -62,19 +62,20 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters as a share of the base model's parameters.
+        """The share of trainable parameters, as a fraction.
 
-        The value is a fraction: the number of trainable parameters divided by the number of
-        parameters of the base model.
+        The value is the number of trainable parameters divided by the number of parameters of the
+        base model.
         """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The estimated memory in bytes for trainable weights, gradients, and optimizer state.
+        """The estimated number of bytes that training needs for the trainable parameters.
 
-        The weights are the trainable parameters. The memory for the base model, activations, and
-        dequantized weights (see `workspace_bytes`) is not included.
+        The number is the total size of the trainable parameters, their gradients, and the optimizer
+        state. The memory for the base model, activations, and dequantized weights (see
+        `workspace_bytes`) is not included.
         """
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
@@ -101,10 +102,10 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the memory needed to train an adapter on a model.
+    """Estimate the memory and the number of parameters for training a model with a LoRA config.
 
-    The result also contains the number of trainable parameters. The memory for activations is not
-    included. The adapter is not created, and the model is not changed.
+    The memory for activations is not included. The adapter is not created, and the model is not
+    changed.
 
     Args:
         model: Any module on any device, with or without adapters. A model on

@@ -356,8 +356,9 @@ def _apply_eva_state_dict(
 
 
 def _target_parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
-    """Return a dict that maps the names of layers to the full names of their target parameters.
+    """Return a dict that maps layers to their target parameters.
 
+    The keys are the names of the layers, and the values are the full names of the parameters.
     Layers that ``target_modules`` selects have no target parameter, and are left out.
     """
     names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}

@@ -243,10 +243,11 @@ def _with_renamed_expert_blocks(
 
 
 class InferredLoraSettings(NamedTuple):
-    """The LoRA settings of a layer, inferred from an adapter file.
+    """LoRA settings that are inferred from an adapter file.
 
-    A layer is a module, such as a linear layer, or a parameter, such as the stacked weights of
-    experts. If a module has several adapted parameters, each of them is a layer in the file.
+    The settings are those of one layer in the file. A layer is a module, such as a linear layer, or
+    a parameter, such as the stacked weights of experts. If a module has several adapted parameters,
+    each of them is a layer in the file.
 
     Attributes:
         rank: The rank.
@@ -264,10 +265,10 @@ class InferredLoraSettings(NamedTuple):
 def infer_settings_of_layers_in_file(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
 ) -> dict[str, InferredLoraSettings]:
-    """Infer the LoRA settings of the layers in an adapter file, such as the rank and alpha.
+    """Infer the LoRA settings of the layers in an adapter file.
 
-    See `InferredLoraSettings` for all settings. The keys of the result are the module names in
-    the file.
+    The settings are the fields of `InferredLoraSettings`, such as the rank and alpha. The keys of
+    the result are the module names in the file.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is
     therefore chosen so that each factor of a module has a rank that the config sets for one of the

@@ -526,9 +526,10 @@ def _drop_unchanged_base_weights(
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:
-    """Insert an adapter's name into the key of a tensor.
+    """Insert an adapter's name into a state-dict key.
 
-    The key is from an adapter file. The result is a key as in PEFT's error messages.
+    The key is that of a tensor in an adapter file. The result has the form of the keys in PEFT's
+    error messages.
     """
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 

@@ -389,10 +389,11 @@ def unload(
 
 
 def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> None:
-    """Emit one warning that summarizes the rounding errors from requantizing merged weights.
+    """Warn about the rounding errors from requantizing merged weights.
 
-    The warning states the average error, the largest error, and the layer with the largest error.
-    If no layer has a quantized weight, no warning is emitted.
+    One warning summarizes the errors of all layers. The warning states the average error, the
+    largest error, and the layer with the largest error. If no layer has a quantized weight, no
+    warning is emitted.
 
     Args:
         merge_errors: A mapping from layer names to the fraction of the merged update that rounding

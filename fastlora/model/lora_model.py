@@ -205,13 +205,13 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> LoraModel:
         """Load a saved adapter into a model, and return a `LoraModel`.
 
-        The adapter is loaded from a local folder in PEFT's format. An adapter from the Hugging Face
-        Hub can be loaded after its folder has been downloaded.
+        The adapter is loaded from a folder in PEFT's format.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
                 becomes active.
             model_id: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+                The folder of an adapter on the Hugging Face Hub must be downloaded first.
             adapter_name: The name of the adapter in the model.
             is_trainable: Whether to continue training the adapter. If False, the adapter is frozen
                 and the model is put into evaluation mode.
@@ -278,10 +278,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load a saved adapter into the model.
+        """Load a saved adapter into the model under a given name.
 
-        The adapter is loaded from a local folder in PEFT's format. An adapter from the Hugging Face
-        Hub can be loaded after its folder has been downloaded.
+        The adapter is loaded from a folder in PEFT's format.
 
         If no adapter with the given name is loaded, a new inactive adapter is added. Otherwise, the
         loaded adapter is overwritten in place, and a scaling that was set with `set_scale` remains

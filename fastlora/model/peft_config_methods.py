@@ -20,9 +20,9 @@ _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """A mixin class that provides PEFT-compatible methods of `LoraConfig`.
+    """A mixin class with methods of PEFT's config classes.
 
-    PEFT's config classes have the same methods.
+    `LoraConfig` inherits these methods, so that it is compatible with PEFT.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
@@ -80,10 +80,11 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config of a PEFT type from its fields.
+        """Create a config for a PEFT type.
 
-        As in PEFT, the field ``peft_type`` specifies the type. The only PEFT type that fastlora
-        supports is ``"LORA"``, so the result is always an instance of this class.
+        The keyword arguments are the fields of the config. As in PEFT, the field ``peft_type``
+        specifies the type. The only PEFT type that fastlora supports is ``"LORA"``, so the result
+        is always an instance of this class.
 
         Raises:
             ConfigError: If ``peft_type`` is another type, or if another field has an invalid value.

@@ -129,8 +129,9 @@ class AdapterPlan:
     def adapted_module_and_parameter_names(self) -> list[str]:
         """The names of the modules and parameters that the adapter adapts.
 
-        Only modules and parameters with LoRA factors of their own are included. A module is left
-        out if the adapter adapts its parameters.
+        Each of these modules and parameters has LoRA factors of its own. Modules that share the
+        input embedding's LoRA factors are left out. If the adapter adapts parameters of a module,
+        the list contains the names of the parameters instead of the module's name.
         """
         return [
             own
@@ -218,11 +219,11 @@ def plan_target_modules(
     ties: ModulesAdaptedWithEmbedding = NO_TIED_MODULES,
     layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
-    """Make a plan for adapting the modules that a config targets.
+    """Plan which modules and parameters of a model get an adapter.
 
-    The function finds the target modules and checks that they can be adapted. The model is not
-    changed. In the config, the selected parameters are stored (see
-    `SelectedParameters.store_targets_and_patterns_in`).
+    The function finds the targets and checks that they can be adapted. The plan also contains the
+    settings for each module, such as the rank. The model is not changed. In the config, the
+    selected parameters are stored (see `SelectedParameters.store_targets_and_patterns_in`).
 
     Args:
         model: The base model, with or without adapters.
@@ -399,14 +400,17 @@ def _warn_of_peft_differences_and_ignored_dropout(plan: AdapterPlan) -> None:
 
 
 def _check_can_share_embedding_factors(
-    model: nn.Module, config: LoraConfig, targets: Sequence[str], tied_heads: Sequence[str]
+    model: nn.Module,
+    config: LoraConfig,
+    targets_with_own_factors: Sequence[str],
+    tied_heads: Sequence[str],
 ) -> None:
     """Check that tied heads can share the LoRA factors of the input embedding.
 
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
-        targets: The names of the modules that get their own LoRA factors.
+        targets_with_own_factors: The names of the modules that get their own LoRA factors.
         tied_heads: The names of the modules that will share the input embedding's factors.
 
     Raises:
@@ -414,7 +418,7 @@ def _check_can_share_embedding_factors(
             or if a tied head is not a linear layer that can share them.
         ConfigError: If the config uses DoRA or an initialization with a frozen factor.
     """
-    for name in targets:
+    for name in targets_with_own_factors:
         if isinstance(model.get_submodule(name), TiedLoraHead):
             raise UnsupportedLayerError(
                 f"target module {name!r} shares the input embedding's LoRA factors in other "
@@ -539,6 +543,9 @@ def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> T
 def to_lora_config(peft_config: Any) -> LoraConfig:
     """Convert a PEFT config to a `LoraConfig`.
 
-    A `LoraConfig` is returned unchanged.
+    If the argument is already a `LoraConfig`, it is returned unchanged.
+
+    Raises:
+        ConfigError: See `LoraConfig.from_peft`.
     """
     return peft_config if isinstance(peft_config, LoraConfig) else LoraConfig.from_peft(peft_config)

@@ -49,7 +49,7 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended LoRA settings for a model.
+    """A recommendation of LoRA settings for a model.
 
     The settings for training an adapter on the model include the hyperparameters, and the modules
     and parameters to adapt. The rank, alpha, and learning rate each have a starting value and a
@@ -235,7 +235,7 @@ def recommend(
 
 
 def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
-    """Return recommended settings for the experts of a model.
+    """Return the part of a recommendation that is about a model's experts.
 
     The result is a dict of fields of `Recommendation`. The dict is empty if the model has no
     stacked experts for which an expert layer class exists.

@@ -124,10 +124,10 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter of another type to LoRA, and return the config and tensors of the result.
+    """Convert an adapter to LoRA of a given rank, and return the config and tensors of the result.
 
-    The result describes a LoRA adapter of the given rank. In a PEFT model, the adapter to convert
-    may be of any type that PEFT can convert to LoRA. The model is not changed.
+    In a PEFT model, the adapter to convert may be of any type that PEFT can convert to LoRA. The
+    model is not changed.
 
     In a `LoraModel`, the adapter is already a LoRA adapter. The result is then a reduced-rank
     approximation of the adapter, as in `reduce_rank`, and a warning reports the approximation

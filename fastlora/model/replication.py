@@ -92,9 +92,10 @@ class RevertibleLayerReplication:
 
 @contextlib.contextmanager
 def temporary_replication(replication: RevertibleLayerReplication | None) -> Iterator[None]:
-    """Apply a replication for the duration of a ``with`` block.
+    """Temporarily apply layer replication to a model.
 
-    The replication is undone at the end of the block. If ``replication`` is None, nothing is done.
+    The replication is undone at the end of the ``with`` block. If ``replication`` is None, nothing
+    is done.
     """
     if replication is None:
         yield

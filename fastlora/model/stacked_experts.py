@@ -74,7 +74,10 @@ class BaseModelParameter(NamedTuple):
 
     @property
     def module_name(self) -> str:
-        """The name of the module that has the parameter."""
+        """The name of the module in the model.
+
+        The module is the one that has the parameter. The name refers to the model without adapters.
+        """
         return self.name.rpartition(".")[0]
 
     @property
@@ -152,7 +155,7 @@ def experts_layer_class(module: nn.Module) -> type[FastLoraAdaptedParameters] | 
 
 
 def is_quantized(parameter: BaseModelParameter) -> bool:
-    """Return whether a parameter is stored in quantized form.
+    """Return whether a parameter is quantized.
 
     A quantized parameter is stored as integers or as floating-point numbers of at most 8 bits.
     """

@@ -97,8 +97,8 @@ class TunerModelStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of each adapter layer of a model.
 
-    These are LoRA layers and wrappers for ``modules_to_save`` or trainable tokens, in the order of
-    ``named_modules()``.
+    The adapter layers are LoRA layers and wrappers for ``modules_to_save`` or trainable tokens. The
+    list is in the order of ``named_modules()``.
 
     Args:
         model: A `LoraModel`, or any module that contains LoRA layers of fastlora.

@@ -292,7 +292,7 @@ def _warn_of_routers_and_skipped_linears(
     excluded: Collection[str],
     selected: SelectedParameters,
 ) -> None:
-    """Warn about routers that are selected, and about linear layers that are skipped.
+    """Warn if a config targets routers of experts or leaves out linear layers.
 
     Both warnings are for ``target_modules="all-linear"``.
     """
@@ -575,9 +575,10 @@ def _no_target_message(
 
 
 def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) -> list[str]:
-    """Return a sorted list of the entries of ``targets`` that match no module name.
+    """Return the targets that match no module name.
 
-    If ``targets`` is a string, such as a regular expression, the list is empty.
+    The result is a sorted list of entries of ``targets``. A string, such as a regular expression,
+    has no entries, and the list is then empty.
     """
     if isinstance(targets, str):
         return []
@@ -586,22 +587,26 @@ def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) 
 
 
 def _format_unmatched_config_values(
-    unmatched_targets: list[str], target_names: list[str], any_excluded: bool, config: LoraConfig
+    unmatched_target_modules: list[str],
+    target_names: list[str],
+    any_excluded: bool,
+    config: LoraConfig,
 ) -> list[str]:
-    """Format the config values that match no module, for a message.
+    """Format the config values that match no module.
 
-    The result is a list of texts, one for each field that has such values. The fields are
-    ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
+    The result is a list of texts for a message, one for each field that has such values. The fields
+    are ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
 
     Args:
-        unmatched_targets: The entries of ``target_modules`` that match no module and no experts.
+        unmatched_target_modules: The entries of ``target_modules`` that match no module and no
+            experts.
         target_names: The names of the targets.
         any_excluded: Whether at least one module is excluded.
         config: The adapter's config.
     """
     unused = (
-        [f"target_modules entries {format_config_value(unmatched_targets)}"]
-        if unmatched_targets
+        [f"target_modules entries {format_config_value(unmatched_target_modules)}"]
+        if unmatched_target_modules
         else []
     )
     if config.exclude_modules and not any_excluded:

@@ -215,9 +215,9 @@ def write_safetensors(
 
 
 def _reorder_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Reorder the metadata in the header of a safetensors file.
+    """Put the metadata in the header of a safetensors file into a fixed order.
 
-    The new order is that of ``metadata``. safetensors writes the metadata in a random order.
+    The order is that of ``metadata``. safetensors writes the metadata in a random order.
     """
     ordered = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:

@@ -177,6 +177,7 @@ def _warn(message: str) -> None:
 class SharedWeightUntier:
     """Unties weights that several modules of a model share.
 
+    After a weight has been untied, one module's weight can be changed without changing the others.
     The object can also find shared weights without untying them. It is used before adapters are
     merged, and before an initialization method changes base weights.
 

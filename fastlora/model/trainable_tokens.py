@@ -31,9 +31,10 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class TrainableRowIndices:
-    """The indices of the rows that an adapter trains in a module's weight.
+    """The indices of the trainable rows of a module's weight.
 
-    The module is an embedding or linear layer. Each row belongs to a token.
+    An adapter's config selects the rows with ``trainable_token_indices``. Each row belongs to a
+    token. The module is an embedding or linear layer.
 
     Attributes:
         indices: The indices of the rows.

@@ -463,10 +463,11 @@ class LoraTuner(nn.Module):
         return list(found.values())
 
     def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return the parameters of the given adapters that can be trained.
+        """Return the trainable parameters of the given adapters.
 
         The result contains the adapters' own parameters and, for active adapters, the biases of the
-        base model that their configs select. Parameters that are currently frozen are included.
+        base model that their configs select. Parameters of these kinds are included even if they
+        are currently frozen.
         """
         owned = [
             parameter
@@ -692,11 +693,12 @@ class LoraTuner(nn.Module):
         )
 
     def unload(self, *, dequantize: bool = False) -> nn.Module:
-        """Remove the LoRA layers from the model, and return the base model.
+        """Remove the adapters from the model, and return the base model.
 
-        The adapters are not merged. As in PEFT, adapters that were already merged with
-        `merge_adapter` stay in the weights, and a module in ``modules_to_save`` is replaced with
-        the active adapter's copy. To get the original base weights, call `unmerge_adapter` first.
+        The base layers replace the LoRA layers, and the adapters are not merged. As in PEFT,
+        adapters that were already merged with `merge_adapter` stay in the weights, and a module in
+        ``modules_to_save`` is replaced with the active adapter's copy. To get the original base
+        weights, call `unmerge_adapter` first.
 
         Args:
             dequantize: See `merge_and_unload`.

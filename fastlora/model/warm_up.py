@@ -21,7 +21,7 @@ from fastlora.layers.shared_input import known_group
 from fastlora.ops import execution_mode
 from fastlora.ops.rows import sort_rows
 from fastlora.routing.active import activate_routing
-from fastlora.routing.caches import PerBlockCache
+from fastlora.routing.caches import RoutingCache
 from fastlora.routing.routers import router_of
 from fastlora.routing.routing import Routing
 from fastlora.user_warnings import warn
@@ -252,8 +252,8 @@ def record_kernel_variants(
 ) -> _VariantsByKey:
     """Record which kernel variants a model launches during inference.
 
-    To find the variants, the model and its layers are run. During these runs, kernel launches are
-    recorded, but no kernel is compiled or launched. The result is a dict indexed by
+    To find the variants, the model and its layers are run. During these runs, each kernel launch is
+    recorded instead of being executed, and no kernel is compiled. The result is a dict indexed by
     `KernelVariant.key`. The arguments are those of `warm_up`.
     """
     from fastlora.kernels.chips import chip_of
@@ -309,7 +309,7 @@ def _groups_after_forward_passes(
     contexts: list[Any] = [contextlib.nullcontext()]
     for routing in mixed:
         ids = routing.ids.new_zeros(_sample_count(given))
-        contexts.append(activate_routing(replace(routing, ids=ids, cache=PerBlockCache())))
+        contexts.append(activate_routing(replace(routing, ids=ids, cache=RoutingCache())))
     for context in contexts:
         with context:
             handles = [

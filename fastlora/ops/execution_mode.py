@@ -123,9 +123,10 @@ def is_being_compiled() -> bool:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Return whether a compiler is tracing operations on x.
+    """Return whether operations on x are being traced.
 
-    In this case, the values of x are unknown.
+    The result is True while a compiler traces the operations, because the values of x are then
+    unknown. The function does not detect `torch.jit.trace`, which records real values.
     """
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
@@ -226,10 +227,10 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """Describes how a forward pass runs: with Triton kernels or in plain PyTorch, compiled or not.
+    """Describes the conditions under which a forward pass runs, such as compilation and autocast.
 
-    The object names the backend that executes the forward pass, and states whether compilation,
-    tracing, autocast, and batch invariance are active.
+    The object states whether compilation, tracing, autocast, and batch invariance are active. It
+    also names the backend that executes the forward pass: Triton kernels or plain PyTorch.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
@@ -269,8 +270,8 @@ class ExecutionMode:
     ) -> None:
         """Raise an exception if a call cannot run in batch-invariant mode.
 
-        Only the Triton kernels can run in this mode. The check does not depend on whether the mode
-        is on.
+        Only the Triton kernels can run in this mode. Call this method only if the mode is on or
+        requested, because the check itself does not depend on whether the mode is on.
 
         Raises:
             ImplementationError: The kernels cannot handle the call in this mode.

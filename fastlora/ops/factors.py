@@ -25,8 +25,8 @@ PENDING = 16
 class Factors(NamedTuple):
     """The LoRA factors for a linear layer, together with the LoRA bias and the scaling.
 
-    The factors are those of one adapter, or of several adapters that are concatenated along the
-    rank. The tuple also contains the dropout probability and DoRA's magnitude.
+    The tuple also contains the dropout probability and DoRA's magnitude. The factors are those of
+    one adapter, or those of several adapters, concatenated along the rank.
 
     Attributes:
         lora_a: ``[R, K]``.
@@ -75,7 +75,7 @@ class Base(NamedTuple):
         return self.y
 
     def writable_y(self) -> torch.Tensor:
-        """Return y as a tensor that may be overwritten.
+        """Return y in a form that may be overwritten.
 
         y is the output of the base layer. The result has the shape ``[M, N]``, and is a copy if y
         itself may not be overwritten.
@@ -146,9 +146,10 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the tables as the list of tensors for an operator's ``tables`` argument.
+        """Return the list of tensors that describe the adapters' factors to an operator.
 
-        The tables contain the addresses of the adapters' factors, the ranks, and the scalings.
+        The list is the operator's ``tables`` argument. The tensors are the tables with the
+        addresses of the factors, the ranks, and the scalings.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:

@@ -101,7 +101,7 @@ class OperatorBackend(Backend):
         operators: schema.OperatorNamespace,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight to pass to the given operators.
+        """Return the weight in the form that the given operators take.
 
         Registered operators and the PyTorch implementation take the weight itself, quantized or
         not. If Triton kernels are called directly, the form depends on the plan, as in
@@ -397,9 +397,10 @@ def _with_cached_launches(function: _Function) -> _Function:
 def _zero_unwritten_elements(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return ds, with zeros in place of the elements that no kernel has written.
+    """Set to zero the elements of ds that no kernel has written.
 
-    Such elements could be NaN, which anomaly detection would report.
+    The result is a new tensor. Unwritten elements are in rows without an adapter, or beyond the
+    rank of the row's adapter. Such elements could be NaN, which anomaly detection would report.
     """
     # Slots -2 and -1 are for rows without an adapter. As indices, they select the two zeros.
     ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)

@@ -32,9 +32,9 @@ define_operator("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Te
 
 
 class Segment(NamedTuple):
-    """A range of rows that use the same adapter.
+    """A range of consecutive rows that use the same adapter.
 
-    The rows have the same slot, and are adjacent in sorted order.
+    The rows have the same slot, and are consecutive in sorted order.
 
     Attributes:
         slot: The slot.
@@ -164,10 +164,10 @@ class Rows:
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """A CPU tensor with the sort key of each adapter id in `ids`.
+        """The key by which each id is sorted, in a tensor on the CPU.
 
-        Rows are sorted by the keys of their ids. The keys are int64. See
-        `_sort_keys_and_invalid_mask`.
+        The ids are the adapter ids in `ids`. Rows are sorted by the keys of their ids. The keys are
+        int64. See `_sort_keys_and_invalid_mask`.
         """
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
@@ -246,10 +246,10 @@ class Rows:
 
     @functools.cached_property
     def has_rows_without_slot(self) -> bool:
-        """Whether any row of the batch has no slot.
+        """Whether any row has no slot.
 
-        Neither rows without an adapter nor rows with an invalid id have a slot. If the rows are on
-        a GPU, the host waits for the GPU.
+        Rows without an adapter have no slot, and neither do rows with an invalid id. If the rows
+        are on a GPU, the host waits for the GPU.
         """
         return int(self.slot_start[-1]) < self.m
 

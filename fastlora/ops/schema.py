@@ -237,9 +237,10 @@ def lora_grad_b_fake(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return uninitialized tensors for the results of the operator ``lora_grad_b``.
+    """Fake implementation of the operator ``lora_grad_b``, which returns the gradient of lora_b.
 
-    The operator returns a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
+    The result is a tuple of uninitialized tensors: ds, the gradients of lora_b and lora_bias, and
+    the column sums of dy.
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
     `layout.split_grad_b`. The buffer is empty unless ``with_factors`` is set. ``with_bias`` tells

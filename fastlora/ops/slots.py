@@ -29,10 +29,10 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRowsAndPlanCache(NamedTuple):
-    """The sorted rows of a batch, and a cache of plans that layers share.
+    """The sorted rows of a batch, and a cache of the plans that are made for them.
 
-    The plans are for the matrix products of the batch, and are made from the sorted rows. Layers
-    whose packed factors have the same layout and dtype can share a plan.
+    The plans are for the matrix products of the batch. Layers whose packed factors have the same
+    layout and dtype can share a plan.
 
     Attributes:
         rows: The rows, sorted by the slots of their adapters.
@@ -44,7 +44,9 @@ class SortedRowsAndPlanCache(NamedTuple):
 
 
 class BatchRows:
-    """The slot of each row of the current batch, and the rows sorted by slot.
+    """Describes which slot each row of the current batch uses.
+
+    The object also sorts the rows by slot, and stores the sorted rows.
 
     Args:
         slots: int64 ``[max rows]``, the slot of each row, or -1 for a row without an adapter. Its
@@ -66,10 +68,10 @@ class BatchRows:
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def reset_for_batch(self, batch_slots: np.ndarray) -> None:
-        """Reset the state for a new batch whose rows have the given slots.
+        """Update this object for a new batch, given the slot of each row.
 
         The sorted rows of the previous batch are discarded. For captured graphs, all rows are
-        sorted again into the tensors that the graphs read.
+        sorted again into the existing tensors, which the graphs read.
 
         Args:
             batch_slots: The slot of each row, on the host. The caller has already copied this
@@ -113,9 +115,10 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the tensors that describe the first m rows and their slots to an operator.
+        """Return the tensors that an operator takes for the first m rows.
 
-        The returned list is the operator's ``rows`` argument.
+        The tensors describe the rows and their slots. The returned list is the operator's ``rows``
+        argument.
 
         In traced code, the sort is part of the graph unless the rows were sorted in advance.
         Compilers merge the sorts of all layers.

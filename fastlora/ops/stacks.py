@@ -18,9 +18,10 @@ from fastlora.ops.seeds import dropout_seeds_of_layers
 
 
 class StackedWeightAdapterOperands(NamedTuple):
-    """The operands of the adapters of a stack of weights, such as factors and scalings.
+    """The LoRA operands of a stacked weight, such as factors and scalings.
 
-    Backends receive the adapters in this form. The stack consists of E weights.
+    The operands are those of all adapters. Backends receive the adapters in this form. A stacked
+    weight is a stack of E weights.
 
     Attributes:
         lora_a: For each adapter ``[E, R, K]``. An adapter that does not adapt the stack has rank 0.
@@ -65,7 +66,7 @@ class StackedWeightAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of the lora_a and lora_b of a stack, arranged as the rank rows of each matrix.
+    """Return views of stacked LoRA factors with one row for each rank index of each matrix.
 
     lora_a and lora_b have the shapes in which adapter files store them. The views have the shapes
     ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. The rows of the views are called rank

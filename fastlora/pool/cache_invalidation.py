@@ -11,11 +11,10 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Clear the caches of a model.
+    """Clear the caches of a model's layers.
 
-    The caches belong to the model's layers, and contain values that were computed from the model's
-    weights. If the model has an adapter pool, the DoRA scales of the pool's adapters are
-    recomputed.
+    The caches contain values that were computed from the model's weights. If the model has an
+    adapter pool, the DoRA scales of the pool's adapters are recomputed.
 
     Call this function only after writes to weights that fastlora cannot detect:
 

@@ -194,9 +194,10 @@ class InstalledPoolLoraLayers:
             parameter.requires_grad_(True)
 
     def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device that all base weights share, and the dtype of the first base weight.
+        """Return the device and the dtype of the base weights.
 
-        All layers of the pool are considered.
+        The base weights are those of all layers of the pool, and must share one device. The dtype
+        is that of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.

@@ -130,7 +130,7 @@ class LeaseManager:
     def check_pool_open(self) -> None:
         """Raise `PoolClosedError` if the pool is closed.
 
-        The error is also raised if the pool is closing, because it then accepts no new leases.
+        A pool that is closing also counts as closed, because a closing pool accepts no new leases.
         """
         if self.closed:
             raise PoolClosedError("the pool is closed")
@@ -242,7 +242,7 @@ class LeaseManager:
         self._make_stream_wait_until_ready(lease).release()
 
     def recompute_stale_dora_scales_of_pool(self) -> None:
-        """Recompute all DoRA scales of the pool that are stale.
+        """Recompute the stale DoRA scales of the pool.
 
         DoRA scales are stale if the base weights have changed since the scales were computed. Only
         adapters on the device have DoRA scales, whether or not the adapters are leased.
@@ -469,7 +469,7 @@ class LeaseManager:
                 self.changed.notify_all()
 
     def stats(self) -> PoolStats:
-        """Return statistics about the pool.
+        """Return the pool's statistics.
 
         The caller must hold the pool's lock.
         """

@@ -49,10 +49,10 @@ class TargetableBaseWeight(NamedTuple):
     num_matrices: int = 1
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of an adapter's tensor of the given kind and rank.
+        """Return the shape of a tensor of the given kind and rank.
 
-        The tensor is one of the adapter's tensors for this weight. The shape is the tensor's shape
-        in PEFT's layout, which the views of a packed adapter's tensors also use.
+        The tensor is one of an adapter's tensors for this weight. The views of a packed adapter's
+        tensors have this shape, which is also the shape in PEFT's layout.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.

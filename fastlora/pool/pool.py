@@ -508,10 +508,10 @@ class AdapterPool:
         return self._lease_manager.acquire_all_loaded()
 
     def recompute_scales(self) -> None:
-        """Recompute the scales of the pool's adapters.
+        """Recompute the scales of the pool's loaded adapters.
 
-        The scales are the DoRA scales of the adapters on the device. Scales are recomputed only if
-        the base weights have changed. Missing scales are computed too.
+        The scales are DoRA scales. An adapter is loaded if it is on the device. Scales are
+        recomputed only if the base weights have changed. Missing scales are computed too.
         """
         self._lease_manager.recompute_stale_dora_scales_of_pool()
 

@@ -51,7 +51,7 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
-class TargetAndKind(NamedTuple):
+class TensorTargetAndKind(NamedTuple):
     """The target and the kind of a tensor from an adapter.
 
     The target and the kind determine the location of the tensor in a packed adapter.
@@ -254,7 +254,7 @@ class AdapterReader:
         keys: Mapping[str, ParsedAdapterKey],
         tensors: Tensors,
         source: str,
-    ) -> dict[str, TargetAndKind]:
+    ) -> dict[str, TensorTargetAndKind]:
         """Update the config, and find the target and the kind of each tensor.
 
         The target and the kind determine the location of the tensor in the packed adapter. The
@@ -268,7 +268,7 @@ class AdapterReader:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        locations: dict[str, TargetAndKind] = {}
+        locations: dict[str, TensorTargetAndKind] = {}
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._targets_in_model(config, {module for module, _ in keys.values()})
@@ -287,7 +287,7 @@ class AdapterReader:
                 reason = self._describe_unknown_target(target, module in parameters)
                 raise CheckpointError(f"{source}: {key!r}: {reason}")
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
-            locations[key] = TargetAndKind(index, _BLOCK_OF[kind], name)
+            locations[key] = TensorTargetAndKind(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
         with error_prefix(source):
             self._check_selected_targets_have_factors(
@@ -303,7 +303,7 @@ class AdapterReader:
     def _pack(
         self,
         config: LoraConfig,
-        locations: Mapping[str, TargetAndKind],
+        locations: Mapping[str, TensorTargetAndKind],
         tensors: Mapping[str, torch.Tensor],
         source: str,
     ) -> PackedAdapter:

@@ -54,9 +54,9 @@ class DoraScaleUpdater:
         loaded_adapters: Iterable[LoadedAdapter],
         pool_lock: AbstractContextManager[Any],
     ) -> None:
-        """Recompute the DoRA scales of loaded adapters if base weights have changed.
+        """Recompute the stale DoRA scales of loaded adapters.
 
-        The scales of a module are recomputed if the module's base weight may have changed since the
+        The scales of a module are stale if the module's base weight may have changed since the
         scales were computed. Missing scales are computed too.
 
         Args:

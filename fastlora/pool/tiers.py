@@ -457,13 +457,14 @@ class StorageTiers:
         )
 
 
-def adapter_not_found_error(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Return the `AdapterNotFoundError` for an unknown adapter name.
+def adapter_not_found_error(name: str, candidates: Collection[str]) -> AdapterNotFoundError:
+    """Return the `AdapterNotFoundError` for an adapter that was not found.
 
-    The error message suggests names in ``known`` that are similar to ``name``, if there are any.
-    ``known`` contains the names of all registered adapters.
+    The error message contains the name of the adapter and the number of registered adapters. The
+    message also suggests names in ``candidates`` that are similar to ``name``, if there are any.
+    ``candidates`` contains the names of all registered adapters.
     """
     return AdapterNotFoundError(
-        f"no adapter {name!r} among the {len(known)} adapters of this pool"
-        f"{near_names(str(name), known)}"
+        f"no adapter {name!r} among the {len(candidates)} adapters of this pool"
+        f"{near_names(str(name), candidates)}"
     )

@@ -20,7 +20,7 @@ from fastlora.validation import AdapterStateError
 
 
 class BaseDeviceTransfers:
-    """Base class for objects that copy packed adapters from CPU memory to a pool's device.
+    """Base class for transfers of packed adapters from CPU memory to a pool's device.
 
     The subclass `AsyncTransfersToCuda` is for GPUs, and uses CUDA events to order the copies and
     the forward passes. The base class itself is for a pool on a CPU, and copies nothing.
@@ -56,7 +56,10 @@ class BaseDeviceTransfers:
         return None
 
     def is_event_done(self, event: Any) -> bool:
-        """Return whether an event has completed."""
+        """Return whether an event has completed.
+
+        On a CPU, which needs no events, the result is always True.
+        """
         return True
 
     def make_stream_wait_for_writes(self, events: Iterable[Any]) -> None:
@@ -153,8 +156,9 @@ class AsyncTransfersToCuda(BaseDeviceTransfers):
         """Record an event after reads on the current stream, and return it with the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
-        have completed. While a CUDA graph is being captured, no event is recorded and the result is
-        None, because a captured forward pass has not read anything yet.
+        have completed. As in the base class, the result is None if no event was recorded. No event
+        is recorded while a CUDA graph is being captured, because a captured forward pass has not
+        read anything yet.
         """
         if torch.cuda.is_current_stream_capturing():
             return None
@@ -166,7 +170,8 @@ class AsyncTransfersToCuda(BaseDeviceTransfers):
     def order_writes_after_reads(self, events: Iterable[torch.cuda.Event]) -> None:
         """Make later writes wait for the given read events.
 
-        The pool's stream, on which all writes to adapters and tables run, waits for the events.
+        The pool's write stream waits for the events. All writes to adapters and tables run on this
+        stream.
         """
         for event in events:
             self._stream.wait_event(event)

@@ -166,9 +166,9 @@ def sample_routings_from_parameters(
     max_adapters: int | None,
     allowed_ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return routings for warm-up, built from adapters that layers store as parameters.
+    """Return sample routings for the adapters that layers store as parameters.
 
-    `warm_up` uses these example routings to cover the ranks and dtypes of the adapters. For each
+    `warm_up` uses these sample routings to cover the ranks and dtypes of the adapters. For each
     combination of rank and dtype, one routing has a single adapter. Another routing also has other
     adapters of at most this rank, up to ``max_adapters`` in total. If ``allowed_ranks`` is given,
     there are routings only for these ranks. See
@@ -201,9 +201,10 @@ def sample_routings_from_parameters(
 def _convert_slots_to_known(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
-    """Convert slots from indices into ``names`` to indices into ``known``, and return them.
+    """Convert slots to indices into the known adapter names.
 
-    The result is a new tensor ``[B]``. It must be new: a tensor that the routing also refers to
+    ``slots`` contains indices into ``names``, and the result contains indices into ``known``. The
+    result is always a new tensor ``[B]``, because a tensor that the routing also refers to
     elsewhere would add a guard to compiled graphs.
     """
     if names == known or not names:

@@ -1,6 +1,6 @@
 """Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
-A `Routing` is immutable and refers to one `PerBlockCache`. A model's `RoutedLayerGroup` refers to
+A `Routing` is immutable and refers to one `RoutingCache`. A model's `RoutedLayerGroup` refers to
 one `PackedAdapterSetsCache`.
 `PackedAdapterSetsCache.clear` invalidates everything that is cached for the LoRA factors.
 """
@@ -148,10 +148,11 @@ class PackedAdapterSet:
 
 
 class PackedAdapterSetsCache:
-    """A model's cache of packed adapter sets.
+    """A cache of packed adapter sets.
 
-    The cache holds the packed factors and address tables of recently used adapter sets. It also
-    keeps references to objects that CUDA graphs read.
+    The cache belongs to a model, and holds the packed factors and address tables of recently used
+    adapter sets. A set is valid while its factors do not change. The cache also keeps references to
+    objects that CUDA graphs read.
     """
 
     def __init__(self) -> None:
@@ -212,8 +213,8 @@ class PackedAdapterSetsCache:
 
 
 @dataclass(eq=False)
-class PerBlockCache:
-    """A cache that lasts for one `fastlora.adapters` block.
+class RoutingCache:
+    """The cache of a routing, which lasts for one `fastlora.adapters` block.
 
     An entry is computed when it is first needed in the block, and is reused in the rest of the
     block while it is valid.

@@ -18,8 +18,8 @@ from fastlora.routing.routing import Routing
 class AdapterRouter(Protocol):
     """Routes the rows of a batch to adapters.
 
-    A router turns the adapter ids of a batch into the `Routing` of a block. This class is a
-    protocol, which tuners, pools, and patches implement.
+    A router turns the adapter ids of a batch, such as adapter names, into the `Routing` of a block.
+    This class is a protocol, which tuners, pools, and patches implement.
     """
 
     def routing(
@@ -64,7 +64,7 @@ def register_adapter_router(
 
 
 def router_of(model: object) -> AdapterRouter:
-    """Return the router of a model.
+    """Return the adapter router of a model, or raise an error if the model has none.
 
     Raises:
         UnsupportedLayerError: A layer of the model does not support mixed batches.

@@ -23,8 +23,8 @@ from fastlora.ops.seeds import derive_seeds_of_layer, dropout_seeds_of_layers
 from fastlora.routing.caches import (
     PackedAdapterSet,
     PackedAdapterSetsCache,
-    PerBlockCache,
     RoutedLayerProtocol,
+    RoutingCache,
     cuda_stream_handle,
 )
 from fastlora.routing.ids import (
@@ -86,7 +86,10 @@ class RoutedLayerGroup(UncopiedCache):
 
     @property
     def has_open_blocks(self) -> bool:
-        """Whether a block of the group is open, in any thread."""
+        """Whether any blocks are open.
+
+        The blocks of all threads count, but only those that use this group.
+        """
         return bool(self._open)
 
     def check_no_open_blocks(self, operation: str) -> None:
@@ -124,7 +127,7 @@ class Routing:
             so another mix changes only the contents of tensors. None if graphs are not supported.
         captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
             adapters are then unknown.
-        cache: The cache of the block.
+        cache: The cache of this routing, which lasts for the block.
     """
 
     group: RoutedLayerGroup
@@ -136,7 +139,7 @@ class Routing:
     unused_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
-    cache: PerBlockCache = field(default_factory=PerBlockCache, repr=False)
+    cache: RoutingCache = field(default_factory=RoutingCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, check_ids_now: bool = False) -> Rows:
         """Return the ``m`` rows of a layer input, sorted by adapter.
@@ -236,11 +239,12 @@ class Routing:
             return contextlib.nullcontext()
         return row_checker.order.pause_row_order_tracking()
 
-    def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of layer ``number``.
+    def layer_dropout_seeds(self, layer_number: int, device: torch.device) -> torch.Tensor:
+        """Return the dropout seeds of a layer.
 
-        The seeds are an int64 tensor ``[S]`` on the given device. The seeds of all layers are
-        copied to the device together.
+        The result is an int64 tensor ``[S]`` on the given device, with one seed for each slot. The
+        seeds of a layer are derived from the seeds of the routing. The seeds of all layers are
+        copied to the device together. ``layer_number`` is the ``routing_index`` of the layer.
         """
         key = (device, cuda_stream_handle(device))
         known = self.cache.seeds.get(key)
@@ -252,10 +256,10 @@ class Routing:
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
             known = self.cache.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
-        if number not in known:  # The layer was added after the block began.
+        if layer_number not in known:  # The layer was added after the block began.
             with torch.inference_mode(False):
-                known[number] = derive_seeds_of_layer(self.seeds, number).to(device)
-        return known[number]
+                known[layer_number] = derive_seeds_of_layer(self.seeds, layer_number).to(device)
+        return known[layer_number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
         """Return the cached `PackedAdapterSet` for a key.

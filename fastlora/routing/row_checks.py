@@ -117,10 +117,10 @@ class ModelRowOrderChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def mixed_batches_unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
-        """Return the reason why a layer does not support mixed batches.
+        """Return the reason why a layer does not support mixed batches, or None.
 
-        For example, the rows of the layer's input might not be in batch order. Returns None if no
-        reason is known.
+        For example, the rows of the layer's input might not be in batch order. The result is None
+        unless the layer is known not to support mixed batches.
         """
         return self._unsupported.get(layer.routing_index)
 
@@ -150,11 +150,11 @@ class ModelRowOrderChecks:
                 layer.may_see_partial_rows = False
 
     def raise_now_and_at_later_checks(self, layer: RoutedLayerProtocol, reason: str) -> None:
-        """Raise an error for a layer now and at every later check of the layer.
+        """Raise an error about a layer now, and again at later checks of the layer.
 
-        The layer therefore raises an error in all later mixed batches, including in compiled code.
-        The error message contains ``reason``, which says why the layer's rows cannot be assigned to
-        adapters.
+        Even if the caller catches the first error, the layer raises an error in all later mixed
+        batches, including in compiled code. The error message contains ``reason``, which says why
+        the layer's rows cannot be assigned to adapters.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -228,10 +228,10 @@ class RowOrderChecker:
             self.order.record_in_batch_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking the order of rows for the rest of this block.
+        """Stop tracking the rows of tensors.
 
-        From then on, the inputs of layers are not checked against the tracked rows. The record of
-        the layers that ran is discarded.
+        In the rest of this block, the inputs of layers are not checked against the tracked rows.
+        The record of the layers that ran is discarded.
         """
         self._ran.clear()
         if self.order is not None:
@@ -308,7 +308,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _ExpertModuleEvidence(NamedTuple):
-    """Evidence that a module is an expert in a mixture of experts, or that it is not.
+    """Evidence about whether a module is an expert in a mixture of experts.
 
     An expert gets only the rows that a router selects for it. The order of these rows may differ
     from that of the batch. The evidence comes from the structure and the names of the model's
@@ -328,11 +328,13 @@ class _ExpertModuleEvidence(NamedTuple):
 
 
 class _ExpertLayerDetector:
-    """Detects expert layers in a mixture of experts from the structure of the model.
+    """Detects expert layers in a mixture of experts.
 
-    An expert layer is an expert or a part of an expert. The detector compares the structure and the
-    names of the model's modules, so the model does not need to run; see `looks_like_expert`. The
-    detector looks for modules with the same structure, and caches the results.
+    An expert layer is an expert or a part of an expert. An expert layer may get only some rows of a
+    batch, and the order of these rows may differ from that of the batch. The detector compares the
+    structure and the names of the model's modules, so the model does not need to run; see
+    `looks_like_expert`. The detector looks for modules with the same structure, and caches the
+    results.
     """
 
     def __init__(self) -> None:
@@ -391,10 +393,10 @@ class _ExpertLayerDetector:
         return _ExpertModuleEvidence(alike, "expert" in " ".join(words).lower(), beside)
 
     def _same_structure_counts_by_child(self, parent: nn.Module) -> dict[str, int]:
-        """For each child of a module, return how many children have the same structure.
+        """For each child of a module, count the children that have the same structure.
 
-        The result is a dict with the names of the children of ``parent`` as keys. Each number
-        includes the child itself.
+        The child itself is counted too. The result is a dict that maps the names of the children of
+        ``parent`` to the counts.
         """
         known = self._counts.get(id(parent))
         if known is None:

@@ -213,10 +213,11 @@ class RowFactsTable:
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def rows_have_fixed_sample_indices(self, *tensors: torch.Tensor) -> bool:
-        """Return whether the rows of tensors belong to the same sample indices in every batch.
+        """Return whether the rows of tensors belong to fixed sample indices.
 
-        A sample index is the position of a sample in the batch. The result is False if any of the
-        tensors has a row that may belong to different sample indices in different batches.
+        A sample index is the position of a sample in the batch. The sample index of a row is fixed
+        if it is the same in every batch. The result is False if any of the tensors has a row that
+        may belong to different sample indices in different batches.
         """
         found = map(self.facts_of, tensors)
         return all(

@@ -289,11 +289,11 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions, which usually keep the origin of the rows.
+    """Apply the rule for dtype conversions.
 
-    The row facts are kept, with two exceptions. The samples are kept only for the kind `CHOSEN`, if
-    they are known for the result. If integers or bools of the batch are converted to floats, the
-    result counts as a `CHOICE` instead.
+    The result of a conversion usually keeps the row facts of the input, with two exceptions. The
+    samples are kept only for the kind `CHOSEN`, if they are known for the result. If integers or
+    bools of the batch are converted to floats, the result counts as a `CHOICE` instead.
     """
     source = args[0]
     facts = known.facts_of(source)

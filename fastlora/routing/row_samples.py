@@ -155,7 +155,9 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples_before: torch.Tensor, indices: Indices, written_samples: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the sample of each row after an indexed write, or None if the indices cannot be read.
+    """Return the samples of a tensor's rows after an indexed write.
+
+    The result is None if the values of the indices cannot be read on the host.
 
     The write changes the rows of a tensor at ``indices``. ``samples_before`` are the samples of the
     rows before the write, and ``written_samples`` are the samples of the written rows. If ``adds``

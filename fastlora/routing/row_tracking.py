@@ -36,8 +36,9 @@ class RowOriginTracker(TorchDispatchMode):
     """Tracks where the rows of tensors come from while a model runs.
 
     The tracker is a `TorchDispatchMode` that records how the rows relate to the rows of the batch,
-    and thus whether the rows are in the order of the batch. A layer can then raise an error if the
-    layer gets a tensor that does not contain the batch's rows in order.
+    and thus whether the rows are in the order of the batch. A layer assigns the adapter ids of the
+    batch to the rows of its input in the order of the batch. With the recorded facts, a layer can
+    raise an error if its input does not contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -114,7 +115,7 @@ class RowOriginTracker(TorchDispatchMode):
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x`` is a table that all samples share.
+        """Return whether ``x`` is a table that all samples of the batch share.
 
         Such a table, for example of position embeddings, is computed from parameters and buffers
         alone and has no separate rows for each sample. The shape of ``x`` is ``[..., K]``. A tensor

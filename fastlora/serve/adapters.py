@@ -33,17 +33,17 @@ _log = logging.getLogger("fastlora.serve")
 
 @dataclass(eq=False, kw_only=True)
 class AdapterVersion(RegisteredAdapter):
-    """A version of a served adapter.
+    """One version of a served adapter.
 
-    Each change to the adapter's files creates a new version. A version exists even before its files
-    have been read. A request keeps its version from beginning to end. A version is also the
-    adapter's entry in the pool. Each version has a unique ``name`` in the pool, so old and new
-    versions can run side by side.
+    Each change to the adapter's files creates a new version. A request keeps its version from
+    beginning to end. A version is also the adapter's entry in the pool. Each version has a unique
+    ``name`` in the pool, so old and new versions can run side by side.
 
     Attributes:
         served_as: The name that clients use.
         fingerprint: Names, modification times, sizes, and inodes of the adapter's files.
-        ready: Whether the adapter has been read.
+        ready: Whether the adapter has been read. A new version is not ready until its files have
+            been read.
         error: Reason why the adapter cannot be used; None if it can be used.
         users: Number of requests that use the version.
         waiting: Functions to call once the adapter has been read or found damaged. The list is not
@@ -347,11 +347,12 @@ class ServedAdapters:
 
 
 def _adapter_folder_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a fingerprint of an adapter folder's files, or None if the config file is missing.
+    """Return a fingerprint of the files in an adapter folder.
 
-    The fingerprint contains the modification time, the size, and the inode of each file, so it
-    changes when a file changes. A folder whose config file is missing or inaccessible does not
-    count as an adapter folder. Other files that are missing or inaccessible are left out.
+    The result is None if the folder is not an adapter folder. A folder whose config file is missing
+    or inaccessible does not count as an adapter folder. Other files that are missing or
+    inaccessible are left out. The fingerprint contains the modification time, the size, and the
+    inode of each file, so the fingerprint changes when a file changes.
     """
     found: list[object] = []
     for name in _FILES:

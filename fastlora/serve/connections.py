@@ -41,7 +41,7 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on a server's connections.
+    """Limits on a server's connections, such as their maximum number and their timeouts.
 
     The limits apply to the number of open connections, to the time that each connection waits for
     its client, and to the backlog. A connection is closed if its client misses a deadline.
@@ -101,10 +101,10 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_for_connection(self) -> bool:
-        """Make room for a new connection, and return whether there is room.
+        """Close a waiting connection if the server is full, and return whether there is room.
 
-        If the server is full, a waiting connection is closed. The server is full if the maximum
-        number of connections is open. Only a connection that waits for its client can be closed.
+        The server is full if the maximum number of connections is open. Closing a connection makes
+        room for a new connection. Only a connection that waits for its client can be closed.
         Connections with unfinished requests are closed before connections between two requests,
         because a client between two requests has been served. A quarter of the connections is
         reserved for unfinished requests, so that connections between two requests do not keep new

@@ -299,22 +299,22 @@ class Engine:
             raise
 
     def _release_adapter_and_report_failure(
-        self, job: EngineRequest, error: FastLoraError | None
+        self, job: EngineRequest, request_error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the request's failure, if there is one.
+        """Release a request's adapter, and report the failure of the request.
 
-        Nothing is reported for a request that has already ended. For any other request, the error
-        is passed to the request's ``on_chunk`` function. If ``error`` is None, the reported error
-        says that the request was canceled.
+        The error is passed to the request's ``on_chunk`` function. If ``request_error`` is None,
+        the reported error says that the request was canceled. Nothing is reported for a request
+        that has already ended.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)
         if job.ended:
             return
         job.ended = True
-        if error is None:
+        if request_error is None:
             self.stats.requests_cancelled += 1
-            error = ClosedOrCanceledError("the request was canceled")
+            request_error = ClosedOrCanceledError("the request was canceled")
         else:
             self.stats.requests_failed += 1
-        job.emit(AnswerChunk(error=error))
+        job.emit(AnswerChunk(error=request_error))

@@ -19,11 +19,11 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that have too many tokens, without tokenizing them.
+    """Detects long texts that exceed a limit on the number of tokens, without tokenizing them.
 
-    A detected text is certain to have more tokens than a given limit. Other texts may exceed the
-    limit as well. The detector uses the maximum number of characters per token. This maximum exists
-    for byte-level BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the
+    A detected text is certain to exceed the limit. A text that is not detected may exceed the limit
+    as well. The detector uses the maximum number of characters per token. This maximum exists for
+    byte-level BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the
     ``tokenizers`` library.
 
     Args:

@@ -24,9 +24,10 @@ _T = TypeVar("_T")
 
 
 class AsyncAnswerStream:
-    """Streams the chunks of an answer asynchronously.
+    """An asynchronous stream of the chunks of an answer.
 
-    A coroutine reads the chunks while the engine produces them in another thread. Creating a stream
+    A coroutine reads the chunks while the engine produces them in another thread. A subclass of
+    `BaseAnswerFormat` converts the chunks to responses in OpenAI's format. Creating a stream
     submits the request, and may raise the errors of `Engine.submit`.
     """
 
@@ -78,9 +79,10 @@ class EventStreamResponse(StreamingResponse):
 
 
 class BaseAnswerFormat(abc.ABC):
-    """Base class for the answer formats of OpenAI's API.
+    """Base class that formats answers as OpenAI's API does.
 
-    The answer is returned as JSON.
+    Each subclass formats the answers of one endpoint, such as chat completions. An answer is
+    formatted as JSON, either as a complete response or as the events of a streamed response.
     """
 
     prefix, kind, chunk_kind = "", "", ""

@@ -137,10 +137,11 @@ class RunningBatch:
     def _next_prefill_requests(self) -> list[EngineRequest]:
         """Choose the requests to prefill next.
 
-        The requests are chosen in the order of their rows, from the requests in the batch whose
-        prompts have not been processed completely. The result is one request with a long prompt, or
-        as many requests with short prompts as fit in one forward pass. A forward pass processes at
-        most `PREFILL_TOKENS` prompt tokens, including padding.
+        The requests are chosen, in the order of their rows, from the requests in the batch that are
+        waiting for prefill. A request waits for prefill until its prompt has been processed
+        completely. The result is one request with a long prompt, or as many requests with short
+        prompts as fit in one forward pass. A forward pass processes at most `PREFILL_TOKENS` prompt
+        tokens, including padding.
         """
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)

@@ -109,7 +109,7 @@ class _RecordOnlyDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Stand in for the ``load_binary`` function of a Triton driver.
+        """Stand in for the Triton driver's function that loads a compiled kernel binary.
 
         The returned tuple contains placeholders, because the kernel is never loaded. As with a real
         driver, the tuple consists of a module handle, a function handle (here, the binary), the
@@ -118,10 +118,10 @@ class _RecordOnlyDriver(StandInDriver):
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return a launcher that records kernel launches.
+        """Return a stand-in for Triton's launcher that records kernel launches.
 
-        The method stands in for Triton's launcher class. Each launch of a kernel is recorded as a
-        `Launch`, and the kernel is not executed.
+        The method itself stands in for Triton's launcher class. Each launch of a kernel is recorded
+        as a `Launch`, and the kernel is not executed.
         """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared

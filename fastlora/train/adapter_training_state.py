@@ -20,9 +20,9 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return a dict that maps parameter names to the parameters of an adapter.
+    """Return the parameters of an adapter as a dict, keyed by name.
 
-    These are the parameters that are saved with the adapter: its factors, its copies of
+    These are the parameters that are trained and saved with the adapter: its factors, its copies of
     ``modules_to_save``, and with ``bias="all"`` or ``"lora_only"`` the base model's biases.
 
     Raises:
@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """The counts in the training state of one adapter, such as its number of optimizer steps.
+    """Training counts of one adapter, such as its number of optimizer steps.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -155,9 +155,9 @@ class AdapterTrainingState:
         return finite
 
     def zero_grad(self) -> None:
-        """Clear the gradients of the adapter's parameters.
+        """Zero the gradients of the adapter's parameters.
 
-        Each gradient is set to None.
+        As in `torch.optim.Optimizer.zero_grad`, each gradient is set to None.
         """
         for parameter in self.parameters:
             parameter.grad = None
@@ -165,7 +165,9 @@ class AdapterTrainingState:
     def state_dict(self) -> dict[str, Any]:
         """Return the training state as a dict.
 
-        The dict can be passed to `load_state_dict`. It includes the metadata for `check_state`.
+        The dict contains the states of the optimizer, the scheduler, and the gradient scaler, as
+        well as the seed and the counts. The dict can be passed to `load_state_dict`, and includes
+        the metadata for `check_state`.
         """
         return {
             "kind": self._kind(),
@@ -197,10 +199,9 @@ class AdapterTrainingState:
                 raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the training state from a dict that `state_dict` returned.
+        """Restore the adapter's training state from a dict that `state_dict` returned.
 
-        The dict contains the states of the optimizer, the scheduler, and the gradient scaler, as
-        well as the seed and the counts. `check_state` must have accepted the dict.
+        `check_state` must have accepted the dict.
         """
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

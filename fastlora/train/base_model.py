@@ -126,12 +126,12 @@ def _transformers() -> Any:
 
 @torch.no_grad()
 def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
-    """Raise `TrainError` unless the model separates packed samples.
+    """Raise `TrainError` unless the model keeps packed samples separate.
 
-    It must use ``position_ids`` to separate the documents in a row. Most models in transformers do
-    so. In any other model, the tokens of a document would attend to the documents before it in the
-    row. The check runs two forward passes that differ only in the first document of each row, and
-    compares the logits of the second document.
+    The attention of the model must use ``position_ids`` to separate the documents in a row. Most
+    models in transformers do so. In any other model, the tokens of a document would attend to the
+    documents before it in the row. The check runs two forward passes that differ only in the first
+    document of each row, and compares the logits of the second document.
     """
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device).repeat(2, 1)

@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The loss of each adapter in a batch.
+    """The losses of a batch, by adapter.
 
     The batch may be a mixed batch with rows of several adapters. A token counts if it contributes
     to the loss. Adapters without counted tokens are left out of all fields.

@@ -30,14 +30,15 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Make the named adapters trainable, and freeze all other adapters.
+    """Set ``requires_grad`` so that the named adapters are trainable and all others are frozen.
 
     The named adapters can then be trained at the same time. Several of the named adapters may have
     their own copies of the same module (``modules_to_save``), because each row of a mixed batch
     uses at most one adapter.
 
-    The function sets only ``requires_grad``; the active adapters remain the same. A later call to
-    ``model.set_adapter`` freezes all adapters that it does not activate.
+    The active adapters remain the same. To change the active adapters, call ``model.set_adapter``
+    before this function. A later call to ``model.set_adapter`` freezes all adapters that the call
+    does not activate.
 
     Args:
         model: The model with its adapters.
@@ -80,7 +81,7 @@ def check_can_train_together(model: LoraModel, names: str | Sequence[str]) -> li
 
 @dataclass(frozen=True)
 class StepReport:
-    """A report on what happened to the adapters in an optimizer step.
+    """A report on an optimizer step, with the gradient norms of the adapters.
 
     `AdapterOptimizers.step` returns this report. The report lists the adapters that the step
     updated, the adapters that the step skipped, and their gradient norms. An adapter without a loss
@@ -359,9 +360,9 @@ class AdapterOptimizers:
         return StepReport(tuple(stepped), tuple(skipped), left_out, grad_norms)
 
     def zero_grad(self, names: Iterable[str] | None = None) -> None:
-        """Reset the gradients of the named adapters, or of all adapters.
+        """Zero the gradients of the named adapters, or of all adapters.
 
-        If ``names`` is None, the gradients of all adapters are reset. As in
+        If ``names`` is None, the gradients of all adapters are zeroed. As in
         `torch.optim.Optimizer.zero_grad`, each gradient is set to None.
 
         Raises:

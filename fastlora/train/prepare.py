@@ -268,10 +268,10 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> tqdm[Any]:
-    """Create a tqdm progress bar that is written to stderr.
+    """Create a tqdm progress bar for a training run.
 
-    The options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
-    If writing to stderr fails, the error is ignored.
+    The bar is written to stderr. If writing to stderr fails, the error is ignored. The options are
+    keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
 
     Raises:
         TrainError: tqdm is not installed.
@@ -282,7 +282,7 @@ def progress_bar(**options: Any) -> tqdm[Any]:
 def make_sample_schedule(
     settings: TrainSettings, corpora: Mapping[str, TokenizedCorpus], processes: int
 ) -> SampleSchedule:
-    """Make the schedule that determines the samples of each step in a run.
+    """Make the schedule that determines which samples each step of a run uses.
 
     The schedule also determines the maximum number of samples in a forward pass. Each process runs
     at least one forward pass in every step.

@@ -43,11 +43,12 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class FiniteLossAgreement(NamedTuple):
-    """The adapters whose losses of a batch are finite in all training processes.
+    """The agreement of all training processes on which losses of a batch are finite.
 
-    If an adapter's loss is not finite in at least one process, all processes skip the loss of that
-    adapter. The losses of the other adapters are still used. The tuple also contains the names of
-    the adapters whose losses are skipped, and the weights of this process's losses.
+    Each adapter has its own loss. If an adapter's loss is not finite in at least one process, all
+    processes skip the loss of that adapter. The losses of the other adapters are still used. The
+    tuple contains the names of the adapters with finite losses, the names of the adapters whose
+    losses are skipped, and the weights of this process's losses.
 
     Attributes:
         finite: Names of the adapters with a loss in at least one process and a non-finite loss in

@@ -51,9 +51,9 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A value became NaN or infinite during training.
+    """A loss, a gradient, or a weight became NaN or infinite during training.
 
-    The value is a loss, a gradient, or a weight. The run cannot continue.
+    The run cannot continue.
 
     Attributes:
         step: The step, counted from 1.
@@ -173,10 +173,11 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean training loss of each adapter in a run, and the paths of the run's loss files.
+    """The mean losses of a training run, and the paths of the loss files that were written.
 
-    The loss files are a table and, if matplotlib is installed, a plot. If the run has steps left,
-    there are no mean losses and no files.
+    The tuple contains the mean training loss of each adapter in the run. The loss files are a table
+    and, if matplotlib is installed, a plot. If the run has steps left, there are no mean losses and
+    no files.
     """
 
     means: dict[str, float]
@@ -184,7 +185,7 @@ class _MeanLossesAndFilePaths(NamedTuple):
 
 
 class Run:
-    """A training run, with its state and its steps.
+    """A training run, from its preparation to its last step.
 
     A run trains the adapters of a base model. If ``resumed`` is the path of a checkpoint, the run
     resumes from that checkpoint. If ``resumed`` is None, the run starts from the beginning.
@@ -382,7 +383,7 @@ class Run:
             self._failure = self._failure or error
 
     def _raise_deferred_write_error(self) -> None:
-        """Raise the deferred write error, if there is one.
+        """Raise the deferred write error if an earlier write has failed.
 
         If several writes have failed, the first error is raised. A recovery hint is added to the
         message of the error.
@@ -393,9 +394,9 @@ class Run:
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
-        """Return whether the run is interrupted.
+        """Return whether the run should stop, for example because of a signal.
 
-        A signal or a deferred write error interrupts the run, which then ends after the current
+        A deferred write error stops the run too. A run that should stop ends after the current
         step. The result is the same in all processes. In a run with several processes, the result
         is updated only when the processes exchange their losses.
         """
@@ -428,7 +429,7 @@ class Run:
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate the adapters if an evaluation is due, and return their losses.
+        """Run the evaluation if it is due, and return the evaluation losses.
 
         The result is a dict that maps each adapter with evaluation data to its loss. Unless the run
         is about to stop, the answers to the prompts are logged too. If no evaluation is due, the
@@ -604,7 +605,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the adapters on their evaluation data, and return their losses.
+        """Evaluate the model on the evaluation data, and return the losses.
 
         The result is a dict that maps each adapter with evaluation data to its mean loss. The
         losses are also logged. If the run is about to stop, nothing is logged, and the result is an

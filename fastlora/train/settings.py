@@ -58,7 +58,7 @@ _LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Settings of one adapter in a training run.
+    """The part of the training settings that applies to one adapter.
 
     The settings cover the adapter's LoRA config, data, and optimizer. `fastlora.recommend` supplies
     the rank, alpha, dropout, targets, and learning rate that are not given. If the rank is given

@@ -15,9 +15,10 @@ _YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read a config file, and return its contents as a dict.
+    """Read a file with training settings into a dict.
 
-    Relative paths in the file are resolved against the file's folder.
+    The format of the file is TOML, JSON, or YAML. Relative paths in the file are resolved against
+    the file's folder.
 
     Raises:
         ConfigError: The file has an unsupported extension, cannot be read, or does not contain a

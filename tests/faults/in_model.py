@@ -328,7 +328,7 @@ FAULTS = (
         path="fastlora/patterns.py",
         before=(
             "steps = min(_STEPS, _CHARACTERS // "
-            "_max_expanded_expression_length(pattern, expression))"
+            "_max_length_with_repeats_expanded(pattern, expression))"
         ),
         after="steps = _STEPS",
         tests=(f"{_PATTERNS}::test_a_long_way_between_two_steps_is_bounded[long]",),

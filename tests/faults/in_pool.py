@@ -353,8 +353,8 @@ FAULTS = (
         kind="wrong scaling",
         source="issue 31",
         path="fastlora/pool/reader.py",
-        before="locations[key] = TargetAndKind(index, _BLOCK_OF[kind], name)",
-        after="locations[key] = TargetAndKind(index, _BLOCK_OF[kind], target)",
+        before="locations[key] = TensorTargetAndKind(index, _BLOCK_OF[kind], name)",
+        after="locations[key] = TensorTargetAndKind(index, _BLOCK_OF[kind], target)",
         tests=("tests/model/test_expert_files.py::test_files_of_peft_load",),
     ),
     Fault(

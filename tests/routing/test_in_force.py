@@ -14,7 +14,7 @@ from torch import nn
 from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.routing import active, block
-from fastlora.routing.caches import PerBlockCache
+from fastlora.routing.caches import RoutingCache
 from fastlora.routing.routing import RoutedLayerGroup, layer_numbers_from_name_hashes
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -76,7 +76,7 @@ def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
         (routing,) = active.active_routings()
         for ids, invalid in (([0, 1], False), ([0, -2], True)):
             routing = dataclasses.replace(
-                routing, names=names, ids=torch.tensor(ids), cache=PerBlockCache()
+                routing, names=names, ids=torch.tensor(ids), cache=RoutingCache()
             )
             routing.sorted_rows(4, torch.device("cpu"))
             routing.defer_id_check()
@@ -90,7 +90,7 @@ def test_ids_are_checked_where_the_host_reads_rows() -> None:
     with adapters(_model(), ["a", "b"]):
         (routing,) = active.active_routings()
     for ids, invalid in (([0, 1], False), ([0, -2], True)):
-        routing = dataclasses.replace(routing, ids=torch.tensor(ids), cache=PerBlockCache())
+        routing = dataclasses.replace(routing, ids=torch.tensor(ids), cache=RoutingCache())
         routing.sorted_rows(4, cpu)
         wrong = pytest.raises(AdapterNotFoundError, match="^an adapter id is out of range")
         with wrong if invalid else nullcontext():

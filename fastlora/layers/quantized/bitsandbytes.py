@@ -58,7 +58,7 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weight has when it is dequantized.
+        """The dtype of the dequantized weight.
 
         If the codes are repacked, the dtype is fp32. Otherwise, the dtype is that of the weight
         before quantization.

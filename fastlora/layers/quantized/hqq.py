@@ -13,11 +13,11 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantized_weight
 class HqqWeight(BaseQuantizedWeight):
-    """Wrapper for read-only access to the quantized base weight of an HQQ layer.
+    """Quantized base weight of an HQQ layer.
 
-    The class has methods that dequantize the weight. Adapters cannot be merged into the weight,
-    because fastlora does not requantize HQQ weights. The layer is an `HQQLinear`. The weight is
-    stored as codes with a zero point and a scale for each group.
+    The class gives read-only access to the weight and can dequantize it. Adapters cannot be merged
+    into the weight, because fastlora does not requantize HQQ weights. The layer is an `HQQLinear`.
+    The weight is stored as codes with a zero point and a scale for each group.
     """
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")

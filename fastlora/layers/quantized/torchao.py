@@ -53,7 +53,7 @@ class TorchaoWeight(BaseQuantizedWeight):
 
         The result is a tuple of the quantized data and the tensors that it refers to. A dequantized
         value is ``code * scale``, with the scale of its row. A single scale for the weight is
-        expanded to all rows.
+        expanded to all rows. If the weight has zero points, all of them must be 0.
         """
         weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
         if name not in _TORCHAO:

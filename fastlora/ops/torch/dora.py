@@ -224,10 +224,10 @@ def scale_columns_backward(
 
 
 class DoraAdapterWithDropout(NamedTuple):
-    """A DoRA adapter with active dropout: its factors, magnitude, and dropout settings.
+    """A DoRA adapter whose dropout is active.
 
-    The tuple also contains the scaling, the squared row norms of the adapted weight, and the name
-    of the implementation.
+    The tuple contains the adapter's factors, magnitude, scaling, and dropout settings. The tuple
+    also contains the squared row norms of the adapted weight, and the name of the implementation.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.

@@ -150,11 +150,12 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsPackedGradBEmpty:
-    """Return the gradients of s, lora_b, and lora_bias for a mixed batch.
+    """Return ds and the packed gradients of lora_b and lora_bias for a mixed batch.
 
-    The result is a tuple of the gradient ds of s, one buffer into which all gradients of lora_b and
-    lora_bias are packed, and an empty tensor. The buffer is empty unless ``with_factors`` is set.
-    The empty tensor takes the place of the column sums that the operator returns for one slot.
+    The result is a tuple of three items. The first item, ds, is the gradient of s. The second item
+    is one buffer into which all gradients of lora_b and lora_bias are packed. The buffer is empty
+    unless ``with_factors`` is set. The third item stands for the column sums of dy. This tensor is
+    empty for a mixed batch, because the operator returns column sums only for one slot.
     """
     batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)

@@ -188,11 +188,11 @@ def zeros_and_view_for_packed_lora_a(
     device: torch.device | None,
     for_dense_products: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tensor of zeros for the packed lora_a, and a view of the tensor.
+    """Allocate zeros for the packed lora_a, and return them together with a view.
 
-    The view has the shape ``[units, slices, unit, K]``, so that the factors can be written to the
-    tensor through the view. The memory layout of the tensor depends on whether the packed factors
-    are for dense products.
+    The tensor of zeros has the layout that the matrix products use. The shape and the memory layout
+    of this tensor depend on whether the packed factors are for dense products. The factors can be
+    written to the tensor through the view, which always has the shape ``[units, slices, unit, K]``.
     """
     unit, units = layout.unit, layout.units
     if for_dense_products:

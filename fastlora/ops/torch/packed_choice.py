@@ -47,9 +47,9 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchRowPattern(enum.Enum):
-    """The pattern of a batch's rows: few rows, many rows, or many rows in long samples.
+    """The pattern of the rows in a batch, which affects how matrix products are arranged.
 
-    The pattern affects how the matrix products of the batch are arranged.
+    The pattern tells whether the batch has few rows, many rows, or many rows in long samples.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.

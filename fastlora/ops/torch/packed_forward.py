@@ -94,12 +94,13 @@ def add_(
 def _arrange_rows_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: DensePlan | PaddedRowBlocksPlan | PerSamplePlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrange the rows of x as the plan requires, and multiply them by the packed lora_a.
+    """Arrange the rows of x as the plan requires, and compute the shrink output.
 
-    The result is the tuple (x, s). ``x [M, K]`` is returned as it is, or with its rows gathered
-    into blocks. s is the shrink output of all slices, ``[M, slices * rank rows]`` (with the rank
-    rows of all units or of one unit), ``[blocks, C, coalesced * slices * unit]``, or
-    ``[B, T, slices * unit]``. It also contains products with rank rows of other adapters.
+    The shrink output is the product of the arranged rows and the packed lora_a. The result is the
+    tuple (x, s). ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is the
+    shrink output of all slices, ``[M, slices * rank rows]`` (with the rank rows of all units or of
+    one unit), ``[blocks, C, coalesced * slices * unit]``, or ``[B, T, slices * unit]``. The output
+    s also contains products with rank rows of other adapters.
     """
     if isinstance(plan, DensePlan):
         # [M, K] x [K, slices * rank rows]

@@ -68,7 +68,7 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms of each row's LoRA update: weighted rows of the packed lora_b, which are summed.
+    """The terms of each row's LoRA update.
 
     A term is a row of the packed lora_b multiplied by a weight, which is an element of s. The LoRA
     update of a row of y is the sum of one term for each rank row of its adapter. The object stores
@@ -385,10 +385,10 @@ def _make_padded_row_blocks_plan(
     unit_range: tuple[int, int],
     units_per_block: int,
 ) -> PaddedRowBlocksPlan:
-    """Group the rows of a batch into padded blocks, and return the plan for these blocks.
+    """Make the plan for matrix products of rows that are grouped into padded blocks.
 
-    Each row gets a place in the block that contains its adapter's rank rows. Rows without an
-    adapter fill free places.
+    The blocks contain the rows of a batch. Each row gets a place in the block that contains its
+    adapter's rank rows. Rows without an adapter fill free places.
 
     Args:
         first_rank_rows: The rank row at which each row's adapter starts.

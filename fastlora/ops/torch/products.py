@@ -105,9 +105,9 @@ def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``x @ weight.T + bias``.
 
-    The result has the shape ``[M, N]`` for ``x [M, K]``. Unlike `F.linear`, this function computes
-    the product in fp32 if the processor emulates the dtype of the operands, and if fp32 is possible
-    and faster.
+    The result has the shape ``[M, N]`` for ``x [M, K]``. Unlike `F.linear`, this function may
+    compute the product in fp32 instead of the operands' dtype. Fp32 is used if the processor
+    emulates the dtype of the operands, and if fp32 is possible and faster.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
     if (
@@ -123,8 +123,8 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b`` for two matrices.
 
     The result has the shape ``[M, N]`` for ``a [M, K]`` and ``b [K, N]``. Unlike `torch.mm`, this
-    function computes the product in fp32 if the processor emulates the dtype of a and b, and if
-    fp32 is possible and faster.
+    function may compute the product in fp32 instead of the operands' dtype. Fp32 is used if the
+    processor emulates the dtype of a and b, and if fp32 is possible and faster.
     """
     if (
         a.dtype not in EMULATED

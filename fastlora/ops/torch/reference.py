@@ -92,13 +92,13 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def draw_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Draw the dropout mask for x from a `torch.Generator` with the given seed.
+    """Draw the dropout mask for x with the given seed.
 
     The mask is 1 for a kept element and 0 for a dropped one. Each element is dropped with
-    probability ``p``. The mask has an integer dtype of the width of x's dtype. Calls with the same
-    seed and shape return the same mask. ``seed`` is one int64 value, on the CPU so that reading it
-    does not wait for the device. 16 random bits decide each element, so ``p`` is rounded to a
-    multiple of 2**-16.
+    probability ``p``. The mask has an integer dtype of the width of x's dtype. The random bits come
+    from a `torch.Generator` with the given seed. Calls with the same seed and shape return the same
+    mask. ``seed`` is one int64 value, on the CPU so that reading it does not wait for the device.
+    16 random bits decide each element, so ``p`` is rounded to a multiple of 2**-16.
     """
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD

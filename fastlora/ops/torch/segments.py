@@ -58,7 +58,8 @@ def expand_operands(
 class _PositionsOfOneAdapter(NamedTuple):
     """The positions of one adapter's rows in a batch.
 
-    They include the range of the adapter's part of s and ds.
+    The tuple also identifies the adapter's segment, and contains the range of the adapter's part of
+    s and ds.
 
     Attributes:
         place: Index of the adapter in the operands.
@@ -75,9 +76,9 @@ class _PositionsOfOneAdapter(NamedTuple):
     own: slice
 
     def part(self, s_or_ds: torch.Tensor) -> torch.Tensor:
-        """Return the part of s or ds that belongs to this adapter's segment.
+        """Return the part of s or ds that belongs to this adapter.
 
-        The result is a view of shape ``[rows, rank]``.
+        The result is a view of shape ``[rows, rank]``, with the rows of the adapter's segment.
         """
         return (
             s_or_ds[self.at, : self.rank]

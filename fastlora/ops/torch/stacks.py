@@ -352,13 +352,13 @@ def _add_dx_(
 def grouped_linear(
     x: torch.Tensor, stack: torch.Tensor, rows: Rows, num_adapter_slots: int = 1
 ) -> torch.Tensor:
-    """Apply a linear layer whose weight is a stack with one matrix for each group of rows of x.
+    """Multiply each row of x by its matrix from a stack, as in a grouped linear layer.
 
-    The result is a tensor ``[P, N]``, which contains the product of each row and the transpose of
-    its group's matrix.
+    The stack has one matrix for each group of rows. The result is a tensor ``[P, N]``, which
+    contains the product of each row and the transpose of its group's matrix.
 
-    Rows of x that belong to no matrix come last. Their results and the gradients of their x are not
-    defined, and may be uninitialized.
+    Rows of x that belong to no matrix come last. The results of these rows and the gradients
+    with respect to these rows are undefined, and may be uninitialized.
 
     Args:
         x: ``[P, K]``, sorted by key, in the dtype of the stack.
@@ -413,10 +413,11 @@ def _grouped_mm_is_fast_for_dtype(x: torch.Tensor) -> bool:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """The autograd function that multiplies each row of x by its matrix in the stack.
+    """Autograd function for the grouped matrix product of rows and a stack of matrices.
 
-    It implements `grouped_linear`, and accepts operands that `grouped_mm` does not. The backward
-    pass of `torch.nn.functional.grouped_mm` does not support expanded gradients.
+    Each row of x is multiplied by its matrix in the stack. The class implements `grouped_linear`,
+    and accepts operands that `torch.nn.functional.grouped_mm` does not. Unlike the backward
+    pass of `grouped_mm`, the backward pass of this class supports expanded gradients.
     """
 
     @staticmethod

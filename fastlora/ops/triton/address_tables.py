@@ -40,11 +40,11 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, table_shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object that describes the rank rows of lora_a factors.
+    """Return a `RankRows` object with the address table of lora_a factors.
 
-    Kernels use the object to read the rank rows of the factors by address. The object contains a
-    table of the factors' addresses and a table of their ranks. Each table has the given
-    ``table_shape``, with one entry for each factor. All factors must be aligned.
+    Kernels use the object to read the rank rows of the factors by address. The object also contains
+    a table of the factors' ranks. Each table has the given ``table_shape``, with one entry for each
+    factor. All factors must be aligned.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (

@@ -66,14 +66,17 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of s, lora_b, and lora_bias, and the column sums of dy.
+    """Return the gradient of lora_b, together with ds and the column sums of dy.
 
     The result is a tuple of three items. The first item, ds, is the gradient of s. The column sums
-    are the gradient of the layer's bias. For one slot, the second item is the gradient of lora_b
-    alone, and the column sums are computed if ``with_bias`` requests them. For a mixed batch, the
-    second item is a buffer with the gradients of lora_b and lora_bias of all slots, and the column
-    sums are empty. The buffer is empty unless ``with_factors`` is set. ``run`` is the largest
-    number of sorted rows on which one program works.
+    are the gradient of the layer's bias. For a mixed batch, the gradients of lora_bias are also
+    returned.
+
+    For one slot, the second item is the gradient of lora_b alone, and the column sums are computed
+    if ``with_bias`` requests them. For a mixed batch, the second item is a buffer with the
+    gradients of lora_b and lora_bias of all slots, and the column sums are empty. The buffer is
+    empty unless ``with_factors`` is set. ``run`` is the largest number of sorted rows on which one
+    program works.
     """
     ups = replace_missing_with_empty(lora_b, 1)
     if not rows:

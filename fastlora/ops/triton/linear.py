@@ -150,10 +150,12 @@ def grouped_forward(
 ) -> list[torch.Tensor]:
     """Compute the outputs of a group of LoRA linear layers that share an input.
 
-    Returns a list, as `Backend.grouped_forward` does. The layers of the group share their kernel
-    launches if possible. Each layer has its own launches if there is dropout, if a tensor's layout
-    is not supported in a shared launch, or if the weights, biases, or factors differ in kind or
-    dtype.
+    The result is a list of the outputs. If ``with_s`` is True, the list also contains the s of the
+    layers, as in `Backend.grouped_forward`. ``operands`` are the weights, biases, lora_a factors,
+    lora_b factors, scalings, and seeds of the layers, in this order. The layers of the group share
+    their kernel launches if possible. Each layer has its own launches if there is dropout, if a
+    tensor's layout is not supported in a shared launch, or if the weights, biases, or factors
+    differ in kind or dtype.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]

@@ -85,10 +85,10 @@ def shrink_with_partials(
     All rows use one adapter, and ``lora_a`` contains the adapter's factor for each module. The
     result is a tuple. Its first item is s, ``[M, R]``, with the modules side by side.
 
-    If K is not split, the second item is s itself. Otherwise, s is uninitialized, and the next
-    launch adds the partial sums and stores the result in s. Each partial sum has M rows. The stride
-    between partial sums is a multiple of 16 elements for every M, because Triton would otherwise
-    compile another kernel.
+    If K is not split, the second item is s itself. Otherwise, s is the sum of the partial sums. The
+    next launch adds the partial sums and stores the result in s, which is uninitialized until then.
+    Each partial sum has M rows. The stride between partial sums is a multiple of 16 elements for
+    every M, because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     launch = "lora_shrink"

@@ -64,7 +64,7 @@ class SampleOrder:
         self._epochs: dict[int, torch.Tensor] = {}
 
     def step_samples(self, step: int) -> list[SampleRef]:
-        """Return references to the samples of a step.
+        """Return references to the samples that a training step uses.
 
         Steps are counted from 0.
         """

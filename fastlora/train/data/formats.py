@@ -84,16 +84,19 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample consists of chat messages rather than text."""
+        """Whether the data of the sample is in chat format.
+
+        A sample in chat format consists of chat messages rather than text.
+        """
         return isinstance(self.text, list)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for training data, such as its format and its packing.
+    """Options for how training data is read and prepared.
 
-    The options determine how the data files of a run are read and prepared. They apply to
-    evaluation data too.
+    The options include the format of the data files and the packing of the samples. The options
+    apply to evaluation data too.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
@@ -115,7 +118,7 @@ class DataOptions:
 
 
 class SamplesFromFiles(NamedTuple):
-    """The samples that were read from one or more files.
+    """The samples that were read from data files, with information about the files.
 
     Attributes:
         found: All samples, in order. Each sample contains its source.
@@ -131,7 +134,9 @@ class SamplesFromFiles(NamedTuple):
 
 
 def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesFromFiles:
-    """Read the samples of several files.
+    """Read samples from data files.
+
+    The result also contains information about the files, such as the format of each file.
 
     Args:
         paths: Files that end in ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, or ``.parquet``; folders
@@ -350,9 +355,10 @@ class _RowValues:
         return found
 
     def get_chat_template_kwargs(self) -> dict[str, Any]:
-        """Return the row's additional keyword arguments for the chat template.
+        """Return the additional keyword arguments for the chat template.
 
-        The chat template gets these arguments in addition to the messages.
+        The chat template gets these arguments in addition to the messages. The arguments come from
+        the columns ``tools`` and ``chat_template_kwargs`` of the row.
         """
         found: dict[str, Any] = {}
         if "tools" in self._names and (tools := self._get_parsed_value("tools")) is not None:

@@ -38,7 +38,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus of tokenized samples.
+    """A corpus of tokenized samples for training or evaluation.
 
     The methods `token_ids` and `labels` return the token ids and the labels of a sample. The corpus
     stores the tokens and the loss masks of the samples, from which `labels` creates the labels.
@@ -140,7 +140,7 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token of the document contributes to the loss.
+        """Whether the document has tokens that contribute to the loss.
 
         The document is assumed to have a row of its own. No token then precedes the first token of
         the document, so the first token does not contribute to the loss.
