@@ -14,6 +14,9 @@ import torch
 
 from fastlora.deprecation import renamed_attributes
 
+# Larger ranks overflow the sizes of tensors.
+_LARGEST_RANK = 2**31 - 1
+
 
 class FastLoraError(Exception):
     """Base class of the errors that are specific to fastlora.
@@ -148,13 +151,16 @@ def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
     return f"; close names: {', '.join(close)}" if close else ""
 
 
-def check_rank(r: object) -> int:
+def check_rank(r: object, name: str = "r") -> int:
     """Check that a rank is a positive integer, and return it.
 
-    Raises `ConfigError` if it is not.
+    Raises `ConfigError`, whose message contains ``name``, if it is not, or if no tensor can have
+    this rank.
     """
     if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
-        raise ConfigError(f"r must be a positive integer, got {r!r}")
+        raise ConfigError(f"{name} must be a positive integer, got {r!r}")
+    if r > _LARGEST_RANK:
+        raise ConfigError(f"{name} must be at most {_LARGEST_RANK}, got {r}")
     return r
 
 

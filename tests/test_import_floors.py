@@ -34,17 +34,17 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 CODE_LINES = {
     "algebra": 113,
     "autograd": 831,
-    "commands": 1768,  # vLLM in doctor
+    "commands": 1850,  # vLLM in doctor, closed pipes, and names with dots in chat
     "init": 879,
     "integrations": 1780,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6961,  # replaced forwards, and hooks of adapted parameters
-    "model": 7010,  # warm-up, and experts in recommend
+    "model": 7090,  # warm-up, experts in recommend, and modules with two names
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
-    "optimizers": 247,
-    "pool": 1750,  # parameters, and stacks of them, as targets; longer names
-    "routing": 1649,  # longer names
-    "serve": 1990,
-    "train": 3609,
+    "optimizers": 260,  # copies of LoRA-FA optimizers
+    "pool": 1760,  # parameters, and stacks of them, as targets; longer names
+    "routing": 1665,  # longer names, and blocks of other coroutines
+    "serve": 2070,  # paths of invalid fields
+    "train": 3700,  # checks of prompts, merge keys in YAML, and limits of settings
     "kernels": 4320,
 }
 # Folders and files of the package from the ground up; an import may not go up.

@@ -297,9 +297,9 @@ def save_adapter_folder(
     PEFT and fastlora can load the folder. The config is written with ``inference_mode=True``. Both
     files are first written completely under temporary names. Then the weights file is renamed, and
     after it the config file. If the save fails or the process is killed before the renames, the old
-    adapter remains. If the process is killed between the renames, fastlora reads the new adapter,
-    but other readers find the new weights beside the old config. Concurrent saves into the same
-    folder run one after another.
+    adapter remains. If there was no folder, a failed save leaves none. If the process is killed
+    between the renames, fastlora reads the new adapter, but other readers find the new weights
+    beside the old config. Concurrent saves into the same folder run one after another.
 
     Args:
         path: The folder. It is created if it does not exist.
@@ -317,13 +317,22 @@ def save_adapter_folder(
         raise CheckpointError(f"{folder}: expected a folder, found a file")
     parse_and_check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
     text = config.to_json(inference_mode=True, auto_mapping=auto_mapping).encode("utf-8")
-    if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        fsync_path(folder.parent)
-    paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    with folder_lock(folder), atomic_replace_each_file(*paths) as (weights, new_config):
-        write_safetensors(weights, tensors, make_weights_file_metadata(folder, text))
-        new_config.write_bytes(text)
+    with contextlib.ExitStack() as on_error:
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            on_error.callback(_remove_folder_if_empty, folder)
+            fsync_path(folder.parent)
+        paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+        with folder_lock(folder), atomic_replace_each_file(*paths) as (weights, new_config):
+            write_safetensors(weights, tensors, make_weights_file_metadata(folder, text))
+            new_config.write_bytes(text)
+        on_error.pop_all()
+
+
+def _remove_folder_if_empty(folder: Path) -> None:
+    """Remove a folder, unless it contains files, for example of another process."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def parse_and_check_tensors(

@@ -6,7 +6,7 @@ Each error message names the field, its value, and the expected value.
 from __future__ import annotations
 
 import enum
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -231,8 +231,8 @@ def _check_pattern(name: str, patterns: Any) -> None:
     for key, value in patterns.items():
         if name == "alpha_pattern":
             _check_number(f"alpha_pattern[{key!r}]", value)
-        elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ConfigError(f"rank_pattern[{key!r}] must be a positive integer, got {value!r}")
+        else:
+            check_rank(value, f"rank_pattern[{key!r}]")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -244,7 +244,8 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
 
 

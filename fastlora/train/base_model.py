@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from fastlora.integrations.transformers import (
     quiet_transformers,
 )
 from fastlora.train.data import TokenizedCorpus
+from fastlora.train.data.tokenization import format_and_tokenize_prompt
 from fastlora.train.processes import TrainError, import_or_raise
 from fastlora.train.quantization import (
     base_model_dtype,
@@ -52,7 +53,7 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
         ) from error
     if settings.chat_template is not None:
         try:
-            found.chat_template = settings.chat_template.read_text(encoding="utf-8")
+            found.chat_template = settings.chat_template.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{settings.chat_template}: cannot be read ({error})") from error
     return found
@@ -159,9 +160,7 @@ def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCo
         ConfigError: A sample is longer than the model's maximum number of positions.
         CheckpointError: A token id is outside the model's vocabulary.
     """
-    positions = getattr(base.config, "max_position_embeddings", None)
-    embedding: Any = base.get_input_embeddings()
-    vocabulary = embedding.weight.shape[0]
+    positions = _max_positions(base)
     for corpus in corpora:
         longest = max(range(len(corpus)), key=corpus.num_tokens)
         if positions is not None and corpus.num_tokens(longest) > positions:
@@ -169,9 +168,54 @@ def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCo
                 f"{corpus.sources[longest]} has {corpus.num_tokens(longest)} tokens, but the base "
                 f"model supports at most {positions}; set max_length to {positions} or less"
             )
-        largest = int(corpus.ids.max())
-        if largest >= vocabulary:
-            raise CheckpointError(
-                f"the tokenizer produced token id {largest}, but the base model has only "
-                f"{vocabulary} token embeddings; use the tokenizer that belongs to the model"
-            )
+        _check_token_ids_fit_model(base, int(corpus.ids.max()))
+
+
+def check_prompts_fit_model(
+    base: PreTrainedModel,
+    settings: TrainSettings,
+    corpora: Mapping[str, TokenizedCorpus],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise an error unless the base model can process all prompts and their longest answers.
+
+    ``corpora`` maps each adapter to its training data, whose format determines the format of the
+    prompts.
+
+    Raises:
+        ConfigError: A prompt and its longest answer have more tokens than the model's maximum
+            number of positions.
+        CheckpointError: A token id is outside the model's vocabulary.
+    """
+    positions, answer = _max_positions(base), settings.sample_tokens
+    for adapter in settings.adapters:
+        for prompt in adapter.prompts:
+            ids = format_and_tokenize_prompt(prompt, corpora[adapter.name], tokenizer)
+            _check_token_ids_fit_model(base, max(ids, default=0))
+            if positions is not None and len(ids) + answer > positions:
+                remedy = (
+                    f"set sample_tokens to {positions - len(ids)} or less"
+                    if len(ids) < positions
+                    else "shorten the prompt"
+                )
+                raise ConfigError(
+                    f"adapter {adapter.name!r}: the prompt {prompt[:40]!r} has {len(ids)} tokens, "
+                    f"and its answer has up to {answer}, but the base model supports at most "
+                    f"{positions} in total; {remedy}"
+                )
+
+
+def _max_positions(base: PreTrainedModel) -> int | None:
+    """Return the model's maximum number of positions, or None if it has no maximum."""
+    return getattr(base.config, "max_position_embeddings", None)
+
+
+def _check_token_ids_fit_model(base: PreTrainedModel, largest: int) -> None:
+    """Raise `CheckpointError` if the largest token id is outside the model's vocabulary."""
+    embedding: Any = base.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer produced token id {largest}, but the base model has only "
+            f"{vocabulary} token embeddings; use the tokenizer that belongs to the model"
+        )

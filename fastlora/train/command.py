@@ -260,6 +260,9 @@ def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
     """
     prepare.check_model_and_out_paths(settings)
     found = prepare.checkpoint_to_resume(settings, allow_resume=resume)
+    state = None if found is None else checkpoint.read_checkpoint_state(found)
+    if state is not None:
+        settings = prepare.with_adapters_in_checkpoint_order(settings, state)
     check_trackers(settings.track)
     base = base_model.build_base_model_on_meta(settings, keep_stored_quantization=True)
     advice = recommend(base)
@@ -275,13 +278,13 @@ def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
     is_quantized = first.scale_bytes > 0
     # This adds the adapters to the base model.
     fusion = _add_adapters_and_report_fusion(base, settings, advice, device, is_quantized)
-    state = None if found is None else checkpoint.read_checkpoint_state(found)
     processes = torchrun_world_size()
     tokenizer = base_model.load_tokenizer(settings)
     corpora = prepare.read_and_tokenize_data(settings, tokenizer)
     held_out = prepare.read_and_tokenize_data(settings, tokenizer, "eval_data")
     schedule = prepare.make_sample_schedule(settings, corpora, processes)
     base_model.check_samples_fit_model(base, [*corpora.values(), *held_out.values()])
+    base_model.check_prompts_fit_model(base, settings, corpora, tokenizer)
     held = sum(e.training_bytes for e in estimates.values())
     trained = sum(e.adapter_parameters for e in estimates.values())
     length = max(corpus.num_tokens(i) for corpus in corpora.values() for i in range(len(corpus)))

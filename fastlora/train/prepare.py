@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.recommend import Recommendation
 from fastlora.model.targets import check_all_target_modules_match
 from fastlora.train.adapter_training_state import adapter_parameters
-from fastlora.train.checkpoint import list_checkpoints
+from fastlora.train.checkpoint import CheckpointState, list_checkpoints
 from fastlora.train.data import SampleOrder, TokenizedCorpus, derive_seed, tokenize_files
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
 from fastlora.train.processes import TrainError, import_or_raise
@@ -32,6 +33,10 @@ from fastlora.validation import CheckpointError, ConfigError, error_prefix
 if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Fields of config.json that differ between copies of the same model. The fingerprints of the
+# weights contain their dtypes.
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -87,6 +92,19 @@ def checkpoint_to_resume(settings: TrainSettings, *, allow_resume: bool) -> Path
             "choose another output folder"
         )
     return found[-1] if found else None
+
+
+def with_adapters_in_checkpoint_order(
+    settings: TrainSettings, state: CheckpointState
+) -> TrainSettings:
+    """Return the settings with the adapters in the order of a checkpoint's run.
+
+    The order of the adapters determines the samples of each step, so a resumed run keeps it even if
+    the config file lists the adapters in another order.
+    """
+    order = {name: place for place, name in enumerate(state.identity.get("adapters", ()))}
+    adapters = sorted(settings.adapters, key=lambda own: order.get(own.name, len(order)))
+    return replace(settings, adapters=tuple(adapters))
 
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
@@ -405,6 +423,7 @@ def run_identity(
             "max_grad_norm": adapter.max_grad_norm,
             "config": config,
         }
+    described = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     # Included only if set, so that checkpoints from before this setting existed can resume.
     bits = {"load_in": settings.load_in} if settings.load_in else {}
     return bits | {
@@ -415,4 +434,5 @@ def run_identity(
         "gradient_checkpointing": settings.gradient_checkpointing,
         "adapters": adapters,
         "model": dict(weights),
+        "model_config": {k: v for k, v in described.items() if k not in _NOT_OF_THE_MODEL},
     }

@@ -131,8 +131,8 @@ def train(
         NonFiniteError: A loss, gradient, or weight is not finite. In fp16, steps with a non-finite
             gradient are skipped; the error is raised if an adapter's loss scale falls too low or
             the adapter never takes a step. The checkpoints are unchanged.
-        TrainError: The log, the losses, or the data of a tracker cannot be written. The run has
-            ended after its step, as after a signal.
+        TrainError: The log, the losses, or the data of a tracker cannot be written, or the answers
+            to the prompts cannot be generated. The run has ended after its step, as after a signal.
         CheckpointError: An adapter or a checkpoint cannot be written. The older checkpoints are
             unchanged. After the first step, the messages of this error and of `TrainError` name the
             saved adapters and the newest checkpoint.
@@ -201,12 +201,15 @@ class Run:
         on_message: Callable[[str], object] | None = None,
     ) -> None:
         state = None if resumed is None else checkpoint.read_checkpoint_state(resumed)
+        if state is not None:
+            settings = prepare.with_adapters_in_checkpoint_order(settings, state)
         self.processes = processes
         self.settings = settings
         self._signals = signals
         # Whether any process had a reason to stop when the processes last exchanged losses.
         self._stop_agreed = False
-        # The first failure to write the log, the losses, or tracker data; it ends the run.
+        # The first failure to write the log, the losses, or tracker data, or to generate answers.
+        # It ends the run.
         self._failure: TrainError | None = None
         self.progress = progress and self.processes.main
         self.root = settings.out / "checkpoints"
@@ -249,6 +252,7 @@ class Run:
             torch.use_deterministic_algorithms(True, warn_only=True)
         base = base_model.load_base_model(settings, device, progress=self.progress)
         base_model.check_samples_fit_model(base, [*self.corpora.values(), *self.held_out.values()])
+        base_model.check_prompts_fit_model(base, settings, self.corpora, self.tokenizer)
         base_model.enable_gradient_checkpointing_if_set(base, settings)
         model = prepare.add_trainable_adapters(base, settings, recommend(base))
         model.to(device)
@@ -258,10 +262,10 @@ class Run:
 
     def _resume(self, path: Path, state: checkpoint.CheckpointState) -> None:
         steps, before = self.schedule.steps, state.identity.get("steps")
-        # Only the number of steps may change; the learning rates follow it.
-        found = checkpoint.describe_identity_differences(
-            {**state.identity, "steps": steps}, self.identity
-        )
+        # Only the number of steps may change; the learning rates follow it. Checkpoints from before
+        # the identity contained the model's config do not have it.
+        known = {"model_config": self.identity["model_config"], **state.identity, "steps": steps}
+        found = checkpoint.describe_identity_differences(known, self.identity)
         if found:
             raise CheckpointError(
                 f"{path} is from a different run: {_join_first_and_count_rest(found, 5, '; ')}"
@@ -290,8 +294,8 @@ class Run:
 
         Raises:
             RunInterrupted: A signal arrived. Everything trained so far has been saved.
-            TrainError: The log or the data of a tracker could not be written. Everything trained so
-                far has been saved.
+            TrainError: The log or the data of a tracker could not be written, or an answer could
+                not be generated. Everything trained so far has been saved.
             NonFiniteError, CheckpointError: See `train`.
         """
         settings, steps = self.settings, self.schedule.steps
@@ -621,20 +625,30 @@ class Run:
         return found
 
     def generate_and_log_answers(self) -> None:
-        """Generate answers to the prompts in the settings, and log the answers.
+        """Generate answers to the prompts of the run, and log the answers.
 
         Each adapter answers its own prompts. Only the main process generates answers. The other
-        processes wait at the next step.
+        processes wait at the next step. An error of the model ends the run as a write error does.
         """
         prompts = {a.name: a.prompts for a in self.settings.adapters if a.prompts}
         if not prompts or not self.processes.main:
             return
         self.model.eval()
         tokens = self.settings.sample_tokens
-        found = generate_answers(
-            self.model, self.tokenizer, prompts, self.corpora, tokens, self.pad
-        )
-        self.model.train()
+        try:
+            found = generate_answers(
+                self.model, self.tokenizer, prompts, self.corpora, tokens, self.pad
+            )
+        except Exception as error:
+            failure = TrainError(
+                f"the answers to the prompts could not be generated ({type(error).__name__}: "
+                f"{error}); change or remove the prompts"
+            )
+            failure.__cause__ = error
+            self._failure = self._failure or failure
+            return
+        finally:
+            self.model.train()
         entries = {
             name: [{"prompt": p, "answer": a} for p, a in zip(prompts[name], own, strict=True)]
             for name, own in found.items()

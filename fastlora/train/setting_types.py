@@ -14,6 +14,10 @@ from fastlora.validation import ConfigError, near_names
 
 # PyTorch multiplies parameters by fp32 scalars. This is just below the largest fp32 number.
 LARGEST = 3.4e38
+# A run counts its samples before it starts, which takes too long for larger numbers.
+LARGEST_STEPS = 100_000_000
+LARGEST_EPOCHS = 1_000_000
+LARGEST_BATCH = 100_000
 # The first step of AdamW divides the learning rate by 1 - beta1 = 0.1.
 LARGEST_RATE = 3.4e37
 
@@ -32,12 +36,14 @@ class SettingType(NamedTuple):
     flag: dict[str, Any]
 
 
-def integer_from(low: int) -> SettingType:
+def integer_from(low: int, high: float = math.inf) -> SettingType:
     def check(value: Any, where: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{where} must be an integer, got {value!r}")
         if value < low:
             raise ConfigError(f"{where} must be at least {low}, got {value}")
+        if value > high:
+            raise ConfigError(f"{where} must be at most {high}, got {value}")
         return value
 
     return SettingType(check, {"type": int, "metavar": "N"})
@@ -46,7 +52,7 @@ def integer_from(low: int) -> SettingType:
 def number_up_to(high: float) -> SettingType:
     def check(value: Any, where: str) -> float:
         real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not real or not math.isfinite(value) or not 0.0 <= value <= high:
+        if not real or not 0.0 <= value <= high:
             large = real and value > high
             ends = f"from 0 to {high:g}" if high < LARGEST_RATE or large else "at least 0"
             raise ConfigError(f"{where} must be a number {ends}, got {value!r}")
@@ -65,9 +71,12 @@ def one_of(*choices: str) -> SettingType:
 
 
 def _path(value: Any, where: str) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value):
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise ConfigError(f"{where} must be a path, got {value!r}")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{where}: {value} has no home folder; write the full path") from error
 
 
 def _files(value: Any, where: str) -> tuple[Path, ...]:
@@ -122,8 +131,8 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 SWITCH = SettingType(_truth, {"action": "store_const", "const": True})
-DIR = SettingType(_path, {"type": Path, "metavar": "DIR"})
-FILE = SettingType(_path, {"type": Path, "metavar": "FILE"})
+DIR = SettingType(_path, {"metavar": "DIR"})
+FILE = SettingType(_path, {"metavar": "FILE"})
 FILES = SettingType(_files, {})
 TEXTS = SettingType(_texts, {"type": _parse_comma_list, "metavar": "NAME,NAME,..."})
 PAIRS = SettingType(_columns, {"type": _pairs, "metavar": "FIELD=COLUMN,..."})

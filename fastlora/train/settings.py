@@ -7,7 +7,6 @@ setting's valid values and its command-line flag.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,10 @@ from fastlora.train.setting_types import (
     FILE,
     FILES,
     LARGEST,
+    LARGEST_BATCH,
+    LARGEST_EPOCHS,
     LARGEST_RATE,
+    LARGEST_STEPS,
     PAIRS,
     SWITCH,
     TEXTS,
@@ -35,10 +37,19 @@ from fastlora.train.setting_types import (
     setting_field,
 )
 from fastlora.train.settings_file import read_settings_file
-from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
+from fastlora.validation import (
+    AdapterStateError,
+    ConfigError,
+    check_rank,
+    error_prefix,
+    near_names,
+)
 
-# Reserved names: folders with these names are stored beside the adapters in the output folder.
-RESERVED_NAMES = ("checkpoints", "trackers")
+# Reserved names: folders beside the adapters in the output folder, and the base model's name in
+# `fastlora serve` and `fastlora chat`.
+RESERVED_NAMES = ("checkpoints", "trackers", "base")
+# `fastlora serve` accepts these names. It also accepts dots, which no adapter of a model may have.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 
 # Short names -> field names.
 ALIASES = {
@@ -65,8 +76,8 @@ class AdapterSettings:
     and alpha is not, alpha is twice the rank.
 
     Attributes:
-        name: Name of the adapter and of its folder in the output folder: letters, digits, ``_``,
-            and ``-``.
+        name: Name of the adapter and of its folder in the output folder: up to 128 letters, digits,
+            ``_``, and ``-``. The first character is not ``-``.
         data: Training files, in the formats that `fastlora.train.data.read_samples` reads.
         eval_data: Evaluation files, in the same formats.
         format: Format of the data. It is only needed if the columns match several formats.
@@ -126,9 +137,9 @@ class AdapterSettings:
             ConfigError: A field is invalid.
         """
         given = dict(self.lora)
-        if "r" in given and "lora_alpha" not in given:
-            given["lora_alpha"] = 2 * given["r"]  # the ratio that fastlora.recommend uses
         with error_prefix(f"adapter {self.name!r}"):
+            if "r" in given:  # the ratio that fastlora.recommend uses
+                given.setdefault("lora_alpha", 2 * check_rank(given["r"]))
             return advice.config(task_type="CAUSAL_LM", **given)
 
 
@@ -146,11 +157,17 @@ class TrainSettings:
     adapters: tuple[AdapterSettings, ...]
     model: Path = setting_field(DIR, "folder of the base model")
     out: Path = setting_field(DIR, "output folder for adapters, checkpoints, and the log")
-    steps: int | None = setting_field(integer_from(1), "number of optimizer steps", None)
-    epochs: float = setting_field(
-        number_up_to(math.inf), "number of passes over the data, if --steps is not given", 1.0
+    steps: int | None = setting_field(
+        integer_from(1, LARGEST_STEPS), "number of optimizer steps", None
     )
-    batch_size: int = setting_field(integer_from(1), "samples per step, over all processes", 8)
+    epochs: float = setting_field(
+        number_up_to(LARGEST_EPOCHS),
+        "number of passes over the data, if --steps is not given; overrides steps in the file",
+        1.0,
+    )
+    batch_size: int = setting_field(
+        integer_from(1, LARGEST_BATCH), "samples per step, over all processes", 8
+    )
     micro_batch_size: int | None = setting_field(
         integer_from(1), "samples per forward (default: all samples of a process)", None
     )
@@ -270,6 +287,8 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
     for key in ("data", "eval_data"):
         for name, files in flags.pop(key, {}).items():
             tables[name] = {**tables.get(name, {}), key: files}
+    if "epochs" in flags and "steps" not in flags:
+        given.pop("steps", None)  # it would take precedence over epochs
     top = given | flags
     for key in top:
         if key not in _TOP:
@@ -303,10 +322,10 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
 
 def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     where = f"adapters.{name}"
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED_NAMES:
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
         raise ConfigError(
-            f"{where}: invalid adapter name {name!r}; use only letters, digits, _, and -, and do "
-            f"not use the reserved names {' and '.join(RESERVED_NAMES)}"
+            f"{where}: invalid adapter name {name!r}; use at most 128 letters, digits, _, and -, "
+            f"do not begin with -, and do not use the reserved names {', '.join(RESERVED_NAMES)}"
         )
     with error_prefix(where):
         check_adapter_name(name)

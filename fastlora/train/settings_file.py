@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from fastlora.validation import ConfigError
 
 _KINDS = {".toml": "TOML", ".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}
 # Floating-point numbers of YAML 1.2. PyYAML implements YAML 1.1, in which 2e-4 is a string.
-_YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+# Integers of YAML 1.2. In YAML 1.1, 010 is 8.
+_YAML_INTEGER = re.compile(r"[-+]?[0-9]+\Z")
+_YAML_MERGE = "tag:yaml.org,2002:merge"  # the tag of the key <<, which YAML 1.2 no longer has
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -28,11 +32,11 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if kind is None:
         raise ConfigError(f"{path}: expected a .toml, .json, or .yaml file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     try:
-        data = json.loads(text) if kind == "JSON" else (_toml if kind == "TOML" else _yaml)(text)
+        data = {"JSON": _json, "TOML": _toml, "YAML": _yaml}[kind](text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -40,6 +44,21 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected an object, found {type(data).__name__}")
     return _resolve_paths(data, path.parent)
+
+
+def _json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_no_key_twice([name for name, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _check_no_key_twice(names: list[str]) -> None:
+    """Raise `ValueError` if a table contains the same key twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} appears twice; keep only one")
 
 
 def _toml(text: str) -> Any:
@@ -66,23 +85,40 @@ def _yaml(text: str) -> Any:
     class UniqueKeyLoader(yaml.SafeLoader):
         """A YAML loader that rejects duplicate keys.
 
-        Keys must be strings. Values are plain, as in `yaml.SafeLoader`.
+        Keys must be strings. Values are plain, as in `yaml.SafeLoader`. Integers may begin with 0.
         """
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            own = [(key, value) for key, value in node.value if key.tag != _YAML_MERGE]
+            names = [self.construct_object(key, deep=True) for key, _ in own]
             for name in names:
                 if not isinstance(name, str):
                     raise ValueError(f"the key {name!r} is not a string; put it in quotes")
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                raise ValueError(f"the key {twice[0]!r} appears twice")
-            found: dict[Any, Any] = super().construct_mapping(node, deep)
-            return found
+            _check_no_key_twice(names)
+            # Of the pairs with the same key, keep the mapping's own or the first merged one.
+            merged = [value for key, value in node.value if key.tag == _YAML_MERGE]
+            pairs = {key.value: (key, value) for key, value in own}
+            while merged:
+                source = merged.pop(0)
+                if isinstance(source, yaml.SequenceNode):
+                    merged = source.value + merged
+                elif isinstance(source, yaml.MappingNode):
+                    pairs = {key.value: (key, value) for key, value in source.value} | pairs
+                else:
+                    raise ValueError("the value of the key << must be a table or a list of tables")
+            node.value = list(pairs.values())
+            return node
 
-    UniqueKeyLoader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789")
-    )
+        def construct_yaml_int(self, node: Any) -> int:
+            text = self.construct_scalar(node)
+            return int(text if _YAML_INTEGER.match(text) else super().construct_yaml_int(node))
+
+    UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", UniqueKeyLoader.construct_yaml_int)
+    for kind, pattern in (("int", _YAML_INTEGER), ("float", _YAML_FLOAT)):
+        UniqueKeyLoader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", pattern, list("-+.0123456789")
+        )
     try:
         return yaml.load(text, UniqueKeyLoader)  # UniqueKeyLoader is a SafeLoader
     except yaml.YAMLError as error:
@@ -99,7 +135,9 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     def path(value: Any) -> Any:
         if isinstance(value, list):
             return [path(entry) for entry in value]
-        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+        # Empty paths are rejected later, and ~ is expanded later.
+        relative = isinstance(value, str) and value and not value.startswith("~")
+        return str(folder / value) if relative else value
 
     def anchor(table: Any, *keys: str) -> Any:
         if not isinstance(table, dict):

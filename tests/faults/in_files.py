@@ -79,12 +79,12 @@ FAULTS = (
         source="R2",
         path="fastlora/model/adapter_folder.py",
         before="""\
-    paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    with folder_lock(folder), atomic_replace_each_file(*paths) as (weights, new_config):
+        paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+        with folder_lock(folder), atomic_replace_each_file(*paths) as (weights, new_config):
 """,
         after="""\
-    paths = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    with folder_lock(folder), atomic_replace_each_file(*paths) as (new_config, weights):
+        paths = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+        with folder_lock(folder), atomic_replace_each_file(*paths) as (new_config, weights):
 """,
         tests=("tests/crash/test_save.py::test_kills_at_fixed_calls[1]",),
     ),

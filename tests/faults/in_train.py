@@ -209,4 +209,53 @@ FAULTS = (
         after="    except BlockingIOError:\n",
         tests=(f"{_CLI}/test_train_cli_interrupt.py::test_the_reader_of_the_output_ends_first",),
     ),
+    Fault(
+        sentence="A run that is resumed with its adapters in another order shuffles anew.",
+        kind="a resume that does not repeat",
+        source="review of train",
+        path="fastlora/train/run.py",
+        before=(
+            "            settings = prepare.with_adapters_in_checkpoint_order(settings, state)\n"
+        ),
+        after="            prepare.with_adapters_in_checkpoint_order(settings, state)\n",
+        tests=(
+            f"{_CLI}/test_train_cli_checkpoints.py::test_resume_with_adapters_in_another_order",
+        ),
+    ),
+    Fault(
+        sentence="Of two adapters of one name in a JSON config, one is dropped without a word.",
+        kind="a key that is dropped",
+        source="review of train",
+        path="fastlora/train/settings_file.py",
+        before="    return json.loads(text, object_pairs_hook=unique)\n",
+        after="    return json.loads(text)\n",
+        tests=(f"{_CLI}/test_train_cli_errors.py::test_bad_config_files",),
+    ),
+    Fault(
+        sentence="The flag --epochs does nothing if the config file has steps.",
+        kind="a flag that is ignored",
+        source="review of train",
+        path="fastlora/train/settings.py",
+        before='        given.pop("steps", None)  # it would take precedence over epochs\n',
+        after="        pass\n",
+        tests=(f"{_CLI}/test_train_cli_options.py::test_toml_and_precedence",),
+    ),
+    Fault(
+        sentence="A prompt whose answer exceeds the model's positions fails after all steps.",
+        kind="a check that comes too late",
+        source="review of train",
+        path="fastlora/train/base_model.py",
+        before="            if positions is not None and len(ids) + answer > positions:\n",
+        after="            if positions is not None and len(ids) > positions:\n",
+        tests=(f"{_CLI}/test_train_cli_errors.py::test_prompts_that_the_model_cannot_take",),
+    ),
+    Fault(
+        sentence="An error while the model answers prompts loses everything that the run trained.",
+        kind="a run that is lost",
+        source="review of train",
+        path="fastlora/train/run.py",
+        before="            self._failure = self._failure or failure\n            return\n",
+        after="            raise\n",
+        tests=(f"{_CLI}/test_train_cli_interrupt.py::test_answers_that_the_model_cannot_give",),
+    ),
 )

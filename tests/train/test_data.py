@@ -227,7 +227,20 @@ def test_settings_in_yaml(tmp_path: Path) -> None:
     assert settings.chat_template == tmp_path / "t.jinja"
     assert (adapter.learning_rate, adapter.data) == (2e-4, (tmp_path / "a.jsonl",))
     assert adapter.lora == {"lora_alpha": 8, "r": 4} and adapter.columns == {"prompt": "question"}
+    text = (
+        "model: base\nout: 7b/x\nsteps: 010\nbatch_size: 08\nseed: 0x10\n"
+        "adapters:\n  a: &a {data: a.txt, lr: 2, <<: &d {r: 4, alpha: 8}, r: 2}\n"
+        "  b: {<<: [*a, *d], lr: 3}\n"
+    )
+    settings = read_settings(written(tmp_path, "r.yaml", text), {})
+    a, b = settings.adapters
+    assert (settings.steps, settings.batch_size, settings.seed) == (10, 8, 16)
+    assert settings.out == tmp_path / "7b/x"
+    assert a.lora == b.lora == {"r": 2, "lora_alpha": 8} and a.data == b.data
+    assert (a.learning_rate, b.learning_rate) == (2, 3)
     for text, words in (
+        ("adapters: {a: {<<: {r: 2}, r: 3, r: 4}}", "the key 'r' appears twice"),
+        ("adapters: {a: {<<: [{r: 2}, 3]}}", "the value of the key << must be a table or a list"),
         ("model: [", "r.yml: not valid YAML"),
         ("model: a\nmodel: b", "the key 'model' appears twice"),
         ("adapters: {no: 3}", "the key False is not a string; put it in quotes"),

@@ -68,6 +68,21 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path) -> None:
+    """A prompt and the longest answer to it share the positions of the model."""
+    short = train_runs.make_base(tmp_path / "short", max_position_embeddings=40)
+    given |= {"model": str(short), "sample_tokens": 37}
+    for prompt, remedy in (("tide", "set sample_tokens to 36 or less"), ("x" * 40, "shorten the")):
+        given["defaults"]["prompts"] = [prompt]
+        for flags in ((), ("--dry-run",)):
+            error = fails(given, *flags)
+            assert f"the prompt {prompt!r} has {len(prompt)} tokens, and its answer has" in error
+            assert f"supports at most 40 in total; {remedy}" in error
+    assert not (tmp_path / "out").exists()
+    given["defaults"]["prompts"] = ["tide"]
+    train_runs.train(tmp_path / "c.json", given | {"sample_tokens": 36})
+
+
 # ----------------------------------------------------------------------------------------- config
 
 
@@ -112,7 +127,28 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("dtype", "float8_e4m3fn", "dtype must be one of auto, float32, bfloat16, float16"),
         ("chat", "yes", "chat must be true or false"),
         ("chat", True, "tokenizer has no chat template"),
-        ("epochs", -1, "epochs must be a number at least 0"),
+        ("epochs", -1, "epochs must be a number from 0 to 1e+06, got -1"),
+        ("epochs", 1e308, "epochs must be a number from 0 to 1e+06, got 1e+308"),
+        ("steps", 10**20, "steps must be at most 100000000, got 1"),
+        ("batch_size", 10**20, "batch_size must be at most 100000, got 1"),
+        pytest.param(
+            *("adapters.a.lr", 10**400, "learning_rate must be a number from 0 to 3.4e+37, got 1"),
+            id="a large lr",
+        ),
+        pytest.param(
+            *("adapters.a.alpha", 10**400, "'a': lora_alpha must be a finite number, got 1"),
+            id="a large alpha",
+        ),
+        ("adapters.a.r", 10**30, "'a': r must be at most 2147483647, got 1"),
+        ("adapters.a.rank_pattern", {"q": 10**30}, "rank_pattern['q'] must be at most 2147483647"),
+        ("model", "~nosuchuser/x", "model: ~nosuchuser/x has no home folder; write the full path"),
+        ("adapters.a.data", "a\0b", "adapters.a.data must be a path, got '"),
+        ("out", "", "out must be a path, got ''"),
+        ("chat_template", "", "chat_template must be a path, got ''"),
+        ("adapters.a.data", ["a", ""], "adapters.a.data must be a path, got ''"),
+        ("adapters.base", {"data": "d"}, "invalid adapter name 'base'"),
+        ("adapters.-x", {"data": "d"}, "invalid adapter name '-x'"),
+        (f"adapters.{'x' * 129}", {"data": "d"}, "use at most 128 letters, digits, _, and -"),
         ("model", "nowhere", "nowhere: not a model folder (it has no config.json)"),
     ],
 )
@@ -132,14 +168,18 @@ def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], gi
         ("x.json", "{", "x.json: not valid JSON"),
         ("x.json", "[]", "expected an object, found list"),
         ("x.json", '{"adapters": []}', "adapters must be a table"),
+        ("x.json", '{"steps": 1, "steps": 2}', "the key 'steps' appears twice; keep only one"),
+        ("x.json", '{"adapters": {"a": {}, "a": {}}}', "the key 'a' appears twice; keep only one"),
     ):
         (tmp_path / name).write_text(text)
         assert cli.main(["train", str(tmp_path / name)]) == 1
         assert words in capsys.readouterr().err
     assert cli.main(["train", str(tmp_path / "nowhere.toml")]) == 1
     assert "nowhere.toml: cannot be read" in capsys.readouterr().err
-    (tmp_path / "out").write_text("")
     path = train_runs.write_config(tmp_path / "c.json", given)
+    assert cli.main(["train", str(path), "--out", ""]) == 1
+    assert "out must be a path, got ''" in capsys.readouterr().err
+    (tmp_path / "out").write_text("")
     assert cli.main(["train", str(path)]) == 1
     assert "out: expected a folder, found a file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:

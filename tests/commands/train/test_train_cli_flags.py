@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastlora.commands import cli
-from fastlora.train import command
+from fastlora.serve import adapters as served
+from fastlora.train import command, settings
 from tests.support import train_runs
 
 # Flags of one adapter, fields of its config, and how many keys of its file have which end.
@@ -79,3 +80,13 @@ def test_a_name_that_matches_nothing(
     assert words in fails(given, *flags)
     assert words in fails(given, *flags, "--dry-run")
     assert not (tmp_path / "out").exists()
+
+
+def test_serve_accepts_every_name_that_trains() -> None:
+    """Each first and second character, and the longest names."""
+    characters = [chr(number) for number in range(128)]
+    names = [first + second for first in characters for second in ("", *characters)]
+    names += ["x" * length for length in (127, 128, 129)]
+    trained = {name for name in names if settings._NAME.fullmatch(name)}
+    assert trained == {n for n in names if served._NAME.fullmatch(n) and "." not in n}
+    assert "base" in settings.RESERVED_NAMES

@@ -398,6 +398,37 @@ def test_a_full_disk_ends_a_run_as_a_signal_does(
         assert log(out, kind) == [entry for entry in log(whole, kind) if entry["step"] != lost]
 
 
+def test_answers_that_the_model_cannot_give(
+    base: Path, data: dict[str, Path], whole: Path, tmp_path: Path, monkeypatch: Any, fails: Any
+) -> None:
+    """Whatever it raises ends the run as a full disk does: everything trained so far is saved."""
+    given = config_of(base, data, tmp_path / "out") | {"sample_tokens": 1}
+    given["adapters"]["a"]["prompts"] = ["sea?"]
+    for step in (2, STEPS):
+        with monkeypatch.context() as patched:
+            patched.setattr(run, "generate_answers", lambda *args: [][len(args)])
+            folder = checkpoint.checkpoint_path(tmp_path / "out" / "checkpoints", step)
+            assert fails(given, *(["--resume"] if step > 2 else [])) == (
+                "fastlora: error: the answers to the prompts could not be generated (IndexError: "
+                "list index out of range); change or remove the prompts; adapters saved after step "
+                f"{step}: {tmp_path / 'out' / 'a'}, {tmp_path / 'out' / 'b'}; continue from "
+                f"{folder} with --resume"
+            )
+        given["eval_every"] = 0
+    assert same(tmp_path / "out", whole)
+    train_runs.train(tmp_path / "c.json", given, "--resume")
+    assert len(log(tmp_path / "out", "answers")) == 1
+
+
+def test_a_full_disk_at_the_first_save(
+    given: Any, tmp_path: Path, fill: Callable[[int], None], fails: Callable[..., str]
+) -> None:
+    """No folder is left without an adapter in it."""
+    fill(200)
+    assert "adapters saved after step 4: none; no checkpoint" in fails(given | {"save_every": 0})
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"log.jsonl"}
+
+
 def test_a_full_disk_before_the_first_step(
     given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
 ) -> None:

@@ -19,6 +19,7 @@ import fastlora
 from fastlora.commands import cli
 from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens
 from fastlora.train import run as run_module
+from fastlora.train.base_model import load_tokenizer
 from fastlora.train.data import (
     SampleOrder,
     SampleRef,
@@ -30,6 +31,7 @@ from fastlora.train.data import (
 from fastlora.train.prepare import learning_rate_lambda
 from fastlora.train.run import open_run
 from fastlora.train.settings import AdapterSettings, read_settings, settings_from_dict
+from fastlora.validation import ConfigError
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log
@@ -271,6 +273,9 @@ def test_toml_and_precedence(tmp_path: Path) -> None:
     made = a.new_adapter_config(advice)
     assert (made.r, made.lora_alpha, made.lora_dropout) == (32, 7, 0.1)
     assert made.rank_pattern == {"q_proj": 4} and made.target_modules == "all-linear"
+    for flags, steps in (({"epochs": 2}, None), ({"epochs": 2, "steps": 5}, 5), ({}, 3)):
+        settings = read_settings(path, flags)
+        assert (settings.steps, settings.epochs) == (steps, flags.get("epochs", 1))
 
 
 def test_alpha_follows_rank() -> None:
@@ -283,6 +288,8 @@ def test_alpha_follows_rank() -> None:
         48,
         5,
     )
+    with pytest.raises(ConfigError, match="'a': r must be a positive integer, got None"):
+        AdapterSettings("a", (), lora={"r": None}).new_adapter_config(advice)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +336,16 @@ def test_what_is_encoded(tmp_path: Path, tokenizer: Any) -> None:
     uncut = tokenize_files([pairs, texts], tokenizer, 9)
     assert uncut.token_ids(0).tolist() == [*ids("abcd"), eos] and uncut.cut == 0
     assert uncut.digest != corpus.digest
+
+
+def test_a_byte_order_mark_is_no_text(base: Path, tmp_path: Path) -> None:
+    """Neither of a config file nor of a chat template, whose text the tokenizer would encode."""
+    (tmp_path / "t.jinja").write_text("\ufeffhello")
+    config = {"model": str(base), "out": "o", "adapters": {"a": {"data": "d"}}}
+    config["chat_template"] = "t.jinja"
+    (tmp_path / "c.json").write_text("\ufeff" + json.dumps(config))
+    found = load_tokenizer(read_settings(tmp_path / "c.json", {}))
+    assert found.chat_template == "hello"
 
 
 def test_batches(data: dict[str, Path], tokenizer: Any) -> None:
