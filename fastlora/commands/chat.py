@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,10 +18,13 @@ import torch
 
 from fastlora.commands import models
 from fastlora.commands.options import Option, parse_options
-from fastlora.serve.prompt_tokenizer import PromptTokenizer
+from fastlora.integrations.transformers import end_token_ids
+from fastlora.serve.prompt_tokenizer import PromptTokenizer, check_no_surrogates
+from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import CheckpointError, ConfigError, near_names
 
 BASE = "base"
+_INT64 = 2**63
 _HELP = """\
 /adapter NAME   answer with this adapter; /adapter base answers with the base model
 /adapters       list the adapters; a star marks the one that answers
@@ -73,7 +77,8 @@ def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
     Raises:
         CheckpointError: A folder is missing, or neither the folder nor any of its subfolders
             contains an adapter.
-        ConfigError: Two adapters have the same name, or an adapter has the name of the base model.
+        ConfigError: Two adapters have the same name, or an adapter has the name of the base model
+            or an empty name.
     """
     from fastlora.model.adapter_files import CONFIG_NAME
 
@@ -93,6 +98,8 @@ def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
                 raise CheckpointError(
                     f"{folder}: not an adapter folder; expected it to contain {CONFIG_NAME}"
                 )
+            if not own:
+                raise ConfigError(f"--adapter {text}: the name is empty; pass NAME={folder}")
             if own in found or own == BASE:
                 raise ConfigError(
                     f"--adapter {folder}: the name {own!r} is already in use; pass NAME={folder} "
@@ -112,7 +119,8 @@ class Chat:
     Args:
         model: The model with its adapters.
         tokenizer: The tokenizer of the model.
-        names: Names of the adapters.
+        names: Dict that maps the name of each adapter to its name in the model. The names differ
+            because a name in the model can have no dots.
         out: Stream for answers and messages.
         plain: Whether to continue each message as a text by itself, without a chat template or
             earlier messages.
@@ -124,7 +132,7 @@ class Chat:
         self,
         model: Any,
         tokenizer: Any,
-        names: Sequence[str],
+        names: Mapping[str, str],
         out: TextIO,
         *,
         plain: bool = False,
@@ -134,8 +142,8 @@ class Chat:
         self.model, self.tokenizer, self.out, self.sampling = model, tokenizer, out, sampling
         self._prompts = PromptTokenizer(tokenizer)
         self.plain = plain or not getattr(tokenizer, "chat_template", None)
-        self.names = list(names)
-        self.active_adapter = self.names[0] if self.names else BASE
+        self.names = dict(names)
+        self.active_adapter = next(iter(self.names), BASE)
         self.system, self.compares_adapters = system, False
         self.shows_name = False  # whether a single answer starts with the name of its adapter
         self.messages: list[dict[str, str]] = []
@@ -145,6 +153,11 @@ class Chat:
 
         The line is a message to answer or a command to run.
         """
+        try:
+            check_no_surrogates("the line", line)
+        except ConfigError as error:
+            self._print(str(error))
+            return True
         word, _, rest = line.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return False
@@ -277,7 +290,7 @@ class Chat:
 
     def _generate(self, ids: torch.Tensor, names: Sequence[str], **options: Any) -> torch.Tensor:
         if self.names:
-            options["adapter_names"] = [None if name == BASE else name for name in names]
+            options["adapter_names"] = [self.names.get(name) for name in names]
         made: torch.Tensor = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), **self.sampling, **options
         )
@@ -294,22 +307,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_options("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
         raise ConfigError("--prompt must not be empty")
+    for flag, texts in (("--prompt", args.prompt or ()), ("--system", [args.system or ""])):
+        for given in texts:
+            check_no_surrogates(flag, given)
+    if not -_INT64 <= args.seed < _INT64:
+        raise ConfigError(f"--seed must be from {-_INT64} to {_INT64 - 1}, got {args.seed}")
     if not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {args.top_p}")
     folders = parse_adapter_folders(args.adapter or ())
-    model, tokenizer = _load_adapted_model_and_tokenizer(args, folders)
+    model, tokenizer, names = _load_adapted_model_and_tokenizer(args, folders)
     torch.manual_seed(args.seed)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if not SamplingParams(temperature=args.temperature).greedy:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+        sampling["top_k"] = 0  # transformers would sample from the 50 most likely tokens
     chat = Chat(
         model,
         tokenizer,
-        list(folders),
+        names,
         sys.stdout,
         plain=args.plain,
         system=args.system,
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **(sampling if args.temperature else {"do_sample": False}),
+        **sampling,
     )
     chat.compares_adapters = args.compare
     # In a terminal, the prompt shows the name.
@@ -329,21 +350,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load_adapted_model_and_tokenizer(
     args: argparse.Namespace, folders: dict[str, Path]
-) -> tuple[Any, Any]:
-    """Load the tokenizer and the model with its adapters, and return both.
+) -> tuple[Any, Any, dict[str, str]]:
+    """Load the tokenizer and the model with its adapters.
 
-    The result is a tuple (model, tokenizer). The model is in evaluation mode.
+    The result is a tuple (model, tokenizer, names). The dict ``names`` maps the names of the
+    adapters to their names in the model. The model is in evaluation mode. Of its generation config,
+    only the EOS tokens remain, so that ``generate`` samples as ``fastlora serve`` does.
     """
+    from transformers import GenerationConfig
+
     import fastlora
 
     model, tokenizer = models.load_base_model_and_tokenizer(args)
+    ends = sorted(end_token_ids(model, tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=ends or None)
     adapted: Any = None
+    names = {name: f"{name.replace('.', '_')} {i}" for i, name in enumerate(folders)}
     for name, folder in folders.items():
         if adapted is None:
-            adapted = fastlora.LoraModel.from_pretrained(model, folder, name)
+            adapted = fastlora.LoraModel.from_pretrained(model, folder, names[name])
         else:
-            adapted.load_adapter(folder, name)
-    return (model if adapted is None else adapted).eval(), tokenizer
+            adapted.load_adapter(folder, names[name])
+    return (model if adapted is None else adapted).eval(), tokenizer, names
 
 
 def _read_user_lines(chat: Chat) -> Iterator[str]:
@@ -353,6 +381,8 @@ def _read_user_lines(chat: Chat) -> Iterator[str]:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `Chat` reports what is not UTF-8
     terminal = sys.stdin.isatty()
     if terminal:
         how = "each message is continued as plain text" if chat.plain else "one conversation"

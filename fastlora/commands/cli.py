@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 
 from fastlora import env
 from fastlora.command_line import install_command
-from fastlora.commands.models import CommandError, load_causal_lm, print_progress_message
+from fastlora.commands.models import DTYPES, CommandError, load_causal_lm, print_progress_message
 from fastlora.commands.system_checks import describe_cpu_and_accelerators, installed_version
 from fastlora.validation import FastLoraError, near_names
 
@@ -68,7 +69,7 @@ _EXTRAS = {
     "merge": "hf",
     "serve": "serve",
 }
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_EXIT_CODE_CLOSED_PIPE = 141  # 128 + SIGPIPE, which Windows does not define
 # Files in which the tokenizer classes of transformers save a tokenizer.
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the ``fastlora`` command line, and return the exit code.
 
     The exit code is that of the command: 0, or 1 for an error. If a signal interrupts the command,
-    the exit code is 128 plus the number of the signal. Wrong usage exits with code 2.
+    the exit code is 128 plus the number of the signal. If the reader of the output closes its pipe,
+    as ``head`` does, the exit code is 141, as after SIGPIPE. Wrong usage exits with code 2.
 
     Args:
         argv: The arguments, or None to use those of the process.
@@ -98,11 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if tuple(arguments[: len(words)]) == words:
                 if words[0] in ("demo", "bench", "doctor"):  # before any slow import
                     env.set_offline_demo_variables()
-                run: int = importlib.import_module(module).main(arguments[len(words) :])
-                return run
-        args = _parse_or_exit(arguments)
-        code: int = args.run(args)
+                code: int = importlib.import_module(module).main(arguments[len(words) :])
+                break
+        else:
+            args = _parse_or_exit(arguments)
+            code = args.run(args)
+        print(end="", flush=True)  # raises here instead of at exit if the pipe is closed
         return code
+    except BrokenPipeError:
+        return _EXIT_CODE_CLOSED_PIPE
     except (FastLoraError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()
@@ -116,6 +122,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"fastlora: {str(error) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
+    finally:
+        _discard_output_if_pipe_closed()
+
+
+def _discard_output_if_pipe_closed() -> None:
+    """Discard the buffered output if the reader of stdout has closed its pipe.
+
+    Otherwise, Python would report an error when it flushes stdout at exit.
+    """
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
@@ -142,7 +162,8 @@ def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         description="Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many "
         "adapters in one batch.",
         epilog="Run `fastlora COMMAND --help` for the options of a command. Exit codes: 0 success, "
-        "1 error, 2 wrong usage, 130 or 143 interrupted by SIGINT or SIGTERM.",
+        "1 error, 2 wrong usage, 130 or 143 interrupted by SIGINT or SIGTERM, 141 the reader of "
+        "the output closed its pipe.",
     )
     own = f"fastlora {installed_version('fastlora-triton') or '(not installed)'}"
     parser.add_argument("--version", action="version", version=own)
@@ -180,7 +201,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     merge.add_argument("out", metavar="OUT", help="new or empty folder for the merged model")
     merge.add_argument(
         "--dtype",
-        choices=_DTYPES,
+        choices=DTYPES,
         default="auto",
         help="dtype to load, merge, and save in (default: auto, the dtype of the base model)",
     )
@@ -345,20 +366,27 @@ def _merge(args: argparse.Namespace) -> int:
 
     adapter = inspect_adapter_folder(args.adapter).path
     model = load_causal_lm(args.base, args.dtype)
+    from safetensors import SafetensorError
+
     from fastlora import LoraModel
     from fastlora.model.atomic_files import atomic_new_folder
 
     print_progress_message(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
     merged: Any = adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
-    with atomic_new_folder(out) as partial:
-        print_progress_message(f"writing {out}")
-        merged.save_pretrained(partial)
-        copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
-        if not copied and not _save_tokenizer(args.base, partial):
-            print_progress_message(
-                f"no tokenizer found for {args.base}; {out} is saved without one"
-            )
+    try:
+        with atomic_new_folder(out) as partial:
+            print_progress_message(f"writing {out}")
+            merged.save_pretrained(partial)
+            copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
+            if not copied and not _save_tokenizer(args.base, partial):
+                print_progress_message(
+                    f"no tokenizer found for {args.base}; {out} is saved without one"
+                )
+    except (SafetensorError, OSError) as error:
+        raise CommandError(
+            f"{out} could not be written ({error}); free disk space, or choose another folder"
+        ) from error
     print_progress_message("done")
     return 0
 

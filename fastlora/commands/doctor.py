@@ -110,22 +110,27 @@ def _fusion_report_and_model_facts(
     facts: dict[str, Any] = {"path": str(folder)}
     if adapter is not None:
         facts["adapter"] = str(adapter)
+    fix = (
+        "pass a model folder, which has a config.json; for an adapter folder, run "
+        "`fastlora inspect DIR`"
+    )
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             base, quantization = _load_model_and_quantization_method(folder)
             kind = type(base).__name__
+            if adapter is not None:
+                fix = (
+                    "pass a folder of an adapter of this model to --adapter; "
+                    "`fastlora inspect DIR` shows the contents of an adapter folder"
+                )
             report, left_out = _fusion_report_and_layers_without_adapter(base, adapter)
     except (FastLoraError, OSError, ImportError) as error:
         if isinstance(error, ImportError):
             what = f"checking a MODEL failed: a package cannot be imported ({error})"
             found.add_problem(what, install_command("hf"))
         else:
-            found.add_problem(
-                str(error),
-                "pass a model folder, which has a config.json; for an adapter folder, run "
-                "`fastlora inspect DIR`",
-            )
+            found.add_problem(str(error), fix)
         return None, facts
     here = Path(__file__).parents[1]
     ours = [w for w in caught if Path(w.filename).is_relative_to(here)]

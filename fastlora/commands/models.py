@@ -20,10 +20,16 @@ class CommandError(FastLoraError):
     """
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # The options that `load_base_model_and_tokenizer` reads.
 OPTIONS = (
     Option("model", "folder of the base model", metavar="MODEL"),
-    Option("--dtype", "dtype of the base model (default: the dtype of its weights)", "auto"),
+    Option(
+        "--dtype",
+        "dtype of the base model (default: the dtype of its weights)",
+        "auto",
+        more={"choices": DTYPES},
+    ),
     Option("--cpu", "run on the CPU even if a GPU is available", False),
 )
 

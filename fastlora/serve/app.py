@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -28,14 +28,13 @@ from fastlora.serve.openai_responses import (
     EventStreamResponse,
     result_unless_disconnected,
 )
-from fastlora.serve.prompt_tokenizer import PromptTokenizer
+from fastlora.serve.prompt_tokenizer import PromptTokenizer, check_no_surrogates
 from fastlora.serve.protocol import (
     BaseGenerationBody,
     ChatBody,
     CompletionBody,
     LoadAdapterBody,
     UnloadAdapterBody,
-    check_no_surrogates,
 )
 from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
@@ -106,7 +105,8 @@ class Server:
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.show_metrics),
             ("GET", "/v1/models", self.list_models),
-            ("GET", "/v1/models/{name}", self.describe_model),
+            ("GET", "/v1/models/", self.list_models),
+            ("GET", "/v1/models/{name:path}", self.describe_model),  # a name may contain /
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
         ):
@@ -193,13 +193,17 @@ class Server:
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Handle a completion request: continue a prompt."""
-        sampling = body.to_sampling_params(body.max_tokens or _COMPLETION_TOKENS)
+        sampling = body.to_sampling_params(body.max_tokens)
         given = body.single_prompt()
         if isinstance(given, str):
             check_no_surrogates("prompt", given)
             tokens = await self._tokenize_in_thread(len(given), self.prompts.tokenize_text, given)
         else:
             tokens = self.prompts.check_ids_in_vocabulary(given)
+        if sampling.max_tokens is None:
+            room = max(0, self.engine.length - len(tokens))
+            # Without room, None makes the engine reject the prompt.
+            sampling = replace(sampling, max_tokens=min(_COMPLETION_TOKENS, room) or None)
         return await self._answer(body, request, tokens, sampling, CompletionFormat)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:

@@ -135,8 +135,10 @@ class Engine:
         """Shut down the engine, and wait until it has stopped.
 
         The engine accepts no more requests. Earlier requests have ``timeout`` seconds to finish, or
-        unlimited time if ``timeout`` is None. Requests that have not finished within this time fail
-        with `ClosedOrCanceledError`.
+        unlimited time if ``timeout`` is None. Requests that have not finished within this time are
+        canceled, and fail with `ClosedOrCanceledError`. ``timeout`` does not limit the duration of
+        this call: after the timeout, the call still waits, without a limit, until the engine's
+        thread has finished its current forward pass and has ended.
         """
         with self._changed:
             self._closing = True

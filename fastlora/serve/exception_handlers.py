@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -35,6 +36,11 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterStateError, 400, "invalid_request_error", None),
     (ConfigError, 400, "invalid_request_error", None),
 )
+# Messages that replace pydantic's, by pydantic's type of the error.
+_MESSAGES = {
+    "extra_forbidden": "is not supported",
+    "model_attributes_type": "expected a JSON object",
+}
 
 
 class AsciiJSONResponse(Response):
@@ -95,12 +101,51 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(place) or None
-    what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-    message = f"{name}: {what}" if name else f"invalid request body: {what}"
+    name, message = _field_and_message(error)
     return AsciiJSONResponse(openai_error_body(message, "invalid_request_error", None, name), 400)
+
+
+def _field_and_message(error: RequestValidationError) -> tuple[str | None, str]:
+    """Return the name of the invalid field, or None for the whole body, and an error message."""
+    details = error.errors()
+    first = details[0]
+    if first["type"] == "json_invalid":
+        position, reason = first["loc"][-1], first["ctx"]["error"]
+        return None, f"the request body is not valid JSON: {reason} at position {position}"
+    if isinstance(error.body, bytes):
+        return None, (
+            "the request body is not declared as JSON; send the header "
+            "Content-Type: application/json"
+        )
+    fields = [_field_path(detail, error.body) for detail in details]
+    start = fields[0]
+    # If a field may have several types, each type has an error. Choose the error of the type that
+    # fits the largest part of the value.
+    field, detail = max(
+        (pair for pair in zip(fields, details, strict=True) if pair[0][: len(start)] == start),
+        key=lambda pair: (len(pair[0]), [part for part in pair[0] if isinstance(part, int)]),
+    )
+    what = _MESSAGES.get(detail["type"], detail["msg"])
+    name = ".".join(map(str, field)) or None
+    return name, f"{name}: {what}" if name else f"invalid request body: {what}"
+
+
+def _field_path(detail: Mapping[str, Any], body: Any) -> list[str | int]:
+    """Return the path of an invalid field in the body, without pydantic's names of types.
+
+    In its location of an error, pydantic adds the name of a type where a field may have several.
+    """
+    path: list[str | int] = []
+    value = body
+    for part in detail["loc"][1:]:
+        if isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        elif isinstance(value, dict) and (part in value or detail["type"] == "missing"):
+            value = value.get(part)
+        else:
+            continue
+        path.append(part)
+    return path
 
 
 async def _on_internal_error(request: Request, error: Exception) -> Response:

@@ -87,3 +87,18 @@ class PromptTokenizer:
             [text], add_special_tokens=special, return_attention_mask=False, verbose=False
         ).input_ids
         return list(ids[0])
+
+
+def check_no_surrogates(name: str, text: str) -> None:
+    """Raise `ConfigError` if a string contains a surrogate code point.
+
+    A surrogate code point cannot be encoded in UTF-8. ``name`` says where the string comes from,
+    for the error message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{name} contains an unpaired surrogate, which is not valid Unicode text; send text "
+            "that is encoded in UTF-8"
+        ) from None

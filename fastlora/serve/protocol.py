@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from fastlora.serve.prompt_tokenizer import check_no_surrogates
 from fastlora.serve.sampling import MAX_STOPS, SamplingParams
 from fastlora.validation import ConfigError
 
@@ -247,17 +248,3 @@ def _json_equal(value: object, other: object) -> bool:
     does not.
     """
     return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
-def check_no_surrogates(name: str, text: str) -> None:
-    """Raise `ConfigError` if a string contains a surrogate code point.
-
-    A surrogate code point cannot be encoded in UTF-8. ``name`` is the name of the field, for the
-    error message.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"{name} contains an unpaired surrogate, which is not valid Unicode text"
-        ) from None

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastlora
 from fastlora.commands import cli
-from fastlora.commands.chat import Chat, parse_adapter_folders
+from fastlora.commands.chat import BASE, Chat, parse_adapter_folders
 from fastlora.validation import CheckpointError, ConfigError
 from tests.support import served
 from tests.support.programs import error_of
 
 pytest.importorskip("transformers", reason="chats with transformers' models")
+
+NOBODY = (BASE, None)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,9 @@ def chat(folders: Path) -> Any:
     model.load_adapter(folders / "run" / "ship", "ship")
     tokenizer = AutoTokenizer.from_pretrained(folders / "base")
     sampling = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 96}
-    return Chat(model.eval(), tokenizer, ["robot", "ship"], io.StringIO(), **sampling)
+    return Chat(
+        model.eval(), tokenizer, {n: n for n in ("robot", "ship")}, io.StringIO(), **sampling
+    )
 
 
 def said(chat: Chat, *lines: str) -> list[str]:
@@ -163,6 +170,62 @@ def test_the_command_names_who_answered(
     ]
 
 
+def test_it_samples_as_the_server_does(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's generation config counts for its end tokens only; the tokenizer's end counts too.
+
+    At this temperature, all 97 tokens are about equally likely.
+    """
+    base, chats = tmp_path / "base", list[Any]()
+    shutil.copytree(folders / "base", base)
+    config = {"eos_token_id": [7], "top_k": 3, "suppress_tokens": [5], "no_repeat_ngram_size": 1}
+    (base / "generation_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(Chat, "try_answer", lambda chat, _: not chats.append(chat))
+    options = ["--temperature=1000", "--top-p=1", "--max-new-tokens=2", "--prompt=x"]
+    assert cli.main(["chat", str(base), "--cpu", "--plain", *options]) == 0
+    made = chats[0]._generate(torch.full((4000, 1), 9), [BASE] * 4000)
+    first, second = made[:, 1], made[:, 2]
+    assert first.unique().tolist() == list(range(97))
+    ended = torch.isin(first, torch.tensor([7, 95]))
+    assert (second[ended] == 96).all() and (second[~ended] == 96).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "1e-40"])
+def test_a_temperature_near_zero_is_greedy(
+    folders: Path, alone: Any, temperature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--plain", "--prompt=the sea", "--max-new-tokens=8", "--temperature", temperature]
+    assert cli.main(["chat", str(folders / "base"), "--cpu", *options]) == 0
+    assert capsys.readouterr().out.strip() == alone("the sea", None)
+
+
+@pytest.mark.parametrize("name", ["v1.0", "forward"])
+def test_names_of_folders_that_a_model_does_not_take(
+    folders: Path, alone: Any, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server takes them, too."""
+    shutil.copytree(folders / "run" / "ship", tmp_path / name)
+    options = ["--plain", "--prompt=the sea", "--max-new-tokens=8", "--temperature=0", "--compare"]
+    given = [str(folders / "base"), "--cpu", "--adapter", str(tmp_path / name)]
+    assert cli.main(["chat", *given, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"[{n}] {alone('the sea', a)}".rstrip() for n, a in ((name, "ship"), NOBODY)]
+
+
+def test_lines_that_are_not_utf8(
+    folders: Path, alone: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are reported, and the chat goes on."""
+    given = io.BytesIO(b"\xff\n/\xff\nthe sea\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given, encoding="utf-8"))
+    options = ["--cpu", "--plain", "--max-new-tokens=8", "--temperature=0"]
+    assert cli.main(["chat", str(folders / "base"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("the line contains an unpaired surrogate") for line in lines[:2])
+    assert [line.strip() for line in lines[2:]] == [alone("the sea", None)]
+
+
 def test_errors(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before a model is read, in one line."""
     robot = folders / "run" / "robot"
@@ -172,6 +235,8 @@ def test_errors(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(parse_adapter_folders([str(sign / "ship")])) == ["ship"]
     with pytest.raises(ConfigError, match="'robot' is already in use; pass NAME="):
         parse_adapter_folders([str(robot), str(folders / "run")])
+    with pytest.raises(ConfigError, match="the name is empty; pass NAME="):
+        parse_adapter_folders([f"={robot}"])
     with pytest.raises(ConfigError, match="'base' is already in use"):
         parse_adapter_folders([f"base={robot}"])
     with pytest.raises(
@@ -184,6 +249,11 @@ def test_errors(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--max-new-tokens must be" in error_of(capsys, "chat", base, "--max-new-tokens", 0)
     assert "--prompt must not be empty" in error_of(capsys, "chat", base, "--prompt", " ")
     assert "--system needs a chat" in error_of(capsys, "chat", base, "--system", "x", "--plain")
+    assert "--seed must be from -92" in error_of(capsys, "chat", base, "--seed", 2**63)
+    assert "--seed must be from -92" in error_of(capsys, "chat", base, "--seed", -(2**63) - 1)
+    for flag in ("--prompt", "--system"):
+        error = error_of(capsys, "chat", base, flag, "\udcff")
+        assert f"{flag} contains an unpaired surrogate" in error
     long = ["chat", str(base), "--plain", "--prompt", "x" * 3000]
     assert cli.main(long) == 1 and "the model supports" in capsys.readouterr().out
     assert "no such folder" in error_of(capsys, "chat", tmp_path / "nowhere", "--prompt", "x")

@@ -216,6 +216,29 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "fastlora: interrupted\n"
 
 
+@pytest.mark.parametrize("buffering", [-1, 1], ids=["at the end", "at each line"])
+@pytest.mark.parametrize(("command", "code"), [("inspect", 141), ("--help", 0)])
+def test_a_closed_pipe_ends_a_command_quietly(
+    adapter: Path,
+    command: str,
+    code: int,
+    buffering: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As in ``fastlora inspect DIR | head -1``. At exit, no buffered output raises an error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=buffering) as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        try:
+            found: object = cli.main([command, str(adapter)])
+        except SystemExit as ended:
+            found = ended.code
+    assert found in (code, 141)
+    assert capsys.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------ info
 
 
@@ -448,18 +471,19 @@ def test_merge_of_weights_that_are_not_finite_leaves_nothing(
     assert os.listdir(tmp_path) == ["bad"]
 
 
+@pytest.mark.parametrize("limit", [1 << 12, 1 << 17], ids=["config", "weights"])
 def test_merge_that_cannot_be_written_leaves_nothing(
-    base: Path,
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: Path, trained: Path, tmp_path: Path, limit: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(source: object, target: object) -> bool:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cli, "_copy_tokenizer", fail)
-    assert "No space left" in error_of(capsys, "merge", base, trained, tmp_path / "out")
+    """A limit of the size of files fails a write as a full disk does, also one of safetensors."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        error = error_of(capsys, "merge", base, trained, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{tmp_path / 'out'} could not be written (" in error and "too large" in error
     assert os.listdir(tmp_path) == []
 
 

@@ -219,6 +219,9 @@ def test_what_is_no_model_and_no_adapter_of_it(
     """One problem, and everything else is told all the same."""
     facts = doctor(capsys, tmp_path / "nowhere")
     assert "not a model folder" in facts["problems"][0]["problem"] and facts["devices"]
+    assert facts["problems"][0]["fix"].startswith("pass a model folder")
+    (problem,) = doctor(capsys, folder, "--adapter", tmp_path / "nowhere")["problems"]
+    assert "no such folder" in problem["problem"] and "to --adapter" in problem["fix"]
     other = get_peft_model(tiny_llama(hidden_size=32), LoraConfig(r=2, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path / "adapter")
     facts = doctor(capsys, folder, "--adapter", tmp_path / "adapter")

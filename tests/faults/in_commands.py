@@ -12,6 +12,24 @@ _VLLM_REGISTER = "tests/integrations/test_vllm_register.py"
 
 FAULTS = (
     Fault(
+        sentence="A chat goes on behind the tokenizer's end token, which training teaches.",
+        kind="an end token left out",
+        source="A2",
+        path="fastlora/commands/chat.py",
+        before="ends = sorted(end_token_ids(model, tokenizer))",
+        after="ends = model.generation_config.eos_token_id",
+        tests=("tests/commands/test_chat.py::test_it_samples_as_the_server_does",),
+    ),
+    Fault(
+        sentence="A chat samples from the 50 most likely tokens only.",
+        kind="a default of another library",
+        source="A3",
+        path="fastlora/commands/chat.py",
+        before='        sampling["top_k"] = 0',
+        after='        sampling["top_k"] = 50',
+        tests=("tests/commands/test_chat.py::test_it_samples_as_the_server_does",),
+    ),
+    Fault(
         sentence="What other code has written in vLLM's stacks is lost when another slot changes.",
         kind="a version compared too late",
         source="4a78b89",

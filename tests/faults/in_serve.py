@@ -314,4 +314,13 @@ FAULTS = (
         after="if False:",
         tests=("tests/serve/test_adapters.py::test_nothing_is_left_in_the_pool",),
     ),
+    Fault(
+        sentence="A completion without max_tokens is rejected where fewer than 16 tokens fit.",
+        kind="a default above a limit",
+        source="C6",
+        path="fastlora/serve/app.py",
+        before="max_tokens=min(_COMPLETION_TOKENS, room) or None",
+        after="max_tokens=_COMPLETION_TOKENS",
+        tests=("tests/serve/test_openai.py::test_a_completion_without_a_limit",),
+    ),
 )

@@ -10,6 +10,8 @@ import pytest
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+PART = "messages.0.content.0.type"
 
 
 def error_of(served: Any, path: str, status: int, body: Any, **options: Any) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
         ([{"role": "user", "content": None}], "messages.0.content"),
         ([{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls: is not supported"),
         ([*HI, {"role": "assistant", "refusal": "no"}], "messages.1.refusal: is not supported"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
+        ([{"role": "user", "content": 5}], "messages.0.content: Input should be a valid string"),
+        (["hi"], "messages.0: expected a JSON object"),
         ([*HI, {"role": "system", "content": "late"}], "template rejects the messages: system fi"),
         ([{"role": "user", "content": "\ud812"}], "content contains an unpaired surrogate"),
         (
@@ -160,6 +163,36 @@ def test_one_error_is_enough(
     assert 1 <= max(counts) <= 4
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, PART, "should be 'text'"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        (COMPLETIONS, {"prompt": ["a", 1]}, "prompt.1", "should be a valid string"),
+        (COMPLETIONS, {"prompt": [1, "a"]}, "prompt.1", "should be a valid integer"),
+        (COMPLETIONS, {"prompt": [[1, "a"]]}, "prompt.0.1", "should be a valid integer"),
+        (COMPLETIONS, {"prompt": 5}, "prompt", "should be a valid string"),
+        (COMPLETIONS, {"str": 5}, "str", "is not supported"),
+        (COMPLETIONS, {"stream_options": {"a": 1}}, "stream_options.a", "is not supported"),
+    ],
+)
+def test_the_field_that_is_wrong(
+    served: Any, path: str, body: dict[str, Any], param: str, said: str
+) -> None:
+    """The field's path has no names of types, and its error is that of the type that fits best."""
+    error = error_of(served, path, 400, body)
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ") and error["message"].endswith(said)
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_a_body_that_is_not_declared_as_json(served: Any, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    error = error_of(served, COMPLETIONS, 400, {}, headers=headers)
+    assert error["message"].endswith("send the header Content-Type: application/json")
+    assert error["param"] is None
+
+
 def test_two_limits_of_one_thing(served: Any) -> None:
     assert (
         "the same setting" in error_of(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
@@ -172,7 +205,11 @@ def test_two_limits_of_one_thing(served: Any) -> None:
     ids=["empty", "cut", "list", "text", "no_utf8", "deep", "nan", "null"],
 )
 def test_bodies_that_are_none(served: Any, body: bytes) -> None:
-    error_of(served, COMPLETIONS, 400, body)
+    error = error_of(served, COMPLETIONS, 400, body)
+    assert error["param"] == ("model" if b"NaN" in body else None)
+    if body == b"{":
+        assert error["message"].startswith("the request body is not valid JSON: ")
+        assert error["message"].endswith(" at position 1")
 
 
 def test_a_body_that_is_too_long(served: Any) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.served import make_base, serving
 
 NAMES: tuple[str | None, ...] = ("ash", "birch", "cedar", "dogwood", None)
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -26,6 +29,17 @@ def test_a_completion_is_what_the_adapter_says_alone(served: Any, name: str | No
 def test_the_names_of_adapters_give_different_answers(served: Any) -> None:
     """Else the tests here would see no adapter that is not there."""
     assert len({served.alone.text("the sea", name, 12) for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("the sea", 16), ("ab" * 60, 8)])
+def test_a_completion_without_a_limit(served: Any, prompt: str, count: int) -> None:
+    """It has at most 16 tokens, or as many as fit into 128 behind the prompt."""
+    body = {"model": "ash", "prompt": prompt, "temperature": 0}
+    answer = served.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert served.alone.is_answer(answer.json()["choices"][0]["text"], prompt, "ash", count)
+    full = served.http.post("/v1/completions", json=body | {"prompt": "x" * 128})
+    assert full.status_code == 400 and "max_tokens" not in full.json()["error"]["message"]
 
 
 def test_a_prompt_of_tokens(served: Any) -> None:
@@ -129,3 +143,13 @@ def test_models_are_listed(served: Any) -> None:
     names = [model.id for model in served.client.models.list()]
     assert names == ["tiny", "ash", "birch", "cedar", "dogwood"]
     assert served.client.models.retrieve("ash").parent == "tiny"
+    assert served.http.get("/v1/models/").json() == served.http.get("/v1/models").json()
+
+
+@pytest.mark.parametrize("path", ["org/tiny", "org%2Ftiny"])
+def test_a_model_whose_name_has_a_slash(tmp_path: Path, path: str) -> None:
+    pytest.importorskip("fastapi", reason="the server needs it")
+    httpx = pytest.importorskip("httpx")
+    with serving(make_base(tmp_path / "tiny"), "--name", "org/tiny") as (url, _):
+        assert httpx.get(f"{url}/v1/models/{path}").json()["id"] == "org/tiny"
+        assert httpx.get(f"{url}/v1/models/org/tiny/x").status_code == 404

@@ -296,6 +296,14 @@ def test_options_that_are_wrong(
     assert said in error_of(capsys, "serve", base, "--cpu", "--port", "0", *options)
 
 
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_a_dtype_that_is_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "nowhere", "--dtype", "fp7"])
+    assert ended.value.code == 2
+    assert "argument --dtype: invalid choice: 'fp7'" in capsys.readouterr().err
+
+
 def test_a_path_that_is_none_is_no_name_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(capsys, "serve", "path/to/model", "--port", "0")
     assert "path/to/model: no such folder" in error
