@@ -120,7 +120,9 @@ def factors_without_calling_modules(
     magnitudes = modules.get("lora_magnitude_vector")
     magnitude = None
     if magnitudes is not None and name in magnitudes._modules:
-        magnitude = magnitudes._modules[name]._parameters["weight"]
+        magnitude = magnitudes._modules[name]._parameters.get("weight")
+        if magnitude is None:  # a parametrization computes it
+            return None
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
 
 
@@ -169,6 +171,9 @@ def fallback_reason_adapter_called(
         dropout = layer.lora_dropout[name]
         if type(dropout) not in (nn.Dropout, nn.Identity) or has_module_hooks(dropout):
             return f"adapter {name!r} has a custom dropout module, or hooks on its dropout module"
+        magnitudes: Any = layer._modules.get("lora_magnitude_vector", {})
+        if name in magnitudes and "weight" not in magnitudes[name]._parameters:
+            return f"adapter {name!r} has a DoRA magnitude with a parametrization"
     return ""
 
 

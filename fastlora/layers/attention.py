@@ -78,6 +78,7 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     """
 
     fallback_reason = _FALLBACK_REASON
+    parameter_name = "in_proj_weight"  # The parameter that the layer's own adapters change.
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__(base_layer, base_layer.embed_dim, 3 * base_layer.embed_dim)

@@ -136,7 +136,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         The `nn.Linear` is the base layer without adapters. The weight and the bias are shared with
         this layer, and are not copied. If this layer was created from an `nn.Linear`, that module
         is returned.
+
+        Raises:
+            UnsupportedLayerError: The weight or bias is computed from other parameters.
         """
+        self._check_release()
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -149,6 +153,25 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         The base layer is an `nn.Linear`. It replaces this layer when the adapters are removed.
         """
         return self.to_linear()
+
+    def _check_release(self) -> None:
+        """Check that a plain `nn.Linear` can have the layer's weight and bias.
+
+        Raises:
+            UnsupportedLayerError: The weight or bias is computed from other parameters.
+        """
+        self._check_nothing_is_computed("return this layer's nn.Linear")
+
+    def _check_nothing_is_computed(self, action: str) -> None:
+        """Raise `UnsupportedLayerError` if the weight or bias is computed from other parameters."""
+        for name in ("weight", "bias"):
+            if name not in self._parameters:
+                raise UnsupportedLayerError(
+                    f"cannot {action}: its {name} is computed from other parameters "
+                    "(a parametrization or pruning); remove it first, with "
+                    "torch.nn.utils.parametrize.remove_parametrizations or "
+                    "torch.nn.utils.prune.remove"
+                )
 
     def _freeze_base(self) -> None:
         self.weight.requires_grad_(False)
@@ -230,10 +253,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
                 "cannot merge into this layer: its weight is sharded (a DTensor); save the adapter "
                 "and merge it into an unsharded base model"
             )
-        if type(self._parameters.get("weight")) is not nn.Parameter:
+        self._check_nothing_is_computed("merge into this layer")
+        if type(self.weight) is not nn.Parameter:
             raise UnsupportedLayerError(
-                "cannot merge into this layer: its weight is computed from other parameters "
-                "(a parametrization or pruning; remove it first)"
+                f"cannot merge into this layer: its weight is a {type(self.weight).__name__}, "
+                "expected a plain nn.Parameter; restore the original weight first"
             )
         return DenseMergeTarget(self.weight), self.bias
 

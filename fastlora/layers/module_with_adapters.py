@@ -165,6 +165,12 @@ class ModuleWithAdapters:
         """
         return []
 
+    def _check_release(self) -> None:
+        """Check that `release` can return the module without adapters.
+
+        `release` is a method of subclasses. An error states why the module cannot be returned.
+        """
+
     def merge(
         self,
         safe_merge: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from typing import Any
@@ -164,6 +165,19 @@ def modules_with_original_names(
                 if inner:
                     found.append((f"{name}.{inner}", part, True))
     return found
+
+
+def copy_sharing_parameters(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that shares the parameters and the hooks of the original.
+
+    LoRA layers inside the module are replaced with their base layers in the copy.
+    """
+    shared: list[object] = list(module.parameters())
+    for name, hooks in vars(module).items():
+        if name.endswith("_hooks"):
+            shared += hooks.values()
+    bases = {id(m): m.get_base_layer() for m in module.modules() if isinstance(m, LoraLayer)}
+    return copy.deepcopy(module, {id(part): part for part in shared} | bases)
 
 
 def peft_function_or_raise(

@@ -57,7 +57,7 @@ def is_quantized_linear(module: object) -> bool:
 
 
 @contextlib.contextmanager
-def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[None]:
+def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[bool]:
     """Dequantize a layer for the duration of a ``with`` block.
 
     The quantized base layer of a LoRA layer is replaced with a plain linear layer. The base layer
@@ -69,16 +69,19 @@ def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[Non
         with_values: Whether to create the plain layer with the dequantized values, in fp32. If
             False, the plain layer is created on the meta device.
 
+    Yields:
+        Whether the base layer is replaced.
+
     Raises:
         UnsupportedLayerError: If the quantization format is not supported.
     """
     own: Any = getattr(layer, "base_layer", None)
     if not (isinstance(layer, LoraLayer) and is_quantized_linear(own)):
-        yield
+        yield False
         return
     layer.base_layer = _dequantized_linear(own, torch.float32 if with_values else None)
     try:
-        yield
+        yield True
     finally:
         layer.base_layer = own
 

@@ -104,12 +104,13 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Compute the EVA state dict, which contains the initial LoRA factor A of each layer.
+    """Compute the EVA state dict, which initializes the LoRA layers of an adapter.
 
-    The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
-    The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
-    directions, and layers with the same inputs share their directions. The function iterates over
-    the dataloader, repeatedly if necessary, until the directions have converged.
+    It contains the initial LoRA factor A of each layer. The initial values are the principal
+    directions of the layer's inputs, of shape ``[rank, K]``. The sum of all ranks is redistributed
+    among the layers. Each layer gets at most ``rho * r`` directions, and layers with the same
+    inputs share their directions. The function iterates over the dataloader, repeatedly if
+    necessary, until the directions have converged.
 
     Args:
         model: A model with or without an adapter.

@@ -355,23 +355,29 @@ def unload(
     """
     found = modules_with_adapters(model)
     found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner layers before outer layers
-    if merge:
-        for _, module in found:
+    shared, merging = SharedWeightUntier(model), []
+    for name, module in found:
+        with error_prefix(f"module {name!r}"):
+            module._check_release()
+        if merge:
             with (
                 temporarily_dequantized(module, safe_merge)
                 if dequantize
-                else contextlib.nullcontext()
-            ):
-                module.check_merge(safe_merge, existing_adapter_names(module, adapter_names))
+                else contextlib.nullcontext(False)
+            ) as gets_new_weight:
+                names = existing_adapter_names(module, adapter_names)
+                if module.check_merge(safe_merge, names) and not gets_new_weight:
+                    shared.check_can_untie(name, module)
+                    merging.append((name, module))
     dtype = dtype_for_dequantized_weights(model) if dequantize else None
-    shared = SharedWeightUntier(model)
+    merging.sort(key=lambda each: each[0].count(".base_layer."))  # outer before inner
+    for name, module in merging:
+        shared.untie_if_shared(name, module)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
             names = existing_adapter_names(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
-            if module.check_merge(adapter_names=names):
-                shared.untie_if_shared(name, module)
             module.merge(adapter_names=names, keep_base=False)
             if isinstance(module, LoraLayer):
                 module._unmerged = None

@@ -456,7 +456,7 @@ def _check_init_changes_no_shared_weight(
     for name in targets:
         module = model.get_submodule(name)
         base = base_module_of(module)
-        other = shared.find_module_sharing_weight(base, (module, base))
+        other = shared.find_module_sharing_weight(name, base, (module, base))
         if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of target "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Collection
@@ -9,9 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from fastlora.model.base_modules import base_module_of, modules_with_original_names
+from fastlora.layers import LoraLayer, ModuleWrapper
+from fastlora.layers.trainable_tokens import TrainableTokensLayer
+from fastlora.layers.unfused import has_replaced_forward_that_cannot_be_copied
+from fastlora.model.base_modules import (
+    base_module_of,
+    copy_sharing_parameters,
+    modules_with_original_names,
+)
 from fastlora.patterns import matches_consecutive_components, matches_whole_name
 from fastlora.user_warnings import warn
+from fastlora.validation import AdapterStateError
 
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
@@ -174,54 +183,117 @@ def _warn(message: str) -> None:
     warn(message)
 
 
+class _Holder(NamedTuple):
+    """A module that holds a parameter, at one of the module's places in the model."""
+
+    name: str
+    module: nn.Module
+    parent: Any  # None if the module is the model itself.
+
+    @property
+    def in_adapter_module(self) -> bool:
+        """Whether the module is a LoRA layer or wrapper, or a child of one."""
+        kinds = (LoraLayer, ModuleWrapper, TrainableTokensLayer)
+        return isinstance(self.module, kinds) or isinstance(self.parent, kinds)
+
+
 class SharedWeightUntier:
     """Unties weights that several modules of a model share.
 
     After a weight has been untied, one module's weight can be changed without changing the others.
-    The object can also find shared weights without untying them. It is used before adapters are
-    merged, and before an initialization method changes base weights.
+    A module that has several names in the model shares its weight in the same way as several
+    modules do. The object can also find shared weights without untying them. It is used before
+    adapters are merged, and before an initialization method changes base weights.
 
     Args:
         model: The base model with its adapters.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._holders: dict[int, list[tuple[str, nn.Module]]] = {}
+        self._model = model
+        self._holders: dict[int, list[_Holder]] = {}
         self._untied: list[tuple[str, str, int]] = []
         self._heads: list[Any] = [m for m in model.modules() if hasattr(type(m), "tied_to")]
-        for name, module in model.named_modules():
-            for parameter in module._parameters.values():
+        self._add_holders(_Holder("", model, None))
+
+    def _add_holders(self, top: _Holder) -> None:
+        """Record what holds the parameters of a module and of the modules inside it."""
+        holders = [top]
+        for name, parent in top.module.named_modules(prefix=top.name):
+            for key, child in parent._modules.items():
+                if child is not None:
+                    holders.append(_Holder(f"{name}.{key}" if name else key, child, parent))
+        for holder in holders:
+            for parameter in holder.module._parameters.values():
                 if parameter is not None:
-                    self._holders.setdefault(id(parameter), []).append((name, module))
+                    self._holders.setdefault(id(parameter), []).append(holder)
+
+    def _other_holders(
+        self, name: str, base: nn.Module, family: Collection[nn.Module], parameter: str
+    ) -> list[_Holder]:
+        """Return the holders of a parameter that are neither in ``family`` nor at ``name``.
+
+        A module of ``family`` counts as another holder at each of its places outside of adapters.
+        """
+        parent_name, _, key = name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
+
+        def is_own(holder: _Holder) -> bool:
+            at_name = holder.parent is parent and holder.name.rpartition(".")[2] == key
+            return holder.module in family and (holder.in_adapter_module or at_name)
+
+        holders = self._holders.get(id(base._parameters.get(parameter)), ())
+        return [holder for holder in holders if not is_own(holder)]
 
     def find_module_sharing_weight(
-        self, base: nn.Module, ignored: Collection[nn.Module], parameter: str = "weight"
+        self, name: str, base: nn.Module, ignored: Collection[nn.Module]
     ) -> str | None:
         """Return the name of a module that shares the weight of ``base``.
 
         Args:
+            name: The name of ``base`` or of the LoRA layer or wrapper that replaced it. The result
+                can be another name of the same module.
             base: The module with the weight.
             ignored: Modules to ignore.
-            parameter: The name of the weight in ``base``.
 
         Returns:
             The name of the first module found, or None if no module shares the weight.
         """
-        holders = self._holders.get(id(base._parameters.get(parameter)), ())
-        return next((name for name, module in holders if module not in ignored), None)
+        others = self._other_holders(name, base, ignored, "weight")
+        return others[0].name if others else None
 
-    def other_module_sharing_weight(self, module: Any) -> str | None:
+    def other_module_sharing_weight(self, name: str, module: Any) -> str | None:
         """Return the name of another module that shares the weight of ``module``.
 
-        The weight is that of the base layer of ``module``. Modules that share the LoRA factors or
-        trained rows of ``module`` are ignored. The result is None if no other module shares the
-        weight.
+        The weight is that of the base layer of ``module``, which is called ``name``. Modules that
+        share the LoRA factors or trained rows of ``module`` are ignored. The result is None if no
+        other module shares the weight.
         """
-        return self.find_module_sharing_weight(
-            module.get_base_layer(),
-            self._modules_sharing_factors(module),
-            _adapted_parameter_name(module),
-        )
+        others = self._others(name, module)
+        return others[0].name if others else None
+
+    def _others(self, name: str, module: Any) -> list[_Holder]:
+        """Return the holders of a layer's base weight that its adapters must not change."""
+        family, base = self._modules_sharing_factors(module), module.get_base_layer()
+        return self._other_holders(name, base, family, _adapted_parameter_name(module))
+
+    def check_can_untie(self, name: str, module: Any) -> None:
+        """Check that `untie_if_shared` can untie a layer's weight.
+
+        Raises:
+            AdapterStateError: If the base layer has another name in the model, and its ``forward``
+                was replaced by a function that cannot be copied.
+        """
+        originals = _with_original_linears(self._modules_sharing_factors(module))
+        for holder in self._others(name, module):
+            if holder.module in originals and has_replaced_forward_that_cannot_be_copied(
+                holder.module
+            ):
+                raise AdapterStateError(
+                    f"target module {name!r} is also called {holder.name!r} and must be copied "
+                    "before the merge, but its forward was replaced by a function that cannot be "
+                    "copied; restore the original forward, or give each name its own module"
+                )
 
     def _modules_sharing_factors(self, module: Any) -> set[nn.Module]:
         base = module.get_base_layer()
@@ -236,24 +308,40 @@ class SharedWeightUntier:
     def untie_if_shared(self, name: str, module: Any) -> None:
         """Untie a module's weight if another module shares it.
 
-        The base weight of the layer is replaced with a copy. Without the copy, merging an adapter
-        into an output head would also change the embedding.
+        The base weight of the layer is replaced with a copy, and so is a bias that is shared.
+        Without the copy, merging an adapter into an output head would also change the embedding. If
+        the base layer itself has other names in the model, a copy of the module with the old weight
+        is put there. Layers must be untied before the layers inside them.
 
         Args:
             name: The name of the layer.
             module: The layer.
         """
-        other = self.other_module_sharing_weight(module)
-        if other is None:
+        others = self._others(name, module)
+        if not others:
             return
-        base, weight = module.get_base_layer(), _adapted_parameter_name(module)
-        old, family = getattr(base, weight), self._modules_sharing_factors(module)
-        own = nn.Parameter(old.detach().clone(), requires_grad=False)
-        for part in family:
-            if part._parameters.get(weight) is old:
-                setattr(part, weight, own)
-        self._holders[id(old)] = [held for held in self._holders[id(old)] if held[1] not in family]
-        self._untied.append((name, other, own.numel() * own.element_size()))
+        family, base = self._modules_sharing_factors(module), module.get_base_layer()
+        originals, size = _with_original_linears(family), 0
+        copies: dict[nn.Module, nn.Module] = {}
+        for other in others:
+            if other.module in originals:
+                if other.module not in copies:
+                    copies[other.module] = copy_sharing_parameters(other.module)
+                made = copies[other.module]
+                setattr(other.parent, other.name.rpartition(".")[2], made)
+                self._add_holders(other._replace(module=made))
+        for parameter in (_adapted_parameter_name(module), "bias"):
+            old = base._parameters.get(parameter)
+            if old is None or not self._other_holders(name, base, family, parameter):
+                continue
+            own = copy.deepcopy(old)
+            for part in family:
+                if part._parameters.get(parameter) is old:
+                    setattr(part, parameter, own)
+            holders = self._holders[id(old)]
+            self._holders[id(old)] = [each for each in holders if each.module not in originals]
+            size += own.numel() * own.element_size()
+        self._untied.append((name, others[0].name, size))
 
     def warn_if_weights_were_untied(self) -> None:
         """Warn about the weights that have been untied.
@@ -270,6 +358,11 @@ class SharedWeightUntier:
             f"{name} shared its weight with {other}, and now has its own weight with the adapter "
             f"merged in{more}. This takes {total / 2**20:,.1f} MiB more memory",
         )
+
+
+def _with_original_linears(family: set[nn.Module]) -> set[nn.Module]:
+    """Add the modules that will replace the linear layers in ``family`` when these are removed."""
+    return family | {linear for part in family for linear in part.__dict__.get("_linear", ())}
 
 
 def _adapted_parameter_name(layer: Any) -> str:

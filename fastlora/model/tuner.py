@@ -23,6 +23,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.tied_weights import SharedWeightUntier
 from fastlora.model.weighted import CombinationOptions, combine_adapters
+from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.block import routing_from_parameters, sample_routings_from_parameters
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_adapter_router
@@ -72,6 +73,7 @@ class LoraTuner(nn.Module):
         # The layers of this model refer to the same object. Since it is a separate object, the
         # references remain correct when the model is copied or pickled.
         self.group = RoutedLayerGroup()
+        patch_activation_checkpointing()
         self._routed: list[nn.Module] | None = None
         # The parameters that `disable_adapter_layers` froze.
         self._frozen: list[nn.Parameter] = []
@@ -632,14 +634,14 @@ class LoraTuner(nn.Module):
             name: inject.existing_adapter_names(layer, wanted) for name, layer in layers.items()
         }
         anything = False
-        for layer, names in zip(layers.values(), chosen.values(), strict=True):
-            merges = layer.check_merge(safe_merge, names)
+        for name, layer in layers.items():
+            merges = layer.check_merge(safe_merge, chosen[name])
             anything = anything or bool(merges)
-            tied = shared.other_module_sharing_weight(layer) if merges else None
-            if tied:
+            tied = shared.other_module_sharing_weight(name, layer) if merges else None
+            if tied is not None:
                 raise AdapterStateError(
-                    f"a target module shares its weight with {tied}, so merging would change both "
-                    "modules; use merge_and_unload(), which gives the target its own weight"
+                    f"target module {name!r} shares its weight with {tied!r}, so merging would "
+                    "change both; use merge_and_unload(), which gives the target its own weight"
                 )
         if not anything and any(layer.merged for layer in layers.values()):
             warn("All adapters are already merged, nothing to do")

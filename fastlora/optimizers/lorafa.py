@@ -91,8 +91,8 @@ class LoraFAOptimizer(Optimizer):
         Raises:
             ConfigError: The group does not have a name and a scaling factor for each parameter.
         """
-        group = {**param_group, "params": list(param_group["params"])}
-        names = list(group.get("names", ()))
+        names = list(param_group.get("names", ()))
+        group = {**param_group, "params": list(param_group["params"]), "names": names}
         if "scaling_factors" not in group and "scaling_factor" in group:  # as in older PEFT
             group["scaling_factors"] = [group["scaling_factor"]] * len(group["params"])
         factors = group.get("scaling_factors", ())
@@ -102,12 +102,23 @@ class LoraFAOptimizer(Optimizer):
                 f"{len(group['params'])} parameters, got {len(names)} names and {len(factors)} "
                 "scaling factors"
             )
-        by_name = dict(zip(names, group["params"], strict=True))
+        self._pair_factors(group)
+        super().add_param_group(group)
+
+    def _pair_factors(self, group: dict[str, Any]) -> None:
+        """Pair each lora_B weight of a parameter group with the matching lora_A weight."""
+        by_name = dict(zip(group["names"], group["params"], strict=True))
         for name, parameter in by_name.items():
             partner = by_name.get(_paired_lora_a_name(name) or "")
             if partner is not None:
                 self._partners[parameter] = partner
-        super().add_param_group(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled optimizer, which consists of its groups and its state."""
+        super().__setstate__(state)
+        self._partners, self._inverses = {}, {}
+        for group in self.param_groups:
+            self._pair_factors(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

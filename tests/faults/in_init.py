@@ -94,4 +94,13 @@ FAULTS = (
         after="        pass",
         tests=("tests/init/test_data_inits.py::test_lora_ga_on_conv1d_scales_by_its_outputs",),
     ),
+    Fault(
+        sentence="A copied LoRA-FA optimizer no longer knows which lora_A belongs to a lora_B.",
+        kind="partners lost by a copy",
+        source="copies of LoRA-FA optimizers",
+        path="fastlora/optimizers/lorafa.py",
+        before="        for group in self.param_groups:\n            self._pair_factors(group)\n",
+        after="",
+        tests=(f"{_OPTIMIZERS}::test_a_copied_lorafa_optimizer_goes_on",),
+    ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.faults.fault import Fault
 
+_ALIASED = "tests/model/test_tied.py::test_a_module_with_two_names_is_untied_before_a_merge"
 _BIASES = "tests/model/test_base_biases.py"
 _CALLS = "tests/integrations/test_peft_compatibility_calls.py"
 _DROPIN = "tests/model/test_dropin.py"
@@ -384,5 +385,36 @@ FAULTS = (
         before="self._delete_adapter(adapter_name)  # also in",
         after="pass  # also in",
         tests=(f"{_WEIGHTED}::test_a_failed_sum_is_not_left_in_the_model",),
+    ),
+    Fault(
+        sentence="A module with two names in the model counts as a module that shares nothing.",
+        kind="an alias that nobody sees",
+        source="a module with two names",
+        path="fastlora/model/tied_weights.py",
+        before="return holder.module in family and (holder.in_adapter_module or at_name)",
+        after="return holder.module in family",
+        tests=(
+            f"{_ALIASED}[embedding]",
+            "tests/init/test_weight_inits.py::"
+            "test_the_weight_of_a_module_with_two_names_is_not_changed[pissa]",
+        ),
+    ),
+    Fault(
+        sentence="The other name of a merged module still refers to the merged module.",
+        kind="an alias that is merged",
+        source="a module with two names",
+        path="fastlora/model/tied_weights.py",
+        before='                setattr(other.parent, other.name.rpartition(".")[2], made)\n',
+        after="",
+        tests=(f"{_ALIASED}[linear]", f"{_ALIASED}[convolution]", f"{_ALIASED}[int8]"),
+    ),
+    Fault(
+        sentence="Merging a lora_bias changes the bias of the merged module's other name.",
+        kind="a shared bias",
+        source="a module with two names",
+        path="fastlora/model/tied_weights.py",
+        before='for parameter in (_adapted_parameter_name(module), "bias"):',
+        after="for parameter in (_adapted_parameter_name(module),):",
+        tests=(f"{_ALIASED}[linear]", f"{_ALIASED}[hooks]"),
     ),
 )

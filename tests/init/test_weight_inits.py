@@ -300,6 +300,14 @@ def test_tied_weights_are_not_changed_behind_the_other_ones_back() -> None:
     assert untied(tokens).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_weight_of_a_module_with_two_names_is_not_changed(init: str) -> None:
+    model = two_layers()
+    model.other = model.q
+    with unchanged(model), pytest.raises(AdapterStateError, match="'q', which is shared with 'ot"):
+        started(fastlora, model, init_lora_weights=init)
+
+
 def test_quantized_bases() -> None:
     """OLoRA quantizes anew, as in PEFT; others ask for the model before quantization."""
     ours = quantized_two_layers("bitsandbytes")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, fusion_report, get_peft_model
@@ -250,6 +252,30 @@ def test_a_failed_load_changes_nothing(how: str, message: str, tmp_path: Path) -
     ):
         with unchanged(model, bare), pytest.raises(CheckpointError, match=message):
             call()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_unload_checks_all_layers_first(name: str, pruned: bool) -> None:
+    """What is computed from other parameters is not an `nn.Linear`'s own; nothing has changed."""
+    model = adapted()
+    layer = model.base_model.model.v
+    if pruned:
+        prune.random_unstructured(layer, name, 0.5)
+    else:
+        parametrize.register_parametrization(layer, name, nn.Identity())
+    error = rf"cannot .*: its {name} is computed .* remove it first"
+    for call in (model.unload, model.merge_and_unload, lambda: layer.base_layer):
+        with unchanged(model), pytest.raises(UnsupportedLayerError, match=error):
+            call()
+    if pruned:
+        prune.remove(layer, name)
+    else:
+        parametrize.remove_parametrizations(layer, name)
+    expected = model(torch.ones(1, 16))
+    base = model.merge_and_unload()
+    assert type(base.v) is nn.Linear
+    torch.testing.assert_close(base(torch.ones(1, 16)), expected)
 
 
 def test_merge_and_unload_is_all_or_nothing() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.tied_weights import modules_tied_to_embedding
-from fastlora.validation import ConfigError, UnsupportedLayerError
-from tests.support.tiny import tiny, tiny_llama
+from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+from tests.support.tiny import quantized_two_layers, randomize, tiny, tiny_llama, unchanged
 
 pytest.importorskip("transformers")
 
@@ -145,3 +146,79 @@ def test_what_models_tie(kind: str) -> None:
 
     model = tiny(kind)
     assert modules_tied_to_embedding(model) == _get_module_names_tied_with_embedding(model)
+
+
+def hooked_linear() -> nn.Module:
+    linear = nn.Linear(16, 16)
+    linear.register_forward_hook(lambda module, args, y: y.clone())
+    return linear
+
+
+ALIASED: dict[str, Any] = {
+    "linear": lambda: nn.Linear(16, 16),
+    "hooks": hooked_linear,
+    "embedding": lambda: nn.Embedding(16, 16),
+    "convolution": lambda: nn.Conv1d(3, 4, 3),
+    "attention": lambda: nn.MultiheadAttention(16, 2),
+    "4 bits": lambda: quantized_two_layers("bitsandbytes").q,
+    "int8": lambda: quantized_two_layers("torchao").q,
+}
+
+
+@pytest.mark.parametrize("kind", ALIASED)
+def test_a_module_with_two_names_is_untied_before_a_merge(kind: str) -> None:
+    """Only one of the names has an adapter, before and after; a bias is merged into, too."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"q": ALIASED[kind]()})
+    base["k"] = base["q"]
+    q, lora_bias = base["q"], kind in ("linear", "hooks")
+    x = torch.arange(16) if kind == "embedding" else torch.randn(3, 16)
+    inputs = (x, x, x) if kind == "attention" else (x,)
+
+    def output(name: str) -> torch.Tensor:
+        y = base[name](*inputs)
+        return (y[0] if isinstance(y, tuple) else y).detach()
+
+    before = output("k")
+    fields = {"lora_bias": lora_bias, "init_lora_weights": False}
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q"], **fields))
+    randomize(model)
+    adapted = output("q")
+    assert (adapted - before).abs().max() > 0.1
+    with pytest.raises(AdapterStateError, match="'q' shares its weight with 'k'"):
+        model.merge_adapter()
+    assert torch.equal(output("q"), adapted)
+    alone = copy.deepcopy(model).unload()
+    assert alone["q"] is alone["k"]
+    with pytest.warns(UserWarning, match="q shared its weight with k, and now has its own"):
+        assert model.merge_and_unload() is base
+    assert base["q"] is q and base["k"] is not q and type(base["k"]) is type(q)
+    torch.testing.assert_close(output("k"), before, rtol=0, atol=0)
+    error = (output("q") - adapted).norm() / (adapted - before).norm()
+    assert error < (0.3 if kind in ("4 bits", "int8") else 1e-5)
+
+
+def test_a_module_with_two_names_that_cannot_be_copied() -> None:
+    """Its forward would keep calling the original module; nothing has changed then."""
+    base = nn.ModuleDict({"q": nn.Linear(16, 16), "v": nn.Linear(16, 16)})
+    forward = base["v"].forward
+    base["v"].forward = lambda x: forward(x)  # type: ignore[method-assign]
+    base["w"] = base["v"]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"]))
+    with unchanged(model), pytest.raises(AdapterStateError, match="'v' is also called 'w'"):
+        model.merge_and_unload()
+
+
+def test_blocks_with_two_names_share_their_adapters() -> None:
+    base = nn.ModuleDict({"a": nn.Sequential(nn.Linear(16, 16))})
+    base["b"] = base["a"]
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    randomize(model)
+    x = torch.randn(3, 16)
+    expected = base["b"](x).detach()
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_and_unload()
+    assert base["a"] is base["b"]
+    torch.testing.assert_close(base["b"](x), expected)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -200,3 +203,20 @@ def test_eight_bit_optimizers_keep_embeddings_in_32_bits() -> None:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     overridden = [module for module, _, _ in manager.module_weight_config_triple]
     assert all(any(m is o for o in overridden) for m in embeddings)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copied_lorafa_optimizer_goes_on(copied: Callable[[Any], Any]) -> None:
+    def step(model: nn.Module, optimizer: LoraFAOptimizer) -> None:
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+
+    model = adapted(use_dora=True)
+    optimizer = create_lorafa_optimizer(model, 4, 8, lr=1e-2)
+    step(model, optimizer)
+    other, again = copied((model, optimizer))
+    step(model, optimizer)
+    step(other, again)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two) and one is not two
