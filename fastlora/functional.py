@@ -27,8 +27,8 @@ def lora_linear(
 
     This is the low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors
     in PEFT's layout. The function is differentiable with respect to x, weight, bias, lora_a, and
-    lora_b. Whether it is twice differentiable depends on the dtype, the device, and the number of
-    rows. Under autocast, x and weight are cast to the autocast dtype.
+    lora_b. Second derivatives raise an error, except for few rows on a CPU. Under autocast, x and
+    weight are cast to the autocast dtype.
 
     Args:
         x: Input, ``[..., K]``, in fp16, bf16, fp32, or fp64.

@@ -25,11 +25,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operator_backend  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, BackwardArguments
+from fastlora.ops.execution_mode import is_forward_ad_active, raise_if_second_derivative
 from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
@@ -62,7 +62,7 @@ def run_adapters(
     """
     if s is not None:  # lora_a gets its gradient through s.
         operands = operands._replace(lora_a=[a.detach() for a in operands.lora_a])
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_forward_ad_active():
         lora_a, lora_b, lora_bias, *others = operands
         given = *base[:3], s
         if records_gradients(x, *given, *lora_a, *lora_b, *lora_bias):
@@ -72,12 +72,15 @@ def run_adapters(
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Return whether autograd records operations on any of the given tensors."""
+    """Return whether autograd records operations on any of the given tensors.
+
+    The result is also True in forward mode, in which any of them may have a tangent.
+    """
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return False
+    return is_forward_ad_active()
 
 
 def _forward_without_graph(
@@ -125,14 +128,12 @@ def _forward_without_graph(
 def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
     """Decorate a backward method so that it runs without autocast and rejects double backward.
 
-    Double backward raises an error, as with `torch.autograd.function.once_differentiable`.
+    See `raise_if_second_derivative`.
     """
-    once = once_differentiable(backward)
 
     @functools.wraps(backward)
     def call_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        # `once_differentiable` is needed only if a second derivative is recorded.
-        compute = once if torch.is_grad_enabled() else backward
+        raise_if_second_derivative()
         # The context's tensors are on the same type of device as the gradient.
         grad = grads[0]
         if grad is None:
@@ -140,8 +141,8 @@ def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
         device_type = "cpu" if grad is None or grad.is_cpu else grad.device.type
         if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
-                return compute(ctx, *grads)
-        return compute(ctx, *grads)
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
 
     return call_backward
 

@@ -34,10 +34,10 @@ class IncrementalPca:
     def __init__(self, count: int, tau: float) -> None:
         self.count, self.tau, self.most_rows = count, tau, 0
         self.components: torch.Tensor | None = None
-        self.values = self.ratios = torch.empty(0)
-        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.values = self.ratios = torch.empty(0, device="cpu")
+        self.settled = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._seen = 0
-        self._mean = self._variance = torch.empty(0, dtype=torch.float64)
+        self._mean = self._variance = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def partial_fit(self, rows: torch.Tensor) -> None:
         """Update the principal components with a batch of rows.

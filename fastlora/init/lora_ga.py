@@ -100,14 +100,14 @@ def _direction_indices(direction: str, rank: int) -> tuple[torch.Tensor, torch.T
         direction: As in `LoraGAConfig`.
         rank: Number of directions for each factor, R.
     """
-    first, second = torch.arange(rank), torch.arange(rank, 2 * rank)
+    first, second = torch.arange(2 * rank, device="cpu").split(rank)
     if direction == "ArB2r":
         return first, second
     if direction == "A2rBr":
         return second, first
     if direction == "ArBr":
         return 2 * first + 1, 2 * first
-    drawn = torch.randperm(2 * rank)[:rank]
+    drawn = torch.randperm(2 * rank, device="cpu")[:rank]
     return drawn, drawn
 
 

@@ -268,8 +268,8 @@ def check_used_singular_values_nonzero(
     """
     if not given.scaling > 0:
         raise InitializationError(
-            f"init_lora_weights={given.name!r} needs a positive scaling, got lora_alpha / r = "
-            f"{given.scaling}"
+            f"init_lora_weights={given.name!r} requires a positive scaling factor, got "
+            f"lora_alpha / r = {given.scaling}"
         )
     tolerance = float(values[0]) * larger_dimension * torch.finfo(values.dtype).eps
     usable = int((values > tolerance).sum())

@@ -24,6 +24,7 @@ from fastlora.integrations.peft_layers import (
     has_unsupported_variant,
     patch_layer,
     unpatch_layer,
+    with_signature_of,
 )
 from fastlora.integrations.peft_router import (
     PatchedModelRouter,
@@ -56,6 +57,7 @@ class FastPeftLoraModel(PeftLoraModel):
         patch_layer(module)
         return module
 
+    @with_signature_of(PeftLoraModel.inject_adapter)
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -79,11 +81,13 @@ class FastPeftLoraModel(PeftLoraModel):
         super().delete_adapter(adapter_name)
         self._update_routed_layers()
 
+    @with_signature_of(PeftLoraModel.merge_adapter)
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge adapters into the base weights."""
         self._check_no_open_block("merge_adapter")
         super().merge_adapter(*args, **kwargs)
 
+    @with_signature_of(PeftLoraModel.merge_and_unload)
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge adapters into the base weights, and return the base model without LoRA layers."""
         self._check_no_open_block("merge_and_unload")

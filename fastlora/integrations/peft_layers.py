@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -40,8 +41,19 @@ from fastlora.layers.quantized_base import (
 from fastlora.model.stacked_experts import experts_layer_class
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.factors import Base
+from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_signature_of(function: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    """Decorate a method so that `inspect.signature` returns the signature of ``function``.
+
+    Libraries such as diffusers look up which arguments PEFT's methods have.
+    """
+    return functools.wraps(function, assigned=(), updated=())  # type: ignore[return-value]
 
 
 class FusedForwardMixin(BaseAdapterLayer):
@@ -109,6 +121,7 @@ class FusedForwardMixin(BaseAdapterLayer):
     def _local_weight_if_quantized(self: Any) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
+    @with_signature_of(PeftLinear.update_layer)
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the layer or update an existing adapter, as PEFT does.
 
@@ -132,6 +145,7 @@ class FusedForwardMixin(BaseAdapterLayer):
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
         clear_layer_caches(self)
 
+    @with_signature_of(PeftLinear.merge)
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """Merge adapters into the base weight, as PEFT's layer does.
 
@@ -336,6 +350,7 @@ def patch_layer(module: nn.Module) -> None:
     fast = patched_class_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
         module.__class__ = fast
+        patch_activation_checkpointing()
     if fast is not None and issubclass(fast, FusedForwardMixin):
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
         module._register_load_hook_that_moves_scalings()  # type: ignore[operator]  # defined by the new class

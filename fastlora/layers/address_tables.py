@@ -66,8 +66,9 @@ def _build_model_tables(
     if found is None or len({tensor.device for tensor in tensors}) > 1:
         return False
     shape = (len(routing.layers), len(routing.names))
-    addresses = torch.zeros(3, *shape, dtype=torch.int64)
-    rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+    addresses = torch.zeros(3, *shape, dtype=torch.int64, device="cpu")
+    rank = torch.zeros(shape, dtype=torch.int32, device="cpu")
+    scaling = torch.zeros(shape, dtype=torch.float32, device="cpu")
     held: list[torch.Tensor] = []
     # The widest dtype represents every adapter's factors exactly, whatever else is in the batch.
     dtypes = [tensor.dtype for tensor in tensors]

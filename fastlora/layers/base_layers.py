@@ -37,7 +37,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
-    """Return the reason why a module is not a plain `nn.Linear`.
+    """Return the fallback reason of a module that is not a plain `nn.Linear`.
 
     The reason is an empty string if the module is plain. Set ``gathered`` if FSDP2 replaces shards
     by plain parameters during the forward pass.

@@ -319,7 +319,8 @@ def _scale_rows_with_autograd(
     flat = y.reshape(-1, y.shape[-1])
     whole = rows.is_sorted and sum(lengths) == flat.shape[0]
     if not whole:
-        places = torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(y.device)
+        places = torch.cat([torch.arange(s.start, s.stop, device="cpu") for s in segments])
+        places = places.to(y.device)
         index = places if rows.is_sorted else rows.order.index_select(0, places).long()
     own = flat if whole else flat.index_select(0, index)
     u = own if included_bias is None else own - included_bias.to(own.dtype)

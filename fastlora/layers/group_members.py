@@ -45,7 +45,7 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class PreparedGroupLaunch:
-    """A prepared kernel launch for several layers of a shared-input group.
+    """A prepared kernel launch for a group of layers that share an input.
 
     Later calls can reuse the launch. The launch consists of the arguments for computing the outputs
     of all its layers in one call. The launch covers the layer that is called first and layers that

@@ -45,6 +45,30 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = env.triton_interpreted()
 
 
+def is_forward_ad_active() -> bool:
+    """Return whether PyTorch computes derivatives in forward mode.
+
+    fastlora's autograd functions and operators do not support it. The functions raise an error, but
+    the operators would return a result without a tangent.
+    """
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0
+
+
+def raise_if_second_derivative() -> None:
+    """Raise `RuntimeError` if a backward pass is recorded for second derivatives.
+
+    The backward passes of fastlora's autograd functions call this function. Without the error, a
+    second derivative would lack the contribution of these functions. PyTorch's
+    `once_differentiable` detects only some of these cases.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fastlora's layers support first derivatives only; do not pass create_graph=True, or "
+            "use PEFT's layers, which fastlora.unpatch(model) restores in a patched PEFT model"
+        )
+
+
 class _BatchInvariantState(threading.local):
     """The state of batch-invariant mode.
 

@@ -204,4 +204,5 @@ def _numbers(
     with torch.inference_mode(False):
         if device.type != "cuda":
             return torch.tensor(values, dtype=dtype, device=device)
-        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        pinned = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
+        return pinned.to(device, non_blocking=True)

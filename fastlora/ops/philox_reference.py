@@ -33,11 +33,11 @@ def philox_keep_mask(
         projection: Number of the projection within the shared-input group.
     """
     groups = (cols + _COLUMNS_PER_COUNTER - 1) // _COLUMNS_PER_COUNTER
-    row = torch.arange(rows, dtype=torch.int64)[:, None].expand(rows, groups)
-    group = torch.arange(groups, dtype=torch.int64)[None, :].expand(rows, groups)
+    row = torch.arange(rows, device="cpu")[:, None].expand(rows, groups)
+    group = torch.arange(groups, device="cpu")[None, :].expand(rows, groups)
     counter = (row & _MASK_32, group, torch.full_like(row, projection), torch.zeros_like(row))
     words = _philox_4x32(counter, (seed & _MASK_32, (seed >> 32) & _MASK_32))
-    lanes = torch.empty(rows, groups, _COLUMNS_PER_COUNTER, dtype=torch.int64)
+    lanes = words[0].new_empty(rows, groups, _COLUMNS_PER_COUNTER)
     for j in range(_COLUMNS_PER_COUNTER):
         word = words[(j & 1) * 2 + ((j >> 1) & 1)]
         lanes[:, :, j] = (word >> (16 * (j >> 2))) & 0xFFFF

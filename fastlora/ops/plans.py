@@ -82,11 +82,11 @@ def _plan_from_table(
     group_n: int | None,
     slots: int,
 ) -> str:
-    """Look up the plan of a kernel launch in the table for the chip on which x is stored.
+    """Look up the plan of a kernel launch in a table.
 
-    The table of a chip lists plans by launch, dtype, precision, the sizes of x and the weight, the
-    rank, and the number of slots. If the table lists no plan for a launch, the plan depends on the
-    number of rows and slots.
+    The table is the one for the chip on which x is stored. It lists plans by launch, dtype,
+    precision, the sizes of x and the weight, the rank, and the number of slots. If the table lists
+    no plan for a launch, the plan depends on the number of rows and slots.
     """
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
     chips, configs = _import_chips_and_configs()

@@ -40,9 +40,9 @@ def draw_seeds(
     for given_name, seed in chosen.items():
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"the seed of {given_name!r} is {seed!r}, expected an int")
-    seeds = torch.zeros(len(names), dtype=torch.int64)
+    seeds = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     if draw and names:
-        seeds = torch.randint(0, 2**SEED_BITS, (len(names),))
+        seeds = torch.randint(0, 2**SEED_BITS, (len(names),), device="cpu")
     for slot, name in enumerate(names):
         if name in chosen:
             seeds[slot] = _wrap_to_int64(chosen[name])

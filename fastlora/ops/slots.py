@@ -219,7 +219,7 @@ class SlotLoraUpdater:
                 own[index] = Factors(lora_a[:rank], lora_b[:rank].t(), scaling)
         self._factors[slot] = own
         for table, values in zip(self.tables[2:], (slice_ranks, slice_scalings), strict=True):
-            table[:, slot] = torch.tensor(values, dtype=table.dtype)
+            table[:, slot] = torch.tensor(values, dtype=table.dtype, device="cpu")
         self._prepared = None
         for pack in self._packs.values():
             pack.set_slot(slot, own)

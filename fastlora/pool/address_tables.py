@@ -87,7 +87,7 @@ class PoolTables:
         if image.layout.dora_modules:
             self.uses_dora = True
             self._dora_columns.add(column)
-        scaling = torch.tensor(image.scaling, dtype=torch.float32)
+        scaling = torch.tensor(image.scaling, dtype=torch.float32, device="cpu")
         numbers = torch.stack([image.layout.module_ranks, scaling.view(torch.int32)])
         self._copy(self._addresses[:, :, column], addresses)
         self._copy(self._numbers[:, :, column], numbers)

@@ -29,6 +29,7 @@ from fastlora.model.stacked_experts import (
 from fastlora.model.target_names import is_all_linear
 from fastlora.model.targets import model_type_of
 from fastlora.pool.packed_adapter import TargetableBaseWeight
+from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.active import (
     check_batch_matches_ids,
     discard_unused_results,
@@ -94,6 +95,7 @@ class InstalledPoolLoraLayers:
                     "the adapters into a LoraModel and route them with fastlora.adapters"
                 )
         self.group = RoutedLayerGroup()
+        patch_activation_checkpointing()
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}

@@ -218,7 +218,9 @@ class AdapterPacker:
             rows = blocks["lora_a"].shape[0] if blocks else 0
             shape.append((rows // target.num_matrices, kinds))
         layout = self._layout(tuple(shape))
-        data = torch.empty(layout.numel, dtype=self.dtype, pin_memory=self._pin_memory)
+        data = torch.empty(
+            layout.numel, dtype=self.dtype, device="cpu", pin_memory=self._pin_memory
+        )
         for index, blocks in tensors.items():
             views = layout.module_tensor_views(data, index)
             for kind, tensor in blocks.items():

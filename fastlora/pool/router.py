@@ -48,8 +48,10 @@ def lease_batch_routing(
         names, places = names_and_slots(None, ids)
         lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank or 1  # if no row has an adapter, the kernels for small ranks run
-        columns = torch.tensor([loaded.column for loaded in lease.loaded_adapters])
-        columns = lookup_or_negative_if_out_of_range(columns.to(torch.int64), places)
+        columns = torch.tensor(
+            [loaded.column for loaded in lease.loaded_adapters], dtype=torch.int64, device="cpu"
+        )
+        columns = lookup_or_negative_if_out_of_range(columns, places)
     elif is_capturing_cuda_graph(ids):
         return graph_capture_routing(pool, ids)
     else:
@@ -59,7 +61,7 @@ def lease_batch_routing(
         # have the size for the largest rank.
         max_rank = pool.max_rank or lease.max_rank or 1
         # The column of each slot.
-        table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
+        table = torch.full((pool.max_adapters,), OUT_OF_RANGE, device="cpu")
         in_slots: list[str | None] = [None] * pool.max_adapters
         for loaded in lease.loaded_adapters:
             table[loaded.slot] = loaded.column
@@ -106,7 +108,10 @@ def sample_routing_per_rank(pool: Any, ranks: Sequence[int] | None) -> list[Rout
     found = []
     for rank in sorted(ranks, reverse=True):
         source = PoolSource(nobody, pool.tables.as_kernel_tables(rank, pool.dtype))
-        ids, seeds = torch.zeros(1, dtype=torch.int64), draw_seeds(nobody, None, draw=False)
+        ids, seeds = (
+            torch.zeros(1, dtype=torch.int64, device="cpu"),
+            draw_seeds(nobody, None, draw=False),
+        )
         found.append(Routing(pool.group, ("",) * len(nobody), ids, seeds, source))
     return found
 

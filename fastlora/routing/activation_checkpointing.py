@@ -23,7 +23,9 @@ from fastlora.routing.active import active_routings, replace_active_routings
 def patch_activation_checkpointing() -> None:
     """Patch `torch.utils.checkpoint` so that recomputation uses the original routing.
 
-    The patch applies to all checkpoints that the process creates afterwards.
+    The patch applies to all checkpoints that the process creates afterwards. It is applied when a
+    model gets LoRA layers, because activations of a forward pass before the first block may be
+    recomputed inside a block.
     """
     module: Any = torch_checkpoint
     reentrant = module.CheckpointFunction

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 
 import torch
 
@@ -27,6 +28,9 @@ class _ThreadRoutings(threading.local):
 
 
 _thread = _ThreadRoutings()
+# The ids of the routings whose blocks are open in this context. Each asyncio task has a context of
+# its own, whereas all tasks of an event loop share a thread.
+_ids_in_context: ContextVar[tuple[int, ...]] = ContextVar("fastlora_open_blocks", default=())
 
 
 def active_routings() -> tuple[Routing, ...]:
@@ -68,6 +72,22 @@ def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
 def _set_active(routings: tuple[Routing, ...]) -> None:
     _thread.open = routings
     _thread.by_group = {routing.group: routing for routing in routings}
+    if not is_being_compiled():
+        _ids_in_context.set(tuple(map(id, routings)))
+
+
+def _check_blocks_of_context(*routings: Routing) -> None:
+    """Raise `RuntimeError` if another coroutine opened the block of one of the routings.
+
+    The routings are active in this thread.
+    """
+    if not is_being_compiled():
+        known = _ids_in_context.get()
+        if any(id(routing) not in known for routing in routings):
+            raise RuntimeError(
+                "another coroutine of this thread has an open adapters() block; do not await in a "
+                "block, or run the coroutines in separate threads"
+            )
 
 
 @contextlib.contextmanager
@@ -77,9 +97,10 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     The routing is active only in this thread. The routings of other models stay active.
 
     Raises:
-        RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
-            coroutines in one thread. The block is closed in this case too.
+        RuntimeError: Another coroutine in this thread has an open block, or blocks do not end in
+            the reverse order of their beginning. In the second case, the block is closed.
     """
+    _check_blocks_of_context(*_thread.open)
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
         None
@@ -156,9 +177,13 @@ def check_batch_matches_ids(
     Raises:
         ValueError: The number of ids is neither the number of samples nor the number of tokens, or
             ``per_sample`` is set and the number of ids is not the number of samples.
+        RuntimeError: Another coroutine in this thread opened the block.
     """
     routing = _thread.by_group.get(group)
-    if routing is None or _thread.unchecked:
+    if routing is None:
+        return
+    _check_blocks_of_context(routing)
+    if _thread.unchecked:
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
     if not is_being_compiled() and routing.cache.row_checker is not None:

@@ -191,7 +191,7 @@ def sample_routings_from_parameters(
             n for n in adapter_names if n != name and n in sizes and sizes[n][0] <= sizes[name][0]
         ]
         for names in dict.fromkeys(((name,), (name, *others)[:max_adapters])):
-            ids = torch.zeros(1, dtype=torch.int64)
+            ids = torch.zeros(1, dtype=torch.int64, device="cpu")
             found.append(
                 routing_from_parameters(group, layers, names, source_for_names, ids, None, False)
             )
@@ -223,6 +223,6 @@ def _spread_seeds_to_known(
     seed 0.
     """
     place = {name: index for index, name in enumerate(known)}
-    spread = torch.zeros(len(known), dtype=torch.int64)
+    spread = torch.zeros(len(known), dtype=torch.int64, device="cpu")
     spread[[place[name] for name in seeded_names]] = seeds
     return spread

@@ -74,7 +74,7 @@ def names_and_slots(
         names = tuple(sorted(present, key=place.__getitem__))
     slot_of = {name: slot for slot, name in enumerate(names)}
     slots = [NO_ADAPTER if name is None else slot_of[name] for name in wanted]
-    return names, torch.tensor(slots, dtype=torch.int64)
+    return names, torch.tensor(slots, dtype=torch.int64, device="cpu")
 
 
 def check_slots_and_move_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
@@ -177,7 +177,9 @@ class DeferredIdChecks:
         """
         arrived = None
         if out_of_range_flag.is_cuda:
-            host = torch.empty(out_of_range_flag.shape, dtype=torch.bool, pin_memory=True)
+            host = torch.empty(
+                out_of_range_flag.shape, dtype=torch.bool, device="cpu", pin_memory=True
+            )
             arrived, stream = (
                 torch.cuda.Event(),
                 torch.cuda.current_stream(out_of_range_flag.device),

@@ -92,7 +92,10 @@ def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
     def again(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         assert isinstance(module, nn.Linear)
         weight, device = module.weight, y.device
-        n, k = (torch.randperm(size, generator=generator).to(device) for size in weight.shape)
+        n, k = (
+            torch.randperm(size, generator=generator, device="cpu").to(device)
+            for size in weight.shape
+        )
         shuffled = weight.index_select(0, n).index_select(1, k)
         y = F.linear(args[0].index_select(-1, k), shuffled).index_select(-1, n.argsort())
         return y if module.bias is None else y + module.bias

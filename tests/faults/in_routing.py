@@ -243,4 +243,37 @@ FAULTS = (
             "tests/kernels/test_mixed_tables.py::test_tables_end_with_what_they_were_made_from",
         ),
     ),
+    Fault(
+        sentence="A coroutine runs with the adapters of another one.",
+        kind="a missing check",
+        source="issue 29",
+        path="fastlora/routing/active.py",
+        before="    _check_blocks_of_context(routing)\n",
+        after="",
+        tests=("tests/routing/test_in_force.py::test_coroutines_do_not_get_the_blocks_of_others",),
+    ),
+    Fault(
+        sentence="A checkpoint before the first block is recomputed with the block's adapters.",
+        kind="wrong adapter",
+        source="issue 29",
+        path="fastlora/model/tuner.py",
+        before="        patch_activation_checkpointing()\n",
+        after="",
+        tests=(
+            "tests/routing/test_open_blocks.py::"
+            "test_a_checkpoint_before_the_first_block_of_a_process[ours]",
+        ),
+    ),
+    Fault(
+        sentence="Slots of a block are on the default device.",
+        kind="wrong device",
+        source="issue 29",
+        path="fastlora/routing/ids.py",
+        before='torch.tensor(slots, dtype=torch.int64, device="cpu")',
+        after="torch.tensor(slots, dtype=torch.int64)",
+        tests=(
+            "tests/routing/test_mixed_blocks.py::"
+            "test_a_default_device_does_not_matter[5-float32-False]",
+        ),
+    ),
 )

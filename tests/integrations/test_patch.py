@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,26 @@ def assert_same(model: Any, twin: Any) -> None:
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[name], msg=name)
     torch.testing.assert_close(logits(model), logits(twin))
+
+
+def test_methods_have_the_signatures_of_pefts() -> None:
+    """diffusers looks for ``adapter_names`` among the parameters of ``merge``."""
+    model, twin = peft_model(), peft_model()
+    fastlora.patch(model)
+    pairs = [(model.base_model, twin.base_model)]
+    for own, theirs in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(theirs, LoraLayer):
+            pairs.append((own, theirs))
+    overridden = 0
+    for own, theirs in pairs:
+        for cls in type(own).__mro__[: type(own).__mro__.index(type(theirs))]:
+            for name in vars(cls):
+                method = getattr(theirs, name, None)
+                if not name.startswith("_") and name != "forward" and inspect.ismethod(method):
+                    found = inspect.signature(getattr(own, name)).parameters
+                    assert [*found] == [*inspect.signature(method).parameters], name
+                    overridden += 1
+    assert overridden > 10
 
 
 def test_training_goes_on_behind_a_patch() -> None:

@@ -205,3 +205,19 @@ def test_a_scaling_of_each_rank_row(lab: Lab) -> None:
         "triton",
     )
     problem.check(dict(zip(("ds", "d_lora_b", "d_bias"), found, strict=True)))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_forward_mode_raises(dropout_p: float) -> None:
+    """The operators would drop the tangents of operands that require no gradient."""
+    x, weight, lora_a, lora_b = (
+        torch.randn(*shape, device=DEVICE) for shape in ((4, 16), (8, 16), (2, 16), (8, 2))
+    )
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, weight, lora_a, lora_b, 0.5, dropout_p=dropout_p, impl="triton")
+
+    with pytest.raises(RuntimeError, match=r"functorch|forward"):
+        torch.func.jvp(run, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        run(torch.autograd.forward_ad.make_dual(x, x))

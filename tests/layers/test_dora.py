@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear, LoraConfig, adapters
@@ -218,6 +219,25 @@ def test_rows_of_several_adapters_in_any_order(p: float) -> None:
         torch.testing.assert_close(y[rows], run(rows))
 
 
+def test_a_parametrized_magnitude() -> None:
+    """Its parametrization acts as in PEFT; a mixed batch says why it cannot use the adapter."""
+
+    class Doubled(nn.Module):
+        def forward(self, magnitude: torch.Tensor) -> torch.Tensor:
+            return magnitude * 2.0
+
+    config = LoraConfig(target_modules=["0"], use_dora=True, init_lora_weights=False)
+    model = with_adapters(nn.Sequential(nn.Linear(20, 24, bias=False)), {"a": config})
+    layer, x = model.base_model.model[0], torch.randn(5, 20)
+    expected = 2.0 * model(x)
+    register_parametrization(layer.lora_magnitude_vector["a"], "weight", Doubled())
+    torch.testing.assert_close(model(x), expected)
+    reason = "adapter 'a' has a DoRA magnitude with a parametrization"
+    assert layer.fusion() == (False, reason)
+    with adapters(model, [*"aaaaa"]), pytest.raises(UnsupportedLayerError, match=reason):
+        model(x)
+
+
 def test_what_raises() -> None:
     """A weight that cannot be read; nothing has changed then."""
 
@@ -228,12 +248,3 @@ def test_what_raises() -> None:
     with pytest.raises(UnsupportedLayerError, match="the weight of this Opaque is missing"):
         wrapper.add_adapter("a", use_dora=True)
     assert not wrapper.lora_A and not wrapper.r
-
-
-def test_second_derivatives_raise() -> None:
-    """As for LoRA."""
-    layer = layer_of(make_problem(3, 6, 5, 2, torch.float32), 2, 0.0)
-    x = torch.randn(3, 5, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()

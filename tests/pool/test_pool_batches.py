@@ -122,3 +122,18 @@ def test_threads_with_their_own_batches(root: Path, alone: Alone) -> None:
         thread.join()
     assert not failures
     assert pool.stats().evictions > 0
+
+
+def test_a_default_device_does_not_matter(root: Path, alone: Alone) -> None:
+    """Adapters are loaded, looked up, and evicted the same."""
+    model, pool = make(root, max_adapters=3)
+    ids = torch.randint(0, 11, (4, 5))
+    for seed in range(6):
+        names = random_names(seed, 4, 3)
+        expected = alone(ids, names)
+        with torch.no_grad(), torch.device("meta"):
+            with adapters(pool, names):
+                torch.testing.assert_close(model(ids), expected)
+                slots = [-1 if name is None else pool.slot_of(name) for name in names]
+            with adapters(pool, torch.tensor(slots, device="cpu")):
+                torch.testing.assert_close(model(ids), expected)

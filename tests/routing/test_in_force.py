@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
 from contextlib import nullcontext
@@ -153,6 +154,38 @@ def test_no_block_begins_over_merged_weights() -> None:
     model.unmerge_adapter()
     with adapters(model, ["b"]):
         assert active.active_routings()
+
+
+def test_coroutines_do_not_get_the_blocks_of_others() -> None:
+    """Awaiting in a block raises in the coroutine that comes between; child tasks see the block."""
+    model = _model()
+    x = torch.randn(2, D)
+
+    async def run(ids: list[str], *, then: Any = None) -> torch.Tensor:
+        with torch.no_grad(), adapters(model, ids):
+            await asyncio.sleep(0)
+            if then is not None:
+                await then()
+            return model(x)
+
+    async def call() -> torch.Tensor:
+        return model(x)
+
+    async def together(*coroutines: Any) -> list[Any]:
+        return await asyncio.gather(*coroutines, return_exceptions=True)
+
+    expected = asyncio.run(run(["a", "b"]))
+    for other in (lambda: run(["b", "b"]), call):
+        found, error = asyncio.run(together(run(["a", "b"]), other()))
+        torch.testing.assert_close(found, expected)
+        assert isinstance(error, RuntimeError) and "another coroutine" in str(error)
+    children: list[torch.Tensor] = []
+
+    async def child() -> None:
+        children.append(await asyncio.create_task(call()))
+
+    asyncio.run(run(["a", "b"], then=child))
+    torch.testing.assert_close(children[0], expected)
 
 
 def test_blocks_end_in_the_reverse_order() -> None:

@@ -414,3 +414,34 @@ def test_a_block_does_not_walk_the_model(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(nn.Module, "named_modules", None)
     with fastlora.adapters(model, ["a"]):
         pass
+
+
+# ------------------------------------------------------------------------- where tensors are made
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("rows", "dtype"), [(5, "float32"), (300, "bfloat16"), (300, "float64")])
+def test_a_default_device_does_not_matter(rows: int, dtype: str, use_dora: bool) -> None:
+    """Indices, seeds, and tables are on the CPU whatever `torch.set_default_device` says."""
+    model = build(use_dora=use_dora, lora_dropout=0.1).to(getattr(torch, dtype))
+    x = torch.randn(rows, 16, dtype=getattr(torch, dtype))
+    names = (["a", "b", None, "c", "b"] * rows)[:rows]
+    slots = torch.tensor(["abc".index(name) if name else -1 for name in names])
+    found = []
+    for device in ("cpu", "meta"):
+        fastlora.clear_caches(model)
+        results = []
+        with torch.device(device):
+            for ids in (names, slots):
+                for training in (True, False):
+                    model.train(training)
+                    with adapters(model, ids, seeds={"a": 1, "b": 2, "c": 3}):
+                        y = model(x)
+                    y.sum().backward()
+                    results.append(y.detach())
+        found.append([*results, *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.device("meta"), adapters(model.train(), names):  # draws seeds
+        model(x)

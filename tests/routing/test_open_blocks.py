@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoraConfig, adapters
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
+from tests.support import programs
 from tests.support.tiny import tiny_llama, unchanged
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
@@ -38,10 +39,11 @@ def config(*targets: str, **more: Any) -> dict[str, Any]:
     return {"r": 4, "target_modules": list(targets), "init_lora_weights": False, **more}
 
 
-def ours(*targets: str) -> Any:
+def ours(*targets: str, base: nn.Module | None = None) -> Any:
     """Our model with adapters a and b."""
     torch.manual_seed(0)
-    model = fastlora.get_peft_model(Three(), LoraConfig(**config(*targets)), "a").eval()
+    base = Three() if base is None else base
+    model = fastlora.get_peft_model(base, LoraConfig(**config(*targets)), "a").eval()
     model.add_adapter("b", LoraConfig(**config(*targets)))
     return model
 
@@ -324,16 +326,27 @@ def test_checkpoints_and_names_of_a_patched_model(reentrant: bool) -> None:
         torch.testing.assert_close(found, grads[1][name])
 
 
-def test_names_of_a_patched_model_make_checkpoints_keep_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """No block of `adapters` need have been open in the process."""
-    from fastlora.integrations import peft_router
-
-    calls: list[None] = []
-    monkeypatch.setattr(peft_router, "patch_activation_checkpointing", lambda: calls.append(None))
-    patched("q")(X, adapter_names=["b"] * 4)
-    assert calls
+@pytest.mark.parametrize("kind", ["ours", "patched"])
+def test_a_checkpoint_before_the_first_block_of_a_process(kind: str) -> None:
+    """Its activations are recomputed inside a block, with the adapter of the forward pass."""
+    code = f"""
+import torch, fastlora
+from tests.routing.test_open_blocks import Checkpointed, X, {kind}
+base = Checkpointed()
+model = {kind}("q", base=base)
+model.base_model.set_adapter("a")
+inputs = [X.clone().requires_grad_() for _ in range(3)]
+outputs = []
+for base.reentrant, x in zip((True, False, None), inputs):
+    outputs.append(model(x))
+with fastlora.adapters(model, ["b"] * 4):
+    for y in outputs:
+        y.square().sum().backward()
+for x in inputs:
+    torch.testing.assert_close(x.grad, inputs[-1].grad)
+"""
+    done = programs.run("-c", code, cwd=programs.ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_factors_made_in_inference_mode() -> None:

@@ -199,7 +199,7 @@ class BaseQuantizedWeight(MergeTarget):
         """
         n, k = self.shape
         codes = self.codes()
-        quantized_data = QuantizedData("", codes, torch.empty(0, dtype=torch.int64), n, k, k)
+        quantized_data = QuantizedData("", codes, codes.new_empty(0, dtype=torch.int64), n, k, k)
         return QuantizedTensor(
             quantized_data, self.make_dequantizer(self.dtype), self.dtype, (codes,)
         )
@@ -423,8 +423,8 @@ def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
 
     The result is int64 ``[len(parts)]``, on the device of these tensors.
     """
-    found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
-    return found.to(parts[0].device)
+    addresses = [part.data_ptr() for part in parts]
+    return torch.tensor(addresses, dtype=torch.int64, device=parts[0].device)
 
 
 def check_decoded_values(

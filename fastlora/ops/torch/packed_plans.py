@@ -98,7 +98,7 @@ class RowUpdateTerms:
         found = self._of_slices.get(slices)
         if found is None:
             at, column = self.weight_positions // self.width, self.weight_positions % self.width
-            first = (at * slices + torch.arange(slices).unsqueeze(1)) * self.width
+            first = (at * slices + torch.arange(slices, device="cpu").unsqueeze(1)) * self.width
             found = self._of_slices[slices] = (first + column).flatten()
         return found
 
@@ -235,15 +235,15 @@ def cached_plan(
 def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> Plan:
     m, device, layout, dtype = rows.m, rows.order.device, pack.layout, pack.lora_a.dtype
     adapter = adapter.cpu()  # Blocks are counted on the CPU.
-    first = torch.tensor([*layout.firsts, 0])[adapter]
-    rank = torch.tensor([*layout.ranks, 0])[adapter]
+    first = torch.tensor([*layout.firsts, 0], device="cpu")[adapter]
+    rank = torch.tensor([*layout.ranks, 0], device="cpu")[adapter]
     kind = batch_row_pattern(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
     sums_rank_rows = expand_by_embedding_bag_is_faster(m, len(used), layout.unit, dtype, device)
     if pack.is_finite and pack.lora_a.dim() == 2:
         if sums_rank_rows:
-            begin = torch.arange(m) * layout.rank_rows + first
+            begin = torch.arange(m, device="cpu") * layout.rank_rows + first
             return DensePlan(
                 None, None, _make_row_update_terms(begin, first, rank, layout.rank_rows)
             )
@@ -306,7 +306,8 @@ def _make_row_update_terms(
         slice_width: The `width` of the result.
     """
     starts = torch.cumsum(rank_per_row, 0) - rank_per_row
-    within = torch.arange(int(rank_per_row.sum())) - torch.repeat_interleave(starts, rank_per_row)
+    within = torch.arange(int(rank_per_row.sum()), device="cpu")
+    within -= torch.repeat_interleave(starts, rank_per_row)
     positions, rank_rows = (
         torch.repeat_interleave(own, rank_per_row) + within
         for own in (first_weight_positions, first_rank_rows)
@@ -324,7 +325,7 @@ def _mask_outside_row_ranges(
     The result is None if no column is outside.
     """
     at, first_rank_rows, rank_per_row = (
-        torch.arange(width),
+        torch.arange(width, device="cpu"),
         first_rank_rows.view(-1, 1, 1),
         rank_per_row.view(-1, 1, 1),
     )
@@ -405,20 +406,20 @@ def _make_padded_row_blocks_plan(
     block = torch.where(own, first_rank_rows // width, 0)
     taken = torch.bincount(block[own], minlength=blocks)
     longest = max(int(taken.max()), -(-m // blocks))
-    free = torch.repeat_interleave(torch.arange(blocks), longest - taken)
+    free = torch.repeat_interleave(torch.arange(blocks, device="cpu"), longest - taken)
     block[~own] = free[: int((~own).sum())]
     order = torch.argsort(block, stable=True)
     lengths = torch.bincount(block, minlength=blocks)
     starts = torch.cumsum(lengths, 0) - lengths
     place = torch.empty_like(order)
     in_order = block[order]
-    place[order] = in_order * longest + torch.arange(m) - starts[in_order]
-    gather = torch.zeros(blocks * longest, dtype=torch.int64)
-    gather[place] = torch.arange(m)
-    at = torch.arange(width)
+    row, at = torch.arange(m, device="cpu"), torch.arange(width, device="cpu")
+    place[order] = in_order * longest + row - starts[in_order]
+    gather = place.new_zeros(blocks * longest)
+    gather[place] = row
     from_block = first_rank_rows - block * width
     # Results at places without a row are not read.
-    others = torch.zeros(blocks * longest, width, dtype=torch.bool)
+    others = torch.zeros(blocks * longest, width, dtype=torch.bool, device="cpu")
     others[place] = (at < from_block[:, None]) | (at >= (from_block + rank_per_row)[:, None])
     shape = (blocks, longest, units_per_block, 1, layout.unit)
     other = others.view(shape) if others.any() else None

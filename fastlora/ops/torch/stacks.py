@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from fastlora.ops.execution_mode import has_unknown_values
+from fastlora.ops.execution_mode import has_unknown_values, raise_if_second_derivative
 from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.stacks import StackedWeightAdapterOperands
@@ -428,10 +427,10 @@ class _GroupedMatmul(torch.autograd.Function):
         return grouped_products_or_operator(x)(x, stack, starts)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dy: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        raise_if_second_derivative()
         x, stack, starts = ctx.saved_tensors
         return *grouped_gradients(dy, x, stack, starts, *ctx.needs_input_grad[:2]), None
 
