@@ -10,7 +10,7 @@ import torch
 from fastlora.layers.adapter_factors import factors_without_calling_modules
 from fastlora.ops.factors import AddressTables, Factors
 from fastlora.routing.active import is_capturing_cuda_graph
-from fastlora.routing.adapter_snapshot import AdapterSnapshot
+from fastlora.routing.adapter_changes import AdapterChangeDetector
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def get_or_build_address_tables(routing: Routing, x: torch.Tensor) -> AddressTab
 
 
 def _build_model_tables(
-    routing: Routing, watch: AdapterSnapshot | None
+    routing: Routing, detector: AdapterChangeDetector | None
 ) -> AddressTables | Literal[False]:
     """Build the address tables of a model.
 
@@ -60,7 +60,7 @@ def _build_model_tables(
     on several devices. Kernels read lora_a in place if its dtype and layout allow it. lora_b is
     copied once, because kernels read it transposed, as rank rows.
     """
-    found = _collect_factors(routing, watch)
+    found = _collect_factors(routing, detector)
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
     tensors = [tensor for own in blocks for tensor in own if tensor is not None]
     if found is None or len({tensor.device for tensor in tensors}) > 1:
@@ -108,7 +108,7 @@ def _dtype_and_rank_if_no_factors(routing: Routing) -> tuple[torch.dtype, int]:
 
 
 def _collect_factors(
-    routing: Routing, watch: AdapterSnapshot | None
+    routing: Routing, detector: AdapterChangeDetector | None
 ) -> list[tuple[int, int, Factors]] | None:
     """Collect the factors of a batch's adapters for the address tables.
 
@@ -122,8 +122,8 @@ def _collect_factors(
     for row, layer in enumerate(routing.layers):
         if not getattr(layer, "is_linear", False):
             continue
-        if watch is not None:
-            watch.add(layer, layer.scaling, routing.names)
+        if detector is not None:
+            detector.add(layer, layer.scaling, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue

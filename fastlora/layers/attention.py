@@ -197,7 +197,7 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     base: Any = module
     if not base._qkv_same_embed_dim:
         raise UnsupportedLayerError(
-            "its query, key, and value projections have separate weights "
+            "its queries, keys, and values have different sizes "
             f"(embed_dim={base.embed_dim}, kdim={base.kdim}, vdim={base.vdim}); expected equal "
             "sizes (PEFT has the same restriction)"
         )

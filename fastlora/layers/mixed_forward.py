@@ -204,7 +204,7 @@ def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Te
 
 
 def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
-    """Compute a layer's output in a graph that is being compiled.
+    """Compute a layer's output while `torch.compile` traces the layer.
 
     Returns None if the graph does not support the call. Graphs do not support factors with hooks,
     the batch-invariant mode, or gradients through a pool. In these cases the forward pass runs
@@ -229,7 +229,7 @@ def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | No
 
 
 def _forward_lists_in_compiled_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Compute a layer's output with lists of factors in a graph that is being compiled.
+    """Compute a layer's output with lists of factors while `torch.compile` traces the layer.
 
     ``slots`` lists the factors of each slot. At least one slot must have factors on the layer. The
     shape of the output is ``[..., N]``.

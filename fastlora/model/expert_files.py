@@ -342,10 +342,10 @@ def _layers_grouped_by_former_name(
         missing = sorted(set(range(count)).symmetric_difference(experts))
         if missing:
             raise CheckpointError(
-                f"{file.path}: the experts of {stack.module_name!r} that have factors for {old} "
-                f"do not match the module's {count} experts (first mismatch: expert {missing[0]}); "
-                f"{stack.name!r} requires factors for {names} in every expert (the file has "
-                f"factors for {sorted(found)})"
+                f"{file.path}: the module {stack.module_name!r} has {count} experts, but the file "
+                f"has factors for {old} for a different set of experts (first difference: expert "
+                f"{missing[0]}); {stack.name!r} requires factors for {names} for every expert (the "
+                f"file has factors for {sorted(found)})"
             )
         layers.append([experts[index] for index in range(count)])
         ranks = {file.config.rank_for(layer) for layer in layers[-1]}

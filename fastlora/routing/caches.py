@@ -19,7 +19,7 @@ from fastlora.ops.factors import AddressTables
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, has_layout_for
 from fastlora.ops.torch.packed_choice import BatchRowPattern
-from fastlora.routing.adapter_snapshot import AdapterSnapshot
+from fastlora.routing.adapter_changes import AdapterChangeDetector
 from fastlora.routing.row_checks import RowOrderChecker
 from fastlora.weights_version import weights_versions
 
@@ -72,7 +72,7 @@ class PackedAdapterSet:
     """
 
     def __init__(self, factors_can_change: bool) -> None:
-        self.snapshot = AdapterSnapshot() if factors_can_change else None
+        self.snapshot = AdapterChangeDetector() if factors_can_change else None
         self.weights_version = (
             weights_versions.version_of_trainable_weights() if factors_can_change else None
         )

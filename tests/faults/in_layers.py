@@ -448,7 +448,7 @@ FAULTS = (
         "Packed factors ignore a ModuleDict that replaces a layer's factors.",
         "replaced modules",
         "ff10b393",
-        "fastlora/routing/adapter_snapshot.py",
+        "fastlora/routing/adapter_changes.py",
         "            self._remember(modules, part)\n",
         "            pass\n",
         ("tests/ops/test_packed.py::test_modules_that_replace_factors_are_used",),

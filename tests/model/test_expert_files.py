@@ -255,8 +255,12 @@ def test_files_of_transformers_4(
 @pytest.mark.parametrize(
     ("names", "lost", "words"),
     [
-        (PROJECTIONS, "experts.3.down_proj", r"for down_proj do not match .* 4 experts .*expert 3"),
-        (PROJECTIONS, ".up_proj", r"for up_proj do not match .* 4 experts .*requires factors"),
+        (
+            PROJECTIONS,
+            "experts.3.down_proj",
+            r"4 experts, .* for down_proj for a different .*expert 3",
+        ),
+        (PROJECTIONS, ".up_proj", r"4 experts, .* for up_proj for a different .*requires factors"),
     ],
 )
 def test_a_file_that_lacks_experts(names: list[str], lost: str, words: str, tmp_path: Path) -> None:

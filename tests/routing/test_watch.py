@@ -1,4 +1,4 @@
-"""`AdapterSnapshot` notices whatever changes what packed factors were made from."""
+"""`AdapterChangeDetector` notices whatever changes what packed factors were made from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastlora import LoraConfig
-from fastlora.routing.adapter_snapshot import AdapterSnapshot
+from fastlora.routing.adapter_changes import AdapterChangeDetector
 from tests.support.tiny import TwoLayers, with_adapters
 
 
@@ -52,7 +52,7 @@ def _layer() -> Any:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
-    layer, watch, others = _layer(), AdapterSnapshot(), AdapterSnapshot()
+    layer, watch, others = _layer(), AdapterChangeDetector(), AdapterChangeDetector()
     watch.add(layer, layer.scaling, ["a", "b", "absent"])
     others.add(layer, layer.scaling, ["c"])
     assert watch.is_unchanged() and watch.is_unchanged()
@@ -62,7 +62,7 @@ def test_a_change_is_noticed(change: str) -> None:
 
 
 def test_what_cannot_be_watched_is_never_unchanged() -> None:
-    layer, hooked, watch = _layer(), AdapterSnapshot(), AdapterSnapshot()
+    layer, hooked, watch = _layer(), AdapterChangeDetector(), AdapterChangeDetector()
     layer.lora_A["a"].register_full_backward_hook(print)
     hooked.add(layer, layer.scaling, ["a"])
     assert not hooked.is_unchanged()

@@ -15,7 +15,7 @@ _data_ptr = torch.Tensor.data_ptr
 _training = attrgetter("training")
 
 
-class AdapterSnapshot:
+class AdapterChangeDetector:
     """Detects changes to adapters by comparing their state with a snapshot.
 
     The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
