@@ -14,7 +14,7 @@ import torch
 
 from fastlora.deprecation import renamed_attributes
 
-# Larger ranks overflow the sizes of tensors.
+# Far above any useful rank. PyTorch's integers overflow for much larger ones.
 _LARGEST_RANK = 2**31 - 1
 
 
@@ -154,8 +154,8 @@ def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
 def check_rank(r: object, name: str = "r") -> int:
     """Check that a rank is a positive integer, and return it.
 
-    Raises `ConfigError`, whose message contains ``name``, if it is not, or if no tensor can have
-    this rank.
+    Raises `ConfigError`, whose message contains ``name``, if it is not, or if it is larger than
+    2**31 - 1.
     """
     if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
         raise ConfigError(f"{name} must be a positive integer, got {r!r}")

@@ -29,7 +29,11 @@ import torch
 import fastlora.ops.operator_backend  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, BackwardArguments
-from fastlora.ops.execution_mode import is_forward_ad_active, raise_if_second_derivative
+from fastlora.ops.execution_mode import (
+    is_being_compiled,
+    is_forward_ad_active,
+    raise_if_second_derivative,
+)
 from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
@@ -74,13 +78,14 @@ def run_adapters(
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
     """Return whether autograd records operations on any of the given tensors.
 
-    The result is also True in forward mode, in which any of them may have a tangent.
+    The result is also True if `torch.compile` traces derivatives in forward mode. Compiled graphs
+    contain operators without a forward-mode formula, whereas autograd functions raise an error.
     """
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return is_forward_ad_active()
+    return is_forward_ad_active() and is_being_compiled()
 
 
 def _forward_without_graph(

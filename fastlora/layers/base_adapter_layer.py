@@ -17,6 +17,7 @@ from fastlora.layers.linear_with_adapters import BaseLinearWithAdapters
 from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.shared_input import clear_group_cache
+from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.weights_version import weights_versions
 
 
@@ -47,6 +48,11 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
 
     def __dir__(self) -> list[str]:
         return without_old_names(self, super().__dir__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, also in a process that has created no layers."""
+        super().__setstate__(state)
+        patch_activation_checkpointing()
 
     _local_factors = factors_without_calling_modules
     _local_magnitude = dora_magnitude_of

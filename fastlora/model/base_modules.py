@@ -167,16 +167,19 @@ def modules_with_original_names(
     return found
 
 
-def copy_sharing_parameters(module: nn.Module) -> nn.Module:
+def copy_sharing_parameters(module: nn.Module, model: nn.Module) -> nn.Module:
     """Return a copy of a module that shares the parameters and the hooks of the original.
 
-    LoRA layers inside the module are replaced with their base layers in the copy.
+    The copy also shares the buffers, and it refers to the same other modules of ``model``. LoRA
+    layers inside the module are replaced with their base layers in the copy.
     """
-    shared: list[object] = list(module.parameters())
+    inside = {*module.modules()}
+    shared: list[object] = [*module.parameters(), *module.buffers()]
+    shared += (other for other in model.modules() if other not in inside)
     for name, hooks in vars(module).items():
         if name.endswith("_hooks"):
             shared += hooks.values()
-    bases = {id(m): m.get_base_layer() for m in module.modules() if isinstance(m, LoraLayer)}
+    bases = {id(m): m.get_base_layer() for m in inside if isinstance(m, LoraLayer)}
     return copy.deepcopy(module, {id(part): part for part in shared} | bases)
 
 

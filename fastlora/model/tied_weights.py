@@ -308,7 +308,7 @@ class SharedWeightUntier:
     def untie_if_shared(self, name: str, module: Any) -> None:
         """Untie a module's weight if another module shares it.
 
-        The base weight of the layer is replaced with a copy, and so is a bias that is shared.
+        The base weight of the layer is replaced with a copy, and so is its bias if both are shared.
         Without the copy, merging an adapter into an output head would also change the embedding. If
         the base layer itself has other names in the model, a copy of the module with the old weight
         is put there. Layers must be untied before the layers inside them.
@@ -326,7 +326,7 @@ class SharedWeightUntier:
         for other in others:
             if other.module in originals:
                 if other.module not in copies:
-                    copies[other.module] = copy_sharing_parameters(other.module)
+                    copies[other.module] = copy_sharing_parameters(other.module, self._model)
                 made = copies[other.module]
                 setattr(other.parent, other.name.rpartition(".")[2], made)
                 self._add_holders(other._replace(module=made))
@@ -334,7 +334,7 @@ class SharedWeightUntier:
             old = base._parameters.get(parameter)
             if old is None or not self._other_holders(name, base, family, parameter):
                 continue
-            own = copy.deepcopy(old)
+            own = copy.deepcopy(old).requires_grad_(False)
             for part in family:
                 if part._parameters.get(parameter) is old:
                     setattr(part, parameter, own)

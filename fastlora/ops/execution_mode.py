@@ -48,8 +48,8 @@ _INTERPRETED = env.triton_interpreted()
 def is_forward_ad_active() -> bool:
     """Return whether PyTorch computes derivatives in forward mode.
 
-    fastlora's autograd functions and operators do not support it. The functions raise an error, but
-    the operators would return a result without a tangent.
+    fastlora's autograd functions raise an error in this mode. Kernels and registered operators are
+    not used in it, because their results would have no tangents.
     """
     level: int = torch.autograd.forward_ad._current_level
     return level >= 0
@@ -235,6 +235,8 @@ def resolve_impl(
     dtype = dtype or x.dtype
     if runs and dtype not in KERNEL_DTYPES:
         runs, reason = False, f"the kernels support fp16, bf16 and fp32, got {dtype}"
+    if runs and is_forward_ad_active():
+        runs, reason = False, "the kernels do not support forward-mode differentiation"
     if runs:
         return "triton"
     if impl == "triton":

@@ -114,11 +114,15 @@ class LoraFAOptimizer(Optimizer):
                 self._partners[parameter] = partner
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled optimizer, which consists of its groups and its state."""
+        """Restore a copied or pickled optimizer, which consists of its groups and its state.
+
+        `load_state_dict` also calls this method. It does not change the parameters.
+        """
         super().__setstate__(state)
-        self._partners, self._inverses = {}, {}
-        for group in self.param_groups:
-            self._pair_factors(group)
+        if "_partners" not in vars(self):
+            self._partners, self._inverses = {}, {}
+            for group in self.param_groups:
+                self._pair_factors(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,23 +15,32 @@ from fastlora.routing.caches import RoutedLayerProtocol
 from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
+class _TaskBlock:
+    """A block that an asyncio task has opened."""
+
+    def __init__(self, task: asyncio.Task[object]) -> None:
+        self.task = task
+
+
 class _ThreadRoutings(threading.local):
     """Thread-local storage for the active routings.
 
     The active routings of a thread are those of its open blocks. The storage also maps each group
-    of layers to the group's innermost routing.
+    of layers to the group's innermost routing, and the routings of blocks that asyncio tasks opened
+    to these blocks.
     """
 
     def __init__(self) -> None:
         self.unchecked = False
         self.open: tuple[Routing, ...] = ()
         self.by_group: dict[RoutedLayerGroup, Routing] = {}
+        self.task_blocks: dict[int, _TaskBlock] = {}  # by the routing's id
 
 
 _thread = _ThreadRoutings()
-# The ids of the routings whose blocks are open in this context. Each asyncio task has a context of
-# its own, whereas all tasks of an event loop share a thread.
-_ids_in_context: ContextVar[tuple[int, ...]] = ContextVar("fastlora_open_blocks", default=())
+# The blocks that this task has opened, or that were open in the task that created it. All tasks of
+# an event loop share a thread, but each has its own context.
+_own_blocks: ContextVar[tuple[_TaskBlock, ...]] = ContextVar("fastlora_blocks", default=())
 
 
 def active_routings() -> tuple[Routing, ...]:
@@ -49,7 +59,10 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
     none.
     """
     by_group = _thread.by_group
-    return by_group.get(layer.routing_group) if by_group else None
+    routing = by_group.get(layer.routing_group) if by_group else None
+    if routing is not None and _thread.task_blocks:
+        _raise_if_opened_by_other_task(routing)
+    return routing
 
 
 def is_checking_rows() -> bool:
@@ -72,22 +85,47 @@ def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
 def _set_active(routings: tuple[Routing, ...]) -> None:
     _thread.open = routings
     _thread.by_group = {routing.group: routing for routing in routings}
-    if not is_being_compiled():
-        _ids_in_context.set(tuple(map(id, routings)))
 
 
-def _check_blocks_of_context(*routings: Routing) -> None:
-    """Raise `RuntimeError` if another coroutine opened the block of one of the routings.
+def _current_task() -> asyncio.Task[object] | None:
+    """Return the asyncio task that is running in this thread, or None."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # No event loop is running.
+        return None
 
-    The routings are active in this thread.
+
+def _raise_if_opened_by_other_task(routing: Routing) -> None:
+    """Raise `RuntimeError` if another asyncio task opened the routing's block.
+
+    Tasks that a task creates inside its block may use the block. A task that has ended leaves its
+    blocks to the thread, as an asynchronous fixture does.
     """
-    if not is_being_compiled():
-        known = _ids_in_context.get()
-        if any(id(routing) not in known for routing in routings):
-            raise RuntimeError(
-                "another coroutine of this thread has an open adapters() block; do not await in a "
-                "block, or run the coroutines in separate threads"
-            )
+    block = _thread.task_blocks.get(id(routing))
+    if block is None or block.task.done() or is_being_compiled():
+        return
+    if _current_task() not in (None, block.task) and block not in _own_blocks.get():
+        raise RuntimeError(
+            "another asyncio task in this thread opened the adapters() block; do not await inside "
+            "a block, or run the tasks in separate threads"
+        )
+
+
+@contextlib.contextmanager
+def _record_task(routing: Routing) -> Iterator[None]:
+    """Context manager that records which asyncio task opened the routing's block, if any."""
+    task = None if is_being_compiled() else _current_task()
+    if task is None:
+        yield
+        return
+    block, before = _TaskBlock(task), _own_blocks.get()
+    _thread.task_blocks[id(routing)] = block
+    _own_blocks.set((*before, block))
+    try:
+        yield
+    finally:
+        del _thread.task_blocks[id(routing)]
+        _own_blocks.set(before)
 
 
 @contextlib.contextmanager
@@ -97,10 +135,11 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     The routing is active only in this thread. The routings of other models stay active.
 
     Raises:
-        RuntimeError: Another coroutine in this thread has an open block, or blocks do not end in
+        RuntimeError: Another asyncio task in this thread has an open block, or blocks do not end in
             the reverse order of their beginning. In the second case, the block is closed.
     """
-    _check_blocks_of_context(*_thread.open)
+    for other in _thread.open if _thread.task_blocks else ():
+        _raise_if_opened_by_other_task(other)
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
         None
@@ -109,7 +148,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     )
     routing.group.change_open_blocks(1)
     try:
-        with row_checker or contextlib.nullcontext():
+        with row_checker or contextlib.nullcontext(), _record_task(routing):
             _set_active((*_thread.open, routing))
             try:
                 yield
@@ -177,12 +216,13 @@ def check_batch_matches_ids(
     Raises:
         ValueError: The number of ids is neither the number of samples nor the number of tokens, or
             ``per_sample`` is set and the number of ids is not the number of samples.
-        RuntimeError: Another coroutine in this thread opened the block.
+        RuntimeError: Another asyncio task in this thread opened the block.
     """
     routing = _thread.by_group.get(group)
     if routing is None:
         return
-    _check_blocks_of_context(routing)
+    if _thread.task_blocks:
+        _raise_if_opened_by_other_task(routing)
     if _thread.unchecked:
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]

@@ -192,16 +192,17 @@ def check_prompts_fit_model(
         for prompt in adapter.prompts:
             ids = format_and_tokenize_prompt(prompt, corpora[adapter.name], tokenizer)
             _check_token_ids_fit_model(base, max(ids, default=0))
-            if positions is not None and len(ids) + answer > positions:
+            # The last token of an answer is not an input.
+            if positions is not None and len(ids) + answer - 1 > positions:
                 remedy = (
-                    f"set sample_tokens to {positions - len(ids)} or less"
-                    if len(ids) < positions
+                    f"set sample_tokens to {positions - len(ids) + 1} or less"
+                    if len(ids) <= positions
                     else "shorten the prompt"
                 )
                 raise ConfigError(
                     f"adapter {adapter.name!r}: the prompt {prompt[:40]!r} has {len(ids)} tokens, "
-                    f"and its answer has up to {answer}, but the base model supports at most "
-                    f"{positions} in total; {remedy}"
+                    f"and its answer has up to {answer}, but the base model has only {positions} "
+                    f"positions; {remedy}"
                 )
 
 

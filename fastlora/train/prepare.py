@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -34,9 +33,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Fields of config.json that differ between copies of the same model. The fingerprints of the
-# weights contain their dtypes.
-_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
+# A run counts the samples of each adapter before it starts, which takes up to a minute for these.
+_MOST_SAMPLES = 1_000_000_000
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -323,6 +321,11 @@ def make_sample_schedule(
         {name: len(corpus) for name, corpus in corpora.items()}, size, settings.seed
     )
     steps = settings.steps or max(math.ceil(settings.epochs * order.total / size), 1)
+    if steps * size > _MOST_SAMPLES:
+        raise ConfigError(
+            f"{steps} steps of {size} samples are more than {_MOST_SAMPLES} samples; reduce steps, "
+            "epochs, or batch_size"
+        )
     adapter_steps = order.count_steps_with_samples(steps)
     for name, count in adapter_steps.items():
         if not count:
@@ -423,7 +426,6 @@ def run_identity(
             "max_grad_norm": adapter.max_grad_norm,
             "config": config,
         }
-    described = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     # Included only if set, so that checkpoints from before this setting existed can resume.
     bits = {"load_in": settings.load_in} if settings.load_in else {}
     return bits | {
@@ -434,5 +436,4 @@ def run_identity(
         "gradient_checkpointing": settings.gradient_checkpointing,
         "adapters": adapters,
         "model": dict(weights),
-        "model_config": {k: v for k, v in described.items() if k not in _NOT_OF_THE_MODEL},
     }

@@ -262,10 +262,10 @@ class Run:
 
     def _resume(self, path: Path, state: checkpoint.CheckpointState) -> None:
         steps, before = self.schedule.steps, state.identity.get("steps")
-        # Only the number of steps may change; the learning rates follow it. Checkpoints from before
-        # the identity contained the model's config do not have it.
-        known = {"model_config": self.identity["model_config"], **state.identity, "steps": steps}
-        found = checkpoint.describe_identity_differences(known, self.identity)
+        # Only the number of steps may change. The learning rates follow it.
+        found = checkpoint.describe_identity_differences(
+            {**state.identity, "steps": steps}, self.identity
+        )
         if found:
             raise CheckpointError(
                 f"{path} is from a different run: {_join_first_and_count_rest(found, 5, '; ')}"
@@ -347,7 +347,12 @@ class Run:
         """
         checkpoint.remove_old_checkpoints(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
-        self._log = run_log.RunLogFile(self.settings.out, self.step, evaluates=ended)
+        last_key = None
+        if self._is_due_or_last(self.settings.eval_every):
+            last_key = "answers" if any(a.prompts for a in self.settings.adapters) else "eval_loss"
+        self._log = run_log.RunLogFile(
+            self.settings.out, self.step, evaluates=ended, last_key=last_key
+        )
         return self._log.was_evaluated
 
     def _write_loss_files_and_close_trackers(self) -> _MeanLossesAndFilePaths:
@@ -642,7 +647,7 @@ class Run:
         except Exception as error:
             failure = TrainError(
                 f"the answers to the prompts could not be generated ({type(error).__name__}: "
-                f"{error}); change or remove the prompts"
+                f"{error}); change or remove the prompts, or reduce sample_tokens"
             )
             failure.__cause__ = error
             self._failure = self._failure or failure

@@ -25,13 +25,16 @@ class RunLogFile:
 
     It is the file ``log.jsonl`` in the run's folder, to which entries are appended, with one JSON
     object per line. Opening the log removes all entries after ``step``, because an earlier run
-    wrote them before it was killed. With ``evaluates=True``, it also removes the evaluations and
-    answers logged at ``step``, because the run repeats them.
+    wrote them before it was killed. It also removes the evaluations and answers logged at ``step``
+    if the run repeats them.
 
     Args:
         folder: The output folder of the run.
         step: The step at which the run starts or resumes.
         evaluates: Whether the run repeats the evaluation at ``step``.
+        last_key: Key of the entry that ends an evaluation, ``"eval_loss"`` or ``"answers"``. An
+            evaluation at ``step`` without this entry is incomplete, and the run repeats it. With
+            None, no evaluation is due at ``step``.
 
     Attributes:
         was_evaluated: Whether the log has an evaluation or answers at ``step`` that the run does
@@ -41,7 +44,9 @@ class RunLogFile:
         TrainError: The file cannot be written. `write` raises it too.
     """
 
-    def __init__(self, folder: Path, step: int, *, evaluates: bool = False) -> None:
+    def __init__(
+        self, folder: Path, step: int, *, evaluates: bool = False, last_key: str | None = None
+    ) -> None:
         self.path = folder / LOG
         with os_error_as_train_error(self.path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,9 +57,11 @@ class RunLogFile:
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             remaining = [line for line in lines if _step_of(line) <= step]
             last = [line for line in remaining if _step_of(line) == step and _is_evaluation(line)]
-            if evaluates:
+            self.was_evaluated = not evaluates and any(
+                last_key is None or last_key in json.loads(line) for line in last
+            )
+            if not self.was_evaluated:
                 remaining = [line for line in remaining if line not in last]
-            self.was_evaluated = bool(last) and not evaluates
             with atomic_replace_file(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in remaining), encoding="utf-8")
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # line-buffered

@@ -14,10 +14,7 @@ from fastlora.validation import ConfigError, near_names
 
 # PyTorch multiplies parameters by fp32 scalars. This is just below the largest fp32 number.
 LARGEST = 3.4e38
-# A run counts its samples before it starts, which takes too long for larger numbers.
-LARGEST_STEPS = 100_000_000
 LARGEST_EPOCHS = 1_000_000
-LARGEST_BATCH = 100_000
 # The first step of AdamW divides the learning rate by 1 - beta1 = 0.1.
 LARGEST_RATE = 3.4e37
 
@@ -76,7 +73,9 @@ def _path(value: Any, where: str) -> Path:
     try:
         return Path(value).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{where}: {value} has no home folder; write the full path") from error
+        raise ConfigError(
+            f"{where}: the home folder of {value} is unknown; write the full path"
+        ) from error
 
 
 def _files(value: Any, where: str) -> tuple[Path, ...]:

@@ -22,10 +22,8 @@ from fastlora.train.setting_types import (
     FILE,
     FILES,
     LARGEST,
-    LARGEST_BATCH,
     LARGEST_EPOCHS,
     LARGEST_RATE,
-    LARGEST_STEPS,
     PAIRS,
     SWITCH,
     TEXTS,
@@ -157,17 +155,13 @@ class TrainSettings:
     adapters: tuple[AdapterSettings, ...]
     model: Path = setting_field(DIR, "folder of the base model")
     out: Path = setting_field(DIR, "output folder for adapters, checkpoints, and the log")
-    steps: int | None = setting_field(
-        integer_from(1, LARGEST_STEPS), "number of optimizer steps", None
-    )
+    steps: int | None = setting_field(integer_from(1), "number of optimizer steps", None)
     epochs: float = setting_field(
         number_up_to(LARGEST_EPOCHS),
         "number of passes over the data, if --steps is not given; overrides steps in the file",
         1.0,
     )
-    batch_size: int = setting_field(
-        integer_from(1, LARGEST_BATCH), "samples per step, over all processes", 8
-    )
+    batch_size: int = setting_field(integer_from(1), "samples per step, over all processes", 8)
     micro_batch_size: int | None = setting_field(
         integer_from(1), "samples per forward (default: all samples of a process)", None
     )
@@ -325,7 +319,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
         raise ConfigError(
             f"{where}: invalid adapter name {name!r}; use at most 128 letters, digits, _, and -, "
-            f"do not begin with -, and do not use the reserved names {', '.join(RESERVED_NAMES)}"
+            f"do not begin with -, and do not use a reserved name ({', '.join(RESERVED_NAMES)})"
         )
     with error_prefix(where):
         check_adapter_name(name)

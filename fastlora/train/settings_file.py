@@ -97,16 +97,16 @@ def _yaml(text: str) -> Any:
                     raise ValueError(f"the key {name!r} is not a string; put it in quotes")
             _check_no_key_twice(names)
             # Of the pairs with the same key, keep the mapping's own or the first merged one.
-            merged = [value for key, value in node.value if key.tag == _YAML_MERGE]
             pairs = {key.value: (key, value) for key, value in own}
-            while merged:
-                source = merged.pop(0)
-                if isinstance(source, yaml.SequenceNode):
-                    merged = source.value + merged
-                elif isinstance(source, yaml.MappingNode):
+            for key, value in node.value:
+                if key.tag != _YAML_MERGE:
+                    continue
+                for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(source, yaml.MappingNode):
+                        raise ValueError(
+                            "the value of the key << must be a table or a list of tables"
+                        )
                     pairs = {key.value: (key, value) for key, value in source.value} | pairs
-                else:
-                    raise ValueError("the value of the key << must be a table or a list of tables")
             node.value = list(pairs.values())
             return node
 

@@ -1,4 +1,4 @@
-"""Derivatives that fastlora does not compute raise an error instead of being wrong."""
+"""Second derivatives raise an error, and tangents of forward mode are right or raise one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import fastlora
 from fastlora import LoraConfig
@@ -40,6 +41,14 @@ def active(made: Any, x: torch.Tensor) -> torch.Tensor:
     """The output with the active adapter."""
     y: torch.Tensor = made(x)
     return y
+
+
+def seeded(
+    call: Callable[[Any, torch.Tensor], torch.Tensor], made: Any, x: torch.Tensor
+) -> torch.Tensor:
+    """The output with the same dropout masks each time."""
+    torch.manual_seed(0)
+    return call(made, x)
 
 
 CALLS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], torch.Tensor, dict[str, Any]]]
@@ -75,21 +84,27 @@ def test_second_derivatives_of_few_rows() -> None:
     torch.testing.assert_close(second, (2 * whole.T @ whole).sum(0).float().expand_as(second))
 
 
-@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("in_functorch", [True, False])
 @pytest.mark.parametrize("case", CALLS)
-def test_forward_mode_is_right_or_raises(case: str, trainable: bool) -> None:
-    """A frozen model records no gradients, and its tangents would lack the update."""
+def test_forward_mode_of_frozen_layers(case: str, in_functorch: bool) -> None:
+    """The tangent contains the update; trainable layers raise an error."""
     call, x, options = CALLS[case]
-    made, tangent = model(trainable, **options), torch.randn_like(x)
-    with torch.no_grad():
-        torch.manual_seed(0)
-        zero = call(made, torch.zeros_like(x))
-        torch.manual_seed(0)
-        expected = call(made, tangent) - zero  # dropout is linear, too
-    torch.manual_seed(0)
-    try:
-        found = torch.func.jvp(lambda x: call(made, x), (x,), (tangent,))[1]
-    except RuntimeError as error:
-        assert "functorch" in str(error) or "forward" in str(error)
-        return
-    torch.testing.assert_close(found, expected)
+    made, tangent = model(trainable=False, **options), torch.randn_like(x)
+    with torch.no_grad():  # The outputs are affine in x, also with dropout.
+        expected = seeded(call, made, tangent) - seeded(call, made, torch.zeros_like(x))
+
+    def run() -> torch.Tensor:
+        if in_functorch:
+            found: torch.Tensor = torch.func.jvp(lambda x: seeded(call, made, x), (x,), (tangent,))[
+                1
+            ]
+            return found
+        with forward_ad.dual_level():
+            y = seeded(call, made, forward_ad.make_dual(x, tangent))
+            return forward_ad.unpack_dual(y).tangent
+
+    torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    with pytest.raises(RuntimeError, match=r"functorch|jvp"):
+        run()

@@ -245,7 +245,7 @@ FAULTS = (
         kind="a check that comes too late",
         source="review of train",
         path="fastlora/train/base_model.py",
-        before="            if positions is not None and len(ids) + answer > positions:\n",
+        before="            if positions is not None and len(ids) + answer - 1 > positions:\n",
         after="            if positions is not None and len(ids) > positions:\n",
         tests=(f"{_CLI}/test_train_cli_errors.py::test_prompts_that_the_model_cannot_take",),
     ),

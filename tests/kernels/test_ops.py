@@ -17,6 +17,7 @@ from fastlora.functional import lora_linear
 from fastlora.ops import execution_mode as ops
 from fastlora.ops import plans
 from fastlora.testing import assert_within_budget, run_with_largest_error
+from fastlora.validation import ImplementationError
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS
 from tests.support.kernels.one_adapter import Problem
@@ -208,16 +209,21 @@ def test_a_scaling_of_each_rank_row(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_forward_mode_raises(dropout_p: float) -> None:
-    """The operators would drop the tangents of operands that require no gradient."""
+def test_forward_mode(dropout_p: float) -> None:
+    """It runs without kernels, whose results have no tangents; asked for by name, they raise."""
     x, weight, lora_a, lora_b = (
         torch.randn(*shape, device=DEVICE) for shape in ((4, 16), (8, 16), (2, 16), (8, 2))
     )
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, weight, lora_a, lora_b, 0.5, dropout_p=dropout_p, impl="triton")
+    def run(x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+        torch.manual_seed(0)
+        return lora_linear(x, weight, lora_a, lora_b, 0.5, dropout_p=dropout_p, impl=impl)
 
-    with pytest.raises(RuntimeError, match=r"functorch|forward"):
-        torch.func.jvp(run, (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
-        run(torch.autograd.forward_ad.make_dual(x, x))
+    expected = run(x, "eager")  # linear in x
+    with mock.patch.object(ops, "KERNEL_DEVICES", (DEVICE,)):
+        torch.testing.assert_close(torch.func.jvp(run, (x,), (x,))[1], expected)
+        with torch.autograd.forward_ad.dual_level():
+            y = run(torch.autograd.forward_ad.make_dual(x, x))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, expected)
+            with pytest.raises(ImplementationError, match="forward-mode"):
+                run(x, "triton")

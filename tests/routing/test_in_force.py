@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
@@ -156,10 +157,11 @@ def test_no_block_begins_over_merged_weights() -> None:
         assert active.active_routings()
 
 
-def test_coroutines_do_not_get_the_blocks_of_others() -> None:
-    """Awaiting in a block raises in the coroutine that comes between; child tasks see the block."""
+def test_tasks_do_not_get_the_blocks_of_others() -> None:
+    """A task that comes between raises, however it calls the model; child tasks see the block."""
     model = _model()
     x = torch.randn(2, D)
+    layer = model.base_model.model[0]
 
     async def run(ids: list[str], *, then: Any = None) -> torch.Tensor:
         with torch.no_grad(), adapters(model, ids):
@@ -168,24 +170,51 @@ def test_coroutines_do_not_get_the_blocks_of_others() -> None:
                 await then()
             return model(x)
 
-    async def call() -> torch.Tensor:
-        return model(x)
+    async def call(function: Any) -> torch.Tensor:
+        return function(x)
 
     async def together(*coroutines: Any) -> list[Any]:
         return await asyncio.gather(*coroutines, return_exceptions=True)
 
     expected = asyncio.run(run(["a", "b"]))
-    for other in (lambda: run(["b", "b"]), call):
+    others = [
+        lambda: run(["b", "b"]),
+        lambda: call(model),
+        lambda: call(layer),
+        lambda: call(lambda x: checkpoint(model, x, use_reentrant=True)),
+    ]
+    for other in others:
         found, error = asyncio.run(together(run(["a", "b"]), other()))
         torch.testing.assert_close(found, expected)
-        assert isinstance(error, RuntimeError) and "another coroutine" in str(error)
+        assert isinstance(error, RuntimeError) and "another asyncio task" in str(error)
     children: list[torch.Tensor] = []
 
     async def child() -> None:
-        children.append(await asyncio.create_task(call()))
+        children.append(await asyncio.create_task(call(model)))
 
     asyncio.run(run(["a", "b"], then=child))
     torch.testing.assert_close(children[0], expected)
+
+
+def test_tasks_that_have_ended_leave_their_blocks() -> None:
+    """As fixtures and cells do, whose next part runs in a task of its own."""
+    model = _model()
+    x = torch.randn(2, D)
+    opened = adapters(model, ["a", "b"])
+
+    async def enter() -> None:
+        opened.__enter__()
+
+    async def call() -> torch.Tensor:
+        return model(x)
+
+    with adapters(model, ["a", "b"]):
+        expected = model(x)
+    asyncio.run(enter())
+    torch.testing.assert_close(asyncio.run(call()), expected)
+    torch.testing.assert_close(model(x), expected)
+    opened.__exit__(None, None, None)
+    assert not active.active_routings() and not active._thread.task_blocks
 
 
 def test_blocks_end_in_the_reverse_order() -> None:

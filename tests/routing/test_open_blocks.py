@@ -326,14 +326,18 @@ def test_checkpoints_and_names_of_a_patched_model(reentrant: bool) -> None:
         torch.testing.assert_close(found, grads[1][name])
 
 
-@pytest.mark.parametrize("kind", ["ours", "patched"])
-def test_a_checkpoint_before_the_first_block_of_a_process(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["ours", "patched", "unpickled"])
+def test_a_checkpoint_before_the_first_block_of_a_process(kind: str, tmp_path: Path) -> None:
     """Its activations are recomputed inside a block, with the adapter of the forward pass."""
+    made = f'{kind}("q", base=Checkpointed())'
+    if kind == "unpickled":
+        made = f"torch.load({str(tmp_path / 'model')!r}, weights_only=False)"
+        torch.save(ours("q", base=Checkpointed()), tmp_path / "model")
     code = f"""
 import torch, fastlora
-from tests.routing.test_open_blocks import Checkpointed, X, {kind}
-base = Checkpointed()
-model = {kind}("q", base=base)
+from tests.routing.test_open_blocks import Checkpointed, X, ours, patched
+model = {made}
+base = model.base_model.model
 model.base_model.set_adapter("a")
 inputs = [X.clone().requires_grad_() for _ in range(3)]
 outputs = []

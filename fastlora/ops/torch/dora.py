@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.execution_mode import is_forward_ad_active, is_traced
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.single import keep_mask
 from fastlora.quantized_tensor import dequantize_if_quantized
@@ -164,8 +164,11 @@ def multiply_rounded_once(
 
     The scale may have a wider dtype than u, and the product is then computed in the wider dtype.
     The result is rounded to u's dtype, and is written to ``out`` if ``out`` is given. In traced
-    code, ``out`` may be ignored. On a GPU, no wider copy of u is made.
+    code and in forward-mode differentiation, ``out`` may be ignored. On a GPU, no wider copy of u
+    is made.
     """
+    if is_forward_ad_active():  # PyTorch does not differentiate operations with `out`.
+        return (u * scale).to(u.dtype)
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)
     if is_traced(u):

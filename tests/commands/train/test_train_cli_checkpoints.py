@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 from pathlib import Path
@@ -76,25 +75,6 @@ def test_resume_of_another_model_or_data(
         file.write('{"prompt": "one", "completion": "more"}\n')
     assert "adapters.a.data was" in fails(given, "--resume")
     assert contents(tmp_path / "out") == before
-
-
-def test_resume_of_another_architecture(
-    fails: Any, given: Any, stopped: Path, tmp_path: Path, base: Path
-) -> None:
-    """Another activation over the same weights; a checkpoint without a model's config resumes."""
-    shutil.copytree(stopped / "out" / "checkpoints", tmp_path / "out" / "checkpoints")
-    shutil.copytree(base, tmp_path / "other")
-    path = tmp_path / "other" / "config.json"
-    changes = {"hidden_act": "gelu", "transformers_version": "0", "_name_or_path": "x"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    error = fails(given | {"model": str(tmp_path / "other")}, "--resume")
-    assert error.endswith('run: model_config.hidden_act was "silu", is "gelu"')
-    for state in (tmp_path / "out" / "checkpoints").glob("*/state.json"):
-        saved = json.loads(state.read_text())
-        del saved["identity"]["model_config"]
-        state.write_text(json.dumps(saved))
-    settings = settings_from_dict(given, {}, "test")
-    assert train(settings, resume=True, progress=False).resumed_from == 4
 
 
 def test_resume_with_adapters_in_another_order(given: Any, stopped: Path, tmp_path: Path) -> None:

@@ -71,16 +71,21 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
 def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path) -> None:
     """A prompt and the longest answer to it share the positions of the model."""
     short = train_runs.make_base(tmp_path / "short", max_position_embeddings=40)
-    given |= {"model": str(short), "sample_tokens": 37}
-    for prompt, remedy in (("tide", "set sample_tokens to 36 or less"), ("x" * 40, "shorten the")):
+    given |= {"model": str(short), "sample_tokens": 38}
+    for prompt, remedy in (
+        ("tide", "set sample_tokens to 37 or less"),
+        ("x" * 40 + "y", "shorten the"),
+    ):
         given["defaults"]["prompts"] = [prompt]
         for flags in ((), ("--dry-run",)):
             error = fails(given, *flags)
-            assert f"the prompt {prompt!r} has {len(prompt)} tokens, and its answer has" in error
-            assert f"supports at most 40 in total; {remedy}" in error
+            assert (
+                f"the prompt {prompt[:40]!r} has {len(prompt)} tokens, and its answer has" in error
+            )
+            assert f"has only 40 positions; {remedy}" in error
     assert not (tmp_path / "out").exists()
     given["defaults"]["prompts"] = ["tide"]
-    train_runs.train(tmp_path / "c.json", given | {"sample_tokens": 36})
+    train_runs.train(tmp_path / "c.json", given | {"sample_tokens": 37})
 
 
 # ----------------------------------------------------------------------------------------- config
@@ -129,8 +134,8 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ("chat", True, "tokenizer has no chat template"),
         ("epochs", -1, "epochs must be a number from 0 to 1e+06, got -1"),
         ("epochs", 1e308, "epochs must be a number from 0 to 1e+06, got 1e+308"),
-        ("steps", 10**20, "steps must be at most 100000000, got 1"),
-        ("batch_size", 10**20, "batch_size must be at most 100000, got 1"),
+        ("steps", 10**20, "steps of 4 samples are more than 1000000000 samples; reduce steps"),
+        ("batch_size", 10**20, "000 samples are more than 1000000000 samples; reduce steps"),
         pytest.param(
             *("adapters.a.lr", 10**400, "learning_rate must be a number from 0 to 3.4e+37, got 1"),
             id="a large lr",
@@ -141,7 +146,7 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ),
         ("adapters.a.r", 10**30, "'a': r must be at most 2147483647, got 1"),
         ("adapters.a.rank_pattern", {"q": 10**30}, "rank_pattern['q'] must be at most 2147483647"),
-        ("model", "~nosuchuser/x", "model: ~nosuchuser/x has no home folder; write the full path"),
+        ("model", "~nosuchuser/x", "the home folder of ~nosuchuser/x is unknown; write the full"),
         ("adapters.a.data", "a\0b", "adapters.a.data must be a path, got '"),
         ("out", "", "out must be a path, got ''"),
         ("chat_template", "", "chat_template must be a path, got ''"),

@@ -410,7 +410,8 @@ def test_answers_that_the_model_cannot_give(
             folder = checkpoint.checkpoint_path(tmp_path / "out" / "checkpoints", step)
             assert fails(given, *(["--resume"] if step > 2 else [])) == (
                 "fastlora: error: the answers to the prompts could not be generated (IndexError: "
-                "list index out of range); change or remove the prompts; adapters saved after step "
+                "list index out of range); change or remove the prompts, or reduce sample_tokens; "
+                "adapters saved after step "
                 f"{step}: {tmp_path / 'out' / 'a'}, {tmp_path / 'out' / 'b'}; continue from "
                 f"{folder} with --resume"
             )
@@ -418,6 +419,21 @@ def test_answers_that_the_model_cannot_give(
     assert same(tmp_path / "out", whole)
     train_runs.train(tmp_path / "c.json", given, "--resume")
     assert len(log(tmp_path / "out", "answers")) == 1
+
+
+def test_answers_that_failed_are_repeated(
+    base: Path, data: dict[str, Path], tmp_path: Path, monkeypatch: Any, fails: Any
+) -> None:
+    """So is the evaluation before them, which is in the log once."""
+    given = config_of(base, data, tmp_path / "out") | {"sample_tokens": 1, "eval_every": 2}
+    given["adapters"]["a"] |= {"prompts": ["sea?"], "eval_data": str(data["a"])}
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "generate_answers", lambda *args: [][len(args)])
+        assert "reduce sample_tokens; adapters saved after step 2" in fails(given)
+    train_runs.train(tmp_path / "c.json", given, "--resume")
+    for key in ("eval_loss", "answers"):
+        steps = [entry["step"] for entry in log(tmp_path / "out", key)]
+        assert steps == [*range(2, STEPS + 1, 2)]
 
 
 def test_a_full_disk_at_the_first_save(
