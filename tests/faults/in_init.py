@@ -99,7 +99,10 @@ FAULTS = (
         kind="partners lost by a copy",
         source="copies of LoRA-FA optimizers",
         path="fastlora/optimizers/lorafa.py",
-        before="            for group in self.param_groups:\n                self._pair_factors(group)\n",
+        before="""\
+            for group in self.param_groups:
+                self._pair_factors(group)
+""",
         after="",
         tests=(f"{_OPTIMIZERS}::test_a_copied_lorafa_optimizer_goes_on",),
     ),
