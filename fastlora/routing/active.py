@@ -60,7 +60,7 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
     """
     by_group = _thread.by_group
     routing = by_group.get(layer.routing_group) if by_group else None
-    if routing is not None and _thread.task_blocks:
+    if routing is not None and not is_being_compiled() and _thread.task_blocks:
         _raise_if_opened_by_other_task(routing)
     return routing
 
@@ -99,10 +99,10 @@ def _raise_if_opened_by_other_task(routing: Routing) -> None:
     """Raise `RuntimeError` if another asyncio task opened the routing's block.
 
     Tasks that a task creates inside its block may use the block. A task that has ended leaves its
-    blocks to the thread, as an asynchronous fixture does.
+    blocks to the thread, as an asynchronous fixture does. Compiled code cannot call this function.
     """
     block = _thread.task_blocks.get(id(routing))
-    if block is None or block.task.done() or is_being_compiled():
+    if block is None or block.task.done():
         return
     if _current_task() not in (None, block.task) and block not in _own_blocks.get():
         raise RuntimeError(
@@ -124,7 +124,7 @@ def _record_task(routing: Routing) -> Iterator[None]:
     try:
         yield
     finally:
-        del _thread.task_blocks[id(routing)]
+        _thread.task_blocks.pop(id(routing), None)  # missing in a thread other than the task's
         _own_blocks.set(before)
 
 
@@ -138,8 +138,9 @@ def activate_routing(routing: Routing) -> Iterator[None]:
         RuntimeError: Another asyncio task in this thread has an open block, or blocks do not end in
             the reverse order of their beginning. In the second case, the block is closed.
     """
-    for other in _thread.open if _thread.task_blocks else ():
-        _raise_if_opened_by_other_task(other)
+    if not is_being_compiled() and _thread.task_blocks:
+        for other in _thread.open:
+            _raise_if_opened_by_other_task(other)
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
         None
@@ -221,7 +222,7 @@ def check_batch_matches_ids(
     routing = _thread.by_group.get(group)
     if routing is None:
         return
-    if _thread.task_blocks:
+    if not is_being_compiled() and _thread.task_blocks:
         _raise_if_opened_by_other_task(routing)
     if _thread.unchecked:
         return

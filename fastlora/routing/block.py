@@ -87,7 +87,8 @@ def adapters(
         AdapterNotFoundError: A name or slot does not exist.
         AdapterStateError: An adapter is merged; or a pool is closed; or a CUDA graph is being
             captured over a pool that was created without max_rank.
-        RuntimeError: The blocks of a thread do not end in the reverse order of their beginning.
+        RuntimeError: The blocks of a thread do not end in the reverse order of their beginning, or
+            another asyncio task in this thread has an open block.
         PoolFullError: A pool is too small for the batch's adapters.
         CheckpointError: A pool cannot read one of the adapters.
         TypeError, ValueError: ``model`` or ``ids`` does not match the description above.

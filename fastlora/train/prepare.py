@@ -323,8 +323,8 @@ def make_sample_schedule(
     steps = settings.steps or max(math.ceil(settings.epochs * order.total / size), 1)
     if steps * size > _MOST_SAMPLES:
         raise ConfigError(
-            f"{steps} steps of {size} samples are more than {_MOST_SAMPLES} samples; reduce steps, "
-            "epochs, or batch_size"
+            f"the run has {steps * size} samples, but at most {_MOST_SAMPLES} are supported; "
+            "reduce steps, epochs, or batch_size"
         )
     adapter_steps = order.count_steps_with_samples(steps)
     for name, count in adapter_steps.items():

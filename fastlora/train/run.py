@@ -349,7 +349,8 @@ class Run:
         ended = self.step == self.schedule.steps
         last_key = None
         if self._is_due_or_last(self.settings.eval_every):
-            last_key = "answers" if any(a.prompts for a in self.settings.adapters) else "eval_loss"
+            has_prompts = any(adapter.prompts for adapter in self.settings.adapters)
+            last_key = "answers" if has_prompts else "eval_loss" if self.held_out else None
         self._log = run_log.RunLogFile(
             self.settings.out, self.step, evaluates=ended, last_key=last_key
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import fastlora.functional  # noqa: F401  # registers the operators
 from fastlora import LoraConfig, adapters, get_peft_model
@@ -15,6 +17,8 @@ from fastlora.testing import assert_within_budget
 from tests.support.tiny import TwoLayers, trainable
 
 IDS = torch.randint(0, 49_000, (2, 12), generator=torch.Generator().manual_seed(5))
+
+X = torch.randn(2, 16, generator=torch.Generator().manual_seed(5))
 
 
 def run(function: Any, x: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
@@ -76,3 +80,21 @@ def test_a_mixed_batch_after_batches_of_other_sizes() -> None:
         compiled(x[:2]), compiled(x)  # sizes are dynamic from the second one on
         with adapters(model, ["default", None]):
             torch.testing.assert_close(compiled(x[:2]), model(x[:2]))
+
+
+def test_a_compiled_model_in_blocks_of_asyncio_tasks() -> None:
+    """Blocks that tasks open need no graph of their own, and break none."""
+    config = LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False)
+    model = get_peft_model(TwoLayers(), config, "a").eval()
+    model.add_adapter("b", config)
+    frames = CompileCounter()
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+
+    async def run(function: Any, ids: list[str]) -> torch.Tensor:
+        with torch.no_grad(), adapters(model, ids):
+            return function(X)
+
+    for ids in (["a", "b"], ["b", "a"], ["b", "b"]):
+        expected = asyncio.run(run(model, ids))
+        torch.testing.assert_close(asyncio.run(run(compiled, ids)), expected)
+    assert frames.frame_count == 1

@@ -134,8 +134,8 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ("chat", True, "tokenizer has no chat template"),
         ("epochs", -1, "epochs must be a number from 0 to 1e+06, got -1"),
         ("epochs", 1e308, "epochs must be a number from 0 to 1e+06, got 1e+308"),
-        ("steps", 10**20, "steps of 4 samples are more than 1000000000 samples; reduce steps"),
-        ("batch_size", 10**20, "000 samples are more than 1000000000 samples; reduce steps"),
+        ("steps", 10**20, "samples, but at most 1000000000 are supported; reduce steps"),
+        ("batch_size", 10**20, "000 samples, but at most 1000000000 are supported; reduce steps"),
         pytest.param(
             *("adapters.a.lr", 10**400, "learning_rate must be a number from 0 to 3.4e+37, got 1"),
             id="a large lr",
