@@ -24,8 +24,9 @@ def is_dtensor(tensor: object) -> bool:
 
     A replicated DTensor counts too.
     """
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    # Another thread may be importing the module, which then has no attributes yet.
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
 
 
 def local_shard(parameter: Any) -> torch.Tensor:
@@ -240,8 +241,8 @@ def fully_shard_was_called() -> bool:
     If so, FSDP2 is in use: a parameter that FSDP2 gathers again may have new values at the same
     memory address and with the same ``_version``.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and bool(kind.__subclasses__())
 
 
 def is_fsdp2_module(module: nn.Module) -> bool:

@@ -164,6 +164,17 @@ def check_rank(r: object, name: str = "r") -> int:
     return r
 
 
+def check_is_module(function: str, model: object) -> None:
+    """Check that the argument of a function is a module, for example not an adapter pool.
+
+    Raises `TypeError`, whose message contains the name of the function, if it is not.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{function}() expects a model, which is an nn.Module, but got a {type(model).__name__}"
+        )
+
+
 def check_dropout(name: str, p: object) -> float:
     """Check that a dropout probability is a number in [0, 1), and return it as a float.
 

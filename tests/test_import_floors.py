@@ -44,7 +44,7 @@ CODE_LINES = {
     "pool": 1760,  # parameters, and stacks of them, as targets; longer names
     "routing": 1690,  # longer names, and blocks of other asyncio tasks
     "serve": 2070,  # paths of invalid fields
-    "train": 3700,  # checks of prompts, merge keys in YAML, and limits of settings
+    "train": 3720,  # checks of prompts, merge keys in YAML, and limits of settings
     "kernels": 4320,
 }
 # Folders and files of the package from the ground up; an import may not go up.

@@ -25,14 +25,14 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 import fastlora.ops.operator_backend  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
 from fastlora.ops.backend import BACKENDS, BackwardArguments
 from fastlora.ops.execution_mode import (
     is_being_compiled,
-    is_forward_ad_active,
-    raise_if_second_derivative,
+    raise_for_second_derivative,
 )
 from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.rows import Rows
@@ -66,7 +66,7 @@ def run_adapters(
     """
     if s is not None:  # lora_a gets its gradient through s.
         operands = operands._replace(lora_a=[a.detach() for a in operands.lora_a])
-    if torch.is_grad_enabled() or is_forward_ad_active():
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         lora_a, lora_b, lora_bias, *others = operands
         given = *base[:3], s
         if records_gradients(x, *given, *lora_a, *lora_b, *lora_bias):
@@ -85,7 +85,7 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return is_forward_ad_active() and is_being_compiled()
+    return forward_ad._current_level >= 0 and is_being_compiled()
 
 
 def _forward_without_graph(
@@ -133,12 +133,13 @@ def _forward_without_graph(
 def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
     """Decorate a backward method so that it runs without autocast and rejects double backward.
 
-    See `raise_if_second_derivative`.
+    See `raise_for_second_derivative`.
     """
 
     @functools.wraps(backward)
     def call_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        raise_if_second_derivative()
+        if torch.is_grad_enabled():
+            raise_for_second_derivative()
         # The context's tensors are on the same type of device as the gradient.
         grad = grads[0]
         if grad is None:

@@ -49,7 +49,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
     def __dir__(self) -> list[str]:
         return without_old_names(self, super().__dir__())
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Restore a copied or unpickled layer, also in a process that has created no layers."""
         super().__setstate__(state)
         patch_activation_checkpointing()

@@ -194,8 +194,7 @@ def peft_function_or_raise(
         function_name: The name of the function.
         no_peft_layers_error: The error to raise if the model has no PEFT adapter layers.
     """
-    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
-    kind = () if layers is None else layers.BaseTunerLayer
+    kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
     # The layers of fastlora are registered as virtual subclasses of BaseTunerLayer.
     if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
         return getattr(importlib.import_module(python_module), function_name)

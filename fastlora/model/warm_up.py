@@ -25,7 +25,7 @@ from fastlora.routing.caches import RoutingCache
 from fastlora.routing.routers import router_of
 from fastlora.routing.routing import Routing
 from fastlora.user_warnings import warn
-from fastlora.validation import ConfigError
+from fastlora.validation import ConfigError, check_is_module
 
 if TYPE_CHECKING:
     from fastlora.kernels.precompile import KernelVariant
@@ -124,8 +124,9 @@ def warm_up(
         ConfigError: An argument is out of range, no adapter has any of the ranks, Triton's cache
             folder is not writable, or ``inputs`` is required or contains no tensor.
         UnsupportedLayerError: A layer does not support mixed batches.
-        TypeError: The model has no adapters.
+        TypeError: The model has no adapters, or is not a module.
     """
+    check_is_module("warm_up", model)
     start = time.monotonic()
     wanted = ranks if ranks is None else sorted(set(ranks))
     checked = ("rows", rows, 1), ("adapters", adapters, 0), ("processes", processes, 1)

@@ -25,10 +25,11 @@ import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fastlora import env
 from fastlora.validation import ImplementationError
@@ -51,22 +52,21 @@ def is_forward_ad_active() -> bool:
     fastlora's autograd functions raise an error in this mode. Kernels and registered operators are
     not used in it, because their results would have no tangents.
     """
-    level: int = torch.autograd.forward_ad._current_level
+    level: int = forward_ad._current_level
     return level >= 0
 
 
-def raise_if_second_derivative() -> None:
-    """Raise `RuntimeError` if a backward pass is recorded for second derivatives.
+def raise_for_second_derivative() -> NoReturn:
+    """Raise `RuntimeError` for a backward pass that is recorded for second derivatives.
 
-    The backward passes of fastlora's autograd functions call this function. Without the error, a
-    second derivative would lack the contribution of these functions. PyTorch's
-    `once_differentiable` detects only some of these cases.
+    The backward passes of fastlora's autograd functions call this function if gradients are
+    enabled. Without the error, a second derivative would lack the contribution of these functions.
+    PyTorch's `once_differentiable` detects only some of these cases.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fastlora's layers support first derivatives only; do not pass create_graph=True, or "
-            "use PEFT's layers, which fastlora.unpatch(model) restores in a patched PEFT model"
-        )
+    raise RuntimeError(
+        "fastlora's layers support first derivatives only; do not pass create_graph=True, or use "
+        "PEFT's layers, which fastlora.unpatch(model) restores in a patched PEFT model"
+    )
 
 
 class _BatchInvariantState(threading.local):
@@ -235,7 +235,7 @@ def resolve_impl(
     dtype = dtype or x.dtype
     if runs and dtype not in KERNEL_DTYPES:
         runs, reason = False, f"the kernels support fp16, bf16 and fp32, got {dtype}"
-    if runs and is_forward_ad_active():
+    if runs and forward_ad._current_level >= 0:  # inline, because every layer's call gets here
         runs, reason = False, "the kernels do not support forward-mode differentiation"
     if runs:
         return "triton"

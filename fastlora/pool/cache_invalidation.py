@@ -7,6 +7,7 @@ from torch import nn
 from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.pool.pool import pool_of
+from fastlora.validation import check_is_module
 from fastlora.weights_version import weights_versions
 
 
@@ -31,7 +32,11 @@ def clear_caches(model: nn.Module) -> None:
 
     Args:
         model: Any module that contains LoRA layers of fastlora or patched LoRA layers of PEFT.
+
+    Raises:
+        TypeError: ``model`` is not a module, for example because it is a pool.
     """
+    check_is_module("clear_caches", model)
     weights_versions.invalidate_all()
     for module in model.modules():
         clear_base_and_adapter_caches(module, release_cuda_graph_weights=True)

@@ -35,6 +35,7 @@ class _ThreadRoutings(threading.local):
         self.open: tuple[Routing, ...] = ()
         self.by_group: dict[RoutedLayerGroup, Routing] = {}
         self.task_blocks: dict[int, _TaskBlock] = {}  # by the routing's id
+        self.has_task_blocks = False  # Compiled graphs check this again, but not the dict.
 
 
 _thread = _ThreadRoutings()
@@ -60,7 +61,7 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
     """
     by_group = _thread.by_group
     routing = by_group.get(layer.routing_group) if by_group else None
-    if routing is not None and not is_being_compiled() and _thread.task_blocks:
+    if _thread.has_task_blocks and routing is not None and not is_being_compiled():
         _raise_if_opened_by_other_task(routing)
     return routing
 
@@ -119,12 +120,13 @@ def _record_task(routing: Routing) -> Iterator[None]:
         yield
         return
     block, before = _TaskBlock(task), _own_blocks.get()
-    _thread.task_blocks[id(routing)] = block
+    _thread.task_blocks[id(routing)], _thread.has_task_blocks = block, True
     _own_blocks.set((*before, block))
     try:
         yield
     finally:
         _thread.task_blocks.pop(id(routing), None)  # missing in a thread other than the task's
+        _thread.has_task_blocks = bool(_thread.task_blocks)
         _own_blocks.set(before)
 
 
@@ -138,7 +140,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
         RuntimeError: Another asyncio task in this thread has an open block, or blocks do not end in
             the reverse order of their beginning. In the second case, the block is closed.
     """
-    if not is_being_compiled() and _thread.task_blocks:
+    if _thread.has_task_blocks and not is_being_compiled():
         for other in _thread.open:
             _raise_if_opened_by_other_task(other)
     checks = routing.group.row_checks if routing.may_mix else None
@@ -222,7 +224,7 @@ def check_batch_matches_ids(
     routing = _thread.by_group.get(group)
     if routing is None:
         return
-    if not is_being_compiled() and _thread.task_blocks:
+    if _thread.has_task_blocks and not is_being_compiled():
         _raise_if_opened_by_other_task(routing)
     if _thread.unchecked:
         return

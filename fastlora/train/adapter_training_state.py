@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -83,6 +84,7 @@ class AdapterTrainingState:
             None if scheduler is None else _checked_scheduler(name, scheduler(self.optimizer))
         )
         self.scaler = None if scaler is None else scaler()
+        self._has_scaled_loss = False
         self.seed = seed
         self.counts = AdapterCounts()
 
@@ -113,14 +115,32 @@ class AdapterTrainingState:
         scale is 1. ``loss`` is a scalar tensor.
         """
         loss = loss if weight == 1 else loss * weight
+        self._has_scaled_loss = True
         return loss if self.scaler is None else self.scaler.scale(loss)
 
+    def check_can_step(self) -> None:
+        """Raise `AdapterStateError` if the adapter has no gradients, or has unscaled ones."""
+        if not self.gradients():
+            raise AdapterStateError(
+                f"adapter {self.name!r} has no gradients; between zero_grad() and step(), run the "
+                "backward pass for a loss that includes rows of this adapter"
+            )
+        if self.scaler is not None and not self._has_scaled_loss:
+            raise AdapterStateError(
+                f"the loss of adapter {self.name!r} was not multiplied by its loss scale; with a "
+                "scaler, run the backward pass with AdapterOptimizers.backward()"
+            )
+
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of the adapter's parameters.
+        """Return the gradients of the parameters that the adapter's optimizer updates.
 
         Parameters whose ``grad`` is None are left out.
         """
-        return [p.grad for p in self.parameters if p.grad is not None]
+        return [p.grad for p in self._updated_parameters() if p.grad is not None]
+
+    def _updated_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer updates, which may be some of the adapter's."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def unscale_gradients_and_get_norm(self) -> torch.Tensor:
         """Unscale the gradients, and return their total norm.
@@ -143,7 +163,7 @@ class AdapterTrainingState:
         finite = math.isfinite(grad_norm_value)
         if finite:
             if self.max_grad_norm is not None:
-                clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
+                clip_grads_with_norm_(self._updated_parameters(), self.max_grad_norm, grad_norm)
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
@@ -152,6 +172,7 @@ class AdapterTrainingState:
             self.counts.skipped_steps += 1
         if self.scaler is not None:
             self.scaler.update()
+        self._has_scaled_loss = False
         return finite
 
     def zero_grad(self) -> None:
@@ -161,6 +182,7 @@ class AdapterTrainingState:
         """
         for parameter in self.parameters:
             parameter.grad = None
+        self._has_scaled_loss = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the training state as a dict.
@@ -264,6 +286,17 @@ def _checked_optimizer(
         raise TypeError(
             f"optimizers[{name!r}] returned {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
+        )
+    required = [
+        parameter.name
+        for parameter in inspect.signature(optimizer.step).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind <= parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if required:
+        raise TypeError(
+            f"the step() of the {type(optimizer).__name__} of adapter {name!r} requires "
+            f"{', '.join(required)}; expected an optimizer whose step() requires no arguments"
         )
     own = {id(parameter) for parameter in parameters}
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]

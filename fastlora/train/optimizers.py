@@ -317,14 +317,16 @@ class AdapterOptimizers:
 
         Args:
             present: Names of the adapters to step, if the backward pass was run without calling
-                `backward`. None steps the adapters with finite losses in `backward`.
+                `backward`. None steps the adapters with finite losses in `backward`. With a scaler,
+                `backward` must be called.
 
         Returns:
             A `StepReport` with the updated adapters, the skipped adapters, and the gradient norms.
 
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.
-            AdapterStateError: An adapter has no gradient at all. Nothing has changed.
+            AdapterStateError: An adapter has no gradient at all, or its loss was not multiplied by
+                its loss scale. Nothing has changed.
         """
         if present is None:
             wanted = self._present
@@ -337,11 +339,7 @@ class AdapterOptimizers:
             if name in wanted and name in self._left_out:
                 self._group.average_gradients_(self._adapters[name].parameters)
         for name in wanted:
-            if not self._adapter_state(name).gradients():
-                raise AdapterStateError(
-                    f"adapter {name!r} has no gradients; between zero_grad() and step(), run the "
-                    "backward pass for a loss that includes rows of this adapter"
-                )
+            self._adapter_state(name).check_can_step()
         # Step in the order of the optimizers, so that the order of the rows has no effect.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
         norms = [adapter.unscale_gradients_and_get_norm() for adapter in chosen]

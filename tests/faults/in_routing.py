@@ -248,8 +248,8 @@ FAULTS = (
         kind="a missing check",
         source="issue 29",
         path="fastlora/routing/active.py",
-        before="    if routing is not None and not is_being_compiled() and _thread.task_blocks:\n",
-        after="    if False:\n",
+        before="    if _thread.has_task_blocks and routing is not None and ",
+        after="    if False and ",
         tests=("tests/routing/test_in_force.py::test_tasks_do_not_get_the_blocks_of_others",),
     ),
     Fault(

@@ -77,6 +77,15 @@ FAULTS = (
         tests=(f"{_LOCK}::test_what_the_lock_says",),
     ),
     Fault(
+        sentence="Gradients that were not multiplied by a loss scale are divided by it.",
+        kind="a missing check",
+        source="issue 29",
+        path="fastlora/train/adapter_training_state.py",
+        before="        if self.scaler is not None and not self._has_scaled_loss:\n",
+        after="        if False:\n",
+        tests=(f"{_TRAIN}::test_a_loss_without_its_scale_does_not_step",),
+    ),
+    Fault(
         sentence="The threads of a process group run until its process ends.",
         kind="a crash at the exit",
         source="issue 29",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+from types import ModuleType
 
+import pytest
 import torch
 
+from fastlora import sharding
 from fastlora.ops.execution_mode import batch_invariant, is_batch_invariant
 
 
@@ -25,3 +29,11 @@ def test_a_graph_compiled_before_the_first_use_of_the_mode() -> None:
         thread.start()
         thread.join()
     assert found == [0, 1, 0] * 2
+
+
+@pytest.mark.parametrize("name", ["torch.distributed.tensor", "torch.distributed.fsdp"])
+def test_a_module_that_another_thread_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in `sys.modules` before it has its classes."""
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert not sharding.is_dtensor(torch.zeros(1))
+    assert not sharding.fully_shard_was_called()

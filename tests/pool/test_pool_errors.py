@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import fastlora
 from fastlora import LoraConfig
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder, save_adapter_folder
@@ -625,3 +626,10 @@ def test_close_gives_back_methods_of_the_instance(root: Path) -> None:
     with pytest.raises(RuntimeError):
         AdapterPool(model, max_adapters=2, device="nodevice")
     assert (model.forward, model.generate) == (forward, generate)
+
+
+def test_functions_of_models_do_not_take_pools(root: Path) -> None:
+    pool = AdapterPool(Blocks(), root=root, target_modules=["q"])
+    for function in (fastlora.clear_caches, fastlora.warm_up):
+        with pytest.raises(TypeError, match=r"\(\) expects a model, .* but got a AdapterPool"):
+            function(pool)  # type: ignore[operator]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import fastlora
@@ -223,6 +223,35 @@ def test_each_adapter_has_its_own_loss_scale() -> None:
 # --------------------------------------------------------------------------------------- state
 
 
+def test_a_loss_without_its_scale_does_not_step() -> None:
+    """Unscaled gradients would be divided by the scale all the same."""
+    model = build()
+    optimizers = make(model, scaler=partial(torch.amp.GradScaler, "cpu"))
+    before = parameters(model, "a")
+    losses_of(model, batch(["a", "b"])).total.backward()
+    with pytest.raises(AdapterStateError, match="'a' was not multiplied by its loss scale"):
+        optimizers.step(["a"])
+    assert same(parameters(model, "a"), before)
+    optimizers.zero_grad()
+    optimizers.backward(losses_of(model, batch(["a", "b"])))
+    assert set(optimizers.step().stepped) == {"a", "b"}
+
+
+def test_the_norm_is_that_of_the_parameters_that_are_updated() -> None:
+    """An optimizer may hold some of them; with a scaler, the others keep scaled gradients."""
+    norms = []
+    for scaler in (None, partial(torch.amp.GradScaler, "cpu", init_scale=2.0**10)):
+        model = build()
+        some = {"a": lambda own: SGD(own[:2], lr=0.1)}
+        optimizers = AdapterOptimizers(model, some, scaler=scaler, max_grad_norm=1.0)
+        optimizers.backward(losses_of(model, batch(["a", "a"])))
+        norms.append(optimizers.step().grad_norms["a"])
+        own = [*adapter_parameters(model, "a").values()][:2]
+        clipped = torch.cat([p.grad.flatten() for p in own if p.grad is not None]).norm()
+        assert norms[-1] > 1 and float(clipped) == pytest.approx(1.0, rel=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_dropout_seeds_are_each_adapters_own() -> None:
     """They depend on the adapter and its own forwards, and on nothing else in the batch."""
     one, other = make(build()), make(build())
@@ -325,6 +354,7 @@ BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "norm": ({"max_grad_norm": 0.0}, ValueError, "of adapter 'a' must be greater than 0, got 0.0"),
     "kind": ({"optimizers": {"a": list}}, TypeError, "returned list, expected a torch.optim.Op"),
+    "closure": ({"optimizers": {"a": LBFGS}}, TypeError, "of adapter 'a' requires closure"),
     "plateau": ({"schedulers": {"a": ReduceLROnPlateau}}, TypeError, "returned ReduceLROnPlateau"),
     "frozen": ({"optimizers": {"b": SGD}}, AdapterStateError, "adapter 'b' is frozen"),
 }

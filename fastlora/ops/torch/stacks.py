@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.ops.execution_mode import has_unknown_values, raise_if_second_derivative
+from fastlora.ops.execution_mode import has_unknown_values, raise_for_second_derivative
 from fastlora.ops.library import define_operator, register_fake, register_implementation
 from fastlora.ops.rows import Rows, Segment
 from fastlora.ops.stacks import StackedWeightAdapterOperands
@@ -430,7 +430,8 @@ class _GroupedMatmul(torch.autograd.Function):
     def backward(
         ctx: Any, dy: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        raise_if_second_derivative()
+        if torch.is_grad_enabled():
+            raise_for_second_derivative()
         x, stack, starts = ctx.saved_tensors
         return *grouped_gradients(dy, x, stack, starts, *ctx.needs_input_grad[:2]), None
 
