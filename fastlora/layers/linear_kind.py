@@ -49,7 +49,12 @@ def _check(module: nn.Module, asked: LayerAdapterSettings) -> None:
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         raise UnsupportedLayerError(
             "it is the output projection of nn.MultiheadAttention, which uses its weight without "
-            "calling it"
+            "calling it; exclude it with exclude_modules, or target the attention module"
+        )
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.is_complex():
+        raise UnsupportedLayerError(
+            f"its weight is {weight.dtype}; expected a real floating-point dtype"
         )
 
 

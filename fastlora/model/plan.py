@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
 from fastlora.layers.adapted_parameters import ParameterLoraLayer
@@ -236,8 +237,14 @@ def plan_target_modules(
         TargetNotFoundError: If no module matches the config.
         UnsupportedLayerError: If a target is of a kind that cannot be adapted, at least with this
             config; or if the adapter needs a copy of a module that another adapter adapts with
-            LoRA, or the other way around.
+            LoRA, or the other way around; or if a lazy module has not run yet.
     """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedLayerError(
+                f"the parameter {name!r} of a lazy module is not initialized; run a forward pass "
+                "of the model first"
+            )
     modules = modules_with_original_names(model)
     meant = resolve_target_modules(model, config, modules)
     selected = select_targets(model, config, meant, modules, layers_in_file)

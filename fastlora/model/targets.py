@@ -496,11 +496,16 @@ class _FoundLinear(NamedTuple):
 def _linears_without_head(
     model: nn.Module, config: LoraConfig, modules: ModulesWithOriginalNames
 ) -> list[_FoundLinear]:
-    """Return a list of all linear layers except the output head."""
+    """Return a list of all linear layers except the output head.
+
+    The output projection of an `nn.MultiheadAttention` is left out too, because it is never called.
+    """
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
 
     def is_linear(module: nn.Module) -> bool:
+        if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+            return False
         if not is_lora_layer(module):
             return isinstance(unwrap_auxiliary_wrapper(module), kinds)
         # The class name is checked too. PEFT recognizes its own layers in this way.

@@ -216,6 +216,30 @@ def test_multihead_attention_is_unsupported() -> None:
         get_peft_model(model, LoraConfig(r=2, target_modules=["out_proj"]))
 
 
+def test_all_linear_leaves_out_what_is_never_called() -> None:
+    """PEFT gives the output projections of attention factors without gradients."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = get_peft_model(
+        nn.TransformerEncoder(layer, 2), LoraConfig(r=2, target_modules="all-linear")
+    )
+    names = {n.rpartition(".lora_A")[0] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert {name.rpartition(".")[2] for name in names} == {"linear1", "linear2"}
+    model(torch.randn(2, 3, 16)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_models_with_lazy_and_complex_layers() -> None:
+    """Lazy layers must have run once; factors have no complex dtypes."""
+    config = LoraConfig(r=2, target_modules=["0"])
+    lazy = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    with pytest.raises(UnsupportedLayerError, match="'1.weight' of a lazy module is not initial"):
+        get_peft_model(lazy, config)
+    lazy(torch.ones(2, 4))
+    get_peft_model(lazy, config)
+    with pytest.raises(UnsupportedLayerError, match="its weight is torch.complex64"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), config)
+
+
 def test_a_given_state_dict(tmp_path: Path) -> None:
     """A state without the base's biases is enough; one without a factor is refused by name."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"], bias="all"))
