@@ -239,13 +239,13 @@ def plan_target_modules(
             config; or if the adapter needs a copy of a module that another adapter adapts with
             LoRA, or the other way around; or if a lazy module has not run yet.
     """
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise UnsupportedLayerError(
-                f"the parameter {name!r} of a lazy module is not initialized; run a forward pass "
-                "of the model first"
-            )
     modules = modules_with_original_names(model)
+    for name, module, _ in modules:
+        if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+            raise UnsupportedLayerError(
+                f"the lazy module {name!r} is not initialized; run a forward pass of the model "
+                "first"
+            )
     meant = resolve_target_modules(model, config, modules)
     selected = select_targets(model, config, meant, modules, layers_in_file)
     targets = selected.modules

@@ -232,7 +232,7 @@ def test_models_with_lazy_and_complex_layers() -> None:
     """Lazy layers must have run once; factors have no complex dtypes."""
     config = LoraConfig(r=2, target_modules=["0"])
     lazy = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
-    with pytest.raises(UnsupportedLayerError, match="'1.weight' of a lazy module is not initial"):
+    with pytest.raises(UnsupportedLayerError, match="the lazy module '1' is not initialized"):
         get_peft_model(lazy, config)
     lazy(torch.ones(2, 4))
     get_peft_model(lazy, config)
