@@ -241,7 +241,7 @@ def plan_target_modules(
     """
     modules = modules_with_original_names(model)
     for name, module, _ in modules:
-        if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+        if any(map(is_lazy, module._parameters.values())):  # type: ignore[arg-type]  # also None
             raise UnsupportedLayerError(
                 f"the lazy module {name!r} is not initialized; run a forward pass of the model "
                 "first"
