@@ -266,8 +266,8 @@ class _GenerateAfterBatchSizeCheck:
 
 
 def _has_checked_generate(model: nn.Module) -> bool:
-    """Return whether the model's ``generate`` method checks the batch size first.
+    """Return whether a router has replaced the model's ``generate`` method.
 
-    Such a method is a `_GenerateAfterBatchSizeCheck`, which a router installs on the model.
+    The replacement is a `_GenerateAfterBatchSizeCheck`, which first checks the batch size.
     """
     return isinstance(vars(model).get("generate"), _GenerateAfterBatchSizeCheck)

@@ -361,7 +361,10 @@ class SharedWeightUntier:
 
 
 def _with_original_linears(family: set[nn.Module]) -> set[nn.Module]:
-    """Add the modules that will replace the linear layers in ``family`` when these are removed."""
+    """Return the modules in ``family``, and the original modules of its LoRA layers.
+
+    When a LoRA layer is removed, its original module takes its place.
+    """
     return family | {linear for part in family for linear in part.__dict__.get("_linear", ())}
 
 

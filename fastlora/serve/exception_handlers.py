@@ -131,9 +131,10 @@ def _field_and_message(error: RequestValidationError) -> tuple[str | None, str]:
 
 
 def _field_path(detail: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Return the path of an invalid field in the body, without pydantic's names of types.
+    """Return the path of an invalid field in the request body.
 
-    In its location of an error, pydantic adds the name of a type where a field may have several.
+    If a field can have several types, the location that pydantic reports also contains the name of
+    a type. The path leaves this name out.
     """
     path: list[str | int] = []
     value = body
