@@ -35,7 +35,7 @@ test: $(VENV)/.installed ## run the tests: the main run, the Triton interpreter,
 emulated: $(VENV)/.installed ## run kernels as compiled for sm_80 and sm_90, executed on the CPU: 3 minutes
 	@$(BIN)/python tests/run_lanes.py --lane emulated-sm_80 --lane emulated-sm_90 --lane emulator $(ARGS)
 
-faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 4 minutes
+faults: $(VENV)/.installed ## insert each known fault in a copy of the project and run the tests that must notice: 4 minutes
 	@$(BIN)/python -m tests.faults.run $(ARGS)
 
 mutants: $(VENV)/.mutants-installed ## change 300 lines of five parts, one at a time, and count what no test notices: 20 minutes (outside CI)

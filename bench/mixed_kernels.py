@@ -30,7 +30,7 @@ from fastlora.bench.mixed_strategies import (
 from fastlora.bench.shapes import MIXED_SEQUENCES, Point
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 
 YARDSTICK = {"base": "base", "mixed": "segments", "train_base": "base", "mixed_train": "segments"}
 
@@ -137,7 +137,7 @@ class MixedProblem:
     @property
     def routed(self) -> list[torch.Tensor]:
         """The operators' argument ``rows``."""
-        return rows_for_address_tables(self.groups)
+        return rows_argument_for_address_tables(self.groups)
 
     @property
     def tables(self) -> tuple[Any, ...]:

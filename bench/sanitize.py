@@ -34,7 +34,7 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
         The results ``[M, N]``.
     """
     from fastlora.ops import schema  # noqa: F401 - imported for its registrations
-    from fastlora.ops.triton.rows_argument import rows_for_address_tables
+    from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -53,7 +53,7 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
     scaling = torch.ones(rank.shape, device=device)
     tables = [*addresses, rank, scaling, table(lora_bias)]
     batch = sort_rows(torch.arange(m, device=device) % 5 - 1, m, 4)
-    rows = rows_for_address_tables(batch)
+    rows = rows_argument_for_address_tables(batch)
     ops = torch.ops.fastlora
     known, given = (x, weight, bias, rows), (tables, 0, largest, dtype)
     first, s = ops.lora_linear_at(*known, None, *given, "fused", [0, len(MIXED_RANKS)])

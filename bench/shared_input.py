@@ -28,7 +28,7 @@ from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.operator_backend import launch_mixed_group_without_operator
 from fastlora.ops.rows import Rows as SortedRows
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 
 Draw = Callable[..., torch.Tensor]
 
@@ -156,7 +156,10 @@ def _fastlora(p: Problem) -> list[torch.Tensor]:
         operands = [*weights, *biases, *lora_a, *lora_b, *[p.scaling[0]] * len(layers), *biases]
         return [*run_grouped_linears(x, operands, (0.0,) * len(layers), "triton")]
     if p.tables:
-        rows, largest = rows_for_address_tables(p.rows), max(a.shape[0] for a in layers[0].lora_a)
+        rows, largest = (
+            rows_argument_for_address_tables(p.rows),
+            max(a.shape[0] for a in layers[0].lora_a),
+        )
         if len(layers) == 1:
             given = None, p.tables, 0, largest, x.dtype, "auto"
             return [torch.ops.fastlora.lora_linear_at(x, weights[0], None, rows, *given)[0]]

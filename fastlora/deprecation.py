@@ -17,7 +17,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Issue a deprecation warning that ``old`` was renamed to ``new``.
+    """Issue a deprecation warning for ``old``, which was renamed to ``new``.
 
     The category of the warning is `FutureWarning`.
     """
@@ -79,7 +79,7 @@ class RenamedAttribute:
 
 
 def without_old_names(instance: object, attribute_names: Iterable[str]) -> list[str]:
-    """Return the attribute names of an instance without the deprecated names.
+    """Return an instance's attribute names, excluding the deprecated ones.
 
     ``attribute_names`` are the names to filter, such as those that ``__dir__`` returns. A name is
     left out if it is the old name of a renamed attribute of the instance's class.

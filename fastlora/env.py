@@ -35,7 +35,7 @@ def batch_invariant() -> bool:
 
 
 def default_plan() -> str:
-    """Return the default plan, which the environment variable ``FASTLORA_PLAN`` sets.
+    """Return the default plan, as set by the environment variable ``FASTLORA_PLAN``.
 
     The result is the plan's name, which is ``"auto"`` if the variable is not set. A plan selects
     the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default plan applies to
@@ -45,10 +45,11 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder that an environment variable sets for measured kernel configurations.
+    """Return the folder for measured kernel configurations, as set by an environment variable.
 
     The environment variable is ``FASTLORA_MEASURED``. The folder contains tables of configurations,
-    and is used instead of the default folder. The result is None if the variable sets no folder.
+    and is used instead of the default folder. The result is None if the variable is empty or is not
+    set.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
@@ -75,10 +76,10 @@ def vllm_plugin_disabled() -> bool:
 
 
 def variables_in_use() -> dict[str, str]:
-    """Return the fastlora variables that are set in the environment, with their values.
+    """Return the values of the environment variables that fastlora reads.
 
-    The result is a dict that maps the name of each variable to its value. The value of a secret is
-    replaced by ``"(set)"``.
+    The result is a dict that maps the name of each variable that is set to its value. The value of
+    a secret is replaced by ``"(set)"``.
     """
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return {name: "(set)" if name in _SECRETS else value for name, value in found.items()}
@@ -114,7 +115,7 @@ def server_admin_key() -> str | None:
 
 
 def user_configured_malloc() -> bool:
-    """Return whether the user has configured malloc with an environment variable.
+    """Return whether the user has configured malloc through environment variables.
 
     The function checks variables of glibc's malloc. The result is True if ``GLIBC_TUNABLES``,
     ``MALLOC_ARENA_MAX``, ``MALLOC_MMAP_THRESHOLD_``, or ``MALLOC_TRIM_THRESHOLD_`` is set.
@@ -124,7 +125,7 @@ def user_configured_malloc() -> bool:
 
 
 def set_offline_demo_variables() -> None:
-    """Set the environment variables that disable network access in the demo.
+    """Set the environment variables that disable network access for the demo.
 
     They also suppress log output. Call this function before the demo imports other libraries. The
     demo's model is on disk, so it does not need the Hugging Face Hub. Without the log level, Kineto

@@ -34,7 +34,7 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedPatternMatcher:
-    """Matches patterns, and limits the time that matching takes.
+    """Matches patterns within a time limit.
 
     The memory for matching and the length of a regular expression are also limited. A pattern that
     exceeds a limit raises `CheckpointError`. Each outermost `bounded_matching` block has its own
@@ -56,7 +56,7 @@ class _BoundedPatternMatcher:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Context manager that counts the time spent on matching patterns toward the time limit.
+        """Context manager that counts the time of its block toward the matching time limit.
 
         The CPU time of the whole ``with`` block is counted, including the time between matches.
         The time of nested blocks is counted only once.
@@ -149,12 +149,12 @@ _bounded: ContextVar[_BoundedPatternMatcher | None] = ContextVar(
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the time of pattern matching for the duration of a ``with`` block.
+    """Context manager that limits how long pattern matching may take.
 
     The memory of pattern matching is also limited. Both limits apply to the current thread. Inside
-    the block, a pattern that exceeds a limit raises `CheckpointError`. A regular expression also
-    raises this error if pcre2 is not installed. A nested block shares the limits of the outer
-    block.
+    the ``with`` block, a pattern that exceeds a limit raises `CheckpointError`. A regular
+    expression also raises this error if pcre2 is not installed. A nested block shares the limits of
+    the outer block.
     """
     if _bounded.get() is not None:
         yield
@@ -169,7 +169,7 @@ def bounded_matching() -> Iterator[None]:
 def count_toward_matching_time_limit(
     config_field: str,
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts time spent on matching patterns toward the limit.
+    """Return a context manager that counts the time of its block toward the matching time limit.
 
     The CPU time of the whole ``with`` block is counted, including the time between matches. The
     block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside the
@@ -317,13 +317,14 @@ class _SuffixPatternIndex:
     def indices_of_plain_patterns_matching_suffix(self, name: str) -> dict[str, int]:
         """Return the indices of the plain patterns that match a suffix of a module name.
 
-        The result is a dict that maps each of these patterns to its index in the config field. A
-        plain pattern is a name in which a dot matches any character.
+        A plain pattern is a name without regular-expression syntax, except that a dot matches any
+        character. The result is a dict that maps each matching pattern to its index in the config
+        field.
         """
         found = {}
         with count_toward_matching_time_limit(self._field):
             for lengths, patterns in self._plain.items():
-                end = _suffix_as_plain_pattern(name, lengths)
+                end = _name_suffix_as_plain_pattern(name, lengths)
                 if end in patterns:
                     found[end] = patterns[end]
         return found
@@ -336,7 +337,7 @@ class _SuffixPatternIndex:
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
     def first_pattern_matching_suffix(self, name: str) -> str | None:
-        """Return the first pattern in the field that matches the end of a module name.
+        """Return the first pattern in the config field that matches a suffix of a module name.
 
         The result is None if no pattern matches.
         """
@@ -360,7 +361,7 @@ def _suffix_index(field: str, patterns: Collection[str]) -> _SuffixPatternIndex:
 
 
 def _match(field: str, pattern: str, template: str, name: str, *, full_match: bool = False) -> Any:
-    """Match a module name against a pattern of a config field.
+    """Match a module name against a pattern from a config field.
 
     The pattern is first inserted into a template. The resulting expression must match at the
     beginning of the name or, if ``full_match`` is True, match the entire name.
@@ -387,7 +388,7 @@ def _match(field: str, pattern: str, template: str, name: str, *, full_match: bo
 
 
 def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
-    """Return an upper bound on the length of an expanded regular expression.
+    """Return an upper bound on the length of a regular expression with its repeats expanded.
 
     PCRE2 expands the repeats in an expression. For example, ``a{3}`` is expanded to ``aaa``. The
     bound applies to the length of the expression itself, not to the length of a match. The function
@@ -405,13 +406,14 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
     return length
 
 
-def _suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return a suffix of a module name as a plain pattern.
+def _name_suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
+    """Convert a suffix of a module name to a plain pattern that matches the suffix.
 
-    A plain pattern is a name in which a dot matches any character. The returned pattern matches the
-    suffix, and consists of parts of the given lengths, separated by dots. The parts are copied from
-    the name. A dot replaces the character between two parts. The result is None if the name is too
-    short, or if the first part does not start at the beginning of a component of the name.
+    A plain pattern is a name without regular-expression syntax, except that a dot matches any
+    character. The returned pattern consists of parts of the given lengths, separated by dots. The
+    parts are copied from the name. A dot replaces the character between two parts. The result is
+    None if the name is too short, or if the first part does not start at the beginning of a
+    component of the name.
     """
     at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and module_name[start - 1] != "."):

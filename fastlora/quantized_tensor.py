@@ -54,11 +54,10 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor that represents a quantized weight.
+    """A tensor that holds a quantized weight and dequantizes it when necessary.
 
-    The weight has the shape ``[N, K]`` and is stored as quantized data. The tensor can dequantize
-    the weight. Kernels read the quantized data directly. Most PyTorch operations dequantize the
-    weight first.
+    The weight has the shape ``[N, K]`` and is stored as quantized data, such as codes and scales.
+    Kernels read the quantized data directly. Most PyTorch operations dequantize the weight first.
 
     Args:
         quantized_data: The quantized data that kernels read.

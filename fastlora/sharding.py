@@ -44,10 +44,10 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
-    """Return a parameter's local tensor, and sum replicated gradients in the backward pass.
+    """Return a parameter's local tensor, and sum the gradients of a replicated parameter.
 
-    The parameter is a DTensor, and the result is a plain tensor. If the parameter is replicated,
-    the backward pass sums its gradients over all processes.
+    The parameter is a DTensor, and the result is a plain tensor. If the parameter is replicated
+    over the whole device mesh, the backward pass sums its gradients over all processes.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
@@ -163,7 +163,7 @@ class ShardedSaveCoordinator:
     def gather_full_tensors(
         self, tensors: Mapping[str, torch.Tensor], return_tensors: bool
     ) -> dict[str, torch.Tensor]:
-        """Gather the full tensors, and return them by name.
+        """Gather the full tensors, and return them in a dict keyed by name.
 
         DTensors are gathered one at a time. Gathered tensors are on the CPU. Plain tensors are
         returned unchanged.
@@ -238,7 +238,8 @@ def copy_full_tensor_(target: torch.Tensor, source: torch.Tensor) -> None:
 def fully_shard_was_called() -> bool:
     """Return whether `fully_shard` has been called in this process.
 
-    If so, FSDP2 is in use: a parameter that FSDP2 gathers again may have new values at the same
+    The result is False if `fully_shard` has been imported but not called. If the function has been
+    called, FSDP2 is in use: a parameter that FSDP2 gathers again may have new values at the same
     memory address and with the same ``_version``.
     """
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)

@@ -68,12 +68,12 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint cannot be read, written, or used with the model.
+    """A checkpoint cannot be used, for example because it is damaged or does not match the model.
 
-    The checkpoint may belong to a training run, or be an adapter folder or a model folder. For
-    example, a file of the checkpoint is missing, damaged, or unsafe, or the checkpoint does not
-    match the model. The error is also raised for an adapter in memory that is invalid or does not
-    match the model.
+    The checkpoint may belong to a training run, or be an adapter folder or a model folder. A
+    checkpoint also cannot be used if one of its files is missing or unsafe. The error is also
+    raised if a checkpoint cannot be written, and for an adapter in memory that is invalid or does
+    not match the model.
     """
 
 
@@ -123,9 +123,9 @@ class ImplementationError(FastLoraError, RuntimeError):
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Add the prefix ``where`` to the messages of errors raised in a ``with`` block.
+    """Add the prefix ``where`` to the messages of fastlora's errors raised in a ``with`` block.
 
-    Only a `FastLoraError` is changed.
+    The prefix is added to a `FastLoraError`. Other exceptions remain unchanged.
     """
     try:
         yield
@@ -165,13 +165,13 @@ def check_rank(r: object, name: str = "r") -> int:
 
 
 def check_is_module(function: str, model: object) -> None:
-    """Check that the argument of a function is a module, for example not an adapter pool.
+    """Check that a function's argument is a module and not, for example, an adapter pool.
 
     Raises `TypeError`, whose message contains the name of the function, if it is not.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
-            f"{function}() expects a model, which is an nn.Module, but got a {type(model).__name__}"
+            f"{function}() expects a model (an nn.Module), got a {type(model).__name__}"
         )
 
 

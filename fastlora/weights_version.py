@@ -135,10 +135,10 @@ class WeightsVersion:
 
 
 class ProcessWeightsVersions:
-    """The process-wide versions of the weights, used to detect outdated cached values.
+    """The process-wide versions of the weights, used to detect whether weights have changed.
 
-    A version changes when its weights may have changed. This invalidates all values that were
-    cached with the old version.
+    Each version is a `WeightsVersion`. A version is replaced when its weights may have changed.
+    The replacement invalidates all values that were cached with the old version.
 
     Attributes:
         trained: Version of weights that may be trained.
@@ -190,14 +190,14 @@ class ProcessWeightsVersions:
         self.trained, self.step = WeightsVersion(), WeightsVersion()
 
     def invalidate_all(self) -> None:
-        """Invalidate all weights versions, and thus all values that were cached with them.
+        """Invalidate the versions of all weights, and thus all values that were cached with them.
 
         The invalidated values include values that were computed from frozen base weights.
         """
         self.trained, self.frozen, self.step = WeightsVersion(), WeightsVersion(), WeightsVersion()
 
     def invalidate_stepped_weights(self, optimizer: torch.optim.Optimizer) -> None:
-        """Invalidate the versions of the weights that an optimizer's step may have changed.
+        """Invalidate the versions of the weights that an optimizer step may have changed.
 
         All values that were cached with these versions are thus invalidated.
         """

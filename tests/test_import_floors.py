@@ -36,9 +36,9 @@ CODE_LINES = {
     "autograd": 831,
     "commands": 1850,  # vLLM in doctor, closed pipes, and names with dots in chat
     "init": 879,
-    "integrations": 1780,  # 700 for vLLM, and mixed batches without a PeftModel
+    "integrations": 1790,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6961,  # replaced forwards, and hooks of adapted parameters
-    "model": 7090,  # warm-up, experts in recommend, and modules with two names
+    "model": 7110,  # warm-up, experts in recommend, and modules with two names
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
     "optimizers": 260,  # copies of LoRA-FA optimizers
     "pool": 1760,  # parameters, and stacks of them, as targets; longer names

@@ -20,11 +20,11 @@ SVD = "_svd"
 
 
 class CombinationMethodSpec(NamedTuple):
-    """Specification of a method that combines adapters, such as ``"ties"``.
+    """Specification of how a method that combines adapters prunes values and elects signs.
 
-    The specification states whether and how the method prunes values, and whether the method elects
-    signs. A method may use one of these steps, both, or neither. The method combines several
-    tensors of the same shape into one tensor. The tensors are the adapters' factors or updates.
+    `METHODS` maps the name of each method, such as ``"ties"``, to its specification. A method may
+    prune values, elect signs, do both, or do neither. Each method combines several tensors of the
+    same shape into one tensor. The tensors are the adapters' factors or updates.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its
@@ -37,8 +37,9 @@ class CombinationMethodSpec(NamedTuple):
 
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep the ``density`` fraction of values with the largest magnitude, and zero the others.
+    """Keep the values that have the largest magnitudes, and zero the others.
 
+    The number of values that are kept is ``density`` times the number of all values, rounded down.
     Return the result as a new tensor.
 
     Args:
@@ -52,7 +53,7 @@ def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tenso
 
 
 def random_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Randomly drop values of a tensor so that, on average, a ``density`` fraction remains.
+    """Randomly drop values of a tensor so that, on average, a fraction ``density`` of them remains.
 
     Each value is kept with probability ``density``, and is then divided by ``density``. The dropped
     values become zero. Return the result as a new tensor.

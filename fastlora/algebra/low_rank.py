@@ -29,14 +29,15 @@ class Svd(NamedTuple):
     vh: torch.Tensor
 
     def num_singular_values_to_keep(self, rank: int | float) -> int:
-        """Return the number of singular values to keep for a given rank.
+        """Return the number of singular values to keep for a given rank or fraction of the energy.
 
-        The result is at most R, the number of singular values of the decomposition.
+        The energy is the sum of the squares of all singular values. The result is at most R, the
+        number of singular values of the decomposition.
 
         Args:
             rank: The number of singular values as an int, or a float in (0, 1]. For a float, the
                 result is the smallest number of leading singular values whose squares add up to at
-                least this fraction of the sum of all squares.
+                least this fraction of the energy.
         """
         if isinstance(rank, int):
             return min(rank, self.s.numel())
@@ -94,9 +95,9 @@ def svd_of_weighted_sum(
     """Return the singular value decomposition of a weighted sum of low-rank products.
 
     The sum is ``sum(weight * lora_b @ lora_a)`` over all pairs. Let R be the sum of the pairs'
-    ranks. If R is low, that is, less than both N and K, the result is computed from the factors
-    without forming the full ``[N, K]`` sum, and only an ``[R, R]`` matrix is decomposed. If R is
-    not low, the full sum is smaller than the factors, and is formed and decomposed directly.
+    ranks. If R is less than both N and K, the result is computed from the factors without forming
+    the full ``[N, K]`` sum, and only an ``[R, R]`` matrix is decomposed. For any other R, the full
+    sum is smaller than the factors, so the full sum is formed and decomposed directly.
 
     Args:
         pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).
@@ -117,15 +118,15 @@ def svd_of_weighted_sum(
 def clamp_factors_to_quantile(
     lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float
 ) -> FactorPair:
-    """Clamp the factors of an adapter to a quantile of their values.
+    """Clamp the values of an adapter's factors to a range given by a quantile of these values.
 
     Returns the clamped lora_a and lora_b. Both are clamped to ``[-bound, bound]``, where the bound
-    is the quantile of the values of both factors together.
+    is the quantile of the signed values of both factors together.
 
     Args:
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
-        quantile: The quantile to use as the bound, in [0, 1].
+        quantile: The quantile to use as the bound, as a probability in [0, 1].
     """
     values, index = torch.cat([lora_b.flatten(), lora_a.flatten()]).sort()[0], quantile
     # `torch.quantile` accepts at most 2 ** 24 values, so the quantile is computed here.

@@ -107,10 +107,10 @@ def _native_autograd_is_faster(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether PyTorch's native autograd is faster for a layer than a custom function.
+    """Return whether PyTorch's native autograd is faster than a custom autograd function.
 
-    The layer should then use native autograd. The result is True only for a few rows on a CPU. The
-    layer has no active dropout.
+    The arguments describe a layer without active dropout, which should use native autograd if the
+    result is True. The result is True only for a few rows on a CPU.
 
     ``base_tensor`` is the base weight, or the output of a base layer that was called.
 

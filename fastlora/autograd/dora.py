@@ -131,10 +131,10 @@ def _enumerate_adapters_with_rows(
             yield place, rows, slice(start, stop), adapter._replace(seed=seed)
 
 
-def _allocate_intermediates_s_and_z(
+def _allocate_shrink_and_base_products(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the tensors that hold the intermediate results s and z of DoRA's forward pass.
+    """Allocate the tensors for the shrink product s and the base product z of DoRA with dropout.
 
     `_dora_with_dropout` computes s and z, and the backward pass uses them. The tensor s is for
     ``dropout(x) @ lora_a.T``, and z is for ``dropout(x) @ weight.T``. If ``needs_z`` is False, z
@@ -177,7 +177,7 @@ def _dora_with_dropout(
     rows.
     """
     y = y.clone(memory_format=torch.contiguous_format)
-    s, z = _allocate_intermediates_s_and_z(y, x, batch[0], batch[-1])
+    s, z = _allocate_shrink_and_base_products(y, x, batch[0], batch[-1])
     for _, rows, part, adapter in _enumerate_adapters_with_rows(x, *batch[:-1]):
         y[rows], own_s, own_z = forward_with_dropout(
             y[rows], x[rows], weight, None, adapter, inplace=True
@@ -192,7 +192,7 @@ def _dora_with_dropout(
 def _(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return y.new_empty(y.shape), *_allocate_intermediates_s_and_z(y, x, batch[0], batch[-1])
+    return y.new_empty(y.shape), *_allocate_shrink_and_base_products(y, x, batch[0], batch[-1])
 
 
 @register_implementation("dora_dropped_backward")
@@ -201,8 +201,9 @@ def _dora_with_dropout_backward(
 ) -> list[torch.Tensor]:
     """Compute the gradients of x, the weight, and the parameters of DoRA adapters with dropout.
 
-    This function is the backward pass of `_dora_with_dropout`. Returns a list of the gradients of
-    x, the weight, and each adapter's lora_a, lora_b, and magnitude, in that order.
+    This function implements the operator ``fastlora::dora_dropped_backward``, the backward pass of
+    `_dora_with_dropout`. Returns a list of the gradients of x, the weight, and each adapter's
+    lora_a, lora_b, and magnitude, in that order.
     """
     *batch_of, s, z, wanted = batch
     found = _allocate_gradients(x, weight, batch_of[0], wanted)
@@ -237,8 +238,9 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
 class DoraLinearWithDropout(torch.autograd.Function):
     """Autograd function for a linear layer that has DoRA adapters with dropout.
 
-    The dropout of the adapters is active. The base output is computed from x, and the terms that
-    are added to the base output are computed from ``dropout(x)``; see the module's docstring.
+    The dropout of the adapters is active. The output is the sum of the base output, which is
+    computed from x, and two terms that are computed from ``dropout(x)``. One of these two terms is
+    a second product with the base weight; see the module's docstring.
 
     The function saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, the
     function also saves ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor

@@ -52,7 +52,8 @@ def run_adapters(
     """Run a base layer with its adapters, and return the output.
 
     The output is ``[..., N]``. Each row of it is the base layer's output plus the update of the
-    row's adapter.
+    row's adapter. If autograd records operations on the inputs, the autograd function `LoraLinear`
+    computes the output. If autograd records nothing, only the forward pass runs.
 
     Args:
         x: The input, in the dtype of the products.
@@ -78,8 +79,10 @@ def run_adapters(
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
     """Return whether autograd records operations on any of the given tensors.
 
-    The result is also True if `torch.compile` traces derivatives in forward mode. Compiled graphs
-    contain operators without a forward-mode formula, whereas autograd functions raise an error.
+    The result is True if gradient mode is enabled and at least one of the tensors requires a
+    gradient. The result is also True if `torch.compile` traces derivatives in forward mode.
+    Compiled graphs contain operators without a forward-mode formula, whereas autograd functions
+    raise an error.
     """
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -241,8 +244,9 @@ class LoraLinear(torch.autograd.Function):
 def _mask_unwanted(
     gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Return the gradients, with each unwanted gradient replaced by None.
+    """Return the gradients, with None for each gradient that is not needed.
 
-    Backends compute the gradients of several adapters together, including unwanted ones.
+    Backends compute the gradients of several adapters together, including those that are not
+    needed.
     """
     return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

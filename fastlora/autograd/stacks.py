@@ -71,11 +71,12 @@ def stacked_lora_linear(
 
 
 class StackedWeightLoraLinear(torch.autograd.Function):
-    """Autograd function for LoRA linear layers whose weights are stacked in one tensor.
+    """Autograd function for linear layers with LoRA whose base weights form a stack.
 
-    The forward pass computes the output of `stacked_lora_linear`, and saves x, the stack, s, and
-    the factors. The backward pass computes the dropout masks again from the seeds. The gradient of
-    x is one tensor, to which the backend adds the gradient of the updates.
+    The stack is one tensor, such as the weights of all experts, and each row of x uses one of the
+    weights in it. The forward pass computes the output of `stacked_lora_linear`, and saves x, the
+    stack, s, and the factors. The backward pass computes the dropout masks again from the seeds.
+    The gradient of x is one tensor, to which the backend adds the gradient of the updates.
     """
 
     @staticmethod
@@ -150,19 +151,20 @@ define_operator(
 
 
 @register_composite_implicit_autograd("stacked_linear")
-def _stacked_lora_linear(
+def _lora_linear_with_stacked_weights(
     x: torch.Tensor,
     weight_stack: torch.Tensor | None,
     y: torch.Tensor | None,
     num_adapter_slots: int,
     *given: Any,
 ) -> torch.Tensor:
-    """Compute the output of LoRA linear layers whose weights are stacked in one tensor.
+    """Compute the output of linear layers with LoRA whose base weights form a stack.
 
-    The rows of x are sorted. Each row is multiplied by its weight in the stack, and the LoRA update
-    of its adapter is added. If y ``[P, N]`` is given, y is also added. Without a weight stack, y is
-    the base output, to which the LoRA updates are added. There may be no adapters. This function
-    implements the operator ``fastlora::stacked_linear``, which decomposes when autograd is traced.
+    This function implements the operator ``fastlora::stacked_linear``, which decomposes when
+    autograd is traced. The rows of x are sorted. Each row is multiplied by its weight in the stack,
+    and the LoRA update of its adapter is added. If y ``[P, N]`` is given, y is also added. Without
+    a weight stack, y is the base output, to which the LoRA updates are added. The lists of factors
+    may be empty if a weight stack is given.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackedWeightAdapterOperands(*operands)

@@ -236,11 +236,11 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _truncated_conversation_ids(self) -> torch.Tensor | None:
-        """Return the conversation's token ids, truncated to fit the model.
+        """Return the conversation's token ids, truncated to fit the model's context length.
 
-        The oldest exchanges are deleted if the conversation is too long. Returns None, after a
-        message to the user, if the last message does not fit or the chat template rejects the
-        conversation.
+        The oldest exchanges are deleted if the conversation would not leave room for the answer.
+        Returns None, after a message to the user, if the last message does not fit or the chat
+        template rejects the conversation.
         """
         limit = getattr(self.model.config, "max_position_embeddings", None)
         room = None if limit is None else limit - self.sampling["max_new_tokens"]
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for given in texts:
             check_no_surrogates(flag, given)
     if not -_INT64 <= args.seed < _INT64:
-        raise ConfigError(f"--seed must be from {-_INT64} to {_INT64 - 1}, got {args.seed}")
+        raise ConfigError(f"--seed must be between {-_INT64} and {_INT64 - 1}, got {args.seed}")
     if not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {args.top_p}")
     folders = parse_adapter_folders(args.adapter or ())

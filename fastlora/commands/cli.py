@@ -79,7 +79,7 @@ _TOKENIZER_FILES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the ``fastlora`` command line, and return the exit code.
+    """Run the ``fastlora`` command-line interface, and return the exit code.
 
     The exit code is that of the command: 0, or 1 for an error. If a signal interrupts the command,
     the exit code is 128 plus the number of the signal. If the reader of the output closes its pipe,
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _discard_output_if_pipe_closed() -> None:
-    """Discard the buffered output if the reader of stdout has closed its pipe.
+    """Discard the buffered output if the reader of stdout has closed its end of the pipe.
 
     Otherwise, Python would report an error when it flushes stdout at exit.
     """
@@ -277,7 +277,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
     """
     from fastlora.model.adapter_folder import inspect_adapter_folder
     from fastlora.model.expert_files import (
-        InferredLoraSettings,
+        InferredLoraLayerSettings,
         infer_settings_of_layers_in_file,
     )
 
@@ -300,7 +300,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
             {
                 "name": module,
                 "kind": name[1],
-                **(size or InferredLoraSettings(None, None, None))._asdict(),
+                **(size or InferredLoraLayerSettings(None, None, None))._asdict(),
                 "shape": [None, None] if lora else list(info.shape),
                 "dtype": str(info.dtype).removeprefix("torch."),
                 "parameters": 0,

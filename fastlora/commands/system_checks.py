@@ -105,9 +105,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return a dict of properties of it.
+    """Check the Python version, and return a dict that describes it.
 
-    The properties are the version and the supported range. If the version is not supported, a
+    The dict contains the version and the supported range. If the version is not supported, a
     problem is added to ``found``.
     """
     have, wanted = platform.python_version(), supported_version_ranges().get("python", "")
@@ -187,16 +187,16 @@ def describe_cpu_and_accelerators() -> Iterator[dict[str, Any]]:
             "device": name,
             "implementation": chosen,
             "why": reason,
-            **_gpu_architecture_properties(device),
+            **_gpu_architecture_and_processor_count(device),
         }
 
 
-def _gpu_architecture_properties(device: torch.device) -> dict[str, Any]:
-    """Return a dict of properties of a GPU's architecture.
+def _gpu_architecture_and_processor_count(device: torch.device) -> dict[str, Any]:
+    """Return a dict that contains a GPU's architecture and number of processors.
 
-    The properties are the architecture's name, the number of processors, and the architecture of
-    the config table. The name of an NVIDIA architecture contains the compute capability, as in
-    ``sm_90``. If the device is not a GPU, or if Triton is not installed, the dict is empty.
+    The dict also contains the architecture whose config table the kernels use, or None if there is
+    no table. The name of an NVIDIA architecture contains the compute capability, as in ``sm_90``.
+    If the device is not a GPU, or if Triton is not installed, the dict is empty.
     """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
@@ -275,7 +275,10 @@ def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
 
 
 def check_environment_variables(found: DoctorFindings) -> None:
-    """Check the environment variables, and report problematic values."""
+    """Check the environment variables, and report values that cause problems.
+
+    The problems are added to ``found``.
+    """
     if env.triton_interpreted():
         found.add_problem(
             "TRITON_INTERPRET is set: kernels run in Triton's interpreter, which is meant for "

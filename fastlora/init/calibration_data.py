@@ -190,8 +190,8 @@ def cached_tensor_on_device(
     """
     if key not in cache:
         raise InitializationError(
-            f"{cache_path} has no {key!r}, because the file was created for other target modules; "
-            "remove the file, or use another one"
+            f"{cache_path} has no {key!r}, because the file was created for different target "
+            "modules; remove the file, or use another one"
         )
     weight: Any = module.weight
     return cache[key].to(weight.device)

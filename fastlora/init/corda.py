@@ -34,8 +34,9 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """CorDA's decomposition of a layer's weight into singular values and vectors.
+    """Result of CorDA's decomposition of a layer's weight.
 
+    Despite the name of the class, the result consists of singular values and singular vectors.
     CorDA computes the initial factors of the layer from R directions of the singular value
     decomposition ``W C = U S V^T``. W is the layer's weight, and C is the covariance of the layer's
     inputs. The class and its attributes have the same names as in PEFT.

@@ -32,7 +32,7 @@ from fastlora.validation import InitializationError
 
 @dataclass
 class EvaDirectionSearch:
-    """Search for the directions with which EVA initializes the layers.
+    """Search for the directions that EVA uses to initialize the layers.
 
     The directions are the principal directions of each layer's inputs, which incremental PCA finds.
     The search also distributes the total rank among the layers. Call `find_shared_inputs`, then
@@ -208,7 +208,7 @@ def distribute_ranks(
     budget: int,
     limits: Mapping[str, int],
 ) -> dict[str, int]:
-    """Distribute a total rank among layers, and return the rank of each layer.
+    """Distribute a rank budget among layers, and return the rank of each layer.
 
     The result is a dict that maps layer names to ranks. The directions that explain the largest
     fractions of variance are chosen. The rank of a layer is the number of its directions that were
@@ -231,9 +231,9 @@ def distribute_ranks(
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Gather the rows of a layer's inputs from all processes.
+    """Gather the rows from all processes into one tensor.
 
-    The processes may have different numbers of rows. The result is one tensor with all rows.
+    The rows are those of a layer's inputs. The processes may have different numbers of rows.
     """
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]

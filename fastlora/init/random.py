@@ -25,11 +25,11 @@ def kaiming(given: InitInputs) -> InitResult:
 
 
 @register_init(False, supports_convolutions=True)
-def random_a_and_b(given: InitInputs) -> InitResult:
-    """Return random values for A and B.
+def random_nonzero_a_and_b(given: InitInputs) -> InitResult:
+    """Return random values for both A and B.
 
-    Both factors keep the values with which `nn.Linear` has initialized them. The initial update is
-    therefore not zero.
+    Both factors keep the values with which `nn.Linear` has initialized them. B and the initial
+    update are therefore not zero.
     """
     return InitResult(given.lora_a, given.lora_b)
 

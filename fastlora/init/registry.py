@@ -53,7 +53,7 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight for the initialization.
+        """Return the base weight that the initialization method uses.
 
         A quantized weight is dequantized. The result is a matrix ``[N, K]`` in fp32, or in fp64 if
         the weight is stored in fp64.
@@ -75,8 +75,8 @@ class InitInputs:
         """
         if self.rank > limit:
             raise InitializationError(
-                f"init_lora_weights={self.name!r}: r={self.rank}, expected at most {limit}, "
-                f"{description}"
+                f"init_lora_weights={self.name!r} requires r to be at most {limit} "
+                f"({description}), got r={self.rank}"
             )
 
 
@@ -237,10 +237,9 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
 def subtract_update(
     given: InitInputs, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> InitResult:
-    """Subtract the update of two factors from the base weight, and return the result.
+    """Subtract the update ``scaling * B @ A`` from the base weight, and return the result.
 
-    The update is the scaled product of the factors. The result contains the factors and the new
-    base weight.
+    A and B are the given factors. The result contains the factors and the new base weight.
 
     Args:
         given: The arguments of the initialization method.

@@ -98,7 +98,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _move_adapters_to_sharded_layer(base_layer: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Move the adapters of a layer to a LoRA layer for a sharded base layer.
+    """Move a layer's adapters to a LoRA layer that wraps the sharded base layer.
 
     Returns the LoRA layer, which is a new `TensorParallelLoraLinear`. If the base layer is not
     sharded, ``layer`` itself is returned.

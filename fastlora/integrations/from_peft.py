@@ -76,8 +76,8 @@ def import_from_peft(name: str) -> Any:
     theirs = getattr(peft, name, None)
     if theirs is None:
         raise ImportError(
-            f"fastlora.{name} is provided by PEFT, but PEFT {peft.__version__} does not have it; "
-            "upgrade with: pip install --upgrade peft"
+            f"fastlora.{name} is provided by PEFT, but the installed PEFT {peft.__version__} does "
+            "not include it; upgrade with: pip install --upgrade peft"
         )
     if name in AUTO_CLASSES:
         return _auto_subclass_loading_lora_model(theirs)
@@ -87,12 +87,13 @@ def import_from_peft(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Inject LoRA layers that run with fastlora into a model in place, and return the model.
+    """Inject a LoRA adapter into a model in place, and return the model.
 
     For LoRA, this function is a drop-in replacement for PEFT's function of the same name. PEFT
     creates the LoRA layers, and `patch` then replaces the class of each supported layer with a
-    subclass that fastlora defines. Use `unpatch` to restore PEFT's own layers. The result is the
-    model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model.
+    subclass, so that the layer runs with fastlora. Use `unpatch` to restore PEFT's own layers. The
+    result is the model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts
+    the model.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

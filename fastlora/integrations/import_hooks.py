@@ -52,7 +52,7 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Intercept the import of a module to add the import hook.
+        """Intercept the import of a module, and add the import hook to the module's spec.
 
         The other finders in ``sys.meta_path`` find the spec of the module ``name``. The result is
         this spec with the import hook added. The result is None if the hook is for another module,
@@ -69,7 +69,7 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
 
 
 class _ImportHookLoader(importlib.abc.Loader):
-    """A loader that loads a module with the module's own loader, and then runs an import hook."""
+    """A loader that loads a module with its original loader and then runs an import hook."""
 
     def __init__(self, loader: importlib.abc.Loader, watcher: _ImportHookFinder) -> None:
         self.loader, self.watcher = loader, watcher

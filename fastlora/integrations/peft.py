@@ -32,7 +32,7 @@ from fastlora.integrations.peft_router import (
     router_of_base_model,
     search_lock,
 )
-from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.layers.adapter_factors import ModelAdapterSource
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import prevent_bitsandbytes_repacking
 from fastlora.ops.seeds import draw_seeds
@@ -44,7 +44,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's ``LoraModel`` with fastlora's LoRA layers.
+    """Subclass of PEFT's ``LoraModel`` that uses fastlora's LoRA layers.
 
     ``LoraModel`` is PEFT's LoRA tuner. PEFT creates each new LoRA layer, and `patch_layer` then
     replaces the class of the layer with fastlora's subclass, if there is one. The model supports
@@ -96,7 +96,10 @@ class FastPeftLoraModel(PeftLoraModel):
         return model
 
     def unload(self) -> nn.Module:
-        """Remove the LoRA layers without merging, and return the base model."""
+        """Remove the LoRA layers from the model, and return the base model.
+
+        The adapters are not merged into the base weights.
+        """
         self._check_no_open_block("unload")
         model = super().unload()
         remove_router(model)
@@ -129,8 +132,10 @@ class FastPeftLoraModel(PeftLoraModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass of the patched PEFT model.
 
-        Returns the model's output, as PEFT's method does. If a `fastlora.adapters` block is open or
-        fastlora routes ``adapter_names``, the batch size must match the number of adapter ids.
+        The patched LoRA layers run with fastlora if possible, or else with PEFT's ``forward``
+        method. Returns the model's output, as PEFT's method does. If a `fastlora.adapters` block is
+        open or fastlora routes ``adapter_names``, the batch size must match the number of adapter
+        ids.
         """
         self._check_batch(args, kwargs)
         try:
@@ -166,15 +171,16 @@ class FastPeftLoraModel(PeftLoraModel):
                 yield
             return
         slots = names_and_slots(tuple(self.peft_config), list(names or ()))
-        seeds, source = draw_seeds(slots[0], None, draw=False), ParameterSource(slots[0])
+        seeds, source = draw_seeds(slots[0], None, draw=False), ModelAdapterSource(slots[0])
         with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed_layers)):
             check_batch_matches_ids(routed.group, args, kwargs)
             yield
 
     def _router_if_supported(self, names: Any) -> PatchedModelRouter | None:
-        """Return the router for a batch with the given adapter names, if fastlora supports it.
+        """Return the router for a batch with the given adapter names.
 
-        Otherwise, the result is None, and PEFT processes the batch or raises an error.
+        The result is None if fastlora does not support the batch. PEFT then processes the batch or
+        raises an error.
         """
         wanted = {name for name in names if name != BASE}
         if not wanted <= set(self.peft_config):
@@ -221,19 +227,18 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
     inside = {*map(id, base.modules())} if adapted else set()
     if any(id(module) not in inside for module in adapted):
         raise UnsupportedLayerError(
-            f"the {type(model).__name__} has layers with adapters outside its "
-            f"{type(base).__name__}; call fastlora.adapters() for the model that contains the "
-            "layers of the named adapters"
+            f"the {type(model).__name__} has adapted layers outside its {type(base).__name__}; "
+            "call fastlora.adapters() with the model that contains the layers of the named adapters"
         )
     return router
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
-    """Find the root module of a model's LoRA layers, and the modules outside of this root.
+    """Find the root of a model's LoRA layers and the modules outside the root.
 
     The root is the first module of the model that is a patched tuner, or into which PEFT injected
     LoRA layers that no tuner within the module contains. The result is a tuple (root, modules). The
-    root is None if there is no such module. The modules are those that the search visits outside of
+    root is None if there is no such module. The modules are those that the search visits outside
     the root.
     """
     root: nn.Module | None = None
@@ -280,10 +285,10 @@ def _is_injected_root(model: nn.Module) -> bool:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch the LoRA layers of a PEFT model in place, and return the number of LoRA layers.
+    """Patch a PEFT model in place so that it runs with fastlora, and count its LoRA layers.
 
-    The LoRA layers are patched to run with fastlora. A LoRA layer of a class that fastlora does not
-    patch remains unchanged, but is also counted. The model's tuners are also patched.
+    Returns the number of LoRA layers. A LoRA layer of a class that fastlora does not patch remains
+    unchanged, but is also counted. The model's tuners are also patched.
     """
     seen = 0
     for module in model.modules():

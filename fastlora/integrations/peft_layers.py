@@ -27,7 +27,7 @@ from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.quantized import (
     BaseQuantizedWeight,
-    peft_quantized_layers,
+    peft_quantized_layer_classes,
     quantized_weight_of,
 )
 from fastlora.layers.quantized_base import (
@@ -65,10 +65,10 @@ class FusedForwardMixin(BaseAdapterLayer):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the layer's forward pass.
+        """Run the layer's forward pass, with fastlora if possible.
 
-        The layer is run with fastlora if possible, or else with PEFT's ``forward`` method. The
-        output is the same as that of PEFT's layer.
+        PEFT's ``forward`` method runs the layer if fastlora cannot. The output is the same as that
+        of PEFT's layer.
         """
         call: Any = create_call(self, x)
         mixed = isinstance(call, MixedCall)
@@ -123,10 +123,11 @@ class FusedForwardMixin(BaseAdapterLayer):
 
     @with_signature_of(PeftLinear.update_layer)
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the layer or update an existing adapter, as PEFT does.
+        """Run PEFT's ``update_layer``, and update the state that fastlora keeps for the adapter.
 
-        The state that fastlora keeps is then updated: the adapter's scaling is moved to the device
-        of the factors, and the packed factors are cleared.
+        PEFT's method adds the adapter to the layer, or updates it if it already exists. The
+        adapter's scaling is then moved to the device of the factors, and the packed factors are
+        cleared.
         """
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._move_scalings_to_factors([adapter_name])
@@ -221,24 +222,25 @@ def has_unsupported_variant(layer: Any, name: str) -> bool:
 
 
 class FastPeftLinear(FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
-    """PEFT's LoRA linear layer with fastlora's fused forward pass.
+    """Replacement for PEFT's LoRA linear layer, with fastlora's fused forward pass.
 
     `patch_layer` replaces the class of PEFT's layer with this subclass.
     """
 
 
 class FastPeftParamWrapper(PeftParamWrapper):
-    """PEFT's `ParamWrapper`, patched with fastlora's forward pass.
+    """Replacement for PEFT's `ParamWrapper`, with fastlora's forward pass.
 
-    A `ParamWrapper` is PEFT's layer for one adapted parameter. If the parameter does not belong to
-    stacked experts, or if fastlora cannot run the layer, PEFT's ``forward`` method runs.
+    A `ParamWrapper` is PEFT's layer for one adapted parameter. `patch_layer` replaces its class
+    with this subclass. If the parameter does not belong to stacked experts, or if fastlora cannot
+    run the layer, PEFT's ``forward`` method runs.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's forward pass.
+        """Run the layer's forward pass, with fastlora if possible.
 
-        The layer is run with fastlora if possible, or else with PEFT's ``forward`` method. PEFT's
-        ``forward`` method always runs a layer whose module is not a module of stacked experts.
+        PEFT's ``forward`` method runs the layer if fastlora cannot. For example, fastlora cannot
+        run a layer whose module is not a module of stacked experts.
         """
         layer = None if kwargs or is_being_compiled() else self._layer_with_shared_adapters()
         return super().forward(x, *args, **kwargs) if layer is None else layer(x, *args)
@@ -322,7 +324,7 @@ def patched_class_for(peft_class: type) -> type | None:
         return FastPeftLinear
     if peft_class is PeftParamWrapper:
         return FastPeftParamWrapper
-    if (peft_class.__module__, peft_class.__name__) not in peft_quantized_layers():
+    if (peft_class.__module__, peft_class.__name__) not in peft_quantized_layer_classes():
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
@@ -332,7 +334,7 @@ def patched_class_for(peft_class: type) -> type | None:
 
 
 def __getattr__(name: str) -> Any:
-    for module, class_name in peft_quantized_layers():
+    for module, class_name in peft_quantized_layer_classes():
         if name == f"Fast{class_name}":
             return patched_class_for(getattr(importlib.import_module(module), class_name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,8 +26,8 @@ from fastlora.model.base_state import base_state_dict, load_base_state_dict
 from fastlora.optimizers import create_loraplus_optimizer
 
 
-def find_wrapped_lora_model(possibly_wrapped_model: object) -> Any:
-    """Return the `LoraModel` inside a possibly wrapped model.
+def find_wrapped_fastlora_model(possibly_wrapped_model: object) -> Any:
+    """Return fastlora's `LoraModel` inside a possibly wrapped model.
 
     A wrapper is recognized by the name of the attribute that contains the model, as in the wrappers
     of torch.compile, FSDP1, and DDP. A `LoraModel` without a wrapper is returned unchanged. The
@@ -60,7 +60,7 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return the state dict of an adapter of a fastlora model.
+    """Return the state dict of one adapter in a fastlora model.
 
     For fastlora's models, this function replaces PEFT's function of the same name. The keys of the
     state dict have the names that PEFT's adapter files use.
@@ -68,7 +68,7 @@ def get_peft_model_state_dict(
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.adapter_file_state_dict(
-        find_wrapped_lora_model(model), adapter_name, source, save_embedding_layers
+        find_wrapped_fastlora_model(model), adapter_name, source, save_embedding_layers
     )
 
 
@@ -86,7 +86,7 @@ def set_peft_model_state_dict(
     missing and unexpected keys. See `adapter_state.set_adapter_tensors`.
     """
     return adapter_state.set_adapter_tensors(
-        find_wrapped_lora_model(model), adapter_name, peft_model_state_dict
+        find_wrapped_fastlora_model(model), adapter_name, peft_model_state_dict
     )
 
 
@@ -95,7 +95,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Its keys are the same as in a model without adapters.
     """
-    return base_state_dict(find_wrapped_lora_model(model).get_base_model())
+    return base_state_dict(find_wrapped_fastlora_model(model).get_base_model())
 
 
 def set_base_model_state_dict(
@@ -107,7 +107,9 @@ def set_base_model_state_dict(
     Returns the missing and unexpected keys. See `load_base_state_dict`. This function overrides
     PEFT's function of the same name for fastlora's models.
     """
-    return load_base_state_dict(find_wrapped_lora_model(model).get_base_model(), state_dict, strict)
+    return load_base_state_dict(
+        find_wrapped_fastlora_model(model).get_base_model(), state_dict, strict
+    )
 
 
 # PEFT's module, the predicate that recognizes a fastlora model among the arguments, and the
@@ -115,7 +117,7 @@ def set_base_model_state_dict(
 PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any], ...]], ...] = (
     (
         "peft.utils.save_and_load",
-        find_wrapped_lora_model,
+        find_wrapped_fastlora_model,
         (
             get_peft_model_state_dict,
             set_peft_model_state_dict,
@@ -144,7 +146,7 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
 
 
 def override_peft_functions() -> None:
-    """Override functions of PEFT so that they also accept fastlora's models.
+    """Override PEFT functions with versions that also accept fastlora models.
 
     For any other model, an overridden function calls PEFT's original function. `PEFT_OVERRIDES`
     lists the functions. If a PEFT module is not imported yet, its functions are overridden when the

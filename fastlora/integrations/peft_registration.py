@@ -56,7 +56,7 @@ def register_as_peft_subclasses() -> None:
 
 
 def _subclasshook_excluding_adapted_parameters(lora_layer_class: type, subclass: type) -> Any:
-    """Exclude `FastLoraAdaptedParameters` from the subclasses of PEFT's ``LoraLayer``.
+    """Prevent `FastLoraAdaptedParameters` from counting as a subclass of PEFT's ``LoraLayer``.
 
     The result is False for this class. The result is NotImplemented for all other classes, which
     are checked as usual, so fastlora's other layers count as registered subclasses. The factors of

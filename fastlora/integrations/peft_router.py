@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastlora.integrations.peft_layers import FusedForwardMixin, patched_class_for
-from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.layers.adapter_factors import ModelAdapterSource
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
 from fastlora.routing.active import (
     check_batch_matches_ids,
@@ -31,7 +31,7 @@ search_lock = threading.Lock()
 
 
 class PatchedModelRouter:
-    """Router of a patched PEFT model, which routes the rows of a batch to the model's adapters.
+    """Router that assigns the rows of a batch to the adapters of a patched PEFT model.
 
     Each row of a mixed batch is routed to its own adapter. The router is stored on the base model,
     so that a `PeftModel`, its tuner, and the base model share one router.
@@ -55,7 +55,14 @@ class PatchedModelRouter:
         self.batch_check: RemovableHandle | None = None
 
     def install_batch_check(self) -> None:
-        """Make the base model check the batch size itself, for calls without a tuner."""
+        """Install a check of the batch size on the base model.
+
+        The batch size must match the number of adapter ids. The check is for calls that do not go
+        through a tuner, because a tuner checks the batch size itself. If the model's class has a
+        ``generate`` method, the method is overridden on the model with a
+        `_GenerateAfterBatchSizeCheck`. A ``generate`` method that was set on the model itself is
+        not overridden. If the check is already installed, nothing is changed.
+        """
         if self.batch_check is not None:
             return
         model = self.model
@@ -68,7 +75,7 @@ class PatchedModelRouter:
             vars(model)["generate"] = _GenerateAfterBatchSizeCheck(model)
 
     def find_routed_layers(self, root: nn.Module, *, search: bool = True) -> None:
-        """Update the list of the model's routed layers.
+        """Find the model's routed layers, and update the list of these layers.
 
         A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch. The
         caller holds `search_lock`.
@@ -100,7 +107,7 @@ class PatchedModelRouter:
         found = [layer for _, layer in layers]
         try:
             if not joined or [*map(id, found)] != [*map(id, before)]:
-                self._add_to_group(layers)  # even if others fail: blocks may be open
+                self._add_to_routed_layer_group(layers)  # even if others fail: blocks may be open
             for name, module in others:
                 _raise_mixed_batch_unsupported(name, module, root is not self.model)
         except (UnsupportedLayerError, AdapterStateError):
@@ -110,7 +117,7 @@ class PatchedModelRouter:
         # Other threads read both without the lock, so they never see an unfinished search.
         self.names, self.routed_layers = names, found
 
-    def _add_to_group(self, layers: list[tuple[str, Any]]) -> None:
+    def _add_to_routed_layer_group(self, layers: list[tuple[str, Any]]) -> None:
         """Add layers to the router's group of routed layers.
 
         Raises:
@@ -123,7 +130,7 @@ class PatchedModelRouter:
             ):
                 raise AdapterStateError(
                     "a fastlora.adapters() block is open for another model that contains layers of "
-                    f"this {type(self.model).__name__}; open the block after that block has ended"
+                    f"this {type(self.model).__name__}; exit that block first"
                 )
         add_to_group(self.group, self.model, layers)
 
@@ -136,7 +143,7 @@ class PatchedModelRouter:
             self.find_routed_layers(root)
 
     def _check_adapters_have_layers(self, ids: Sequence[str | None] | torch.Tensor) -> None:
-        """Raise `AdapterNotFoundError` if no LoRA layer has an adapter that ``ids`` contains.
+        """Raise `AdapterNotFoundError` if ``ids`` contains an adapter that no LoRA layer has.
 
         Slots on a GPU are not checked.
         """
@@ -163,16 +170,18 @@ class PatchedModelRouter:
         group, layers, known = self.group, self.routed_layers, self.names
         if self.batch_check is not None:  # Calls without a tuner change layers one by one.
             self._check_adapters_have_layers(ids)
-        return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
+        return routing_from_parameters(
+            group, layers, known, ModelAdapterSource, ids, seeds, validate
+        )
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return sample routings for `warm_up`.
+        """Return example routings for `warm_up`.
 
         See `fastlora.routing.routers.AdapterRouter`.
         """
         group, layers, known = self.group, self.routed_layers, self.names
         return sample_routings_from_parameters(
-            group, layers, known, ParameterSource, adapters, ranks
+            group, layers, known, ModelAdapterSource, adapters, ranks
         )
 
 
@@ -231,7 +240,7 @@ def _check_batch_size_of_base_model(
 
 
 class _GenerateAfterBatchSizeCheck:
-    """A model's ``generate`` method, with a check of the batch size.
+    """Wrapper for a model's ``generate`` method that first checks the batch size.
 
     The number of adapter ids must match the number of samples. Beam search later adds rows to the
     batch, so the forward passes within ``generate`` do not check the batch size.

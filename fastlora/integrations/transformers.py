@@ -59,7 +59,7 @@ def convert_model_load_errors(folder: object) -> Iterator[None]:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Return the set of token ids that end a generated answer.
+    """Return the set of token ids that end a generated sequence.
 
     These are the EOS tokens of the model's generation config and of its tokenizer.
     """

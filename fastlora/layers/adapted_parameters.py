@@ -64,7 +64,7 @@ _INITS = (True, False, "gaussian")
 
 
 def shape_as_stack(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Return the shape of a module's parameter as a stack of matrices.
+    """Return the shape that a module's parameter has when it is viewed as a stack of matrices.
 
     The shape is a tuple (E, N, K). E is the number of matrices, and each matrix is ``[N, K]``. The
     parameter has two or three dimensions. A parameter with two dimensions is a single matrix, so E
@@ -85,10 +85,11 @@ def is_transposed(module_with_stacks: nn.Module) -> bool:
     return bool(getattr(module_with_stacks, "is_transposed", False))
 
 
-class LoraBRankRowsCache(UncopiedCache):
-    """Cache for the rank rows of lora_B.
+class TransposedLoraBCache(UncopiedCache):
+    """Cache for the transposed lora_B of each adapter.
 
-    The cache is used only while gradients are disabled.
+    A transposed lora_B is a stack of matrices ``[E, R, N]``. Each matrix has one row per rank
+    index, which is called a rank row. The cache is used only while gradients are disabled.
 
     Attributes:
         entries: Maps an adapter name to a stamp of its lora_B and the rank rows ``[E, R, N]``.
@@ -192,11 +193,11 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, adapter_name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and lora_b as matrices with one row per rank index.
+        """Return an adapter's lora_a and lora_b, arranged with one row per rank index.
 
-        The matrices have R rows, where R is the adapter's rank. The rows are called rank rows. The
-        result is a tuple of two stacks of matrices: lora_a ``[E, R, K]``, and the transposed lora_b
-        ``[E, R, N]``. The transposed lora_b is a copy, which is cached while gradients are
+        The result is a tuple of two stacks of matrices: lora_a ``[E, R, K]``, and the transposed
+        lora_b ``[E, R, N]``. Each matrix has R rows, where R is the adapter's rank. The rows are
+        called rank rows. The transposed lora_b is a copy, which is cached while gradients are
         disabled. If lora_b is stored as rank rows, as in a pool, the transposed lora_b is a view of
         lora_b instead. ``adapter_name`` identifies the adapter in the cache.
         """
@@ -210,7 +211,7 @@ class ParameterLoraLayer(LoraLayer):
             or is_device_capturing(watched.device)
         ):
             return lora_a, transposed_rank_rows(watched, self.num_matrices)
-        cache = self.__dict__.setdefault("_rank_rows", LoraBRankRowsCache()).entries
+        cache = self.__dict__.setdefault("_rank_rows", TransposedLoraBCache()).entries
         context = (id(watched), weights_versions.version_of_trainable_weights())
         known = cache.get(adapter_name)
         if known is None or not known[0].matches((watched,), context):
@@ -431,12 +432,16 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             if is_dtensor(parameter):
                 raise AdapterStateError(
                     f"parameter {name!r} is sharded (a DTensor) in the forward pass; call "
-                    "fully_shard() on a module that contains the adapters of the parameter, so "
-                    "that the parameter is gathered"
+                    "fully_shard() on a module that contains the parameter's adapters, so that the "
+                    "parameter is gathered"
                 )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with the active adapters added to its parameters."""
+        """Call the module with the adapters' updates added to its parameters.
+
+        In a mixed batch, each row uses its own adapter. In any other batch, all rows use the active
+        adapters.
+        """
         routing = None if self._disabled else active_routing(self)
         applied = {} if routing is not None else self._parameters_with_adapters_for_all_rows()
         if routing is None and not applied:
@@ -472,7 +477,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
         return y if isinstance(made, torch.Tensor) else (y, *others)
 
     def _parameters_with_adapters_for_all_rows(self) -> dict[str, list[str]]:
-        """Return a dict that maps the names of parameters to the adapters that apply to all rows.
+        """Return a dict that maps parameter names to the adapters that apply to all rows.
 
         Parameters without such adapters are left out.
         """
@@ -504,17 +509,17 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def _parameters_with_factors_applied(
         self, factors: Mapping[str, Sequence[Factors]], x: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return a dict of parameters to which the updates of the given factors have been added.
+        """Add LoRA updates to parameters of the module, and return the results as a dict.
 
-        ``factors`` maps the name of each parameter to the factors of the adapters applied to it.
-        ``x`` is the module's input.
+        The parameters themselves are not changed. ``factors`` maps the name of each parameter to
+        the factors of the adapters applied to it. ``x`` is the module's input.
         """
         layers: Any = self._modules["parameters_with_adapters"]
         for name in factors:
             if layers[name].parameter.is_meta and not x.is_meta:
                 raise UnsupportedLayerError(
                     f"{self._description()} cannot run, because its parameter {name!r} is on the "
-                    "meta device; load the module on a device, without offloading"
+                    "meta device; load the module onto a real device, and do not offload it"
                 )
         return {name: layers[name].adapted(given) for name, given in factors.items()}
 
@@ -583,9 +588,9 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
             or not ids_divide_rows(len(x), count)
         ):
             raise UnsupportedLayerError(
-                f"{self._description()} cannot run separately for each adapter of a mixed batch: "
-                "separate runs require a single input that has one row for each sample or token, "
-                "and are not supported under torch.compile; run one adapter at a time"
+                f"{self._description()} cannot run once per adapter on a mixed batch: "
+                "such runs require a single input with one row per sample or token, and are not "
+                "supported under torch.compile; run one adapter at a time"
             )
         if not len(x):
             return self._call_without_forward_hooks({}, x)
@@ -631,7 +636,7 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
 
 
 def _copy_with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """Return a copy of a module with another ``forward`` method.
+    """Return a copy of a module with a different ``forward`` method.
 
     The copy runs the module's forward hooks and forward pre-hooks. It has no backward hooks,
     because the modules that ``forward`` calls have them.

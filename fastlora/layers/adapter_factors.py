@@ -50,11 +50,10 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_linear_without_hooks(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight of a linear module that has no hooks.
+    """Return the weight of a linear module, or None if the module has hooks.
 
-    Returns None for a module that has hooks or is not an `nn.Linear`. The result is also None for
-    an instance of a subclass of `nn.Linear`, and for an `nn.Linear` whose weight is not a plain
-    `nn.Parameter`.
+    The result is also None for a module that is not an `nn.Linear`, for an instance of a subclass
+    of `nn.Linear`, and for an `nn.Linear` whose weight is not a plain `nn.Parameter`.
     """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
@@ -144,12 +143,12 @@ def promoted_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_adapter_called(
     layer: BaseLinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the reason why the modules of the named adapters must be called.
+    """Return the reason why adapters must be applied by calling their modules.
 
-    Returns an empty string if fused operations can be used instead. Fused operations read the
-    parameters of the modules directly. Hooks, parametrizations, shards, and replaced modules take
-    effect only if the modules are called. ``gathered`` means that FSDP2 replaces shards by plain
-    parameters during the forward pass.
+    ``names`` are the names of the adapters. Returns an empty string if fused operations can be used
+    instead. Fused operations read the parameters of the modules directly. Hooks, parametrizations,
+    shards, and replaced modules take effect only if the modules are called. ``gathered`` means that
+    FSDP2 replaces shards by plain parameters during the forward pass.
     """
     for name in names:
         factors = (
@@ -180,7 +179,7 @@ def fallback_reason_adapter_called(
 def scaling_as_scalar_tensor(
     layer: BaseLinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
-    """Return an adapter's scaling as an fp32 or fp64 scalar tensor.
+    """Return an adapter's scaling as a scalar tensor.
 
     The tensor has no dimensions and is on x's device. The dtype is fp64 if x is fp64, and fp32
     otherwise. In a graph that is being compiled, the tensor is an input of the graph; a number
@@ -199,7 +198,7 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return a list of scalings as one fp32 or fp64 tensor.
+    """Return a list of scalings as one tensor.
 
     The tensor is ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and fp32
     otherwise. If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its
@@ -257,7 +256,7 @@ class AdapterSource(Protocol):
 
     @property
     def tables(self) -> AddressTables | None:
-        """The address tables of the source's adapters.
+        """The address tables of the adapters' factors.
 
         Kernels read the addresses of the factors from these tables. Only a pool has tables of its
         own. If the source is not a pool, the value is None. For a model's own adapters,
@@ -287,8 +286,8 @@ class AdapterSource(Protocol):
         """Return a hashable key that identifies the adapter in a slot."""
 
 
-class ParameterSource:
-    """`AdapterSource` for the adapters in the layers of a model.
+class ModelAdapterSource:
+    """`AdapterSource` for the adapters in a model's layers.
 
     The adapters' factors are taken from the parameters of the layers.
 
@@ -323,7 +322,7 @@ class ParameterSource:
         return self.names[slot]
 
 
-class PoolSource:
+class PoolAdapterSource:
     """`AdapterSource` for the adapters in a `fastlora.AdapterPool`.
 
     Args:

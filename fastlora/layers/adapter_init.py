@@ -90,8 +90,8 @@ class AdapterInitializer:
                 )
             if not linear and not from_file:
                 warn(
-                    f"init_lora_weights={name!r} supports only linear layers; the adapter on a "
-                    f"{type(base).__name__} is initialized as with True",
+                    f"init_lora_weights={name!r} is supported only for linear layers; the adapter "
+                    f"on a {type(base).__name__} is initialized as with True",
                 )
             self.name, self.init = True, find_init_method(True)
         self.data = None if found is None else found[1]
@@ -100,9 +100,10 @@ class AdapterInitializer:
     def initialize_weights(
         self, lora_a: nn.Module, lora_b: nn.Module, rank: int | None = None
     ) -> None:
-        """Initialize the weights of the modules lora_a and lora_b in place.
+        """Initialize the weights of lora_a and lora_b in place.
 
-        They are new factor modules. A bias of lora_b becomes zero, except with
+        lora_a and lora_b are new factor modules. The attribute ``init`` determines the
+        initialization method. A bias of lora_b becomes zero, except with
         ``init_lora_weights=False``.
 
         Args:
@@ -139,8 +140,8 @@ class AdapterInitializer:
         """
         if not linear and not self.init.supports_convolutions:
             raise UnsupportedLayerError(
-                f"init_lora_weights={self.name!r} supports only linear layers, as in PEFT; use "
-                "True, False, or 'gaussian' for this layer, or exclude it with exclude_modules"
+                f"init_lora_weights={self.name!r} is supported only for linear layers, as in PEFT; "
+                "for this layer, use True, False, or 'gaussian', or exclude it with exclude_modules"
             )
         weight = self.base._parameters.get("weight")
         floating = weight is not None and weight.is_floating_point()

@@ -31,7 +31,7 @@ def table_row_of(
 
 
 def get_or_build_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables for a batch, and build them if necessary.
+    """Return the address tables for a batch, building them if necessary.
 
     A pool provides its own tables. For a model's own adapters, the tables are built unless they are
     already cached. Returns None if tables cannot be built, because the modules of an adapter must
@@ -75,7 +75,7 @@ def _build_model_tables(
     if dtypes:
         dtype, largest = functools.reduce(torch.promote_types, dtypes), 0
     else:
-        dtype, largest = _dtype_and_rank_if_no_factors(routing)
+        dtype, largest = _dtype_and_rank_of_empty_tables(routing)
     for row, column, factors in found:
         for kind, tensor in enumerate((factors.lora_a, factors.lora_b.t(), factors.lora_bias)):
             if tensor is not None:
@@ -91,12 +91,12 @@ def _build_model_tables(
     return AddressTables(a, b, bias, *numbers, dtype, rows=rows, keepalive=tuple(held))
 
 
-def _dtype_and_rank_if_no_factors(routing: Routing) -> tuple[torch.dtype, int]:
-    """Return the dtype and rank of the address tables for a batch whose adapters have no factors.
+def _dtype_and_rank_of_empty_tables(routing: Routing) -> tuple[torch.dtype, int]:
+    """Return the dtype and rank of address tables that contain no factors.
 
-    They are the dtype and the rank of one of the model's adapters. If the adapter's rank differs
-    between layers, the largest rank is used. The tables are empty, because no adapter of the batch
-    has factors on any linear layer. The batch therefore launches the same kernels as a batch with
+    The tables are empty if no adapter of the batch has factors on any linear layer. The dtype and
+    the rank are then those of one of the model's adapters. If the adapter's rank differs between
+    layers, the largest rank is used. The batch therefore launches the same kernels as a batch with
     this adapter, and `warm_up` compiles these kernels. The kernels read no factors from empty
     tables.
     """
@@ -123,7 +123,7 @@ def _collect_factors(
         if not getattr(layer, "is_linear", False):
             continue
         if detector is not None:
-            detector.add(layer, layer.scaling, routing.names)
+            detector.record_adapters(layer, layer.scaling, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue
@@ -135,7 +135,7 @@ def _collect_factors(
 
 
 def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor with the alignment that kernels require.
+    """Return the tensor with the alignment that the kernels require.
 
     The result has the given dtype, is contiguous, and is aligned to 16 bytes. It is a copy only if
     necessary.

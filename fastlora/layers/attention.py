@@ -86,10 +86,11 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether q, k, and v have the same embedding dimension, as in `nn.MultiheadAttention`.
+        """The value that PyTorch reads to check whether q, k, and v have the same dimension.
 
-        If no adapter applies, the value is that of the base layer's attribute, which is True for
-        every supported module. If an adapter applies, the value is False.
+        `nn.MultiheadAttention` has an attribute of this name. If no adapter applies, the value is
+        that of the base layer's attribute, which is True for every supported module. If an adapter
+        applies, the value is False.
 
         In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself only if
         the attribute is True. The value False makes the encoder layer call this layer. Otherwise,
@@ -102,15 +103,15 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return the LoRA layers inside this adapted attention module, by relative name.
+        """Return the LoRA layers inside the attention module, by relative name.
 
-        The adapters of in_proj belong to this layer itself. The returned dict therefore contains
-        only the LoRA layer of out_proj.
+        The returned dict contains the LoRA layer of out_proj. It contains no layer for in_proj,
+        because the adapters of in_proj belong to this layer itself.
         """
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Release and return the original attention module.
+        """Release the attention module from this layer, and return the module.
 
         The module's original out_proj is restored. The module is the base layer, and it replaces
         this layer when the adapters are removed.
@@ -203,8 +204,8 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
         )
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, LoraLayer):
         raise UnsupportedLayerError(
-            "out_proj must be an nn.Linear (PEFT has the same restriction), but it is a "
-            f"{type(base.out_proj).__name__}"
+            f"out_proj must be an nn.Linear, got a {type(base.out_proj).__name__} (PEFT has the "
+            "same restriction)"
         )
     for field, value in (("use_dora", settings.use_dora), ("lora_bias", settings.lora_bias)):
         if value:

@@ -67,10 +67,10 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return this process's part of the base layer's weight.
+        """Return this process's shard of the base layer's weight.
 
-        The part is a dense matrix ``[N, K]``. By default, the part is the whole weight. With tensor
-        parallelism, the part is the local shard of the weight.
+        The shard is a dense matrix ``[N, K]``. Without tensor parallelism, the whole weight is
+        returned.
         """
         return dense_weight(self.get_base_layer())
 

@@ -15,7 +15,7 @@ from fastlora.sharding import is_dtensor
 from fastlora.validation import UnsupportedLayerError
 
 # How tensor parallelism splits a linear layer: along N, or along K.
-COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
+COLUMN_PARALLEL, ROW_PARALLEL = "column-parallel", "row-parallel"
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -37,7 +37,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
-    """Return the fallback reason of a module that is not a plain `nn.Linear`.
+    """Return the reason why a module does not count as a plain `nn.Linear`.
 
     The reason is an empty string if the module is plain. Set ``gathered`` if FSDP2 replaces shards
     by plain parameters during the forward pass.
@@ -63,9 +63,10 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
 
 
 def fallback_reason_hooked(module: nn.Module) -> str:
-    """Return the fallback reason for a module that has hooks.
+    """Return the reason why a module's hooks force a fallback.
 
-    Returns an empty string if the module has none. A replaced ``forward`` counts as a hook.
+    In a fallback, the module is called, so that its hooks run. The reason is an empty string if the
+    module has no hooks. A replaced ``forward`` counts as a hook.
     """
     if "forward" in module.__dict__:
         return "its base layer's forward was replaced"
@@ -77,7 +78,7 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor whose device and dtype new factors should have.
+    """Return a tensor with the device and dtype to use for new factors.
 
     Returns None if the base layer has no such tensor. New factors should then have the default
     device and dtype. The tensor is usually one of the base layer's parameters. As in PEFT, new
@@ -105,9 +106,9 @@ def is_tensor_parallel(module: nn.Module) -> bool:
 
 
 def tensor_parallel_style(module: nn.Module) -> str | None:
-    """Return the style in which tensor parallelism splits a module.
+    """Return the tensor-parallel style of a module, which is column-parallel or row-parallel.
 
-    The style is `COLUMN_WISE` or `ROW_WISE`. It is None if the module is not tensor-parallel.
+    The result is `COLUMN_PARALLEL` or `ROW_PARALLEL`, or None if the module is not tensor-parallel.
 
     Raises:
         UnsupportedLayerError: Adapters do not support the way in which the weight is split.
@@ -123,12 +124,12 @@ def tensor_parallel_style(module: nn.Module) -> str | None:
                 f"{tuple(weight.shape)} with placement {placement} over {weight.device_mesh}"
             )
         if placement.is_shard(0):
-            return COLUMN_WISE
+            return COLUMN_PARALLEL
         if placement.is_shard(1):
-            return ROW_WISE
+            return ROW_PARALLEL
     raise UnsupportedLayerError(
         "with tensor parallelism, LoRA supports only an nn.Linear that ColwiseParallel or "
-        "RowwiseParallel has split over a one-dimensional mesh, got a "
+        "RowwiseParallel has sharded over a one-dimensional device mesh, got a "
         f"{type(module).__name__} with placements {weight.placements} over {weight.device_mesh}"
     )
 
@@ -166,8 +167,8 @@ def merge_target_of(module: nn.Module, expected_shape: tuple[int, int]) -> Merge
     if not plain or tuple(weight.t().shape if transposed else weight.shape) != expected_shape:
         raise UnsupportedLayerError(
             f"cannot merge into {type(module).__name__}: its weight is neither a plain "
-            "floating-point matrix nor quantized by bitsandbytes or torchao; dequantize the base "
-            "model first"
+            "floating-point matrix nor a weight quantized by bitsandbytes or torchao; dequantize "
+            "the base model first"
         )
     return DenseMergeTarget(weight, torch.t if transposed else None)
 
@@ -200,8 +201,8 @@ def dense_weight(
     if not isinstance(weight, torch.Tensor) or not _is_dense(weight):
         raise UnsupportedLayerError(
             f"{purpose}, but the weight of this {type(base).__name__} is "
-            f"{'missing' if weight is None else f'a {kind} of {weight.dtype}'}; expected a "
-            "floating-point matrix or a weight quantized by bitsandbytes, HQQ or torchao"
+            f"{'missing' if weight is None else f'a {kind} with dtype {weight.dtype}'}; expected a "
+            "floating-point matrix or a weight quantized by bitsandbytes, HQQ, or torchao"
         )
     return weight.t() if type(base).__name__ == "Conv1D" else weight
 
@@ -237,9 +238,9 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
                 "(exclude_modules)"
             )
         return (
-            f"the weight of this {type(module).__name__} is a {type(weight).__name__} of "
-            f"{weight.dtype}; initialize the adapter on the model in float32, float16 or "
-            "bfloat16, and quantize the model afterwards"
+            f"the weight of this {type(module).__name__} is a {type(weight).__name__} with dtype "
+            f"{weight.dtype}; initialize the adapter on the model in float32, float16, or "
+            "bfloat16, and quantize the model afterward"
         )
     return ""
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class UniformCall:
-    """Data of a forward call to a LoRA layer in which all rows use the same adapters.
+    """Data for one forward call of a LoRA layer whose input rows all use the same adapters.
 
     Attributes:
         layer: The layer with the adapters.
@@ -40,7 +40,7 @@ class UniformCall:
 
 @dataclass(slots=True, eq=False)
 class MixedCall:
-    """Data of a forward call to a LoRA layer in which rows may use different adapters.
+    """Data for one forward call of a LoRA layer whose input rows may use different adapters.
 
     The rows are those of a mixed batch. Each row of a mixed batch uses its own adapter or none.
 

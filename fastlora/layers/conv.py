@@ -127,7 +127,7 @@ class FastLoraConv(BaseAdditiveLoraLayer):
     # ------------------------------------------------------------------------ weight and factors
 
     def _flatten_kernels(self, kernels: torch.Tensor) -> torch.Tensor:
-        """Flatten convolution kernels ``[N, C, ...]`` to a matrix ``[N, K]``.
+        """Flatten convolution kernels ``[N, C, ...]`` into a matrix ``[N, K]``.
 
         The elements are in the memory order of the base weight, so the result for the base weight
         is a view of it.
@@ -212,8 +212,9 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         base = self.base_layer
         if base.groups > 1:
             raise UnsupportedLayerError(
-                f"{action} a {type(base).__name__} with groups={base.groups}: its adapter connects "
-                "channels of different groups, as in PEFT; leave the adapter unmerged"
+                f"{action} a {type(base).__name__} with groups={base.groups}: as in PEFT, its "
+                "adapter mixes channels across groups, which the base weight cannot represent; "
+                "leave the adapter unmerged"
             )
 
 
@@ -235,8 +236,8 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     base: Any = module
     if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
         raise UnsupportedLayerError(
-            f"its weight is a {type(base.weight).__name__} with dtype {base.weight.dtype}, "
-            f"expected a floating-point parameter; for other weights, {PEFT_LAYER_ALTERNATIVE}"
+            f"its weight is a {type(base.weight).__name__} with dtype {base.weight.dtype}, but a "
+            f"floating-point parameter is expected; for other weights, {PEFT_LAYER_ALTERNATIVE}"
         )
     if settings.r % base.groups:
         raise UnsupportedLayerError(
@@ -247,8 +248,8 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     init = settings.init_lora_weights
     if init != "lora_ga" and not find_init_method(init).supports_convolutions:
         raise UnsupportedLayerError(
-            f"init_lora_weights={init!r} supports only linear layers, as in PEFT; use True, "
-            "False, or 'gaussian' for this layer, or exclude it with exclude_modules"
+            f"init_lora_weights={init!r} is supported only for linear layers, as in PEFT; for this "
+            "layer, use True, False, or 'gaussian', or exclude it with exclude_modules"
         )
 
 

@@ -9,9 +9,10 @@ rows are multiplied by the base weight a second time
 (`fastlora.autograd.dora.DoraLinearWithDropout`).
 
 If autograd records a graph, rows are gathered adapter by adapter. Without a graph, and in a
-compiled graph, the scale g of each row is looked up by the row's id. Over a pool, an operator reads
-g by address. A compiled graph computes the norms of all the model's DoRA adapters in every forward
-pass, even of adapters without rows, because the rows of each adapter differ from batch to batch.
+compiled graph, the scale g of each row is looked up by the row's adapter id. Over a pool, an
+operator reads g by address. A compiled graph computes the norms of all the model's DoRA adapters in
+every forward pass, even of adapters without rows, because the rows of each adapter differ from
+batch to batch.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from fastlora.ops.factors import Base, number_tensor_without_sync
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_and_add_bias
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 # ----------------------------------------------------------------------------- mixed batches
 
 
-class DoraSlots(NamedTuple):
+class SlotsUsingDora(NamedTuple):
     """The slots of a batch whose adapters use DoRA on a layer.
 
     Attributes:
@@ -149,7 +150,7 @@ class DoraSlots(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlots | None:
+def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> SlotsUsingDora | None:
     """Return the slots whose adapters use DoRA on a layer.
 
     Returns None if there are none. The slots of a captured CUDA graph are not known. In this case,
@@ -158,7 +159,7 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
     source = routing.source
     if routing.captured:
         tables = source.tables
-        return None if tables is None or tables.scale_address is None else DoraSlots()
+        return None if tables is None or tables.scale_address is None else SlotsUsingDora()
     if source.loaded_adapters is not None:
         scaled = tuple(
             slot
@@ -168,7 +169,7 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
             and (factors := source.factors(layer, slot)) is not None
             and factors.magnitude is not None
         )
-        return DoraSlots(scaled) if scaled else None
+        return SlotsUsingDora(scaled) if scaled else None
     magnitudes = layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules:
         return None
@@ -177,14 +178,14 @@ def find_dora_slots(layer: BaseLinearWithAdapters, routing: Routing) -> DoraSlot
         return None
     dropouts = layer._modules["lora_dropout"]._modules
     dropped = tuple(slot for slot in slots if _is_active_dropout(dropouts[routing.names[slot]]))
-    return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
+    return SlotsUsingDora(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
 def _is_active_dropout(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
+def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: SlotsUsingDora) -> torch.Tensor:
     """Apply DoRA to rows of y, using the DoRA scale of each row's adapter.
 
     Returns the result. Rows that do not belong to any of the given slots are not changed. y is
@@ -216,7 +217,7 @@ def _must_gather_adapter_rows(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
-    slots: DoraSlots,
+    slots: SlotsUsingDora,
 ) -> bool:
     """Return whether the rows of each adapter must be gathered for the DoRA computation.
 
@@ -236,7 +237,7 @@ def _apply_dora_adapters_with_dropout(
     slots_with_dropout: tuple[int, ...],
     scales: Sequence[DoraScaleTerms],
 ) -> torch.Tensor:
-    """Apply the DoRA adapters that have active dropout to y.
+    """Apply the DoRA adapters with active dropout to their rows of y.
 
     y is ``[..., N]``. Each adapter is applied to its own rows of the mixed batch.
     """
@@ -269,7 +270,7 @@ def _scale_rows_by_id(
     included_bias: torch.Tensor | None,
     scales: dict[int, DoraScaleTerms],
 ) -> torch.Tensor:
-    """Scale each row of y by its adapter's DoRA scale, which is looked up by the row's id.
+    """Scale each row of y by its adapter's DoRA scale, which is looked up by adapter id.
 
     Returns the result. y is ``[..., N]`` and is not changed. ``scales`` maps a slot to the scale of
     its rows. Other rows are not scaled, and neither is ``included_bias [N]``, which y includes. The
@@ -348,6 +349,6 @@ def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tens
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._local_base_bias()
     rows, impl = call.sorted_rows(), call.conditions.backend
-    own = rows_for_address_tables(rows) if impl == "triton" else rows.operator_arguments()
+    own = rows_argument_for_address_tables(rows) if impl == "triton" else rows.operator_arguments()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

@@ -44,7 +44,7 @@ class DoraNormCache(UncopiedCache):
 
 
 def dora_magnitude_of(layer: BaseLinearWithAdapters, name: str) -> torch.Tensor:
-    """Return an adapter's DoRA magnitude on a layer.
+    """Return an adapter's DoRA magnitude for a layer.
 
     The magnitude is ``[N]``, or ``[1, N, 1, ...]`` if the layer is a convolution.
     """
@@ -119,11 +119,11 @@ def local_adapted_squared_norms(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Return the squared row norms of this process's part of the adapted weight.
+    """Return the squared row norms of this process's shard of the adapted weight.
 
-    They are ``[N]``. The update is the product of ``lora_b [N, R]`` and ``lora_a [R, K]``. The sums
-    are over this process's part of the base weight ``[N, K]``. If the scaling is a tensor, it has
-    no dimensions.
+    The norms are ``[N]``. The weight update is the product of ``lora_b [N, R]`` and
+    ``lora_a [R, K]``. The sums are over this process's shard of the base weight, ``[N, K]``. If the
+    scaling is a tensor, it has no dimensions.
     """
     weight = layer._local_weight() if compiling else base_weight_rows(layer)
     squares = base_squared_norms(layer, weight, compiling)
@@ -225,12 +225,12 @@ def _get_or_compute_squared_norms(
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return squared norms for DoRA from a layer's cache, or compute and cache the norms.
+    """Return a layer's squared norms for DoRA from its cache, computing them if necessary.
 
     The norms are the squared row norms of the adapted weight of the adapter ``adapter_name``. If
-    ``adapter_name`` is None, the norms are those of the base weight. The norms are computed if the
-    cache has no such norms with a valid stamp. If ``watched`` is None, or if no stamp can be
-    created, the norms are always computed, and they are not cached.
+    ``adapter_name`` is None, the norms are those of the base weight. The norms are computed and
+    cached if the cache has no such norms with a valid stamp. If ``watched`` is None, or if no stamp
+    can be created, the norms are always computed, and they are not cached.
     """
     if watched is None:
         return make()

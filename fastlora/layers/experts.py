@@ -69,7 +69,7 @@ class _RowsSortedByExpert(NamedTuple):
 
     @property
     def slots_per_expert(self) -> int:
-        """The number of adapter slots of each expert.
+        """The number of adapter slots for each expert.
 
         The number is the same for all experts, and is the S in the keys, ``expert * S + slot``. The
         number is 1 if the same adapters apply to all rows. Otherwise, the last slot is for rows
@@ -113,10 +113,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         self.out_features = shape_as_stack(base_layer, _weight_stack_names(base_layer)[1])[1]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return whether the layer is fused and, if not, the reason.
+        """Return the fusion status of the layer.
 
-        A fused layer computes the base GEMM and the LoRA update in one call. A layer of this class
-        is never fused.
+        The status states whether the layer is fused and, if not, the reason. A fused layer computes
+        the base GEMM and the LoRA update in one call. A layer of this class is never fused.
         """
         if self._calls_module():
             return FusionStatus(False, FastLoraAdaptedParameters.fallback_reason)
@@ -353,7 +353,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _factors_in_product_order(
         self, layer: ParameterLoraLayer, name: str, factors: Factors
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's two factors in the order in which the matrix product uses them.
+        """Return an adapter's two factors in the order of multiplication.
 
         x is multiplied by the first factor, ``[E, R, K]``. The result is then multiplied by the
         second factor, ``[E, R, N]``.
@@ -415,11 +415,11 @@ def _stacked_linear(
 
 
 class FastLoraExpertsOfAllTokens(FastLoraExperts):
-    """LoRA layer for experts that each get all tokens, as in Llama 4 models.
+    """LoRA layer for experts that each receive every token, as in Llama 4 models.
 
-    Each expert gets one input row for each token. The input is ``[E * T, H]``, expert by expert.
-    The stacks are ``[E, K, N]``, but no attribute of the module indicates this layout. PEFT 0.21.2
-    therefore takes the stacks for ``[E, N, K]``, and x is multiplied by lora_B first.
+    Each expert receives one input row for each token. The input is ``[E * T, H]``, expert by
+    expert. The stacks are ``[E, K, N]``, but no attribute of the module indicates this layout. PEFT
+    0.21.2 therefore takes the stacks for ``[E, N, K]``, and x is multiplied by lora_B first.
     """
 
     module_of_forward = "transformers.models.llama4.modeling_llama4"

@@ -75,7 +75,7 @@ _ReasonNotShared = str
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
 ) -> PrecomputedResult | None:
-    """Compute the result of a layer in one call with the results of other layers in its group.
+    """Compute a layer's result together with those of other layers in its group, in one call.
 
     The group is the layer's shared-input group. If an earlier call has already computed the layer's
     result, the function returns that result and computes nothing. The result contains y, or the s
@@ -106,7 +106,7 @@ def group_forward(
         group.idle.discard(id(layer))
         group.launches.clear()
     trains, several = records and table_launch is None, len(group.members) > 1
-    reason, made, waits = _reason_against_shared_computation(call) if trains else "", None, False
+    reason, made, waits = _reason_call_cannot_share(call) if trains else "", None, False
     # PyTorch does not count writes to an inference tensor.
     if not group.unwritten and x.is_inference():
         return None
@@ -146,7 +146,7 @@ def group_forward(
     return made
 
 
-def _reason_against_shared_computation(call: UniformCall | MixedCall) -> str:
+def _reason_call_cannot_share(call: UniformCall | MixedCall) -> str:
     """Return the reason why a layer's call cannot share a computation with other layers.
 
     The other layers are those in the layer's shared-input group, which have the same input. Returns
@@ -172,7 +172,7 @@ def _as_slots(own: Factors | Slots) -> Slots:
 def _context_of_group_results(
     call: UniformCall | MixedCall, own: _LayerFactors
 ) -> tuple[object, ...]:
-    """Return the context in which the results that a call stores for its group are valid.
+    """Return the context in which a call's stored group results remain valid.
 
     The context is a tuple of the objects on which all these results depend, for example the open
     block, the autocast state, and the version of the weights. A stored result is valid only in the
@@ -253,10 +253,10 @@ def _base_tensors(base: Base) -> list[torch.Tensor]:
 def _can_group_outputs(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> bool:
-    """Return whether one call may compute the outputs of the layers in a shared-input group.
+    """Return whether a single call can compute the outputs of the layers in a shared-input group.
 
-    The function checks the call, the group, and the operands of the called layer, but not the
-    operands of the other layers.
+    The function checks the call, the group, and the operands of the called layer. The operands of
+    the other layers are checked when the launch is prepared.
     """
     conditions = call.conditions
     return (
@@ -289,7 +289,7 @@ def _compute_outputs_with_later_layers(
     if (
         launch is None
         or not launch.can_be_reused_for(x, base, own)
-        or (records and not launch.fits_one_node(x))
+        or (records and not launch.fits_one_autograd_node(x))
     ):
         group.launches.clear()  # The launches of other layers are as old.
         launch = group.launches[id(layer)] = prepare_launch_with_later_layers(
@@ -327,7 +327,7 @@ def _compute_outputs_with_later_layers(
 def _compute_s_with_later_layers(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[PrecomputedResult | None, _ReasonNotShared]:
-    """Compute s for a layer and for later layers in its group, in one pass over x.
+    """Compute s for a layer and later layers in its group, in one pass over x.
 
     The later layers are those that are called after the layer. Returns a tuple (result, reason). If
     s is shared, the tuple contains the layer's own result and an empty string. Otherwise, the tuple
@@ -369,10 +369,11 @@ def _active_dropout_p(layer_slots: Slots) -> float:
 def _compute_s_in_compiled_graph(
     call: UniformCall | MixedCall, own: Slots
 ) -> PrecomputedResult | None:
-    """Compute s for the layers of a shared-input group in a graph that is being compiled.
+    """Compute s for a layer in a compiled graph.
 
-    s is ``x @ lora_a.T``. Returns the result of the called layer, or None if this layer cannot
-    share the computation of s.
+    s is ``x @ lora_a.T``. The function is called while the graph is being compiled. The computation
+    of s is shared with other layers of the layer's shared-input group. Returns the layer's own
+    result, or None if the layer cannot share the computation of s.
     """
     layer, conditions = call.layer, call.conditions
     if not layer.has_shared_input_group():
@@ -416,11 +417,11 @@ def _compute_s_in_compiled_graph(
 def _compute_outputs_with_neighbors(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute the outputs of a layer and its neighbors in one launch.
+    """Compute the outputs of a layer and its neighbors in shared kernel launches.
 
     The neighbors are the layers of the same shared-input group that are next to the layer in the
     address tables. The results of the neighbors are stored in the group. Returns the layer's own
-    result, or None if the layers cannot share a launch.
+    result, or None if the layers cannot share the launches.
     """
     if own.group is None or own.invariant or len(own.members) > MAX_LAYERS_PER_LAUNCH:
         return None
@@ -450,11 +451,12 @@ def _compute_outputs_with_neighbors(
 def _compute_output_and_store_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute a layer's output, and compute and store s for its neighboring layers, in one call.
+    """Compute a layer's output, and compute and store s for its neighbors.
 
-    s is ``x @ lora_a.T``. The neighboring layers are next to the layer in the address tables. The
-    results of the neighboring layers are stored in the group. Returns the layer's own result, which
-    contains the output. Returns None if the layer has no neighboring layers.
+    One call computes the output and every s, which is ``x @ lora_a.T``. The neighbors are the
+    layers of the same shared-input group that are next to the layer in the address tables. The
+    results of the neighbors are stored in the group. Returns the layer's own result, which contains
+    the output. Returns None if the layer has no neighbors.
     """
     if own.group is None:
         return None

@@ -78,12 +78,12 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def can_be_reused_for(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the prepared launch can be reused for a call.
+        """Return whether the prepared launch can be reused for this input, base, and factors.
 
-        The call has the input x, the base layer ``base``, and the factors ``own``. The base layer
-        and the factors must be the same as those of the call for which the launch was prepared. The
-        input may be a new tensor if its dtype and its device are the same. The dtypes of the
-        launch's tensors and the quantized weights must be unchanged.
+        The base layer ``base`` and the factors ``own`` must be the same as those of the call for
+        which the launch was prepared. The input x may be a new tensor if its dtype and its device
+        are the same. The dtypes of the launch's tensors and the quantized weights must be
+        unchanged.
         """
         before, known = self.own, self.base
         return (
@@ -99,11 +99,11 @@ class PreparedGroupLaunch:
             and (not self.quantized or all(weight.is_unmodified for weight in self.quantized))
         )
 
-    def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node can compute the outputs of all layers for the input x.
+    def fits_one_autograd_node(self, x: torch.Tensor) -> bool:
+        """Return whether the group's outputs for input x can be computed in one autograd node.
 
-        The layers are those of the prepared launch. Since the launch was prepared, parameters may
-        have been frozen or may have received hooks.
+        The outputs are those of the layers in the prepared launch. Since the launch was prepared,
+        parameters may have been frozen or may have received hooks.
         """
         if not self.others:
             return True
@@ -119,7 +119,7 @@ class PreparedGroupLaunch:
 def prepare_launch_with_later_layers(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PreparedGroupLaunch:
-    """Prepare one launch for a layer and for later layers in its shared-input group.
+    """Prepare one launch that covers a layer and later layers in its shared-input group.
 
     Returns a `PreparedGroupLaunch`. The later layers are those that are called after the layer.
     Layers that need their own launch, idle layers, and layers beyond `MAX_LAYERS_PER_LAUNCH` are
@@ -245,13 +245,13 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 def select_sharing_layers(
     members: Sequence[BaseLinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Select the layers of a shared-input group that can share one pass over x.
+    """Select the group members that can share one computation, each with its slots.
 
-    The pass is that of the calling layer. Returns a tuple (pairs, reason). Each pair is a layer and
-    a list of its factors for each slot. If the calling layer itself cannot share the pass, the list
-    of pairs is empty, and the reason explains why. Otherwise, the reason explains why the last
-    layer that was left out cannot share the pass. The reason is an empty string if no layer was
-    left out.
+    The selected layers share the calling layer's pass over x. Returns a tuple (pairs, reason). Each
+    pair is a layer and its `Slots`, a list of the layer's factors for each slot. If the calling
+    layer itself cannot share its pass, the list of pairs is empty, and the reason explains why.
+    Otherwise, the reason explains why the last layer that was left out cannot share the pass. The
+    reason is an empty string if no layer was left out.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""
@@ -350,10 +350,10 @@ def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
 
 @constant_when_compiled
 def has_shared_input_group(self: Any) -> bool:
-    """Return whether the layer has a shared-input group.
+    """Return whether the layer belongs to a shared-input group.
 
-    The layer has a group once a forward pass has identified it. `torch.compile` treats the result
-    as a constant and does not recompile when it changes.
+    The result is True once a forward pass has identified the group. `torch.compile` treats the
+    result as a constant and does not recompile when it changes.
     """
     return known_group(self) is not None
 
@@ -361,7 +361,7 @@ def has_shared_input_group(self: Any) -> bool:
 @constant_when_compiled
 @renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record the reason for a fallback under ``torch.compile``.
+    """Record why a layer falls back to a separate computation under ``torch.compile``.
 
     The reason is recorded in the layer ``self``. The layer falls back to its own pass over x if it
     cannot use the pass that its shared-input group shares. The function is called while a graph is

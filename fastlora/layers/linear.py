@@ -148,22 +148,29 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return the base layer.
+        """Release and return the base layer.
 
-        The base layer is an `nn.Linear`. It replaces this layer when the adapters are removed.
+        The base layer is a plain `nn.Linear`. It replaces this layer when the adapters are removed.
         """
         return self.to_linear()
 
     def _check_release(self) -> None:
-        """Check that a plain `nn.Linear` can have the layer's weight and bias.
+        """Check that the base layer can be released.
+
+        The base layer is released as a plain `nn.Linear`, which must be able to hold the layer's
+        weight and bias.
 
         Raises:
             UnsupportedLayerError: The weight or bias is computed from other parameters.
         """
-        self._check_nothing_is_computed("return this layer's nn.Linear")
+        self._check_weight_and_bias_are_parameters("return this layer's nn.Linear")
 
-    def _check_nothing_is_computed(self, action: str) -> None:
-        """Raise `UnsupportedLayerError` if the weight or bias is computed from other parameters."""
+    def _check_weight_and_bias_are_parameters(self, action: str) -> None:
+        """Check that the weight and bias are parameters of this layer.
+
+        Raises `UnsupportedLayerError` if the weight or bias is computed from other parameters, by a
+        parametrization or by pruning. The message states that ``action`` is not possible.
+        """
         for name in ("weight", "bias"):
             if name not in self._parameters:
                 raise UnsupportedLayerError(
@@ -208,9 +215,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base linear layer.
+        """Return the base layer.
 
-        The base linear layer is this layer itself, because this layer contains the base weight. The
+        The base layer is this layer itself, because this layer contains the base weight. The
         property `base_layer` is the base `nn.Linear` without the adapters. The name of the method
         is PEFT's.
         """
@@ -253,7 +260,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
                 "cannot merge into this layer: its weight is sharded (a DTensor); save the adapter "
                 "and merge it into an unsharded base model"
             )
-        self._check_nothing_is_computed("merge into this layer")
+        self._check_weight_and_bias_are_parameters("merge into this layer")
         if type(self.weight) is not nn.Parameter:
             raise UnsupportedLayerError(
                 f"cannot merge into this layer: its weight is a {type(self.weight).__name__}, "

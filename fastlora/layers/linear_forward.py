@@ -97,10 +97,10 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
 
 
 def _split_at_dora_adapters(layer: BaseLinearWithAdapters, names: list[str]) -> list[list[str]]:
-    """Split a list of adapter names into runs, before and after each DoRA adapter.
+    """Split a list of adapter names at the DoRA adapters.
 
     The result is a list of runs. A run is a list of the names of adapters that one call applies.
-    Each DoRA adapter has a run of its own.
+    Each DoRA adapter has a run of its own. Consecutive adapters without DoRA form one run.
     """
     runs: list[list[str]] = []
     for name in names:

@@ -94,10 +94,10 @@ class BaseLinearWithAdapters(nn.Module):
         return None
 
     def _local_weight_if_quantized(self) -> BaseQuantizedWeight | None:
-        """Return this process's part of the base weight if the weight is quantized.
+        """Return this process's shard of the base weight if the weight is quantized.
 
-        If the layer is not split over processes, this process's part is the whole weight. Returns
-        None if the base weight is not quantized.
+        If the layer is not split over processes, the shard is the whole weight. Returns None if the
+        base weight is not quantized.
         """
         return None
 
@@ -111,11 +111,10 @@ class BaseLinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return the local part of the base layer's bias.
+        """Return this process's share of the base layer's bias.
 
-        The local part ``[N]`` is the part that belongs to this process. If the layer is not split
-        over processes, the local part is the whole bias. Returns None if the base layer has no
-        bias.
+        If the layer is not split over processes, the share is the whole bias ``[N]``. Returns None
+        if the base layer has no bias.
         """
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
@@ -131,11 +130,11 @@ class BaseLinearWithAdapters(nn.Module):
     def _reduce_squares_and_replace_zeros(
         self, squared_norms: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Sum squared row norms over tensor-parallel processes, and replace zeros.
+        """Sum squared row norms over tensor-parallel processes, and replace zeros with infinity.
 
-        Zeros are replaced with infinity, so that DoRA does not divide by zero. Each entry of
-        ``squared_norms`` contains the squared norms ``[N]`` of an adapted weight over this
-        process's columns. Each result contains the squared norms ``[N]`` of whole rows. By default,
-        a process has whole rows, so no norms are summed.
+        Zeros are replaced so that DoRA does not divide by zero. Each entry of ``squared_norms``
+        contains the squared norms ``[N]`` of an adapted weight over this process's columns. Each
+        result contains the squared norms ``[N]`` of whole rows. By default, a process has whole
+        rows, so no norms are summed.
         """
         return [replace_zeros_with_infinity(each) for each in squared_norms]

@@ -88,7 +88,7 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return it.
+        """Release and return the base layer.
 
         The base layer replaces this layer when its adapters are removed.
         """
@@ -183,10 +183,11 @@ class LoraLayer(MergeableLayer):
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
     def _num_rank_blocks(self, factor_name: str) -> int:
-        """Return the number of blocks into which the rank dimension of a factor is divided.
+        """Return the number of rank blocks of a factor.
 
-        The blocks have the same size. The lora_A of a convolution has one block per group. The
-        lora_A of a stack has one block per matrix. Any other factor has one block.
+        The rank dimension of a factor is divided into blocks of the same size. The lora_A of a
+        convolution has one block per group. The lora_A of a stack has one block per matrix. Any
+        other factor has one block.
         """
         base: Any = self.get_base_layer()
         return int(getattr(base, "groups", 1)) if factor_name == "lora_A" else 1
@@ -441,35 +442,35 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file and in the state dict.
+        """Return the names of an adapter's tensors in the adapter file.
 
-        The result is a dict whose keys are the names in the adapter file. Each value is the name of
-        the same tensor in the state dict. All names are relative to this layer. The tensors of
-        inner layers are included.
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict. All names are relative to this layer. The tensors of inner layers are
+        included.
         """
-        names = parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
+        names = parts.file_to_state_dict_names(self._factors_by_name(adapter_name), adapter_name)
         for below, layer in self.inner_layers().items():
             for disk, key in layer.file_names(adapter_name).items():
                 names[f"{below}.{disk}"] = f"{below}.{key}"
         return names
 
     def widen(self, adapter_name: str) -> None:
-        """Upcast an adapter's factors to higher precision.
+        """Widen the dtype of an adapter's factors to fp32.
 
         Factors that have lower precision than fp32 are converted to fp32. Other factors remain
         unchanged. If the adapter uses DoRA, its magnitude is recomputed.
         """
-        for part, factor in self._factors_by_part(adapter_name).items():
+        for part, factor in self._factors_by_name(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
                 self._modules[part][adapter_name] = parts.upcast_to_fp32(factor)
         if adapter_name in self.lora_magnitude_vector:
             # Recomputed in fp32, because the old magnitude was rounded to the narrower dtype.
             self.reset_magnitude(adapter_name)
 
-    def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
-        """Return a dict of an adapter's factors, keyed by part.
+    def _factors_by_name(self, adapter_name: str) -> dict[str, parts.Factor]:
+        """Return a dict of an adapter's factors, keyed by name.
 
-        The keys are the names of the adapter's parts, such as ``"lora_A"`` or, for DoRA,
+        The keys are names in `adapter_parts`, such as ``"lora_A"`` or, for DoRA,
         ``"lora_magnitude_vector"``.
         """
         held: dict[str, parts.Factor] = {}
@@ -495,7 +496,7 @@ class LoraLayer(MergeableLayer):
         if adapter_name not in self.r:
             names = list(self.r)
             raise AdapterNotFoundError(
-                f"no adapter {adapter_name!r} on this layer, which has {names}"
+                f"this layer has no adapter {adapter_name!r}; its adapters are {names}"
                 f"{near_names(adapter_name, names)}"
             )
 

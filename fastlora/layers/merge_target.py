@@ -43,8 +43,9 @@ class MergeTarget(Protocol):
     def merge_buffer(self) -> torch.Tensor:
         """Return a buffer in which to compute the merged weight.
 
-        The buffer is a dense matrix with the weight's current values: either the weight itself or a
-        new fp32 copy of the weight. Adapters are merged into the matrix before `write` is called.
+        The buffer is a dense matrix with the weight's current values. If ``in_place`` is set, the
+        buffer is the weight itself or a view of it. Otherwise, the buffer is a new fp32 copy of the
+        weight. Adapters are merged into the buffer before `write` is called.
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
@@ -83,7 +84,7 @@ class MergeTarget(Protocol):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot with ``fn``, or keep the snapshot as it is, and return the result.
+        """Convert a snapshot with ``fn`` if needed, and return the result.
 
         ``snapshot`` is a result of the method `snapshot`. ``fn`` is the function that
         ``nn.Module._apply`` applies to the module's tensors, for example to move the module to
@@ -137,11 +138,11 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write a dense matrix to the weight.
+        """Write a dense matrix back to the weight.
 
         The matrix must be the result of `merge_buffer`, which for this class is the weight itself
-        or a view of it. The weight therefore already has the values of the matrix, and this method
-        copies nothing.
+        or a view of it. The weight therefore already has the values of the matrix, and nothing
+        needs to be copied or converted.
         """
 
     def snapshot(self) -> object:
@@ -168,7 +169,7 @@ class DenseMergeTarget:
 
 
 def bit_sums(tensor: torch.Tensor | None) -> Fingerprint:
-    """Return sums of a tensor's bits as a fingerprint of the tensor.
+    """Return a fingerprint of a tensor, computed by summing its bit patterns.
 
     The bits are read as integers and summed by row and by column. Any write changes the sums,
     whether or not it changes the tensor's version. Examples are writes by an optimizer, by compiled

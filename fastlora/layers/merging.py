@@ -52,7 +52,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         return base
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return the base weight and bias, into which adapters are merged.
+        """Return the base weight and bias that adapters are merged into.
 
         If the weight or the bias does not support merging, an error states the reason.
         """
@@ -68,7 +68,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_base_layer_unmodified_since_merge(self) -> bool:
-        """Return whether the base layer has remained unmodified since the last merge.
+        """Return whether the base layer has not been modified since the last merge.
 
         The fingerprints of the base weight and the bias are compared with those from the last
         merge. If the weight and the bias are both unmodified, `unmerge` can restore the values that
@@ -101,10 +101,10 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         clear_base_and_adapter_caches(self)
 
     def _requantize_and_measure_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
-        """Requantize the weight with new values, and measure the quantization error.
+        """Requantize the weight after a merge, and measure the quantization error.
 
-        The new values are those of ``matrix [N, K]``. The error is stored in `merge_error`. For
-        weights that are merged in place, the method does nothing.
+        The weight's new values are the quantized values of ``matrix [N, K]``. The error is stored
+        in `merge_error`. For weights that are merged in place, the method does nothing.
         """
         if weight.in_place:
             return
@@ -292,7 +292,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         dora_scales: dict[str, torch.Tensor],
     ) -> None:
-        """Update the bias in place with the change that the last merged adapter makes.
+        """Add the last adapter's bias change to the bias in place.
 
         The change is multiplied by ``sign`` before it is added. The list ``names_in_merge_order``
         contains the names of the adapters in the order in which they are merged. The last name is

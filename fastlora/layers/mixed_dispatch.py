@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 def choose_mixed_implementation(
     call: MixedCall, base: Base, excluded_slots: Sequence[int]
 ) -> tuple[bool, AddressTables | None, Slots | None]:
-    """Choose the implementation that runs a layer's forward pass on a mixed batch.
+    """Choose how to run a layer's forward pass on a mixed batch.
 
-    Returns a tuple. The first item says whether the forward pass can use address tables or packed
-    factors. Address tables and packed factors require a forward pass without gradients, dropout,
-    and autocast. The second item is the address tables if kernels read factors by address. The
-    third item is a list with the factors of each slot if kernels take the factors as tensors. If
-    the second and third items are None, PyTorch operators run.
+    Returns a tuple (is_bare, tables, slots). is_bare says whether the forward pass can use address
+    tables or packed factors, which require a forward pass without gradients, dropout, or autocast.
+    tables contains the address tables if kernels read factors by address. slots is a list with the
+    factors of each slot if kernels take the factors as tensors. If tables and slots are both None,
+    PyTorch operators run.
 
     Args:
         call: The call of the layer.
@@ -130,10 +130,10 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return the factors of each slot for the kernels.
+    """Return the factors of each slot for the kernels, or None if kernels cannot be used.
 
-    The result is a list with one entry per slot. Returns None if the kernels are not used for the
-    call or do not support the factors' dtypes. PyTorch operators are then used instead.
+    The result is a list with one entry per slot. Kernels are not used if the call runs in PyTorch,
+    or if the kernels do not support the factors' dtypes.
 
     Args:
         call: The call of a layer.

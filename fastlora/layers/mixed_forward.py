@@ -86,9 +86,9 @@ def _forward_before_dora(
 ) -> tuple[torch.Tensor, bool]:
     """Compute a layer's output for a mixed batch, before DoRA is applied.
 
+    The adapters in ``excluded_slots`` are not applied, so their rows get the base layer's output.
     Returns a tuple (y, by_address). y is the output ``[..., N]``. by_address says whether kernels
-    found the factors by address. The adapters in ``excluded_slots`` are not applied, so their rows
-    get the base layer's output.
+    found the factors by address.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = choose_mixed_implementation(call, base, excluded_slots)
@@ -216,7 +216,7 @@ def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | No
     call = replace(call, routing=batch)
     if batch.source.tables is not None:
         return _forward_pool_in_compiled_graph(call, base, batch.source.tables)
-    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.DoraSlots()
+    dora = dora_layer.find_dora_slots(layer, batch) or dora_layer.SlotsUsingDora()
     slots = slot_factors_for_compiled_graph(call, layer, dora.dropped)
     if slots is None:
         return None

@@ -166,9 +166,10 @@ class ModuleWithAdapters:
         return []
 
     def _check_release(self) -> None:
-        """Check that `release` can return the module without adapters.
+        """Check that the base module can be released.
 
-        `release` is a method of subclasses. An error states why the module cannot be returned.
+        Raises an error if `release`, a method of subclasses, cannot return the module without
+        adapters. The error states the reason.
         """
 
     def merge(
@@ -201,9 +202,9 @@ class ModuleWithAdapters:
             self._merge_without_checks(names, keep_base)
 
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
-        """Merge the named adapters into the base weight without checks.
+        """Merge the named adapters into the base weight without the checks of `check_merge`.
 
-        The adapters must already have passed `check_merge`. ``keep_base`` is as in `merge`.
+        The adapters must already have passed these checks. ``keep_base`` is as in `merge`.
         """
 
     def unmerge(self) -> None:

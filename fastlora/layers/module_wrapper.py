@@ -65,10 +65,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file and in the state dict.
+        """Return the names of an adapter's tensors in the adapter file.
 
-        The result is a dict whose keys are the names in the adapter file. Each value is the name of
-        the same tensor in the state dict. All names are relative to this module.
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict. All names are relative to this module.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -90,10 +90,11 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Return the module that replaces this wrapper when the wrapper is removed.
+        """Release and return the wrapped module.
 
-        The wrapper is removed together with its adapters. By default, the returned module is the
-        base layer, which is the original module.
+        The returned module replaces this wrapper when the wrapper and its adapters are removed. By
+        default, the base layer is returned, which is the original module. A subclass may return an
+        adapter's copy of the module instead.
         """
         return self.get_base_layer()
 
@@ -154,11 +155,11 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
+        """Remove an adapter and its copy of the wrapped module.
 
-        The adapter's copy of the wrapped module or of its rows is removed too. Unlike
-        `delete_adapter`, this method checks nothing. For example, this method is called after the
-        addition of an adapter has failed.
+        The copy may contain only some of the module's rows. Unlike `delete_adapter`, this method
+        checks nothing. For example, this method is called after the addition of an adapter has
+        failed.
         """
         self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
@@ -190,10 +191,11 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the adapter that a forward pass applies.
+        """Return the name of the acting adapter.
 
-        It is the first active adapter that has its own copy of this module or of some of its rows.
-        Returns None if there is no such adapter, or if the adapters are disabled.
+        A forward pass applies the acting adapter, which is the first active adapter that has its
+        own copy of this module or of some of the module's rows. Returns None if there is no such
+        adapter, or if the adapters are disabled.
         """
         if self._disabled:
             return None

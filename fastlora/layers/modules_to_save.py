@@ -23,15 +23,17 @@ def raise_if_container(module: nn.Module) -> None:
     """
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
-            f"modules_to_save supports only modules that can be called, got {type(module).__name__}"
+            "modules_to_save supports only modules with a forward method, got "
+            f"{type(module).__name__}"
         )
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Wrapper that keeps a copy of a module in ``modules_to_save`` for each adapter.
+    """Wrapper for a module in ``modules_to_save``, with one copy of the module per adapter.
 
     The wrapper also keeps the original module. The forward pass runs the active adapter's copy, or
-    the original module if no adapter is active.
+    the original module if no adapter is active. In a mixed batch, each row is passed to the copy of
+    its own adapter, or to the original module if the row has no adapter.
 
     Args:
         original_module: The module to copy.
@@ -57,7 +59,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
         Args:
             adapter_name: The adapter that gets the copy.
-            tied_to: A module whose weight the copy shares. With None, the copy has its own weight.
+            tied_to: The module to which the copy is tied. The copy shares the weight of
+                ``tied_to``. With None, the copy has its own weight.
         """
         weight: Any = getattr(self.original_module, "weight", None)
         memo = {} if tied_to is None else {id(weight): tied_to.weight}
@@ -73,7 +76,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file.
 
         The result is a dict that maps each name in the adapter file to the name of the same tensor
         in the state dict of this wrapper. The names in the adapter file are those in the state dict
@@ -92,11 +95,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the module that replaces this wrapper when the wrapper is removed.
+        """Release and return the wrapped module.
 
-        The wrapper is removed together with its adapters. The original module is returned if no
-        adapter is active. Otherwise, the active adapter's copy of the original module is returned,
-        even if adapters are disabled.
+        The returned module replaces this wrapper when the wrapper and its adapters are removed. The
+        original module is returned if no adapter is active. Otherwise, the active adapter's copy of
+        the original module is returned, even if adapters are disabled.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
@@ -189,7 +192,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
 def _select_rows(
     arguments: tuple[tuple[object, ...], dict[str, object]], index: torch.Tensor, count: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments in which rows are selected from all tensors with ``count`` rows."""
+    """Select the rows at ``index`` in each tensor argument that has ``count`` rows.
+
+    Returns the arguments with the selected rows. All other arguments are unchanged.
+    """
     return tree_map_only(
         torch.Tensor,
         lambda t: t.index_select(0, index) if t.dim() and t.shape[0] == count else t,

@@ -90,7 +90,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _PackedFactor
         # Record the factors before packing them: another thread may replace one meanwhile.
         if sets.snapshot is not None:
             names = [routing.names[slot] for slot in rows.used_slots]
-            sets.snapshot.add(layer, layer.scaling, names)
+            sets.snapshot.record_adapters(layer, layer.scaling, names)
         slots = _factors_to_pack(layer, call, rows)
         pack = None if slots is None else pack_layer_factors_if_finite(slots, x.dtype, kind)
         sets.put(number, x.dtype, kind, pack)
@@ -114,7 +114,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _PackedFactor
 def _factors_to_pack(
     layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows
 ) -> list[Factors | None] | None:
-    """Return the factors of a layer that are to be packed.
+    """Return the factors of a layer's adapters that are to be packed for a mixed batch.
 
     The result is a list with one entry for each slot that the batch uses. The entry is None for an
     adapter that does not adapt the layer. Returns None instead of a list if the factors cannot be

@@ -28,16 +28,18 @@ class DoraMagnitude(nn.Module):
         self.weight = nn.Parameter(magnitude)
 
 
-def freeze_and_convert(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
+def freeze_and_convert(
+    factor: Factor, reference: torch.Tensor | None, module_training_mode: bool
+) -> Factor:
     """Freeze a factor and convert it to the device and dtype of a reference tensor.
 
     Returns the frozen factor. The factor is not converted if ``reference`` is None. If the factor
-    is a module, its training mode is set to ``training``.
+    is a module, its training mode is set to ``module_training_mode``.
     """
     if isinstance(factor, nn.Module):
         if reference is not None:
             factor.to(device=reference.device, dtype=reference.dtype)
-        return factor.train(training).requires_grad_(False)
+        return factor.train(module_training_mode).requires_grad_(False)
     if reference is not None:
         factor = nn.Parameter(factor.detach().to(reference.device, reference.dtype))
     factor.requires_grad_(False)

@@ -77,7 +77,7 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for the kernels, or the reason why they cannot be used.
+        """Return a module's weight for kernels, or the reason why kernels cannot be used.
 
         The weight is in the format that the kernels expect for x in ``dtype``. If ``dtype`` is
         None, the dtype that the module computes in is used. If the kernels cannot be used, the
@@ -135,7 +135,7 @@ class KernelWeightCache(UncopiedCache):
             self._captured.clear()
 
     def output_from_repacked_codes(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Compute a module's output from repacked codes.
+        """Compute a module's output from repacked quantization codes.
 
         Returns None if the module must be called, or if calling it is faster. The module is one for
         which `is_bitsandbytes_repacking_prevented` is true.
@@ -281,7 +281,7 @@ def to_base_output_dtype(
 
 
 def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: bool = False) -> None:
-    """Clear what a layer has cached about its base weight and its adapters.
+    """Clear the values that a layer has cached for its base weight and its adapters.
 
     The caches contain the DoRA norms, the rank rows of a stack's adapters, and the quantized base
     weight for kernels. If ``release_cuda_graph_weights`` is set, cached weights that CUDA graphs
@@ -300,7 +300,7 @@ def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: boo
 def _arguments_for_weight_stamp(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments that `stamp_tensors` needs for a stamp of a module's weight.
+    """Return the arguments to pass to `stamp_tensors` to stamp a module's weight.
 
     Returns None if the module's weight is no longer the object that ``kind`` refers to.
     """

@@ -26,16 +26,16 @@ def factors_padded_to_rank(
     The result is a dict that maps each part to the padded copy of its factor. The layer is not
     changed.
     """
-    held = layer._factors_by_part(adapter_name)
+    held = layer._factors_by_name(adapter_name)
     lora_bias = layer._factors(adapter_name)[2] is not None
     with torch.random.fork_rng(devices=[]):  # The drawn values are overwritten below.
         made = layer._create_factors(
             rank, lora_bias, AdapterInitializer(layer, False, 1.0, None, False)
         )
     for part, factor in made.items():
-        old = named_factor_parameters(held[part])
+        old = factor_parameters_by_name(held[part])
         factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
-        for name, tensor in named_factor_parameters(factor).items():
+        for name, tensor in factor_parameters_by_name(factor).items():
             copy_zero_padded(tensor, old[name], layer._num_rank_blocks(part))
             tensor.requires_grad_(old[name].requires_grad)
     return made
@@ -44,10 +44,10 @@ def factors_padded_to_rank(
 def replace_factors(
     layer: LoraLayer, adapter_name: str, new_factors: dict[str, parts.Factor], new_rank: int
 ) -> None:
-    """Replace an adapter's factors on a layer with the given factors.
+    """Replace an adapter's factors on a layer with factors of a new rank.
 
-    The given factors, which may be padded, have rank ``new_rank``. The adapter's scaling does not
-    change.
+    The new factors, such as the adapter's factors padded with zeros, have rank ``new_rank``. The
+    adapter's scaling does not change.
     """
     for part, factor in new_factors.items():
         layer._modules[part][adapter_name] = factor
@@ -74,8 +74,8 @@ def set_scaling_and_alpha(
     layer.lora_alpha[adapter_name] = float(scaling) * by
 
 
-def named_factor_parameters(factor: parts.Factor) -> dict[str, nn.Parameter]:
-    """Return a dict of a factor's parameters, keyed by parameter name.
+def factor_parameters_by_name(factor: parts.Factor) -> dict[str, nn.Parameter]:
+    """Return a dict of a factor's parameters, keyed by name.
 
     A bare parameter is named ``weight``.
     """

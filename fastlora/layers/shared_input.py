@@ -310,7 +310,7 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
 
 
 def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
-    """Record that a layer is called with x, and return the layer's shared-input group.
+    """Record a layer's call with x, and return the layer's shared-input group.
 
     Returns None if the group is not identified yet.
     """

@@ -1,7 +1,8 @@
 """`TableLaunchArguments`, the arguments of kernels that read a layer's factors from the tables.
 
-They include the layer's row in the address tables, and its neighbors: the layers of its
-shared-input group with adjacent rows. One launch serves a layer and its neighbors.
+The arguments include the layer's row in the address tables, and the layer's neighbors. The
+neighbors are layers of the same shared-input group with adjacent rows. A layer and its neighbors
+share launches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastlora.ops import schema
 from fastlora.ops.factors import AddressTables, Base
 from fastlora.ops.operator_backend import launch_mixed_group_without_operator, weight_for_kernels
 from fastlora.ops.rows import Rows
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ def get_table_launch_arguments(
         stop += 1
     members = [neighbors[each] for each in range(first, stop)]
     own = (
-        rows_for_address_tables(rows, invariant) if impl == "triton" else rows.operator_arguments()
+        rows_argument_for_address_tables(rows, invariant)
+        if impl == "triton"
+        else rows.operator_arguments()
     )
     shared = group if len(members) > 1 else None
     found = TableLaunchArguments(
@@ -168,7 +171,7 @@ def linear_from_tables(
 def run_launch_with_neighbors(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunchArguments
 ) -> list[torch.Tensor] | None:
-    """Compute the outputs of a layer and its neighbors at once.
+    """Compute the outputs of a layer and its neighbors in shared kernel launches.
 
     The neighbors share the layer's input and are next to the layer in the address tables. Each
     output is y ``[M, N]``. Returns None if the outputs cannot be computed together.

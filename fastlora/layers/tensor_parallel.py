@@ -2,9 +2,9 @@
 
 Shapes on one of T processes, after ``parallelize_module`` has split the base layer:
 
-- column-wise: ``x [..., K]`` unsharded, ``weight [N/T, K]``, ``lora_A [R, K]`` unsharded,
+- column-parallel: ``x [..., K]`` unsharded, ``weight [N/T, K]``, ``lora_A [R, K]`` unsharded,
   ``lora_B [N/T, R]``, ``y [..., N/T]``;
-- row-wise: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]``
+- row-parallel: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]``
   unsharded, ``y [..., N]``, to be summed over the processes.
 
 In both cases, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on its
@@ -15,11 +15,11 @@ unsharded factor is summed over the processes.
 
 DoRA scales each output by ``g = magnitude / ||weight + scaling * lora_b @ lora_a||``, N numbers:
 
-- column-wise, each process stores whole rows of the weight. ``magnitude [N/T]`` is split in the
+- column-parallel, each process stores whole rows of the weight. ``magnitude [N/T]`` is split in the
   same way, and nothing is communicated;
-- row-wise, each process stores a part of each row. ``magnitude [N]`` is unsharded, and the squared
-  norms ``[N]`` are summed over the processes in every forward pass. Outputs are summed after the
-  scale: g times a sum is the sum of g times each summand, so each process scales its own.
+- row-parallel, each process stores a part of each row. ``magnitude [N]`` is unsharded, and the
+  squared norms ``[N]`` are summed over the processes in every forward pass. Outputs are summed
+  after the scale: g times a sum is the sum of g times each summand, so each process scales its own.
 
 Only each process's own part of the norms is cached between forward passes. Whether a forward pass
 communicates therefore does not depend on the cache, so no process that misses its cache waits for
@@ -39,8 +39,8 @@ from torch import nn
 
 from fastlora.layers.adapter_factors import has_module_hooks, scaling_as_scalar_tensor
 from fastlora.layers.base_layers import (
-    COLUMN_WISE,
-    ROW_WISE,
+    COLUMN_PARALLEL,
+    ROW_PARALLEL,
     is_tensor_parallel,
     tensor_parallel_style,
 )
@@ -82,13 +82,13 @@ class TensorParallelLoraLinear(FastLoraWrapper):
 
     The layer computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
-    The factors are DTensors over the base layer's mesh. Column-wise, lora_B is split along N and
-    lora_A is replicated. Row-wise, lora_A is split along K and lora_B is replicated. The update is
-    added between the base layer's product and the collectives after it.
+    The factors are DTensors over the base layer's mesh. In a column-parallel layer, lora_B is split
+    along N and lora_A is replicated. In a row-parallel layer, lora_A is split along K and lora_B is
+    replicated. The update is added between the base layer's product and the collectives after it.
 
-    With dropout, column-wise processes use one mask, for which each forward pass broadcasts one
-    number. Row-wise, each process draws a mask for its own columns, so the masks differ from those
-    of a single process.
+    With dropout, all processes of a column-parallel layer use one mask, for which each forward pass
+    broadcasts one number. In a row-parallel layer, each process draws a mask for its own columns,
+    so the masks differ from those of a single process.
 
     Every process must call `add_adapter`; the first process's values are used. `add_adapter` raises
     `AdapterStateError` if FSDP2 shards the layer too.
@@ -137,7 +137,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Release the base layer from this layer, and return the base layer.
+        """Release and return the base layer.
 
         This layer's hook is removed from the base layer. Without the hook, the base layer no longer
         adds the LoRA update.
@@ -153,7 +153,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         mesh = self.base_layer.weight.device_mesh
         by_output = self._per_output_placement()
         parts = [
-            (self.lora_A[name], Replicate() if self.style == COLUMN_WISE else Shard(1)),
+            (self.lora_A[name], Replicate() if self.style == COLUMN_PARALLEL else Shard(1)),
             (self.lora_B[name], by_output),
         ]
         if name in self.lora_magnitude_vector:
@@ -190,7 +190,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         """Return the DTensor placement for tensors with one element per output feature."""
         from torch.distributed.tensor import Replicate, Shard
 
-        return Shard(0) if self.style == COLUMN_WISE else Replicate()
+        return Shard(0) if self.style == COLUMN_PARALLEL else Replicate()
 
     def _reference_for_new_factors(self) -> torch.Tensor | None:
         weight = self.base_layer.weight
@@ -239,7 +239,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         y: Any = output
         self._check_layouts(x, y)
         # Each process has all of x and a part of its gradient, or a part of both.
-        partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
+        partial = (Partial(),) if self.style == COLUMN_PARALLEL else x.placements
         own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
         call = replace(call, original_x=own_x, x=own_x)
         result = forward(call, Base(y=own_y, inplace=True))
@@ -252,7 +252,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         last = x.dim() - 1
         if to is None or out is None:
             fits = False
-        elif self.style == COLUMN_WISE:
+        elif self.style == COLUMN_PARALLEL:
             fits = to.is_replicate() and out.is_shard(last)
         else:
             fits = to.is_shard(last) and out.is_partial()
@@ -267,9 +267,10 @@ class TensorParallelLoraLinear(FastLoraWrapper):
     def _local_factors(
         self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
-        """Return this process's share of an adapter's factors.
+        """Return this process's shards of an adapter's factors.
 
-        They are plain tensors. The scaling is returned with them but is not multiplied into them.
+        The shards are plain tensors. A factor that is not split is returned as a whole. The scaling
+        is returned with the factors but is not multiplied into them.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called.
@@ -279,10 +280,10 @@ class TensorParallelLoraLinear(FastLoraWrapper):
             if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or has_module_hooks(module):
                 raise UnsupportedLayerError(
                     f"adapter {name!r} has a {type(module).__name__} that has hooks or was "
-                    "replaced; a tensor-parallel layer does not support this"
+                    "replaced, which tensor-parallel layers do not support"
                 )
         lora_bias = None if up.bias is None else to_local_summing_replicated_grads(up.bias)
-        if lora_bias is not None and self.style == ROW_WISE:
+        if lora_bias is not None and self.style == ROW_PARALLEL:
             # All shares of y are summed, so only the first process adds the bias.
             lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
@@ -300,27 +301,28 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's part of the base layer's bias.
+        """Return this process's share of the base layer's bias.
 
-        Column-wise, the part is this process's slice of the bias. Row-wise, all processes get equal
-        parts: the bias divided by the number of processes. DoRA subtracts these parts before it
-        scales y and adds them afterwards, so that they sum to the bias in whichever process torch
-        has added it. All parts may be trained. Returns None if the base layer has no bias.
+        In a column-parallel layer, the share is this process's shard of the bias. In a row-parallel
+        layer, all processes get equal shares: the bias divided by the number of processes. DoRA
+        subtracts these shares before it scales y and adds them afterwards, so that they sum to the
+        bias in whichever process torch has added it. All shares may be trained. Returns None if the
+        base layer has no bias.
         """
         bias = super()._local_base_bias()
-        if bias is None or self.style == COLUMN_WISE:
+        if bias is None or self.style == COLUMN_PARALLEL:
             return None if bias is None else to_local_summing_replicated_grads(bias)
         return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
         """Derive this process's dropout seeds from ``seed``.
 
-        The seeds are int64 and have the shape of ``seed``. Row-wise, each process has its own seeds
-        for masking its shard of x. Column-wise, x is not split, so all processes mask the same x
-        with the same seeds.
+        The seeds are int64 and have the shape of ``seed``. In a row-parallel layer, each process
+        has its own seeds for masking its shard of x. In a column-parallel layer, x is not split, so
+        all processes mask the same x with the same seeds.
         """
         mesh = self.base_layer.weight.device_mesh
-        if self.style == ROW_WISE:
+        if self.style == ROW_PARALLEL:
             return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
         shared = seed.to(mesh.device_type, copy=True)  # The block keeps its own.
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
@@ -329,7 +331,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
     def _reduce_squares_and_replace_zeros(
         self, squared_norms: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        if self.style == ROW_WISE and squared_norms:
+        if self.style == ROW_PARALLEL and squared_norms:
             joined = torch.stack(list(squared_norms))  # One message for all sums.
             dist.all_reduce(joined, group=self.base_layer.weight.device_mesh.get_group())
             squared_norms = joined.unbind()
@@ -357,7 +359,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return FusionStatus(False, reason)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return the base weight and bias, into which adapters are merged.
+        """Return the base weight and bias that adapters are merged into.
 
         Both are this process's shards. The bias is None if the base layer has no bias.
         """
@@ -385,11 +387,11 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's dense delta weight for the tensor-parallel layer.
+        """Return an adapter's delta weight for the tensor-parallel layer.
 
-        The delta weight ``[N, K]`` is ``scaling * B @ A`` for the whole layer and is not sharded.
-        All processes must call this method, because the shards of the factors A and B are gathered
-        from all processes.
+        The delta weight ``[N, K]`` is the dense matrix ``scaling * B @ A`` for the whole layer and
+        is not sharded. All processes must call this method, because the shards of the factors A and
+        B are gathered from all processes.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

@@ -104,7 +104,7 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names under which an adapter's tensors are stored in the adapter file.
+        """Return the names of an adapter's tensors in the adapter file.
 
         A tied head has no tensors of its own, so the result is an empty dict. The shared factors
         are saved with the embedding.

@@ -24,9 +24,9 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
-    """Check that the given tokens of a module can be trained.
+    """Check that the given token rows of a module can be trained.
 
-    Each token corresponds to a row of the module's weight.
+    Each token has a row in the module's weight.
 
     Args:
         module: The base layer, which must be an embedding or a linear layer.
@@ -198,12 +198,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file and in the state dict.
+        """Return the names of an adapter's tensors in the adapter file.
 
-        The result is a dict whose keys are the names in the adapter file. Each value is the name of
-        the same tensor in the state dict of this wrapper. The only entry is for the adapter's rows.
-        The dict is empty if another module owns the rows, or if this wrapper does not have the
-        adapter.
+        The result is a dict that maps each name in the adapter file to the name of the same tensor
+        in the state dict of this wrapper. The only entry is for the adapter's rows. The dict is
+        empty if another module owns the rows, or if this wrapper does not have the adapter.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -316,13 +315,13 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_embeddings(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return y with the embeddings of trainable tokens replaced.
+        """Return y with the embeddings of trainable tokens replaced by trained rows.
 
-        The trained rows replace the embeddings in y ``[..., D]``. ``own``, with the shape of
-        ``ids``, is the index of each id's adapter in ``names``, or -1.
+        The shape of y is ``[..., D]``. ``own``, with the shape of ``ids``, is the index of each
+        id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
-        ids, (keys, places) = ids.long(), self._token_keys_and_row_indices(names, ids.device)
+        ids, (keys, places) = ids.long(), self._token_lookup_keys_and_row_indices(names, ids.device)
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
@@ -343,10 +342,10 @@ class TrainableTokensWrapper(ModuleWrapper):
             new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
-    def _token_keys_and_row_indices(
+    def _token_lookup_keys_and_row_indices(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the lookup keys of all trainable tokens and the row index of each key.
+        """Return the lookup keys of the adapters' trainable tokens and the row index of each key.
 
         The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
@@ -367,13 +366,13 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Return y with the columns of an adapter's trainable tokens replaced.
+        """Replace the columns of an adapter's trainable tokens in y, and return the result.
 
-        The shape of y is ``[..., V]``. The new columns are computed from x ``[..., D]`` and the
-        adapter's trained rows.
+        y ``[..., V]`` is the output of the base layer, such as a head's logits. The new columns are
+        computed from x ``[..., D]`` and the adapter's trained rows.
         """
         base: Any = self.get_base_layer()
-        index, places = self._token_keys_and_row_indices([name], x.device)
+        index, places = self._token_lookup_keys_and_row_indices([name], x.device)
         delta = self._trained_modules_or_rows_by_adapter[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
@@ -414,16 +413,16 @@ class TrainableTokensWrapper(ModuleWrapper):
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the trained token rows of adapter {name!r} (trainable_token_indices) contain "
-                    "values that are not finite; the adapter seems to be broken"
+                    "non-finite values; the adapter may be corrupted"
                 )
         return names
 
     @torch.no_grad()
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
-        """Merge the trained rows of the named adapters into the base weight without checks.
+        """Merge the trained rows of the named adapters without the checks of `check_merge`.
 
-        The adapters must already have passed `check_merge`. ``keep_base`` has no effect, because
-        the base rows that are replaced are always kept for `unmerge`.
+        The trained rows replace rows of the base weight. The adapters must already have passed the
+        checks. The replaced rows are always kept for `unmerge`, so ``keep_base`` has no effect.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

@@ -56,7 +56,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
 
     @property
     def weight(self) -> Any:
-        """The weight of the layer, which is the base layer's weight."""
+        """The base layer's weight."""
         return self.base_layer.weight
 
     @property
@@ -306,10 +306,10 @@ def call_with_parameters(
 
 
 def has_replaced_forward_that_cannot_be_copied(module: nn.Module) -> bool:
-    """Return whether a module has a replaced ``forward`` that cannot be copied.
+    """Return whether a module's ``forward`` was replaced by a function that cannot be copied.
 
     A ``forward`` that was replaced on the instance is copied by binding it to a copy of the module.
-    Binding is possible only if the replacement is a method of the module, or a partial function
+    Binding is possible only if the replacement is a method of the module, or a `functools.partial`
     that has the module among its positional arguments.
     """
     forward = module.__dict__.get("forward")
@@ -339,10 +339,10 @@ def copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor])
 def _method_or_partial_bound_to(
     function: object, module: nn.Module, copied: nn.Module
 ) -> Callable[..., Any] | None:
-    """Return a method or partial function of ``module``, bound to ``copied`` instead.
+    """Return a copy of ``function`` that is bound to ``copied`` instead of ``module``.
 
     If ``function`` is a method of ``module``, the result is the same method of ``copied``. If
-    ``function`` is a partial function that has ``module`` among its positional arguments,
+    ``function`` is a `functools.partial` that has ``module`` among its positional arguments,
     ``copied`` replaces ``module`` in the result. Otherwise, the result is None.
     """
     if isinstance(function, types.MethodType) and function.__self__ is module:

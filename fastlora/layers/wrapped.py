@@ -30,12 +30,12 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a module of the base model.
+    """LoRA layer that wraps a base module.
 
     The LoRA layer adds adapters to the wrapped module, which is called the base layer and may be
     any linear-like module. The class is used for base layers that are not a plain `nn.Linear`, such
-    as quantized layers, tensor-parallel layers, layers that hooks offload, and Hugging Face's
-    Conv1D.
+    as quantized layers, layers that hooks offload, and Hugging Face's Conv1D. LoRA layers for other
+    kinds of base modules, such as tensor-parallel layers, are subclasses of this class.
 
     The LoRA layer computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``,
     usually by calling the base layer and adding the update to its output. Without gradients, the

@@ -68,9 +68,10 @@ class ConfigAndOpenWeightsFile:
 def open_adapter_files(
     folder: Path, root: Path | None = None, limits: ConfigAndHeaderSizeLimits | None = None
 ) -> Iterator[ConfigAndOpenWeightsFile]:
-    """Read the config and open the weights file of an adapter folder.
+    """Open the config and the weights file of an adapter folder.
 
-    The weights file is open for the duration of the ``with`` block, for reading only.
+    The config is read and parsed. The weights file is open for the duration of the ``with`` block,
+    for reading only.
 
     Args:
         folder: The adapter folder.
@@ -101,10 +102,11 @@ def open_adapter_files(
 
 
 def read_config_matching_weights(folder: Path) -> dict[str, Any]:
-    """Read the config that belongs to the weights in a folder, and return a dict of its fields.
+    """Read the config that matches the weights in a folder, and return it as a dict.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
-    weights file. If the weights file is missing or damaged, the config file is used.
+    weights file. If the weights file is missing or damaged, the config file is used. The values of
+    the dict are not checked.
 
     Raises:
         CheckpointError: If the config file is needed and is missing, too large, or not a JSON
@@ -153,11 +155,10 @@ def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str
 def config_file_bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
     """Return the bytes to write to the config file when only the config is saved.
 
-    The weights file in the folder may contain a hash of the config file that was replaced when the
-    weights were saved. The function compares this hash with the hash of ``new_config``. If the
-    hashes are equal, readers would conclude that saving the weights was interrupted, and would
-    ignore the config file. To prevent this, a newline is then appended to ``new_config``.
-    Otherwise, ``new_config`` is returned unchanged.
+    The bytes are ``new_config``. A newline is appended if readers would otherwise use the config in
+    the existing weights file instead. The weights file may contain a hash of the config file that
+    was replaced when the weights were saved. If ``new_config`` had this hash, readers would
+    conclude that saving the weights was interrupted, and would ignore the config file.
 
     Args:
         folder: The folder that the config is saved into.

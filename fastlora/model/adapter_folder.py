@@ -116,9 +116,9 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The config and the tensors of an adapter folder.
+    """The config and the tensors of an adapter.
 
-    They are the validated contents of the folder, including the tensor data.
+    The object contains the validated contents of the adapter folder, including the tensor data.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
@@ -171,11 +171,10 @@ class OpenAdapterFolder:
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The header of the adapter, without the tensor data.
+        """The header of the adapter: the names, shapes, and dtypes of the tensors, and the config.
 
-        The header contains the validated config and a description of each tensor, such as the
-        tensor's name, shape, and dtype. When the property is read for the first time, the header of
-        the weights file is checked against the config. No tensor data is read.
+        When the property is read for the first time, the header of the weights file is checked
+        against the config, which has already been validated. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -243,7 +242,7 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Read and return the header of an adapter folder.
+    """Read and return the header of the adapter in a folder.
 
     The tensors are not read. The folder must be local, and is checked as in `load_adapter_folder`.
     """
@@ -254,7 +253,7 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 def with_renamed_modules(
     file: AdapterContents, mapping: Mapping[str, str] | None
 ) -> AdapterContents:
-    """Return a copy of a loaded adapter in which modules are renamed.
+    """Return a copy of a loaded adapter with its modules renamed.
 
     Some transformers models define a mapping from the module names of earlier versions to the
     current names.
@@ -330,7 +329,10 @@ def save_adapter_folder(
 
 
 def _remove_folder_if_empty(folder: Path) -> None:
-    """Remove a folder, unless it contains files, for example of another process."""
+    """Remove a folder if it is empty.
+
+    A folder that contains files, for example files of another process, is kept.
+    """
     with contextlib.suppress(OSError):
         folder.rmdir()
 

@@ -347,7 +347,7 @@ def _embeddings_by_module_name(model: nn.Module) -> dict[str, nn.Module]:
 def _targets_embedding_or_head(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Return whether an adapter targets an embedding or output head.
+    """Return whether an adapter targets an embedding layer or the output head.
 
     The criteria are PEFT's. The result is always False if the adapter has
     ``trainable_token_indices``.
@@ -379,12 +379,15 @@ def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 
 @torch.no_grad()
-def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: AdapterContents) -> None:
+def load_contents_into_adapter(
+    lora_model: LoraModel, adapter_name: str, file: AdapterContents
+) -> None:
     """Load the contents of an adapter file into an adapter of a model.
 
-    The tensors of the file, which has been checked, are copied into the adapter's parameters. The
-    parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when the
-    vocabulary was resized, the embedding is copied into the base model.
+    The model must already have the adapter, and the file must have been checked. The tensors of the
+    file are copied into the adapter's parameters, which keep their dtypes. If the file contains a
+    base embedding, which PEFT saves when the vocabulary was resized, the embedding is copied into
+    the base model.
 
     Args:
         lora_model: The model that has the adapter.
@@ -402,16 +405,16 @@ def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: Adapte
 def _copy_into_model_tensor(
     lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor
 ) -> None:
-    """Copy a tensor into a tensor of the model.
+    """Copy the values of a tensor into a tensor of the model.
 
-    If ``target`` is sharded, each process copies its own shard. A target on the meta device is
-    replaced with a new tensor on the device of the base layer.
+    Both tensors have the same shape. If ``target`` is sharded, each process copies its own shard. A
+    target on the meta device is replaced with a new tensor on the device of the base layer.
 
     Args:
         lora_model: The model.
         key: The key of ``target`` in the model's state dict.
         target: The tensor of the model.
-        source: The tensor to copy, of the same shape as ``target``.
+        source: The tensor to copy.
 
     Raises:
         CheckpointError: If ``source`` itself is on the meta device.

@@ -190,7 +190,9 @@ def _locked_temp_folder(path: Path) -> Iterator[Path]:
 
 
 def _create_locked_temp_folder(path: Path) -> tuple[Path, int]:
-    """Create a locked temporary folder for the new content of ``path``.
+    """Create a locked temporary folder next to ``path``.
+
+    The folder is for the new content of ``path``.
 
     Returns:
         A tuple of the folder and the file descriptor of its locked lock file.

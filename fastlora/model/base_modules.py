@@ -22,10 +22,10 @@ ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes that wrappers such as ``torch.compile`` add to a name.
+    """Remove wrapper prefixes from the name of a module or tensor.
 
-    The name is that of a module or tensor. The prefixes of ``torch.compile``, FSDP1, and activation
-    checkpointing are removed wherever they occur in the name.
+    The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
+    occur in the name.
     """
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
@@ -35,7 +35,7 @@ def strip_wrapper_prefixes(name: str) -> str:
 def is_lora_layer(module: nn.Module) -> bool:
     """Return whether ``module`` is a LoRA layer.
 
-    The LoRA layers of fastlora and of PEFT are recognized.
+    The function also recognizes the LoRA layers of PEFT.
     """
     return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
 
@@ -168,10 +168,11 @@ def modules_with_original_names(
 
 
 def copy_sharing_parameters(module: nn.Module, model: nn.Module) -> nn.Module:
-    """Return a copy of a module that shares the parameters and the hooks of the original.
+    """Return a copy of a module that shares the parameters of the original.
 
-    The copy also shares the buffers, and it refers to the same other modules of ``model``. LoRA
-    layers inside the module are replaced with their base layers in the copy.
+    The copy also shares the buffers and the hooks of the original, and it refers to the same other
+    modules of ``model``. LoRA layers inside the module are replaced with their base layers in the
+    copy.
     """
     inside = {*module.modules()}
     shared: list[object] = [*module.parameters(), *module.buffers()]

@@ -33,9 +33,10 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_base_state_dict(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Load a state dict of the base model into a model with or without adapters.
+    """Load the base model's state dict.
 
-    The tensors are copied.
+    The model may have adapters, but the keys are those of the model without adapters. The tensors
+    are copied.
 
     Args:
         model: The base model, with or without adapters.
@@ -102,7 +103,7 @@ def key_without_adapters(model: nn.Module, key: str, adapter_name: str | None = 
 
 
 def strip_adapter_wrapper_names(module: str) -> str:
-    """Remove the names of adapter wrappers from the name of a module.
+    """Remove the names of adapter wrappers from a module name.
 
     The name is that of a base module in an adapter file. The result is the module's name in the
     model without adapters.

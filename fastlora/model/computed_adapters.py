@@ -22,11 +22,11 @@ from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
-class LayerAdapterParameters(NamedTuple):
-    """Parameters of a computed adapter in one layer.
+class LayerAdapterTensors(NamedTuple):
+    """The tensors of a computed adapter in one layer.
 
-    The parameters are the adapter's factors and, where it has them, its bias and DoRA magnitude.
-    The adapter was computed from one or more other adapters.
+    These are the adapter's factors and, where it has them, its bias and DoRA magnitude. The adapter
+    was computed from one or more other adapters.
 
     Attributes:
         lora_a, lora_b: The factors, ``[R, K]`` and ``[N, R]``.
@@ -60,14 +60,14 @@ class ComputedAdapter(NamedTuple):
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
-        factors: A mapping from the names of LoRA layers to the adapter's parameters.
+        factors: A mapping from the names of LoRA layers to the adapter's tensors.
         copies: A mapping from the name of each module in ``modules_to_save`` to the name of the
             existing adapter from which the new adapter copies this module.
         wide: Whether the factors of 16-bit base layers are stored in fp32.
     """
 
     plan: AdapterPlan
-    factors: Mapping[str, LayerAdapterParameters]
+    factors: Mapping[str, LayerAdapterTensors]
     copies: Mapping[str, str]
     wide: bool
 
@@ -142,7 +142,7 @@ def factor_matrices(
 def split_factors_by_matrix(
     layer: LoraLayer, pair: low_rank.FactorPair
 ) -> list[low_rank.FactorPair]:
-    """Split a layer's pair of factors into one pair of factors per matrix.
+    """Split a layer's pair of factors into one pair per matrix.
 
     A layer has several matrices if its weight is a stack of matrices, as for stacked experts. For
     any other layer, the result is a list that contains only ``pair``.
@@ -166,7 +166,7 @@ def join_per_matrix_factors(pairs: Sequence[low_rank.FactorPair]) -> low_rank.Fa
 def build_computed_adapter(
     model: nn.Module,
     source_configs: Mapping[str, LoraConfig],
-    factors: Mapping[str, LayerAdapterParameters],
+    factors: Mapping[str, LayerAdapterTensors],
     config: LoraConfig | None = None,
 ) -> ComputedAdapter:
     """Build a `ComputedAdapter` from factors and configs.
@@ -177,7 +177,7 @@ def build_computed_adapter(
         model: The base model with its adapters.
         source_configs: A mapping from adapter names to configs. It contains the adapters from which
             the new adapter was computed.
-        factors: A mapping from layer names to the new adapter's parameters. It contains all layers
+        factors: A mapping from layer names to the new adapter's tensors. It contains all layers
             that the new adapter adapts.
         config: The new adapter's config, which may be changed. With None, the factors already
             include all scalings, and the config is derived from ``source_configs``.
@@ -220,10 +220,11 @@ def _owner_by_copied_module(model: nn.Module, adapters: Sequence[str]) -> dict[s
 
 
 def check_modules_to_save_disjoint(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Raise an error if two of the given adapters own copies of the same module.
+    """Raise an error if two adapters have the same module in ``modules_to_save``.
 
-    An adapter owns a copy of each module in its ``modules_to_save``. An adapter whose name occurs
-    twice in ``adapters`` counts as two adapters, as in PEFT.
+    An adapter owns a copy of each module in its ``modules_to_save``. Adapters that own copies of
+    the same module cannot be combined. An adapter whose name occurs twice in ``adapters`` counts as
+    two adapters, as in PEFT.
 
     Raises:
         AdapterStateError: If two adapters own copies of the same module.

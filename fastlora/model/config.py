@@ -328,10 +328,11 @@ class LoraConfig(PeftConfigMethods):
         )
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config that determines an adapter's shapes, but not its values.
+        """Return a copy of the config without its initialization settings.
 
-        The copy uses the default initialization method. Such a config is used, for example, if the
-        adapter's weights are loaded afterwards.
+        The copy determines the shapes of an adapter's tensors, but not their values, because it
+        uses the default initialization method. Such a config is used, for example, if the adapter's
+        weights are loaded afterwards.
 
         Raises:
             ConfigError: If fastlora cannot load an adapter with this config.
@@ -592,11 +593,10 @@ class LoraConfig(PeftConfigMethods):
     ) -> _T:
         """Load an adapter's config from a local folder.
 
-        Usually, the config is read from ``adapter_config.json``. The result is always the config
-        that belongs to the folder's weights. If a save was interrupted after it replaced the
-        weights file and before it replaced ``adapter_config.json``, the config stored in the
-        metadata of the weights file is returned. To read the config file itself, use
-        `from_json_file`.
+        The config is usually read from ``adapter_config.json``. If a save was interrupted after it
+        replaced the weights file and before it replaced ``adapter_config.json``, the config file
+        does not match the weights. In this case, the config that was saved with the weights is read
+        from the metadata of the weights file. To read the config file itself, use `from_json_file`.
 
         Args:
             folder: The adapter folder.

@@ -30,10 +30,9 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Enum of the supported PEFT types.
+    """Enum of the PEFT types that fastlora supports.
 
-    The enum stands in for PEFT's ``PeftType``. Its only member is LoRA, because fastlora does not
-    support the other PEFT types.
+    The enum stands in for PEFT's ``PeftType``. Its only member is ``LORA``.
     """
 
     LORA = "LORA"
@@ -216,7 +215,7 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
     for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
         if value is not None and isinstance(targets, str):
             raise ConfigError(
-                f"{name}={value!r} needs target_modules to be a list, got the string {targets!r}"
+                f"{name}={value!r} requires target_modules to be a list, got the string {targets!r}"
             )
     if pattern and layers is None:
         raise ConfigError(

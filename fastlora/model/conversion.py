@@ -30,11 +30,11 @@ from fastlora.validation import CheckpointError, ConfigError
 def load_untrained_adapter(
     trained_config: LoraConfig, folder: str | os.PathLike[str]
 ) -> AdapterContents:
-    """Load the untrained version of a trained adapter from a folder.
+    """Load the initial state of a trained adapter from a folder.
 
-    The untrained adapter has the initial weights of the trained adapter. The result is needed to
-    convert the trained adapter with `convert_to_original_base`. The function first checks that an
-    adapter with the trained adapter's config can be converted.
+    The result is the untrained adapter, which has the initial weights of the trained adapter.
+    `convert_to_original_base` needs the untrained adapter to convert the trained adapter. The
+    function first checks that an adapter with the trained adapter's config can be converted.
 
     Args:
         trained_config: The config of the trained adapter.

@@ -87,12 +87,11 @@ def temporarily_dequantized(layer: nn.Module, with_values: bool) -> Iterator[boo
 
 
 def dequantize_base_layer(layer: nn.Module) -> bool:
-    """Replace the quantized base layer of a LoRA layer with a dequantized layer.
+    """Dequantize the base layer of a LoRA layer.
 
-    The LoRA layer is changed in place: its new base layer is a plain linear layer in fp32. If
-    adapters are merged and the quantized weight from before the merge is available, the adapters
-    are unmerged first and merged again into the plain layer. Otherwise, the merged weight is
-    dequantized.
+    The quantized base layer is replaced in place with a plain linear layer in fp32. If adapters are
+    merged and the quantized weight from before the merge is available, the adapters are unmerged
+    first and merged again into the plain layer. Otherwise, the merged weight is dequantized.
 
     Returns:
         True if the base layer was replaced. False if it is not a quantized linear layer, or if

@@ -28,10 +28,10 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of `estimate`: parameter counts and memory sizes for a model with an adapter.
+    """An estimate of the memory needed to train a model with an adapter.
 
-    The sizes estimate the memory needed to train the adapter. The memory for activations is not
-    included.
+    `estimate` returns this object, which also contains parameter counts. The memory for activations
+    is not included.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -62,7 +62,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters, as a fraction.
+        """The trainable parameters as a fraction of the base model's parameters.
 
         The value is the number of trainable parameters divided by the number of parameters of the
         base model.
@@ -71,7 +71,7 @@ class Estimate:
 
     @property
     def training_bytes(self) -> int:
-        """The estimated number of bytes that training needs for the trainable parameters.
+        """The estimated number of bytes needed to train the adapter.
 
         The number is the total size of the trainable parameters, their gradients, and the optimizer
         state. The memory for the base model, activations, and dequantized weights (see
@@ -102,7 +102,7 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the memory and the number of parameters for training a model with a LoRA config.
+    """Estimate the memory needed to train a model with a LoRA config, and count the parameters.
 
     The memory for activations is not included. The adapter is not created, and the model is not
     changed.
@@ -164,9 +164,10 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 
 
 class _StoredAndDenseBytes(NamedTuple):
-    """The sizes of a parameter in bytes, as stored and as a dense tensor, for a memory estimate.
+    """The sizes of a parameter in bytes, as stored and as a dense tensor.
 
-    The size as a dense tensor is recorded only for quantized parameters.
+    The sizes are used for a memory estimate. The size as a dense tensor is recorded only for
+    quantized parameters.
 
     Attributes:
         values: The size of the stored values, quantized or not.
@@ -180,7 +181,7 @@ class _StoredAndDenseBytes(NamedTuple):
 
 
 def _parameter_bytes(parameter: torch.Tensor) -> _StoredAndDenseBytes:
-    """Return the sizes of a parameter in bytes, for a memory estimate.
+    """Return the sizes of a parameter in bytes, as stored and as a dense tensor.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
     """

@@ -41,9 +41,9 @@ _MOST_RHO = 1000
 def prepare_model_inputs_fn_language_modeling(
     model_input: Any, peft_config: Any
 ) -> torch.Tensor | None:
-    """Prepare a language model's inputs for EVA by finding the indices of the tokens to use.
+    """Prepare a language model's inputs for EVA by selecting the tokens to use.
 
-    A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
+    A token is selected if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
 
     Args:
@@ -51,7 +51,7 @@ def prepare_model_inputs_fn_language_modeling(
         peft_config: The adapter's config, which has the ``eva_config``.
 
     Returns:
-        The indices of the tokens to use, a tensor of shape ``[tokens, mask.dim()]``. If the batch
+        The indices of the selected tokens, a tensor of shape ``[tokens, mask.dim()]``. If the batch
         is not a mapping with ``input_ids``, the result is None, which stands for all tokens.
     """
     if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
@@ -321,7 +321,7 @@ def _apply_eva_state_dict(
             )
     settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
     ranks, alphas, missing = {}, {}, []
-    parameters = _target_parameters_of_layers(layers, config)
+    parameters = _target_parameter_names_by_layer(layers, config)
     for name, layer in layers.items():
         new_settings = adapter_settings_for(name, config)
         rank, alpha = new_settings.r, new_settings.lora_alpha
@@ -356,11 +356,11 @@ def _apply_eva_state_dict(
         )
 
 
-def _target_parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
-    """Return a dict that maps layers to their target parameters.
+def _target_parameter_names_by_layer(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
+    """Return a dict that maps layers to the full names of their target parameters.
 
-    The keys are the names of the layers, and the values are the full names of the parameters.
-    Layers that ``target_modules`` selects have no target parameter, and are left out.
+    The keys are the names of the layers. Layers that ``target_modules`` selects have no target
+    parameter, and are left out.
     """
     names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
     return {name: weight for name, weight in names.items() if weight != name}
@@ -369,7 +369,7 @@ def _target_parameters_of_layers(layers: Iterable[str], config: LoraConfig) -> d
 def _store_adapted_layers_as_targets(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, parameters: Mapping[str, str]
 ) -> None:
-    """Store the layers that have an adapter as the targets in the adapter's config.
+    """Set the targets in an adapter's config to the layers that have the adapter.
 
     The config then selects exactly these layers. The tuner's list of the adapter's target
     parameters is updated too.
@@ -378,7 +378,7 @@ def _store_adapted_layers_as_targets(
         tuner: The tuner of the model.
         adapter_name: The name of the adapter.
         config: The adapter's config.
-        parameters: The result of `_target_parameters_of_layers`, for the layers that had the
+        parameters: The result of `_target_parameter_names_by_layer`, for the layers that had the
             adapter.
     """
     left = adapted_layers(tuner.model, adapter_name)
@@ -393,7 +393,7 @@ def _store_adapted_layers_as_targets(
 def _recreate_factors(
     layer: LoraLayer, adapter_name: str, new_settings: LayerAdapterSettings
 ) -> None:
-    """Recreate an adapter's factors on a layer with new settings.
+    """Recreate an adapter's factors on a layer, using new settings.
 
     ``new_settings`` determines the shapes and the initialization of the new factors. The dtype of
     the factors does not change.

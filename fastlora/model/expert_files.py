@@ -52,7 +52,7 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 def may_need_expert_conversion(model: nn.Module, layers_in_file: Iterable[str]) -> bool:
-    """Return whether the layers in an adapter file may need conversion for the model's experts.
+    """Return whether an adapter file may need conversion to the layout of the model's experts.
 
     The function `convert_expert_factors` converts the file. A conversion may be needed if at least
     one layer in the file is not a module of the model, and `former_to_parameter_names` has former
@@ -223,9 +223,10 @@ def join_expert_factors(
 def _with_renamed_expert_blocks(
     file: AdapterContents, current_blocks: Iterable[str], modules: Collection[str]
 ) -> AdapterContents:
-    """Return an adapter in which blocks that contain experts are renamed to their current names.
+    """Return an adapter in which former names of expert blocks are replaced with current names.
 
-    For example, ``block_sparse_moe`` is the former name of a block.
+    An expert block is a module that contains the experts of a layer. For example,
+    ``block_sparse_moe`` is the former name of such a block.
 
     Args:
         file: The loaded adapter.
@@ -242,12 +243,12 @@ def _with_renamed_expert_blocks(
     return with_renamed_modules(file, renamed)
 
 
-class InferredLoraSettings(NamedTuple):
-    """LoRA settings that are inferred from an adapter file.
+class InferredLoraLayerSettings(NamedTuple):
+    """The LoRA settings of one layer, as inferred from an adapter file.
 
-    The settings are those of one layer in the file. A layer is a module, such as a linear layer, or
-    a parameter, such as the stacked weights of experts. If a module has several adapted parameters,
-    each of them is a layer in the file.
+    A layer in an adapter file is a module, such as a linear layer, or a parameter, such as the
+    stacked weights of experts. If a module has several adapted parameters, each of them is a layer
+    in the file.
 
     Attributes:
         rank: The rank.
@@ -264,11 +265,11 @@ class InferredLoraSettings(NamedTuple):
 
 def infer_settings_of_layers_in_file(
     config: LoraConfig, lora_a_rows: Mapping[str, int]
-) -> dict[str, InferredLoraSettings]:
-    """Infer the LoRA settings of the layers in an adapter file.
+) -> dict[str, InferredLoraLayerSettings]:
+    """Infer the LoRA settings of the layers in an adapter file, such as the rank of each layer.
 
-    The settings are the fields of `InferredLoraSettings`, such as the rank and alpha. The keys of
-    the result are the module names in the file.
+    The result is a dict that maps each module name in the file to the settings of the layer. All
+    layers in the file are included, not only the layers of experts.
 
     The names in a file do not say which parameter a tensor belongs to. The number of experts is
     therefore chosen so that each factor of a module has a rank that the config sets for one of the
@@ -279,10 +280,10 @@ def infer_settings_of_layers_in_file(
         lora_a_rows: Maps module names to the number of rows of lora_A, which is the rank times the
             number of experts.
     """
-    found: dict[str, InferredLoraSettings] = {}
+    found: dict[str, InferredLoraLayerSettings] = {}
     by_module: dict[str, list[str]] = {}
     for name in lora_a_rows:
-        found[name] = InferredLoraSettings(
+        found[name] = InferredLoraLayerSettings(
             config.rank_for(name), config.alpha_for(name), config.scaling_for(name)
         )
         module = name
@@ -304,14 +305,16 @@ def infer_settings_of_layers_in_file(
         common = set[int].intersection(*counts)
         for name in names:
             if len(common) != 1:
-                found[name] = InferredLoraSettings(None, None, None)
+                found[name] = InferredLoraLayerSettings(None, None, None)
                 continue
             (count,) = common
             rank = lora_a_rows[name] // count
             same = [parameter for parameter in parameters if config.rank_for(parameter) == rank]
             values = {(config.alpha_for(p), config.scaling_for(p)) for p in same}
             alpha, scaling = values.pop() if len(values) == 1 else (None, None)
-            found[name] = InferredLoraSettings(rank, alpha, scaling, count if count > 1 else None)
+            found[name] = InferredLoraLayerSettings(
+                rank, alpha, scaling, count if count > 1 else None
+            )
     return found
 
 
@@ -321,10 +324,11 @@ def _layers_grouped_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return a stacked parameter's layers in an adapter file, grouped by former name.
+    """Return the layers of a stack of experts in an adapter file, grouped by former name.
 
-    The result contains one list for each former name of the parameter (such as ``gate_proj``), in
-    the order of `former_names_of_parameter`. Each list contains one layer name per expert.
+    In the file, the layers of each expert have the former names of the stacked parameter, such as
+    ``gate_proj``. The result contains one list for each of these names, in the order of
+    `former_names_of_parameter`. Each list contains one layer name per expert.
 
     Args:
         file: The loaded adapter.
@@ -342,10 +346,10 @@ def _layers_grouped_by_former_name(
         missing = sorted(set(range(count)).symmetric_difference(experts))
         if missing:
             raise CheckpointError(
-                f"{file.path}: the module {stack.module_name!r} has {count} experts, but the file "
-                f"has factors for {old} for a different set of experts (first difference: expert "
-                f"{missing[0]}); {stack.name!r} requires factors for {names} for every expert (the "
-                f"file has factors for {sorted(found)})"
+                f"{file.path}: the module {stack.module_name!r} has {count} experts, but the "
+                f"factors for {old} in the file cover a different set of experts (first "
+                f"difference: expert {missing[0]}). {stack.name!r} requires factors for {names} "
+                f"on every expert; the file has factors for {sorted(found)}"
             )
         layers.append([experts[index] for index in range(count)])
         ranks = {file.config.rank_for(layer) for layer in layers[-1]}

@@ -24,8 +24,8 @@ from fastlora.layers.adapted_parameters import file_prefixes_by_parameter
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
+    factor_parameters_by_name,
     factors_padded_to_rank,
-    named_factor_parameters,
     replace_factors,
     set_scaling_and_alpha,
 )
@@ -121,7 +121,7 @@ def prepare_model_for_compiled_hotswap(
             if r > target_rank:
                 raise ConfigError(  # the first sentence is PEFT's
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original "
-                    f"rank is larger ({r}). Adapter {adapter!r} has this rank on {name!r}; choose "
+                    f"rank is larger ({r}). Adapter {adapter!r} has rank {r} on {name!r}; choose "
                     f"a target rank of at least {r}"
                 )
             groups = int(getattr(layer.get_base_layer(), "groups", 1))
@@ -366,10 +366,11 @@ def _with_keys_of_loaded_adapter(
     config: LoraConfig,
     loaded_prefixes: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
-    """Return a new adapter's tensors with the keys that a file of the loaded adapter would have.
+    """Rename the keys of a new adapter's tensors to the keys of the loaded adapter.
 
-    The keys in a file depend on which parameters the file's adapter adapts. Tensors that are not
-    factors of adapted parameters keep their keys.
+    The result is a dict with the keys that a file of the loaded adapter would have. The keys in a
+    file depend on which parameters the file's adapter adapts. Tensors that are not factors of
+    adapted parameters keep their keys.
 
     Args:
         model: The base model with its adapters.
@@ -399,15 +400,15 @@ def _with_keys_of_loaded_adapter(
 def _write_layer_tensors(
     layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write new tensors into an adapter's parameters on a layer.
+    """Copy new tensors into an adapter's parameters on a layer.
 
     If ``new`` is empty, the parameters are set so that the adapter does not change the output.
     """
-    held = layer._factors_by_part(adapter_name)
+    held = layer._factors_by_name(adapter_name)
     for part, factor in held.items():
         if part == "lora_magnitude_vector" and not new:
             continue
-        for name, tensor in named_factor_parameters(factor).items():
+        for name, tensor in factor_parameters_by_name(factor).items():
             source = new.get(f"{part}.{name}", new.get(part))
             if source is None:
                 tensor.zero_()
@@ -480,7 +481,7 @@ def _original_of_copied_tensor(base: nn.Module, copy_key: str) -> torch.Tensor |
 def _copy_ranks_and_scalings_to_config(
     config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
 ) -> None:
-    """Copy the ranks and scalings of an adapter's layers to the adapter's config.
+    """Copy the ranks and scalings of an adapter's layers into the adapter's config.
 
     The config stores each scaling as an alpha, which is computed from the rank and the scaling of a
     layer. If the adapter is then saved, its files are consistent and can be loaded.

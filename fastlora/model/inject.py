@@ -92,7 +92,7 @@ def add_adapter(
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def get_or_replace_module(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
-        """Return the module called ``name``; replace it first if it is not of type ``kind``.
+        """Return the module called ``name``, after replacing it if it is not of type ``kind``.
 
         The new module is ``make(module)``.
         """
@@ -207,11 +207,12 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def modules_with_adapters(
     model: nn.Module, *, include_inner_lora_layers: bool = True
 ) -> list[tuple[str, Any]]:
-    """Return the modules that contain adapters as a list of tuples ``(name, module)``.
+    """Return the modules that contain adapters, with their names.
 
-    These are LoRA layers and wrappers for ``modules_to_save`` or trainable tokens. In a mixed
-    batch, these modules select an adapter for each row. ``include_inner_lora_layers`` specifies
-    whether to include LoRA layers that are part of other LoRA layers.
+    The result is a list of tuples ``(name, module)``. The modules are LoRA layers and wrappers for
+    ``modules_to_save`` or trainable tokens. In a mixed batch, these modules select an adapter for
+    each row. ``include_inner_lora_layers`` specifies whether to include LoRA layers that are part
+    of other LoRA layers.
     """
     kinds = (LoraLayer, ModuleWrapper)
     found = named_modules_outside_adapters(
@@ -305,9 +306,10 @@ def base_biases_to_train(
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the base model's parameters as a list of tuples ``(name, parameter)``.
+    """Return the base model's parameters, with their names.
 
-    Parameters of adapters are left out. A tied parameter is listed once for each of its names.
+    The result is a list of tuples ``(name, parameter)``. Parameters of adapters are left out. A
+    tied parameter is listed once for each of its names.
     """
     found: list[tuple[str, nn.Parameter]] = []
     ahead = [("", model)]  # a stack: the next module is the last element

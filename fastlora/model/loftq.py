@@ -41,11 +41,11 @@ def replace_lora_weights_loftq(
     adapter_name: str = DEFAULT_ADAPTER,
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Replace an adapter's LoRA weights with LoftQ's initial weights.
+    """Replace an adapter's LoRA weights with initial weights computed by LoftQ.
 
-    These are meant for 4-bit base layers. On each layer, the factors become the best low-rank
-    approximation of ``W - Q``, where ``W`` is the unquantized weight from a file and ``Q`` is the
-    dequantized weight. The base layers are not changed. Call this function before training.
+    The initial weights are meant for 4-bit base layers. On each layer, the factors become the best
+    low-rank approximation of ``W - Q``, where ``W`` is the unquantized weight from a file and ``Q``
+    is the dequantized weight. The base layers are not changed. Call this function before training.
 
     Args:
         peft_model: A model with the adapter.
@@ -144,8 +144,8 @@ def _open_unquantized_weights(
         files = {place.parent / part for key, part in parts.items() if key in keys}
     else:
         raise CheckpointError(
-            f"Could not find a file for {place}; make sure that the model has a safetensors file, "
-            "which may be sharded."
+            f"Could not find the weights file {place}; make sure that the model has a safetensors "
+            "file, which may be sharded."
         )
     holders: dict[str, Any] = {}
     for file in files:

@@ -79,7 +79,8 @@ def get_peft_model(
     """
     if mixed:
         raise ImplementationError(
-            f"mixed=True is not supported: fastlora supports only LoRA; {PEFT_MODEL_ALTERNATIVE}"
+            "mixed=True is not supported because fastlora supports only LoRA; "
+            f"{PEFT_MODEL_ALTERNATIVE}"
         )
     result = LoraModel(
         model,
@@ -203,9 +204,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
-        """Load a saved adapter into a model, and return a `LoraModel`.
+        """Load a saved adapter from a folder into a model, and return a `LoraModel`.
 
-        The adapter is loaded from a folder in PEFT's format.
+        The folder must contain an adapter in PEFT's format.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -263,7 +264,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             plan = replace(plan, config=config)
         self = cls.__new__(cls)
         self._wrap_in_tuner_with_active_adapter(model, plan, adapter_name, autocast_adapter_dtype)
-        adapter_state.load_adapter_contents(self, adapter_name, file)
+        adapter_state.load_contents_into_adapter(self, adapter_name, file)
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -278,9 +279,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load a saved adapter into the model under a given name.
+        """Load a saved adapter from a folder into the model under a given name.
 
-        The adapter is loaded from a folder in PEFT's format.
+        The folder must contain an adapter in PEFT's format.
 
         If no adapter with the given name is loaded, a new inactive adapter is added. Otherwise, the
         loaded adapter is overwritten in place, and a scaling that was set with `set_scale` remains
@@ -321,7 +322,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             self.base_model.add_adapter(
                 adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
             )
-        adapter_state.load_adapter_contents(self, adapter_name, file)
+        adapter_state.load_contents_into_adapter(self, adapter_name, file)
         if is_trainable:
             self.set_requires_grad(adapter_name)
         else:

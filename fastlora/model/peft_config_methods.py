@@ -54,9 +54,9 @@ class PeftConfigMethods:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Whether the config is for an adaption prompt.
+        """Whether the config is for PEFT's adaption-prompt method.
 
-        The value is always False, because LoRA is not an adaption-prompt method.
+        The value is always False, because fastlora supports only LoRA.
         """
         return False
 
@@ -80,7 +80,7 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config for a PEFT type.
+        """Create a config of a given PEFT type.
 
         The keyword arguments are the fields of the config. As in PEFT, the field ``peft_type``
         specifies the type. The only PEFT type that fastlora supports is ``"LORA"``, so the result
@@ -93,7 +93,7 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Hook for checking the keyword arguments for a new config.
+        """Hook for checking the keyword arguments of a new config.
 
         The hook returns the arguments. As in PEFT, subclasses can override the hook to check or
         correct the arguments. The hook of this class returns all arguments unchanged, because

@@ -76,10 +76,11 @@ class TargetModule(NamedTuple):
     settings: LayerAdapterSettings
 
     def tensor_shapes_by_key_within_module(self) -> TensorShapes:
-        """Return a dict that maps keys within the module to the shapes of the adapter's tensors.
+        """Return the shapes of the adapter's tensors for the module.
 
-        A key within the module, such as ``lora_A.weight``, is the part of a key in an adapter file
-        that follows the module's name.
+        The result is a dict that maps keys within the module to shapes. A key within the module,
+        such as ``lora_A.weight``, is the part of a key in an adapter file that follows the module's
+        name.
         """
         return self.kind.shapes(self.base, self.settings)
 
@@ -159,7 +160,7 @@ def make_adapter_plan(
     loading: bool = False,
     layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
-    """Make the plan for adding an adapter to a model.
+    """Create the plan for adding an adapter to a model.
 
     The config is resolved against the model. The plan contains a copy of the config in which
     ``target_modules`` is resolved to names or a regular expression, and ``target_parameters``
@@ -289,8 +290,8 @@ def plan_target_modules(
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
                     f"modules_to_save matches {name!r}, but adapters {part.adapter_names} train "
-                    f"{part.owns} of {at!r}; expected all adapters to train the same module in the "
-                    "same way"
+                    f"{part.owns} of {at!r}; all adapters that train this module must train it in "
+                    "the same way"
                 )
     return plan
 
@@ -298,9 +299,9 @@ def plan_target_modules(
 def _check_target_modules(
     model: nn.Module, config: LoraConfig, target_names: Sequence[str], from_file: bool
 ) -> dict[str, TargetModule]:
-    """Check that a config's target modules can be adapted, and return them by name.
+    """Check that a config's target modules can be adapted, and return a `TargetModule` for each.
 
-    The result is a dict that maps each name in ``target_names`` to a `TargetModule`.
+    The result is a dict whose keys are the names in ``target_names``.
 
     Raises:
         UnsupportedLayerError: See `plan_target_modules`.
@@ -372,9 +373,9 @@ def check_targets_of_parameters(
 
 
 def _has_own_forward(linear: nn.Linear) -> bool:
-    """Return whether a linear layer has its own ``forward`` method.
+    """Return whether the class of a linear layer overrides ``forward``.
 
-    The output of this method may differ from that of `nn.Linear.forward`. The result is always
+    The output of such a layer may differ from that of `nn.Linear.forward`. The result is always
     False for layers with quantized weights.
     """
     replaced = type(linear).forward not in (nn.Linear.forward, FastLoraLinear.forward)
@@ -437,7 +438,7 @@ def _check_can_share_embedding_factors(
         if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
             raise UnsupportedLayerError(
                 f"ensure_weight_tying makes {name!r} share the input embedding's LoRA factors, so "
-                "the module must be an nn.Linear without its own LoRA factors; got a "
+                "this module must be an nn.Linear without LoRA factors of its own; got "
                 f"{type(module).__name__}"
             )
     if tied_heads and (config.use_dora or config.init.frozen):

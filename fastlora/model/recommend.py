@@ -235,7 +235,7 @@ def recommend(
 
 
 def _advice_on_experts(model: nn.Module) -> dict[str, Any]:
-    """Return the part of a recommendation that is about a model's experts.
+    """Return the recommended settings for a model's experts.
 
     The result is a dict of fields of `Recommendation`. The dict is empty if the model has no
     stacked experts for which an expert layer class exists.

@@ -24,7 +24,7 @@ from fastlora.model.adapter_folder import save_adapter_folder
 from fastlora.model.base_modules import peft_function_or_raise
 from fastlora.model.computed_adapters import (
     ComputedAdapter,
-    LayerAdapterParameters,
+    LayerAdapterTensors,
     build_computed_adapter,
     factor_matrices,
     join_per_matrix_factors,
@@ -44,7 +44,7 @@ _CONVERTED = "fastlora-converted"
 
 @dataclass(frozen=True)
 class RankReduction:
-    """Describes how the rank of an adapter was reduced.
+    """The result of reducing the rank of an adapter.
 
     `reduce_rank` returns this object, which contains the new ranks and the errors that the
     reduction causes.
@@ -124,10 +124,10 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter to LoRA of a given rank, and return the config and tensors of the result.
+    """Convert an adapter to LoRA, and return the config and tensors of the result.
 
-    In a PEFT model, the adapter to convert may be of any type that PEFT can convert to LoRA. The
-    model is not changed.
+    The result is a LoRA adapter of the given rank. In a PEFT model, the adapter to convert may be
+    of any type that PEFT can convert to LoRA. The model is not changed.
 
     In a `LoraModel`, the adapter is already a LoRA adapter. The result is then a reduced-rank
     approximation of the adapter, as in `reduce_rank`, and a warning reports the approximation
@@ -174,10 +174,10 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Convert an adapter to a LoRA adapter of a given rank, and save the result in a folder.
+    """Convert an adapter to LoRA, and save the result in a folder.
 
-    `convert_to_lora` describes which adapters can be converted. The converted adapter is saved in
-    PEFT's format.
+    The result is a LoRA adapter of the given rank, and is saved in PEFT's format. `convert_to_lora`
+    describes which adapters can be converted.
 
     Args:
         path: The folder. It is created if it does not exist.
@@ -254,7 +254,7 @@ def reduce_intruder_dimension(
         )
         tell(f"{name}: {f'Intruders: {found[1]}' if found else 'No intruders'}")
         pair = found[0] if found else pair
-        factors[name] = LayerAdapterParameters(*pair, layer._factors(old_adapter_name)[2])
+        factors[name] = LayerAdapterTensors(*pair, layer._factors(old_adapter_name)[2])
     old = tuner.peft_config[old_adapter_name]
     config = copy.deepcopy(old)
     config.bias, config.init_lora_weights = "none", True
@@ -309,7 +309,7 @@ def _scale_down_intruder_dimensions(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute a reduced-rank approximation of an adapter and its relative error on each layer.
+    """Compute a reduced-rank approximation of an adapter and its relative error for each layer.
 
     The adapter and the model are not changed.
 
@@ -352,8 +352,8 @@ def _compute_reduced_adapter(
             [(low_rank.pad_factor(a, full, 0), low_rank.pad_factor(b, full, 1)) for a, b in pairs]
         )
         bias = layer._factors(adapter_name)[2]
-        magnitude: Any = layer._factors_by_part(adapter_name).get("lora_magnitude_vector")
-        factors[name] = LayerAdapterParameters(
+        magnitude: Any = layer._factors_by_name(adapter_name).get("lora_magnitude_vector")
+        factors[name] = LayerAdapterTensors(
             lora_a,
             lora_b,
             None if bias is None else bias.detach() * scaling,

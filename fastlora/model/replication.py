@@ -28,7 +28,7 @@ Ranges = Sequence[Sequence[int]]
 
 
 class RevertibleLayerReplication:
-    """A replication of a model's layers that can be undone.
+    """A reversible replication of a model's layers.
 
     The replication replaces the model's list of layers with a longer list that contains copies of
     the layers. The model is not changed before `apply` is called.
@@ -195,19 +195,19 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
     return ranges
 
 
-def _copy_layer_sharing_parameters(layer: nn.Module, place: int) -> nn.Module:
+def _copy_layer_sharing_parameters(layer: nn.Module, new_index: int) -> nn.Module:
     """Return a copy of a layer that shares the parameters of the original.
 
     The copy also shares the buffers and configs of the original.
 
     Args:
         layer: The layer to copy.
-        place: The index of the copy in the new list of layers.
+        new_index: The index of the copy in the new list of layers.
     """
     configs = [m.__dict__["config"] for m in layer.modules() if "config" in m.__dict__]
     shared = [*layer.parameters(), *layer.buffers(), *configs]
     made = copy.deepcopy(layer, {id(part): part for part in shared})
     for module in made.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = place  # type: ignore[assignment]  # the layer's index in a KV cache
+            module.layer_idx = new_index  # type: ignore[assignment]  # the layer's KV-cache index
     return made

@@ -58,9 +58,9 @@ _LISTED = 4
 
 
 class BaseModelParameter(NamedTuple):
-    """A parameter of the base model.
+    """A parameter of the base model, together with its name and its module.
 
-    The object also contains the name and the module of the parameter.
+    The parameter does not have to belong to experts.
 
     Attributes:
         name: The name of the parameter in the model without adapters.
@@ -176,12 +176,13 @@ def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
 def former_names_of_parameter(
     former: Mapping[str, str], parameter: BaseModelParameter
 ) -> list[str]:
-    """Return the former names of a parameter, such as the stacked weights of experts.
+    """Return the former names of a parameter.
 
-    The former names, for example ``["gate_proj", "up_proj"]``, are those of the linear layers in
-    transformers 4 that the parameter replaced in transformers 5. Configs and files of older
-    adapters contain these names. The list is empty if the parameter has no former names. A router
-    that is still a linear layer has none.
+    The parameter may hold the stacked weights of experts, for example. Its former names, such as
+    ``["gate_proj", "up_proj"]``, are those of the linear layers in transformers 4 that the
+    parameter replaced in transformers 5. Configs and files of older adapters contain these names.
+    The list is empty if the parameter has no former names. A router that is still a linear layer
+    has no former names.
 
     Args:
         former: The result of `former_to_parameter_names`.
@@ -198,7 +199,7 @@ def former_names_selected_by_target_modules(
     config: LoraConfig,
     listed_last_components: Collection[str],
 ) -> set[str]:
-    """Return those former names of a parameter that ``target_modules`` selects.
+    """Return those of a parameter's former names that ``target_modules`` selects.
 
     The former names are the names of the linear layers that the parameter replaced. The parameter
     replaced linear layers of individual experts, or the linear layer of a router.
@@ -267,8 +268,8 @@ def check_fused_parameter_not_split(
     if former_names_in_config and missing:
         raise ConfigError(
             f"the config {verb} {sorted(former_names_in_config)} but not {missing}; all of these "
-            f"are fused in {parameter.name!r}, so name all or none of them. To match only linear "
-            "layers with these names, use a regular expression that does not match experts"
+            f"are fused in {parameter.name!r}, so specify all or none of them. To match only "
+            "linear layers with these names, use a regular expression that does not match experts"
         )
 
 
@@ -277,11 +278,11 @@ def experts_named_but_not_selected(
     target_module_names: Collection[str],
     config: LoraConfig,
 ) -> list[BaseModelParameter]:
-    """Return the stacked experts that a config names but does not select.
+    """Return the stacked experts that a config refers to but does not select as targets.
 
-    A config counts as naming the experts of each block in which it names feed-forward layers. A
-    list of names means all blocks that ``layers_to_transform`` selects. A regular expression means
-    the blocks in which it matches. ``"all-linear"`` means all blocks.
+    A config refers to the experts of each block in which it names feed-forward layers. A list of
+    names refers to all blocks that ``layers_to_transform`` selects. A regular expression refers to
+    the blocks in which it matches. ``"all-linear"`` refers to all blocks.
 
     Args:
         unselected_stacks: The stacked experts that no target selects and that the config does not

@@ -15,7 +15,7 @@ from torch import nn
 from fastlora.layers import LoraLayer, ModuleWrapper
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, ParameterLoraLayer
 from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
-from fastlora.layers.rank_padding import named_factor_parameters
+from fastlora.layers.rank_padding import factor_parameters_by_name
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.model.inject import modules_with_adapters
 from fastlora.model.tuner import tuner_of
@@ -201,8 +201,8 @@ def _parameters_by_adapter(module: Any) -> dict[str, list[nn.Parameter]]:
         return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
     holder = getattr(module, "tied_to", module)  # a tied head uses the embedding's factors
     for name in module.r:
-        for factor in holder._factors_by_part(name).values():
-            found.setdefault(name, []).extend(named_factor_parameters(factor).values())
+        for factor in holder._factors_by_name(name).values():
+            found.setdefault(name, []).extend(factor_parameters_by_name(factor).values())
     return found
 
 

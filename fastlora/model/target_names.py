@@ -121,8 +121,8 @@ def matches_targets(name: str, targets: set[str] | str, config: LoraConfig) -> b
 
     The targets are the resolved ``target_modules``: a set of names or a regular expression. If the
     targets are a set, the name must also belong to one of the layers in ``layers_to_transform``. A
-    full name in the set is exempt from this layer filter. The function ignores exclusions, which
-    `is_excluded` checks.
+    full name in the set is exempt from this layer filter. Exclusions are checked separately: see
+    `is_excluded`.
     """
     if isinstance(targets, str):
         return matches_whole_name("target_modules", targets, name)

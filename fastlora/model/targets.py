@@ -181,7 +181,7 @@ def select_targets(
     left = experts_named_but_not_selected(left, found, config) if left else []
     if not found and not selected.parameters:
         message = _no_target_message(names, excluded, resolved_targets, config)
-        raise TargetNotFoundError(f"{message}{_hint_of_experts(left)}")
+        raise TargetNotFoundError(f"{message}{_hint_about_experts(left)}")
     _check_bypassed(model, found)
     for name in found:
         if wrapped[name]:
@@ -198,7 +198,7 @@ def select_targets(
     if left:
         warn(
             f"target_modules={format_config_value(config.target_modules)} leaves out experts"
-            f"{_hint_of_experts(left)}",
+            f"{_hint_about_experts(left)}",
         )
     if is_all_linear(config.target_modules):
         _warn_of_routers_and_skipped_linears(model, modules, config, excluded, selected)
@@ -211,9 +211,10 @@ def _linears_in_file_not_in_config(
     named_in_config: Collection[str],
     layers_in_file: Collection[str],
 ) -> list[str]:
-    """Return the names of linear layers that are in a file but not selected by the config.
+    """Return the linear layers that have factors in a file but are not selected by the config.
 
-    These layers have names that PEFT converts to experts, and removes from ``target_modules``.
+    The result is a list of names. These layers have names that PEFT converts to experts, and
+    removes from ``target_modules``.
     """
     wanted = {name for name in layers_in_file if name.rpartition(".")[2] in former_names}
     wanted.difference_update(named_in_config)
@@ -227,7 +228,7 @@ def _linears_in_file_not_in_config(
 def _check_no_target_has_selected_parameters(
     target_modules: Collection[str], parameters_by_module: Mapping[str, list[str]]
 ) -> None:
-    """Raise `ConfigError` if a target module also has a selected parameter."""
+    """Raise `ConfigError` if a target module also has a parameter that is itself a target."""
     twice = sorted(parameters_by_module.keys() & set(target_modules))
     if twice:
         raise ConfigError(  # the first sentence is PEFT's
@@ -269,11 +270,12 @@ def _warn_of_unmatched_modules_and_patterns(
         warn(f"these config values match no module: {'; '.join(unused)}")
 
 
-def _hint_of_experts(unselected: Sequence[BaseModelParameter]) -> str:
-    """Return a hint about experts that no target selects.
+def _hint_about_experts(unselected: Sequence[BaseModelParameter]) -> str:
+    """Return a hint that explains how to adapt experts that no target selects.
 
-    The hint is part of a message, and explains how to adapt these experts. If there are no such
-    experts, the result is an empty string.
+    The hint, which is part of a message, says that the weights of the experts are parameters and
+    must be adapted with ``target_parameters``. If there are no such experts, the result is an empty
+    string.
     """
     if not unselected:
         return ""
@@ -292,7 +294,7 @@ def _warn_of_routers_and_skipped_linears(
     excluded: Collection[str],
     selected: SelectedParameters,
 ) -> None:
-    """Warn if a config targets routers of experts or leaves out linear layers.
+    """Warn if a config targets MoE routers or leaves out linear layers.
 
     Both warnings are for ``target_modules="all-linear"``.
     """
@@ -392,7 +394,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
             raise UnsupportedLayerError(
                 f"modules_to_save matches {name!r}, which "
                 f"{_explain_auxiliary_module(model, name)}; "
-                "expected the whole outer module, or a module outside it"
+                "specify the whole outer module instead, or a module outside it"
             )
     return found
 
@@ -478,10 +480,10 @@ def _transformers_class(module: str, name: str) -> tuple[type, ...]:
     return (cls,) if isinstance(cls, type) else ()
 
 
-class _FoundLinear(NamedTuple):
-    """A linear layer that was found in the base model.
+class _FoundLinearName(NamedTuple):
+    """The name of a linear layer that was found in the base model.
 
-    The layer is represented by its name.
+    The object also says whether the layer is wrapped.
 
     Attributes:
         name: The name of the layer.
@@ -495,7 +497,7 @@ class _FoundLinear(NamedTuple):
 
 def _linears_without_head(
     model: nn.Module, config: LoraConfig, modules: ModulesWithOriginalNames
-) -> list[_FoundLinear]:
+) -> list[_FoundLinearName]:
     """Return a list of all linear layers except the output head.
 
     The output projection of an `nn.MultiheadAttention` is left out too, because it is never called.
@@ -513,7 +515,7 @@ def _linears_without_head(
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
 
     return [
-        _FoundLinear(n, wrapped)
+        _FoundLinearName(n, wrapped)
         for n, m, wrapped in modules
         if n and m is not head and is_linear(m)
     ]
@@ -531,10 +533,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Return a message that explains why a module is auxiliary and cannot be a target.
+    """Return text that explains why a module is auxiliary and cannot be a target.
 
-    The result is text that follows the module's name in the message. The reason is that the module
-    called ``name`` is, or is inside, a module that adapters own copies of or train rows of.
+    The text follows the module's name in a message. The module called ``name`` must be, or be
+    inside, a module that adapters own copies of or train rows of.
     """
     for outer, module in named_modules_outside_adapters(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
@@ -552,14 +554,15 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
     if bad and model_type in _MAMBA_TYPES:
         raise UnsupportedLayerError(
             f"{bad[0]} is never called in a {model_type!r} model, so an adapter on it has no "
-            f"effect; leave these layers out of target_modules: {', '.join(_MAMBA_BYPASSED)}"
+            "effect; leave the following layers out of target_modules: "
+            f"{', '.join(_MAMBA_BYPASSED)}"
         )
 
 
 def _no_target_message(
     names: list[str], excluded: Collection[str], targets: set[str] | str, config: LoraConfig
 ) -> str:
-    """Return an error message that explains why no module is a target."""
+    """Return an error message that explains why a config targets no module."""
     entries = [targets] if isinstance(targets, str) else sorted(targets)
     shown = f"target_modules={format_config_value(targets)}"
     before = [name for name in names if name in excluded and matches_targets(name, targets, config)]
@@ -593,19 +596,19 @@ def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) 
 
 def _format_unmatched_config_values(
     unmatched_target_modules: list[str],
-    target_names: list[str],
+    found_target_names: list[str],
     any_excluded: bool,
     config: LoraConfig,
 ) -> list[str]:
-    """Format the config values that match no module.
+    """Format the config values that match no module, for a message.
 
-    The result is a list of texts for a message, one for each field that has such values. The fields
-    are ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
+    The result is a list of texts, one for each field that has such values. The fields are
+    ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
 
     Args:
         unmatched_target_modules: The entries of ``target_modules`` that match no module and no
             experts.
-        target_names: The names of the targets.
+        found_target_names: The names of the targets.
         any_excluded: Whether at least one module is excluded.
         config: The adapter's config.
     """
@@ -617,6 +620,6 @@ def _format_unmatched_config_values(
     if config.exclude_modules and not any_excluded:
         unused.append(f"exclude_modules={format_config_value(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
-        lost = patterns_matching_no_suffix(field, getattr(config, field), target_names)
+        lost = patterns_matching_no_suffix(field, getattr(config, field), found_target_names)
         unused += [f"{field} keys {format_config_value(lost)}"] if lost else []
     return unused

@@ -215,9 +215,9 @@ def write_safetensors(
 
 
 def _reorder_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Put the metadata in the header of a safetensors file into a fixed order.
+    """Reorder the metadata in the header of a safetensors file.
 
-    The order is that of ``metadata``. safetensors writes the metadata in a random order.
+    The new order is that of ``metadata``. safetensors writes the metadata in a random order.
     """
     ordered = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
@@ -345,8 +345,8 @@ def _check_coverage(tensor_infos: dict[str, TensorInfo], start: int, size: int) 
         if info.start != position:
             what = "overlaps the tensor before it" if info.start < position else "leaves a gap"
             raise CheckpointError(
-                f"tensor {name!r} starts at byte {info.start} and {what}; expected it to start at "
-                f"byte {position}"
+                f"tensor {name!r}, which starts at byte {info.start}, {what}; expected it to start "
+                f"at byte {position}"
             )
         position = info.stop
     if position != size:

@@ -101,7 +101,7 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
 def update_config_for_tied_embedding(
     model: nn.Module, config: LoraConfig
 ) -> ModulesAdaptedWithEmbedding:
-    """Update a config so that tied modules are adapted with the embedding, and return the modules.
+    """Update a config to adapt tied modules together with the embedding, and return the modules.
 
     The embedding is the model's input embedding. The modules in the result are tied to the
     embedding. If there are such modules, the config is changed in place: ``modules_to_save`` or
@@ -184,7 +184,10 @@ def _warn(message: str) -> None:
 
 
 class _Holder(NamedTuple):
-    """A module that holds a parameter, at one of the module's places in the model."""
+    """A module that holds a parameter, with one of the names of the module in the model.
+
+    There is one such object for each name of the module.
+    """
 
     name: str
     module: nn.Module
@@ -192,7 +195,10 @@ class _Holder(NamedTuple):
 
     @property
     def in_adapter_module(self) -> bool:
-        """Whether the module is a LoRA layer or wrapper, or a child of one."""
+        """Whether the module is a module with adapters, or a child of one.
+
+        A module with adapters is a LoRA layer, a wrapper, or a `TrainableTokensLayer`.
+        """
         kinds = (LoraLayer, ModuleWrapper, TrainableTokensLayer)
         return isinstance(self.module, kinds) or isinstance(self.parent, kinds)
 
@@ -217,7 +223,7 @@ class SharedWeightUntier:
         self._add_holders(_Holder("", model, None))
 
     def _add_holders(self, top: _Holder) -> None:
-        """Record what holds the parameters of a module and of the modules inside it."""
+        """Record which modules hold the parameters of a module and its submodules."""
         holders = [top]
         for name, parent in top.module.named_modules(prefix=top.name):
             for key, child in parent._modules.items():
@@ -231,9 +237,11 @@ class SharedWeightUntier:
     def _other_holders(
         self, name: str, base: nn.Module, family: Collection[nn.Module], parameter: str
     ) -> list[_Holder]:
-        """Return the holders of a parameter that are neither in ``family`` nor at ``name``.
+        """Return the other holders of a parameter.
 
-        A module of ``family`` counts as another holder at each of its places outside of adapters.
+        A holder is left out if its module is in ``family``, and if the holder is called ``name`` or
+        is, or is a child of, a module with adapters. A module in ``family`` is therefore returned
+        once for each of its other names in the model.
         """
         parent_name, _, key = name.rpartition(".")
         parent = self._model.get_submodule(parent_name)
@@ -248,11 +256,12 @@ class SharedWeightUntier:
     def find_module_sharing_weight(
         self, name: str, base: nn.Module, ignored: Collection[nn.Module]
     ) -> str | None:
-        """Return the name of a module that shares the weight of ``base``.
+        """Return the name of another module that shares the weight of ``base``.
+
+        If ``base`` has several names in the model, the result can be another name of ``base``.
 
         Args:
-            name: The name of ``base`` or of the LoRA layer or wrapper that replaced it. The result
-                can be another name of the same module.
+            name: The name of ``base`` or of the LoRA layer or wrapper that replaced it.
             base: The module with the weight.
             ignored: Modules to ignore.
 
@@ -269,11 +278,15 @@ class SharedWeightUntier:
         share the LoRA factors or trained rows of ``module`` are ignored. The result is None if no
         other module shares the weight.
         """
-        others = self._others(name, module)
+        others = self._other_base_weight_holders(name, module)
         return others[0].name if others else None
 
-    def _others(self, name: str, module: Any) -> list[_Holder]:
-        """Return the holders of a layer's base weight that its adapters must not change."""
+    def _other_base_weight_holders(self, name: str, module: Any) -> list[_Holder]:
+        """Return the other holders of a layer's base weight.
+
+        A merge of the layer's adapters must not change the weight of these holders. The modules
+        that share the layer's factors are the ``family`` of `_other_holders`.
+        """
         family, base = self._modules_sharing_factors(module), module.get_base_layer()
         return self._other_holders(name, base, family, _adapted_parameter_name(module))
 
@@ -284,15 +297,16 @@ class SharedWeightUntier:
             AdapterStateError: If the base layer has another name in the model, and its ``forward``
                 was replaced by a function that cannot be copied.
         """
-        originals = _with_original_linears(self._modules_sharing_factors(module))
-        for holder in self._others(name, module):
+        originals = _family_and_original_linears(self._modules_sharing_factors(module))
+        for holder in self._other_base_weight_holders(name, module):
             if holder.module in originals and has_replaced_forward_that_cannot_be_copied(
                 holder.module
             ):
                 raise AdapterStateError(
-                    f"target module {name!r} is also called {holder.name!r} and must be copied "
-                    "before the merge, but its forward was replaced by a function that cannot be "
-                    "copied; restore the original forward, or give each name its own module"
+                    f"target module {name!r} also has the name {holder.name!r} and must be "
+                    "copied before the merge, but its forward was replaced by a function that "
+                    "cannot be copied; restore the original forward, or give each name its own "
+                    "module"
                 )
 
     def _modules_sharing_factors(self, module: Any) -> set[nn.Module]:
@@ -317,11 +331,11 @@ class SharedWeightUntier:
             name: The name of the layer.
             module: The layer.
         """
-        others = self._others(name, module)
+        others = self._other_base_weight_holders(name, module)
         if not others:
             return
         family, base = self._modules_sharing_factors(module), module.get_base_layer()
-        originals, size = _with_original_linears(family), 0
+        originals, size = _family_and_original_linears(family), 0
         copies: dict[nn.Module, nn.Module] = {}
         for other in others:
             if other.module in originals:
@@ -360,8 +374,8 @@ class SharedWeightUntier:
         )
 
 
-def _with_original_linears(family: set[nn.Module]) -> set[nn.Module]:
-    """Return the modules in ``family``, and the original modules of its LoRA layers.
+def _family_and_original_linears(family: set[nn.Module]) -> set[nn.Module]:
+    """Return the modules in ``family``, plus the original module of each LoRA layer in it.
 
     When a LoRA layer is removed, its original module takes its place.
     """

@@ -187,6 +187,6 @@ def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRow
         raise UnsupportedLayerError(
             f"trainable_token_indices: in adapters {module.adapter_names}, the trainable rows of "
             f"{module_name!r} are {'tied' if module.is_tied else 'not tied'} to the trainable "
-            "rows of the input embedding; either all adapters of a model must tie these rows, or "
-            "none of them"
+            "rows of the input embedding; these rows must be tied in all adapters of a model or in "
+            "none"
         )

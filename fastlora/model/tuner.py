@@ -15,7 +15,7 @@ from torch import nn
 
 from fastlora.init import InitMethod
 from fastlora.layers import LoraLayer, ModuleWrapper, TrainableTokensWrapper
-from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.layers.adapter_factors import ModelAdapterSource
 from fastlora.layers.quantized import prevent_bitsandbytes_repacking
 from fastlora.model import inject
 from fastlora.model.computed_adapters import ComputedAdapter
@@ -197,7 +197,7 @@ class LoraTuner(nn.Module):
         if plan.from_file and init.changes_base and init.must_repeat and others:
             other = next(iter(others))
             raise AdapterStateError(
-                f"loading adapter {adapter_name!r} must change this model's base weights "
+                f"loading adapter {adapter_name!r} requires changing this model's base weights "
                 f"({init.title}), but adapter {other!r} has already changed them "
                 f"({others[other].title}); first save one of the two adapters as plain LoRA with "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
@@ -261,7 +261,7 @@ class LoraTuner(nn.Module):
             AdapterStateError: If two of the adapters own a copy, or trained rows, of the same
                 module.
         """
-        names = self._as_loaded_names(adapter_name)
+        names = self._checked_adapter_names(adapter_name)
         for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
             owners = inject.existing_adapter_names(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
@@ -367,7 +367,7 @@ class LoraTuner(nn.Module):
             UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.
                 The model is unchanged after any of these errors.
         """
-        names = self._as_loaded_names(adapters)
+        names = self._checked_adapter_names(adapters)
         self.check_new_adapter_name(adapter_name)
         options = CombinationOptions(
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
@@ -406,7 +406,7 @@ class LoraTuner(nn.Module):
             raise AdapterStateError(f"adapter {adapter_name!r} already exists")
 
     def enable_adapter_layers(self) -> None:
-        """Enable adapters again after `disable_adapter_layers`."""
+        """Re-enable the adapters after a call to `disable_adapter_layers`."""
         self._unfreeze(self._frozen)
         self._frozen = []
         self._set_disabled(False)
@@ -456,7 +456,7 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterNotFoundError: If there is no such adapter.
         """
-        for parameter in self._trainable_parameters(self._as_loaded_names(adapter_names)):
+        for parameter in self._trainable_parameters(self._checked_adapter_names(adapter_names)):
             parameter.requires_grad_(requires_grad)
 
     def _selected_base_biases(self, name: str) -> list[nn.Parameter]:
@@ -542,7 +542,9 @@ class LoraTuner(nn.Module):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Create the routing of batch rows to adapters for a `fastlora.adapters` block.
+        """Create the routing for a `fastlora.adapters` block.
+
+        The routing assigns an adapter to each row of a batch.
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
@@ -553,7 +555,7 @@ class LoraTuner(nn.Module):
             self.group,
             self.modules_selecting_adapter_per_row,
             tuple(self.peft_config),
-            ParameterSource,
+            ModelAdapterSource,
             ids,
             seeds,
             validate,
@@ -569,14 +571,15 @@ class LoraTuner(nn.Module):
         known = tuple(self.peft_config)
         layers = self.modules_selecting_adapter_per_row
         return sample_routings_from_parameters(
-            self.group, layers, known, ParameterSource, adapters, ranks
+            self.group, layers, known, ModelAdapterSource, adapters, ranks
         )
 
     @property
     def modules_selecting_adapter_per_row(self) -> list[Any]:
-        """The modules with adapters, which select an adapter for each row of a mixed batch.
+        """The modules that select an adapter for each row of a mixed batch.
 
-        See `fastlora.model.inject.modules_with_adapters`.
+        These are all modules that contain adapters. See
+        `fastlora.model.inject.modules_with_adapters`.
         """
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.
@@ -622,7 +625,7 @@ class LoraTuner(nn.Module):
                 any of these errors.
         """
         self.group.check_no_open_blocks("merge_adapter")
-        wanted = None if adapter_names is None else self._as_loaded_names(adapter_names)
+        wanted = None if adapter_names is None else self._checked_adapter_names(adapter_names)
         layers = dict(inject.modules_with_adapters(self.model))
         if any(layer._disabled for layer in layers.values()):
             raise AdapterStateError(
@@ -689,7 +692,9 @@ class LoraTuner(nn.Module):
             self.model,
             merge=True,
             safe_merge=safe_merge,
-            adapter_names=None if adapter_names is None else self._as_loaded_names(adapter_names),
+            adapter_names=None
+            if adapter_names is None
+            else self._checked_adapter_names(adapter_names),
             progressbar=progressbar,
             dequantize=dequantize,
         )
@@ -711,7 +716,7 @@ class LoraTuner(nn.Module):
         self.group.check_no_open_blocks("unload")
         return inject.unload(self.model, merge=False, dequantize=dequantize)
 
-    def _as_loaded_names(self, names: str | Sequence[str]) -> list[str]:
+    def _checked_adapter_names(self, names: str | Sequence[str]) -> list[str]:
         """Check that adapters are loaded, and return their names as a list.
 
         Raises:

@@ -84,7 +84,7 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Warm up a model by compiling the Triton kernels that the model needs for inference.
+    """Warm up a model for inference by compiling its Triton kernels ahead of time.
 
     After the warm-up, requests do not wait for compilation. The kernels are compiled into Triton's
     cache folder, in separate processes. Programs that start later reuse the compiled kernels. Which
@@ -174,7 +174,7 @@ def reason_without_kernels(device: torch.device) -> str:
 
 
 def check_kernel_cache_writable() -> None:
-    """Check that Triton's cache folder is writable.
+    """Raise an error if Triton's cache folder is not writable.
 
     Raises:
         ConfigError: The cache folder is not writable.
@@ -238,7 +238,7 @@ class _SharedInputLayers(NamedTuple):
             layer(x)
 
     @property
-    def in_and_out_features(self) -> tuple[tuple[int, int], ...]:
+    def in_and_out_features_per_layer(self) -> tuple[tuple[int, int], ...]:
         """The ``in_features`` and ``out_features`` of each layer."""
         return tuple((layer.in_features, layer.out_features) for layer in self.layers)
 
@@ -293,7 +293,7 @@ def record_kernel_variants(
 
 
 def _groups_after_forward_passes(
-    model: nn.Module, mixed: Sequence[Routing], inputs: Any
+    model: nn.Module, mixed_routings: Sequence[Routing], inputs: Any
 ) -> list[_SharedInputLayers]:
     """Run forward passes of a model, and return the groups of its layers that share an input.
 
@@ -308,7 +308,7 @@ def _groups_after_forward_passes(
         dtypes[layer] = next(iter((*args, *kwargs.values()))).dtype
 
     contexts: list[Any] = [contextlib.nullcontext()]
-    for routing in mixed:
+    for routing in mixed_routings:
         ids = routing.ids.new_zeros(_sample_count(given))
         contexts.append(activate_routing(replace(routing, ids=ids, cache=RoutingCache())))
     for context in contexts:
@@ -344,7 +344,7 @@ def _default_token_ids(model: nn.Module) -> dict[str, torch.Tensor]:
     if embeddings is None:
         raise ConfigError(
             f"{type(model).__name__} might not accept input_ids; use inputs= to pass the arguments "
-            "of a forward pass"
+            "for a forward pass"
         )
     ids = torch.zeros(_SAMPLES, 8, dtype=torch.int64, device=embeddings.weight.device)
     return {"input_ids": ids}
@@ -368,11 +368,12 @@ def _sample_count(inputs: Any) -> int:
 def _groups_with_distinct_launches(
     groups: Sequence[_SharedInputLayers], rows: int, launch_record: _VariantsByKey
 ) -> list[_SharedInputLayers]:
-    """Return the groups of layers that differ in sizes, dtypes, or the kernels that they launch.
+    """Return one group of layers for each combination of layer sizes, dtype, and kernels.
 
-    If several groups agree in all of these, the result contains the first one. Groups that launch
-    no kernel are left out. All groups run with 1 row and with ``rows``. In a Llama-8B, there are
-    four such groups.
+    The kernels are those that the layers launch, and the dtype is that of their input. If several
+    groups agree in all of these, the result contains the first one. Groups that launch no kernel
+    are left out. All groups run with 1 row and with ``rows``. In a Llama-8B, there are four such
+    groups.
     """
     found: dict[object, _SharedInputLayers] = {}
     for group in groups:
@@ -381,7 +382,7 @@ def _groups_with_distinct_launches(
         )
         if not any(kernels):
             continue
-        found.setdefault((group.in_and_out_features, group.dtype, kernels), group)
+        found.setdefault((group.in_and_out_features_per_layer, group.dtype, kernels), group)
     return list(found.values())
 
 
@@ -444,7 +445,7 @@ def _run_and_list_kernel_keys(
 
 @contextlib.contextmanager
 def _sort_with_pytorch_instead_of_kernel() -> Iterator[None]:
-    """Context manager that makes PyTorch, instead of a kernel, sort the rows of mixed batches.
+    """Context manager that sorts the rows of mixed batches with PyTorch instead of a kernel.
 
     In the ``with`` block, kernels are only recorded. PyTorch may use the result of the sort as
     indices, so the result must not be the uninitialized output of a kernel that is only recorded.

@@ -13,7 +13,7 @@ from fastlora.algebra import combine, low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model.computed_adapters import (
     ComputedAdapter,
-    LayerAdapterParameters,
+    LayerAdapterTensors,
     build_computed_adapter,
     check_modules_to_save_disjoint,
     factor_matrices,
@@ -42,10 +42,9 @@ class CombinationOptions(NamedTuple):
 
     @property
     def combines_updates(self) -> bool:
-        """Whether to combine the updates of adapters.
+        """Whether to combine the adapters' updates instead of their factors.
 
-        The update of an adapter is the product ``lora_b @ lora_a``. If the updates are not
-        combined, the factors are combined instead.
+        The update of an adapter is the product ``lora_b @ lora_a``.
         """
         return self.combination_type.endswith("svd")
 
@@ -166,8 +165,8 @@ def _combine_on_layer(
     layer: LoraLayer,
     holders: Sequence[AdapterNameAndWeight],
     options: CombinationOptions,
-) -> LayerAdapterParameters:
-    """Compute the combined adapter's parameters for one layer.
+) -> LayerAdapterTensors:
+    """Compute the combined adapter's tensors for one layer.
 
     Args:
         name: The name of the layer, for messages.
@@ -196,9 +195,7 @@ def _combine_on_layer(
             made = [_concatenate_factor_pairs(own, scales) for own in by_matrix]
         else:
             made = [_combine_by_svd(own, scalings, weights, options, rank) for own in by_matrix]
-        return LayerAdapterParameters(
-            *join_per_matrix_factors(made), bias, None, layer.num_matrices
-        )
+        return LayerAdapterTensors(*join_per_matrix_factors(made), bias, None, layer.num_matrices)
     if len(set(ranks.values())) > 1:
         raise ConfigError(  # begins as in PEFT
             f"All adapters must have the same r value when using combination_type {kind!r}, but "
@@ -208,7 +205,7 @@ def _combine_on_layer(
     # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    return LayerAdapterParameters(
+    return LayerAdapterTensors(
         _combine([a for a, _ in pairs], signed, options),
         _combine([b for _, b in pairs], roots, options),
         bias,
@@ -262,9 +259,10 @@ def _combine_by_svd(
 def _combine_lora_biases(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor | None:
-    """Combine the ``lora_b`` biases of adapters.
+    """Combine the ``lora_b`` biases of adapters, weighted by the given scales.
 
-    The result is a tensor ``[N]``, or None if no adapter has a ``lora_b`` bias.
+    ``options`` determines the method. For the combination types ``"cat"`` and ``"svd"``, the method
+    is a weighted sum. The result is a tensor ``[N]``, or None if no adapter has a ``lora_b`` bias.
     """
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:

@@ -23,7 +23,7 @@ _Gradient = torch.Tensor | None
 
 
 def draw_dropout_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a random seed for dropout.
+    """Draw a random seed for dropout, on the device where ``impl`` reads the seed.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. If ``impl`` is
     ``"triton"``, the tensor is on x's device, so that the host does not wait for the seed.
@@ -134,9 +134,10 @@ class Backend(ABC):
     def add_stacked_updates_(
         self, y: torch.Tensor, x: torch.Tensor, operands: StackedWeightAdapterOperands, rows: Rows
     ) -> torch.Tensor:
-        """Add the LoRA updates of a layer with a stack of weights to y in place.
+        """Add each row's LoRA update to y in place, for a layer with a stack of weights.
 
-        The result is s, the shrink output, as in `forward`.
+        The factors of each adapter on a stack of E weights are stacks of E matrices. The function
+        returns s, the shrink output, as in `forward`.
 
         Args:
             y: The base product, ``[P, N]``, in x's dtype.

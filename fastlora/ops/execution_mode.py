@@ -47,7 +47,7 @@ _INTERPRETED = env.triton_interpreted()
 
 
 def is_forward_ad_active() -> bool:
-    """Return whether PyTorch computes derivatives in forward mode.
+    """Return whether forward-mode automatic differentiation is active.
 
     fastlora's autograd functions raise an error in this mode. Kernels and registered operators are
     not used in it, because their results would have no tangents.
@@ -57,7 +57,7 @@ def is_forward_ad_active() -> bool:
 
 
 def raise_for_second_derivative() -> NoReturn:
-    """Raise `RuntimeError` for a backward pass that is recorded for second derivatives.
+    """Raise `RuntimeError` for a backward pass that runs with ``create_graph=True``.
 
     The backward passes of fastlora's autograd functions call this function if gradients are
     enabled. Without the error, a second derivative would lack the contribution of these functions.
@@ -156,9 +156,10 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def has_unknown_values(x: torch.Tensor) -> bool:
-    """Return whether the values of x are unknown.
+    """Return whether x has unknown values, as a meta tensor or a traced tensor does.
 
-    They cannot be read on the meta device, and if a compiler traces operations on x.
+    The values cannot be read if x is on the meta device, or while a compiler traces operations on
+    x. The function does not detect the capture of a CUDA graph.
     """
     return x.is_meta or is_traced(x)
 
@@ -176,11 +177,12 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether something observes operators on x.
+    """Return whether calls to operators on x are observed, for example by autograd.
 
-    Compilers and other tracers, dispatch modes, profilers, autograd, and functorch transforms can
-    observe operators. If ``in_autograd_function`` is set, autograd is ignored, because it records
-    nothing inside an autograd function. If ``by_profiler`` is False, profilers are ignored.
+    Compilers and other tracers, dispatch modes, profilers, autograd, and functorch transforms
+    observe such calls: they intercept or record them. If ``in_autograd_function`` is set, autograd
+    is ignored, because it records nothing inside an autograd function. If ``by_profiler`` is False,
+    profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -194,7 +196,7 @@ def operators_are_observed(
 
 
 def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function with x's device as the current device.
+    """Call a function with the current device set to x's device.
 
     The function launches kernels. A profiler shows the call as ``fastlora::`` and the function's
     name.
@@ -324,7 +326,7 @@ class ExecutionMode:
 
 
 def execution_mode_of(x: torch.Tensor, impl: str, plan: str = "auto") -> ExecutionMode:
-    """Determine the mode in which a forward pass on x runs.
+    """Determine the execution mode of a forward pass on x.
 
     The result is an `ExecutionMode`, which contains the implementation and the backend. The result
     also states whether compilation, tracing, autocast, and batch invariance are active.

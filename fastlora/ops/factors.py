@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The weight and bias of a base layer, as functions and backends receive them.
+    """The weight and bias of a base layer, in the form that functions and backends accept.
 
     If the output of the base layer has already been computed, the tuple contains this output
     instead. The bias is optional.
@@ -75,10 +75,9 @@ class Base(NamedTuple):
         return self.y
 
     def writable_y(self) -> torch.Tensor:
-        """Return y in a form that may be overwritten.
+        """Return y, or a copy of y if y itself must not be overwritten.
 
-        y is the output of the base layer. The result has the shape ``[M, N]``, and is a copy if y
-        itself may not be overwritten.
+        y is the output of the base layer. The result has the shape ``[M, N]``.
         """
         if self.y is None:
             raise ValueError("no base output is given")
@@ -91,7 +90,7 @@ Slots = list[Factors | None]
 
 
 class LayerAdapterOperands(NamedTuple):
-    """The LoRA operands of one linear layer, in the form that backends and operators take.
+    """The LoRA operands of one linear layer, in the form that backends and operators accept.
 
     The operands include the factors, the scalings, and the dropout settings of the layer's
     adapters.
@@ -146,10 +145,10 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors that describe the adapters' factors to an operator.
+        """Return the list of tensors from which an operator reads the factors by address.
 
-        The list is the operator's ``tables`` argument. The tensors are the tables with the
-        addresses of the factors, the ranks, and the scalings.
+        The list is the operator's ``tables`` argument. It does not contain the factors themselves,
+        but the tables of their addresses, of the ranks, and of the scalings.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
@@ -167,9 +166,9 @@ def address_tables_from_tensors(
 
 
 def replace_missing_with_empty(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Return the list of factors, with each missing factor replaced by an empty one.
+    """Return the list of factors, with each missing factor replaced by an empty tensor.
 
-    A missing factor is None, and an empty factor has rank 0. ``rank_dim`` is the dimension of the
+    A missing factor is None, and the empty tensor has rank 0. ``rank_dim`` is the dimension of the
     rank: 0 for lora_a, and 1 for lora_b.
     """
     found: list[torch.Tensor] = []

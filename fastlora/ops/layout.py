@@ -44,7 +44,7 @@ def rank_to_multiple_of_16(largest_rank: int) -> int:
 def shrink_partials_shape(
     m: int, k: int, modules: int, largest: int, batch_invariant: bool = False
 ) -> tuple[int, int, int, int]:
-    """Return the shape of a shrink's split-K partial sums.
+    """Return the shape of the split-K partial sums of a shrink operation.
 
     The shape is (splits, modules, rows, columns). The number of splits depends neither on the chip
     nor on the adapters of the rows, so that a fake implementation can compute it. Sizes may be

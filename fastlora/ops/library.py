@@ -27,10 +27,10 @@ def register_implementation(name: str) -> Callable[[Callable[..., Any]], Callabl
 def register_composite_implicit_autograd(
     name: str,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers a function as an operator's composite implementation.
+    """Return a decorator that registers an operator's ``CompositeImplicitAutograd`` implementation.
 
-    The dispatch key is ``CompositeImplicitAutograd``, so the implementation runs above autograd.
-    The implementation runs while a graph is traced, and also if nothing is traced.
+    The decorated function becomes the implementation of the operator ``name``. The implementation
+    runs above autograd, whether or not a graph is traced.
     """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeImplicitAutograd")
     return found

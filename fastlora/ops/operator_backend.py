@@ -22,7 +22,7 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
 from fastlora.ops.triton.rows_argument import (
     rows_and_run_length_for_gradients,
-    rows_for_factor_lists,
+    rows_argument_for_factor_lists,
 )
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 
@@ -30,10 +30,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend(Backend):
-    """Backend that calls the registered operators.
+    """Backend that runs the LoRA operators, with Triton or in plain PyTorch.
 
-    If nothing, such as a tracer or autograd, observes operators, the backend calls their
-    implementations directly.
+    The backend calls the registered operators if the calls are observed, for example by a tracer or
+    by autograd. Otherwise, the backend calls the operators' implementations directly where this is
+    possible.
 
     Args:
         impl: The implementation that the operators run, ``"triton"`` or ``"eager"``.
@@ -101,7 +102,7 @@ class OperatorBackend(Backend):
         operators: schema.OperatorNamespace,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight in the form that the given operators take.
+        """Return the weight in the form that the given operators expect.
 
         Registered operators and the PyTorch implementation take the weight itself, quantized or
         not. If Triton kernels are called directly, the form depends on the plan, as in
@@ -118,7 +119,11 @@ class OperatorBackend(Backend):
         """
         if rows is None:
             return []
-        return rows_for_factor_lists(rows) if self.impl == "triton" else rows.operator_arguments()
+        return (
+            rows_argument_for_factor_lists(rows)
+            if self.impl == "triton"
+            else rows.operator_arguments()
+        )
 
     def gradients(self, given: BackwardArguments) -> Gradients:
         operators, function = (
@@ -145,7 +150,7 @@ class OperatorBackend(Backend):
 
         ``operators`` are the registered operators, or functions that run their implementations
         directly. The result is that of `gradients`. The weight is in the form that ``operators``
-        take.
+        expect.
         """
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
@@ -184,7 +189,7 @@ class OperatorBackend(Backend):
     def _rows_argument_and_rows_per_program(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the ``rows`` argument of a launch, and the number of rows per kernel program.
+        """Return the ``rows`` argument of a launch, and the maximum number of rows per program.
 
         The result is a tuple of a list of tensors and a number. Each program of a Triton kernel
         works on a run, which is a range of at most this many sorted positions. For other
@@ -313,7 +318,7 @@ def launch_mixed_group_without_operator(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Launch the kernels for a group of layers and a mixed batch, without a registered operator.
+    """Launch the kernels for a group of layers and a mixed batch without calling an operator.
 
     The layers are linear layers with adapters. They share the input x, and have adjacent rows in
     the address tables, starting at ``first``. The result is a list of the outputs of the layers.
@@ -367,7 +372,7 @@ def _any_weight_is_quantized(operands: Sequence[torch.Tensor | None], num_module
 def _with_kernel_weights(
     operands: Sequence[torch.Tensor | None], num_modules: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | QuantizedData | None]:
-    """Replace the weights among the operands with weights that kernels can read.
+    """Replace each weight in the operands with a weight that kernels can read.
 
     The operands are those of a group of modules that share an input. The first ``num_modules``
     operands are the base weights of the modules. Each weight is replaced with the result of
@@ -397,7 +402,7 @@ def _with_cached_launches(function: _Function) -> _Function:
 def _zero_unwritten_elements(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Set to zero the elements of ds that no kernel has written.
+    """Zero the elements of ds that no kernel has written.
 
     The result is a new tensor. Unwritten elements are in rows without an adapter, or beyond the
     rank of the row's adapter. Such elements could be NaN, which anomaly detection would report.

@@ -88,10 +88,11 @@ class Rows:
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def piece_starts(self, block_m: int) -> torch.Tensor:
-        """Return the position at which each piece of rows starts.
+        """Return the start position of each piece of the sorted rows.
 
-        A piece is a range of sorted positions within one segment and within one tile of ``block_m``
-        rows. The result is int32 ``[pieces + 1]``. Unused entries are M.
+        Kernels work on tiles of ``block_m`` sorted rows. A piece is a range of sorted positions
+        within one segment and within one tile, so its rows have the same adapter, or none. The
+        result is int32 ``[pieces + 1]``. Unused entries are M.
 
         The first call caches the result. In a graph nothing is cached, because compilers merge
         equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
@@ -164,7 +165,7 @@ class Rows:
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """The key by which each id is sorted, in a tensor on the CPU.
+        """The sort key of each id, as a CPU tensor.
 
         The ids are the adapter ids in `ids`. Rows are sorted by the keys of their ids. The keys are
         int64. See `_sort_keys_and_invalid_mask`.
@@ -330,7 +331,7 @@ def _sort_rows_by_slot(
     if slots < 0:
         raise ValueError(f"the number of slots must be non-negative, got {slots}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
+        raise TypeError(f"ids has dtype {ids.dtype}, expected an integer dtype")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
         raise ValueError(
             f"ids has shape {tuple(ids.shape)}, expected [B], where B divides the number of rows, "
@@ -396,9 +397,9 @@ def _allocate_sort_results(
 
 @register_implementation("rows_pieces")
 def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the position at which each piece of rows starts.
+    """Return the start position of each piece of the sorted rows.
 
-    The positions refer to the sorted rows. See `Rows.piece_starts`.
+    See `Rows.piece_starts`.
     """
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
@@ -417,7 +418,7 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def piece_starts_length(m: int, slots: int, block_m: int) -> int:
-    """Return the length of the tensor to allocate for the start positions of the pieces.
+    """Return the length of the tensor that holds the start positions of the pieces.
 
     `Rows.piece_starts` returns this tensor. The length is an upper bound on the number of pieces,
     plus one. The arguments may be symbolic.

@@ -97,10 +97,11 @@ def define_and_register_fake(
 
 
 class OperatorNamespace(Protocol):
-    """A namespace of operators that a backend calls, such as `torch.ops.fastlora`.
+    """A namespace of fastlora's operators, such as `torch.ops.fastlora`.
 
-    This protocol describes the results of `registered_or_direct_operators`: `torch.ops.fastlora`,
-    or an object that provides the functions that the operators run.
+    Backends call the operators by attribute. This protocol describes the results of
+    `registered_or_direct_operators`: `torch.ops.fastlora`, or an object that provides the functions
+    that the operators run.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
@@ -172,9 +173,10 @@ def lora_linear_fake(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """Return uninitialized tensors for the results of the operator ``lora_linear``.
+    """Fake implementation of the operator ``lora_linear``, which computes a LoRA linear layer.
 
-    The results are the output y and, unless s is given, the shrink output s.
+    The result is a list of uninitialized tensors: the output y and, unless s is given, the shrink
+    output s.
     """
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
@@ -187,7 +189,7 @@ def lora_linear_fake(
     " Tensor scaling, str impl) -> ()"
 )
 def lora_expand_fake(*_: object) -> None:
-    """Fake implementation of the operator ``lora_expand_``, which changes y in place.
+    """Fake implementation of the operator ``lora_expand_``, which modifies y in place.
 
     The fake implementation does nothing, because the operator returns nothing. The operator adds
     ``scaling * (s @ lora_b.T + lora_bias)`` to y.
@@ -341,7 +343,7 @@ def lora_linear_at_fake(
     f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()"
 )
 def lora_add_at_fake(*_: object) -> None:
-    """Fake implementation of the operator ``lora_add_at_``, which changes y in place.
+    """Fake implementation of the operator ``lora_add_at_``, which modifies y in place.
 
     The fake implementation does nothing, because the operator returns nothing. The operator adds
     the update of each row's own adapter to y.
@@ -353,7 +355,7 @@ def lora_add_at_fake(*_: object) -> None:
     " str impl) -> ()"
 )
 def lora_scale_fake(*_: object) -> None:
-    """Fake implementation of the operator ``lora_scale_``, which changes y in place.
+    """Fake implementation of the operator ``lora_scale_``, which modifies y in place.
 
     The fake implementation does nothing, because the operator returns nothing. The operator
     computes ``y = (y - bias) * g + bias`` in the rows that belong to DoRA adapters. All other rows

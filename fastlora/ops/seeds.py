@@ -50,7 +50,7 @@ def draw_seeds(
 
 
 def dropout_seeds_of_layers(adapter_seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Return the dropout seeds of layers, derived from the seeds of adapters.
+    """Return the dropout seeds of each layer, derived from the adapters' seeds.
 
     For L layers and S adapters, the result is an int64 tensor ``[L, S]``. ``layers`` contains the
     numbers of the layers.
@@ -69,7 +69,7 @@ def derive_seeds_of_layer(adapter_seeds: torch.Tensor, layer: int) -> torch.Tens
 
 
 def _wrap_to_int64(value: int) -> int:
-    """Wrap an integer around to the range of a signed 64-bit integer.
+    """Wrap an integer to the range of a signed 64-bit integer.
 
     The result consists of the low 64 bits of ``value``.
     """

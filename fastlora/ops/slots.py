@@ -19,7 +19,7 @@ from fastlora.ops.torch import packed_forward
 from fastlora.ops.torch.packed import PackedLayerFactors
 from fastlora.ops.torch.packed_plans import Plan, PlanCache, cached_plan
 from fastlora.ops.torch.packed_slots import PackedSlots
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,10 +29,9 @@ _PIECE_ROWS = (16, 64, 128)
 
 
 class SortedRowsAndPlanCache(NamedTuple):
-    """The sorted rows of a batch, and a cache of the plans that are made for them.
+    """The sorted rows of a batch, and a cache of the plans for their matrix products.
 
-    The plans are for the matrix products of the batch. Layers whose packed factors have the same
-    layout and dtype can share a plan.
+    Layers whose packed factors have the same layout and dtype can share a plan.
 
     Attributes:
         rows: The rows, sorted by the slots of their adapters.
@@ -68,7 +67,7 @@ class BatchRows:
         self._whole: Rows | None = self._sort_whole_buffer() if for_captured_graphs else None
 
     def reset_for_batch(self, batch_slots: np.ndarray) -> None:
-        """Update this object for a new batch, given the slot of each row.
+        """Reset this object for a new batch, given the slot of each row.
 
         The sorted rows of the previous batch are discarded. For captured graphs, all rows are
         sorted again into the existing tensors, which the graphs read.
@@ -129,7 +128,7 @@ class BatchRows:
             rows = self._whole.first_rows(m)
         if self.slots.device.type == "cpu":
             return rows.operator_arguments()
-        return rows_for_address_tables(rows)
+        return rows_argument_for_address_tables(rows)
 
 
 def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
@@ -294,7 +293,7 @@ class SlotLoraUpdater:
             )
 
     def _packed_slots(self, dtype: torch.dtype) -> PackedSlots:
-        """Return the packed factors of the slots in a dtype.
+        """Return the packed factors of the slots, converted to the given dtype.
 
         If there is no valid pack in this dtype, all slots are packed into a new one.
         """

@@ -43,7 +43,7 @@ class StackedWeightAdapterOperands(NamedTuple):
         return self.lora_a[0].shape[0]
 
     def as_operands_of_one_layer(self) -> LayerAdapterOperands:
-        """Return the operands of the stack's adapters as the operands of one layer.
+        """Convert the operands of the stack to the operands of a single layer.
 
         In the result, each matrix of the stack has its own adapters. A key stands for one matrix of
         the stack and one adapter. The result has one adapter for each key, and thus ``E * S``
@@ -66,11 +66,11 @@ class StackedWeightAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of stacked LoRA factors with one row for each rank index of each matrix.
+    """Return views of stacked LoRA factors, in which each matrix has one row per rank index.
 
     lora_a and lora_b have the shapes in which adapter files store them. The views have the shapes
     ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. The rows of the views are called rank
-    rows: each matrix has one rank row for each rank index.
+    rows.
 
     The layout is that of PEFT 0.21.2, ``tuners/lora/layer.py`` (`ParamWrapper.get_delta_factors`):
     the matrix index varies slowest in the rows of lora_a, and fastest in the columns of lora_b.

@@ -126,7 +126,7 @@ class PoolTables:
         )
 
     def clear_adapter_column(self, column: int) -> None:
-        """Remove the adapter in a column of the tables.
+        """Remove the adapter in the given column of the tables.
 
         The column can then be reused. The writes run on the current stream.
         """

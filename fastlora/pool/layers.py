@@ -196,10 +196,10 @@ class InstalledPoolLoraLayers:
             parameter.requires_grad_(True)
 
     def base_weights_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the dtype of the base weights.
+        """Return the device and the dtype of the base weights of the pool's layers.
 
-        The base weights are those of all layers of the pool, and must share one device. The dtype
-        is that of the first base weight.
+        The base weights of all layers must share one device. The dtype is that of the first base
+        weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
@@ -210,7 +210,7 @@ class InstalledPoolLoraLayers:
         if len(devices) > 1:
             raise UnsupportedLayerError(
                 f"the target modules are on {', '.join(sorted(map(str, devices)))}; an adapter "
-                "pool needs all of them on one device"
+                "pool needs all of them to be on one device"
             )
         dtypes = [tensor.dtype for tensor in found if tensor is not None]
         device = next(iter(devices), torch.device("cpu"))

@@ -18,7 +18,7 @@ from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers, adapter_not_found_error
-from fastlora.pool.transfers import BaseDeviceTransfers
+from fastlora.pool.transfers import BaseTransfersToDevice
 from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
 
 # Number of prefetch threads. With several, an adapter that is slow to read does not delay others.
@@ -26,9 +26,10 @@ _THREADS = 4
 
 
 class Lease:
-    """A lease that keeps pooled adapters on the device until the lease ends.
+    """A lease that keeps a pool's adapters loaded while they are in use.
 
-    A lease can cover any number of adapters, which do not change during the lease.
+    A lease can cover any number of adapters. The adapters stay on the device and do not change
+    until the lease ends.
 
     Use the lease as a context manager. Exit the context in the thread, and on the CUDA stream, that
     ran the forward pass.
@@ -67,7 +68,7 @@ class Lease:
 
 @dataclass(eq=False)
 class LeaseRequest:
-    """A request for a lease on adapters of a pool.
+    """A request for a lease on adapters in a pool.
 
     The request belongs to one thread, which may have to wait until the request is granted.
 
@@ -114,7 +115,7 @@ class LeaseManager:
         self,
         reader: AdapterReader,
         tiers: StorageTiers,
-        transfers: BaseDeviceTransfers,
+        transfers: BaseTransfersToDevice,
         scales: DoraScaleUpdater,
     ) -> None:
         self._reader, self._tiers, self._transfers = reader, tiers, transfers
@@ -170,8 +171,8 @@ class LeaseManager:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
             if wait is None and held:
                 raise AdapterStateError(
-                    f"{held} leases are held; end them before calling close(), or pass wait= to "
-                    "wait for them"
+                    f"the pool has active leases ({held}); release them before calling close(), or "
+                    "pass wait= to wait for them"
                 )
             self.closing = True
             workers, self._workers = self._workers, None
@@ -183,9 +184,9 @@ class LeaseManager:
             if not self.changed.wait_for(lambda: not (self.held or self._prefetching), wait):
                 held = sum(map(len, self.held.values()))
                 raise AdapterStateError(
-                    f"after {wait} seconds, {held} leases are still held and "
-                    f"{len(self._prefetching)} threads are still reading adapters. The pool "
-                    "accepts no new leases; call close() again to finish closing it"
+                    f"after {wait} seconds, the pool is still in use (active leases: {held}; "
+                    f"threads that read adapters: {len(self._prefetching)}). The pool accepts no "
+                    "new leases; call close() again to finish closing it"
                 )
 
     def acquire_all_loaded(self) -> Lease:
@@ -315,8 +316,9 @@ class LeaseManager:
             self.changed.wait(left)
 
     def _find_entries_to_read(self, request: LeaseRequest) -> list[RegisteredAdapter]:
-        """Return the records of the adapters that must be read from disk for a request.
+        """Find the requested adapters that are not in memory and must be read from files.
 
+        The result is a list of the records of these adapters.
         ``request.in_memory`` is updated: it then contains the images of the requested adapters that
         are in memory.
         """
@@ -396,7 +398,7 @@ class LeaseManager:
             self.changed.notify_all()
 
     def _may_precede_queue(self, request: LeaseRequest) -> bool:
-        """Return whether a request may be granted before the other requests in the queue.
+        """Return whether a request may be granted ahead of the other requests in the queue.
 
         Requests are granted in order of arrival, so that small requests cannot delay a large
         request forever. A thread that already holds leases takes precedence, because other threads
@@ -406,13 +408,12 @@ class LeaseManager:
         return first or request.owner in self.held or not request.names
 
     def _can_grant_after_other_leases_end(self, request: LeaseRequest) -> bool:
-        """Return whether a request can be granted after other leases have ended.
+        """Return whether a request could be granted once other threads end their leases.
 
-        The other leases are those of other threads. If the result is False, waiting for room is
-        futile. The method implements Dijkstra's banker's algorithm. The algorithm assumes that
-        running threads will end their leases, and that a waiting thread will end its leases only if
-        its own request can be granted. If two threads wait for each other, the result is False for
-        the request that arrived last.
+        If the result is False, waiting for room is futile. The method implements Dijkstra's
+        banker's algorithm. The algorithm assumes that running threads will end their leases, and
+        that a waiting thread will end its leases only if its own request can be granted. If two
+        threads wait for each other, the result is False for the request that arrived last.
         """
         waiting = [other for other in self.queue if other is not request]
         stuck = {other.owner for other in waiting} | {request.owner}
@@ -437,13 +438,13 @@ class LeaseManager:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Start loading adapters in a background thread, and return a future.
+        """Start loading adapters in the background before they are used, and return a future.
 
-        Each adapter is brought to the device if there is currently room for it. Otherwise, it is
-        only read into CPU memory.
+        A background thread loads the adapters one after another. Each adapter is brought to the
+        device if there is currently room for it. Otherwise, it is only read into CPU memory.
 
         Returns:
-            A future that is done when all of the adapters have been processed.
+            A future that is done when the thread has processed all of the adapters.
         """
         with self.changed:
             self.check_pool_open()

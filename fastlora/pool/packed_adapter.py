@@ -32,9 +32,9 @@ _MAGNITUDE_BYTES = 4
 
 
 class TargetableBaseWeight(NamedTuple):
-    """A base weight that the pool's adapters can target.
+    """A base weight that a pool's adapters can target, described by its name and its shape.
 
-    It is a linear layer's weight or a parameter.
+    The base weight is a linear layer's weight or a parameter.
 
     Attributes:
         name: Name of the linear layer or of the parameter in the base model.
@@ -145,10 +145,10 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter whose tensors are packed into contiguous memory, so that one transfer copies them.
+    """An adapter whose tensors are packed into contiguous memory.
 
-    A single 1-D tensor in CPU or GPU memory contains all of the adapter's tensors. The
-    whole adapter can therefore be copied to a GPU at once.
+    A single 1-D tensor in CPU or GPU memory contains all of the adapter's tensors. A single
+    transfer can therefore copy the whole adapter to a GPU.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.

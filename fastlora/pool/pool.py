@@ -304,11 +304,11 @@ class AdapterPool:
             self._tiers.register(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
-        """Unload an adapter from the pool.
+        """Unload an adapter from the pool, and free its memory.
 
-        Afterwards, no adapter in the pool has this name. Leases on the adapter remain valid. The
-        adapter's memory is freed when the last of these leases ends, or immediately if the adapter
-        is not leased.
+        The adapter is also unregistered, so no adapter in the pool has this name afterwards. Leases
+        on the adapter remain valid. The adapter's memory is freed when the last of these leases
+        ends, or immediately if the adapter is not leased.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -415,7 +415,7 @@ class AdapterPool:
             return None if loaded is None else loaded.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Split the adapter names of a batch into smaller batches that each fit in the pool.
+        """Split a batch into smaller batches that each fit in the pool.
 
         All adapters of a smaller batch fit on the device at the same time. Only the number of
         adapters is considered. A lease for one of the batches may still wait or raise an error
@@ -469,12 +469,13 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
-        """Load adapters, and return a lease that keeps the adapters loaded.
+        """Lease adapters, so that they stay loaded until the lease is released.
 
-        The adapters stay on the device until the lease ends, and they do not change during this
-        time. All of them are leased together. While leases of other threads leave too little room
-        on the device, this method waits without reserving any room. Leases of the calling thread do
-        not end while it waits.
+        Adapters that are not on the device are loaded first. The leased adapters stay on the device
+        until the lease ends, and do not change during this time. All of the requested adapters are
+        leased together. While leases of other threads leave too little room on the device, this
+        method waits without reserving any room. Leases of the calling thread do not end while it
+        waits.
 
         Args:
             names: Names of registered adapters, which may repeat.
@@ -508,10 +509,10 @@ class AdapterPool:
         return self._lease_manager.acquire_all_loaded()
 
     def recompute_scales(self) -> None:
-        """Recompute the scales of the pool's loaded adapters.
+        """Recompute the scales that the pool stores for its loaded adapters.
 
-        The scales are DoRA scales. An adapter is loaded if it is on the device. Scales are
-        recomputed only if the base weights have changed. Missing scales are computed too.
+        The scales are those of DoRA adapters. An adapter is loaded if it is on the device. Scales
+        are recomputed only if the base weights have changed. Missing scales are computed too.
         """
         self._lease_manager.recompute_stale_dora_scales_of_pool()
 
@@ -615,7 +616,7 @@ def _check_adapter_name(name: object) -> None:
 
 
 def _require_folder(entry: RegisteredAdapter) -> Path:
-    """Return the adapter folder of a record, or raise an error if there is none.
+    """Return the folder in an adapter's record, or raise an error if the record has no folder.
 
     Raises:
         ConfigError: The record's name is invalid, or the record does not specify a folder.

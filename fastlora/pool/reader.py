@@ -85,10 +85,11 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads adapters from files or state dicts, and packs them for a pool.
+    """Reads adapters and prepares them for a pool.
 
-    The reader also validates the contents of the adapters. Any thread may use the reader, because
-    the reader stores no adapters.
+    An adapter is read from a folder or from a state dict. The reader validates the contents of the
+    adapter and packs its tensors. Any thread may use the reader, because the reader stores no
+    adapters.
 
     Args:
         model: The base model, in which the pool's layers have replaced the target modules.
@@ -153,11 +154,11 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
-        """Context manager that opens an adapter folder and checks it against the pool's limits.
+        """Context manager that opens an adapter folder and checks its files.
 
-        The context manager checks the config and the size of the tensor file, and yields the open
-        folder. The pool must support the config. Inside the ``with`` block, the time and memory for
-        matching the config's patterns are limited.
+        The pool must support the config, and the config and the tensor file must be within the
+        pool's limits. The context manager yields the open folder. Inside the ``with`` block, the
+        time and memory for matching the config's patterns are limited.
         """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
@@ -332,7 +333,7 @@ class AdapterReader:
         key: str,
         source: str,
     ) -> None:
-        """Raise `CheckpointError` if the shape of a tensor does not fit the model.
+        """Raise `CheckpointError` if the shape of a tensor does not match the model.
 
         If a rank exceeds the pool's ``max_rank``, the error is an `AdapterTooLargeError`, which
         is a `CheckpointError`. ``rank`` is the rank in the config, or None if the shape has already
@@ -363,13 +364,12 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """Return the parameter and the rank of each layer in an adapter file.
+        """For each layer in an adapter file, return the adapted parameter and the adapter's rank.
 
-        The parameter is the one that the layer's factors adapt. Only layers whose factors adapt a
-        parameter are included. The result is a dict that maps the name of each layer to a tuple
-        (name of the target, name of the parameter, rank). If the parameter belongs to a linear
-        layer, the target is that layer. The names of the layers in the file depend on the
-        parameters that the adapter adapts.
+        Only layers whose factors adapt a parameter are included. The result is a dict that maps the
+        name of each layer to a tuple (name of the target, name of the parameter, rank). If the
+        parameter belongs to a linear layer, the target is that layer. The names of the layers in
+        the file depend on the parameters that the adapter adapts.
 
         Raises:
             CheckpointError: A parameter does not support the config.
@@ -398,7 +398,7 @@ class AdapterReader:
     ) -> None:
         """Raise `CheckpointError` if factors are missing for a target that the config selects.
 
-        Such an adapter was probably made for a different base model.
+        Such an adapter was probably created for a different base model.
 
         Args:
             selected: The targets that the config selects.
@@ -410,7 +410,7 @@ class AdapterReader:
             raise CheckpointError(
                 f"LoRA factors are missing for {len(missing)} of the {len(named)} modules that the "
                 f"config selects in this model, such as {missing[0]!r}; the adapter was probably "
-                "made for another base model"
+                "created for a different base model"
             )
 
     def _targets_in_model(self, config: LoraConfig, layers_in_file: set[str]) -> SelectedTargets:
@@ -424,8 +424,8 @@ class AdapterReader:
             layers_in_file: The names of the layers in the adapter's file. See `select_targets`.
 
         Raises:
-            CheckpointError: The adapter was made for another base model, or the config is invalid
-                or is not supported for this model.
+            CheckpointError: The adapter was created for a different base model, or the config is
+                invalid or is not supported for this model.
         """
         given = NO_TARGETS if config.target_modules in (None, NO_TARGETS) else None
         fields = (
@@ -443,7 +443,7 @@ class AdapterReader:
                 found = select_targets(self._model, config, given, layers_in_file=layers)
             except TargetNotFoundError as error:
                 raise CheckpointError(
-                    f"the adapter was made for another base model: {error}"
+                    f"the adapter was created for a different base model: {error}"
                 ) from error
             except (ConfigError, UnsupportedLayerError) as error:
                 raise CheckpointError(str(error)) from error

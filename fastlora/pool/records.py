@@ -80,7 +80,7 @@ class LoadedAdapter:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's LoRA factors at a row of the pool's tables.
+        """Return the adapter's LoRA factors for the given row of the pool's tables.
 
         Each row of the tables represents one module. The result is None if the adapter has no
         factors for the module.
@@ -105,11 +105,11 @@ class LoadedAdapter:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter.
+    """The pool's record of a registered adapter, with its name and its source.
 
-    The record contains the adapter's name and folder. The record also states whether the adapter is
-    pinned, and whether a thread is reading the adapter's files. The adapter may be in any storage
-    tier. An adapter that replaces another adapter gets its own record.
+    The source is the adapter's folder, if there is one. The record also states whether the adapter
+    is pinned, and whether a thread is reading the adapter's files. The adapter may be in any
+    storage tier. An adapter that replaces another adapter gets its own record.
 
     Attributes:
         name: Name of the adapter.

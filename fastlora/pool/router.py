@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastlora.layers.adapter_factors import PoolSource
+from fastlora.layers.adapter_factors import PoolAdapterSource
 from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
 from fastlora.ops.seeds import draw_seeds
 from fastlora.pool.address_tables import lookup_or_negative_if_out_of_range
@@ -74,7 +74,7 @@ def lease_batch_routing(
         loaded_adapters[loaded.column] = loaded
     by_column = tuple("" if loaded is None else loaded.name for loaded in loaded_adapters)
     source, fixed = (
-        PoolSource(tuple(loaded_adapters), pool.tables.as_kernel_tables(rank, pool.dtype))
+        PoolAdapterSource(tuple(loaded_adapters), pool.tables.as_kernel_tables(rank, pool.dtype))
         for rank in (max_rank, pool.max_rank or lease.max_rank or 1)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
@@ -86,7 +86,7 @@ def lease_batch_routing(
 
 
 def sample_routing_per_rank(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
-    """Return a sample routing of a pool for each rank, for use by `warm_up`.
+    """For each rank, return an example routing of a pool, for which `warm_up` compiles kernels.
 
     If ``ranks`` is given, there is one routing for each of these ranks. Otherwise, ranks that share
     kernel configs share one routing. The routing with the largest rank comes first. Each routing
@@ -107,7 +107,7 @@ def sample_routing_per_rank(pool: Any, ranks: Sequence[int] | None) -> list[Rout
     nobody = (None,) * pool.tables.rank.shape[1]
     found = []
     for rank in sorted(ranks, reverse=True):
-        source = PoolSource(nobody, pool.tables.as_kernel_tables(rank, pool.dtype))
+        source = PoolAdapterSource(nobody, pool.tables.as_kernel_tables(rank, pool.dtype))
         ids, seeds = (
             torch.zeros(1, dtype=torch.int64, device="cpu"),
             draw_seeds(nobody, None, draw=False),
@@ -131,7 +131,7 @@ def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:
             "buffers are sized for the largest rank that may be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
-    source = PoolSource(nobody, pool.tables.as_kernel_tables(pool.max_rank, pool.dtype))
+    source = PoolAdapterSource(nobody, pool.tables.as_kernel_tables(pool.max_rank, pool.dtype))
     seeds = draw_seeds(nobody, None, draw=False)
     columns = pool.tables.columns_of_slots(ids)
     return Routing(pool.group, nobody, columns, seeds, source, captured=True)

@@ -24,17 +24,18 @@ from fastlora.layers.dora_norms import (
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.records import AdapterDoraScales, LoadedAdapter
-from fastlora.pool.transfers import BaseDeviceTransfers
+from fastlora.pool.transfers import BaseTransfersToDevice
 from fastlora.validation import AdapterStateError
 
 _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new scales
 
 
 class DoraScaleUpdater:
-    """Updates the DoRA scales of a pool's adapters when the scales are stale.
+    """Updates the DoRA scales of a pool's adapters.
 
-    Scales are stale if they are missing, or if base weights have changed since the scales were
-    computed. The scales are computed and stored on the device.
+    Only stale scales are updated. Scales are stale if they are missing, or if base weights have
+    changed since the scales were computed. The scales of a newly loaded adapter are missing. All
+    scales are computed and stored on the device.
 
     Args:
         layers: The pool's layers. The index of a layer is its ``table_row``.
@@ -43,7 +44,7 @@ class DoraScaleUpdater:
     """
 
     def __init__(
-        self, layers: Sequence[Any], tables: PoolTables, transfers: BaseDeviceTransfers
+        self, layers: Sequence[Any], tables: PoolTables, transfers: BaseTransfersToDevice
     ) -> None:
         self._layers, self._tables, self._transfers = layers, tables, transfers
         self._lock = threading.Lock()
@@ -92,7 +93,7 @@ class DoraScaleUpdater:
     def _find_stale_scales_and_base_weight_stamps(
         self, dora_adapters: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
-        """Return the DoRA adapters with stale scales, and the version stamps of the base weights.
+        """Return which DoRA scales are stale, along with version stamps of the base weights.
 
         Scales depend on the base weights. Scales are stale if they are missing, or if a base weight
         may have changed since the scales were computed. The version stamps show such changes.

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from fastlora.pool.address_tables import NO_COLUMN, PoolTables
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.records import LoadedAdapter, RegisteredAdapter
-from fastlora.pool.transfers import BaseDeviceTransfers
+from fastlora.pool.transfers import BaseTransfersToDevice
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
 
@@ -51,7 +51,7 @@ class StorageTiers:
     def __init__(
         self,
         tables: PoolTables,
-        transfers: BaseDeviceTransfers,
+        transfers: BaseTransfersToDevice,
         device_bytes: int | None,
         cpu_bytes: int | None,
     ) -> None:
@@ -198,7 +198,7 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """List of the adapters that are loaded on the device.
+        """Records of the adapters that are currently loaded on the device.
 
         Adapters that were replaced or removed are included while they are leased.
         """
@@ -225,7 +225,7 @@ class StorageTiers:
         held: Collection[LoadedAdapter],
         replaced_but_leased: LoadedAdapter | None = None,
     ) -> bool:
-        """Return whether adapters fit on the device beside the pinned and held adapters.
+        """Return whether adapters fit on the device alongside the pinned and held adapters.
 
         Pinned adapters and the adapters in ``held`` stay on the device and take up room in the
         device tier. All other adapters can be evicted.
@@ -342,7 +342,7 @@ class StorageTiers:
         return loaded
 
     def _evict_until_device_has_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
-        """Evict adapters until the device has room for the wanted adapters.
+        """Evict adapters until the device has room for the given adapters.
 
         The least recently used adapters are evicted first. Leased and pinned adapters are not
         evicted, and neither are adapters that will be replaced. A new adapter takes over the room

@@ -19,7 +19,7 @@ from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.validation import AdapterStateError
 
 
-class BaseDeviceTransfers:
+class BaseTransfersToDevice:
     """Base class for transfers of packed adapters from CPU memory to a pool's device.
 
     The subclass `AsyncTransfersToCuda` is for GPUs, and uses CUDA events to order the copies and
@@ -69,7 +69,7 @@ class BaseDeviceTransfers:
         """
 
     def record_read_event_and_stream_id(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after reads on the current stream, and return it with the stream's id.
+        """Record an event on the current stream after reads, and return it with the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
         have completed. The result is a tuple (event, id of the stream), or None if no event was
@@ -84,12 +84,12 @@ class BaseDeviceTransfers:
         """
 
 
-class AsyncTransfersToCuda(BaseDeviceTransfers):
+class AsyncTransfersToCuda(BaseTransfersToDevice):
     """Copies packed adapters from the CPU to a GPU asynchronously, on a separate CUDA stream.
 
     The copies can overlap with computation, because the adapters are in page-locked CPU memory.
-    CUDA events order the copies with the forward passes that use the adapters. The class copies
-    nothing from the GPU to the CPU.
+    CUDA events order the copies with the forward passes that use the adapters. Nothing is copied
+    from the GPU back to the CPU.
 
     Args:
         device: A CUDA device.
@@ -112,7 +112,8 @@ class AsyncTransfersToCuda(BaseDeviceTransfers):
     def upload(self, image: PackedAdapter) -> PackedAdapter:
         """Copy a packed adapter to the GPU, and return the copy.
 
-        The transfer runs asynchronously on the current stream.
+        The copy runs asynchronously on the current stream. The caller must first make the write
+        stream the current stream, with `use_write_stream`.
         """
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
@@ -153,12 +154,11 @@ class AsyncTransfersToCuda(BaseDeviceTransfers):
             stream.wait_event(event)
 
     def record_read_event_and_stream_id(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event after reads on the current stream, and return it with the stream's id.
+        """Record an event on the current stream after reads, and return it with the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
-        have completed. As in the base class, the result is None if no event was recorded. No event
-        is recorded while a CUDA graph is being captured, because a captured forward pass has not
-        read anything yet.
+        have completed. While a CUDA graph is being captured, no event is recorded and the result is
+        None, because a captured forward pass has not read anything yet.
         """
         if torch.cuda.is_current_stream_capturing():
             return None
@@ -177,8 +177,8 @@ class AsyncTransfersToCuda(BaseDeviceTransfers):
             self._stream.wait_event(event)
 
 
-def make_transfers(device: torch.device) -> BaseDeviceTransfers:
-    """Return the `BaseDeviceTransfers` object for a pool on a CPU or CUDA device.
+def make_transfers(device: torch.device) -> BaseTransfersToDevice:
+    """Return the `BaseTransfersToDevice` object for a pool on a CPU or CUDA device.
 
     Raises:
         ValueError: The device is of another type.
@@ -187,4 +187,4 @@ def make_transfers(device: torch.device) -> BaseDeviceTransfers:
         return AsyncTransfersToCuda(device)
     if device.type != "cpu":
         raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
-    return BaseDeviceTransfers()
+    return BaseTransfersToDevice()

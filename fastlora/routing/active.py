@@ -15,15 +15,15 @@ from fastlora.routing.caches import RoutedLayerProtocol
 from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
-class _TaskBlock:
-    """A block that an asyncio task has opened."""
+class _AsyncioTaskBlock:
+    """An open `fastlora.adapters` block, with the asyncio task that opened it."""
 
     def __init__(self, task: asyncio.Task[object]) -> None:
         self.task = task
 
 
 class _ThreadRoutings(threading.local):
-    """Thread-local storage for the active routings.
+    """Thread-local storage for the active `Routing` objects.
 
     The active routings of a thread are those of its open blocks. The storage also maps each group
     of layers to the group's innermost routing, and the routings of blocks that asyncio tasks opened
@@ -34,14 +34,14 @@ class _ThreadRoutings(threading.local):
         self.unchecked = False
         self.open: tuple[Routing, ...] = ()
         self.by_group: dict[RoutedLayerGroup, Routing] = {}
-        self.task_blocks: dict[int, _TaskBlock] = {}  # by the routing's id
+        self.task_blocks: dict[int, _AsyncioTaskBlock] = {}  # by the routing's id
         self.has_task_blocks = False  # Compiled graphs check this again, but not the dict.
 
 
 _thread = _ThreadRoutings()
 # The blocks that this task has opened, or that were open in the task that created it. All tasks of
 # an event loop share a thread, but each has its own context.
-_own_blocks: ContextVar[tuple[_TaskBlock, ...]] = ContextVar("fastlora_blocks", default=())
+_own_blocks: ContextVar[tuple[_AsyncioTaskBlock, ...]] = ContextVar("fastlora_blocks", default=())
 
 
 def active_routings() -> tuple[Routing, ...]:
@@ -62,15 +62,15 @@ def active_routing(layer: RoutedLayerProtocol) -> Routing | None:
     by_group = _thread.by_group
     routing = by_group.get(layer.routing_group) if by_group else None
     if _thread.has_task_blocks and routing is not None and not is_being_compiled():
-        _raise_if_opened_by_other_task(routing)
+        _raise_if_opened_by_other_asyncio_task(routing)
     return routing
 
 
 def is_checking_rows() -> bool:
-    """Return whether the rows of layers are being checked now.
+    """Return whether the input rows of layers are currently being checked.
 
-    The input rows of layers are checked if any open block of this thread checks rows. A block that
-    checks rows may also track the rows, and row tracking intercepts every operator.
+    The result is True if any open block of this thread checks rows. A block that checks rows may
+    also track the rows, and row tracking intercepts every operator.
     """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
@@ -96,8 +96,8 @@ def _current_task() -> asyncio.Task[object] | None:
         return None
 
 
-def _raise_if_opened_by_other_task(routing: Routing) -> None:
-    """Raise `RuntimeError` if another asyncio task opened the routing's block.
+def _raise_if_opened_by_other_asyncio_task(routing: Routing) -> None:
+    """Raise `RuntimeError` if the routing's block was opened by another asyncio task.
 
     Tasks that a task creates inside its block may use the block. A task that has ended leaves its
     blocks to the thread, as an asynchronous fixture does. Compiled code cannot call this function.
@@ -113,13 +113,13 @@ def _raise_if_opened_by_other_task(routing: Routing) -> None:
 
 
 @contextlib.contextmanager
-def _record_task(routing: Routing) -> Iterator[None]:
-    """Context manager that records which asyncio task opened the routing's block, if any."""
+def _record_asyncio_task(routing: Routing) -> Iterator[None]:
+    """Context manager that records the asyncio task that opened the routing's block, if any."""
     task = None if is_being_compiled() else _current_task()
     if task is None:
         yield
         return
-    block, before = _TaskBlock(task), _own_blocks.get()
+    block, before = _AsyncioTaskBlock(task), _own_blocks.get()
     _thread.task_blocks[id(routing)], _thread.has_task_blocks = block, True
     _own_blocks.set((*before, block))
     try:
@@ -132,7 +132,7 @@ def _record_task(routing: Routing) -> Iterator[None]:
 
 @contextlib.contextmanager
 def activate_routing(routing: Routing) -> Iterator[None]:
-    """Context manager that activates a routing, so that the model's layers use it.
+    """Context manager that activates a `Routing`, so that the model's layers use it.
 
     The routing is active only in this thread. The routings of other models stay active.
 
@@ -142,16 +142,16 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     if _thread.has_task_blocks and not is_being_compiled():
         for other in _thread.open:
-            _raise_if_opened_by_other_task(other)
+            _raise_if_opened_by_other_asyncio_task(other)
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
         None
         if checks is None
-        else checks.row_checker_unless_all_layers_checked(routing.ids.numel())
+        else checks.row_checker_unless_all_layers_were_checked(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:
-        with row_checker or contextlib.nullcontext(), _record_task(routing):
+        with row_checker or contextlib.nullcontext(), _record_asyncio_task(routing):
             _set_active((*_thread.open, routing))
             try:
                 yield
@@ -198,7 +198,11 @@ def skip_batch_size_check() -> Iterator[None]:
 
 
 def discard_unused_results(group: RoutedLayerGroup) -> None:
-    """Discard a group's results for layers that the model's forward pass did not call."""
+    """Discard a group's results that were computed in advance but not used.
+
+    These are results for layers that the model's forward pass did not call. Compiled code discards
+    nothing.
+    """
     if not is_being_compiled() and group.unfinished:
         group.discard_unused_results()
 
@@ -225,7 +229,7 @@ def check_batch_matches_ids(
     if routing is None:
         return
     if _thread.has_task_blocks and not is_being_compiled():
-        _raise_if_opened_by_other_task(routing)
+        _raise_if_opened_by_other_asyncio_task(routing)
     if _thread.unchecked:
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]

@@ -16,7 +16,7 @@ _training = attrgetter("training")
 
 
 class AdapterChangeDetector:
-    """Detects changes to adapters by comparing their state with a snapshot.
+    """Detects whether adapters have changed since a snapshot of their state was taken.
 
     The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
     snapshot is checked once per block. The check does not detect writes that do not change a
@@ -44,11 +44,13 @@ class AdapterChangeDetector:
         self._missing: list[str] = []
         self._hooked = self._has_inference_tensors = False
 
-    def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Add the named adapters of a layer to the snapshot.
+    def record_adapters(
+        self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]
+    ) -> None:
+        """Record the current state of a layer's adapters, so that later changes can be detected.
 
-        The snapshot records the current state of the adapters, so that it can detect later changes.
-        The state includes the factors, the dropouts, and the scalings of the adapters.
+        The state is added to the snapshot. The state includes the factors, the dropouts, and the
+        scalings of the named adapters.
 
         Args:
             layer: The layer, which may lack some of the adapters.
@@ -90,10 +92,11 @@ class AdapterChangeDetector:
             self._states.append((value._version, value.data_ptr()))
             self._memory.append(value.untyped_storage())
 
-    def is_unchanged(self) -> bool:
-        """Return whether the adapters are unchanged since their state was recorded.
+    def adapters_are_unchanged(self) -> bool:
+        """Return whether the recorded adapters are still unchanged.
 
-        A new forward hook on a module also counts as a change.
+        The current state of the adapters is compared with the state that was recorded. A new
+        forward hook on a module also counts as a change.
         """
         # One pass reads both: a tensor that was just read is still in the processor's cache.
         tensors = self._parameters

@@ -167,9 +167,9 @@ def sample_routings_from_parameters(
     max_adapters: int | None,
     allowed_ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return sample routings for the adapters that layers store as parameters.
+    """Return example routings for the adapters that layers store as parameters.
 
-    `warm_up` uses these sample routings to cover the ranks and dtypes of the adapters. For each
+    `warm_up` uses these example routings to cover the ranks and dtypes of the adapters. For each
     combination of rank and dtype, one routing has a single adapter. Another routing also has other
     adapters of at most this rank, up to ``max_adapters`` in total. If ``allowed_ranks`` is given,
     there are routings only for these ranks. See

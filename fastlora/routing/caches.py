@@ -37,7 +37,7 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayerProtocol(Protocol):
-    """Protocol that describes what a layer must offer to take part in routing.
+    """Protocol that a layer must implement to take part in routing.
 
     The layer must have the attributes below.
 
@@ -56,10 +56,10 @@ class RoutedLayerProtocol(Protocol):
 
 
 class PackedAdapterSet:
-    """The cached packed factors of a set of adapters.
+    """A set of adapters whose factors are packed together for mixed batches.
 
-    For each layer, the factors of all adapters in the set are packed together for mixed batches.
-    The factors of a layer are packed only when the layer runs with this set for the second time.
+    For each layer, the packed factors of all adapters in the set are cached. The factors of a layer
+    are packed only when the layer runs with this set for the second time.
 
     Args:
         factors_can_change: Whether the factors can change. A pool's factors cannot.
@@ -90,19 +90,19 @@ class PackedAdapterSet:
         return self.weights_version is None or self.weights_version is weights_versions.trained
 
     def is_valid(self) -> bool:
-        """Return whether this cached set is still valid.
+        """Return whether the cached packed factors of this set are still valid.
 
-        A set is valid if its weights version is current and no LoRA factor has changed since the
-        factors were packed. Each factor is checked.
+        The packed factors are valid if the set's weights version is current and no LoRA factor has
+        changed since the factors were packed. Each factor is checked.
         """
         return self.has_current_weights_version and (
-            self.snapshot is None or self.snapshot.is_unchanged()
+            self.snapshot is None or self.snapshot.adapters_are_unchanged()
         )
 
     def get_or_should_pack(
         self, layer_number: int, dtype: torch.dtype, kind: BatchRowPattern
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return a layer's packed factors, and whether the caller should pack the factors.
+        """Return a layer's cached packed factors, and whether the caller should pack them.
 
         The result is a tuple. Its first item is None if no packed factors are stored, or if the
         factors cannot be packed. Its second item is True only if none are stored and the same
@@ -214,10 +214,11 @@ class PackedAdapterSetsCache:
 
 @dataclass(eq=False)
 class RoutingCache:
-    """The cache of a routing, which lasts for one `fastlora.adapters` block.
+    """A cache of values that are derived from a `Routing`, such as sorted rows.
 
-    An entry is computed when it is first needed in the block, and is reused in the rest of the
-    block while it is valid.
+    The cache belongs to one routing and lasts for one `fastlora.adapters` block. An entry is
+    computed when it is first needed in the block, and is reused in the rest of the block while it
+    is valid.
 
     Attributes:
         layers: Maps the use ("packs" or "table_launches") and the number of a layer to a key and a

@@ -108,13 +108,13 @@ def check_slots_and_move_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) 
 def check_one_dimensional_integer_ids(ids: torch.Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless the ids are a 1-dimensional integer tensor."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
+        raise TypeError(f"ids has dtype {ids.dtype}, expected an integer dtype")
     if ids.dim() != 1:
         raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
 
 
 def ids_divide_rows(rows: int, ids: int) -> bool:
-    """Return whether each id can get the same number of rows.
+    """Return whether the rows can be divided evenly among the ids.
 
     This is the case if ``rows`` is a multiple of ``ids``. If ``ids`` is 0, ``rows`` must be 0 too.
     """
@@ -122,13 +122,12 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def each_id_covers_whole_entries(leading_shape: Sequence[int], num_ids: int) -> bool:
-    """Return whether each id covers whole entries of a tensor's leading dimensions.
+    """Return whether each id's rows are whole slices along one of a tensor's leading dimensions.
 
     ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each of the ``num_ids``
-    ids has an equal share of consecutive flattened rows. The result is True if the rows of each id
-    are complete entries (slices) along one of the dimensions. Entries along the first dimension are
+    ids has an equal share of consecutive flattened rows. Slices along the first dimension are
     usually samples. For example, the result is False for 2 ids and the shape ``[5, 2]``: the first
-    5 of the 10 rows would cover 2.5 entries along the first dimension.
+    5 of the 10 rows would cover 2.5 slices along the first dimension.
     """
     for size in leading_shape:
         if size % num_ids == 0:
@@ -140,11 +139,12 @@ def each_id_covers_whole_entries(leading_shape: Sequence[int], num_ids: int) -> 
 
 
 class _PendingIdCheck(NamedTuple):
-    """A check of a batch's adapter ids whose result has not been read yet.
+    """A pending check of a batch's adapter ids.
 
-    The result is read later, so that the host does not wait for the device. ``flag`` is true if an
-    id is out of range, and ``message`` is the error message for this case. ``arrived`` is the CUDA
-    event recorded after the flag's copy to the host, or None if the flag was on the CPU.
+    The result of the check has not been read yet. The result is read later, so that the host does
+    not wait for the device. ``flag`` is true if an id is out of range, and ``message`` is the error
+    message for this case. ``arrived`` is the CUDA event recorded after the flag's copy to the host,
+    or None if the flag was on the CPU.
     """
 
     flag: torch.Tensor

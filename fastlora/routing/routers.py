@@ -16,10 +16,10 @@ from fastlora.routing.routing import Routing
 
 
 class AdapterRouter(Protocol):
-    """Routes the rows of a batch to adapters.
+    """Protocol for a router, which determines the adapter for each row of a batch.
 
     A router turns the adapter ids of a batch, such as adapter names, into the `Routing` of a block.
-    This class is a protocol, which tuners, pools, and patches implement.
+    Tuners, pools, and patches implement the protocol.
     """
 
     def routing(
@@ -36,7 +36,7 @@ class AdapterRouter(Protocol):
         """
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return sample routings for a given number of adapters and given ranks.
+        """Return example routings for the given number of adapters and the given ranks.
 
         The routings are used by `warm_up`. Together, the routings cover every kernel used for mixed
         batches. Each routing has one id. ``adapters`` is the largest number of adapters in a batch,
@@ -64,7 +64,7 @@ def register_adapter_router(
 
 
 def router_of(model: object) -> AdapterRouter:
-    """Return the adapter router of a model, or raise an error if the model has none.
+    """Return the adapter router of a model.
 
     Raises:
         UnsupportedLayerError: A layer of the model does not support mixed batches.
@@ -76,5 +76,5 @@ def router_of(model: object) -> AdapterRouter:
             return router
     raise TypeError(
         "adapters() expects a LoraModel, a model with an AdapterPool, or a patched PEFT model, "
-        f"but got a {type(model).__name__}"
+        f"but got {type(model).__name__}"
     )

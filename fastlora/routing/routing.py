@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class RoutedLayerGroup(UncopiedCache):
-    """The group of a model's routed layers, which share one routing.
+    """The group of all routed layers of a model, which use the same `Routing`.
 
     The group also stores other state that the layers share. A copied or unpickled model gets a new
     group, which has not seen a forward pass.
@@ -103,10 +103,11 @@ class RoutedLayerGroup(UncopiedCache):
         """
         if self.has_open_blocks:
             raise AdapterStateError(
-                f"{operation}() cannot be called while a fastlora.adapters() block or a call with "
-                f"adapter_names= is open for this model (open blocks in all threads: {self._open})."
-                f" {operation}() would remove, disable, or change adapters or weights that the "
-                f"open blocks use. Call {operation}() after the blocks have ended"
+                f"{operation}() cannot be called while a fastlora.adapters() block is open or a "
+                "call with adapter_names= is in progress for this model (open blocks in all "
+                f"threads: {self._open}), because {operation}() would remove, disable, or change "
+                "adapters or weights that the open blocks use. "
+                f"Call {operation}() after the blocks have ended"
             )
 
 
@@ -200,7 +201,7 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayerProtocol, x: torch.Tensor) -> None:
-        """Check that a layer's input has a sample dimension that fits the adapter ids.
+        """Check that a layer's input has a sample dimension that matches the adapter ids.
 
         The input ``x`` has the shape ``[..., K]``. An error is raised if the first dimension of
         ``x`` cannot be the sample dimension. The size of the first dimension may be a multiple of
@@ -240,11 +241,12 @@ class Routing:
         return row_checker.order.pause_row_order_tracking()
 
     def layer_dropout_seeds(self, layer_number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of a layer.
+        """Return the dropout seeds of one layer, on the given device.
 
-        The result is an int64 tensor ``[S]`` on the given device, with one seed for each slot. The
-        seeds of a layer are derived from the seeds of the routing. The seeds of all layers are
-        copied to the device together. ``layer_number`` is the ``routing_index`` of the layer.
+        The result is an int64 tensor ``[S]``, with one seed for each slot, and thus for each
+        adapter. The seeds of a layer are derived from the seeds of the routing. The seeds of all
+        layers are copied to the device together. ``layer_number`` is the ``routing_index`` of the
+        layer.
         """
         key = (device, cuda_stream_handle(device))
         known = self.cache.seeds.get(key)
@@ -284,7 +286,7 @@ class Routing:
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check of the adapter ids, to avoid waiting for the device.
+        """Defer checking the adapter ids, to avoid waiting for the device.
 
         A later block of the model checks whether the ids are in range.
         """
@@ -300,7 +302,7 @@ class Routing:
 
 
 def layer_numbers_from_name_hashes(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return a unique number for each layer name.
+    """For each layer name, return a number that is unique within the model.
 
     The number is the CRC-32 of the name, or the next unused number. The number depends on the name,
     so that a layer's dropout does not depend on which other modules are adapted. ``taken`` are the

@@ -92,8 +92,8 @@ class ModelRowOrderChecks:
                 root, name, layer
             )
 
-    def row_checker_unless_all_layers_checked(self, num_ids: int) -> RowOrderChecker | None:
-        """Return a checker for the rows of a batch, or None if all layers have been checked before.
+    def row_checker_unless_all_layers_were_checked(self, num_ids: int) -> RowOrderChecker | None:
+        """Return a checker for a batch's rows, or None if all layers have already been checked.
 
         The checker is a context manager for the block of the batch. A layer has been checked if it
         has been shown to get all rows in the model's current mode (training or evaluation), or if
@@ -117,10 +117,9 @@ class ModelRowOrderChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def mixed_batches_unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
-        """Return the reason why a layer does not support mixed batches, or None.
+        """Return why a layer does not support mixed batches, or None if no reason is known.
 
-        For example, the rows of the layer's input might not be in batch order. The result is None
-        unless the layer is known not to support mixed batches.
+        For example, the rows of the layer's input might not be in batch order.
         """
         return self._unsupported.get(layer.routing_index)
 
@@ -130,7 +129,7 @@ class ModelRowOrderChecks:
         ran: Iterable[RoutedLayerProtocol],
         track_again: Collection[int] = (),
     ) -> None:
-        """Record which layers ran in a block whose rows were tracked.
+        """Record that rows were tracked in a block, and which layers ran in the block.
 
         The layers in ``ran`` got all rows.
 
@@ -150,7 +149,7 @@ class ModelRowOrderChecks:
                 layer.may_see_partial_rows = False
 
     def raise_now_and_at_later_checks(self, layer: RoutedLayerProtocol, reason: str) -> None:
-        """Raise an error about a layer now, and again at later checks of the layer.
+        """Raise an error about a layer now, and again whenever the layer is checked later.
 
         Even if the caller catches the first error, the layer raises an error in all later mixed
         batches, including in compiled code. The error message contains ``reason``, which says why
@@ -261,9 +260,9 @@ class RowOrderChecker:
 
 
 def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
-    """Raise `UnsupportedLayerError` for a layer that gets only some rows of a batch.
+    """Raise `UnsupportedLayerError` for a layer that receives only some of the rows of a batch.
 
-    The layer may also be one that might get only some rows.
+    The layer may also be one that might receive only some rows.
 
     Raises:
         UnsupportedLayerError: Always.
@@ -278,10 +277,9 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     if reason is not None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
-        f"layer {name!r} looks like an expert in a mixture of experts, and an expert gets only "
-        "some rows of a batch. It is not yet known whether this layer gets all rows. To check "
-        "this, run a mixed batch without torch.compile first. If the layer does not get all rows, "
-        f"{advice}"
+        f"layer {name!r} looks like an expert in a mixture of experts, and may get only some rows "
+        "of a batch. To find out whether the layer gets all rows, first run a mixed batch without "
+        f"torch.compile. If the layer does not get all rows, {advice}"
     )
 
 
@@ -308,7 +306,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _ExpertModuleEvidence(NamedTuple):
-    """Evidence about whether a module is an expert in a mixture of experts.
+    """Evidence of whether a module is an expert in a mixture of experts.
 
     An expert gets only the rows that a router selects for it. The order of these rows may differ
     from that of the batch. The evidence comes from the structure and the names of the model's
@@ -345,11 +343,12 @@ class _ExpertLayerDetector:
         self._evidence: dict[tuple[str, bool], _ExpertModuleEvidence] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayerProtocol) -> bool:
-        """Return whether a layer looks like an expert.
+        """Return whether a layer appears to be an expert in a mixture of experts.
 
-        A part of an expert counts as one. The result is True if the layer is in one of several
-        modules of the same structure, and either a name says that they are experts or a router is
-        next to them. A router is a matrix with one row per module and one column per input feature.
+        A part of an expert counts as an expert. The result is True if the layer is in one of
+        several modules of the same structure, and either a name says that they are experts or a
+        router is next to them. A router is a matrix with one row per module and one column per
+        input feature.
         """
         width = getattr(layer, "in_features", 0)
         modules, names, at = [root], [""], ""
@@ -363,7 +362,7 @@ class _ExpertLayerDetector:
             key = at, child is layer
             evidence = self._evidence.get(key)
             if evidence is None:
-                evidence = self._evidence[key] = self._expert_evidence_of_last_module(
+                evidence = self._evidence[key] = self._evidence_that_last_module_is_expert(
                     modules, names, child is layer
                 )
             if evidence.alike > 1 and (
@@ -372,10 +371,10 @@ class _ExpertLayerDetector:
                 return True
         return False
 
-    def _expert_evidence_of_last_module(
+    def _evidence_that_last_module_is_expert(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
     ) -> _ExpertModuleEvidence:
-        """Return the evidence about whether the last module of a path is an expert.
+        """Return evidence of whether the last module in a path is an expert.
 
         Args:
             path_modules: The path, starting at the model.
@@ -410,7 +409,7 @@ class _ExpertLayerDetector:
         return known
 
     def _structure_id_without_adapters(self, module: nn.Module) -> int:
-        """Return an id for the structure of a module without its adapters.
+        """Return an id that identifies the structure of a module, ignoring its adapters.
 
         The id is the same for all modules with the same structure, even if their adapters differ.
         Two modules have the same structure if they have the same class, parameters of the same
@@ -431,16 +430,16 @@ class _ExpertLayerDetector:
             self._known[id(module)] = known
         return known
 
-    def _parameter_shapes(self, parent: nn.Module) -> set[tuple[int, ...]]:
-        """Return the set of a module's parameter shapes.
+    def _parameter_shapes(self, module: nn.Module) -> set[tuple[int, ...]]:
+        """Return the shapes of the parameters of a module and of its children.
 
-        The parameters of its children are included. Adapters are excluded.
+        The result is a set of shapes. Adapters are excluded.
         """
-        known = self._shapes.get(id(parent))
+        known = self._shapes.get(id(module))
         if known is None:
-            known = self._shapes[id(parent)] = set()
-            for module in (parent, *parent._modules.values()):
-                parameters = () if module is None else _base_layer_of(module)._parameters.values()
+            known = self._shapes[id(module)] = set()
+            for part in (module, *module._modules.values()):
+                parameters = () if part is None else _base_layer_of(part)._parameters.values()
                 for parameter in parameters:
                     if parameter is not None:
                         known.add(tuple(parameter.shape))

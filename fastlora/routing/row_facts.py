@@ -17,7 +17,7 @@ from fastlora.routing import row_samples
 
 
 class RowOriginKind(enum.Enum):
-    """The kinds of origin that a tensor's rows can have.
+    """The possible origins of a tensor's rows.
 
     For example, the rows may be the rows of the batch in order, rows that were selected or
     reordered depending on the data, or rows made from parameters or constants. Rows without a
@@ -48,7 +48,8 @@ class RowOriginKind(enum.Enum):
 class RowOriginFacts(NamedTuple):
     """What is known about the origin of a tensor's rows.
 
-    The facts include the sample of the batch that each row belongs to, if the sample is known.
+    The facts show whether the rows can be assigned to adapters by their position. The facts include
+    the sample of the batch that each row belongs to, if the sample is known.
 
     Attributes:
         kind: The kind of the rows.
@@ -96,7 +97,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table of known facts about the rows of tensors.
+    """A table that records what is known about the rows of tensors.
 
     For example, the facts may tell which sample of the batch each row comes from. The table covers
     the tensors of one block.
@@ -120,8 +121,8 @@ class RowFactsTable:
             return entry.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
-    def origin_key_of_index(self, index: torch.Tensor) -> int:
-        """Return the key of the index from which an index tensor was derived.
+    def key_of_original_index(self, index: torch.Tensor) -> int:
+        """Return the key of the original index from which an index tensor was derived.
 
         The key is an int that identifies the original index. If the tensor was not derived from
         another index, the key identifies the tensor itself.
@@ -130,7 +131,7 @@ class RowFactsTable:
         return storage_key(index) if origin is None else origin
 
     def put(self, tensors: object, facts: RowOriginFacts) -> None:
-        """Record facts about the rows of a tensor, or of each tensor in a tuple or list.
+        """Record the `RowOriginFacts` of a tensor, or of each tensor in a tuple or list.
 
         ``tensors`` is, for example, the output of an operator. Objects that are not tensors are
         ignored.
@@ -154,7 +155,7 @@ class RowFactsTable:
             self._by_storage[key] = StorageFacts(StorageWeakRef(tensor.untyped_storage()), own)
 
     def samples_of_rows(self, tensor: torch.Tensor, num_row_dims: int) -> torch.Tensor | None:
-        """Return the sample of the batch that each row of a tensor belongs to.
+        """For each row of a tensor, return the index of the sample that the row belongs to.
 
         Each entry of the tensor's first ``num_row_dims`` dimensions is a row. Returns None if the
         samples are unknown.
@@ -175,7 +176,7 @@ class RowFactsTable:
         )
 
     def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the sample that each row of a result belongs to.
+        """For each row of a result, return the index of the sample that the row belongs to.
 
         The result ``out`` was computed row by row from ``source``. Returns None if the samples are
         unknown.
@@ -196,7 +197,7 @@ class RowFactsTable:
     def facts_from_samples(
         self, sample_index_per_row: torch.Tensor | None, index_key: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Return the `RowOriginFacts` of rows, given the sample of each row.
+        """Return the `RowOriginFacts` of rows, given the sample that each row belongs to.
 
         The rows were selected by an index, or they result from joining tensors with such rows.
 
@@ -213,7 +214,7 @@ class RowFactsTable:
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def rows_have_fixed_sample_indices(self, *tensors: torch.Tensor) -> bool:
-        """Return whether the rows of tensors belong to fixed sample indices.
+        """Return whether each row of the given tensors belongs to a fixed sample index.
 
         A sample index is the position of a sample in the batch. The sample index of a row is fixed
         if it is the same in every batch. The result is False if any of the tensors has a row that

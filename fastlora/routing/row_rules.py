@@ -41,10 +41,10 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def result_row_facts_if_changed(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowOriginFacts | None:
-    """Return the `RowOriginFacts` for an operator's result if the operator changes the facts.
+    """Return the `RowOriginFacts` of an operator's result, or None if they need no update.
 
-    The function applies the operator's rule. Returns None if the facts that are recorded for the
-    result remain valid.
+    The function applies the operator's rule. Facts are recorded per storage, so the result may
+    already have facts, which need no update if they remain valid.
     """
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
@@ -71,7 +71,7 @@ def _default_rule(
     is_copy = getattr(func, "overloadpacket", None) in _COPIES
     if kind in (RowOriginKind.COUNTED, RowOriginKind.IDENTITY) and not is_copy:
         kind = RowOriginKind.CONSTANT
-    origin = facts.origin if operand.is_floating_point() else known.origin_key_of_index(operand)
+    origin = facts.origin if operand.is_floating_point() else known.key_of_original_index(operand)
     samples = known.samples_of_result(operand, out) if kind is RowOriginKind.CHOSEN else None
     return RowOriginFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
@@ -79,7 +79,7 @@ def _default_rule(
 def _combined_facts(
     known: RowFactsTable, operands: list[torch.Tensor], out: object
 ) -> RowOriginFacts:
-    """Combine the row facts of several operands into the row facts of the result.
+    """Combine the `RowOriginFacts` of several operands into those of the result.
 
     The combined facts are returned even if the facts of the operands conflict.
     """
@@ -111,7 +111,7 @@ def _combined_facts(
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowOriginFacts:
-    """Return what is known about the origin of rows that indices select from ``source``.
+    """Return what is known about the origin of the rows that indices select from ``source``.
 
     There is one index, or None, for each leading dimension.
     """
@@ -140,7 +140,7 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     fixed = known.are_independent_of_input_data(*indices) and known.rows_have_fixed_sample_indices(
         source
     )
-    return known.facts_from_samples(samples, known.origin_key_of_index(index), fixed=fixed)
+    return known.facts_from_samples(samples, known.key_of_original_index(index), fixed=fixed)
 
 
 def _counts_up_through_all_rows(
@@ -158,7 +158,7 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, table_kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return what is known about the origin of the rows that the indices look up in a table.
+    """Return what is known about the origin of the rows that the indices select from a table.
 
     The result is derived from the kind of the table and from the facts about the indices.
     """
@@ -196,7 +196,7 @@ def _facts_after_write(
     first = bool(dest.dim()) and (indices[0] is not None or dest.shape[0] == 1)
     if index is None:
         return facts
-    origin = known.origin_key_of_index(index)
+    origin = known.key_of_original_index(index)
     if brought.kind is RowOriginKind.COUNTED and first:
         # The result is the inverse of the index.
         return RowOriginFacts(RowOriginKind.CONSTANT, None, origin)
@@ -243,7 +243,7 @@ def _samples_after_write(
     values: object,
     adds: bool,
 ) -> torch.Tensor | None:
-    """Return the sample of each row of ``dest`` after a write.
+    """For each row of ``dest``, return the index of the sample that it belongs to after a write.
 
     Returns None if the samples are unknown.
     """
@@ -289,9 +289,9 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions.
+    """Apply the rule for dtype conversions, which usually keep the origin of the rows.
 
-    The result of a conversion usually keeps the row facts of the input, with two exceptions. The
+    The result of a conversion has the `RowOriginFacts` of the input, with two exceptions. The
     samples are kept only for the kind `CHOSEN`, if they are known for the result. If integers or
     bools of the batch are converted to floats, the result counts as a `CHOICE` instead.
     """
@@ -352,7 +352,7 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFact
 
 
 def _write_along_rule(adds: bool) -> Rule:
-    """Return the rule for operators that write along a dimension.
+    """Return the rule for operators that write at indices along a dimension.
 
     These are the `index_add`, `index_copy`, and `scatter` operators.
     """
@@ -368,11 +368,11 @@ def _write_along_rule(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Undo the expansion of a row index to all elements of the rows.
+    """Return the original form of an expanded row index, with one entry per row.
 
-    The result has one entry per row instead of one per element. `gather` requires a row index to be
-    expanded to all elements of the rows. An index that was not expanded is returned unchanged, as
-    an index of elements.
+    `gather` requires a row index to be expanded to all elements of the rows, with one entry per
+    element. This function undoes the expansion. An index that was not expanded is returned
+    unchanged, as an index of elements.
     """
     while index.dim() > 1 and (index.stride(-1) == 0 or index.shape[-1] == 1):
         index = index.select(-1, 0)
@@ -391,7 +391,7 @@ def _take_or_masked_select(
     return (
         facts
         if facts.kind in TABLES
-        else RowOriginFacts(RowOriginKind.CHOSEN, known.origin_key_of_index(index))
+        else RowOriginFacts(RowOriginKind.CHOSEN, known.key_of_original_index(index))
     )
 
 
@@ -415,21 +415,22 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFac
     samples = known.samples_of_rows(mask, mask.dim()) if mask.dim() else None
     if samples is not None:
         samples = row_samples.selected_samples(samples, [mask.bool()])
-    return known.facts_from_samples(samples, known.origin_key_of_index(mask), fixed=False)
+    return known.facts_from_samples(samples, known.key_of_original_index(mask), fixed=False)
 
 
 def _sort(
     known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]
 ) -> RowOriginFacts | None:
-    """Apply the rule for `sort`.
+    """Apply the rule for `sort`, and record the origin of the rows in its results.
 
-    The permutation that sorts an index is the inverse of the index.
+    The permutation that sorts an index is the inverse of the index. Otherwise, the rule is the same
+    as for `topk`.
     """
     source = next(tensors_in(args))
     _topk(known, args, out)
     if not source.is_floating_point():
         known.put(
-            out[1], known.facts_of(out[1])._replace(inverse=known.origin_key_of_index(source))
+            out[1], known.facts_of(out[1])._replace(inverse=known.key_of_original_index(source))
         )
     return None
 
@@ -437,9 +438,10 @@ def _sort(
 def _topk(
     known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]
 ) -> RowOriginFacts | None:
-    """Apply the rule for `topk`.
+    """Apply the rule for `topk`, and record the origin of the rows in its results.
 
-    For a vector, the returned indices select the returned values.
+    For a vector that depends on the input data, the returned indices select the returned values.
+    All other results count as rows of the batch in order.
     """
     source = next(tensors_in(args))
     facts = ROWS
@@ -447,7 +449,7 @@ def _topk(
         samples = known.samples_of_rows(source, 1)
         if samples is not None:
             samples = row_samples.selected_samples(samples, [out[1]])
-        facts = known.facts_from_samples(samples, known.origin_key_of_index(out[1]), fixed=False)
+        facts = known.facts_from_samples(samples, known.key_of_original_index(out[1]), fixed=False)
     known.put(out[0], facts)
     known.put(out[1], facts._replace(origin=None))
     return None

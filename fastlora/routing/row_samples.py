@@ -47,7 +47,7 @@ def no_samples(leading_shape: Sequence[int]) -> torch.Tensor:
 def are_samples_in_batch_order(
     samples: torch.Tensor, num_samples: int, *, allow_no_sample: bool = False
 ) -> bool:
-    """Return whether the samples of rows are in batch order.
+    """Return whether rows are in batch order, given the sample that each row belongs to.
 
     ``samples`` contains the sample of each row. Each sample must have the same number of rows. If
     ``allow_no_sample`` is set, rows without a sample are accepted at any position.
@@ -73,11 +73,11 @@ def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
 def batch_sample_of_each_row(
     view: torch.Tensor, samples_of_storage_parts: torch.Tensor, num_row_dims: int
 ) -> torch.Tensor | None:
-    """Return which sample of the batch each row of a view belongs to.
+    """For each row of a view, return the index of the sample that the row belongs to.
 
-    The result contains the index of a sample in the batch for each row. The index is `NO_SAMPLE`
-    for a row that belongs to no sample. The function returns None if the samples are unknown, for
-    example because a row may span several parts of the storage.
+    The index is the position of the sample in the batch, or `NO_SAMPLE` for a row that belongs to
+    no sample. The function returns None if the samples are unknown, for example because a row may
+    span several parts of the storage.
 
     Args:
         view: The tensor, which may be any view of its storage.
@@ -144,7 +144,7 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the sample of each row that the indices select.
+    """For each row that the indices select, return the sample that the row belongs to.
 
     The result is None if the indices cannot be read.
     """
@@ -155,14 +155,14 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples_before: torch.Tensor, indices: Indices, written_samples: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the samples of a tensor's rows after an indexed write.
-
-    The result is None if the values of the indices cannot be read on the host.
+    """For each row of a tensor, return the sample that the row belongs to after an indexed write.
 
     The write changes the rows of a tensor at ``indices``. ``samples_before`` are the samples of the
     rows before the write, and ``written_samples`` are the samples of the written rows. If ``adds``
     is set, the written rows are added to the existing rows. A row is marked with `SEVERAL_SAMPLES`
     if it may belong to more than one sample after the write.
+
+    The result is None if the values of the indices cannot be read on the host.
     """
     values_of_indices = copy_indices_to_cpu(indices)
     if values_of_indices is None:

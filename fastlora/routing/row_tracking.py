@@ -73,7 +73,7 @@ class RowOriginTracker(TorchDispatchMode):
         super().__exit__(*error)
 
     def invalidate_all_facts(self) -> None:
-        """Invalidate all recorded facts, so that they are no longer used.
+        """Invalidate all facts that have been recorded about rows.
 
         From then on, `has_valid_facts` is False, even while the mode is still on, and the rows of
         layers are no longer checked against the facts.
@@ -107,7 +107,7 @@ class RowOriginTracker(TorchDispatchMode):
             self._rests = before
 
     def row_origin_kind(self, x: torch.Tensor) -> RowOriginKind:
-        """Return the kind that tells how a tensor's rows relate to the rows of the batch.
+        """Return the kind of relation between a tensor's rows and the rows of the batch.
 
         For example, a tensor may contain the rows of the batch in order, rows that the data
         selected, or rows made from parameters. See `RowOriginKind`.
@@ -115,7 +115,7 @@ class RowOriginTracker(TorchDispatchMode):
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x`` is a table that all samples of the batch share.
+        """Return whether ``x`` is a table shared by all samples in the batch.
 
         Such a table, for example of position embeddings, is computed from parameters and buffers
         alone and has no separate rows for each sample. The shape of ``x`` is ``[..., K]``. A tensor

@@ -199,7 +199,7 @@ class ServedAdapters:
 
         Args:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
-            path: The adapter's folder, below the server's folder: absolute, or relative to the
+            path: The adapter's folder, inside the server's folder: absolute, or relative to the
                 server's folder.
             replace: Whether to replace an adapter of the same name. Running requests continue to
                 use the old adapter.
@@ -208,7 +208,8 @@ class ServedAdapters:
             ConfigError: The name is invalid, the path leads out of the server's folder, or there is
                 no adapter at the path.
             AdapterStateError: There is already an adapter of this name.
-            CheckpointError: The adapter is damaged, too large, or made for another model.
+            CheckpointError: The adapter is damaged or too large, or was created for a different
+                base model.
         """
         self._check_name(name)
         folder = self._resolve_below_root(Path(path) if self.root is None else self.root / path)
@@ -319,16 +320,16 @@ class ServedAdapters:
             raise ConfigError(f"{name!r} is reserved for the base model")
 
     def _resolve_below_root(self, path: Path) -> Path:
-        """Resolve a path that must be below the server's folder.
+        """Resolve a path that must be inside the server's folder.
 
-        Raises `ConfigError` if the resolved path is not below the folder.
+        Raises `ConfigError` if the resolved path is not inside the folder.
         """
         if self.root is None:
             raise ConfigError("this server was started without --adapters")
         try:
             real = path.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
-            raise ConfigError(f"no such path ({error})") from error
+            raise ConfigError(f"no such path: {error}") from error
         if self.root not in real.parents:
             raise ConfigError("the path is outside the server's adapter folder")
         return real
@@ -347,12 +348,11 @@ class ServedAdapters:
 
 
 def _adapter_folder_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a fingerprint of the files in an adapter folder.
+    """Return a fingerprint of an adapter folder, which changes when the adapter's files change.
 
-    The result is None if the folder is not an adapter folder. A folder whose config file is missing
-    or inaccessible does not count as an adapter folder. Other files that are missing or
-    inaccessible are left out. The fingerprint contains the modification time, the size, and the
-    inode of each file, so the fingerprint changes when a file changes.
+    The fingerprint contains the modification time, the size, and the inode of each of these files.
+    Files that are missing or inaccessible are left out. If the config file is missing or
+    inaccessible, the folder does not count as an adapter folder, and the result is None.
     """
     found: list[object] = []
     for name in _FILES:

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class AppSettings:
-    """Settings of the HTTP application of a `Server`.
+    """Settings for the HTTP application of a `Server`.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.
@@ -146,7 +146,7 @@ class Server:
         return AsciiJSONResponse({"status": "ok"})
 
     async def show_metrics(self) -> Response:
-        """Return the metrics in Prometheus's text format."""
+        """Return the metrics in the Prometheus text format."""
         return Response(self.metrics.to_prometheus_text(), media_type=self.metrics.media_type)
 
     async def list_models(self) -> Response:

@@ -41,7 +41,7 @@ class AwaitedEventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits on a server's connections, such as their maximum number and their timeouts.
+    """Limits on a server's connections, such as timeouts and the maximum number of connections.
 
     The limits apply to the number of open connections, to the time that each connection waits for
     its client, and to the backlog. A connection is closed if its client misses a deadline.
@@ -101,15 +101,14 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_for_connection(self) -> bool:
-        """Close a waiting connection if the server is full, and return whether there is room.
+        """Close a waiting connection if necessary, and return whether there is room for a new one.
 
-        The server is full if the maximum number of connections is open. Closing a connection makes
-        room for a new connection. Only a connection that waits for its client can be closed.
-        Connections with unfinished requests are closed before connections between two requests,
-        because a client between two requests has been served. A quarter of the connections is
-        reserved for unfinished requests, so that connections between two requests do not keep new
-        clients out. There is no room if no connection can be closed or if the server is shutting
-        down.
+        A connection is closed only if the server is full, that is, if the maximum number of
+        connections is open. Only a connection that waits for its client can be closed. Connections
+        with unfinished requests are closed before idle connections, which are between two requests,
+        because the client of an idle connection has been served. A quarter of the connections is
+        reserved for unfinished requests, so that idle connections do not keep new clients out.
+        There is no room if no connection can be closed or if the server is shutting down.
         """
         if self.ending:
             return False
@@ -129,7 +128,7 @@ class OpenConnections:
 
 
 class DeadlineProtocol(H11Protocol):
-    """An HTTP protocol that enforces deadlines on a connection.
+    """An asyncio protocol for HTTP that enforces deadlines on its connection.
 
     The protocol closes the connection when the client misses a deadline. The class extends
     uvicorn's protocol. A deadline applies while a connection waits for its client.
@@ -332,8 +331,8 @@ def limits_for_descriptors(
     if descriptors is not None and room < (max_connections or _LEAST):
         least = max_connections or _LEAST
         raise ConfigError(
-            f"{least} connections need a limit of {2 * least + _OTHER_FILES} open files, but the "
-            f"system allows {descriptors} (ulimit -Hn)"
+            f"{least} connections require an open-file limit of {2 * least + _OTHER_FILES}, but "
+            f"the system allows only {descriptors} (ulimit -Hn)"
         )
     max_connections = max_connections or min(room, own.max_connections)
     return replace(

@@ -131,19 +131,19 @@ class Engine:
         job.canceled = True
         self._wake()
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, cancel_after: float | None = None) -> None:
         """Shut down the engine, and wait until it has stopped.
 
-        The engine accepts no more requests. Earlier requests have ``timeout`` seconds to finish, or
-        unlimited time if ``timeout`` is None. Requests that have not finished within this time are
-        canceled, and fail with `ClosedOrCanceledError`. ``timeout`` does not limit the duration of
-        this call: after the timeout, the call still waits, without a limit, until the engine's
-        thread has finished its current forward pass and has ended.
+        The engine accepts no more requests. Earlier requests have ``cancel_after`` seconds to
+        finish, or unlimited time if ``cancel_after`` is None. Requests that have not finished
+        within this time are canceled, and fail with `ClosedOrCanceledError`. ``cancel_after`` does
+        not limit the duration of this call: after this time, the call still waits, without a limit,
+        until the engine's thread has finished its current forward pass and has ended.
         """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout)
+        self._thread.join(cancel_after)
         if self._thread.is_alive():
             with self._changed:
                 for job in [*self._waiting, *self._running.jobs]:
@@ -303,11 +303,11 @@ class Engine:
     def _release_adapter_and_report_failure(
         self, job: EngineRequest, request_error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report the failure of the request.
+        """Release a request's adapter, and report the failure if the request failed.
 
-        The error is passed to the request's ``on_chunk`` function. If ``request_error`` is None,
-        the reported error says that the request was canceled. Nothing is reported for a request
-        that has already ended.
+        The failure is reported by passing an error to the request's ``on_chunk`` function. If
+        ``request_error`` is None and the request has not ended, the reported error says that the
+        request was canceled. Nothing is reported for a request that has already ended.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

@@ -80,7 +80,7 @@ def to_status_and_body(error: FastLoraError) -> tuple[int, dict[str, Any]]:
 def openai_error_body(
     message: str, kind: str, code: str | None, param: str | None = None
 ) -> dict[str, Any]:
-    """Return the JSON body of an error in OpenAI's format."""
+    """Return the JSON body of an error response in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -106,7 +106,10 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 def _field_and_message(error: RequestValidationError) -> tuple[str | None, str]:
-    """Return the name of the invalid field, or None for the whole body, and an error message."""
+    """Return the name of the invalid field, and an error message.
+
+    The name is None if the request body as a whole is invalid.
+    """
     details = error.errors()
     first = details[0]
     if first["type"] == "json_invalid":
@@ -131,7 +134,7 @@ def _field_and_message(error: RequestValidationError) -> tuple[str | None, str]:
 
 
 def _field_path(detail: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Return the path of an invalid field in the request body.
+    """Return the path to an invalid field in the request body.
 
     If a field can have several types, the location that pydantic reports also contains the name of
     a type. The path leaves this name out.

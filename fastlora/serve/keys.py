@@ -105,7 +105,8 @@ def resolve_key(
         raise ConfigError(f"{source} is empty, expected a key; leave it unset to run without a key")
     if key != key.strip() or not key.isprintable():
         raise ConfigError(
-            f"{source} has whitespace around the key or contains unprintable characters"
+            f"the key in {source} has leading or trailing whitespace, or contains non-printable "
+            "characters"
         )
     return key
 

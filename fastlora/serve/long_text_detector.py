@@ -19,7 +19,7 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects long texts that exceed a limit on the number of tokens, without tokenizing them.
+    """Detects texts that exceed a token limit, without tokenizing them.
 
     A detected text is certain to exceed the limit. A text that is not detected may exceed the limit
     as well. The detector uses the maximum number of characters per token. This maximum exists for
@@ -56,7 +56,7 @@ class LongTextDetector:
 def _character_bound_and_vanishing(
     parts: Mapping[str, Any],
 ) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum number of characters per token, and a regex for dropped characters.
+    """Return the maximum character count per token, and a regex that matches dropped characters.
 
     The regex matches the characters that the tokenizer may drop. It is None if the tokenizer drops
     no characters. The function returns None instead of a tuple if no maximum is known.

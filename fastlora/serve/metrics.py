@@ -44,7 +44,7 @@ class PrometheusMetrics(Collector):
         self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
 
     def to_prometheus_text(self) -> bytes:
-        """Return the metrics in Prometheus's text format."""
+        """Return the metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:

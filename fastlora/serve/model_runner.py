@@ -58,10 +58,10 @@ class BatchKVCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new keys and values of a layer, and return the layer's keys and values.
+        """Store a layer's new keys and values, and return the layer's cached keys and values.
 
-        The returned tensors contain the rows of this forward pass, up to the end of the longest
-        row.
+        The returned tensors include the new keys and values. They contain the rows of this forward
+        pass, up to the end of the longest row.
         """
         found = []
         for states, cached in zip(
@@ -120,18 +120,19 @@ class BatchKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of the key-value cache in memory, in bytes.
+        """Number of bytes that the key-value cache occupies in memory.
 
-        The size is known after the first forward pass.
+        The memory is allocated in forward passes, so the number is 0 before the first forward pass.
         """
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the length of the sequence cached so far, as the caches of transformers do.
+        """Return the length of the sequence cached so far.
 
-        If the rows of the current forward pass have cached sequences of different lengths, the
-        longest one determines the result. The new tokens of the forward pass are not counted. Some
-        models call this method even though they are given ``position_ids``.
+        The caches of the transformers library have a method with this name. If the rows of the
+        current forward pass have cached sequences of different lengths, the longest one determines
+        the result. The new tokens of the forward pass are not counted. Some models call this method
+        even though they are given ``position_ids``.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 

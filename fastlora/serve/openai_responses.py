@@ -79,7 +79,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 class BaseAnswerFormat(abc.ABC):
-    """Base class that formats answers as OpenAI's API does.
+    """Base class for formatting answers as responses of OpenAI's API.
 
     Each subclass formats the answers of one endpoint, such as chat completions. An answer is
     formatted as JSON, either as a complete response or as the events of a streamed response.
@@ -92,7 +92,11 @@ class BaseAnswerFormat(abc.ABC):
         self._model, self._prompt_tokens = model, prompt_tokens
 
     def full_body(self, text: str, last: AnswerChunk) -> dict[str, Any]:
-        """Return the JSON body of a complete answer."""
+        """Return the JSON body of a complete response in OpenAI's format.
+
+        The body is sent if the response is not streamed. ``text`` is the whole text of the answer,
+        and ``last`` is its last chunk.
+        """
         choice = self._full_choice(text, last.finish_reason)
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
@@ -137,7 +141,7 @@ class BaseAnswerFormat(abc.ABC):
 
     @abc.abstractmethod
     def _full_choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Return the ``choices`` entry of a complete answer."""
+        """Return the ``choices`` entry of a response that is not streamed."""
 
     @abc.abstractmethod
     def _event_choice(self, text: str, reason: str | None) -> dict[str, Any]:
@@ -148,7 +152,7 @@ class BaseAnswerFormat(abc.ABC):
 
 
 class CompletionFormat(BaseAnswerFormat):
-    """Formats answers like responses from OpenAI's completions endpoint.
+    """Formats answers as responses of OpenAI's completions endpoint.
 
     The responses and the events of a streamed response are in JSON.
     """
@@ -162,7 +166,7 @@ class CompletionFormat(BaseAnswerFormat):
 
 
 class ChatCompletionFormat(BaseAnswerFormat):
-    """Formats answers like responses from OpenAI's chat completions endpoint.
+    """Formats answers as responses of OpenAI's chat completions endpoint.
 
     The responses and the events of a streamed response are in JSON.
     """

@@ -78,9 +78,8 @@ class PromptTokenizer:
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
             raise ConfigError(
-                f"the prompt has {len(text)} characters, which is more than {self._length} tokens "
-                "can hold; the prompt and the answer together can have at most "
-                f"{self._length} tokens"
+                f"the prompt has {len(text)} characters, too many to fit in {self._length} tokens; "
+                f"the prompt and the answer together can have at most {self._length} tokens"
             )
         # With a list, the tokenizer lets other threads run.
         ids = self._tokenizer(
@@ -99,6 +98,5 @@ def check_no_surrogates(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{name} contains an unpaired surrogate, which is not valid Unicode text; send text "
-            "that is encoded in UTF-8"
+            f"{name} contains an unpaired surrogate; expected text that UTF-8 can encode"
         ) from None

@@ -202,7 +202,7 @@ class ChatBody(BaseGenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _check_conversation_part_count(cls, data: Any) -> Any:
-        """Raise an error if a conversation has too many parts.
+        """Raise an error if the messages of a conversation have too many parts in total.
 
         The parts of all messages are counted together. Each message counts as at least one part.
         This validator runs before the parts themselves are validated.

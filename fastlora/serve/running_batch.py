@@ -33,7 +33,7 @@ PREFILL_TOKENS = 512
 
 
 class PersistentAdaptersBlock:
-    """A `fastlora.adapters` block that stays open between forward passes with the same adapters.
+    """A `fastlora.adapters` block that stays open across forward passes with the same adapters.
 
     The block is closed when the rows use other adapters, when the pool replaces or unloads an
     adapter, when a forward pass fails, and after a forward pass in which the block checked rows
@@ -73,11 +73,11 @@ class PersistentAdaptersBlock:
 
 
 class RunningBatch:
-    """The batch of requests that the engine is currently running together.
+    """The batch of requests that the engine is currently running.
 
-    To generate the answer to a request, the batch processes the prompt and then decodes the tokens
-    of the answer. When a request leaves the batch, ``ended`` is called with the request and its
-    error, or None if there is no error.
+    Requests join and leave the batch between forward passes. To generate the answer to a request,
+    the batch processes the prompt and then decodes the tokens of the answer. When a request leaves
+    the batch, ``ended`` is called with the request and its error, or None if there is no error.
 
     Attributes:
         jobs: The requests, each at the index of its row: first the requests that generate tokens,
@@ -124,7 +124,7 @@ class RunningBatch:
         self._block.close_adapters_block_if_open()
 
     def prefill_and_decode(self) -> None:
-        """Run one step of the batch, which prefills pending prompts and decodes tokens.
+        """Run one step of the batch: prefill pending prompts, and decode the next tokens.
 
         The step first prefills at most `PREFILL_TOKENS` prompt tokens, including padding. The step
         then decodes the next token of each request whose prompt has been processed completely.
@@ -229,12 +229,13 @@ class RunningBatch:
     def _remove_and_fill_from_end(
         self, job: EngineRequest, error: FastLoraError | None = None
     ) -> None:
-        """Remove a request from the batch, and fill the empty row from the end of the batch.
+        """Remove a request from the batch, and move a later request into the empty row.
 
-        The last request of the batch moves into the empty row, unless the removed request was
-        generating tokens. If the removed request was generating tokens, the last request that
-        generates tokens moves into the empty row, and the last request of the batch moves into the
-        row that is then empty.
+        Nothing moves if the removed request was the last one of the batch. Otherwise, the last
+        request of the batch moves into the empty row, unless the removed request was generating
+        tokens. If the removed request was generating tokens, the last request that generates tokens
+        moves into the empty row, and the last request of the batch moves into the row that is then
+        empty.
 
         First, the open `fastlora.adapters` block is closed. Afterwards, the lease on the request's
         adapter is released, and the ``ended`` function is called with the request and ``error``.

@@ -18,7 +18,7 @@ _GREEDY = 1e-4
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling settings of a request.
+    """The sampling parameters of a request, such as its temperature.
 
     Attributes:
         max_tokens: Maximum number of tokens in the answer; None for as many as fit.

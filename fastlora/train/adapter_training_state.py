@@ -37,7 +37,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Training counts of one adapter, such as its number of optimizer steps.
+    """Training counters of one adapter, such as its numbers of completed and skipped steps.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -54,7 +54,7 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter, such as its optimizer, schedule, and counts.
+    """The training state of one adapter, such as its optimizer, schedule, and step counters.
 
     The state also includes the adapter's parameters. See `AdapterOptimizers` for the arguments and
     errors.
@@ -119,7 +119,11 @@ class AdapterTrainingState:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def check_can_step(self) -> None:
-        """Raise `AdapterStateError` if the adapter has no gradients, or has unscaled ones."""
+        """Raise `AdapterStateError` unless the adapter is ready for an optimizer step.
+
+        The adapter must have gradients. If it has a gradient scaler, its loss must have been
+        multiplied by the loss scale.
+        """
         if not self.gradients():
             raise AdapterStateError(
                 f"adapter {self.name!r} has no gradients; between zero_grad() and step(), run the "
@@ -132,14 +136,18 @@ class AdapterTrainingState:
             )
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of the parameters that the adapter's optimizer updates.
+        """Return the gradients of the adapter's parameters.
 
-        Parameters whose ``grad`` is None are left out.
+        The parameters are those that the adapter's optimizer updates. Parameters whose ``grad`` is
+        None are left out.
         """
         return [p.grad for p in self._updated_parameters() if p.grad is not None]
 
     def _updated_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates, which may be some of the adapter's."""
+        """Return the parameters that the optimizer updates.
+
+        The optimizer may update only a subset of the adapter's parameters.
+        """
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def unscale_gradients_and_get_norm(self) -> torch.Tensor:
@@ -221,9 +229,9 @@ class AdapterTrainingState:
                 raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the adapter's training state from a dict that `state_dict` returned.
+        """Restore the adapter's training state from a saved state.
 
-        `check_state` must have accepted the dict.
+        ``state`` is a dict that `state_dict` returned and `check_state` has accepted.
         """
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
@@ -273,7 +281,7 @@ def _trainable_parameters_or_raise(
     for key, parameter in named.items():
         if rejects_fp16 and parameter.dtype == torch.float16:
             raise TypeError(
-                f"{key} is {parameter.dtype}; expected torch.float32, because a scaler cannot "
+                f"{key} is {parameter.dtype}; expected torch.float32, because GradScaler cannot "
                 "unscale the gradients of fp16 parameters"
             )
     return list(named.values())
@@ -295,8 +303,8 @@ def _checked_optimizer(
     ]
     if required:
         raise TypeError(
-            f"the step() of the {type(optimizer).__name__} of adapter {name!r} requires "
-            f"{', '.join(required)}; expected an optimizer whose step() requires no arguments"
+            f"adapter {name!r}: {type(optimizer).__name__}.step() requires {', '.join(required)}; "
+            "expected an optimizer whose step() has no required arguments"
         )
     own = {id(parameter) for parameter in parameters}
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]

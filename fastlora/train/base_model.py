@@ -177,14 +177,15 @@ def check_prompts_fit_model(
     corpora: Mapping[str, TokenizedCorpus],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raise an error unless the base model can process all prompts and their longest answers.
+    """Raise an error unless the prompts fit the base model.
 
-    ``corpora`` maps each adapter to its training data, whose format determines the format of the
-    prompts.
+    The length and the token ids of each prompt are checked. The checked length includes an answer
+    with the maximum number of tokens. ``corpora`` maps each adapter to its training data, whose
+    format determines the format of the prompts.
 
     Raises:
-        ConfigError: A prompt and its longest answer have more tokens than the model's maximum
-            number of positions.
+        ConfigError: A prompt and an answer with the maximum number of tokens need more positions
+            than the model has.
         CheckpointError: A token id is outside the model's vocabulary.
     """
     positions, answer = _max_positions(base), settings.sample_tokens
@@ -201,8 +202,8 @@ def check_prompts_fit_model(
                 )
                 raise ConfigError(
                     f"adapter {adapter.name!r}: the prompt {prompt[:40]!r} has {len(ids)} tokens, "
-                    f"and its answer has up to {answer}, but the base model has only {positions} "
-                    f"positions; {remedy}"
+                    f"and its answer can have up to {answer} tokens, but the base model has only "
+                    f"{positions} positions; {remedy}"
                 )
 
 

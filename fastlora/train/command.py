@@ -372,7 +372,7 @@ def _add_adapters_and_report_fusion(
     device: torch.device,
     is_quantized: bool,
 ) -> str:
-    """Add the adapters to the base model, and return a report on its fused layers as text.
+    """Add the adapters to the base model, and return a text report on its fused layers.
 
     The report shows which LoRA layers are fused on the given device. For a quantized model, the
     text is a note instead. The note states the number of LoRA layers and explains how to get the

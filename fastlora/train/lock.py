@@ -73,10 +73,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _acquire_lock_if_supported(path: Path) -> int | None:
-    """Acquire the lock on the output folder of a run if the file system supports locks.
+    """Lock the file ``path``, and return its file descriptor.
 
-    The lock is held on ``path``, a file in this folder. Returns the descriptor of the lock file. If
-    the file system does not support locks, the function warns and returns None.
+    The file is in the output folder of a run, and its lock protects this folder. If the file system
+    does not support locks, the function warns and returns None.
 
     Raises `TrainError` if another run holds the lock or if the file cannot be written.
     """

@@ -46,12 +46,12 @@ class AdapterLosses:
 
     @property
     def finite(self) -> tuple[str, ...]:
-        """Names of the adapters with a finite loss."""
+        """Names of the adapters whose loss is finite."""
         return tuple(name for name, value in self.values.items() if math.isfinite(value))
 
     @property
     def non_finite(self) -> tuple[str, ...]:
-        """Names of the adapters with a NaN or infinite loss."""
+        """Names of the adapters whose loss is NaN or infinite."""
         return tuple(name for name, value in self.values.items() if not math.isfinite(value))
 
 
@@ -62,7 +62,7 @@ def adapter_losses(
     mask: torch.Tensor | None = None,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Compute the loss of each adapter in a mixed batch from the token losses.
+    """Compute the loss of each adapter in a mixed batch from per-token losses.
 
     The loss of an adapter is the mean loss over its own tokens. The computation synchronizes the
     host with the device once.
@@ -224,13 +224,11 @@ def _sample_indices_by_adapter(adapters: Sequence[str | None], count: int) -> di
     """
     if isinstance(adapters, str):
         raise TypeError(
-            f"the argument adapters is the string {adapters!r}; expected a list with one name for "
-            "each sample"
+            f"adapters is the string {adapters!r}; expected a list with one name for each sample"
         )
     if len(adapters) != count:
         raise ValueError(
-            f"the argument adapters has {len(adapters)} entries; expected {count}, one for each "
-            "sample"
+            f"adapters has {len(adapters)} entries; expected {count}, one for each sample"
         )
     samples: dict[str, list[int]] = {}
     for index, name in enumerate(adapters):

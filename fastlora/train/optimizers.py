@@ -30,11 +30,12 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Set ``requires_grad`` so that the named adapters are trainable and all others are frozen.
+    """Make the named adapters trainable, and freeze all other adapters.
 
-    The named adapters can then be trained at the same time. Several of the named adapters may have
-    their own copies of the same module (``modules_to_save``), because each row of a mixed batch
-    uses at most one adapter.
+    The function sets ``requires_grad`` of the adapters' parameters. The model's training mode does
+    not change. The named adapters can then be trained at the same time. Several of the named
+    adapters may have their own copies of the same module (``modules_to_save``), because each row of
+    a mixed batch uses at most one adapter.
 
     The active adapters remain the same. To change the active adapters, call ``model.set_adapter``
     before this function. A later call to ``model.set_adapter`` freezes all adapters that the call
@@ -81,11 +82,10 @@ def check_can_train_together(model: LoraModel, names: str | Sequence[str]) -> li
 
 @dataclass(frozen=True)
 class StepReport:
-    """A report on an optimizer step, with the gradient norms of the adapters.
+    """A report on an optimizer step: the updated and skipped adapters, and their gradient norms.
 
-    `AdapterOptimizers.step` returns this report. The report lists the adapters that the step
-    updated, the adapters that the step skipped, and their gradient norms. An adapter without a loss
-    since the previous step is in none of the fields.
+    `AdapterOptimizers.step` returns this report. An adapter without a loss since the previous step
+    is in none of the fields.
 
     Attributes:
         stepped: Names of the adapters that the step updated.
@@ -189,7 +189,7 @@ class AdapterOptimizers:
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """The counts of each adapter, such as its number of optimizer steps.
+        """The training counters of each adapter, such as its number of optimizer steps.
 
         This is a dict that maps each adapter to the `AdapterCounts` that have accumulated so far.
         """
@@ -308,12 +308,13 @@ class AdapterOptimizers:
         self._present.update(agreed.finite)
 
     def step(self, present: Iterable[str] | None = None) -> StepReport:
-        """Step the optimizers of the present adapters, and return a report.
+        """Step the optimizers of the adapters that are present in the batch, and return a report.
 
-        The present adapters are the adapters in ``present``. If ``present`` is None, these are the
-        adapters that had a finite loss in `backward` since the last step. An adapter with a
-        non-finite gradient is skipped: its optimizer and its schedule do not advance, and its loss
-        scale, if any, is lowered. The call causes one host-device synchronization.
+        The adapters in ``present`` are updated. If ``present`` is None, the adapters that had a
+        finite loss in `backward` since the last step are updated. The gradients of an adapter are
+        clipped if the adapter has a ``max_grad_norm``. An adapter with a non-finite gradient is
+        skipped: its optimizer and its schedule do not advance, and its loss scale, if any, is
+        lowered. The call causes one host-device synchronization.
 
         Args:
             present: Names of the adapters to step, if the backward pass was run without calling
@@ -399,13 +400,12 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Update the learning rate of each adapter from the adapter's schedule.
+        """Set the learning rate of each adapter to the current value of its schedule.
 
-        The learning rate is set to the current value of the schedule, which is the value for the
-        adapter's next step. The schedules themselves remain unchanged. Call this method after
-        `load_state_dict` if a schedule has changed, because a loaded state contains the learning
-        rates of the schedule that it was saved with. If an adapter's schedule is not a `LambdaLR`,
-        the learning rate of the adapter remains unchanged.
+        The current value is the learning rate for the adapter's next step. The schedules themselves
+        do not advance. Call this method after `load_state_dict` if a schedule has changed, because
+        a loaded state contains the learning rates of the schedule that it was saved with. If an
+        adapter's schedule is not a `LambdaLR`, the learning rate of the adapter remains unchanged.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

@@ -95,7 +95,7 @@ def checkpoint_to_resume(settings: TrainSettings, *, allow_resume: bool) -> Path
 def with_adapters_in_checkpoint_order(
     settings: TrainSettings, state: CheckpointState
 ) -> TrainSettings:
-    """Return the settings with the adapters in the order of a checkpoint's run.
+    """Return the settings with the adapters in the same order as in a checkpoint.
 
     The order of the adapters determines the samples of each step, so a resumed run keeps it even if
     the config file lists the adapters in another order.
@@ -284,10 +284,10 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> tqdm[Any]:
-    """Create a tqdm progress bar for a training run.
+    """Create a tqdm progress bar that is written to stderr.
 
-    The bar is written to stderr. If writing to stderr fails, the error is ignored. The options are
-    keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
+    If writing to stderr fails, the error is ignored, so that it does not end a training run. The
+    options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
 
     Raises:
         TrainError: tqdm is not installed.
@@ -298,7 +298,7 @@ def progress_bar(**options: Any) -> tqdm[Any]:
 def make_sample_schedule(
     settings: TrainSettings, corpora: Mapping[str, TokenizedCorpus], processes: int
 ) -> SampleSchedule:
-    """Make the schedule that determines which samples each step of a run uses.
+    """Create the schedule that determines which samples each step of a run uses.
 
     The schedule also determines the maximum number of samples in a forward pass. Each process runs
     at least one forward pass in every step.
@@ -330,7 +330,7 @@ def make_sample_schedule(
     for name, count in adapter_steps.items():
         if not count:
             raise ConfigError(
-                f"none of the {steps} steps contains a sample of adapter {name!r}; increase steps "
+                f"none of the {steps} steps uses a sample of adapter {name!r}; increase steps "
                 f"(an epoch has {math.ceil(order.total / size)} steps) or batch_size"
             )
     return SampleSchedule(order, steps, micro, adapter_steps)
@@ -345,8 +345,8 @@ def make_optimizers(
 ) -> AdapterOptimizers:
     """Create the optimizers of the adapters.
 
-    The optimizers are AdamW with learning rate schedules. Gradients are clipped and, for
-    fp16, losses are scaled.
+    The optimizers are AdamW with learning-rate schedules. Gradients are clipped and, for fp16,
+    losses are scaled.
     """
     return AdapterOptimizers(
         model,
@@ -374,14 +374,14 @@ def make_optimizers(
 def needs_loss_scaling(model: nn.Module) -> bool:
     """Return whether training the model needs loss scaling.
 
-    Loss scaling is needed if the model has fp16 parameters. With loss scaling, a step with a
-    non-finite gradient is skipped and is not an error.
+    Loss scaling is needed if the model has fp16 parameters, even if all of them are frozen. With
+    loss scaling, a step with a non-finite gradient is skipped and is not an error.
     """
     return any(p.dtype == torch.float16 for p in model.parameters())
 
 
 def learning_rate_lambda(adapter: AdapterSettings, total_steps: int) -> Callable[[int], float]:
-    """Return a function that maps a step number to an adapter's learning rate factor."""
+    """Return a function that maps a step number to an adapter's learning-rate factor."""
     warmup = math.ceil(adapter.warmup_ratio * total_steps)
 
     def at(step: int) -> float:

@@ -42,8 +42,8 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
         raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
-class FiniteLossAgreement(NamedTuple):
-    """The agreement of all training processes on which losses of a batch are finite.
+class AgreedFiniteLosses(NamedTuple):
+    """The adapters whose losses in a batch are finite, as agreed by all training processes.
 
     Each adapter has its own loss. If an adapter's loss is not finite in at least one process, all
     processes skip the loss of that adapter. The losses of the other adapters are still used. The
@@ -87,7 +87,7 @@ class BatchProcessGroup:
 
     @property
     def is_single_process(self) -> bool:
-        """Whether this process is the only member of the group."""
+        """Whether the group consists of a single process."""
         return self.size == 1
 
     def sum_counts(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
@@ -103,7 +103,7 @@ class BatchProcessGroup:
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree_on_finite_losses(self, losses: AdapterLosses) -> FiniteLossAgreement:
+    def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedFiniteLosses:
         """Agree with the other processes on which adapters' losses are finite.
 
         An adapter's loss must be finite in every process that has a loss of the adapter. The result
@@ -118,7 +118,7 @@ class BatchProcessGroup:
         if losses.own_divisors:
             # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
-        return FiniteLossAgreement(finite, left_out, weights)
+        return AgreedFiniteLosses(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
         """Return the union of the names from all processes."""
@@ -188,9 +188,10 @@ class RunProcesses:
         self.main: bool = self._accelerator.is_main_process
 
     def runs_forward_pass(self, position: int) -> bool:
-        """Return whether this process runs the forward pass at a position of a step or evaluation.
+        """Return whether this process runs the forward pass at a given position within a step.
 
-        The forward passes of a step or an evaluation are distributed evenly over the processes.
+        The step is a training step or an evaluation. The forward passes of a step are numbered from
+        0 and distributed evenly over the processes. Each forward pass runs in exactly one process.
         """
         return position % self.count == self._accelerator.process_index
 
@@ -272,7 +273,7 @@ class RunProcesses:
             self._accelerator.trackers.pop().finish()
 
     def close_trackers_and_leave_group(self) -> None:
-        """Close the trackers and leave the process group."""
+        """Close the trackers, and destroy the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
                 self.close_trackers()

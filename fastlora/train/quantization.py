@@ -93,7 +93,7 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
 
 
 def prevent_repacking_and_cast_warnings(model: PreTrainedModel) -> None:
-    """Prevent weight repacking and cast warnings in a quantized model.
+    """Prevent weight repacking in a quantized model, and suppress warnings about dtype casts.
 
     The function prepares the model for training, and changes the model in place. If bitsandbytes
     repacked 4-bit weights during an evaluation, the model could not be trained afterward. The cast

@@ -51,9 +51,9 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A loss, a gradient, or a weight became NaN or infinite during training.
+    """A value such as a loss or a gradient became NaN or infinite during training.
 
-    The run cannot continue.
+    The value is a loss, a gradient, or a weight of an adapter. The run cannot continue.
 
     Attributes:
         step: The step, counted from 1.
@@ -173,11 +173,10 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean losses of a training run, and the paths of the loss files that were written.
+    """The mean loss of each adapter in a training run, and the paths of the run's loss files.
 
-    The tuple contains the mean training loss of each adapter in the run. The loss files are a table
-    and, if matplotlib is installed, a plot. If the run has steps left, there are no mean losses and
-    no files.
+    The means are computed from the training losses. The loss files are a table and, if matplotlib
+    is installed, a plot. If the run has steps left, there are no mean losses and no files.
     """
 
     means: dict[str, float]
@@ -393,10 +392,10 @@ class Run:
             self._failure = self._failure or error
 
     def _raise_deferred_write_error(self) -> None:
-        """Raise the deferred write error if an earlier write has failed.
+        """Raise the deferred error, if there is one.
 
-        If several writes have failed, the first error is raised. A recovery hint is added to the
-        message of the error.
+        An error is deferred if a write or the generation of answers has failed. If several errors
+        occurred, the first one is raised. A recovery hint is added to the message of the error.
         """
         if self._failure is not None:
             raise self._with_recovery_hint(
@@ -404,7 +403,7 @@ class Run:
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
-        """Return whether the run should stop, for example because of a signal.
+        """Return whether the run should stop early, for example because of a signal.
 
         A deferred write error stops the run too. A run that should stop ends after the current
         step. The result is the same in all processes. In a run with several processes, the result
@@ -413,10 +412,10 @@ class Run:
         return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
     def _this_process_should_stop(self) -> bool:
-        """Return whether this process has been interrupted, for example by a signal.
+        """Return whether this process should stop early, for example because of a signal.
 
-        A deferred write error interrupts the process too. The process then ends after the current
-        step. Other processes may not be interrupted yet. In contrast, the result of
+        A deferred write error stops the process too. The process then ends after the current step.
+        Other processes may not have a reason to stop yet. In contrast, the result of
         `_run_should_stop` is the same in all processes.
         """
         return self._signals.received is not None or self._failure is not None
@@ -453,7 +452,7 @@ class Run:
         return evaluated
 
     def _is_before_first_step(self) -> bool:
-        """Return whether the run has not completed any step yet.
+        """Return whether the run has yet to complete its first step.
 
         In a resumed run, only the steps after the checkpoint count. The result is False if no steps
         are left.
@@ -631,7 +630,7 @@ class Run:
         return found
 
     def generate_and_log_answers(self) -> None:
-        """Generate answers to the prompts of the run, and log the answers.
+        """Generate answers to the run's prompts, and log the answers.
 
         Each adapter answers its own prompts. Only the main process generates answers. The other
         processes wait at the next step. An error of the model ends the run as a write error does.
@@ -719,7 +718,7 @@ class Run:
             raise self._with_recovery_hint(failures[0], saved) from failures[0]
 
     def _with_recovery_hint(self, error: _Failure, saved_adapters: Iterable[str]) -> _Failure:
-        """Add a recovery hint to the message of an error.
+        """Return an error with a recovery hint added to its message.
 
         The result is a new error of the same type. The hint names the saved adapters and, if there
         is one, the checkpoint from which the run can resume. Before the first step is completed,

@@ -86,7 +86,7 @@ class RunLogFile:
 
 
 class LoggedLoss(NamedTuple):
-    """A loss that is recorded in the log of a training run.
+    """A loss that was read from the log of a training run.
 
     The loss is the training loss or the evaluation loss of an adapter at a step. A number that was
     not finite or was not logged is None.
@@ -105,7 +105,7 @@ def read_logged_losses(folder: Path) -> list[LoggedLoss]:
     These are all training and evaluation losses, in the order of the steps.
     """
     path = folder / LOG
-    with os_error_as_train_error(path):
+    with os_error_as_train_error(path, "read"):
         lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for entry in map(json.loads, lines):
@@ -212,15 +212,16 @@ def _moving_average(values: Sequence[float]) -> list[float]:
 
 
 @contextlib.contextmanager
-def os_error_as_train_error(what: Path | str) -> Iterator[None]:
+def os_error_as_train_error(what: Path | str, attempted: str = "written") -> Iterator[None]:
     """Convert an `OSError` raised in the ``with`` block to a `TrainError`.
 
-    The message names ``what``, such as a file, and says that it could not be written.
+    The message names ``what``, such as a file, and says that it could not be read or written:
+    ``attempted`` is ``"read"`` or ``"written"``.
     """
     try:
         yield
     except OSError as error:
-        raise TrainError(f"{what} could not be written ({error})") from error
+        raise TrainError(f"{what} could not be {attempted} ({error})") from error
 
 
 def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,7 +239,7 @@ def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[st
 
 
 def _replace_non_finite_with_none(value: Any) -> Any:
-    """Replace NaN and infinite numbers in a nested value with None.
+    """Replace NaNs and infinities in a nested value with None.
 
     The value is a log entry or a part of a log entry. Dicts and lists in the value are copied, so
     the original value remains unchanged.

@@ -67,11 +67,10 @@ _LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The part of the training settings that applies to one adapter.
+    """The training settings of one adapter, such as its LoRA config, data, and learning rate.
 
-    The settings cover the adapter's LoRA config, data, and optimizer. `fastlora.recommend` supplies
-    the rank, alpha, dropout, targets, and learning rate that are not given. If the rank is given
-    and alpha is not, alpha is twice the rank.
+    `fastlora.recommend` supplies the rank, alpha, dropout, targets, and learning rate that are not
+    given. If the rank is given and alpha is not, alpha is twice the rank.
 
     Attributes:
         name: Name of the adapter and of its folder in the output folder: up to 128 letters, digits,
@@ -233,7 +232,7 @@ _OF_ADAPTER = {f.name for f in dataclasses.fields(AdapterSettings)} - {"name", "
 
 
 def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
-    """Read the settings of a run from a config file, and override them with flags.
+    """Read the settings of a run from a config file, and override them with command-line flags.
 
     The file contains fields of `TrainSettings` and a table ``adapters.NAME`` for each adapter, with
     fields of `AdapterSettings` and `fastlora.LoraConfig`. A table ``defaults`` sets the same fields

@@ -19,7 +19,7 @@ _YAML_MERGE = "tag:yaml.org,2002:merge"  # the tag of the key <<, which YAML 1.2
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read a file with training settings into a dict.
+    """Read a training settings file into a dict.
 
     The format of the file is TOML, JSON, or YAML. Relative paths in the file are resolved against
     the file's folder.
@@ -54,9 +54,12 @@ def _json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
-def _check_no_key_twice(names: list[str]) -> None:
-    """Raise `ValueError` if a table contains the same key twice."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
+def _check_no_key_twice(keys_in_table: list[str]) -> None:
+    """Raise `ValueError` if a key appears twice.
+
+    ``keys_in_table`` contains the keys of one table in a settings file.
+    """
+    twice = [name for name, count in Counter(keys_in_table).items() if count > 1]
     if twice:
         raise ValueError(f"the key {twice[0]!r} appears twice; keep only one")
 
@@ -126,7 +129,7 @@ def _yaml(text: str) -> Any:
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Resolve the relative paths in a config file against the folder of the file.
+    """Resolve the relative paths in a config file against the file's folder.
 
     ``data`` is the dict that was read from the file, and ``folder`` is the folder of the file. The
     result is a copy of the dict with the resolved paths.

@@ -21,7 +21,7 @@ from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
 from fastlora.kernels.config_tables import MAX_SPLITS
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 from tests.support.aot.launches import CHIPS, Launch, recording
 from tests.support.aot.shipped import all_invariant_shipped, all_shipped
 from tests.support.aot.specialization import specialize
@@ -95,7 +95,7 @@ def mixed(
 ) -> None:
     """One module's linear, after a shrink of its own or of its siblings."""
     slots, invariant = 1 + max_rank, plan == "invariant"
-    rows = rows_for_address_tables(
+    rows = rows_argument_for_address_tables(
         sort_rows(torch.zeros(m, dtype=torch.int64), m, slots), invariant
     )
     address = torch.empty(modules, slots, dtype=torch.int64)

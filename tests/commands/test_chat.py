@@ -249,8 +249,8 @@ def test_errors(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "--max-new-tokens must be" in error_of(capsys, "chat", base, "--max-new-tokens", 0)
     assert "--prompt must not be empty" in error_of(capsys, "chat", base, "--prompt", " ")
     assert "--system needs a chat" in error_of(capsys, "chat", base, "--system", "x", "--plain")
-    assert "--seed must be from -92" in error_of(capsys, "chat", base, "--seed", 2**63)
-    assert "--seed must be from -92" in error_of(capsys, "chat", base, "--seed", -(2**63) - 1)
+    assert "--seed must be between -92" in error_of(capsys, "chat", base, "--seed", 2**63)
+    assert "--seed must be between -92" in error_of(capsys, "chat", base, "--seed", -(2**63) - 1)
     for flag in ("--prompt", "--system"):
         error = error_of(capsys, "chat", base, flag, "\udcff")
         assert f"{flag} contains an unpaired surrogate" in error

@@ -69,7 +69,9 @@ def test_each_adapter_learns_its_own_style(
     for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP.")):
         row = json.dumps({"prompt": "What is the capital of Italy?", "completion": text})
         (tmp_path / f"{name}.jsonl").write_text(row)
-    adapters = demo.adapter_settings_for_files([tmp_path / f"{name}.jsonl" for name in demo.STYLES])
+    adapters = demo.adapter_settings_for_data_files(
+        [tmp_path / f"{name}.jsonl" for name in demo.STYLES]
+    )
     (tmp_path / "out" / "checkpoints" / "step-00000012").mkdir(parents=True)  # of an earlier run
     (tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json").touch()
     with demo.open_demo_run(short, adapters, tmp_path / "out", 12) as run:

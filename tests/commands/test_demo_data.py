@@ -79,7 +79,7 @@ def test_two_files_of_one_name_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
     with pytest.raises(DataError, match="already defines adapter 'robot'"):
-        demo.adapter_settings_for_files(twice)
+        demo.adapter_settings_for_data_files(twice)
 
 
 def test_a_turn_of_the_data_is_one_of_the_demos(smollm2_tokenizer: Any) -> None:

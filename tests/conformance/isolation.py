@@ -258,8 +258,8 @@ def wrong_ids(case: Case) -> None:
         (["en", 3] * 3, TypeError, "contains 3; expected ids"),
         ([["en"], "fr"] * 3, TypeError, r"contains \['en'\]; expected ids"),
         ({"en", "fr"}, TypeError, "a set, expected a sequence"),
-        (torch.zeros(6, dtype=torch.complex64), TypeError, "complex64, expected integers"),
-        (torch.tensor([0.5] * 6), TypeError, "torch.float32, expected integers"),
+        (torch.zeros(6, dtype=torch.complex64), TypeError, "complex64, expected an integer dtype"),
+        (torch.tensor([0.5] * 6), TypeError, "torch.float32, expected an integer dtype"),
         (torch.zeros(1, 6, dtype=torch.int64), ValueError, "expected one dimension"),
     ]
     for ids, error, message in unsupported:

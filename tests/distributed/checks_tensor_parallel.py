@@ -180,7 +180,7 @@ def dropped(name: str, shown: list[tuple[int, int]], x: torch.Tensor) -> torch.T
 
 
 def check_dropout(folder: Path) -> None:
-    """Column-wise all processes drop the same elements; row-wise each has a mask of its own."""
+    """Column-parallel layers drop the same elements in all processes, row-parallel ones do not."""
     torch.manual_seed(steps.rank())
     shown = [(i, i) for i in range(11)] + [(11 + i, i) for i in range(11)]
     own = dropped("up", shown, torch.ones(64, 17)).detach()

@@ -97,11 +97,11 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft_router.py",
         before="""\
-                self._add_to_group(layers)  # even if others fail: blocks may be open
+                self._add_to_routed_layer_group(layers)  # even if others fail: blocks may be open
 """,
         after="""\
                 if not others:
-                    self._add_to_group(layers)
+                    self._add_to_routed_layer_group(layers)
 """,
         tests=(
             "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",

@@ -204,7 +204,7 @@ def test_replacing_errors(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["q"])
     model = fastlora.get_peft_model(quantized_two_layers("bitsandbytes"), config)
     before = copy.deepcopy(layers_of(model)["q"].state_dict())
-    with pytest.raises(CheckpointError, match="Could not find a file"):
+    with pytest.raises(CheckpointError, match="Could not find the weights file"):
         fastlora.replace_lora_weights_loftq(model, tmp_path)
     with pytest.raises(ConfigError, match="must pass the model_path"):
         fastlora.replace_lora_weights_loftq(model)

@@ -98,7 +98,7 @@ from fastlora import LoraRuntimeConfig, PeftType
 
 def test_an_older_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(peft, "load_peft_weights")
-    with pytest.raises(ImportError, match=f"PEFT {peft.__version__} does not have it; upgrade"):
+    with pytest.raises(ImportError, match=f"PEFT {peft.__version__} does not include it; upgrade"):
         from_peft.import_from_peft("load_peft_weights")
 
 
@@ -471,7 +471,7 @@ def test_adapters_that_cannot_be_routed_raise(injected: Any) -> None:
     """Other methods, layers outside the model, and an adapter without layers."""
     other = copy.deepcopy(injected)
     with (
-        pytest.raises(UnsupportedLayerError, match="adapters outside its LlamaForCausalLM"),
+        pytest.raises(UnsupportedLayerError, match="layers outside its LlamaForCausalLM"),
         fastlora.adapters(nn.ModuleList([injected, other]), ["a", "b"]),
     ):
         pass

@@ -20,7 +20,7 @@ import fastlora
 from fastlora import env
 from fastlora.functional import lora_add, lora_linear
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 from fastlora.testing import assert_within_budget
 from fastlora.validation import ImplementationError
 
@@ -57,7 +57,7 @@ def batch(
     place = {slot: column for column, slot in enumerate(slots)}
     ids = torch.tensor([place.get(problem.ids[row], -1) for row in rows], dtype=torch.int64)
     batch = sort_rows(ids.to(problem.x.device), len(rows), len(slots))
-    own = rows_for_address_tables(batch, plan == "invariant")
+    own = rows_argument_for_address_tables(batch, plan == "invariant")
     max_rank = max_rank or problem.max_rank
     columns = torch.tensor(slots, device=problem.x.device)
     tables = [table[:, columns] for table in problem.all_tables]
@@ -159,7 +159,7 @@ def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
     rows = sort_rows(torch.tensor(problem.ids, device=problem.x.device), 20, 8)
     (y,) = OPS.lora_linear_at(
         *(problem.x, problem.weights[0], problem.biases[0]),
-        *(rows_for_address_tables(rows, True), None, problem.all_tables),
+        *(rows_argument_for_address_tables(rows, True), None, problem.all_tables),
         *(0, problem.max_rank, problem.factor_dtype, "invariant"),
     )
     problem.ids = ids

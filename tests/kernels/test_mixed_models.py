@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora import LoraConfig, adapters, get_peft_model
 from fastlora.env import triton_interpreted
-from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.layers.adapter_factors import ModelAdapterSource
 from fastlora.ops import plans
 from fastlora.pool import router as batches
 from fastlora.routing.active import activate_routing
@@ -104,7 +104,7 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
             names,
             slots,
             seeds,
-            ParameterSource(names),
+            ModelAdapterSource(names),
             tuner.modules_selecting_adapter_per_row,
         )
 

@@ -71,7 +71,7 @@ def test_tied_lora_beside_other_adapters() -> None:
             config(target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True),
         )
     other = get_peft_model(tiny_llama(), config(target_modules=["lm_head"]), "a")
-    with pytest.raises(UnsupportedLayerError, match="without its own LoRA"):
+    with pytest.raises(UnsupportedLayerError, match="without LoRA factors of its own"):
         other.add_adapter("b", config(target_modules=["embed_tokens"], ensure_weight_tying=True))
     assert list(other.peft_config) == ["a"]
 
@@ -205,7 +205,7 @@ def test_a_module_with_two_names_that_cannot_be_copied() -> None:
     base["v"].forward = lambda x: forward(x)  # type: ignore[method-assign]
     base["w"] = base["v"]
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"]))
-    with unchanged(model), pytest.raises(AdapterStateError, match="'v' is also called 'w'"):
+    with unchanged(model), pytest.raises(AdapterStateError, match="'v' also has the name 'w'"):
         model.merge_and_unload()
 
 

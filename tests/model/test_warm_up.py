@@ -319,7 +319,7 @@ def test_arguments(small: dict[str, Any]) -> None:
     ):
         with pytest.raises(fastlora.FastLoraError, match=error):
             fastlora.warm_up(**{**small, "adapters": None, name: value})
-    with pytest.raises(fastlora.FastLoraError, match="use inputs= to pass the arguments of a"):
+    with pytest.raises(fastlora.FastLoraError, match="use inputs= to pass the arguments for a"):
         fastlora.warm_up(**{**small, "inputs": None})
     with pytest.raises(TypeError, match="expects a model with adapters, got a Linear"):
         fastlora.warm_up(nn.Linear(2, 2))

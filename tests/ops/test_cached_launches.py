@@ -25,7 +25,7 @@ from fastlora.ops.layout import shrink_partials_shape
 from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton import backward, forward
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
 from fastlora.testing import launches as stubs
 from fastlora.testing import stubbed_launches
@@ -220,7 +220,9 @@ def _mixed(
     m: int, index: int, *, s: bool = False, layer_range: Any = None, plan: str = "auto"
 ) -> Any:
     """Arguments of `forward.linear_at`: three modules, four slots; tables are parts of a buffer."""
-    own = rows_for_address_tables(sort_rows(torch.arange(m) % 4, m, 4), plan == "invariant")
+    own = rows_argument_for_address_tables(
+        sort_rows(torch.arange(m) % 4, m, 4), plan == "invariant"
+    )
     addresses = torch.zeros(3, 3, 4, dtype=torch.int64)
     numbers = torch.ones(3, 4, dtype=torch.int32), torch.ones(3, 4)
     tables = AddressTables(addresses[0], addresses[1], addresses[2], *numbers, 16, torch.float16)

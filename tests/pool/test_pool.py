@@ -426,7 +426,7 @@ def test_close_gives_the_model_back(root: Path) -> None:
         pool.load("a", root / "a0")
         assert torch.equal(model(ids), expected)  # no row has an adapter
         lease = pool.lease(["a"])
-        with pytest.raises(AdapterStateError, match="1 leases are held"):
+        with pytest.raises(AdapterStateError, match=r"the pool has active leases \(1\)"):
             pool.close()
         lease.release()
     pool.close()

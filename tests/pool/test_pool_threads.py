@@ -261,7 +261,7 @@ def test_a_close_that_runs_out_of_time_is_finished_later(
     waiting = threads.submit(pool.lease, ["a2"], timeout=LONG)
     assert waits(waiting)
     start = time.monotonic()
-    with pytest.raises(AdapterStateError, match=r"after 0.2 seconds, 1 leases are still held"):
+    with pytest.raises(AdapterStateError, match=r"after 0.2 seconds, .* \(active leases: 1;"):
         pool.close(wait=0.2)
     assert 0.2 <= time.monotonic() - start < LONG
     with pytest.raises(PoolClosedError, match="closing and accepts no new leases"):
@@ -280,7 +280,7 @@ def test_a_close_that_runs_out_of_time_is_finished_later(
     ):
         with pytest.raises(PoolClosedError):
             call()
-    with pytest.raises(AdapterStateError, match="1 leases are held"):
+    with pytest.raises(AdapterStateError, match=r"the pool has active leases \(1\)"):
         pool.close()
     for resident in lease.loaded_adapters:
         assert same_adapter(pool, resident, root / resident.name)
@@ -306,7 +306,7 @@ def test_blocks_of_the_model_while_and_after_its_pool_closes(root: Path) -> None
         plain = model(ids)
         with fastlora.adapters(model, ["a0"]):
             assert not torch.equal(model(ids), plain)
-            with pytest.raises(AdapterStateError, match="1 leases are still held"):
+            with pytest.raises(AdapterStateError, match="active leases: 1"):
                 pool.close(wait=0.01)
             with pytest.raises(PoolClosedError), fastlora.adapters(model, ["a0"]):
                 pass
@@ -324,7 +324,7 @@ def test_close_ends_what_is_read_in_the_background(root: Path, slow: SlowReads) 
     for _ in running:
         assert slow.started.acquire(timeout=LONG)
     queued = pool.prefetch(["a5"])
-    with pytest.raises(AdapterStateError, match="4 threads are still reading adapters"):
+    with pytest.raises(AdapterStateError, match="threads that read adapters: 4"):
         pool.close(wait=0.05)
     assert queued.cancelled()
     slow.go.set()

@@ -634,7 +634,7 @@ def test_models_of_transformers_share_a_batch(kind: str) -> None:
                 torch.testing.assert_close(each[row], alone[0], rtol=1e-4, atol=1e-5)
     checks = model.base_model.group.row_checks
     # Later blocks cost nothing.
-    assert checks is not None and checks.row_checker_unless_all_layers_checked(2) is None
+    assert checks is not None and checks.row_checker_unless_all_layers_were_checked(2) is None
 
 
 def test_a_beam_search_shares_a_batch() -> None:
@@ -735,7 +735,7 @@ def test_compiled_code_alone_ends_the_following() -> None:
     for _ in range(9):
         with torch.no_grad(), adapters(model, IDS):
             compiled(X)
-    followed = model.base_model.group.row_checks.row_checker_unless_all_layers_checked(2)
+    followed = model.base_model.group.row_checks.row_checker_unless_all_layers_were_checked(2)
     assert followed is not None and followed.order is None
 
 
@@ -759,11 +759,11 @@ def test_a_part_of_the_model_that_is_idle_ends_the_following() -> None:
         with torch.no_grad(), adapters(model, IDS):
             model(X)
     checks = model.base_model.group.row_checks
-    followed = checks.row_checker_unless_all_layers_checked(2)
+    followed = checks.row_checker_unless_all_layers_were_checked(2)
     assert followed is not None and followed.order is None
     base.uses_image = True
     first = pytest.warns(UserWarning, match="'image.layers.0.w1' runs in a mixed batch for the")
     for warned in (first, contextlib.nullcontext()):
         with warned, torch.no_grad(), adapters(model, IDS):
             model(X)
-    assert checks.row_checker_unless_all_layers_checked(2) is None
+    assert checks.row_checker_unless_all_layers_were_checked(2) is None

@@ -238,7 +238,7 @@ def test_an_adapter_is_not_deleted_within_a_block() -> None:
     names = ["b", "c", "b", None]
     with adapters(model, names):
         before = [rows_of(model, x) for _ in range(4)][-1]
-        with pytest.raises(AdapterStateError, match="block or a call with adapter_names= is open"):
+        with pytest.raises(AdapterStateError, match="block is open or a call with adapter_names="):
             model.base_model.model.q.delete_adapter("b")
         found = rows_of(model, x)
     torch.testing.assert_close(found, before)

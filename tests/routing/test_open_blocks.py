@@ -238,7 +238,7 @@ def test_operations_within_a_call_with_names_raise(make: Any) -> None:
 
     def check_raises_here() -> None:
         for operation in ("delete_adapter", "merge_adapter", "unload"):
-            with pytest.raises(AdapterStateError, match="adapter_names= is open"):
+            with pytest.raises(AdapterStateError, match="adapter_names= is in progress"):
                 OPERATIONS[operation](model)
             seen.append(operation)
 

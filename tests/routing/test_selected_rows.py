@@ -181,7 +181,7 @@ def test_rows_that_constants_alone_moved_are_followed_once(steps: str) -> None:
     model = ours(Head(picks[steps]))
     with torch.no_grad(), adapters(model, IDS):
         model(X)
-    assert model.base_model.group.row_checks.row_checker_unless_all_layers_checked(2) is None
+    assert model.base_model.group.row_checks.row_checker_unless_all_layers_were_checked(2) is None
 
 
 def test_rows_that_constants_select_are_followed_once() -> None:
@@ -190,15 +190,15 @@ def test_rows_that_constants_select_are_followed_once() -> None:
         model = ours(Head(IN_ORDER[pick]))
         for _ in range(blocks):
             checks = model.base_model.group.row_checks
-            assert checks.row_checker_unless_all_layers_checked(2) is not None
+            assert checks.row_checker_unless_all_layers_were_checked(2) is not None
             with torch.no_grad(), adapters(model, IDS):
                 model(X)
-        assert checks.row_checker_unless_all_layers_checked(2) is None
+        assert checks.row_checker_unless_all_layers_were_checked(2) is None
 
 
 def test_a_block_that_is_abandoned_follows_nothing() -> None:
     model = ours(Head(IN_ORDER["mask"]))
-    followed = model.base_model.group.row_checks.row_checker_unless_all_layers_checked(2)
+    followed = model.base_model.group.row_checks.row_checker_unless_all_layers_were_checked(2)
     with followed:
         assert followed.order.has_valid_facts
         followed.stop_tracking()

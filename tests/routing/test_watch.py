@@ -53,20 +53,20 @@ def _layer() -> Any:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
     layer, watch, others = _layer(), AdapterChangeDetector(), AdapterChangeDetector()
-    watch.add(layer, layer.scaling, ["a", "b", "absent"])
-    others.add(layer, layer.scaling, ["c"])
-    assert watch.is_unchanged() and watch.is_unchanged()
+    watch.record_adapters(layer, layer.scaling, ["a", "b", "absent"])
+    others.record_adapters(layer, layer.scaling, ["c"])
+    assert watch.adapters_are_unchanged() and watch.adapters_are_unchanged()
     CHANGES[change](layer)
-    assert not watch.is_unchanged()
-    assert others.is_unchanged()
+    assert not watch.adapters_are_unchanged()
+    assert others.adapters_are_unchanged()
 
 
 def test_what_cannot_be_watched_is_never_unchanged() -> None:
     layer, hooked, watch = _layer(), AdapterChangeDetector(), AdapterChangeDetector()
     layer.lora_A["a"].register_full_backward_hook(print)
-    hooked.add(layer, layer.scaling, ["a"])
-    assert not hooked.is_unchanged()
+    hooked.record_adapters(layer, layer.scaling, ["a"])
+    assert not hooked.adapters_are_unchanged()
     with torch.inference_mode():
         layer.lora_B["b"].weight = nn.Parameter(torch.zeros_like(layer.lora_B["b"].weight))
-    watch.add(layer, layer.scaling, ["b"])
-    assert not watch.is_unchanged()
+    watch.record_adapters(layer, layer.scaling, ["b"])
+    assert not watch.adapters_are_unchanged()

@@ -294,9 +294,9 @@ def test_limits_leave_descriptors() -> None:
     assert limits_for_descriptors(256, None).max_connections == 96
     assert limits_for_descriptors(None, None) == ConnectionLimits()
     assert limits_for_descriptors(20_000, 5000, header_seconds=1.0).max_connections == 5000
-    with pytest.raises(ConfigError, match="5000 connections need a limit of 10064 open files"):
+    with pytest.raises(ConfigError, match="5000 connections require an open-file limit of 10064"):
         limits_for_descriptors(1024, 5000)
-    with pytest.raises(ConfigError, match="8 connections need a limit of 80 open files"):
+    with pytest.raises(ConfigError, match="8 connections require an open-file limit of 80"):
         limits_for_descriptors(70, None)
 
 

@@ -61,8 +61,8 @@ def test_keys_that_are_rejected(tmp_path: Path) -> None:
     """E9, E10: no message contains a key."""
     file = tmp_path / "key"
     cases: list[tuple[bytes, tuple[object, ...], str]] = [
-        (b"s3cret\n\n", (), "has whitespace around the key or contains unprintable characters"),
-        (b"s3cret \n", (), "has whitespace around the key"),
+        (b"s3cret\n\n", (), "trailing whitespace, or contains non-printable characters"),
+        (b"s3cret \n", (), "the key in --api-key-file .* has leading or trailing whitespace"),
         (b"\xffs3cret", (), "is not valid UTF-8"),
         (b"s3cret" * 1000, (), "is larger than 4096 bytes"),
         (b"s3cret", ("--api-key", "s3cret"), "both --api-key and --api-key-file are given"),

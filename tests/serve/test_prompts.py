@@ -124,7 +124,7 @@ def test_a_long_text_is_rejected_without_the_tokenizer(monkeypatch: pytest.Monke
     prompts = PromptTokenizer(tokenizer, 258, 100)
     assert len(prompts.tokenize_text("abab" * 100)) == 100
     monkeypatch.setattr(type(tokenizer), "_encode_plus", None)
-    said = "prompt has 1000000 characters, which is more than 100 tokens can hold"
+    said = "prompt has 1000000 characters, too many to fit in 100 tokens"
     with pytest.raises(ConfigError, match=said):
         prompts.tokenize_text("ab" * 500_000)
     with pytest.raises(ConfigError, match=said):

@@ -280,7 +280,7 @@ def test_kernels_are_compiled_where_they_run(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--max-batch", "0"], "--max-batch must be at least 1, got 0"),
         (["--max-length", "1"], "--max-length must be at least 2, got 1"),
         (["--max-length", "9999"], "set to 9999 tokens, but the model supports at most 4096"),

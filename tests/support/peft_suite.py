@@ -102,8 +102,8 @@ RULES = (
     Rule(
         "Text or class of an error",
         f"fastlora's names the layer, the field, and the value; {DIFFERS}, Adapters",
-        r"Regex pattern did not match\.|matches no module|can be called, got|DID NOT RAISE"
-        r"|bias must be one of|on this layer, which has|has no default targets"
+        r"Regex pattern did not match\.|matches no module|with a forward method, got|DID NOT RAISE"
+        r"|bias must be one of|this layer has no adapter|has no default targets"
         r"|selects rows of|ensure_weight_tying makes|cannot split",
     ),
     Rule(

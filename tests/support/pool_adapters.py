@@ -22,7 +22,7 @@ from fastlora.ops.factors import PENDING
 from fastlora.pool import AdapterPool, Factors
 from fastlora.pool.address_tables import NO_COLUMN
 from fastlora.pool.packed_adapter import PackedAdapter
-from fastlora.pool.transfers import BaseDeviceTransfers
+from fastlora.pool.transfers import BaseTransfersToDevice
 from tests.support.attacks import SLOW_PATTERN, pattern_fields
 
 # Bytes of one adapter of rank 2 on q and v, fp32: three layers of two modules, blocks of 2 x 10 and
@@ -241,7 +241,7 @@ def _check_scale(address: int, factors: Factors, scales: Any, index: int) -> Non
         assert torch.equal(at_address(address, scales.blocks[index]), scales.blocks[index])
 
 
-class RecordingTransfers(BaseDeviceTransfers):
+class RecordingTransfers(BaseTransfersToDevice):
     """A device of its own, on the CPU, that notes in which order it is written and waited for."""
 
     shares_memory = False

@@ -354,7 +354,7 @@ BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "norm": ({"max_grad_norm": 0.0}, ValueError, "of adapter 'a' must be greater than 0, got 0.0"),
     "kind": ({"optimizers": {"a": list}}, TypeError, "returned list, expected a torch.optim.Op"),
-    "closure": ({"optimizers": {"a": LBFGS}}, TypeError, "of adapter 'a' requires closure"),
+    "closure": ({"optimizers": {"a": LBFGS}}, TypeError, r"'a': LBFGS.step\(\) requires closure"),
     "plateau": ({"schedulers": {"a": ReduceLROnPlateau}}, TypeError, "returned ReduceLROnPlateau"),
     "frozen": ({"optimizers": {"b": SGD}}, AdapterStateError, "adapter 'b' is frozen"),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.integrations.vllm.slots import LayerSlots, get_layer_slots
+from fastlora.integrations.vllm.slots import LayerSlots, owning_layer_slots
 
 _Factor = torch.Tensor | None
 # The attribute of a lora_b that holds the scaling that vLLM would multiply it by.
@@ -53,11 +53,11 @@ def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _create_layer_slots(layer: Any) -> None:
-    """Create the `LayerSlots` in which a vLLM layer stores its adapters.
+    """Create the `LayerSlots` of a vLLM LoRA layer.
 
-    The layer's stacks of factors are replaced with views of the `LayerSlots`. The lora_a of an
-    embedding layer is not replaced. If the layer already has a `LayerSlots`, this function does
-    nothing.
+    The layer then stores its adapters in the `LayerSlots`, because its stacks of factors are
+    replaced with views of the `LayerSlots`. The lora_a of an embedding layer is not replaced. If
+    the layer already has a `LayerSlots`, this function does nothing.
     """
     stacks_b = _as_list(layer.lora_b_stacked)
     if hasattr(stacks_b[0], "fastlora_slots"):
@@ -77,7 +77,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _slots(layer: Any) -> LayerSlots:
-    return get_layer_slots(_as_list(layer.lora_b_stacked)[0])
+    return owning_layer_slots(_as_list(layer.lora_b_stacked)[0])
 
 
 def _reset_lora(self: Any, index: int) -> None:
@@ -185,7 +185,7 @@ def _split_and_set_slices(
 
 
 def keep_scaling_apart(self: Any) -> Any:
-    """Keep the LoRA scaling apart from lora_b instead of multiplying lora_b by the scaling.
+    """Keep the LoRA scaling separate from lora_b instead of multiplying lora_b by it.
 
     vLLM's method ``LoRALayerWeights.optimize``, which this function replaces, multiplies lora_b by
     the scaling. In 16-bit dtypes, this product would be rounded.
@@ -277,10 +277,10 @@ def one_lora_request_per_adapter_id(lora_state: Any, req_ids: Sequence[str]) -> 
 
 
 def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Add checks of the adapter to vLLM's method that loads an adapter.
+    """Wrap vLLM's method that loads an adapter so that it also checks the adapter.
 
-    The result is a wrapper of the method, which is ``WorkerLoRAManager._load_adapter``. The
-    adapter's config is checked before the adapter is loaded, and its factors are checked afterward.
+    The method is ``WorkerLoRAManager._load_adapter``. The adapter's config is checked before the
+    adapter is loaded, and its factors are checked afterward.
     """
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
@@ -349,11 +349,11 @@ def check_factors_fit_model(lora: Any, manager: Any, adapter_name: str) -> None:
                 f"but the layer has {expected[0]} inputs and {outputs} outputs"
             )
         if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise ValueError(f"{where}: a factor contains values that are not finite")
+            raise ValueError(f"{where}: a factor contains non-finite values")
 
 
 def _allowed_in_out_features_by_module(manager: Any) -> dict[str, tuple[int, ...]]:
-    """Return the allowed numbers of input and output features of each module.
+    """Return the allowed numbers of input and output features for each module.
 
     The modules are those that can appear in an adapter file. The result maps a module's name to a
     tuple ``(in_features, out_features, ...)``. Several values of out_features are allowed for an

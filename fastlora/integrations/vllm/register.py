@@ -101,7 +101,7 @@ RELIED_ON = tuple(
 
 
 class NotRegisteredReason(NamedTuple):
-    """The reason why `register` did not register fastlora with vLLM.
+    """The reason why fastlora did not register with vLLM.
 
     The tuple contains the reason as text, and states whether the user should be warned.
 
@@ -203,7 +203,7 @@ def _register() -> NotRegisteredReason | None:
 
 
 def _refusal(platform: Any) -> NotRegisteredReason | None:
-    """Return the reason for refusing the registration.
+    """Return the reason why fastlora is not registered with vLLM.
 
     Returns None if fastlora can be registered. Otherwise, vLLM must be left unchanged.
     """
@@ -224,7 +224,7 @@ def _refusal(platform: Any) -> NotRegisteredReason | None:
 
 
 def differences() -> list[str]:
-    """Return the differences between the imported vLLM and what fastlora relies on.
+    """Return the ways in which the imported vLLM differs from what fastlora expects.
 
     The result is a list of descriptions. The list is empty if there are no differences.
     """

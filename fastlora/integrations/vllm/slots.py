@@ -173,8 +173,8 @@ class LayerSlots:
                 start = group.stop
 
 
-def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
-    """Return the slots of the vLLM layer to which a stacked tensor belongs.
+def owning_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
+    """Return the `LayerSlots` that owns a stacked tensor of a vLLM layer.
 
     ``stack_view`` is the stacked tensor, which is a view that `LayerSlots.stacked_factors` created.
     Each such view has its `LayerSlots` as an attribute.
@@ -186,7 +186,7 @@ def get_layer_slots(stack_view: torch.Tensor) -> LayerSlots:
 def _zero_blocks(
     slots: int, shapes: Sequence[Sequence[int]], like: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Allocate blocks of zeros in a common storage tensor.
+    """Allocate zero-filled blocks in a shared storage tensor.
 
     Returns a tuple (storage, list of blocks). For each shape (rows, columns), the list contains a
     view ``[slots, rows, columns]`` of the storage. The storage has the dtype and device of
@@ -207,7 +207,7 @@ def _zero_blocks(
 
 
 def _expanded_identity(slots: int, rank: int, like: torch.Tensor) -> torch.Tensor:
-    """Return an identity matrix that is expanded to ``[slots, rank, rank]``.
+    """Return an identity matrix expanded to ``[slots, rank, rank]``.
 
     All slots share the memory of one matrix, which has the dtype and device of ``like``.
     """

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from fastlora.integrations.vllm.batch import slots_of_rows
-from fastlora.integrations.vllm.slots import get_layer_slots
+from fastlora.integrations.vllm.slots import owning_layer_slots
 from fastlora.ops.execution_mode import is_being_compiled
 from fastlora.ops.rows import NO_SLOT
 from fastlora.ops.slots import BatchRows
@@ -91,7 +91,9 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         The slices of y are adjacent columns.
         """
         _check_scale(scale)
-        get_layer_slots(lora_b_stacked[0]).add_linear_(_as_matrix(y), _as_matrix(x), self._tokens)
+        owning_layer_slots(lora_b_stacked[0]).add_linear_(
+            _as_matrix(y), _as_matrix(x), self._tokens
+        )
 
     def add_lora_logits(
         self,
@@ -102,7 +104,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the LoRA update of the output layer to the logits.
+        """Add the output layer's LoRA update to the logits.
 
         The update is added to the first columns.
 
@@ -113,7 +115,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         if rows is self._sampled:
             self._check_sampled_rows(x.shape[0])
         _check_scale(scale)
-        get_layer_slots(lora_b_stacked).add_linear_(_as_matrix(y), _as_matrix(x), rows)
+        owning_layer_slots(lora_b_stacked).add_linear_(_as_matrix(y), _as_matrix(x), rows)
 
     @contextmanager
     def logits_of_one_request(
@@ -150,7 +152,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
 
         x ``[M, R]`` contains the rows that were looked up in lora_a.
         """
-        get_layer_slots(lora_b_stacked).expand[0].add_(y, x, self._tokens)
+        owning_layer_slots(lora_b_stacked).expand[0].add_(y, x, self._tokens)
 
     def add_shrink(
         self,
@@ -160,15 +162,15 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Add the LoRA shrink output of each row of x to y.
+        """Add the product of x and lora_a to y.
 
-        Each row uses the lora_a of its own adapter. The shrink output of a slice is
-        ``scale * x @ lora_a.T``. The output of slice i is added to ``y[i]``, which vLLM fills with
-        zeros. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM calls this
-        method if ``fully_sharded_loras`` is set.
+        The product of x and lora_a is the LoRA shrink output. Each row of x uses the lora_a of its
+        own adapter. For each slice i, ``scale * x @ lora_a.T`` is added to ``y[i]``, which vLLM
+        fills with zeros. ``scale`` must be 1, because `add_expand` multiplies by the scaling. vLLM
+        calls this method if ``fully_sharded_loras`` is set.
         """
         _check_scale(scale)
-        for own, products in zip(y, get_layer_slots(lora_a_stacked[0]).shrink, strict=True):
+        for own, products in zip(y, owning_layer_slots(lora_a_stacked[0]).shrink, strict=True):
             products.add_(own, _as_matrix(x), self._tokens)
 
     def add_expand(
@@ -186,7 +188,7 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         ``fully_sharded_loras`` is set.
         """
         y, start = _as_matrix(y), offset_start
-        for own, products in zip(x, get_layer_slots(lora_b_stacked[0]).expand, strict=True):
+        for own, products in zip(x, owning_layer_slots(lora_b_stacked[0]).expand, strict=True):
             products.add_(y[:, start : start + products.width], own, self._tokens)
             start += products.width
 
@@ -198,11 +200,11 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Apply the full linear layers of the adapters, and write the outputs to y.
+        """Apply the adapters' own classification heads, and write the outputs to y.
 
-        A full linear layer is an adapter's own classification head, which has a full weight and a
-        bias instead of low-rank factors. Each row of y is replaced with the output of the head of
-        its adapter. Rows are not changed if their adapter does not have its own head.
+        An adapter's own head is a full linear layer, with a full weight and a bias instead of
+        low-rank factors. Each row of y is replaced with the output of the head of its adapter. Rows
+        are not changed if their adapter does not have its own head.
 
         Args:
             y: ``[M, labels]``.

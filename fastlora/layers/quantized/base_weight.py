@@ -39,11 +39,12 @@ class KernelsCannotReadError(Exception):
 
 
 class BaseQuantizedWeight(MergeTarget):
-    """Base class for access to the quantized weight of a base layer.
+    """Base class for handling a quantized base weight.
 
-    Each subclass supports one kind of quantization, such as the 4-bit quantization of bitsandbytes.
-    `dense` returns a new tensor. A kind that does not support merging raises in `check_writable`,
-    and defines nothing else for merging.
+    An object of this class gives access to the quantized weight of one base layer. Each subclass
+    supports one kind of quantization, such as the 4-bit quantization of bitsandbytes. `dense`
+    returns a new tensor. A kind that does not support merging raises in `check_writable`, and
+    defines nothing else for merging.
 
     Args:
         base: The module.
@@ -193,7 +194,7 @@ class BaseQuantizedWeight(MergeTarget):
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
-        """Return the weight as a tensor that only PyTorch operators can use.
+        """Return the weight as a tensor for use with PyTorch operators only.
 
         The operators dequantize the tensor. Kernels cannot read it.
         """
@@ -227,7 +228,7 @@ class BaseQuantizedWeight(MergeTarget):
         return lambda: self.dense().to(dtype)
 
     def bias_as_module_adds_it(self, product_dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias as the quantized module adds it to a product in ``product_dtype``.
+        """Return the bias in the form that the module adds to a product in ``product_dtype``.
 
         Returns None if the module has no bias. If a call of the module converts the module's own
         bias to the dtype of the product, this method also converts that bias. Otherwise, the bias
@@ -310,7 +311,7 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot_if_needed(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot of the weight if the snapshot must be converted.
+        """Convert a snapshot of the weight with ``fn`` if needed, and return the result.
 
         A snapshot of a quantized weight is always returned without conversion, because ``fn`` may
         change dtypes. ``fn`` is the function that ``nn.Module._apply`` applies to the module's
@@ -339,7 +340,7 @@ def register_quantized_weight(kind: _Kind) -> _Kind:
     return kind
 
 
-def peft_quantized_layers() -> list[tuple[str, str]]:
+def peft_quantized_layer_classes() -> list[tuple[str, str]]:
     """Return a list of PEFT's quantized layer classes.
 
     The list contains the classes for the registered kinds of quantization. Each entry is a tuple
@@ -445,8 +446,8 @@ def check_decoded_values(
         relative = f"{error:.2g}"
         raise KernelsCannotReadError(
             f"{library}: a {what} does not dequantize to the values that fastlora expects (the "
-            f"error is {relative} times the largest value); falling back to the base layer's own "
-            "forward pass"
+            f"largest error is {relative} times the largest absolute value); falling back to the "
+            "base layer's own forward pass"
         )
 
 

@@ -23,7 +23,7 @@ from fastlora.layers.quantized.base_weight import (
     not_quantized_yet_error,
     register_quantized_weight,
 )
-from fastlora.layers.quantized.repacking import MODULES, is_repacked
+from fastlora.layers.quantized.repacking import MODULES, is_repacked_by_bitsandbytes
 from fastlora.quantized_tensor import QuantizedData
 
 # Number of blocks with absmax values that are quantized together. bitsandbytes supports no other
@@ -73,7 +73,7 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
         return _bitsandbytes().dequantize_4bit(weight.data, weight.quant_state)
 
     def _is_repacked(self) -> bool:
-        return is_repacked(self.base)
+        return is_repacked_by_bitsandbytes(self.base)
 
     # ------------------------------------------------------------------------ what kernels read
 
@@ -343,10 +343,7 @@ class BitsAndBytes8BitWeight(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight.
-
-        The dtype is always fp32.
-        """
+        """The dtype that the weight is dequantized to, which is always fp32."""
         return torch.float32
 
     def stored_tensors(self) -> list[torch.Tensor]:

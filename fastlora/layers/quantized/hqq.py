@@ -32,10 +32,7 @@ class HqqWeight(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight.
-
-        HQQ also computes in this dtype.
-        """
+        """The dtype that the weight is dequantized to, which is HQQ's compute dtype."""
         found: torch.dtype = self.base.compute_dtype
         return found
 
@@ -53,7 +50,6 @@ class HqqWeight(BaseQuantizedWeight):
         Merging would require HQQ's solver.
         """
         raise UnsupportedLayerError(
-            f"cannot merge into {type(self.base).__name__}: HQQ quantizes weights with its own "
-            "solver, which fastlora does not run on a merged weight; dequantize the base model "
-            "first"
+            f"cannot merge into {type(self.base).__name__}: fastlora does not requantize a merged "
+            "weight with HQQ's solver; dequantize the base model first"
         )

@@ -46,10 +46,10 @@ def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
     """Prevent bitsandbytes from repacking a model's 4-bit weights.
 
     Without this function, forward passes on some CPUs may repack the weights, which changes the
-    layout of the weights in memory. A layer with a repacked weight computes no gradient for its
-    input, so this function is for models with trainable adapters. The function applies to all 4-bit
-    layers, because gradients also pass through layers without adapters. Kernels cannot read a
-    repacked weight.
+    layout of the weights in memory. bitsandbytes cannot dequantize a repacked weight, and kernels
+    cannot read it. A layer with a repacked weight computes no gradient for its input, so this
+    function is for models with trainable adapters. The function applies to all 4-bit layers,
+    because gradients also pass through layers without adapters.
     """
     repacked = False
     for module in model.modules():
@@ -59,7 +59,7 @@ def prevent_bitsandbytes_repacking(model: nn.Module) -> None:
                 own[_REPACKS] = False
                 if qualified_class_name(module) in MODULES:
                     own[_PREVENTED] = True
-            repacked = repacked or is_repacked(module)
+            repacked = repacked or is_repacked_by_bitsandbytes(module)
     if repacked:
         _warn()
 
@@ -78,17 +78,17 @@ def warn_if_gradients_blocked(layer: object, base: nn.Module, x: torch.Tensor) -
     Gradients cannot flow through a repacked base layer. The warning is emitted only if gradients
     are needed.
     """
-    if not (torch.is_grad_enabled() and x.is_cpu and is_repacked(base)):
+    if not (torch.is_grad_enabled() and x.is_cpu and is_repacked_by_bitsandbytes(base)):
         return
     own: Any = layer
     if x.requires_grad or any(p.requires_grad for p in own.parameters()):
         _warn()
 
 
-def is_repacked(base: nn.Module) -> bool:
-    """Return whether a module's weight has been repacked.
+def is_repacked_by_bitsandbytes(base: nn.Module) -> bool:
+    """Return whether bitsandbytes has repacked a module's weight.
 
-    bitsandbytes repacks the weight's codes.
+    Repacking changes the layout of the weight's codes in memory.
     """
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
@@ -116,7 +116,7 @@ class ProductWithRepackedCopy:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this object can multiply x, and does so faster than the module."""
+        """Return whether this object can multiply x, and can do so faster than the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _max_rows_for_repacked_product(base: nn.Module) -> int:
     module: Any = base
     weight = module.weight
     state = getattr(weight, "quant_state", None)
-    if state is None or not module.compute_type_is_set or is_repacked(module):
+    if state is None or not module.compute_type_is_set or is_repacked_by_bitsandbytes(module):
         return 0
     if weight.is_inference():
         return 0  # Its writes are not counted.

@@ -211,7 +211,7 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the backward pass of DoRA's scaling of columns.
+    """Compute the backward pass of DoRA's column scaling.
 
     The forward pass is `scale_and_add_bias`. The result is a tuple (gradient of u, gradient of the
     magnitude). The gradient of the magnitude is None if u is None.
@@ -227,10 +227,11 @@ def scale_columns_backward(
 
 
 class DoraAdapterWithDropout(NamedTuple):
-    """A DoRA adapter whose dropout is active.
+    """The operands of a DoRA adapter whose dropout is active.
 
-    The tuple contains the adapter's factors, magnitude, scaling, and dropout settings. The tuple
-    also contains the squared row norms of the adapted weight, and the name of the implementation.
+    The operands are the adapter's factors, magnitude, scaling, and dropout settings. The tuple also
+    contains the squared row norms of the adapted weight, and the name of the implementation that
+    applies dropout and computes the products with the factors.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.

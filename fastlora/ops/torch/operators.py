@@ -90,9 +90,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters for a mixed batch.
+    """Compute the output of a linear layer, including the LoRA update of each row's adapter.
 
-    The result is a list of the output y and, unless s is given, the shrink output s.
+    The batch is mixed: its rows may use different adapters. The result is a list of the output y
+    and, unless s is given, the shrink output s.
     """
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.expand_operands(
@@ -235,9 +236,10 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the LoRA update of each row's adapter to y in place.
+    """Add each row's LoRA update to y in place, using the factors' addresses in ``tables``.
 
-    The factors are read from the addresses in ``tables``.
+    Each row of y gets the update of its own adapter, which is computed from the same row of the
+    layer's input x. ``index`` is the layer's row in the tables.
     """
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
     batch, k, n = rows_from_tensors(rows), x.shape[1], y.shape[1]

@@ -23,7 +23,7 @@ from fastlora.ops.torch.packed_choice import (
     BatchRowPattern,
     coalescing_units_is_faster,
     column_major_lora_a_is_faster,
-    dense_is_fastest,
+    dense_products_are_fastest,
 )
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
@@ -56,9 +56,9 @@ class PackedLayout:
 
     @property
     def rank_rows(self) -> int:
-        """The total number of rank rows.
+        """The total number of rank rows, including unused ones.
 
-        Unused rows, which contain zeros, are included.
+        Unused rank rows contain zeros.
         """
         return self.unit * self.units
 
@@ -139,7 +139,7 @@ def pack_layer_factors_if_finite(
         return None
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
-    is_dense = dense_is_fastest(layout.unit, layout.units, dtype, every_unit_is_used=True)
+    is_dense = dense_products_are_fastest(layout.unit, layout.units, dtype, every_unit_is_used=True)
     lora_a, rank_rows_a = zeros_and_view_for_packed_lora_a(layout, 1, k, dtype, device, is_dense)
     lora_b = torch.zeros(layout.rank_rows, n, dtype=dtype, device=device)
     lora_bias = None
@@ -168,10 +168,10 @@ def _dtype_for_applying_scaling(dtype: torch.dtype) -> torch.dtype:
 
 
 def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Return the rank rows of lora_b multiplied by the scaling, before they are rounded.
+    """Return the transpose of lora_b multiplied by the scaling, without rounding to ``dtype``.
 
-    The result is the transpose of lora_b times the scaling, with the shape ``[R, N]``. The result
-    is not rounded to ``dtype``: its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
+    The rows of the result are the scaled rank rows of lora_b. The result has the shape ``[R, N]``.
+    Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
     """
     rows = factors.lora_b.t().to(_dtype_for_applying_scaling(dtype))
     scaling = factors.scaling
@@ -188,11 +188,11 @@ def zeros_and_view_for_packed_lora_a(
     device: torch.device | None,
     for_dense_products: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate zeros for the packed lora_a, and return them together with a view.
+    """Allocate a zero-filled tensor for the packed lora_a, and return it with a view of it.
 
-    The tensor of zeros has the layout that the matrix products use. The shape and the memory layout
-    of this tensor depend on whether the packed factors are for dense products. The factors can be
-    written to the tensor through the view, which always has the shape ``[units, slices, unit, K]``.
+    The tensor has the layout that the matrix products use. The shape and the memory layout of the
+    tensor depend on whether the packed factors are for dense products. The factors can be written
+    to the tensor through the view, which always has the shape ``[units, slices, unit, K]``.
     """
     unit, units = layout.unit, layout.units
     if for_dense_products:
@@ -211,7 +211,7 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchRowPattern) -> PackedLa
 
 
 def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchRowPattern) -> bool:
-    """Return whether packed factors have the right layout for a dtype and a batch's row pattern.
+    """Return whether the layout of packed factors suits a dtype and the row pattern of a batch.
 
     Factors that were packed for another row pattern can have the same layout.
     """

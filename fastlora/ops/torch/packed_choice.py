@@ -47,9 +47,9 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchRowPattern(enum.Enum):
-    """The pattern of the rows in a batch, which affects how matrix products are arranged.
+    """The pattern of the rows in a batch: few rows, many rows, or many rows in long samples.
 
-    The pattern tells whether the batch has few rows, many rows, or many rows in long samples.
+    The pattern affects how the matrix products of the batch are computed.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -62,23 +62,24 @@ class BatchRowPattern(enum.Enum):
     SAMPLES = enum.auto()
 
 
-def batch_row_pattern(rows: int, rows_per_id: int) -> BatchRowPattern:
-    """Classify a batch by its number of rows and by the number of rows that each id covers.
+def batch_row_pattern(num_rows: int, rows_per_id: int) -> BatchRowPattern:
+    """Return the row pattern of a batch: few rows, many rows, or many rows in long samples.
 
-    The result is one of the three values of `BatchRowPattern`, which stand for few rows, many rows
-    in any order, and many rows in long samples.
+    ``rows_per_id`` is the number of adjacent rows that each id covers. Many rows count as long
+    samples if this number is large enough.
     """
-    if rows <= _FEW_ROWS:
+    if num_rows <= _FEW_ROWS:
         return BatchRowPattern.FEW
     return BatchRowPattern.SAMPLES if rows_per_id >= _LONG else BatchRowPattern.MANY
 
 
-def dense_is_fastest(
+def dense_products_are_fastest(
     unit: int, units: int, dtype: torch.dtype, *, every_unit_is_used: bool
 ) -> bool:
-    """Return whether dense products are expected to be faster than all other kinds of products.
+    """Return whether dense products are expected to be the fastest kind of matrix product.
 
-    Dense products multiply every row by the packed rank rows of all adapters. There are ``units``
+    Dense products multiply every row by the packed rank rows of all adapters. All other kinds of
+    products multiply each row by the packed rank rows of only some adapters. There are ``units``
     units of ``unit`` rank rows each.
 
     If a batch does not use every unit, dense products waste time, except on a matrix unit: for 16
@@ -118,11 +119,12 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
 
 
 def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchRowPattern) -> bool:
-    """Return whether products are faster if units of rank rows are coalesced into larger blocks.
+    """Return whether matrix products are faster if units are coalesced into larger blocks.
 
-    If units are coalesced, each block of a product has several units. Otherwise, each block has one
-    unit. The number of rank rows in a unit is the largest rank. Blocks of several units are faster
-    for few rows in a 16-bit dtype.
+    A unit is a group of adjacent rank rows, which are rows of lora_a or columns of lora_b. The
+    number of rank rows in a unit is the largest rank. If units are coalesced, each block of a
+    product has several units. Otherwise, each block has one unit. Blocks of several units are
+    faster for few rows in a 16-bit dtype.
 
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product if blocks have 4
     rows, and 6.1 times as long if blocks have 1 row. In fp32, the block size makes no difference.

@@ -146,11 +146,10 @@ def _add_weighted_rank_rows_of_own_adapter(
     pack: PackedLayerFactors,
     terms: RowUpdateTerms,
 ) -> None:
-    """Add to each row of y the rank rows of its own adapter, weighted by s, in place.
+    """Add each row's LoRA update to y in place, as a weighted sum of rows of the packed lora_b.
 
-    The weighted sum for a row of y is the row's LoRA update. The sum is over the rank rows of the
-    row's adapter in the packed lora_b. The weights are the row's elements of s in the columns that
-    belong to this adapter.
+    The sum for a row of y is over the rank rows of the row's adapter in the packed lora_b. The
+    weights are the row's elements of s in the columns that belong to this adapter.
 
     Args:
         y_slices: For each slice, y ``[M, N]``.
@@ -253,10 +252,11 @@ def _lora_a_of_units(pack: PackedLayerFactors, unit_indices: torch.Tensor) -> to
 def _view_lora_b_per_row_block(
     lora_b: torch.Tensor, pack: PackedLayerFactors, plan: PaddedRowBlocksPlan
 ) -> torch.Tensor:
-    """Return a view of the packed lora_b with one part for each block of rows in a plan.
+    """Return a view of the packed lora_b that contains one matrix for each block of rows.
 
-    Each part consists of the rank rows by which the block is multiplied, which are those of the
-    block's units. The view has the shape ``[blocks, rank rows per block, N]``.
+    The blocks are those of the plan. The matrix of a block consists of the rank rows by which the
+    block is multiplied, which are those of the block's units. The view has the shape
+    ``[blocks, rank rows per block, N]``.
     """
     unit, rank_rows = pack.layout.unit, plan.coalesced * pack.layout.unit
     own = lora_b[plan.start * unit : plan.start * unit + plan.blocks * rank_rows]

@@ -68,7 +68,7 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms of each row's LoRA update.
+    """The terms that are summed to form each row's LoRA update, stored as indices.
 
     A term is a row of the packed lora_b multiplied by a weight, which is an element of s. The LoRA
     update of a row of y is the sum of one term for each rank row of its adapter. The object stores
@@ -88,12 +88,11 @@ class RowUpdateTerms:
     _of_slices: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def term_weight_positions_in_s(self, slices: int) -> torch.Tensor:
-        """Return, for each term, the position of the element of s that is the term's weight.
+        """Return the position of each term's weight in the flattened s.
 
         A term's weight is the element of s that multiplies the term's row of the packed lora_b. The
         result is an int64 tensor ``[slices * terms]`` with the positions for each slice in turn.
-        The positions refer to the flattened s. Before s is flattened, its shape is
-        ``[..., slices, width]``.
+        Before s is flattened, its shape is ``[..., slices, width]``.
         """
         found = self._of_slices.get(slices)
         if found is None:
@@ -123,7 +122,7 @@ class DensePlan(NamedTuple):
 
 
 class PaddedRowBlocksPlan(NamedTuple):
-    """A plan for applying packed adapters to padded, equal-sized blocks of a batch's rows.
+    """A plan for applying packed adapters to padded blocks of rows with batched products.
 
     The rows of the batch are gathered into blocks, which are padded to equal size. One batched
     product multiplies all blocks, each by the rank rows of one or more adjacent units. Each block
@@ -292,7 +291,7 @@ def _make_row_update_terms(
     rank_per_row: torch.Tensor,
     slice_width: int,
 ) -> RowUpdateTerms:
-    """Build the terms of the sums that form the LoRA updates of a batch's rows.
+    """Build the terms that are summed to form the LoRA update of each row in a batch.
 
     The terms are rank rows of the packed lora_b, weighted by elements of s. Each row has one term
     for each rank row of its adapter.
@@ -336,10 +335,11 @@ def _mask_outside_row_ranges(
 def _used_unit_range(
     used_adapters: list[int], layout: PackedLayout, coalesces: bool
 ) -> tuple[int, int]:
-    """Return the start and stop of the range of units that the used adapters span.
+    """Return the range of units that the adapters in use span.
 
-    The result is a tuple (start, stop), where stop is the unit after the last one. If units may be
-    coalesced, a large range is extended to full blocks where there is room.
+    The result is a tuple (start, stop), where stop is the unit after the last one. A unit is a
+    group of adjacent rank rows. If units may be coalesced, a large range is extended to full blocks
+    where there is room.
     """
     units = [layout.firsts[index] // layout.unit for index in used_adapters]
     start, stop = min(units), max(units) + 1
@@ -354,7 +354,7 @@ def _used_unit_range(
 def _make_per_adapter_plan(
     rows: Rows, adapter: torch.Tensor, layout: PackedLayout
 ) -> PerAdapterPlan:
-    """Make a `PerAdapterPlan` for multiplying the rows of a batch adapter by adapter."""
+    """Make a `PerAdapterPlan` for multiplying a batch's rows, one adapter at a time."""
     found, gathered, place = list[RowsOfOneAdapter](), list[torch.Tensor](), 0
     for own in rows.segment_rows:
         index = int(adapter[own.start if isinstance(own, slice) else own[0]])
@@ -386,10 +386,10 @@ def _make_padded_row_blocks_plan(
     unit_range: tuple[int, int],
     units_per_block: int,
 ) -> PaddedRowBlocksPlan:
-    """Make the plan for matrix products of rows that are grouped into padded blocks.
+    """Make a `PaddedRowBlocksPlan` for batched products of padded blocks of rows.
 
-    The blocks contain the rows of a batch. Each row gets a place in the block that contains its
-    adapter's rank rows. Rows without an adapter fill free places.
+    The range of units is divided among the blocks. Each row of the batch gets a place in the block
+    whose units contain its adapter's rank rows. Rows without an adapter fill free places.
 
     Args:
         first_rank_rows: The rank row at which each row's adapter starts.

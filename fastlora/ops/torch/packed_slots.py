@@ -19,12 +19,14 @@ from fastlora.ops.torch.packed import (
     unrounded_scaled_lora_b_rank_rows,
     zeros_and_view_for_packed_lora_a,
 )
-from fastlora.ops.torch.packed_choice import dense_is_fastest
+from fastlora.ops.torch.packed_choice import dense_products_are_fastest
 
 
 @functools.lru_cache(maxsize=256)
 def one_unit_per_slot(rank_rows_per_unit: int, ranks: tuple[int, ...]) -> PackedLayout:
-    """Return a packed layout that has one unit of rank rows for each slot.
+    """Return a packed layout in which each slot has a unit of its own.
+
+    A unit is a group of adjacent rank rows, which are rows of lora_a or columns of lora_b.
 
     Args:
         rank_rows_per_unit: Number of rank rows in a unit.
@@ -75,10 +77,10 @@ class _PackedSlotFactors(NamedTuple):
 
 
 class PackedSlots:
-    """A layer's adapter slots, whose factors are packed together.
+    """A layer's adapter slots, with packed copies of the adapters' factors.
 
-    The packed factors are copies of the adapters' factors. The factors of all slots are copied only
-    if the largest rank changes. Any other change copies the factors of one slot.
+    The factors of all slots are copied only if the largest rank changes. Any other change copies
+    the factors of one slot.
 
     Args:
         num_slots: Number of slots.
@@ -159,11 +161,12 @@ class PackedSlots:
     def _check(self, slices: Sequence[Factors | None]) -> None:
         """Check that the factors of each slice fit the packed slots.
 
+        Factors in any dtype fit, because a copy into a slot converts them.
+
         Raises:
             ValueError: The number or the shapes of the factors do not fit, or an adapter has a
                 lora_bias, dropout, or DoRA.
         """
-        # Factors in any dtype fit, because a copy into a slot converts them.
         if len(slices) != len(self._widths):
             raise ValueError(f"got factors for {len(slices)} slices, expected {len(self._widths)}")
         for factors, n in zip(slices, self._widths, strict=True):
@@ -184,11 +187,14 @@ class PackedSlots:
     def _allocate_and_copy(self, rank_rows_per_slot: int) -> _PackedSlotFactors:
         """Allocate tensors for the factors of all slots, and copy the current factors to them.
 
-        Returns the new tensors, which have ``rank_rows_per_slot`` rank rows for each slot.
+        Returns the new tensors, which have ``rank_rows_per_slot`` rank rows for each slot. This
+        number may be larger or smaller than that of the previous tensors.
         """
         slots, dtype, device = len(self._ranks), self._dtype, self._device
         layout = one_unit_per_slot(rank_rows_per_slot, (0,) * slots)
-        is_dense = dense_is_fastest(rank_rows_per_slot, slots, dtype, every_unit_is_used=False)
+        is_dense = dense_products_are_fastest(
+            rank_rows_per_slot, slots, dtype, every_unit_is_used=False
+        )
         lora_a, rank_rows_a = zeros_and_view_for_packed_lora_a(
             layout, len(self._widths), self._in_features, dtype, device, is_dense
         )

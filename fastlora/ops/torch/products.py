@@ -62,10 +62,11 @@ ONEDNN = Fp32ProductThresholds(few_rows=63, few_other_rows=63, largest_part=1 <<
 
 
 def _cpu_emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
-    """Return the dtypes that this CPU emulates, and the thresholds of each dtype.
+    """Return the dtypes that are emulated on this CPU, with each dtype's thresholds for fp32.
 
-    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. The dict is empty if
-    the CPU is not an x86 CPU.
+    The result is a dict that maps each dtype to its `Fp32ProductThresholds`, which determine for
+    which sizes products are computed in fp32 instead. The dict is empty if the CPU is not an x86
+    CPU.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -137,7 +138,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     def write(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         part.copy_(torch.mm(a, b, out=a.new_empty(part.shape)))
 
-    _multiply_in_fp32_parts(write, y, a, b)
+    _multiply_in_fp32_by_chunks(write, y, a, b)
     return y
 
 
@@ -159,7 +160,7 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         part.copy_(part.float().addmm_(a, b))
 
-    _multiply_in_fp32_parts(add, y, a, b)
+    _multiply_in_fp32_by_chunks(add, y, a, b)
     return y
 
 
@@ -206,7 +207,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_may_be_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's own matrix product may be slow for a dtype and a number of rows.
+    """Return whether PyTorch's matrix multiplication may be slow for a dtype and a number of rows.
 
     The function does not consider the memory layout of the operands. In some layouts, a product
     with few rows is fast even if the result is True.
@@ -215,7 +216,7 @@ def native_product_may_be_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch's product of a and b in their own dtype is as fast as one in fp32.
+    """Return whether PyTorch multiplies a and b as fast in their own dtype as in fp32.
 
     The processor emulates the dtype of a and b. The time of the product in fp32 includes the
     conversion of a and b. PyTorch's product in their own dtype is as fast if ``a`` has few rows.
@@ -225,20 +226,20 @@ def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape[-2] <= few
 
 
-def _multiply_in_fp32_parts(
+def _multiply_in_fp32_by_chunks(
     write_or_add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
     y: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Compute the product of a and b in parts, with the operands converted to fp32.
+    """Multiply a and b in fp32, converting the larger operand to fp32 in chunks.
 
-    Computing in parts limits the memory for the converted operands.
+    The chunks limit the memory for the converted operands. The fp32 copies at any time are a copy
+    of the whole smaller operand and a copy of one chunk of the larger operand.
 
-    ``write_or_add_product`` is called with each part of y and the operands of this part in fp32.
+    ``write_or_add_product`` is called with each part of y and the fp32 operands of this part.
     ``write_or_add_product`` writes the product of these operands to the part of y, or adds the
-    product to the part of y. Only the larger operand is split. The fp32 copies at any time are
-    therefore a copy of the whole smaller operand and a copy of one part of the larger operand.
+    product to the part of y.
     """
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())

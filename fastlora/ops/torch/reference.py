@@ -18,7 +18,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def column_sums(dy: torch.Tensor) -> torch.Tensor:
-    """Return the sums of the columns of dy, which are needed for the gradient of a bias.
+    """Return the column sums of dy, which are needed for the gradient of a bias.
 
     ``dy`` has the shape ``[M, N]``. Each sum is over all rows of dy. The sums are in fp32 (fp64 for
     an fp64 dy). In a 16-bit dtype, the scaled sums could overflow and would be rounded a second

@@ -76,9 +76,10 @@ class _PositionsOfOneAdapter(NamedTuple):
     own: slice
 
     def part(self, s_or_ds: torch.Tensor) -> torch.Tensor:
-        """Return the part of s or ds that belongs to this adapter.
+        """Return the part of s or ds that belongs to this adapter's segment.
 
-        The result is a view of shape ``[rows, rank]``, with the rows of the adapter's segment.
+        The result is a view of shape ``[rows, rank]``, with the rows of the segment and the columns
+        of the adapter.
         """
         return (
             s_or_ds[self.at, : self.rank]
@@ -150,10 +151,10 @@ def _add_adapter_updates_and_return_s(
     rows: Rows,
     known_s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Add each adapter's update to that adapter's rows of y in place, and return s.
+    """Add each adapter's update to its rows of y in place, and return s.
 
-    The rows of x and y are in their original order. Those of s are sorted. ``known_s`` is s if it
-    has already been computed, or None.
+    The rows of x and y are in their original order, so the rows of an adapter need not be adjacent.
+    The rows of s are sorted by adapter. ``known_s`` is s if it has already been computed, or None.
     """
     made, drops = known_s is None, operands.seeds is not None
     shares = _adapter_positions(operands, rows)
@@ -196,7 +197,7 @@ def _add_same_rank_updates(
     rows: Rows,
     s_out: torch.Tensor,
 ) -> None:
-    """Add the updates of adapters of the same rank to y in place.
+    """Add to y, in place, the updates of adapters that have the same rank.
 
     The shrink outputs of these adapters are stored in ``s_out``. Two batched products with stacked
     factors compute the updates. If an adapter has fewer rows than another adapter in the group, its
@@ -253,7 +254,7 @@ def _padded_gather_and_scatter_positions(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[LayerAdapterOperands], rows: Rows) -> torch.Tensor:
-    """Compute the shrink output s with the lora_a of each row's own adapter.
+    """Compute the shrink output s, using the lora_a of each row's adapter.
 
     After dropout, each row of x is multiplied by the ``lora_a.T`` of its own adapter. The layers
     share the input x. For G layers, s is one tensor ``[G, M, R]``. The rows of x may be in any
@@ -335,7 +336,7 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return a list of the gradients of the adapters' lora_a.
+    """Return a list of the gradients of the adapters' lora_a factors.
 
     The list has one item for each adapter of each layer. ``wants`` tells which gradients are
     wanted. The item is None for an adapter without rows, and for a gradient that is not wanted. The

@@ -30,9 +30,10 @@ _PART_ROWS = 512
 
 
 class _KeyRangeAndRows(NamedTuple):
-    """A range of keys and the rows that have these keys.
+    """The rows of a batch that use certain pairs of a matrix and an adapter.
 
-    Each key stands for one matrix of the stack and one adapter.
+    Each pair of a matrix in the stack and an adapter has a key. The tuple contains a range of keys
+    and the rows that have these keys.
 
     Attributes:
         keys: The range of keys.
@@ -188,9 +189,9 @@ def gradients(
 
 
 def dtype_of_s(x: torch.Tensor, operands: StackedWeightAdapterOperands) -> torch.dtype:
-    """Return the dtype in which s is stored.
+    """Return the dtype of the shrink output s for adapters on a stack of weights.
 
-    This is fp32 if x is a 16-bit tensor on a CPU and a factor is in fp32. Otherwise, it is the
+    The dtype is fp32 if x is a 16-bit tensor on a CPU and a factor is in fp32. Otherwise, it is the
     dtype of x. The dtype does not depend on the rows, which have no values when a graph is traced.
     """
     factors = (*operands.lora_a, *operands.lora_b)
@@ -237,7 +238,7 @@ def _uses_grouped_mm(
 
 
 def _split_keys_into_parts(rows: Rows, converts_rows: bool) -> list[_KeyRangeAndRows]:
-    """Split the range of all keys into contiguous parts.
+    """Split the keys into contiguous parts.
 
     The function returns a list of the parts, which are processed one by one. Each key stands for
     one matrix of the stack and one adapter. If ``converts_rows`` is False, there is one part with
@@ -287,11 +288,11 @@ def _grouped_factor_gradients(
     dx: torch.Tensor | None,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of the factors lora_a and lora_b.
+    """Return the gradients of stacked factors, computed with grouped matrix products.
 
-    There must be only one adapter. The adapter's contribution is also added to dx in place, unless
-    dx is None. The arguments are those of `gradients`. Each gradient of a factor takes one grouped
-    product for all keys of a part.
+    There must be only one adapter, whose lora_a and lora_b are the factors. The adapter's
+    contribution is also added to dx in place, unless dx is None. The arguments are those of
+    `gradients`. Each gradient of a factor takes one grouped product for all keys of a part.
     """
     (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
     dtype = lora_a.dtype
@@ -412,7 +413,7 @@ def _grouped_mm_is_fast_for_dtype(x: torch.Tensor) -> bool:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Autograd function for the grouped matrix product of rows and a stack of matrices.
+    """Autograd function for the grouped matrix product of rows and stacked weights.
 
     Each row of x is multiplied by its matrix in the stack. The class implements `grouped_linear`,
     and accepts operands that `torch.nn.functional.grouped_mm` does not. Unlike the backward

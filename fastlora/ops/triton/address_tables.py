@@ -19,11 +19,12 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return the tables from which kernels read the dropout seed and probability of each slot.
+    """Return the tables from which kernels read each adapter's dropout seed and probability.
 
-    The tables contain each probability as a threshold and as the scale of the elements that are
-    kept. The result is None if there are no seeds. ``seeds`` is int64 ``[S]`` on the device, or
-    None if there is no dropout. ``dropout_p`` lists the probability of each slot.
+    Each table has one entry for each adapter's slot. The tables contain each probability as a
+    threshold and as the scale of the elements that are kept. The result is None if there are no
+    seeds. ``seeds`` is int64 ``[S]`` on the device, or None if there is no dropout. ``dropout_p``
+    lists the probability of each slot.
     """
     if seeds is None:
         return None
@@ -40,11 +41,11 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, table_shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object with the address table of lora_a factors.
+    """Return a `RankRows` object that holds the addresses and ranks of the lora_a factors.
 
-    Kernels use the object to read the rank rows of the factors by address. The object also contains
-    a table of the factors' ranks. Each table has the given ``table_shape``, with one entry for each
-    factor. All factors must be aligned.
+    Kernels use the object to read the rank rows, which are the rows of lora_a, by address. The
+    object contains a table of the factors' addresses and a table of their ranks. Each table has the
+    given ``table_shape``, with one entry for each factor. All factors must be aligned.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -60,11 +61,11 @@ def lora_b_rank_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return a `RankRows` object that describes the rank rows of lora_b factors.
+    """Return a `RankRows` object that holds the addresses and ranks of the lora_b factors.
 
-    Kernels use the object to read the rank rows of the factors by address. The object contains
-    tables of the addresses of lora_b and lora_bias, of the ranks, and of the scalings. The tensors
-    must be aligned.
+    Kernels use the object to read the rank rows, which are the columns of lora_b, by address. The
+    object contains tables of the addresses of lora_b and lora_bias, of the ranks, and of the
+    scalings. Each table has one entry for each factor. The tensors must be aligned.
     """
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)
@@ -78,9 +79,10 @@ def lora_b_rank_rows(
 
 
 def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slice) -> RankRows:
-    """Return a `RankRows` object that describes the rank rows of lora_b in address tables.
+    """Return a `RankRows` object that holds the lora_b entries of address tables.
 
-    The object contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
+    Kernels use the object to read the rank rows, which are the columns of lora_b, by address. The
+    object contains the addresses of lora_b and lora_bias, the ranks, and the scalings.
     ``module_index`` selects one module, or a slice of adjacent modules.
     """
     bias = None if tables.bias_address is None else tables.bias_address[module_index]
@@ -94,7 +96,7 @@ def lora_b_rank_rows_from_tables(tables: AddressTables, module_index: int | slic
 
 
 def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
-    """Align factors in memory, so that kernels can read the factors by address.
+    """Align factors in memory so that kernels can read them by address.
 
     The function returns all factors as contiguous tensors that are aligned to 16 bytes. Factors
     that do not have this layout are copied. The caller must keep the result until the launch, which
@@ -120,11 +122,11 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 def max_rank_sum_of_one_adapter(
     lora_a: Sequence[torch.Tensor], slots: int, modules_per_group: int
 ) -> int:
-    """Return the largest sum of one adapter's ranks in a group of modules.
+    """Sum each adapter's ranks over each group of modules, and return the largest sum.
 
-    A group consists of ``modules_per_group`` adjacent modules. All adapters and groups are taken
-    into account. Each rank is rounded up to a multiple of 4 before it is added, so the result may
-    be larger than the sum of the exact ranks. The result is at least 1.
+    A group consists of ``modules_per_group`` adjacent modules. Each rank is rounded up to a
+    multiple of 4 before it is added, so the result may be larger than the sum of the exact ranks.
+    The result is at least 1.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules_per_group * slots)

@@ -49,6 +49,7 @@ from fastlora.quantized_tensor import QuantizedData
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
 _DsGradBColumnSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_DsPackedGradBEmpty = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _MaxRowsPerProgram = int
 # A result, and the partial sums that have yet to be added into it.
 _Partials = tuple[torch.Tensor, torch.Tensor]
@@ -66,11 +67,11 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradient of lora_b, together with ds and the column sums of dy.
+    """Return the gradients of the lora_b factors and of biases, together with ds.
 
-    The result is a tuple of three items. The first item, ds, is the gradient of s. The column sums
-    are the gradient of the layer's bias. For a mixed batch, the gradients of lora_bias are also
-    returned.
+    The result is a tuple of three items. The first item, ds, is the gradient of s. The last item,
+    the column sums of dy, is the gradient of the layer's bias. For a mixed batch, the gradients of
+    lora_bias are computed instead, and are part of the second item.
 
     For one slot, the second item is the gradient of lora_b alone, and the column sums are computed
     if ``with_bias`` requests them. For a mixed batch, the second item is a buffer with the
@@ -238,12 +239,12 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Return the gradients of lora_b and s, together with the partial sums to be added.
+    """Return the gradients of lora_b and s, and partial sums that the caller must add up.
 
     The result is a tuple of two items. The first item is the result of `_grad_b_one_adapter`, which
-    also contains the column sums of dy. The second item is a list of partial sums. The caller must
-    add up the partial sums with `_add_partials`, which stores the totals in the tensors of the
-    first item. Until then, the tensors for these totals are uninitialized.
+    also contains the column sums of dy. The second item is a list of partial sums of these results.
+    The caller must add up the partial sums with `_add_partials`, which stores the totals in the
+    tensors of the first item. Until then, the tensors for these totals are uninitialized.
 
     One launch reads dy. If several programs contribute to a sum, they write partial sums. If the
     partial sums of ds would cost more than another read of dy, a library product computes ds
@@ -286,7 +287,7 @@ def _bytes_of(partials: Sequence[_Partials]) -> int:
 
 
 def _add_partials(partials: Sequence[_Partials]) -> None:
-    """Add up the partial sums of gradients with a kernel.
+    """Use a kernel to add up the partial sums of gradients.
 
     For each gradient, the total is stored in the gradient's tensor. One launch processes up to
     `MAX_GROUP_SIZE` gradients.
@@ -481,13 +482,13 @@ def _mixed_grad_b(
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
-) -> _DsGradBColumnSums:
+) -> _DsPackedGradBEmpty:
     """Return the gradients of lora_b, lora_bias, and s for a mixed batch.
 
-    The result is that of `grad_b`, and contains the gradients of all adapters. A backward kernel
-    reads dy and writes partial sums, and a second kernel adds them. If the partial sums take too
-    much memory, the backward kernel is launched several times, and each launch reads a part of the
-    columns of dy.
+    The result is that of `grad_b`: ds, one buffer with the gradients of lora_b and lora_bias of all
+    adapters, and an empty tensor. A backward kernel reads dy and writes partial sums, and a second
+    kernel adds them. If the partial sums take too much memory, the backward kernel is launched
+    several times, and each launch reads a part of the columns of dy.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)

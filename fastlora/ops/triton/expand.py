@@ -75,10 +75,11 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add LoRA updates to y in place, with factors whose addresses are in address tables.
+    """Add each row's LoRA update to y in place, using the factors' addresses in ``tables``.
 
     Each row of y gets the update of its own adapter, which is computed from the same row of the
-    layer's input x. The function launches a shrink and an expand.
+    layer's input x. The function launches a shrink and then an expand. ``index`` is the layer's row
+    in the tables.
     """
     found = address_tables_from_tensors(tables, max_rank, factor_dtype)
     x = to_kernel_layout(x)
@@ -99,7 +100,7 @@ def expand_mixed_(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Add the LoRA update of each row's adapter to the outputs of modules in place.
+    """Add each row's LoRA update to the modules' outputs in place.
 
     One launch computes the updates for all modules. Before this launch, another launch may add the
     partial sums of s (`configs.sums_s_once`).

@@ -24,7 +24,7 @@ def config_of(
     group_size: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Return the config of a kernel launch for the given problem sizes.
+    """Return the launch config of a kernel for the given problem sizes.
 
     The kernel runs on the device of the input x, and computes matrix products in x's dtype. All
     other arguments are as in `fastlora.kernels.configs.choose`.

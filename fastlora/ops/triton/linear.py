@@ -32,7 +32,7 @@ from fastlora.ops.triton.shrink import (
     mixed_shrink,
     mixed_shrink_partials,
     reduce_split_k,
-    shrink_with_partials,
+    shrink_to_partials,
     to_kernel_layout,
 )
 from fastlora.quantized_tensor import QuantizedData
@@ -95,7 +95,7 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute the output of the LoRA linear layer at an index in the address tables.
+    """Compute the output of the LoRA linear layer with the given index in the address tables.
 
     The address tables contain the addresses of the layers' factors, and ``index`` is the layer's
     row in the tables. The batch is mixed, so its rows may use different adapters. Returns a list
@@ -148,14 +148,13 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Compute the outputs of a group of LoRA linear layers that share an input.
+    """Compute the outputs of a group of LoRA linear layers, in shared launches if possible.
 
-    The result is a list of the outputs. If ``with_s`` is True, the list also contains the s of the
-    layers, as in `Backend.grouped_forward`. ``operands`` are the weights, biases, lora_a factors,
-    lora_b factors, scalings, and seeds of the layers, in this order. The layers of the group share
-    their kernel launches if possible. Each layer has its own launches if there is dropout, if a
-    tensor's layout is not supported in a shared launch, or if the weights, biases, or factors
-    differ in kind or dtype.
+    The layers share the input x. The result is a list of the outputs. If ``with_s`` is True, the
+    list also contains the s of the layers, as in `Backend.grouped_forward`. ``operands`` are the
+    weights, biases, lora_a factors, lora_b factors, scalings, and seeds of the layers, in this
+    order. Each layer has its own launches if there is dropout, if a tensor's layout is not
+    supported in a shared launch, or if the weights, biases, or factors differ in kind or dtype.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -208,10 +207,11 @@ def _linear_in_grouped_launches(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Compute the outputs of LoRA linear layers that share an input, in a few kernel launches.
+    """Compute the outputs of one or more LoRA linear layers in grouped kernel launches.
 
-    Each launch covers all layers. Each layer has one adapter, which applies to all rows. The result
-    is a list of the outputs. If ``with_s`` is True, s is appended to the list.
+    The layers share the input x. Each launch covers all layers. Each layer has one adapter, which
+    applies to all rows. The result is a list of the outputs. If ``with_s`` is True, s is appended
+    to the list.
 
     The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
     library products accumulate into y. If the shrink splits K, the linear or the expand adds the
@@ -229,7 +229,7 @@ def _linear_in_grouped_launches(
     x = to_kernel_layout(x, contiguous=invariant)
     own = shrunk = s
     if own is None or shrunk is None:
-        own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
+        own, shrunk = shrink_to_partials(x, lora_a, seed, dropout_p, invariant)
     config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
     if shrunk is not own and not fused:
         tiles = sum(cdiv(size, config.block_n) for size in sizes)
@@ -316,10 +316,10 @@ def _plan_and_base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Choose the launch plan, and compute the base products that the plan needs.
+    """Choose the launch plan, and compute the base products if the plan needs them separately.
 
-    Returns a tuple (plan, list of the base-layer outputs). This function computes the outputs only
-    if the plan is "split", before the shrink and the expand. For any other plan, the second item is
+    Returns a tuple (plan, list of the base-layer outputs). Only the plan "split" needs the base
+    products separately, before the shrink and the expand. For any other plan, the second item is
     None. For dense weights, `torch.nn.functional.linear` computes the outputs. For quantized
     weights, one fastlora GEMM computes all outputs. ``stem`` names the launches, which have their
     own plans and configs.
@@ -393,9 +393,10 @@ def fused_mixed_linear(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Compute base products and LoRA updates for a mixed batch in one fused launch.
+    """Compute the outputs of LoRA linear layers for a mixed batch in one fused launch.
 
-    Returns a list of the outputs of all modules. s and ``pdl`` are as in `expand_mixed_`.
+    The launch computes the base products and adds the LoRA updates. Returns a list of the outputs
+    of all modules. s and ``pdl`` are as in `expand_mixed_`.
     """
     ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
     mixed_lora_linear.launch_mixed_lora_linear(

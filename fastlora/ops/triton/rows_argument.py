@@ -11,17 +11,20 @@ from fastlora.ops.plans import fp32_precision
 from fastlora.ops.rows import Rows
 
 
-def rows_for_address_tables(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
+def rows_argument_for_address_tables(
+    rows: Rows, batch_invariant: bool = False
+) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that read address tables."""
     from fastlora.kernels.configs import piece_rows
 
     return [*rows.operator_arguments(), rows.piece_starts(piece_rows(rows.m, batch_invariant))]
 
 
-def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
+def rows_argument_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that receive lists of factors.
 
-    For operators that work on runs, use `rows_and_run_length_for_gradients`.
+    The tensors describe the rows of all adapters together. For operators that work on runs, use
+    `rows_and_run_length_for_gradients`.
     """
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
@@ -34,8 +37,8 @@ def rows_and_run_length_for_gradients(
     """Return the row tensors and the run length for a gradient operator.
 
     The result is a tuple (tensors for the ``rows`` argument of the operator, run length). A run is
-    a range of sorted positions, and its length is the number of rows in it. No piece is part of two
-    runs.
+    a range of sorted positions, and its length is the number of rows in it. The rows of a run may
+    use different adapters. No piece is part of two runs.
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

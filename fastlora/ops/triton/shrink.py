@@ -57,7 +57,7 @@ def shrink_one_adapter(
     s is ``[M, R]``. The columns of all modules are side by side. If the shrink splits K, a second
     launch adds the partial sums.
     """
-    s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
+    s, shrunk = shrink_to_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
         reduce_split_k(s, shrunk)
     return s
@@ -73,17 +73,17 @@ def reduce_split_k(s: torch.Tensor, partials: torch.Tensor, after_shrink: bool =
     plane_sums.launch_plane_sums([s], [partials], config=config, pdl=pdl)
 
 
-def shrink_with_partials(
+def shrink_to_partials(
     x: torch.Tensor,
     lora_a: _Tensors,
     seed: torch.Tensor | None,
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the shrink output s and its split-K partial sums.
+    """Compute the split-K partial sums of a shrink, and return them with the shrink output s.
 
     All rows use one adapter, and ``lora_a`` contains the adapter's factor for each module. The
-    result is a tuple. Its first item is s, ``[M, R]``, with the modules side by side.
+    result is a tuple (s, partial sums). s is ``[M, R]``, with the modules side by side.
 
     If K is not split, the second item is s itself. Otherwise, s is the sum of the partial sums. The
     next launch adds the partial sums and stores the result in s, which is uninitialized until then.

@@ -32,7 +32,7 @@ class DataError(FastLoraError, ValueError):
 
 
 class SampleLocation(NamedTuple):
-    """The location of a data sample, such as a file and a line.
+    """The location of a data sample, such as a file and a line number.
 
     Attributes:
         path: The file, or the folder of a `datasets` dataset.

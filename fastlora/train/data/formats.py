@@ -36,9 +36,9 @@ _PAIRED = ", paired with an input that provides further context"
 
 
 class DataFormat(NamedTuple):
-    """A format of training data, such as chats or prompts and completions.
+    """A training data format, such as chat messages or prompt-completion pairs.
 
-    The format of a file determines the columns from which its samples are read.
+    A format has a name, and it defines the columns from which the samples of a file are read.
 
     Attributes:
         title: The common name of the format.
@@ -84,7 +84,7 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the data of the sample is in chat format.
+        """Whether the sample is in chat format.
 
         A sample in chat format consists of chat messages rather than text.
         """
@@ -93,10 +93,10 @@ class TextOrChatSample(NamedTuple):
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for how training data is read and prepared.
+    """Options for how training data is read and prepared, such as the data format.
 
-    The options include the format of the data files and the packing of the samples. The options
-    apply to evaluation data too.
+    Other options include the packing of the samples and the parts of a sample that contribute to
+    the loss. The options apply to evaluation data too.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
@@ -118,7 +118,10 @@ class DataOptions:
 
 
 class SamplesFromFiles(NamedTuple):
-    """The samples that were read from data files, with information about the files.
+    """The samples that were read from training data files.
+
+    The tuple also contains information about the files, such as the format of each file. The files
+    may contain evaluation data instead of training data.
 
     Attributes:
         found: All samples, in order. Each sample contains its source.
@@ -173,7 +176,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> S
 
 
 def single_message_chat(role: str, text: str) -> Messages:
-    """Return a chat with one message, which has the given role and text."""
+    """Return a chat that consists of a single message with the given role and text."""
     return [{"role": role, "content": text}]
 
 
@@ -307,11 +310,11 @@ class _RowValues:
                 )
 
     def common_list_or_str_type(self, *columns: str) -> type:
-        """Check that all or none of the columns contain a list, and return `list` or `str`.
+        """Return the common type of the values in the given columns, `list` or `str`.
 
-        The result is `list` if the values in all of the given columns are lists, and `str` if no
-        value is a list. Raises `DataError` if only some of the values are lists. A value that is
-        neither a list nor a string raises no error here, but `get_text` raises one.
+        The result is `list` if all of the values are lists, and `str` if no value is a list. Raises
+        `DataError` if only some of the values are lists. Values that are not lists are not
+        validated here: if one of them is not a string, `get_text` raises an error.
         """
         lists = [isinstance(self._row[self._names[column]], list) for column in columns]
         if any(lists) and not all(lists):
@@ -340,10 +343,10 @@ class _RowValues:
         return value
 
     def get_messages(self, column: str) -> Messages:
-        """Return the validated chat messages in a column.
+        """Return the chat messages in a column.
 
-        Each message has a ``role`` and ``content``. Raises `DataError` if the column does not
-        contain a list of valid messages, or if the list is empty.
+        The messages are validated: each message has a ``role`` and ``content``. Raises `DataError`
+        if the column does not contain a list of valid messages, or if the list is empty.
         """
         value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:

@@ -38,11 +38,10 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """A corpus of tokenized samples for training or evaluation.
+    """The tokenized training or evaluation samples of one adapter.
 
     The methods `token_ids` and `labels` return the token ids and the labels of a sample. The corpus
     stores the tokens and the loss masks of the samples, from which `labels` creates the labels.
-    Each adapter has its own corpus.
 
     Attributes:
         ids: Tokens of all samples, int32.
@@ -203,7 +202,7 @@ def tokenize_files(
             advance(len(chunk))
     if not documents:
         raise DataError(
-            f"{empty[0]}: neither this sample nor any other sample of its adapter has tokens left "
+            f"{empty[0]}: neither this sample nor any other sample of the same adapter has tokens "
             f"to train on; the prompts may be longer than max_length ({max_length})"
         )
     if empty:
@@ -241,7 +240,7 @@ def tokenize_files(
 def format_and_tokenize_prompt(
     text: str, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Format a prompt as in a training corpus, and return the token ids of the prompt."""
+    """Format a prompt in the same way as the training data, and return its token ids."""
     example = corpus.example
     if example is not None and example.is_chat:
         return _tokenize_chat(
@@ -277,7 +276,7 @@ def _pack_rows(
 def _corpus_from_rows(
     rows: list[list[_TokenizedDocument]], *, separate_documents: bool, **more: Any
 ) -> TokenizedCorpus:
-    """Create a tokenized corpus from rows of documents."""
+    """Create a tokenized corpus from rows that each contain one or more documents."""
     tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
     counts = [
         torch.tensor(
@@ -397,13 +396,13 @@ def _document_with_masked_prompt(
     document_token_ids: list[int],
     options: DataOptions,
 ) -> _TokenizedDocument:
-    """Create a tokenized document, and mask the prefix that it shares with the prompt.
+    """Create a tokenized document, and mask the prompt so that it does not contribute to the loss.
 
-    Masked tokens do not contribute to the loss. ``document_token_ids`` contains the tokens of the
-    document, and ``prompt_token_ids`` contains the tokens of the prompt alone. The loss starts at
-    the first token of the document that differs from the prompt. The result also stores the source
-    and the number of prompt tokens after the shared prefix. Without ``completion_only_loss``, no
-    token is masked.
+    ``document_token_ids`` contains the tokens of the document, and ``prompt_token_ids`` contains
+    the tokens of the prompt alone. The masked tokens are the prefix that the document shares with
+    the prompt: the loss starts at the first token of the document that differs from the prompt. The
+    result also stores the source and the number of prompt tokens after the shared prefix. Without
+    ``completion_only_loss``, no token is masked. The document is not truncated.
     """
     same = next(
         (

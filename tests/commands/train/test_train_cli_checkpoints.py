@@ -13,6 +13,7 @@ import torch
 import fastlora
 from fastlora.commands import cli
 from fastlora.train.run import Run, train
+from fastlora.train.run_log import read_logged_losses
 from fastlora.train.settings import settings_from_dict
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
@@ -172,3 +173,8 @@ def test_a_disk_that_fills(
     assert contents(root) == kept and len(kept) == 6
     train(settings, resume=True, progress=False)
     assert same(tmp_path / "out", stopped / "out")
+
+
+def test_message_about_a_log_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(fastlora.FastLoraError, match=r"log\.jsonl could not be read \("):
+        read_logged_losses(tmp_path)

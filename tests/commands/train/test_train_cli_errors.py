@@ -48,7 +48,7 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
     assert "empty.txt: no samples found" in fails(given)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 512, "completion": "y"}))
     given["adapters"]["a"] = {"data": str(tmp_path / "long.jsonl")}
-    assert "line 1: neither this sample nor any other sample of its adapter has" in fails(given)
+    assert "line 1: neither this sample nor any other sample of the same adapter" in fails(given)
     assert not (tmp_path / "out").exists()
 
 
@@ -80,7 +80,7 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         for flags in ((), ("--dry-run",)):
             error = fails(given, *flags)
             assert (
-                f"the prompt {prompt[:40]!r} has {len(prompt)} tokens, and its answer has" in error
+                f"the prompt {prompt[:40]!r} has {len(prompt)} tokens, and its answer can" in error
             )
             assert f"has only 40 positions; {remedy}" in error
     assert not (tmp_path / "out").exists()
@@ -146,7 +146,7 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ),
         ("adapters.a.r", 10**30, "'a': r must be at most 2147483647, got 1"),
         ("adapters.a.rank_pattern", {"q": 10**30}, "rank_pattern['q'] must be at most 2147483647"),
-        ("model", "~nosuchuser/x", "the home folder of ~nosuchuser/x is unknown; write the full"),
+        ("model", "~nosuchuser/x", "the home directory of ~nosuchuser/x is unknown; write the"),
         ("adapters.a.data", "a\0b", "adapters.a.data must be a path, got '"),
         ("out", "", "out must be a path, got ''"),
         ("chat_template", "", "chat_template must be a path, got ''"),
@@ -197,7 +197,7 @@ def test_too_few_steps_and_forwards(
 ) -> None:
     """An adapter without a step, and processes without a forward."""
     given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
-    assert "none of the 1 steps contains a sample of adapter" in fails(given)
+    assert "none of the 1 steps uses a sample of adapter" in fails(given)
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "2 forward passes of up to 2 samples, but each of the 3 processes needs" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"

@@ -12,7 +12,7 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.triton.rows_argument import (
     rows_and_run_length_for_gradients,
-    rows_for_factor_lists,
+    rows_argument_for_factor_lists,
 )
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
@@ -88,7 +88,7 @@ class GradProblem(Batch):
     @property
     def rows_in_pieces(self) -> list[torch.Tensor]:
         """What the forward's operators take of the row groups."""
-        return rows_for_factor_lists(self.groups)
+        return rows_argument_for_factor_lists(self.groups)
 
     @property
     def factors(self) -> list[torch.Tensor | None]:

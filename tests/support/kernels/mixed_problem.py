@@ -17,7 +17,7 @@ from fastlora.kernels.configs import choose
 from fastlora.kernels.mixed_rows import RankRows
 from fastlora.ops import schema  # noqa: F401 - registers the operator_backend
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.rows_argument import rows_for_address_tables
+from fastlora.ops.triton.rows_argument import rows_argument_for_address_tables
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.modules import module_of
@@ -71,7 +71,7 @@ class Batch:
 
     def rows(self, batch_invariant: bool = False) -> list[torch.Tensor]:
         """What operators over tables take as rows."""
-        return rows_for_address_tables(self.groups, batch_invariant)
+        return rows_argument_for_address_tables(self.groups, batch_invariant)
 
     def regroup(self, ids: Sequence[int]) -> None:
         """Gives the rows other slots, in the same buffers, as a captured graph has them."""
