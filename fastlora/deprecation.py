@@ -1,4 +1,4 @@
-"""Deprecated names, which still work and give a `FutureWarning`.
+"""Deprecated names, which still work but issue a `FutureWarning`.
 
 `docs/dev/renamed.md` lists all old and new names.
 """
@@ -46,8 +46,8 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
 class RenamedAttribute:
     """Descriptor for the old name of a renamed attribute.
 
-    The attribute is a method or property of a class. Read from the class, it is this object, so
-    that tools that read all attributes of a class do not cause warnings.
+    The attribute is a method or property of a class. Reading the attribute from the class returns
+    this object, so that tools that read all attributes of a class do not cause warnings.
 
     Args:
         new: The new name.
@@ -66,7 +66,9 @@ class RenamedAttribute:
         return getattr(instance, self.new)
 
     def __set__(self, instance: Any, value: object) -> None:
-        raise AttributeError(f"{self.name!r} was renamed and cannot be set; use {self.new!r}")
+        raise AttributeError(
+            f"{self.name!r} is a deprecated name and cannot be set; use {self.new!r} instead"
+        )
 
     def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the method on an instance, as in ``Class.old_name(instance, ...)``."""

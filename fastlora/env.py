@@ -29,7 +29,7 @@ def triton_interpreted() -> bool:
 def batch_invariant() -> bool:
     """Return whether the environment enables batch-invariant mode.
 
-    The variable is ``FASTLORA_BATCH_INVARIANT``. The mode is then on from the start.
+    ``FASTLORA_BATCH_INVARIANT=1`` enables the mode from the start.
     """
     return os.environ.get("FASTLORA_BATCH_INVARIANT", "0").lower() in ("1", "true", "on", "yes")
 
@@ -45,11 +45,11 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder for measured kernel configurations, as set by an environment variable.
+    """Return the folder for tuned kernel configurations, as set by an environment variable.
 
-    The environment variable is ``FASTLORA_MEASURED``. The folder contains tables of configurations,
-    and is used instead of the default folder. The result is None if the variable is empty or is not
-    set.
+    The environment variable is ``FASTLORA_MEASURED``. The folder contains tables of configurations
+    that were chosen based on measurements, and is used instead of the default folder. The result is
+    None if the variable is empty or is not set.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
@@ -58,8 +58,9 @@ def measured_configs_folder() -> Path | None:
 def vllm_plugin_enabled(device: str) -> bool:
     """Return whether fastlora's vLLM plugin is enabled for a device type.
 
-    ``FASTLORA_VLLM`` disables it with 0 and enables it with 1. If the variable is not set, it is
-    enabled on a CPU only, because it has not been measured on a GPU.
+    ``FASTLORA_VLLM=0`` disables the plugin, and ``FASTLORA_VLLM=1`` enables it. If the variable is
+    not set, the plugin is enabled only on CPUs, because its performance on GPUs has not been
+    measured.
     """
     if vllm_plugin_disabled():
         return False
@@ -78,8 +79,8 @@ def vllm_plugin_disabled() -> bool:
 def variables_in_use() -> dict[str, str]:
     """Return the values of the environment variables that fastlora reads.
 
-    The result is a dict that maps the name of each variable that is set to its value. The value of
-    a secret is replaced by ``"(set)"``.
+    The result is a dict that maps names to values. Variables that are not set are left out. The
+    value of a secret is replaced by ``"(set)"``.
     """
     found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return {name: "(set)" if name in _SECRETS else value for name, value in found.items()}

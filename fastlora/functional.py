@@ -147,7 +147,7 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(scaling, torch.Tensor):
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-            raise TypeError(f"scaling is {scaling!r}, expected a number or a tensor")
+            raise TypeError(f"scaling must be a number or a tensor, got {scaling!r}")
         return torch.full((), float(scaling), dtype=dtype, device=x.device)
     if scaling.requires_grad:
         raise ValueError(

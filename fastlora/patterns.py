@@ -56,7 +56,7 @@ class _BoundedPatternMatcher:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Context manager that counts the time of its block toward the matching time limit.
+        """Context manager that counts CPU time toward the time limit for pattern matching.
 
         The CPU time of the whole ``with`` block is counted, including the time between matches.
         The time of nested blocks is counted only once.
@@ -169,7 +169,7 @@ def bounded_matching() -> Iterator[None]:
 def count_toward_matching_time_limit(
     config_field: str,
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts the time of its block toward the matching time limit.
+    """Return a context manager that counts CPU time toward the time limit for pattern matching.
 
     The CPU time of the whole ``with`` block is counted, including the time between matches. The
     block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside the
@@ -407,12 +407,12 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
 
 
 def _name_suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Convert a suffix of a module name to a plain pattern that matches the suffix.
+    """Convert a suffix of a module name to a pattern that matches names with this suffix.
 
-    A plain pattern is a name without regular-expression syntax, except that a dot matches any
-    character. The returned pattern consists of parts of the given lengths, separated by dots. The
-    parts are copied from the name. A dot replaces the character between two parts. The result is
-    None if the name is too short, or if the first part does not start at the beginning of a
+    The result is a plain pattern: a name without regular-expression syntax, except that a dot
+    matches any character. The pattern consists of parts of the given lengths, separated by dots.
+    The parts are copied from the name. A dot replaces the character between two parts. The result
+    is None if the name is too short, or if the first part does not start at the beginning of a
     component of the name.
     """
     at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1

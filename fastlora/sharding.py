@@ -44,7 +44,7 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
-    """Return a parameter's local tensor, and sum the gradients of a replicated parameter.
+    """Return a parameter's local tensor; the backward pass sums a replicated parameter's gradients.
 
     The parameter is a DTensor, and the result is a plain tensor. If the parameter is replicated
     over the whole device mesh, the backward pass sums its gradients over all processes.

@@ -27,18 +27,18 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A configuration, such as a `LoraConfig`, is invalid.
+    """Raised when a configuration, such as a `LoraConfig`, is invalid.
 
     The value of a config field, of a setting, or of an argument is invalid or unsupported.
     """
 
 
 class TargetNotFoundError(FastLoraError, ValueError):
-    """A config selects modules that do not exist in the model."""
+    """Raised when a config selects modules that do not exist in the model."""
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A layer is not supported by fastlora.
+    """Raised when fastlora does not support a layer.
 
     For example, fastlora does not support the type or the current state of the layer. The error is
     also raised for modules that are not layers, such as a whole model.
@@ -46,7 +46,7 @@ class UnsupportedLayerError(FastLoraError, ValueError):
 
 
 class InitializationError(FastLoraError, ValueError):
-    """An adapter cannot be initialized.
+    """Raised when an adapter cannot be initialized.
 
     For example, the initialization method does not support a base weight, or the data that the
     method needs is missing.
@@ -54,38 +54,38 @@ class InitializationError(FastLoraError, ValueError):
 
 
 class AdapterNotFoundError(FastLoraError, ValueError):
-    """No adapter with the given name exists.
+    """Raised when no adapter with the given name exists.
 
     For example, the adapter has not been loaded.
     """
 
 
 class AdapterStateError(FastLoraError, ValueError):
-    """The state of an adapter is not valid for the requested operation.
+    """Raised when the state of an adapter is not valid for the requested operation.
 
     For example, an adapter is merged, or an adapter with the same name already exists.
     """
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint cannot be used, for example because it is damaged or does not match the model.
+    """Raised when a checkpoint cannot be used, for example because it is damaged.
 
     The checkpoint may belong to a training run, or be an adapter folder or a model folder. A
-    checkpoint also cannot be used if one of its files is missing or unsafe. The error is also
-    raised if a checkpoint cannot be written, and for an adapter in memory that is invalid or does
-    not match the model.
+    checkpoint also cannot be used if it does not match the model, or if one of its files is missing
+    or unsafe. The error is also raised if a checkpoint cannot be written, and for an adapter in
+    memory that is invalid or does not match the model.
     """
 
 
 class PoolClosedError(AdapterStateError):
-    """An adapter pool cannot be used because it is closed.
+    """Raised when an adapter pool cannot be used because it is closed.
 
     The error is also raised while the pool is closing, because the pool then grants no new leases.
     """
 
 
 class AdapterTooLargeError(CheckpointError):
-    """An adapter is too large for an adapter pool.
+    """Raised when an adapter is too large for an adapter pool.
 
     The adapter's rank or its size in bytes exceeds a limit of the pool.
 
@@ -106,7 +106,7 @@ PEFT_MODEL_ALTERNATIVE = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """An adapter pool has no room for a requested adapter.
+    """Raised when an adapter pool has no room for a requested adapter.
 
     The pool cannot make enough room by evicting other adapters. A pool may limit the number of
     adapters and their total size in bytes. A batch may request several adapters at once.
@@ -114,7 +114,7 @@ class PoolFullError(FastLoraError, RuntimeError):
 
 
 class ImplementationError(FastLoraError, RuntimeError):
-    """A requested implementation cannot be used.
+    """Raised when a requested implementation cannot be used.
 
     For example, the implementation is not supported, or it is not available on this machine. The
     error is also raised if a requested feature is not supported or not available.
@@ -123,9 +123,10 @@ class ImplementationError(FastLoraError, RuntimeError):
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Add the prefix ``where`` to the messages of fastlora's errors raised in a ``with`` block.
+    """Context manager that adds the prefix ``where`` to the messages of fastlora errors.
 
-    The prefix is added to a `FastLoraError`. Other exceptions remain unchanged.
+    The prefix is added to each `FastLoraError` that is raised in the ``with`` block. Other
+    exceptions remain unchanged.
     """
     try:
         yield

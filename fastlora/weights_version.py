@@ -124,7 +124,7 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """The version of a set of weights, used to detect whether the weights may have changed.
+    """The version of a set of weights, used to detect possible changes to them.
 
     The set contains many weights of this process, such as all trainable weights. A cached value
     records the version that the weights had when it was cached. If the current version is a
@@ -135,7 +135,7 @@ class WeightsVersion:
 
 
 class ProcessWeightsVersions:
-    """The process-wide versions of the weights, used to detect whether weights have changed.
+    """The current `WeightsVersion` of each set of weights in the process, for detecting changes.
 
     Each version is a `WeightsVersion`. A version is replaced when its weights may have changed.
     The replacement invalidates all values that were cached with the old version.
@@ -165,9 +165,10 @@ class ProcessWeightsVersions:
         return self.trained
 
     def version_for_group_outputs(self) -> WeightsVersion:
-        """Return the current weights version for the cached outputs of a group of layers.
+        """Return the current `WeightsVersion` for validating a layer group's cached outputs.
 
-        The layers form a shared-input group. The version is stored with the cached outputs.
+        The layers form a shared-input group. The version is stored with the cached outputs, which
+        are valid only as long as this version is current.
         """
         self._watch_steps()
         return self.step
@@ -190,16 +191,16 @@ class ProcessWeightsVersions:
         self.trained, self.step = WeightsVersion(), WeightsVersion()
 
     def invalidate_all(self) -> None:
-        """Invalidate the versions of all weights, and thus all values that were cached with them.
+        """Invalidate all cached values that were computed from weights, including frozen weights.
 
-        The invalidated values include values that were computed from frozen base weights.
+        All versions are replaced.
         """
         self.trained, self.frozen, self.step = WeightsVersion(), WeightsVersion(), WeightsVersion()
 
     def invalidate_stepped_weights(self, optimizer: torch.optim.Optimizer) -> None:
-        """Invalidate the versions of the weights that an optimizer step may have changed.
+        """Invalidate cached values computed from weights that an optimizer step may have changed.
 
-        All values that were cached with these versions are thus invalidated.
+        The versions of these weights are replaced.
         """
         self.trained, self.step = WeightsVersion(), WeightsVersion()
         # A compiled graph cannot look up weights by their storage.

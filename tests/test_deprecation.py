@@ -212,7 +212,7 @@ def test_tools_that_read_all_attributes_get_no_warning() -> None:
     made.close()
     with pytest.warns(FutureWarning, match="use FastLoraLinear.clear_caches"):
         type(layer).refresh(layer)
-    with pytest.raises(AttributeError, match="'refresh' was renamed and cannot be set"):
+    with pytest.raises(AttributeError, match="'refresh' is a deprecated name and cannot be set"):
         layer.refresh = print
 
 

@@ -54,11 +54,12 @@ class ApplyDoraScaleAndAddBias(torch.autograd.Function):
         magnitude: torch.Tensor,
         squared_norms: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Scale the output u of a linear layer with LoRA by the DoRA scale, and then add the bias.
+        """Apply the DoRA scale to the output of a LoRA linear layer, and then add the bias.
 
-        The output u does not include the bias, and the bias is not scaled. The DoRA scale is
-        computed from the magnitude and the squared norms. Returns the sum, which is ``[..., N]``
-        like u. Tensors that the backward pass needs are saved in ``ctx``.
+        The layer's output u does not include the bias, and the bias is not scaled. The DoRA scale,
+        by which u is multiplied, is computed from the magnitude and the squared norms. Returns the
+        sum, which is ``[..., N]`` like u. Tensors that the backward pass needs are saved in
+        ``ctx``.
         """
         rows = u.reshape(-1, u.shape[-1])
         y = scale_and_add_bias(rows, bias, dora_scale(magnitude, squared_norms))

@@ -40,7 +40,7 @@ def stacked_lora_linear(
     rows: Rows,
     impl: str,
 ) -> torch.Tensor:
-    """Compute the output of a stack of linear layers with LoRA adapters.
+    """Compute the output of LoRA linear layers whose base weights are stacked in one tensor.
 
     The output is the product of each row and its weight in the stack, plus the LoRA update of the
     row's adapter. The key of a row identifies both its weight and its adapter. The rows are sorted
@@ -71,12 +71,13 @@ def stacked_lora_linear(
 
 
 class StackedWeightLoraLinear(torch.autograd.Function):
-    """Autograd function for linear layers with LoRA whose base weights form a stack.
+    """Autograd function for LoRA linear layers whose base weights are stacked in one tensor.
 
-    The stack is one tensor, such as the weights of all experts, and each row of x uses one of the
-    weights in it. The forward pass computes the output of `stacked_lora_linear`, and saves x, the
-    stack, s, and the factors. The backward pass computes the dropout masks again from the seeds.
-    The gradient of x is one tensor, to which the backend adds the gradient of the updates.
+    The stack holds, for example, the weights of all experts of a layer. Each row of x uses one of
+    the weights in the stack. The forward pass computes the output of `stacked_lora_linear`, and
+    saves x, the stack, s, and the factors. The backward pass computes the dropout masks again from
+    the seeds. The gradient of x is one tensor, to which the backend adds the gradient of the
+    updates.
     """
 
     @staticmethod
@@ -158,7 +159,7 @@ def _lora_linear_with_stacked_weights(
     num_adapter_slots: int,
     *given: Any,
 ) -> torch.Tensor:
-    """Compute the output of linear layers with LoRA whose base weights form a stack.
+    """Compute the output of LoRA linear layers whose base weights are stacked in one tensor.
 
     This function implements the operator ``fastlora::stacked_linear``, which decomposes when
     autograd is traced. The rows of x are sorted. Each row is multiplied by its weight in the stack,

@@ -184,7 +184,7 @@ class Chat:
         return True
 
     def select_adapter(self, name: str) -> None:
-        """Select the adapter that generates subsequent answers.
+        """Select the adapter to use for subsequent answers.
 
         The name may also be that of the base model. Unknown names are reported.
         """

@@ -78,7 +78,7 @@ OPTIONS = (
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo and return the exit code.
 
-    The exit code is 1 if the logits differ from PEFT's, otherwise 0.
+    The exit code is 1 if the logits differ from PEFT's, and 0 otherwise.
 
     Raises:
         FastLoraError: The data or the model is missing, or an argument is invalid.
@@ -186,14 +186,15 @@ def adapter_settings_for_data_files(data_files: Sequence[Path]) -> dict[str, dic
     stem of the name of its data file.
 
     Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
-    files are read here, so that an error is reported before a model is loaded.
+    files are read here, so that an error is reported before the model is loaded.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in data_files:
         read_samples([path])
         if path.stem in found:
             raise DataError(
-                f"{path}: another file already defines adapter {path.stem!r}; rename one of them"
+                f"{path}: adapter {path.stem!r} is already defined by another file; rename one of "
+                "the files"
             )
         found[path.stem] = {"data": path, **STYLES.get(path.stem, STYLES["ships_log"])}
     return found
@@ -230,11 +231,11 @@ def open_demo_run(
 def answer_with_adapters_in_one_batch(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Generate an answer to a prompt with each of several adapters in one batch.
+    """Generate a response to a prompt with each of several adapters in one batch.
 
-    Returns the answers. Decoding is greedy, without a system prompt. ``names`` contains the adapter
-    for each answer, with None for the base model. Without ``names``, a model without adapters
-    answers once.
+    Returns the responses. Decoding is greedy, without a system prompt. ``names`` contains the
+    adapter for each response, with None for the base model. If ``names`` is omitted, there is one
+    response, from a model without adapters.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}
@@ -259,8 +260,8 @@ def answer_with_adapters_in_one_batch(
 def decoding_time_table(base: Any, adapter_counts: Sequence[int], device: torch.device) -> str:
     """Measure decoding times for each number of adapters, and return them as a table.
 
-    Each time is that of one decoding step, in which every sequence of the batch gets one token. The
-    times with adapters are given relative to the base model's time.
+    Each time is that of one decoding step, in which each sequence in the batch receives one token.
+    The times with adapters are given relative to the base model's time.
     """
     torch.manual_seed(0)
     with measure.torch_threads(1):
@@ -273,9 +274,9 @@ def decoding_time_table(base: Any, adapter_counts: Sequence[int], device: torch.
 def format_side_by_side(
     titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> str:
-    """Format the answers to each prompt as side-by-side columns of text.
+    """Format the responses to each prompt as side-by-side columns of text.
 
-    All columns together are as wide as the terminal, but at most 120 characters.
+    The total width is the width of the terminal, but at most 120 characters.
     """
     total = min(shutil.get_terminal_size((100, 24)).columns, 120)
     width = max((total - 3 * (len(titles) - 1)) // len(titles), 16)

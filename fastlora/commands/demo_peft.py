@@ -1,4 +1,4 @@
-"""The demo's comparisons with PEFT: logits of saved adapters, and time and memory of a step."""
+"""The demo's comparisons with PEFT: the logits, and the time and memory of a training step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastlora.train.data import TrainBatch
 
 
 class PeftLogitsComparison(NamedTuple):
-    """A comparison of a model's logits in fastlora and in PEFT.
+    """A comparison of the logits that a model produces with fastlora and with PEFT.
 
     Attributes:
-        peft_model: PEFT's model, which is trainable.
+        peft_model: The trainable PEFT model.
         logits_agree: Whether the logits agree.
         text: A description of the comparison.
     """

@@ -43,7 +43,7 @@ _ALIGNMENT = 16  # bytes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``fastlora doctor``, and print the findings.
 
-    Return the exit code, which is 1 if a problem was found, and otherwise 0.
+    Return the exit code, which is 1 if a problem was found and 0 otherwise.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora doctor",
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _vllm_plugin_facts() -> dict[str, Any] | None:
-    """Return a dict of facts about fastlora's vLLM plugin.
+    """Return a dict of diagnostic information about fastlora's vLLM plugin.
 
     The result is None if vLLM is not installed.
     """

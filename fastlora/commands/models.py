@@ -75,7 +75,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except CANNOT_READ as error:
-        raise CommandError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
+        raise CommandError(f"{folder}: cannot load the tokenizer ({error})") from error
 
 
 def print_progress_message(message: str) -> None:

@@ -150,9 +150,9 @@ def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
 
 
 def import_error_text(name: str) -> str:
-    """Return the message of the error that occurs when a package is imported.
+    """Try to import a package, and return the error message if the import fails.
 
-    The text is one line. It is empty if there is no error.
+    The message is a single line. It is empty if the import succeeds.
     """
     try:
         with warnings.catch_warnings():
@@ -192,7 +192,7 @@ def describe_cpu_and_accelerators() -> Iterator[dict[str, Any]]:
 
 
 def _gpu_architecture_and_processor_count(device: torch.device) -> dict[str, Any]:
-    """Return a dict that contains a GPU's architecture and number of processors.
+    """Return a dict that contains a GPU's architecture and its number of multiprocessors.
 
     The dict also contains the architecture whose config table the kernels use, or None if there is
     no table. The name of an NVIDIA architecture contains the compute capability, as in ``sm_90``.

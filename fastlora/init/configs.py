@@ -65,7 +65,7 @@ class EvaConfig:
         if not self.rho >= 1.0:
             raise ConfigError(f"`rho` must be >= 1.0, got {self.rho!r}")
         if not 0.0 <= self.tau <= 1.0:
-            raise ConfigError(f"`tau` must be between 0.0 and 1.0. Got {self.tau!r}")
+            raise ConfigError(f"`tau` must be between 0.0 and 1.0, got {self.tau!r}")
 
 
 @dataclass

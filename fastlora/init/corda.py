@@ -91,9 +91,9 @@ def corda(given: InitInputs) -> InitResult:
 
 
 class PerLayerCovarianceAccumulator:
-    """Accumulates the covariance matrix of the inputs of each layer.
+    """Accumulates the covariance matrix of each layer's inputs.
 
-    The matrix of a layer is ``[K, K]``.
+    Each matrix has the shape ``[K, K]``.
 
     Args:
         modules: Maps the name of each layer to the layer.
@@ -146,7 +146,7 @@ class PerLayerCovarianceAccumulator:
         return product
 
     def pop_covariances(self) -> dict[str, torch.Tensor]:
-        """Return the accumulated covariance matrices, and clear the sums.
+        """Return the accumulated covariance matrices, and clear ``sums``.
 
         The result is a dict that maps each layer name to the layer's covariance matrix.
 

@@ -83,11 +83,11 @@ class IncrementalPca:
     def _compute_updated_mean_and_variance(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the mean and variance, updated with a new batch of rows.
+        """Compute the mean and variance of all rows so far, including a new batch.
 
-        The result is a tuple (mean, variance) for all rows so far, including the new batch. The
-        mean and the variance are ``[K]`` in fp64. This method does not change the object, so the
-        caller must store the result. The algorithm is that of Chan et al. 1983.
+        The result is a tuple (mean, variance) of fp64 tensors with the shape ``[K]``. This method
+        does not change the object, so the caller must store the result. The algorithm is that of
+        Chan et al. 1983.
 
         Args:
             rows: The rows of the new batch.

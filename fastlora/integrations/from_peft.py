@@ -1,10 +1,10 @@
-"""Names of PEFT that `fastlora` also provides if PEFT is installed.
+"""Names from PEFT that `fastlora` also provides if PEFT is installed.
 
 PEFT is imported when one of these names is first used. A script can then import all names from
 fastlora that it used to import from PEFT:
 
-* `AS_IN_PEFT` are PEFT's own objects. `fastlora.integrations.peft_overrides` makes the functions
-  for state dicts accept fastlora models.
+* The names in `AS_IN_PEFT` refer to PEFT's own objects. `fastlora.integrations.peft_overrides`
+  makes the functions for state dicts accept fastlora models.
 * The auto classes load a `fastlora.LoraModel`, where PEFT's own classes load a PEFT model.
 * `inject_adapter_in_model` adds patched layers.
 """
@@ -48,7 +48,7 @@ NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
 def provided_peft_names() -> tuple[str, ...]:
-    """Return the names of PEFT's classes and functions that fastlora also provides.
+    """Return the names of the PEFT classes and functions that fastlora also provides.
 
     If PEFT is not installed, the result is empty.
     """
@@ -96,10 +96,10 @@ def inject_adapter_in_model(
     the model.
 
     Args:
-        peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.
+        peft_config: A `fastlora.LoraConfig`, or any PEFT config for LoRA.
         model: The model.
         adapter_name: The name of the adapter.
-        **options: Further arguments of PEFT's function.
+        **options: Additional keyword arguments for PEFT's function.
 
     Raises:
         AdapterStateError: If the model has layers of a `LoraModel`. The model is unchanged.

@@ -43,7 +43,7 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     """An import finder that adds an import hook to a module.
 
     The hook runs an action after the module is imported. Each finder handles one module and one
-    action. The finder finds the module through the other finders in ``sys.meta_path``.
+    action. The finder locates the module through the other finders in ``sys.meta_path``.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
@@ -69,7 +69,7 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
 
 
 class _ImportHookLoader(importlib.abc.Loader):
-    """A loader that loads a module with its original loader and then runs an import hook."""
+    """A loader that delegates to a module's original loader and then runs an import hook."""
 
     def __init__(self, loader: importlib.abc.Loader, watcher: _ImportHookFinder) -> None:
         self.loader, self.watcher = loader, watcher

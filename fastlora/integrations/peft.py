@@ -75,7 +75,7 @@ class FastPeftLoraModel(PeftLoraModel):
         PEFT deletes the adapter. The list of the model's LoRA layers is then updated.
 
         Raises:
-            AdapterStateError: A `fastlora.adapters` block of the model is open.
+            AdapterStateError: A `fastlora.adapters` block is open for the model.
         """
         self._check_no_open_block("delete_adapter")
         super().delete_adapter(adapter_name)
@@ -106,7 +106,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return model
 
     def _check_no_open_block(self, operation: str) -> None:
-        """Raise `AdapterStateError` if a `fastlora.adapters` block of the model is open.
+        """Raise `AdapterStateError` if a `fastlora.adapters` block is open for the model.
 
         In such a block, rows are routed to adapters. A running call of the model with
         ``adapter_names`` counts as a block if fastlora routes the batch. ``operation`` is the name
@@ -134,7 +134,7 @@ class FastPeftLoraModel(PeftLoraModel):
 
         The patched LoRA layers run with fastlora if possible, or else with PEFT's ``forward``
         method. Returns the model's output, as PEFT's method does. If a `fastlora.adapters` block is
-        open or fastlora routes ``adapter_names``, the batch size must match the number of adapter
+        active or fastlora routes ``adapter_names``, the batch size must match the number of adapter
         ids.
         """
         self._check_batch(args, kwargs)
@@ -206,8 +206,8 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
-        AdapterStateError: A `fastlora.adapters` block is open for another model that shares layers
-            with this one.
+        AdapterStateError: A `fastlora.adapters` block is open for another model that shares
+            layers with this one.
     """
     root, outside = _find_root(model)
     if root is None or getattr(root, "peft_config", None) is None:
@@ -228,18 +228,18 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
     if any(id(module) not in inside for module in adapted):
         raise UnsupportedLayerError(
             f"the {type(model).__name__} has adapted layers outside its {type(base).__name__}; "
-            "call fastlora.adapters() with the model that contains the layers of the named adapters"
+            "call fastlora.adapters() with the submodule that has the named adapters"
         )
     return router
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
-    """Find the root of a model's LoRA layers and the modules outside the root.
+    """Find the root module that PEFT adapted in a model, and list the modules outside the root.
 
-    The root is the first module of the model that is a patched tuner, or into which PEFT injected
-    LoRA layers that no tuner within the module contains. The result is a tuple (root, modules). The
-    root is None if there is no such module. The modules are those that the search visits outside
-    the root.
+    The root is the first module that is a patched tuner, or into which PEFT injected LoRA layers
+    that are not inside a tuner. The root can be the model itself. The result is a tuple (root,
+    modules). If there is no such module, the root is None. The list contains the modules that the
+    search visits outside the root.
     """
     root: nn.Module | None = None
     outside, seen, waiting = [], {id(model)}, [model]

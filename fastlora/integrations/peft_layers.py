@@ -51,7 +51,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 def with_signature_of(function: Callable[..., Any]) -> Callable[[_Method], _Method]:
     """Decorate a method so that `inspect.signature` returns the signature of ``function``.
 
-    Libraries such as diffusers look up which arguments PEFT's methods have.
+    Libraries such as diffusers inspect the arguments of PEFT's methods.
     """
     return functools.wraps(function, assigned=(), updated=())  # type: ignore[return-value]
 
@@ -97,10 +97,11 @@ class FusedForwardMixin(BaseAdapterLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Base:
-        """Return the base layer's weight and bias, or call the layer and return its output.
+        """Read the base layer's weight and bias if possible, or call the layer.
 
-        The base layer is called if there are further arguments for it, or if fastlora cannot read
-        its weight directly.
+        The base layer is called if its weight cannot be read directly, or if there are additional
+        arguments for the layer. The result is a `Base` that contains either the weight and the bias
+        or the layer's output.
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
@@ -139,7 +140,7 @@ class FusedForwardMixin(BaseAdapterLayer):
         The adapter is deleted by PEFT's own method. The layer's caches are then cleared.
 
         Raises:
-            AdapterStateError: A `fastlora.adapters` block of the model is open.
+            AdapterStateError: A `fastlora.adapters` block is open for the model.
         """
         if self.routing_group is not None:
             self.routing_group.check_no_open_blocks("delete_adapter")
@@ -165,10 +166,10 @@ class FusedForwardMixin(BaseAdapterLayer):
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_layer_supports_mixed_batch(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if the layer does not support a mixed batch.
+        """Raise `UnsupportedLayerError` if the layer does not support mixed batches.
 
-        The layer does not support the batch if an adapter in the routing uses a PEFT variant of
-        LoRA that fastlora does not implement.
+        The layer does not support them if an adapter in the routing uses a PEFT variant of LoRA
+        that fastlora does not implement.
         """
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.

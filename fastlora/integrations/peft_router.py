@@ -1,4 +1,4 @@
-"""The router of mixed batches for patched PEFT models."""
+"""The router for mixed batches in patched PEFT models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PatchedModelRouter:
         self.batch_check: RemovableHandle | None = None
 
     def install_batch_check(self) -> None:
-        """Install a check of the batch size on the base model.
+        """Install a batch-size check on the base model.
 
         The batch size must match the number of adapter ids. The check is for calls that do not go
         through a tuner, because a tuner checks the batch size itself. If the model's class has a
@@ -75,7 +75,7 @@ class PatchedModelRouter:
             vars(model)["generate"] = _GenerateAfterBatchSizeCheck(model)
 
     def find_routed_layers(self, root: nn.Module, *, search: bool = True) -> None:
-        """Find the model's routed layers, and update the list of these layers.
+        """Find the model's routed layers, and store them in ``routed_layers``.
 
         A routed layer is a LoRA layer that selects an adapter for each row of a mixed batch. The
         caller holds `search_lock`.
@@ -87,7 +87,8 @@ class PatchedModelRouter:
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
-            AdapterStateError: A block is open for another model that shares layers with this one.
+            AdapterStateError: A `fastlora.adapters` block is open for another model that shares
+                layers with this one.
         """
         names: tuple[str, ...] = tuple(getattr(root, "peft_config", None) or ())
         group, before = self.group, self.routed_layers
@@ -121,7 +122,8 @@ class PatchedModelRouter:
         """Add layers to the router's group of routed layers.
 
         Raises:
-            AdapterStateError: A block is open for another model that contains one of the layers.
+            AdapterStateError: A `fastlora.adapters` block is open for another model that contains
+                one of the layers.
         """
         for _, layer in layers:
             if (
@@ -137,7 +139,7 @@ class PatchedModelRouter:
     def update_routed_layers(self, root: nn.Module) -> None:
         """Look up the model's routed layers again.
 
-        An error is not raised, because the next batch raises it.
+        Errors are not raised here, because the next batch raises them.
         """
         with search_lock, contextlib.suppress(UnsupportedLayerError, AdapterStateError):
             self.find_routed_layers(root)

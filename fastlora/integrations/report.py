@@ -23,7 +23,7 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """A row of the fusion report, which shows whether a LoRA layer is fused.
+    """The fusion status of one LoRA layer, as a row of the fusion report.
 
     Attributes:
         name: Name of the layer in the model.
@@ -101,7 +101,7 @@ class FusionReport:
         return "\n".join([line, *format_table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
-        """Return a description of how a layer runs.
+        """Return a description of how a layer's output is computed.
 
         The result is ``"Triton kernels"`` or ``"PyTorch"`` if the layer runs as one fused call, and
         ``"base layer and separate LoRA"`` otherwise.
@@ -115,7 +115,7 @@ def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Combine similar table rows.
 
     Rows are similar if they differ only in the part of the layer name before the last dot, for
-    example in the number of the layer. The name in a combined row is ``*.LAST (COUNT)``, such as
+    example, in the layer number. The name in a combined row is ``*.LAST (COUNT)``, such as
     ``*.q_proj (32)``.
     """
     groups: dict[tuple[str, ...], list[str]] = {}

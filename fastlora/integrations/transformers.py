@@ -33,7 +33,8 @@ def _lora_model_after_importing_peft() -> type[LoraModel]:
 def _register_with_pipelines() -> None:
     """Add `LoraModel` to the model classes that transformers pipelines support.
 
-    If the class of a model is not among them, a pipeline logs an error that lists all of them.
+    If a model's class is not among them, the pipeline logs an error that lists all supported
+    classes.
     """
     pipelines: Any = sys.modules["transformers.pipelines.base"]
     for names in pipelines.SUPPORTED_PEFT_TASKS.values():
@@ -45,10 +46,11 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 @contextlib.contextmanager
 def convert_model_load_errors(folder: object) -> Iterator[None]:
-    """Context manager that converts errors from loading a model to fastlora's `CheckpointError`.
+    """Context manager that re-raises model-loading errors as fastlora's `CheckpointError`.
 
-    The ``with`` block loads the model, which must be a causal language model. The errors in
-    `CANNOT_READ` and RuntimeError are converted. The error message starts with ``folder``.
+    The ``with`` block loads the model, which must be a causal language model. The errors that are
+    re-raised are RuntimeError and those in `CANNOT_READ`. The message of the new error starts with
+    ``folder``.
     """
     try:
         yield
@@ -70,7 +72,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, hide_messages: bool = True) -> Iterator[None]:
-    """Hide the messages and progress bars of transformers for the duration of a ``with`` block.
+    """Context manager that hides transformers' messages and progress bars.
 
     FutureWarnings from any library are hidden too.
 

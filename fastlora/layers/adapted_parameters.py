@@ -78,7 +78,7 @@ def shape_as_stack(module: nn.Module, name: str) -> tuple[int, int, int]:
 
 
 def is_transposed(module_with_stacks: nn.Module) -> bool:
-    """Return whether a module stores its stacks of weights transposed.
+    """Return whether a module stores its stacked weights in transposed form.
 
     Transposed stacks have the shape ``[E, K, N]``. Other stacks have the shape ``[E, N, K]``.
     """
@@ -193,13 +193,13 @@ class ParameterLoraLayer(LoraLayer):
         return found
 
     def rank_rows(self, adapter_name: str, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's lora_a and lora_b, arranged with one row per rank index.
+        """Return an adapter's lora_a and lora_b as stacks of matrices with one row per rank index.
 
-        The result is a tuple of two stacks of matrices: lora_a ``[E, R, K]``, and the transposed
-        lora_b ``[E, R, N]``. Each matrix has R rows, where R is the adapter's rank. The rows are
-        called rank rows. The transposed lora_b is a copy, which is cached while gradients are
-        disabled. If lora_b is stored as rank rows, as in a pool, the transposed lora_b is a view of
-        lora_b instead. ``adapter_name`` identifies the adapter in the cache.
+        The result is a tuple of lora_a ``[E, R, K]`` and the transposed lora_b ``[E, R, N]``. Each
+        matrix has R rows, where R is the adapter's rank. The rows are called rank rows. The
+        transposed lora_b is a copy, which is cached while gradients are disabled. If lora_b is
+        stored as rank rows, as in a pool, the transposed lora_b is a view of lora_b instead.
+        ``adapter_name`` identifies the adapter in the cache.
         """
         lora_a, _ = rank_row_views(factors.lora_a, factors.lora_b, self.num_matrices)
         watched = factors.lora_b
@@ -259,7 +259,7 @@ class ParameterLoraLayer(LoraLayer):
         sign: float,
         dora_row_scale: torch.Tensor | None = None,
     ) -> None:
-        """Add an adapter's delta weight, multiplied by ``sign``, to a weight in place.
+        """Add an adapter's delta weight to a weight in place, or subtract it if ``sign < 0``.
 
         The delta weight is ``scaling * B @ A``. The weight is a stack of matrices ``[E, N, K]``,
         which are changed one by one. ``dora_row_scale`` is always None here, because adapters on
@@ -363,8 +363,8 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def get_or_add_parameter_layers(self, names: Sequence[str]) -> list[ParameterLoraLayer]:
         """Add LoRA layers for the named parameters, and return the layers.
 
-        A layer that exists already is kept. The list contains the layers of all named parameters,
-        whether or not this call added them.
+        Existing layers are kept. The list contains the layers of all named parameters, whether or
+        not this call added them.
 
         Raises:
             UnsupportedLayerError: The name of a parameter cannot be used.

@@ -81,11 +81,11 @@ def factors_without_calling_modules(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors for a layer, or None if the adapter's modules must be called.
+    """Return an adapter's factors without calling its modules, or None if they must be called.
 
-    The factors are taken from the parameters of the modules, which are not called. The factors
-    include the scaling, the dropout probability, and the DoRA magnitude. The modules must be
-    called, for example, if they have hooks.
+    The factors are taken from the parameters of the modules. The factors include the scaling, the
+    dropout probability, and the DoRA magnitude. The modules must be called, for example, if they
+    have hooks.
 
     Args:
         layer: The layer, which must have the adapter.
@@ -143,12 +143,12 @@ def promoted_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_adapter_called(
     layer: BaseLinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the reason why adapters must be applied by calling their modules.
+    """Return why the adapters' modules must be called, or an empty string if they need not be.
 
-    ``names`` are the names of the adapters. Returns an empty string if fused operations can be used
-    instead. Fused operations read the parameters of the modules directly. Hooks, parametrizations,
+    ``names`` are the names of the adapters. If the modules need not be called, fused operations can
+    be used. Fused operations read the parameters of the modules directly. Hooks, parametrizations,
     shards, and replaced modules take effect only if the modules are called. ``gathered`` means that
-    FSDP2 replaces shards by plain parameters during the forward pass.
+    FSDP2 replaces shards with plain parameters during the forward pass.
     """
     for name in names:
         factors = (
@@ -200,9 +200,9 @@ def scaling_as_scalar_tensor(
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Return a list of scalings as one tensor.
 
-    The tensor is ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and fp32
-    otherwise. If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its
-    value.
+    The tensor has the shape ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and
+    fp32 otherwise. If PEFT's compiled hot swap has made a scaling a tensor, the host does not read
+    its value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -268,7 +268,7 @@ class AdapterSource(Protocol):
     ) -> Factors | None:
         """Return a layer's factors for the adapter in a slot.
 
-        Returns None if the adapter is not on the layer. If ``call`` is given, the scaling is a
+        Returns None if the layer does not have the adapter. If ``call`` is given, the scaling is a
         zero-dimensional tensor on the device of its x.
 
         Raises:

@@ -52,8 +52,8 @@ class AdapterInitializer:
         base: The layer's base layer.
         asked: The initialization that ``name`` refers to.
         init: The initialization that runs. It differs from ``asked`` if the layer does not support
-            that one, if the base weight is on the meta device, or if trained factors will overwrite
-            the values.
+            ``asked``, if the base weight is on the meta device, or if trained factors will
+            overwrite the values.
         weight: The new base weight ``[N, K]`` once `initialize_weights` has run, or None if it is
             unchanged.
 
@@ -186,11 +186,11 @@ class AdapterInitializer:
 def find_calibration_result(
     layer: InitializableLayer, init: InitMethod
 ) -> tuple[nn.Module, object] | None:
-    """Return a layer's calibration result and the module that holds the result.
+    """Return a layer's calibration result and the module that holds it.
 
     The calibration result is the data that the initialization method needs. Returns a tuple
     (module, result), or None if there is no calibration result. The module is the one on which the
-    calibration has stored its result.
+    calibration stored its result.
     """
     for module in layer._modules_that_may_hold_calibration_results():
         if init.data in module.__dict__:

@@ -92,7 +92,7 @@ def _build_model_tables(
 
 
 def _dtype_and_rank_of_empty_tables(routing: Routing) -> tuple[torch.dtype, int]:
-    """Return the dtype and rank of address tables that contain no factors.
+    """Return the dtype and LoRA rank to use for address tables that contain no factors.
 
     The tables are empty if no adapter of the batch has factors on any linear layer. The dtype and
     the rank are then those of one of the model's adapters. If the adapter's rank differs between
@@ -135,10 +135,9 @@ def _collect_factors(
 
 
 def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor with the alignment that the kernels require.
+    """Return the tensor aligned for the kernels, copying it only if necessary.
 
-    The result has the given dtype, is contiguous, and is aligned to 16 bytes. It is a copy only if
-    necessary.
+    The result has the given dtype, is contiguous, and is aligned to 16 bytes.
     """
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

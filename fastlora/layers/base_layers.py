@@ -40,7 +40,7 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
     """Return the reason why a module does not count as a plain `nn.Linear`.
 
     The reason is an empty string if the module is plain. Set ``gathered`` if FSDP2 replaces shards
-    by plain parameters during the forward pass.
+    with plain parameters during the forward pass.
 
     The weight of a plain module can be used without calling the module. A module that is not plain
     must be called if, for example, it is an instance of a subclass or has a parametrization, a
@@ -63,9 +63,9 @@ def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) 
 
 
 def fallback_reason_hooked(module: nn.Module) -> str:
-    """Return the reason why a module's hooks force a fallback.
+    """Return the fallback reason if a module has hooks.
 
-    In a fallback, the module is called, so that its hooks run. The reason is an empty string if the
+    In a fallback, the module is called, so that its hooks run. The result is an empty string if the
     module has no hooks. A replaced ``forward`` counts as a hook.
     """
     if "forward" in module.__dict__:
@@ -78,7 +78,7 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor with the device and dtype to use for new factors.
+    """Return a reference tensor with the device and dtype for new factors.
 
     Returns None if the base layer has no such tensor. New factors should then have the default
     device and dtype. The tensor is usually one of the base layer's parameters. As in PEFT, new
@@ -106,7 +106,7 @@ def is_tensor_parallel(module: nn.Module) -> bool:
 
 
 def tensor_parallel_style(module: nn.Module) -> str | None:
-    """Return the tensor-parallel style of a module, which is column-parallel or row-parallel.
+    """Return the tensor-parallel style of a module (column-parallel or row-parallel).
 
     The result is `COLUMN_PARALLEL` or `ROW_PARALLEL`, or None if the module is not tensor-parallel.
 
@@ -178,9 +178,9 @@ def dense_weight(
 ) -> torch.Tensor:
     """Return the weight of a linear-like module as a dense matrix.
 
-    The matrix is ``[N, K]``. A quantized weight is dequantized. Supported are `nn.Linear` and its
-    subclasses, Conv1D of transformers (as a view of its transposed weight), and the kinds of
-    `fastlora.layers.quantized`.
+    The matrix is ``[N, K]``. A quantized weight is dequantized. The supported modules are
+    `nn.Linear` and its subclasses, transformers' Conv1D (as a view of its transposed weight), and
+    the kinds in `fastlora.layers.quantized`.
 
     Args:
         module: The base layer.
@@ -219,7 +219,7 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
     """Return the reason why a module's weight cannot be replaced.
 
     Returns an empty string if it can be replaced. If ``allow_quantized`` is set, a quantized weight
-    may be replaced by quantizing again.
+    can be replaced by quantizing the new values.
 
     Raises:
         UnsupportedLayerError: ``allow_quantized`` is set, but the weight's kind of quantization
@@ -263,13 +263,13 @@ def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
 
 
 def make_weight_restorer(module: nn.Module, save_on_cpu: bool) -> Callable[[], None]:
-    """Return a function that restores a module's current weight.
+    """Save a module's current weight, and return a function that restores it.
 
-    The current values are saved, and the returned function restores them bit for bit. If
-    ``save_on_cpu`` is set, the values of a dense weight on an accelerator are saved on the CPU, for
-    models that do not fit on the accelerator twice. If ``save_on_cpu`` is not set, the saved values
-    of a dense weight share the weight's current memory, which `replace_weight_data` does not
-    overwrite. The values of a quantized weight are always saved as a copy on the weight's device.
+    The returned function restores the saved values bit for bit. If ``save_on_cpu`` is set, the
+    values of a dense weight on an accelerator are saved on the CPU, for models that do not fit on
+    the accelerator twice. If ``save_on_cpu`` is not set, the saved values of a dense weight share
+    the weight's current memory, which `replace_weight_data` does not overwrite. The values of a
+    quantized weight are always saved as a copy on the weight's device.
     """
     found = quantized_weight_of(module)
     if found is not None:

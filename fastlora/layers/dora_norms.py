@@ -94,8 +94,8 @@ def base_squared_norms(
 ) -> torch.Tensor:
     """Return the squared row norms of a layer's base weight.
 
-    They are ``[N]`` and are cached until the weight changes. If ``compiling`` is set, because a
-    graph is being compiled, nothing is cached.
+    The result has the shape ``[N]`` and is cached until the weight changes. If ``compiling`` is
+    set, because a graph is being compiled, nothing is cached.
     """
     if compiling:
         return squared_row_norms(weight, in_one_pass=True)
@@ -123,7 +123,7 @@ def local_adapted_squared_norms(
 
     The norms are ``[N]``. The weight update is the product of ``lora_b [N, R]`` and
     ``lora_a [R, K]``. The sums are over this process's shard of the base weight, ``[N, K]``. If the
-    scaling is a tensor, it has no dimensions.
+    scaling is a tensor, it is zero-dimensional.
     """
     weight = layer._local_weight() if compiling else base_weight_rows(layer)
     squares = base_squared_norms(layer, weight, compiling)
@@ -225,7 +225,7 @@ def _get_or_compute_squared_norms(
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's squared norms for DoRA from its cache, computing them if necessary.
+    """Return the squared norms that DoRA needs for a layer, computing them if they are not cached.
 
     The norms are the squared row norms of the adapted weight of the adapter ``adapter_name``. If
     ``adapter_name`` is None, the norms are those of the base weight. The norms are computed and

@@ -1,7 +1,7 @@
 """Fallback reasons: texts that explain why a layer does not use a faster implementation.
 
-They appear in the fusion report and in the errors of ``impl="triton"``, of the batch-invariant
-mode, and of CUDA graph captures.
+The reasons appear in the fusion report and in the error messages for ``impl="triton"``,
+batch-invariant mode, and CUDA graph capture.
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ def batch_invariance_unsupported_reason(
 
 
 def fallback_reason_for_factor_dtypes(routing: Routing, slots: Slots) -> str:
-    """Return the reason why the dtypes of a batch's factors force a fallback.
+    """Return the fallback reason if the kernels do not support the dtypes of a batch's factors.
 
-    In a fallback, the kernels are not used. The reason is an empty string if the kernels support
+    In a fallback, the kernels are not used. The result is an empty string if the kernels support
     the dtypes.
     """
     dtypes: dict[torch.dtype, str] = {}

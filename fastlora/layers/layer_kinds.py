@@ -24,14 +24,14 @@ PEFT_LAYER_ALTERNATIVE = (
 
 
 class ParameterRankAndAlpha(NamedTuple):
-    """The rank and alpha of an adapter on a parameter of a module.
+    """The rank and alpha that an adapter uses for one parameter of a module.
 
     The adapter's other settings are the same for all parameters of the module.
 
     Attributes:
         name: The name of the parameter, relative to the module.
-        r: The rank on this parameter.
-        lora_alpha: The alpha on this parameter.
+        r: The rank for this parameter.
+        lora_alpha: The alpha for this parameter.
     """
 
     name: str

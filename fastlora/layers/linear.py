@@ -148,14 +148,14 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Release and return the base layer.
+        """Release the base layer from this layer, and return it.
 
         The base layer is a plain `nn.Linear`. It replaces this layer when the adapters are removed.
         """
         return self.to_linear()
 
     def _check_release(self) -> None:
-        """Check that the base layer can be released.
+        """Check that the base layer can be released from this layer.
 
         The base layer is released as a plain `nn.Linear`, which must be able to hold the layer's
         weight and bias.
@@ -175,7 +175,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             if name not in self._parameters:
                 raise UnsupportedLayerError(
                     f"cannot {action}: its {name} is computed from other parameters "
-                    "(a parametrization or pruning); remove it first, with "
+                    "(by a parametrization or by pruning); first call "
                     "torch.nn.utils.parametrize.remove_parametrizations or "
                     "torch.nn.utils.prune.remove"
                 )
@@ -234,7 +234,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self.to_linear()
 
     def _modules_that_may_hold_calibration_results(self) -> list[nn.Module]:
-        """Return the modules that may hold the results of a calibration.
+        """Return the modules on which calibration results may be stored.
 
         A calibration stores its result as an attribute of the calibrated module. The list contains
         the layer and, if the layer was created from an `nn.Linear`, also that `nn.Linear`.

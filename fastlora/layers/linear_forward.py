@@ -1,8 +1,8 @@
 """The forward pass of linear LoRA layers: fastlora's own, patched PEFT layers, and split layers.
 
-A layer calls `create_call`, prepares its base layer, and calls `forward`. In a mixed batch each row
-has its own adapter (`fastlora.layers.mixed_forward`). Outside a mixed batch the active adapters
-apply to all rows, in one call if possible. There are three exceptions. DoRA
+A layer calls `create_call`, prepares its base layer, and calls `forward`. In a mixed batch, each
+row has its own adapter (`fastlora.layers.mixed_forward`). Outside a mixed batch, the active
+adapters apply to all rows, in one call if possible. There are three exceptions. DoRA
 (`fastlora.layers.dora`) scales the output of everything before it. Dropout masks x separately for
 each adapter. Modules that are hooked or replaced are called unchanged.
 """
@@ -97,10 +97,10 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
 
 
 def _split_at_dora_adapters(layer: BaseLinearWithAdapters, names: list[str]) -> list[list[str]]:
-    """Split a list of adapter names at the DoRA adapters.
+    """Split a list of adapter names so that each DoRA adapter is in a list of its own.
 
     The result is a list of runs. A run is a list of the names of adapters that one call applies.
-    Each DoRA adapter has a run of its own. Consecutive adapters without DoRA form one run.
+    Consecutive adapters without DoRA form one run.
     """
     runs: list[list[str]] = []
     for name in names:

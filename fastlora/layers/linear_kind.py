@@ -1,6 +1,7 @@
 """The layer kind of linear-like modules, and the choice of a LoRA layer class for them.
 
-Linears that are split over processes are a separate kind (`fastlora.layers.tensor_parallel`).
+Linear layers that are split across processes are a separate kind
+(`fastlora.layers.tensor_parallel`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _check(module: nn.Module, asked: LayerAdapterSettings) -> None:
     weight = module._parameters.get("weight")
     if weight is not None and weight.is_complex():
         raise UnsupportedLayerError(
-            f"its weight is {weight.dtype}; expected a real floating-point dtype"
+            f"its weight has the dtype {weight.dtype}; complex dtypes are not supported"
         )
 
 

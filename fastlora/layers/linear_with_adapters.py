@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class BaseLinearWithAdapters(nn.Module):
-    """Base class of linear layers with named adapters.
+    """Base class for linear layers with named adapters.
 
     The class declares the attributes and methods that forward passes use.
     `fastlora.layers.base_adapter_layer` implements them. The attributes have PEFT's names. Names
-    that start with ``_local`` refer to the whole layer. For a layer that is split over processes
-    (`fastlora.layers.tensor_parallel`) they refer to this process's shard, and shapes are those of
+    that start with ``_local`` refer to the whole layer. For a layer that is split across processes
+    (`fastlora.layers.tensor_parallel`), they refer to this process's shard, and shapes are those of
     the shard.
 
     Attributes:
@@ -35,7 +35,7 @@ class BaseLinearWithAdapters(nn.Module):
         merged_adapters: List of the adapters that are merged into the base weight.
         cast_input_dtype_enabled: Whether x is cast to an adapter's dtype when the adapter's modules
             are called one by one. PEFT's `disable_input_dtype_casting` sets it.
-        is_split: Whether the layer is split over several processes.
+        is_split: Whether the layer is split across several processes.
         is_linear: Whether the layer is a linear layer. Only then may address tables and packed
             factors include its adapters.
         routing_group: The routing group of the model that the layer belongs to, or None.
@@ -96,8 +96,8 @@ class BaseLinearWithAdapters(nn.Module):
     def _local_weight_if_quantized(self) -> BaseQuantizedWeight | None:
         """Return this process's shard of the base weight if the weight is quantized.
 
-        If the layer is not split over processes, the shard is the whole weight. Returns None if the
-        base weight is not quantized.
+        If the layer is not split across processes, the shard is the whole weight. Returns None if
+        the base weight is not quantized.
         """
         return None
 
@@ -111,9 +111,9 @@ class BaseLinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share of the base layer's bias.
+        """Return this process's part of the base layer's bias.
 
-        If the layer is not split over processes, the share is the whole bias ``[N]``. Returns None
+        If the layer is not split across processes, the part is the whole bias ``[N]``. Returns None
         if the base layer has no bias.
         """
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
@@ -130,7 +130,7 @@ class BaseLinearWithAdapters(nn.Module):
     def _reduce_squares_and_replace_zeros(
         self, squared_norms: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Sum squared row norms over tensor-parallel processes, and replace zeros with infinity.
+        """Sum squared row norms across tensor-parallel processes, and replace zeros with infinity.
 
         Zeros are replaced so that DoRA does not divide by zero. Each entry of ``squared_norms``
         contains the squared norms ``[N]`` of an adapted weight over this process's columns. Each

@@ -88,7 +88,7 @@ class LoraLayer(MergeableLayer):
     # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Release and return the base layer.
+        """Release the base layer from this layer, and return it.
 
         The base layer replaces this layer when its adapters are removed.
         """
@@ -116,15 +116,15 @@ class LoraLayer(MergeableLayer):
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _resolve_init(self, init: bool | str) -> bool | str:
-        """Resolve an initialization setting to the initialization that this layer uses.
+        """Resolve an initialization setting to the initialization method that this layer uses.
 
         ``init`` is a value of ``init_lora_weights``. By default, the result is ``init`` itself. A
-        kind of layer that uses another initialization for ``init`` overrides this method.
+        layer kind that uses another initialization method for ``init`` overrides `_resolve_init`.
         """
         return init
 
     def _modules_that_may_hold_calibration_results(self) -> list[nn.Module]:
-        """Return the modules that may hold the results of a calibration.
+        """Return the modules on which calibration results may be stored.
 
         A calibration stores its result as an attribute of the calibrated module.
         """
@@ -138,7 +138,7 @@ class LoraLayer(MergeableLayer):
         return dense_weight(self.get_base_layer(), purpose).detach()
 
     def _reshape_to_magnitude(self, norms: torch.Tensor) -> torch.Tensor:
-        """Reshape norms ``[N]`` to the shape of this layer's magnitude."""
+        """Reshape a tensor of N norms to the shape of this layer's DoRA magnitude."""
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
@@ -338,7 +338,7 @@ class LoraLayer(MergeableLayer):
         """Clear all caches of this layer.
 
         The values cached for its model's adapters are invalidated too. Call this method after
-        writing through a parameter's ``.data``: no cache can detect that write.
+        writing through a parameter's ``.data``: no cache can detect such a write.
         """
         weights_versions.invalidate_all()
         clear_layer_caches(self)
@@ -353,8 +353,8 @@ class LoraLayer(MergeableLayer):
 
         Raises:
             AdapterNotFoundError: The layer has no adapter of this name.
-            AdapterStateError: The adapter is merged, or a `fastlora.adapters` block of the model is
-                open.
+            AdapterStateError: The adapter is merged, or a `fastlora.adapters` block is open for
+                the model.
         """
         if self.routing_group is not None:
             self.routing_group.check_no_open_blocks("delete_adapter")
@@ -382,7 +382,7 @@ class LoraLayer(MergeableLayer):
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's parameters on this layer.
+        """Yield an adapter's parameters in this layer.
 
         The parameters are those of the factors, the DoRA magnitude, and the lora_bias. Weights that
         are listed in ``frozen_peft_weight_names`` are left out, because they are never trained.
@@ -398,8 +398,8 @@ class LoraLayer(MergeableLayer):
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Set an adapter's scaling to ``factor`` times its initial value.
 
-        The initial value follows from the rank and lora_alpha. Open `fastlora.adapters` blocks use
-        the new scaling from their next forward pass on.
+        The initial value follows from the rank and lora_alpha. Active `fastlora.adapters` blocks
+        use the new scaling from their next forward pass onward.
         """
         self._check_has_adapter(adapter_name)
         r = self.r[adapter_name]
@@ -413,10 +413,10 @@ class LoraLayer(MergeableLayer):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of each active adapter by ``scale``, or reset it.
+        """Divide the scaling of each active adapter by ``scale``, or reset it if ``scale`` is None.
 
-        The division undoes the effect of `scale_layer` with the same ``scale``. If ``scale`` is
-        None, the scalings are reset to their initial values.
+        The division undoes the effect of `scale_layer` with the same ``scale``. A scaling is reset
+        to its initial value, which follows from the rank and lora_alpha.
         """
         for name in self._active_adapters:
             if name in self.scaling:
@@ -455,10 +455,10 @@ class LoraLayer(MergeableLayer):
         return names
 
     def widen(self, adapter_name: str) -> None:
-        """Widen the dtype of an adapter's factors to fp32.
+        """Upcast an adapter's factors to fp32.
 
-        Factors that have lower precision than fp32 are converted to fp32. Other factors remain
-        unchanged. If the adapter uses DoRA, its magnitude is recomputed.
+        Only factors with lower precision than fp32 are converted. If the adapter uses DoRA, its
+        magnitude is recomputed.
         """
         for part, factor in self._factors_by_name(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
@@ -501,7 +501,7 @@ class LoraLayer(MergeableLayer):
             )
 
     def _reference_for_new_factors(self) -> torch.Tensor | None:
-        """Return a tensor that has the device and dtype to use for new factors.
+        """Return a reference tensor with the device and dtype for new factors.
 
         Returns None if new factors should have the default device and dtype.
         """

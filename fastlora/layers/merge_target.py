@@ -55,9 +55,9 @@ class MergeTarget(Protocol):
         """
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` if the weight cannot be written.
+        """Raise `UnsupportedLayerError` if merged values cannot be written to the weight.
 
-        For example, some quantized weights cannot be written, because fastlora cannot quantize a
+        For example, fastlora cannot write to some quantized weights, because it cannot quantize a
         merged weight in the same way.
         """
 
@@ -132,9 +132,9 @@ class DenseMergeTarget:
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
-        """Check that the weight is writable.
+        """Check that merged values can be written to the weight.
 
-        A floating-point weight always is.
+        Merged values can always be written to a floating-point weight.
         """
 
     def write(self, dense: torch.Tensor) -> None:

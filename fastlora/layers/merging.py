@@ -24,7 +24,7 @@ _MERGE_ROWS = 1024
 
 
 class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
-    """Base class of layers whose adapters can be merged into the base weight and unmerged.
+    """Base class for layers that can merge adapters into the base weight and unmerge them.
 
     `LoraLayer` is derived from this class.
     """
@@ -45,7 +45,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales: dict[str, torch.Tensor] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which the adapters modify."""
+        """Return the base layer to which the adapters are applied."""
         base: nn.Module | None = self._modules.get("base_layer")
         if base is None:
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
@@ -54,7 +54,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         """Return the base weight and bias that adapters are merged into.
 
-        If the weight or the bias does not support merging, an error states the reason.
+        Raises an error that states the reason if the weight or the bias does not support merging.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
@@ -68,7 +68,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_base_layer_unmodified_since_merge(self) -> bool:
-        """Return whether the base layer has not been modified since the last merge.
+        """Return whether the base layer has remained unchanged since the last merge.
 
         The fingerprints of the base weight and the bias are compared with those from the last
         merge. If the weight and the bias are both unmodified, `unmerge` can restore the values that
@@ -147,7 +147,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
                 if not self._true_in_all_processes(_is_finite(matrix, new_bias)):
                     raise AdapterStateError(
                         "NaNs detected in the merged weights. The adapter "
-                        f"{name} seems to be broken: the result is not finite"
+                        f"{name} seems to be broken: merging it produces values that are not finite"
                     )
         return names
 
@@ -156,8 +156,8 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         """Unmerge every merged adapter.
 
         If `merge` was called with ``keep_base``, the base weight is restored exactly. If the weight
-        or bias was written to while merged (a loaded state, a trained bias), the update is
-        subtracted instead, which preserves the written values.
+        or bias was written to after the merge (for example, by loading a state dict or training the
+        bias), the update is subtracted instead, which preserves the written values.
 
         Raises:
             AdapterStateError: The update of a DoRA adapter must be subtracted, but its scale is 0
@@ -255,7 +255,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         dora_row_scale: torch.Tensor | None = None,
     ) -> None:
-        """Add an adapter's delta weight, multiplied by a sign, to a weight in place.
+        """Add an adapter's delta weight to a weight in place, or subtract it if ``sign < 0``.
 
         The weight is ``[N, K]``. The delta weight is ``scaling * B @ A``. The sum is rounded once.
         For a DoRA adapter, ``dora_row_scale [N]`` contains a factor for each row. If ``sign`` is
@@ -292,12 +292,12 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         dora_scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add the last adapter's bias change to the bias in place.
+        """Add the last adapter's bias delta to the bias in place.
 
-        The change is multiplied by ``sign`` before it is added. The list ``names_in_merge_order``
+        The delta is multiplied by ``sign`` before it is added. The list ``names_in_merge_order``
         contains the names of the adapters in the order in which they are merged. The last name is
-        that of the adapter whose change is added. ``dora_scales`` maps the name of each DoRA
-        adapter to its scale g, shape ``[N]``.
+        that of the adapter whose delta is added. ``dora_scales`` maps the name of each DoRA adapter
+        to its scale g, shape ``[N]``.
         """
         before: torch.Tensor | None = None
         change: torch.Tensor | None = None
@@ -312,10 +312,10 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's factors and its optional bias.
+        """Return an adapter's factors and its bias, if any.
 
         The result is a tuple (lora_a, lora_b, lora_bias). The shapes are ``[R, K]``, ``[N, R]``,
-        and ``[N]``. lora_bias may be None.
+        and ``[N]``. lora_bias is None if the adapter has no bias.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
@@ -333,7 +333,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
     ) -> None:
         """Copy tensors into an adapter's factors.
 
-        The tensors must have the shapes that `_factors` returns.
+        The tensors must have the shapes of those that `_factors` returns.
 
         Raises:
             AdapterStateError: If a tensor has a different shape.
@@ -373,7 +373,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         return self._reshape_to_weight(delta)
 
     def _reshape_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        """Reshape an update ``[N, K]`` to the shape of the base weight."""
+        """Reshape an update of shape ``[N, K]`` to the shape of the base weight."""
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

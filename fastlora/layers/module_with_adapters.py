@@ -16,7 +16,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class ModuleWithAdapters:
-    """Base class of modules with adapters.
+    """Base class for modules with adapters.
 
     Subclasses include LoRA layers and wrappers of whole modules. In a subclass's ``__mro__``, this
     class never comes before PEFT's abstract class.
@@ -166,7 +166,7 @@ class ModuleWithAdapters:
         return []
 
     def _check_release(self) -> None:
-        """Check that the base module can be released.
+        """Check that the base module can be released from this module.
 
         Raises an error if `release`, a method of subclasses, cannot return the module without
         adapters. The error states the reason.
@@ -202,9 +202,9 @@ class ModuleWithAdapters:
             self._merge_without_checks(names, keep_base)
 
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
-        """Merge the named adapters into the base weight without the checks of `check_merge`.
+        """Merge the named adapters into the base weight without running `check_merge` first.
 
-        The adapters must already have passed these checks. ``keep_base`` is as in `merge`.
+        The adapters must already have passed `check_merge`. ``keep_base`` is as in `merge`.
         """
 
     def unmerge(self) -> None:

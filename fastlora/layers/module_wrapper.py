@@ -17,7 +17,7 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that add adapters to a module.
+    """Base class for wrappers that add adapters to a module.
 
     A wrapper takes the place of the original module in the model. The wrapper keeps the original
     module and the copies of the module or of its rows that the adapters train without LoRA. A
@@ -77,9 +77,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     def _check_rows_and_pause_tracking(
         self, routing: Routing, x: torch.Tensor
     ) -> AbstractContextManager[None]:
-        """Check the rows of x, and return a context manager that pauses row tracking.
+        """Check that x has all rows, and return a context manager that pauses row tracking.
 
-        x must have all rows of the batch, in order.
+        The rows must be in the order of the batch.
         """
         compiling = execution_mode_of(x, "eager").compiling
         routing.check_gets_all_rows(self, x, compiling)
@@ -90,7 +90,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Release and return the wrapped module.
+        """Release the wrapped module from this wrapper, and return it.
 
         The returned module replaces this wrapper when the wrapper and its adapters are removed. By
         default, the base layer is returned, which is the original module. A subclass may return an
@@ -146,8 +146,8 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         active.
 
         Raises:
-            AdapterNotFoundError: The adapter has no version of the module.
-            AdapterStateError: A `fastlora.adapters` block of the model is open.
+            AdapterNotFoundError: The adapter has no copy of the module or of its rows.
+            AdapterStateError: A `fastlora.adapters` block is open for the model.
         """
         if self.routing_group is not None:
             self.routing_group.check_no_open_blocks("delete_adapter")

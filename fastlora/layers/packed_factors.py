@@ -61,7 +61,7 @@ def output_from_packed_factors(
     """Compute a layer's output with packed factors.
 
     The shape of the output is ``[..., N]``. A decode step spends most of its time in this function,
-    so the overhead of Python matters.
+    so Python overhead matters.
     """
     x, adapter = call.x, rows.segment_index
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -114,7 +114,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _PackedFactor
 def _factors_to_pack(
     layer: BaseLinearWithAdapters, call: MixedCall, rows: Rows
 ) -> list[Factors | None] | None:
-    """Return the factors of a layer's adapters that are to be packed for a mixed batch.
+    """Return the adapter factors that a layer must pack for a mixed batch.
 
     The result is a list with one entry for each slot that the batch uses. The entry is None for an
     adapter that does not adapt the layer. Returns None instead of a list if the factors cannot be

@@ -1,9 +1,9 @@
-"""Quantized base layers on kernels, which read the quantized weight instead of calling the module.
+"""Quantized base layers whose weights kernels read directly, without calling the module.
 
 If kernels run and the module computes only a matrix product with a bias, the layer's `Base` is like
-that of a plain linear, with a `QuantizedTensor` as its weight. The forward pass, shared inputs,
-mixed batches, and DoRA then work as for a plain linear. Otherwise the module is called unchanged,
-and the fusion report gives the reason.
+that of a plain linear layer, with a `QuantizedTensor` as its weight. The forward pass, shared
+inputs, mixed batches, and DoRA then work as for a plain linear layer. Otherwise, the module is
+called unchanged, and the fusion report gives the reason.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for kernels, or the reason why kernels cannot be used.
+        """Return a module's weight as a `KernelWeight`, or the reason why kernels cannot be used.
 
         The weight is in the format that the kernels expect for x in ``dtype``. If ``dtype`` is
         None, the dtype that the module computes in is used. If the kernels cannot be used, the
@@ -117,7 +117,7 @@ class KernelWeightCache(UncopiedCache):
         """Create a `Base` from a kernel weight.
 
         The `Base` also contains the module's bias, and is used instead of calling the module. A
-        weight that a CUDA graph reads is kept until `fastlora.clear_caches`.
+        weight that a CUDA graph reads is kept until `fastlora.clear_caches` is called.
         """
         weight, kind = kernel_weight
         if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):
@@ -272,7 +272,7 @@ def to_base_output_dtype(
 ) -> torch.Tensor:
     """Convert ``y`` to the base layer's output dtype.
 
-    It is the dtype of x.
+    The output dtype is the dtype of x.
     """
     dtype = call.original_x.dtype
     if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
@@ -300,7 +300,7 @@ def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: boo
 def _arguments_for_weight_stamp(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments to pass to `stamp_tensors` to stamp a module's weight.
+    """Return the arguments with which `stamp_tensors` can stamp a module's weight.
 
     Returns None if the module's weight is no longer the object that ``kind`` refers to.
     """

@@ -1,4 +1,4 @@
-"""`Scalings`, a layer's dict of adapters' scalings, which compiled graphs take as inputs.
+"""`Scalings`: a layer's dict of adapter scalings, which compiled graphs take as inputs.
 
 For users, it maps an adapter name to a number, as in PEFT. A tensor with the same value is stored
 with each number, and compiled graphs read the tensor. Another value or another adapter therefore
@@ -18,11 +18,10 @@ Scaling = float | torch.Tensor
 
 
 class Scalings(dict[str, Scaling]):
-    """Dict of the scalings of a layer's adapters.
+    """Dict that maps the names of a layer's adapters to their scalings.
 
-    Each adapter name is mapped to the adapter's scaling. A scaling is a number, or a tensor for
-    PEFT's compiled hot swap. Changing an adapter's scaling invalidates the values that were cached
-    with the old scaling, such as packed factors.
+    A scaling is a number, or a tensor for PEFT's compiled hot swap. Changing an adapter's scaling
+    invalidates the values that were cached with the old scaling, such as packed factors.
 
     Attributes:
         tensors: Maps an adapter name to a tensor with the same value. A new value creates a new
@@ -79,12 +78,12 @@ class Scalings(dict[str, Scaling]):
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """Set an adapter's scaling if the scaling is missing.
+        """Set an adapter's scaling if it has not been set yet.
 
         The method works like `dict.setdefault`, and returns the adapter's scaling.
 
         Raises:
-            TypeError: The scaling is missing, and ``value`` is None.
+            TypeError: The scaling has not been set, and ``value`` is None.
         """
         if name not in self:
             if value is None:

@@ -1,7 +1,7 @@
 """Shared-input groups: layers that receive the same tensor, such as q/k/v and gate/up.
 
 Groups are identified by observation, because module names are not reliable. A layer that receives
-the very tensor object that the layers before it received belongs to their group. A group stores the
+the same tensor object as the layers called before it belongs to their group. A group stores the
 results that one of its layers computes for the others. A result belongs to the tensor that it was
 computed from and to the thread that computed it. `fastlora.layers.group_forward` computes and takes
 results.
@@ -57,9 +57,10 @@ class GroupCallResults:
     unfinished: dict[tuple[int, int, int], SharedResultCache] | None
 
     def is_valid_for(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
-        """Return whether the results are valid for x in ``context``.
+        """Return whether the results are valid for the input ``x`` and the given ``context``.
 
-        They are valid if they were computed from the current values of x in the same context.
+        The results are valid if they were computed from the current values of ``x`` with the same
+        context.
         """
         version = 0 if x.is_inference() else x._version
         known = self.context
@@ -187,8 +188,8 @@ class SharedResultCache(UncopiedCache):
 class SharedInputGroup(SharedResultCache):
     """Group of layers that receive the same input tensor.
 
-    They are in the order of their calls. A copied or unpickled layer has a group without members
-    until a forward pass identifies its group.
+    The layers are in the order of their calls. A copied or unpickled layer has a group without
+    members until a forward pass identifies its group.
 
     Attributes:
         members: The layers. Results are stored by their ``id``.
@@ -260,7 +261,7 @@ class _SharedInputCallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_call(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Record a layer's call with input x.
+        """Record that a layer is called with the input x.
 
         The layer is appended to the sequence. `form_group` later forms a shared-input group from
         the layers of the sequence. The method also records whether x has been written to since the
@@ -297,9 +298,9 @@ _sequences_lock = threading.Lock()
 
 
 def known_group(layer: nn.Module) -> SharedInputGroup | None:
-    """Return a layer's shared-input group if it is known.
+    """Return a layer's shared-input group, or None if the group is not known yet.
 
-    Returns None if the group has not been identified yet.
+    The group becomes known when a forward pass identifies it.
     """
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input_group")
     if known is not None:
@@ -310,9 +311,9 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
 
 
 def observe_call(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
-    """Record a layer's call with x, and return the layer's shared-input group.
+    """Record that a layer is called with x, and return the layer's shared-input group.
 
-    Returns None if the group is not identified yet.
+    Returns None if the group has not been identified yet.
     """
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input_group")
     if known is not None:  # This is `known_group` without a Python call.

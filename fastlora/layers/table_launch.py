@@ -1,4 +1,4 @@
-"""`TableLaunchArguments`, the arguments of kernels that read a layer's factors from the tables.
+"""`TableLaunchArguments`: arguments for kernels that read factors through address tables.
 
 The arguments include the layer's row in the address tables, and the layer's neighbors. The
 neighbors are layers of the same shared-input group with adjacent rows. A layer and its neighbors
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class TableLaunchArguments(NamedTuple):
-    """Arguments for kernel launches that read a layer's factors from address tables.
+    """Launch arguments for kernels that read a layer's factors through address tables.
 
     All forward passes with the same rows reuse the arguments.
 
@@ -39,7 +39,7 @@ class TableLaunchArguments(NamedTuple):
         tables: The tables in the form in which operators receive them.
         row: The layer's row in the tables.
         group: The layer's shared-input group if the layer has neighbors in the tables, or None.
-        first: The lowest row among the layer and its neighbors.
+        first: The lowest table row of the layer and its neighbors.
         members: The layer and its neighbors, in the order of the tables.
     """
 

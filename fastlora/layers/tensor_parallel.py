@@ -5,20 +5,20 @@ Shapes on one of T processes, after ``parallelize_module`` has split the base la
 - column-parallel: ``x [..., K]`` unsharded, ``weight [N/T, K]``, ``lora_A [R, K]`` unsharded,
   ``lora_B [N/T, R]``, ``y [..., N/T]``;
 - row-parallel: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]``
-  unsharded, ``y [..., N]``, to be summed over the processes.
+  unsharded, ``y [..., N]``, to be summed across the processes.
 
-In both cases, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on its
-shards. It is added to this process's share of y. Products are linear, so the partial sums of s are
+In both cases, this process's part of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on its
+shards. It is added to this process's part of y. Products are linear, so the partial sums of s are
 summed together with those of y: the forward pass communicates nothing beyond what the base layer
 does. In the backward pass, dx joins the base layer's reduction, and only the gradient of the
-unsharded factor is summed over the processes.
+unsharded factor is summed across the processes.
 
 DoRA scales each output by ``g = magnitude / ||weight + scaling * lora_b @ lora_a||``, N numbers:
 
 - column-parallel, each process stores whole rows of the weight. ``magnitude [N/T]`` is split in the
   same way, and nothing is communicated;
 - row-parallel, each process stores a part of each row. ``magnitude [N]`` is unsharded, and the
-  squared norms ``[N]`` are summed over the processes in every forward pass. Outputs are summed
+  squared norms ``[N]`` are summed across the processes in every forward pass. Outputs are summed
   after the scale: g times a sum is the sum of g times each summand, so each process scales its own.
 
 Only each process's own part of the norms is cached between forward passes. Whether a forward pass
@@ -137,7 +137,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Release and return the base layer.
+        """Release the base layer from this layer, and return it.
 
         This layer's hook is removed from the base layer. Without the hook, the base layer no longer
         adds the LoRA update.
@@ -164,7 +164,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
                 split = distribute_tensor(parameter.detach(), mesh, [placement])
                 holder.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
         if self._handle is None:
-            # Prepend the hook to that of parallelize_module, so that it sees this process's share.
+            # Prepend the hook to that of parallelize_module, so that it sees this process's part.
             self._handle = self.base_layer.register_forward_hook(
                 self._local_update_forward_hook, prepend=True
             )
@@ -213,14 +213,14 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
         # In inference mode a DTensor's sums would be sent before the hook sees this process's
-        # share.
+        # part.
         with torch.inference_mode(False), torch.no_grad():
             return self.base_layer(x, *args, **kwargs)
 
     def _local_update_forward_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Forward hook that adds this process's share of the LoRA update to its share of y.
+        """Forward hook that adds this process's part of the LoRA update to its local part of y.
 
         The hook runs before the collectives on y. It returns None, which leaves the output
         unchanged, if no adapter applies.
@@ -284,7 +284,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
                 )
         lora_bias = None if up.bias is None else to_local_summing_replicated_grads(up.bias)
         if lora_bias is not None and self.style == ROW_PARALLEL:
-            # All shares of y are summed, so only the first process adds the bias.
+            # All parts of y are summed, so only the first process adds the bias.
             lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
             to_local_summing_replicated_grads(self.lora_A[name].weight),
@@ -301,12 +301,12 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_base_bias(self) -> torch.Tensor | None:
-        """Return this process's share of the base layer's bias.
+        """Return this process's part of the base layer's bias.
 
-        In a column-parallel layer, the share is this process's shard of the bias. In a row-parallel
-        layer, all processes get equal shares: the bias divided by the number of processes. DoRA
-        subtracts these shares before it scales y and adds them afterwards, so that they sum to the
-        bias in whichever process torch has added it. All shares may be trained. Returns None if the
+        In a column-parallel layer, the part is this process's shard of the bias. In a row-parallel
+        layer, all processes get equal parts: the bias divided by the number of processes. DoRA
+        subtracts these parts before it scales y and adds them afterward, so that they sum to the
+        bias in whichever process torch has added it. All parts may be trained. Returns None if the
         base layer has no bias.
         """
         bias = super()._local_base_bias()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _TransposedEmbeddingFactor(nn.Module):
-    """Transposed LoRA factor of an embedding, for the head that is tied to the embedding.
+    """Transposed LoRA factor of an embedding, used as a factor of the tied output head.
 
     The factor is a module without parameters of its own. The module's ``weight`` is a transposed
     view of the embedding's factor.
@@ -38,7 +38,7 @@ class _TransposedEmbeddingFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of the tied head's LoRA factor.
+        """The weight of the tied head's lora_A or lora_B factor.
 
         The weight is a transposed view of the LoRA factor of the embedding to which the head is
         tied. The weight is not the embedding matrix.

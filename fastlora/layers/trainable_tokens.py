@@ -73,7 +73,8 @@ class TrainableTokensLayer(nn.Module):
         active_adapters: Names of the active adapters, as in the wrapper.
         together: All `TrainableTokensLayer` objects that share these rows.
         before: Maps a merged adapter to the weight rows' values before its merge, ``[n, D]``.
-        tables: Indices of an adapter, or of several adapters with their places, by device.
+        tables: Cached lookup keys of trainable tokens and the row index of each key. The entries
+            are keyed by adapter names, the number of weight rows, and the device.
     """
 
     owned: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
@@ -124,7 +125,7 @@ class TrainableTokensLayer(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """Module wrapper that lets adapters train the weight rows of selected tokens.
+    """Module wrapper that gives each adapter trainable weight rows for selected tokens.
 
     The wrapped module is an embedding or a tied head.
 
@@ -366,10 +367,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Replace the columns of an adapter's trainable tokens in y, and return the result.
+        """Replace the columns of y that belong to an adapter's trainable tokens.
 
-        y ``[..., V]`` is the output of the base layer, such as a head's logits. The new columns are
-        computed from x ``[..., D]`` and the adapter's trained rows.
+        Returns the result as a new tensor. y ``[..., V]`` is the output of the base layer, such as
+        a head's logits, and has one column per token. The new columns are computed from x
+        ``[..., D]`` and the adapter's trained rows.
         """
         base: Any = self.get_base_layer()
         index, places = self._token_lookup_keys_and_row_indices([name], x.device)
@@ -419,10 +421,11 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
-        """Merge the trained rows of the named adapters without the checks of `check_merge`.
+        """Merge the trained rows of the named adapters without running `check_merge` first.
 
-        The trained rows replace rows of the base weight. The adapters must already have passed the
-        checks. The replaced rows are always kept for `unmerge`, so ``keep_base`` has no effect.
+        The trained rows replace rows of the base weight. The adapters must already have passed
+        `check_merge`. The replaced rows are always kept for `unmerge`, so ``keep_base`` has no
+        effect.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

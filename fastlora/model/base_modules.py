@@ -187,7 +187,7 @@ def copy_sharing_parameters(module: nn.Module, model: nn.Module) -> nn.Module:
 def peft_function_or_raise(
     model: nn.Module, python_module: str, function_name: str, no_peft_layers_error: Exception
 ) -> Any:
-    """Return a PEFT function, or raise an error if the model has no PEFT adapter layers.
+    """Return the named PEFT function, or raise an error if the model has no PEFT adapter layers.
 
     Args:
         model: The model.

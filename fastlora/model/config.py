@@ -279,7 +279,7 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Raise an error if the config's adapter cannot be used as plain LoRA.
+        """Raise an error if the config describes an adapter that cannot be treated as plain LoRA.
 
         Plain LoRA does not change the base weights. Some initialization methods change the base
         weights, and the adapter is then trained on the changed weights. If this change to the base

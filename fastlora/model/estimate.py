@@ -121,7 +121,7 @@ def estimate(
         ValueError: If ``optimizer_states`` is negative.
     """
     if optimizer_states < 0:
-        raise ValueError(f"optimizer_states is {optimizer_states}, expected at least 0")
+        raise ValueError(f"optimizer_states must be at least 0, got {optimizer_states}")
     base = getattr(getattr(model, "base_model", None), "model", None)
     if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
         model = base  # a LoraModel; the names of targets are relative to its base model
@@ -155,8 +155,8 @@ def unique_base_parameters(model: nn.Module) -> list[nn.Parameter]:
 def unpacked_numel(parameter: torch.Tensor) -> int:
     """Return the number of elements in a parameter, counting packed values individually.
 
-    It differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, in which two values are
-    packed into a byte.
+    The result differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, in which two
+    values are packed into a byte.
     """
     state = getattr(parameter, "quant_state", None)
     shape = getattr(state, "shape", None)

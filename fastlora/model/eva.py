@@ -208,7 +208,7 @@ def _prepare_fn_by_layer(
     lost = sorted(set(prepare) - set(layers))
     if lost:
         raise ConfigError(
-            f"prepare_layer_inputs_fn has keys that do not name layers to initialize: {lost}"
+            f"prepare_layer_inputs_fn has keys that match no layer to initialize: {lost}"
         )
     return {name: prepare.get(name, flatten_first_input) for name in layers}
 

@@ -1,7 +1,8 @@
 """Files of adapters on experts: convert those of transformers 4, and write configs for PEFT.
 
 In transformers 5, the experts of a layer are stacked parameters. A file of transformers 4 has LoRA
-factors for each expert. They are joined to the factors of the stacks, in PEFT's layout.
+factors for each expert. The conversion joins these factors into factors of the stacked parameters,
+in PEFT's layout.
 
 The conversion follows PEFT 0.21.2, ``utils/transformers_weight_conversion.py``.
 """
@@ -223,7 +224,7 @@ def join_expert_factors(
 def _with_renamed_expert_blocks(
     file: AdapterContents, current_blocks: Iterable[str], modules: Collection[str]
 ) -> AdapterContents:
-    """Return an adapter in which former names of expert blocks are replaced with current names.
+    """Return an adapter with the former names of expert blocks replaced by the current names.
 
     An expert block is a module that contains the experts of a layer. For example,
     ``block_sparse_moe`` is the former name of such a block.
@@ -324,7 +325,7 @@ def _layers_grouped_by_former_name(
     former: Mapping[str, str],
     found: Mapping[str, Mapping[int, str]],
 ) -> list[list[str]]:
-    """Return the layers of a stack of experts in an adapter file, grouped by former name.
+    """Return an adapter file's layers for a stack of experts, grouped by transformers 4 name.
 
     In the file, the layers of each expert have the former names of the stacked parameter, such as
     ``gate_proj``. The result contains one list for each of these names, in the order of
@@ -346,10 +347,10 @@ def _layers_grouped_by_former_name(
         missing = sorted(set(range(count)).symmetric_difference(experts))
         if missing:
             raise CheckpointError(
-                f"{file.path}: the module {stack.module_name!r} has {count} experts, but the "
-                f"factors for {old} in the file cover a different set of experts (first "
-                f"difference: expert {missing[0]}). {stack.name!r} requires factors for {names} "
-                f"on every expert; the file has factors for {sorted(found)}"
+                f"{file.path}: module {stack.module_name!r} has {count} experts, but the file's "
+                f"factors for {old} cover a different set of experts (first difference: expert "
+                f"{missing[0]}). {stack.name!r} requires factors for {names} in every expert, but "
+                f"the file has factors for {sorted(found)}"
             )
         layers.append([experts[index] for index in range(count)])
         ranks = {file.config.rank_for(layer) for layer in layers[-1]}

@@ -92,9 +92,9 @@ def add_adapter(
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def get_or_replace_module(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
-        """Return the module called ``name``, after replacing it if it is not of type ``kind``.
+        """Ensure that the module called ``name`` is of type ``kind``, and return that module.
 
-        The new module is ``make(module)``.
+        A module of another type is replaced with ``make(module)``, which is then returned.
         """
         module = model.get_submodule(name)
         if isinstance(module, kind):

@@ -49,9 +49,10 @@ def replace_lora_weights_loftq(
 
     Args:
         peft_model: A model with the adapter.
-        model_path: The unquantized model: a ``model.safetensors`` file, or a folder with this file,
-            which may be sharded. With None, it is the folder that the model was loaded from, or the
-            model's folder in the local cache of the Hugging Face Hub.
+        model_path: The unquantized model: a ``model.safetensors`` file, or a folder that contains
+            this file or a sharded checkpoint with a ``model.safetensors.index.json`` file. With
+            None, it is the folder that the model was loaded from, or the model's folder in the
+            local cache of the Hugging Face Hub.
         adapter_name: The adapter to change.
         callback: A function that is called with the model and the layer's name after each layer. If
             it returns False, the change to the layer is undone. For example, it may compare the
@@ -116,7 +117,7 @@ def _open_unquantized_weights(
     path: str | Path | None,
     layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Open the files that contain the unquantized weights of layers.
+    """Open the files that contain the layers' unquantized weights.
 
     The result is a dict that maps layer names to weights. Each weight is a slice of an open
     safetensors file, of shape ``[N, K]``. Its data is read only when the slice is indexed.
@@ -145,7 +146,7 @@ def _open_unquantized_weights(
     else:
         raise CheckpointError(
             f"Could not find the weights file {place}; make sure that the model has a safetensors "
-            "file, which may be sharded."
+            "checkpoint, sharded or unsharded."
         )
     holders: dict[str, Any] = {}
     for file in files:

@@ -20,7 +20,7 @@ _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """A mixin class with methods of PEFT's config classes.
+    """A mixin class that provides methods of PEFT's config classes.
 
     `LoraConfig` inherits these methods, so that it is compatible with PEFT.
 

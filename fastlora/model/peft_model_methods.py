@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PeftModelMethods:
-    """Mixin class that provides methods of ``peft.PeftModel`` for `LoraModel`.
+    """Mixin class that adds ``peft.PeftModel`` methods to `LoraModel`.
 
     Most of these methods use only the tuner and the configs. The class also provides attributes of
     ``peft.PeftModel``.
@@ -43,7 +43,8 @@ class PeftModelMethods:
     def active_adapter(self) -> str:
         """The name of the active adapter.
 
-        If several adapters are active, it is the first. If there is none, it is an empty string.
+        If several adapters are active, the value is the name of the first. If none is active, the
+        value is an empty string.
         """
         return next(iter(self.active_adapters), "")
 

@@ -33,10 +33,9 @@ def measure_peak_of_created_tensors(step: Callable[[], object]) -> int:
 
 
 class _NewStoragePeakTracker(TorchDispatchMode):
-    """Tracker for the peak memory of new tensor storages.
+    """Dispatch mode that tracks the peak memory of tensor storages created while it is active.
 
-    The tracker is a dispatch mode, and counts only storages that are created while the mode is
-    active. A storage is counted until it is freed.
+    Each storage is counted until it is freed. Storages that already existed are not counted.
 
     Attributes:
         peak: The largest total size so far, in bytes.

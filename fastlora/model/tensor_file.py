@@ -132,7 +132,7 @@ class SafetensorsFile:
                 raise CheckpointError(f"the header is not valid JSON ({error})") from error
             if not isinstance(entries, dict):
                 raise CheckpointError(
-                    f"the header is a {type(entries).__name__}, expected a JSON object"
+                    f"the header is a {type(entries).__name__}; expected a JSON object"
                 )
             entries.pop(_METADATA, None)
             found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
@@ -263,16 +263,16 @@ def _read_header_and_data_start(
     """
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise CheckpointError(f"truncated: found {size} bytes, expected at least 8")
+        raise CheckpointError(f"truncated: found {size} bytes; expected at least 8")
     length = int.from_bytes(file.read(8), "little")
     if length > max_bytes:
         raise CheckpointError(
-            f"the header length is given as {length} bytes, expected at most {max_bytes}; "
-            "this is not an adapter's safetensors file"
+            f"the file declares a header of {length} bytes; expected at most {max_bytes}. The file "
+            "is not a valid safetensors file of an adapter"
         )
     if length > size - 8:
         raise CheckpointError(
-            f"truncated: the header length is given as {length} bytes, but only {size - 8} follow"
+            f"truncated: the file declares a header of {length} bytes, but only {size - 8} follow"
         )
     try:
         return file.read(length).decode("utf-8"), 8 + length
@@ -284,34 +284,36 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
-        raise ValueError(f"duplicate name {counts.most_common(1)[0][0]!r}")
+        raise ValueError(
+            f"the key {counts.most_common(1)[0][0]!r} appears more than once in a JSON object"
+        )
     return entries
 
 
 def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
     if len(name) > MAX_NAME_LENGTH:
         raise CheckpointError(
-            f"a tensor's name has {len(name)} characters, expected at most {MAX_NAME_LENGTH}"
+            f"a tensor's name has {len(name)} characters; expected at most {MAX_NAME_LENGTH}"
         )
     if not isinstance(entry, dict):
         raise CheckpointError(
-            f"tensor {name!r} has the header entry {entry!r}, expected a JSON object"
+            f"tensor {name!r} has the header entry {entry!r}; expected a JSON object"
         )
     dtype = _DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise CheckpointError(
-            f"tensor {name!r} has dtype {entry.get('dtype')!r}, "
+            f"tensor {name!r} has dtype {entry.get('dtype')!r}; "
             f"expected one of {', '.join(_DTYPES)}"
         )
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not _is_sizes(shape) or len(shape) > 16:
         raise CheckpointError(
-            f"tensor {name!r} has shape {shape!r}, expected a list of at most 16 sizes"
+            f"tensor {name!r} has shape {shape!r}; expected a list of at most 16 sizes"
         )
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"tensor {name!r} has data_offsets {offsets!r}, expected [start, end]"
+            f"tensor {name!r} has data_offsets {offsets!r}; expected [start, end]"
         )
     count = math.prod(shape)
     if count == 0:

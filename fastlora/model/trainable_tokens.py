@@ -134,8 +134,9 @@ def check_modules_trained_once(
             if copied:
                 how = "marked to be trained fully (modules_to_save)"
             raise UnsupportedLayerError(  # the second sentence begins as in PEFT
-                f"trainable_token_indices selects rows of {name!r} for training. The embedding "
-                f"layer is already {how}; use only one of these two fields for the layer"
+                f"trainable_token_indices selects rows of {name!r} for training, but a layer can "
+                f"be trained in only one way. The embedding layer is already {how}; remove it from "
+                "one of the two fields"
             )
 
 

@@ -41,14 +41,14 @@ _MAX_PROCESSES = 16
 
 @dataclass(frozen=True)
 class WarmUpReport:
-    """Report on the warm-up of a model's kernels.
+    """A report on the warm-up of a model's kernels.
 
-    `warm_up` returns this report.
+    The report is the result of `warm_up`.
 
     Attributes:
         kernels: Number of kernels that the model launches.
         cached: Number of kernels that Triton's cache already had.
-        failed: Error message of each kernel that could not be compiled, by the kernel's name.
+        failed: Name and error message of each kernel that could not be compiled.
         seconds: Duration of the warm-up, in seconds.
         reason: Reason why nothing was done, or an empty string.
     """
@@ -333,9 +333,9 @@ def _groups_after_forward_passes(
 
 
 def _default_token_ids(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the token ids with which `warm_up` runs a model by default.
+    """Return the token ids that `warm_up` passes to a model by default.
 
-    The result is a dict with the keyword argument ``input_ids``, which transformers models take.
+    The result is a dict with the keyword argument ``input_ids``, which transformers models accept.
 
     Raises:
         ConfigError: The model does not take token ids.
@@ -445,7 +445,7 @@ def _run_and_list_kernel_keys(
 
 @contextlib.contextmanager
 def _sort_with_pytorch_instead_of_kernel() -> Iterator[None]:
-    """Context manager that sorts the rows of mixed batches with PyTorch instead of a kernel.
+    """Context manager under which PyTorch, not a Triton kernel, sorts the rows of mixed batches.
 
     In the ``with`` block, kernels are only recorded. PyTorch may use the result of the sort as
     indices, so the result must not be the uninitialized output of a kernel that is only recorded.

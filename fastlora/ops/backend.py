@@ -23,7 +23,7 @@ _Gradient = torch.Tensor | None
 
 
 def draw_dropout_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a random seed for dropout, on the device where ``impl`` reads the seed.
+    """Draw a random dropout seed on the device from which ``impl`` reads it.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. If ``impl`` is
     ``"triton"``, the tensor is on x's device, so that the host does not wait for the seed.

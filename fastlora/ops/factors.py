@@ -1,6 +1,6 @@
 """Named tuples that describe a base layer, an adapter on it, and all its adapters.
 
-Functions, backends, and operators receive them as arguments.
+Backends, and the functions that call backends, receive these tuples as arguments.
 
 Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]``.
 """
@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The weight and bias of a base layer, in the form that functions and backends accept.
+    """The weight and bias of a base layer, in the form that backends accept.
 
     If the output of the base layer has already been computed, the tuple contains this output
     instead. The bias is optional.
@@ -145,10 +145,11 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors from which an operator reads the factors by address.
+        """Return the tables as a list of tensors to pass to an operator.
 
-        The list is the operator's ``tables`` argument. It does not contain the factors themselves,
-        but the tables of their addresses, of the ranks, and of the scalings.
+        The list is the operator's ``tables`` argument. It contains the tables of the factors'
+        addresses, of the ranks, and of the scalings. The operator reads the factors at these
+        addresses.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:

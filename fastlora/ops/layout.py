@@ -92,7 +92,7 @@ def grad_b_buffer_layout(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Split packed gradients into the gradients of each lora_b and of its lora_bias.
+    """Split packed gradients into the lora_b gradient and the lora_bias gradient of each slot.
 
     The result has one pair (lora_b gradient, lora_bias gradient) for each item of ``lora_b``, which
     has one item per slot. The gradients are views of the buffer ``packed``. The second item of a

@@ -30,7 +30,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend(Backend):
-    """Backend that runs the LoRA operators, with Triton or in plain PyTorch.
+    """Backend that runs the LoRA operators with either Triton kernels or plain PyTorch.
 
     The backend calls the registered operators if the calls are observed, for example by a tracer or
     by autograd. Otherwise, the backend calls the operators' implementations directly where this is
@@ -318,7 +318,7 @@ def launch_mixed_group_without_operator(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Launch the kernels for a group of layers and a mixed batch without calling an operator.
+    """Launch a layer group's kernels for a mixed batch directly, not through a custom operator.
 
     The layers are linear layers with adapters. They share the input x, and have adjacent rows in
     the address tables, starting at ``first``. The result is a list of the outputs of the layers.

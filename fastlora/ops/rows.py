@@ -88,11 +88,11 @@ class Rows:
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def piece_starts(self, block_m: int) -> torch.Tensor:
-        """Return the start position of each piece of the sorted rows.
+        """Return the start of each piece, a range of sorted rows in one segment and one tile.
 
-        Kernels work on tiles of ``block_m`` sorted rows. A piece is a range of sorted positions
-        within one segment and within one tile, so its rows have the same adapter, or none. The
-        result is int32 ``[pieces + 1]``. Unused entries are M.
+        Kernels work on tiles of ``block_m`` sorted rows. The rows of a segment, and thus of a
+        piece, have the same adapter, or none. The starts are positions in sorted order. The result
+        is int32 ``[pieces + 1]``. Unused entries are M.
 
         The first call caches the result. In a graph nothing is cached, because compilers merge
         equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
@@ -214,12 +214,13 @@ class Rows:
         return of_segment[self.segment_index]
 
     def first_rows(self, m: int) -> Rows:
-        """Return the `Rows` of the first ``m`` rows.
+        """Return a `Rows` object for the first ``m`` rows.
 
-        The result consists of views of the tensors of this object. All later rows must have no
-        adapter, as the rows have that pad a batch to the size of a captured graph. One sort of the
-        largest batch thus serves graphs of all sizes. The result has the pieces that this object
-        has cached. A piece that reaches beyond ``m`` has no adapter, and kernels skip it.
+        The tensors of the result are views of the tensors of this object. None of the later rows
+        may have an adapter. For example, they may be the rows that pad a batch to the size of a
+        captured graph. One sort of the largest batch thus serves graphs of all sizes. The result
+        has the pieces that this object has cached. A piece that reaches beyond ``m`` has no
+        adapter, and kernels skip it.
         """
         pieces = {
             block_m: starts[: piece_starts_length(m, self.slots, block_m)]
@@ -255,7 +256,7 @@ class Rows:
         return int(self.slot_start[-1]) < self.m
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor with its rows in sorted order.
+        """Return the given tensor with its rows sorted by adapter slot.
 
         The tensor has the shape ``[M, ...]``. If the rows are already sorted, the result is the
         tensor itself.
@@ -334,8 +335,8 @@ def _sort_rows_by_slot(
         raise TypeError(f"ids has dtype {ids.dtype}, expected an integer dtype")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, expected [B], where B divides the number of rows, "
-            f"{m}"
+            f"ids has shape {tuple(ids.shape)}; expected [B], where B divides the number of rows "
+            f"({m})"
         )
     ids = ids.to(device=device, non_blocking=True)
     if auto_selects_kernels(device):
@@ -397,7 +398,7 @@ def _allocate_sort_results(
 
 @register_implementation("rows_pieces")
 def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the start position of each piece of the sorted rows.
+    """Return the start of each piece, a range of sorted rows in one segment and one tile.
 
     See `Rows.piece_starts`.
     """

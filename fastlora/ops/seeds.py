@@ -19,10 +19,10 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:
-    """Draw the dropout seeds of adapters.
+    """Draw a random dropout seed for each adapter whose seed is not given.
 
-    Seeds that are given are not drawn. The result contains one seed per adapter, given or drawn,
-    int64 ``[S]`` on the CPU.
+    The result contains one seed per adapter, given or drawn. It is an int64 tensor ``[S]`` on the
+    CPU.
 
     Args:
         names: Names of the batch's adapters.
@@ -61,7 +61,7 @@ def dropout_seeds_of_layers(adapter_seeds: torch.Tensor, layers: Sequence[int]) 
 
 
 def derive_seeds_of_layer(adapter_seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Derive the dropout seeds of one layer from the seeds of adapters.
+    """Derive a layer's dropout seeds from the adapters' seeds.
 
     For S adapters, the result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
     """

@@ -114,7 +114,7 @@ class BatchRows:
         return found
 
     def operator_arguments(self, m: int) -> list[torch.Tensor]:
-        """Return the tensors that an operator takes for the first m rows.
+        """Return the list of tensors to pass to an operator for the first m rows.
 
         The tensors describe the rows and their slots. The returned list is the operator's ``rows``
         argument.

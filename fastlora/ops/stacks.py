@@ -66,7 +66,7 @@ class StackedWeightAdapterOperands(NamedTuple):
 def rank_row_views(
     lora_a: torch.Tensor, lora_b: torch.Tensor, num_matrices: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return views of stacked LoRA factors, in which each matrix has one row per rank index.
+    """Return stacked LoRA factors as views in which every factor matrix has one row per rank index.
 
     lora_a and lora_b have the shapes in which adapter files store them. The views have the shapes
     ``[E, R, K]`` for lora_a and ``[E, R, N]`` for lora_b. The rows of the views are called rank
@@ -85,7 +85,7 @@ def rank_row_views(
 
 
 def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Transpose the lora_b of a stack so that each matrix has one row for each rank index.
+    """Transpose the stacked lora_b matrices so that each one has one row per rank index.
 
     lora_b has the shape ``[N, R * E]``, and the result has the shape ``[E, R, N]``. Each row of the
     result is a column of lora_b, and is contiguous. The result is a copy unless lora_b is stored in
@@ -97,9 +97,9 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
 
 
 def dropout_seeds_of_keys(adapter_seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Return the dropout seed of each key, derived from the adapters' seeds.
+    """Derive a dropout seed for each matrix and adapter of a stack from the adapters' seeds.
 
-    A key stands for one matrix of the stack and one adapter. For E matrices and S adapters, the
-    result is an int64 tensor ``[E * S]``.
+    Each pair of a matrix and an adapter has a key. For E matrices and S adapters, the result is an
+    int64 tensor ``[E * S]`` with the seeds in the order of the keys.
     """
     return dropout_seeds_of_layers(adapter_seeds, range(num_matrices)).reshape(-1)

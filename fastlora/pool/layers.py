@@ -91,8 +91,9 @@ class InstalledPoolLoraLayers:
             if target.kind.name != LINEAR and not target.kind.adapts_parameters:
                 raise UnsupportedLayerError(
                     f"target module {name!r} is a {type(target.base).__name__}, but an adapter "
-                    "pool only supports linear layers and parameters; exclude this module, or load "
-                    "the adapters into a LoraModel and route them with fastlora.adapters"
+                    "pool supports only linear layers and parameters; exclude this module, or load "
+                    "the adapters into a LoraModel and select an adapter for each sample with "
+                    "fastlora.adapters"
                 )
         self.group = RoutedLayerGroup()
         patch_activation_checkpointing()

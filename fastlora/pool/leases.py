@@ -185,8 +185,8 @@ class LeaseManager:
                 held = sum(map(len, self.held.values()))
                 raise AdapterStateError(
                     f"after {wait} seconds, the pool is still in use (active leases: {held}; "
-                    f"threads that read adapters: {len(self._prefetching)}). The pool accepts no "
-                    "new leases; call close() again to finish closing it"
+                    f"threads currently reading adapters: {len(self._prefetching)}). The pool "
+                    "accepts no new leases; call close() again to finish closing it"
                 )
 
     def acquire_all_loaded(self) -> Lease:

@@ -49,7 +49,7 @@ class TargetableBaseWeight(NamedTuple):
     num_matrices: int = 1
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of a tensor of the given kind and rank.
+        """Return the shape of a tensor of the given kind for the given LoRA rank.
 
         The tensor is one of an adapter's tensors for this weight. The views of a packed adapter's
         tensors have this shape, which is also the shape in PEFT's layout.
@@ -169,7 +169,7 @@ class PackedAdapter:
 
 
 class AdapterPacker:
-    """Packs the tensors of adapters for a pool.
+    """Packs adapter tensors for storage in a pool.
 
     Each adapter becomes a `PackedAdapter`, in which one 1-D tensor contains all of the adapter's
     tensors.

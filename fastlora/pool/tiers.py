@@ -314,7 +314,7 @@ class StorageTiers:
             self._add_to_cpu_lru(name, image)
 
     def _upload_to_own_or_free_slot(self, name: str, image: PackedAdapter) -> LoadedAdapter:
-        """Copy an adapter to its own slot or to a free slot, and return the loaded adapter.
+        """Copy an adapter to its current slot, or else a free slot, and return the loaded adapter.
 
         If an adapter of the same name is on the device, the new adapter takes over the slot of that
         adapter. Otherwise, the new adapter gets a free slot. This method does not evict any
@@ -458,7 +458,7 @@ class StorageTiers:
 
 
 def adapter_not_found_error(name: str, candidates: Collection[str]) -> AdapterNotFoundError:
-    """Return the `AdapterNotFoundError` for an adapter that was not found.
+    """Create the `AdapterNotFoundError` for an unknown adapter name.
 
     The error message contains the name of the adapter and the number of registered adapters. The
     message also suggests names in ``candidates`` that are similar to ``name``, if there are any.

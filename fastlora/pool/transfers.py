@@ -69,7 +69,7 @@ class BaseTransfersToDevice:
         """
 
     def record_read_event_and_stream_id(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event on the current stream after reads, and return it with the stream's id.
+        """Record an event after the reads on the current stream, and return it and the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
         have completed. The result is a tuple (event, id of the stream), or None if no event was
@@ -154,7 +154,7 @@ class AsyncTransfersToCuda(BaseTransfersToDevice):
             stream.wait_event(event)
 
     def record_read_event_and_stream_id(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event on the current stream after reads, and return it with the stream's id.
+        """Record an event after the reads on the current stream, and return it and the stream's id.
 
         The event completes when all reads of adapters that were issued on the current stream so far
         have completed. While a CUDA graph is being captured, no event is recorded and the result is
@@ -186,5 +186,5 @@ def make_transfers(device: torch.device) -> BaseTransfersToDevice:
     if device.type == "cuda":
         return AsyncTransfersToCuda(device)
     if device.type != "cpu":
-        raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
+        raise ValueError(f"expected a CPU or CUDA device, got {device}")
     return BaseTransfersToDevice()

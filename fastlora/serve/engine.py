@@ -183,7 +183,8 @@ class Engine:
         If it is None, it becomes the number of tokens that fit after the prompt.
 
         Raises:
-            ConfigError: The prompt is empty, or the prompt and the answer are too long together.
+            ConfigError: The prompt is empty, or the prompt and the completion together are too
+                long.
         """
         if not prompt:
             raise ConfigError("the prompt is empty")
@@ -191,8 +192,8 @@ class Engine:
         if room < (sampling.max_tokens or 1):
             asked = "" if sampling.max_tokens is None else f" and max_tokens={sampling.max_tokens}"
             raise ConfigError(
-                f"the prompt has {len(prompt)} tokens{asked}; the prompt and the answer together "
-                f"can have at most {self.length} tokens"
+                f"the prompt has {len(prompt)} tokens{asked}; the prompt and the completion "
+                f"together can have at most {self.length} tokens"
             )
         most = room if sampling.max_tokens is None else sampling.max_tokens
         return replace(sampling, max_tokens=most)
@@ -227,14 +228,14 @@ class Engine:
                 self._running.fail_all(error)
 
     def _can_start_or_end_waiting(self) -> bool:
-        """Return whether any waiting request can be started or ended."""
+        """Return whether any waiting request can be started or removed from the queue."""
         return any(
             job.canceled or job.version is None or job.version.ready or job.version.error
             for job in self._waiting
         )
 
     def _end_all_canceled_requests(self) -> None:
-        """End all requests that have been canceled."""
+        """Remove all canceled requests from the batch and from the queue."""
         self._running.remove_canceled()
         with self._changed:
             gone = [job for job in self._waiting if job.canceled]

@@ -127,7 +127,7 @@ def _counter(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineCounters:
-    """Counters of the serving engine over all requests, such as the number of generated tokens.
+    """Engine-wide counters, totaled over all requests, such as the number of generated tokens.
 
     The counters cover requests, tokens, and forward passes. Each field is exported as a metric.
     Times are wall-clock times in seconds.

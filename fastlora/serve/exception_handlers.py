@@ -106,7 +106,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 def _field_and_message(error: RequestValidationError) -> tuple[str | None, str]:
-    """Return the name of the invalid field, and an error message.
+    """Return the name of the invalid field and an error message.
 
     The name is None if the request body as a whole is invalid.
     """

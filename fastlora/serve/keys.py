@@ -13,7 +13,7 @@ _MOST_BYTES = 4096  # maximum size of a key file
 
 
 class AdminKeyRequiredError(FastLoraError):
-    """A request requires the admin key but does not contain it."""
+    """Raised when a request that requires the admin key does not provide it."""
 
 
 class CallerRole(enum.Enum):

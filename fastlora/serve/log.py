@@ -37,10 +37,10 @@ class OneLineMessageFormatter(logging.Formatter):
 
 
 class OncePerMinuteFilter(logging.Filter):
-    """A logging filter that passes each message at most once a minute.
+    """A logging filter that lets each message through at most once a minute.
 
-    The next line for the same message says how often it was repeated. The filter passes at most
-    `MAX_MESSAGES` different messages a minute.
+    The next line for the same message says how often it was repeated. The filter lets at most
+    `MAX_MESSAGES` different messages through per minute.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -56,7 +56,7 @@ class LongTextDetector:
 def _character_bound_and_vanishing(
     parts: Mapping[str, Any],
 ) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum character count per token, and a regex that matches dropped characters.
+    """Return the maximum character count per token, and a regex for what the tokenizer may drop.
 
     The regex matches the characters that the tokenizer may drop. It is None if the tokenizer drops
     no characters. The function returns None instead of a tuple if no maximum is known.

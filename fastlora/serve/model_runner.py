@@ -127,7 +127,7 @@ class BatchKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the length of the sequence cached so far.
+        """Return the length of the cached sequence, in tokens.
 
         The caches of the transformers library have a method with this name. If the rows of the
         current forward pass have cached sequences of different lengths, the longest one determines
@@ -167,7 +167,7 @@ class KVCacheModelRunner:
         most = max_positions(model.config)
         if length is not None and most is not None and length > most:
             raise ConfigError(
-                f"the maximum combined length of a prompt and its answer is set to {length} "
+                f"the maximum combined length of a prompt and its completion is set to {length} "
                 f"tokens, but the model supports at most {most}; set it to {most} or less"
             )
         self.length = length or min(most or 2048, 2048)

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 class AsyncAnswerStream:
-    """An asynchronous stream of the chunks of an answer.
+    """An asynchronous stream of the chunks of text generated for a request.
 
     A coroutine reads the chunks while the engine produces them in another thread. A subclass of
     `BaseAnswerFormat` converts the chunks to responses in OpenAI's format. Creating a stream
@@ -79,7 +79,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 class BaseAnswerFormat(abc.ABC):
-    """Base class for formatting answers as responses of OpenAI's API.
+    """Base class for formatting answers as OpenAI-compatible API responses.
 
     Each subclass formats the answers of one endpoint, such as chat completions. An answer is
     formatted as JSON, either as a complete response or as the events of a streamed response.
@@ -94,7 +94,7 @@ class BaseAnswerFormat(abc.ABC):
     def full_body(self, text: str, last: AnswerChunk) -> dict[str, Any]:
         """Return the JSON body of a complete response in OpenAI's format.
 
-        The body is sent if the response is not streamed. ``text`` is the whole text of the answer,
+        The body is that of a non-streaming response. ``text`` is the whole text of the answer,
         and ``last`` is its last chunk.
         """
         choice = self._full_choice(text, last.finish_reason)
@@ -103,7 +103,7 @@ class BaseAnswerFormat(abc.ABC):
     async def stream_events(
         self, answer: AsyncAnswerStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
-        """Yield the events of a stream.
+        """Yield the server-sent events of a streamed response.
 
         With ``usage``, the last chunk has the token counts.
         """
@@ -141,7 +141,7 @@ class BaseAnswerFormat(abc.ABC):
 
     @abc.abstractmethod
     def _full_choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Return the ``choices`` entry of a response that is not streamed."""
+        """Return the ``choices`` entry of a non-streaming response."""
 
     @abc.abstractmethod
     def _event_choice(self, text: str, reason: str | None) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class BaseAnswerFormat(abc.ABC):
 
 
 class CompletionFormat(BaseAnswerFormat):
-    """Formats answers as responses of OpenAI's completions endpoint.
+    """Formats answers as OpenAI-compatible completion responses.
 
     The responses and the events of a streamed response are in JSON.
     """
@@ -166,7 +166,7 @@ class CompletionFormat(BaseAnswerFormat):
 
 
 class ChatCompletionFormat(BaseAnswerFormat):
-    """Formats answers as responses of OpenAI's chat completions endpoint.
+    """Formats answers as OpenAI-compatible chat completion responses.
 
     The responses and the events of a streamed response are in JSON.
     """

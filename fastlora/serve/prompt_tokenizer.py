@@ -79,7 +79,7 @@ class PromptTokenizer:
         if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
             raise ConfigError(
                 f"the prompt has {len(text)} characters, too many to fit in {self._length} tokens; "
-                f"the prompt and the answer together can have at most {self._length} tokens"
+                f"the prompt and the completion together can have at most {self._length} tokens"
             )
         # With a list, the tokenizer lets other threads run.
         ids = self._tokenizer(

@@ -186,7 +186,7 @@ class RunningBatch:
     def _sample_and_emit_text(
         self, requests: Sequence[EngineRequest], logits: torch.Tensor
     ) -> None:
-        """Sample the next token of each request, and emit the new text.
+        """Sample the next token for each request, and emit the new text.
 
         Finished requests are removed from the batch.
         """

@@ -109,11 +109,11 @@ class _RecordOnlyDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Stand in for the binary loader of Triton's driver, without loading the kernel.
+        """Return placeholders in place of a loaded kernel, without loading the kernel's binary.
 
-        The returned tuple contains placeholders. As with a real driver, the tuple consists of a
-        module handle, a function handle (here, the binary), the numbers of registers and spills,
-        and the maximum number of threads per program.
+        As with a real driver, the returned tuple consists of a module handle, a function handle
+        (here, the binary), the numbers of registers and spills, and the maximum number of threads
+        per program.
         """
         return object(), binary, 0, 0, 1024
 

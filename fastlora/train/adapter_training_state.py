@@ -37,7 +37,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Training counters of one adapter, such as its numbers of completed and skipped steps.
+    """Training counters for one adapter, such as the numbers of completed and skipped steps.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -54,7 +54,7 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter, such as its optimizer, schedule, and step counters.
+    """The training state of one adapter, including its optimizer, schedule, and step counters.
 
     The state also includes the adapter's parameters. See `AdapterOptimizers` for the arguments and
     errors.
@@ -109,7 +109,7 @@ class AdapterTrainingState:
         return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Scale the adapter's loss by a weight and by the loss scale, for the backward pass.
+        """Multiply the adapter's loss by a weight and by the loss scale before the backward pass.
 
         The loss scale is that of the adapter's gradient scaler. Without a gradient scaler, the loss
         scale is 1. ``loss`` is a scalar tensor.
@@ -126,8 +126,8 @@ class AdapterTrainingState:
         """
         if not self.gradients():
             raise AdapterStateError(
-                f"adapter {self.name!r} has no gradients; between zero_grad() and step(), run the "
-                "backward pass for a loss that includes rows of this adapter"
+                f"adapter {self.name!r} has no gradients; between zero_grad() and step(), call "
+                "backward() on a loss that is computed from rows of this adapter"
             )
         if self.scaler is not None and not self._has_scaled_loss:
             raise AdapterStateError(
@@ -215,18 +215,20 @@ class AdapterTrainingState:
         """
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
-            raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
+            raise CheckpointError(f"{what} must be a mapping, got {type(state).__name__}")
         for key, own in mine.items():
             if key not in state:
                 raise CheckpointError(f"{what} has no {key!r}")
             if isinstance(own, Mapping) and set(state[key] or ()) < set(own):
-                raise CheckpointError(f"{what} has {key} {state[key]!r}, expected {list(own)}")
+                raise CheckpointError(
+                    f"{key!r} in {what} must have the keys {list(own)}, got {state[key]!r}"
+                )
             if type(own) is int and type(state[key]) is not int:
-                raise CheckpointError(f"{what} has {key} {state[key]!r}, expected an int")
+                raise CheckpointError(f"{key!r} in {what} must be an int, got {state[key]!r}")
         for key, expected in mine["kind"].items():
             found = state["kind"].get(key)
             if found != expected:
-                raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
+                raise CheckpointError(f"{what} has {key} {found}; expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the adapter's training state from a saved state.
@@ -292,7 +294,7 @@ def _checked_optimizer(
 ) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizers[{name!r}] returned {type(optimizer).__name__}, expected a "
+            f"optimizers[{name!r}] returned {type(optimizer).__name__}; expected a "
             "torch.optim.Optimizer"
         )
     required = [
@@ -319,7 +321,7 @@ def _checked_optimizer(
 def _checked_scheduler(name: str, scheduler: LRScheduler) -> LRScheduler:
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
-            f"schedulers[{name!r}] returned {type(scheduler).__name__}, expected a scheduler from "
+            f"schedulers[{name!r}] returned {type(scheduler).__name__}; expected a scheduler from "
             "torch.optim.lr_scheduler whose step() does not require a metric"
         )
     return scheduler

@@ -48,14 +48,14 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     try:
         found = transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
     except CANNOT_READ as error:
-        raise CheckpointError(
-            f"{settings.model}: the tokenizer cannot be loaded ({error})"
-        ) from error
+        raise CheckpointError(f"{settings.model}: cannot load the tokenizer ({error})") from error
     if settings.chat_template is not None:
         try:
             found.chat_template = settings.chat_template.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{settings.chat_template}: cannot be read ({error})") from error
+            raise ConfigError(
+                f"{settings.chat_template}: cannot read the file ({error})"
+            ) from error
     return found
 
 
@@ -177,7 +177,7 @@ def check_prompts_fit_model(
     corpora: Mapping[str, TokenizedCorpus],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raise an error unless the prompts fit the base model.
+    """Raise an error unless the base model can process all prompts.
 
     The length and the token ids of each prompt are checked. The checked length includes an answer
     with the maximum number of tokens. ``corpora`` maps each adapter to its training data, whose

@@ -115,7 +115,8 @@ def adapter_losses(
         divisor = count if tokens is None else tokens.get(name)
         if divisor is None:
             raise ValueError(
-                f"tokens has no entry for adapter {name!r}, which has {count} tokens in this batch"
+                f"the tokens argument has no entry for adapter {name!r}, which has {count} tokens "
+                "in this batch"
             )
         by_adapter[name], values[name], found[name] = total / divisor, value / divisor, count
     finite = [by_adapter[name] for name, value in values.items() if math.isfinite(value)]
@@ -126,7 +127,7 @@ def adapter_losses(
 def _sum_losses_and_count_tokens(
     token_losses: torch.Tensor, mask: torch.Tensor, samples_by_adapter: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Sum the token losses and count the tokens of each adapter.
+    """For each adapter, sum the token losses and count the tokens.
 
     Only the tokens that the mask selects are included. Returns a tuple (name, sum, token count, sum
     as a float) for each adapter.

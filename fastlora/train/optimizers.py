@@ -359,10 +359,9 @@ class AdapterOptimizers:
         return StepReport(tuple(stepped), tuple(skipped), left_out, grad_norms)
 
     def zero_grad(self, names: Iterable[str] | None = None) -> None:
-        """Zero the gradients of the named adapters, or of all adapters.
+        """Zero the gradients of the named adapters, or of all adapters if ``names`` is None.
 
-        If ``names`` is None, the gradients of all adapters are zeroed. As in
-        `torch.optim.Optimizer.zero_grad`, each gradient is set to None.
+        As in `torch.optim.Optimizer.zero_grad`, each gradient is set to None.
 
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.

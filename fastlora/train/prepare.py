@@ -69,7 +69,8 @@ def check_model_and_out_paths(settings: TrainSettings) -> None:
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
             f"{settings.model}: not a model folder (it has no config.json); only local folders are "
-            "supported, such as one downloaded with huggingface_hub.snapshot_download(repo_id)"
+            "supported, so download the model first, for example with "
+            "huggingface_hub.snapshot_download(repo_id)"
         )
     if settings.out.exists() and not settings.out.is_dir():
         raise TrainError(f"{settings.out}: expected a folder, found a file")
@@ -330,8 +331,8 @@ def make_sample_schedule(
     for name, count in adapter_steps.items():
         if not count:
             raise ConfigError(
-                f"none of the {steps} steps uses a sample of adapter {name!r}; increase steps "
-                f"(an epoch has {math.ceil(order.total / size)} steps) or batch_size"
+                f"none of the {steps} steps uses a training sample for adapter {name!r}; increase "
+                f"steps (an epoch has {math.ceil(order.total / size)} steps) or batch_size"
             )
     return SampleSchedule(order, steps, micro, adapter_steps)
 
@@ -381,7 +382,7 @@ def needs_loss_scaling(model: nn.Module) -> bool:
 
 
 def learning_rate_lambda(adapter: AdapterSettings, total_steps: int) -> Callable[[int], float]:
-    """Return a function that maps a step number to an adapter's learning-rate factor."""
+    """Return a function that maps a step number to an adapter's learning-rate multiplier."""
     warmup = math.ceil(adapter.warmup_ratio * total_steps)
 
     def at(step: int) -> float:

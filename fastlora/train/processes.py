@@ -188,7 +188,7 @@ class RunProcesses:
         self.main: bool = self._accelerator.is_main_process
 
     def runs_forward_pass(self, position: int) -> bool:
-        """Return whether this process runs the forward pass at a given position within a step.
+        """Return whether this process runs the forward pass with the given index in a step.
 
         The step is a training step or an evaluation. The forward passes of a step are numbered from
         0 and distributed evenly over the processes. Each forward pass runs in exactly one process.
@@ -257,9 +257,10 @@ class RunProcesses:
             self._accelerator.init_trackers("trackers")
 
     def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
-        """Log the values of a step to the trackers.
+        """Log a step's metrics to the trackers.
 
-        ``values`` maps names to numbers and strings. Only the main process logs the values.
+        ``values`` maps the names of the metrics to numbers and strings. Only the main process logs
+        the metrics.
         """
         if self._tracked and values:
             self._accelerator.log(values, step=step)

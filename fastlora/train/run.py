@@ -271,8 +271,8 @@ class Run:
             )
         if steps < state.step:
             raise CheckpointError(
-                f"{path}: {state.step} steps are already done, but the run has only {steps}; set "
-                f"--steps to {state.step} or more"
+                f"{path}: {state.step} steps are already done, but the run is limited to "
+                f"{steps}; set --steps to {state.step} or more"
             )
         for adapter in self.settings.adapters:
             folder = checkpoint.checkpoint_adapters_folder(path) / adapter.name
@@ -331,7 +331,7 @@ class Run:
         if self.step < steps:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
         if self._signals.received is not None or self._run_should_stop():
-            raise self._interrupted(f"after its last step, {steps}", saved=True)
+            raise self._interrupted(f"after the run's last step ({steps})", saved=True)
         losses, skipped = dict(self.losses), self._skipped_step_counts_by_adapter()
         folders = self._output_folders_of_adapters_with_steps()
         return TrainResult(
@@ -523,9 +523,9 @@ class Run:
             if not count.steps and count.skipped_steps:
                 scale = f"{self.optimizers.loss_scale(name):g}"
                 raise self._stopped(
-                    f"adapter {name!r} was never updated: its gradient was non-finite in all "
-                    f"{count.skipped_steps} of its steps (its loss scale is {scale}; with dtype "
-                    "'bfloat16' or 'float32', no loss scaling is needed)",
+                    f"adapter {name!r} was never updated: its gradient was non-finite in each of "
+                    f"its {count.skipped_steps} steps (loss scale: {scale}); to train without loss "
+                    "scaling, set dtype to 'bfloat16' or 'float32'",
                     name,
                     self.step,
                 )

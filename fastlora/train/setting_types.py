@@ -74,7 +74,7 @@ def _path(value: Any, where: str) -> Path:
         return Path(value).expanduser()
     except RuntimeError as error:
         raise ConfigError(
-            f"{where}: the home directory of {value} is unknown; write the full path"
+            f"{where}: cannot expand the home directory in {value}; specify the full path"
         ) from error
 
 

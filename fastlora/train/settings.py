@@ -345,17 +345,18 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _expand_field_aliases(table: Any, where: str) -> dict[str, Any]:
-    """Replace the aliases of fields in a table with the full field names.
+    """Replace field aliases in a table with the full field names.
 
     An alias is a short name such as ``lr``. The result is a new dict. Raises `ConfigError` if
-    ``table`` is not a table or sets a field under two names.
+    ``table`` is not a table or contains both a field and its alias.
     """
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)
         if name in result:
             raise ConfigError(
-                f"{where}: {name!r} is set under two names, one of which is {key!r}; keep only one"
+                f"{where}: {name!r} is set twice, under its full name and under its alias; keep "
+                "only one"
             )
         result[name] = value
     return result

@@ -34,7 +34,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+        raise ConfigError(f"{path}: cannot read the file ({error})") from error
     try:
         data = {"JSON": _json, "TOML": _toml, "YAML": _yaml}[kind](text)
     except (ValueError, RecursionError) as error:

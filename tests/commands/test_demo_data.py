@@ -78,7 +78,7 @@ def test_a_bad_file_is_rejected_before_a_model_is_read(
 def test_two_files_of_one_name_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
-    with pytest.raises(DataError, match="already defines adapter 'robot'"):
+    with pytest.raises(DataError, match="adapter 'robot' is already defined"):
         demo.adapter_settings_for_data_files(twice)
 
 

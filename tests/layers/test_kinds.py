@@ -273,7 +273,7 @@ def test_kernels_alone_raise(case: KindCase) -> None:
 
 @pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
 def test_a_pool_takes_linears_only(case: KindCase) -> None:
-    with pytest.raises(UnsupportedLayerError, match="'kind'.*only supports linear layers"):
+    with pytest.raises(UnsupportedLayerError, match="'kind'.*supports only linear layers"):
         fastlora.AdapterPool(case.make(), target_modules=["kind", "lin"], max_rank=4)
 
 

@@ -189,7 +189,7 @@ def test_other_layers_that_are_called() -> None:
     )
 
     eight: Any = quantize_linear(nn.Linear(128, 48), "int8")
-    assert "also rounds x to int8" in fallback_reason_base_called(layer_over(eight))
+    assert "also quantizes x to int8" in fallback_reason_base_called(layer_over(eight))
     eight.state.threshold = 6.0
     assert "columns with values above 6.0" in fallback_reason_base_called(layer_over(eight))
 

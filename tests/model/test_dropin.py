@@ -260,6 +260,6 @@ def test_merging_a_computed_weight_raises(how: str) -> None:
         prune.l1_unstructured(layer, "weight", 0.2)
     else:
         parametrize.register_parametrization(layer, "weight", nn.Identity())
-    with pytest.raises(UnsupportedLayerError, match="parametrization or pruning"):
+    with pytest.raises(UnsupportedLayerError, match="by a parametrization or by pruning"):
         layer.merge()
     assert not layer.merged

@@ -236,7 +236,7 @@ def test_models_with_lazy_and_complex_layers() -> None:
         get_peft_model(lazy, config)
     lazy(torch.ones(2, 4))
     get_peft_model(lazy, config)
-    with pytest.raises(UnsupportedLayerError, match="its weight is torch.complex64"):
+    with pytest.raises(UnsupportedLayerError, match="its weight has the dtype torch.complex64"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), config)
 
 

@@ -125,7 +125,7 @@ def test_errors() -> None:
         fastlora.estimate(model, fastlora.LoraConfig(target_modules=["query"]))
     with pytest.raises(ConfigError, match="expected a LoraConfig"):
         fastlora.estimate(model, {"r": 8})
-    with pytest.raises(ValueError, match="optimizer_states is -1"):
+    with pytest.raises(ValueError, match="optimizer_states must be at least 0, got -1"):
         fastlora.estimate(model, fastlora.LoraConfig(target_modules=["q"]), optimizer_states=-1)
     assert isinstance(model.q, nn.Linear)
 

@@ -57,10 +57,10 @@ GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
     [
         (b"not json", b"", "not valid JSON"),
         (b"[1, 2]", b"", "expected a JSON object"),
-        (b'{"a": 1, "a": 2}', b"", "duplicate name 'a'"),
+        (b'{"a": 1, "a": 2}', b"", "the key 'a' appears more than once"),
         (b"[" * 100_000, b"", "not valid JSON"),
-        ({"a": 3}, b"", "'a' has the header entry 3, expected a"),
-        ({"a": {**GOOD, "dtype": "C64"}}, bytes(32), "'C64', expected one of"),
+        ({"a": 3}, b"", "'a' has the header entry 3; expected a"),
+        ({"a": {**GOOD, "dtype": "C64"}}, bytes(32), "'C64'; expected one of"),
         ({"a": {**GOOD, "dtype": ["F32"]}}, bytes(32), "expected one of"),
         ({"a": {**GOOD, "shape": [2, -4]}}, bytes(32), "shape [2, -4]"),
         ({"a": {**GOOD, "shape": [2, 4.0]}}, bytes(32), "shape [2, 4.0]"),
@@ -84,14 +84,14 @@ def test_hostile_header(folder: Path, header: object, data: bytes, words: str) -
 
 def test_header_length_is_not_believed(folder: Path) -> None:
     raw_file(folder / WEIGHTS_NAME, {}, length=1 << 62)
-    assert f"length is given as {1 << 62} bytes" in error_message(folder)
+    assert f"declares a header of {1 << 62} bytes" in error_message(folder)
     with (folder / WEIGHTS_NAME).open("r+b") as file:
         file.write(struct.pack("<Q", 64 << 20))
         file.truncate(100 << 20)  # a hole: costs no disk
     assert "expected at most" in error_message(folder)
     raw_file(folder / WEIGHTS_NAME, {}, length=1000)
     assert (
-        "truncated: the header length is given as 1000 bytes, but only 2 follow"
+        "truncated: the file declares a header of 1000 bytes, but only 2 follow"
         in error_message(folder)
     )
     (folder / WEIGHTS_NAME).write_bytes(b"1234")

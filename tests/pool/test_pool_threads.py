@@ -324,7 +324,7 @@ def test_close_ends_what_is_read_in_the_background(root: Path, slow: SlowReads) 
     for _ in running:
         assert slow.started.acquire(timeout=LONG)
     queued = pool.prefetch(["a5"])
-    with pytest.raises(AdapterStateError, match="threads that read adapters: 4"):
+    with pytest.raises(AdapterStateError, match="threads currently reading adapters: 4"):
         pool.close(wait=0.05)
     assert queued.cancelled()
     slow.go.set()

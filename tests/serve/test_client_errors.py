@@ -44,7 +44,7 @@ def error_of(served: Any, path: str, status: int, body: Any, **options: Any) -> 
         ({"max_tokens": 2**70}, "max_tokens"),
         (
             {"max_tokens": 4000},
-            "max_tokens=4000; the prompt and the answer together can have at most 128",
+            "max_tokens=4000; the prompt and the completion together can have at most 128",
         ),
         ({"seed": 2**63}, "seed"),
         ({"seed": True}, "seed"),
@@ -108,7 +108,7 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
         ([{"role": "user", "content": "\ud812"}], "content contains an unpaired surrogate"),
         (
             [{"role": "user", "content": "x" * 200}],
-            "the answer together can have at most 128",
+            "together can have at most 128",
         ),
     ],
 )

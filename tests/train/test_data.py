@@ -78,7 +78,7 @@ def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing: not a folder written by datasets"):
         read_samples([tmp_path / "nothing"])
-    with pytest.raises(DataError, match="x.parquet: not valid Parquet"):
+    with pytest.raises(DataError, match="x.parquet: not a valid Parquet file"):
         read_samples([written(tmp_path, "x.parquet", "x")])
 
 
@@ -180,7 +180,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": []}', r"line 1, column 'messages': expected a list of messages"),
         ("a.jsonl", '{"messages": "hi"}', r"column 'messages': expected a list of messages, got"),
         ("a.jsonl", '{"messages": ["hi"]}', r"column 'messages': message 1 is 'hi', expected an"),
-        ("a.jsonl", '{"messages": [{"content": "x"}]}', r'message 1 has no "role" \(or "from"\)'),
+        ("a.jsonl", '{"messages": [{"content": "x"}]}', r'1 must have a "role" \(or "from"\)'),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', r'message 1 has no "content" \(or "val'),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3'; expected"),
         ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 has role 'me'"),
@@ -193,7 +193,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"instruction": "x", "output": ""}', r"column 'output': the text is empty"),
         ("a.jsonl", '\n{"text": "x y"}\n[1, 2]', r"line 3: expected a JSON object .*, got"),
         ("a.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
-        ("a.jsonl", "\n  \n", r"a.jsonl: no samples found, expected at least one"),
+        ("a.jsonl", "\n  \n", r"a.jsonl: no samples found; expected at least one"),
         ("a.jsonl", '{"prompt": "x"}', r"the columns \['prompt'\] do not match any format"),
         ("a.jsonl", '{"prompt": "x", "completion": 3}', r"column 'completion': expected a string"),
         ("a.jsonl", '{"text": null}', r"line 1, column 'text': expected a string, got 'null'"),

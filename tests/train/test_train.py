@@ -297,8 +297,8 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     rank = {**good["b"], "kind": {**good["b"]["kind"], "parameters": [[2, 16], [24, 2]]}}
     raising: list[tuple[Any, type[Exception], str]] = [
         ({"a": good["a"], "b": rank}, CheckpointError, r"'b' has parameters \[\[2, 16\], \[24, 2"),
-        ({"b": good["a"]}, CheckpointError, "optimizer AdamW, expected SGD"),
-        ({"a": good["c"]}, CheckpointError, "scheduler LinearLR, expected ExponentialLR"),
+        ({"b": good["a"]}, CheckpointError, "optimizer AdamW; expected SGD"),
+        ({"a": good["c"]}, CheckpointError, "scheduler LinearLR; expected ExponentialLR"),
         ({"a": {"kind": good["a"]["kind"]}}, CheckpointError, "has no 'optimizer'"),
         ({"a": good["a"], "e": good["a"]}, AdapterNotFoundError, "'e' has no optimizer; adapters"),
     ]
@@ -353,7 +353,7 @@ BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "max_grad_norm names adapter 'b'",
     ),
     "norm": ({"max_grad_norm": 0.0}, ValueError, "of adapter 'a' must be greater than 0, got 0.0"),
-    "kind": ({"optimizers": {"a": list}}, TypeError, "returned list, expected a torch.optim.Op"),
+    "kind": ({"optimizers": {"a": list}}, TypeError, "returned list; expected a torch.optim.Op"),
     "closure": ({"optimizers": {"a": LBFGS}}, TypeError, r"'a': LBFGS.step\(\) requires closure"),
     "plateau": ({"schedulers": {"a": ReduceLROnPlateau}}, TypeError, "returned ReduceLROnPlateau"),
     "frozen": ({"optimizers": {"b": SGD}}, AdapterStateError, "adapter 'b' is frozen"),

@@ -118,7 +118,7 @@ BAD_LOSSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no_count": (
         lambda: causal_lm_losses(LOGITS, LABELS, ["a", "b"], tokens={"a": 4}),
         ValueError,
-        "tokens has no entry for adapter 'b', which has 2 tokens in this batch",
+        "tokens argument has no entry for adapter 'b', which has 2 tokens in this batch",
     ),
     "zero": (
         lambda: causal_lm_losses(LOGITS, LABELS, ["a", "b"], tokens={"a": 0, "b": 2}),

@@ -277,10 +277,10 @@ def one_lora_request_per_adapter_id(lora_state: Any, req_ids: Sequence[str]) -> 
 
 
 def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap vLLM's method that loads an adapter so that it also checks the adapter.
+    """Wrap vLLM's adapter-loading method so that it also checks the adapter.
 
-    The method is ``WorkerLoRAManager._load_adapter``. The adapter's config is checked before the
-    adapter is loaded, and its factors are checked afterward.
+    The wrapped method is ``WorkerLoRAManager._load_adapter``. The adapter's config is checked
+    before the adapter is loaded, and its factors are checked afterward.
     """
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
@@ -295,7 +295,7 @@ def with_adapter_checks(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 def check_no_config_fields_vllm_ignores(lora_path: str, lora_name: str) -> None:
     """Raise `ValueError` if an adapter's config sets a field that vLLM ignores.
 
-    The fields that are checked change the update: ``rank_pattern``, ``alpha_pattern``, and
+    The checked fields all affect the LoRA update: ``rank_pattern``, ``alpha_pattern``, and
     ``lora_bias``. vLLM 0.31 ignores all three.
     """
     helper = import_module("vllm.lora.peft_helper").PEFTHelper

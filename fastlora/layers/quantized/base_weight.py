@@ -43,8 +43,8 @@ class BaseQuantizedWeight(MergeTarget):
 
     An object of this class gives access to the quantized weight of one base layer. Each subclass
     supports one kind of quantization, such as the 4-bit quantization of bitsandbytes. `dense`
-    returns a new tensor. A kind that does not support merging raises in `check_writable`, and
-    defines nothing else for merging.
+    returns a new tensor. A kind that does not support merging raises an error in `check_writable`,
+    and defines nothing else for merging.
 
     Args:
         base: The module.
@@ -53,8 +53,8 @@ class BaseQuantizedWeight(MergeTarget):
         modules: Names of the supported module classes; see `qualified_class_name`. Subclasses of
             these classes are not supported, because their behavior is unknown.
         fresh_output: Whether the modules return a new tensor and keep no reference to it.
-        casts: Whether the modules accept x in any dtype, compute in their own, and return x's
-            dtype.
+        casts: Whether the modules accept x in any dtype, compute in their own dtype, and return the
+            output in the dtype of x.
         peft_layer: Python module and class of PEFT's layer for these modules, or None.
         weight: The module's weight.
         shape: N and K.
@@ -75,9 +75,9 @@ class BaseQuantizedWeight(MergeTarget):
 
     @staticmethod
     def stored_weight_of(module: object) -> Any:
-        """Return a module's weight as the module stores it.
+        """Return a module's weight in its stored form, without dequantizing it.
 
-        The stored weight may be quantized. Returns None if the module has no ``weight``.
+        Returns None if the module has no ``weight``.
         """
         return getattr(module, "weight", None)
 
@@ -163,7 +163,7 @@ class BaseQuantizedWeight(MergeTarget):
         )
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return the weight as a tensor for kernels, or the reason why kernels cannot use it.
+        """Return the weight as a tensor that kernels can read, or the reason why they cannot.
 
         The kernels compute in ``dtype``.
         """
@@ -194,7 +194,7 @@ class BaseQuantizedWeight(MergeTarget):
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
-        """Return the weight as a tensor for use with PyTorch operators only.
+        """Return the weight as a tensor that only PyTorch operators can use.
 
         The operators dequantize the tensor. Kernels cannot read it.
         """
@@ -228,7 +228,7 @@ class BaseQuantizedWeight(MergeTarget):
         return lambda: self.dense().to(dtype)
 
     def bias_as_module_adds_it(self, product_dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias in the form that the module adds to a product in ``product_dtype``.
+        """Return the bias as the module adds it to a product of dtype ``product_dtype``.
 
         Returns None if the module has no bias. If a call of the module converts the module's own
         bias to the dtype of the product, this method also converts that bias. Otherwise, the bias
@@ -381,11 +381,11 @@ def check_weight_tensor(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Check that a part of a quantized weight is a tensor that kernels can read.
+    """Check that a component of a quantized weight is a tensor that the kernels can read.
 
-    The part is a field of an object from a quantization library. Kernels require a tensor with one
-    of the given dtypes and ``count`` contiguous elements, on the device of ``like``. The tensor is
-    returned.
+    The component is a field of an object from a quantization library. Kernels require a tensor with
+    one of the given dtypes and ``count`` contiguous elements, on the device of ``like``. The tensor
+    is returned.
 
     Args:
         name: The field's name, for the message.
@@ -396,7 +396,7 @@ def check_weight_tensor(
         library: The library's name and version, for the message.
 
     Raises:
-        KernelsCannotReadError: The part does not meet the requirements.
+        KernelsCannotReadError: The component does not meet the requirements.
     """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if not isinstance(part, torch.Tensor) or part.dtype not in wanted:

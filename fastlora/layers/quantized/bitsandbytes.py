@@ -38,8 +38,9 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
     The class has methods that read and write the weight. The layer is a `Linear4bit`. The weight is
     stored as blocks of 4-bit codes with one absmax each.
 
-    In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
-    absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
+    In evaluation on a CPU, bitsandbytes repacks the codes for its matrix product, and rounds the
+    blocks' absmax values to bf16. `write` restores the usual layout, and the next forward pass
+    repacks it.
     """
 
     backend = "bnb 4bit"
@@ -185,7 +186,7 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_as_module_adds_it(self, product_dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product in ``product_dtype``.
+        """Return the bias to add to a matrix product of dtype ``product_dtype``.
 
         Returns None if the module has no bias. As in bitsandbytes, the module's own bias is
         converted to ``product_dtype`` in place.
@@ -231,8 +232,8 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
         """Yield the dequantized weight in chunks of rows.
 
         If blocks span several rows, the whole matrix is one chunk. In this case, bitsandbytes 0.50
-        computes on a CPU with values that differ from the stored ones, and a norm must match the
-        values that it computes with.
+        computes on a CPU with values that differ from the stored ones, and norms must match the
+        values that bitsandbytes computes with.
         """
         if self.shape[1] % self._block:
             yield self.dense()
@@ -352,14 +353,14 @@ class BitsAndBytes8BitWeight(BaseQuantizedWeight):
     def read_for_kernels(self, dtype: torch.dtype) -> NoReturn:
         """Always raise `KernelsCannotReadError`, because kernels cannot read the weight.
 
-        The kernels do not support this kind of quantization, in which bitsandbytes also rounds x to
-        int8.
+        The kernels do not support this kind of quantization, in which bitsandbytes also quantizes x
+        to int8.
         """
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
         raise KernelsCannotReadError(
-            f"bitsandbytes also rounds x to int8{apart}, so the base layer's own forward pass is "
-            "used"
+            f"bitsandbytes also quantizes x to int8{apart}, so the base layer's own forward pass "
+            "is used"
         )
 
     def dense(self) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Prevention of bitsandbytes' repacking of 4-bit weights on CPUs with AVX512 bf16.
 
 On these CPUs, a forward pass with an x that needs no gradient repacks the codes for a special
-product, and rounds the blocks' absmax values to bf16. From then on the module computes no gradient
-for x, and nothing raises. The change cannot be undone, because the old values are gone
+matrix product, and rounds the blocks' absmax values to bf16. From then on, the module computes no
+gradient for x, and no error is raised. The change cannot be undone, because the old values are gone
 (bitsandbytes 0.50).
 
 For this reason, `prevent_bitsandbytes_repacking` prevents repacking in the 4-bit layers of a model
@@ -73,10 +73,10 @@ def is_bitsandbytes_repacking_prevented(module: nn.Module) -> bool:
 
 
 def warn_if_gradients_blocked(layer: object, base: nn.Module, x: torch.Tensor) -> None:
-    """Warn if a layer's base layer blocks gradients.
+    """Warn if gradients cannot flow through a LoRA layer's base layer.
 
-    Gradients cannot flow through a repacked base layer. The warning is emitted only if gradients
-    are needed.
+    Gradients cannot flow through the base layer if bitsandbytes has repacked its weight. The
+    warning is emitted only if gradients are needed.
     """
     if not (torch.is_grad_enabled() and x.is_cpu and is_repacked_by_bitsandbytes(base)):
         return

@@ -227,7 +227,7 @@ def scale_columns_backward(
 
 
 class DoraAdapterWithDropout(NamedTuple):
-    """The operands of a DoRA adapter whose dropout is active.
+    """The operands for computing the output of a DoRA adapter with active dropout.
 
     The operands are the adapter's factors, magnitude, scaling, and dropout settings. The tuple also
     contains the squared row norms of the adapted weight, and the name of the implementation that

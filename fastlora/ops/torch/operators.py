@@ -47,10 +47,10 @@ def keep(
 def _operands_per_module(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[LayerAdapterOperands]:
-    """Split an operator's arguments into the adapter operands of each module.
+    """Split an operator's arguments into one group of operands per module.
 
-    The result is a list. The operands of a module contain its lora_a, its dropout seeds, and its
-    dropout probabilities.
+    The operands of a module contain the lora_a factors, the dropout seeds, and the dropout
+    probabilities of the adapters on this module.
     """
     downs, slots = replace_missing_with_empty(lora_a, 0), len(lora_a) // modules
     found = []

@@ -56,7 +56,7 @@ class PackedLayout:
 
     @property
     def rank_rows(self) -> int:
-        """The total number of rank rows, including unused ones.
+        """The total number of rank rows (rows of lora_a, columns of lora_b), including unused ones.
 
         Unused rank rows contain zeros.
         """
@@ -211,9 +211,10 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchRowPattern) -> PackedLa
 
 
 def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchRowPattern) -> bool:
-    """Return whether the layout of packed factors suits a dtype and the row pattern of a batch.
+    """Return whether packed factors have the layout for the given dtype and kind of batch.
 
-    Factors that were packed for another row pattern can have the same layout.
+    ``kind`` is the row pattern of the batch. Factors that were packed for another row pattern can
+    have the same layout.
     """
     return (
         first_fit_layout(pack.layout.ranks, coalescing_units_is_faster(dtype, kind)) is pack.layout

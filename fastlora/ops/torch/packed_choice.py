@@ -47,9 +47,10 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchRowPattern(enum.Enum):
-    """The pattern of the rows in a batch: few rows, many rows, or many rows in long samples.
+    """A category of batches: few rows, many rows, or many rows in long samples.
 
-    The pattern affects how the matrix products of the batch are computed.
+    The category of a batch is called the row pattern of the batch. The row pattern affects how the
+    matrix products of the batch are computed.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -63,10 +64,10 @@ class BatchRowPattern(enum.Enum):
 
 
 def batch_row_pattern(num_rows: int, rows_per_id: int) -> BatchRowPattern:
-    """Return the row pattern of a batch: few rows, many rows, or many rows in long samples.
+    """Return the category of a batch: few rows, many rows, or many rows in long samples.
 
-    ``rows_per_id`` is the number of adjacent rows that each id covers. Many rows count as long
-    samples if this number is large enough.
+    The category is the row pattern of the batch. ``rows_per_id`` is the number of adjacent rows
+    that each id covers. Many rows count as long samples if this number is large enough.
     """
     if num_rows <= _FEW_ROWS:
         return BatchRowPattern.FEW
@@ -106,7 +107,7 @@ def expand_by_embedding_bag_is_faster(
 
 
 def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
-    """Return whether products are faster if lora_a is stored in column-major order.
+    """Return whether matrix products are faster when lora_a is stored in column-major order.
 
     The column-major layout of lora_a is ``[K, rank_rows]`` instead of ``[rank_rows, K]``.
 

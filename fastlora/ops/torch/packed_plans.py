@@ -122,7 +122,7 @@ class DensePlan(NamedTuple):
 
 
 class PaddedRowBlocksPlan(NamedTuple):
-    """A plan for applying packed adapters to padded blocks of rows with batched products.
+    """A plan for applying packed adapters with batched matrix products over padded row blocks.
 
     The rows of the batch are gathered into blocks, which are padded to equal size. One batched
     product multiplies all blocks, each by the rank rows of one or more adjacent units. Each block
@@ -172,7 +172,7 @@ class PerSamplePlan(NamedTuple):
 
 
 class RowsOfOneAdapter(NamedTuple):
-    """The rows of a batch that use one adapter.
+    """The rows of a batch that use the same adapter.
 
     A `PerAdapterPlan` contains one group of rows for each adapter that adapts the layer and has
     rows in the batch.
@@ -335,7 +335,7 @@ def _mask_outside_row_ranges(
 def _used_unit_range(
     used_adapters: list[int], layout: PackedLayout, coalesces: bool
 ) -> tuple[int, int]:
-    """Return the range of units that the adapters in use span.
+    """Return the range of rank-row units spanned by the adapters that a batch uses.
 
     The result is a tuple (start, stop), where stop is the unit after the last one. A unit is a
     group of adjacent rank rows. If units may be coalesced, a large range is extended to full blocks
@@ -386,7 +386,7 @@ def _make_padded_row_blocks_plan(
     unit_range: tuple[int, int],
     units_per_block: int,
 ) -> PaddedRowBlocksPlan:
-    """Make a `PaddedRowBlocksPlan` for batched products of padded blocks of rows.
+    """Make a `PaddedRowBlocksPlan` for batched matrix products over padded row blocks.
 
     The range of units is divided among the blocks. Each row of the batch gets a place in the block
     whose units contain its adapter's rank rows. Rows without an adapter fill free places.

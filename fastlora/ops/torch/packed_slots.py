@@ -185,7 +185,7 @@ class PackedSlots:
                 )
 
     def _allocate_and_copy(self, rank_rows_per_slot: int) -> _PackedSlotFactors:
-        """Allocate tensors for the factors of all slots, and copy the current factors to them.
+        """Allocate tensors for the factors of all slots, and copy the current factors into them.
 
         Returns the new tensors, which have ``rank_rows_per_slot`` rank rows for each slot. This
         number may be larger or smaller than that of the previous tensors.

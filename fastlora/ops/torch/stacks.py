@@ -30,7 +30,7 @@ _PART_ROWS = 512
 
 
 class _KeyRangeAndRows(NamedTuple):
-    """The rows of a batch that use certain pairs of a matrix and an adapter.
+    """A range of (matrix, adapter) pairs, and the rows of a batch that use these pairs.
 
     Each pair of a matrix in the stack and an adapter has a key. The tuple contains a range of keys
     and the rows that have these keys.
@@ -316,9 +316,9 @@ def _grouped_factor_gradients(
 
 
 def _concatenated_gradients(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Return the concatenated gradients of all parts.
+    """Concatenate the gradients for all ranges of keys, and return the result.
 
-    The result is None if there are no gradients.
+    ``parts`` contains one gradient for each range. The result is None if there are no gradients.
     """
     if len(parts) > 1:
         return torch.cat(parts)

@@ -67,7 +67,7 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of the lora_b factors and of biases, together with ds.
+    """Return the gradients of the lora_b factors, of the biases, and of s.
 
     The result is a tuple of three items. The first item, ds, is the gradient of s. The last item,
     the column sums of dy, is the gradient of the layer's bias. For a mixed batch, the gradients of
@@ -222,7 +222,7 @@ def _grad_b_one_adapter(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradient of lora_b for one adapter, together with ds and the column sums of dy.
+    """Return the gradients of lora_b and s for one adapter, and the column sums of dy.
 
     The result is a tuple (ds, lora_b gradient, column sums of dy). ds is the gradient of s. The
     column sums are the gradient of the layer's bias, and are empty unless ``with_bias`` is True.
@@ -239,7 +239,7 @@ def _grad_b_and_partials(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> tuple[_DsGradBColumnSums, list[_Partials]]:
-    """Return the gradients of lora_b and s, and partial sums that the caller must add up.
+    """Return tensors for the gradients of lora_b and s, and the partial sums of these gradients.
 
     The result is a tuple of two items. The first item is the result of `_grad_b_one_adapter`, which
     also contains the column sums of dy. The second item is a list of partial sums of these results.
@@ -287,7 +287,7 @@ def _bytes_of(partials: Sequence[_Partials]) -> int:
 
 
 def _add_partials(partials: Sequence[_Partials]) -> None:
-    """Use a kernel to add up the partial sums of gradients.
+    """Add up the partial sums of each gradient with a kernel.
 
     For each gradient, the total is stored in the gradient's tensor. One launch processes up to
     `MAX_GROUP_SIZE` gradients.
@@ -306,7 +306,7 @@ def _grad_x_of_group(
     seeds: Sequence[torch.Tensor | None],
     dropout_p: Sequence[float],
 ) -> torch.Tensor | None:
-    """Return the gradient of the input x that a group of modules shares.
+    """Return the gradient with respect to the input x that a group of modules shares.
 
     Return None if no module has a ds. Without dropout, one launch adds up the contributions of all
     adapters, and library products are accumulated onto the sum. With dropout, every module has its

@@ -316,9 +316,9 @@ def _plan_and_base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Choose the launch plan, and compute the base products if the plan needs them separately.
+    """Choose the launch plan, and compute the base products unless a fused kernel computes them.
 
-    Returns a tuple (plan, list of the base-layer outputs). Only the plan "split" needs the base
+    Returns a tuple (plan, list of the base-layer outputs). Only the plan "split" computes the base
     products separately, before the shrink and the expand. For any other plan, the second item is
     None. For dense weights, `torch.nn.functional.linear` computes the outputs. For quantized
     weights, one fastlora GEMM computes all outputs. ``stem`` names the launches, which have their
@@ -341,9 +341,9 @@ def _plan_and_base_products(
 
 
 def _fused_linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the launch name of the fused linear kernel for a weight.
+    """Return the name under which the config tables list the fused linear kernel for a weight.
 
-    It depends on whether the weight is dense or quantized. The config tables use this name.
+    The name depends on whether the weight is dense or quantized.
     """
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 

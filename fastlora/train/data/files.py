@@ -93,7 +93,7 @@ def read_rows(path: Path) -> ParsedDataFile:
             f"one of these extensions: {known}, {PARQUET}"
         )
     if not rows.found:
-        raise DataError(f"{path}: no samples found, expected at least one")
+        raise DataError(f"{path}: no samples found; expected at least one")
     return rows
 
 
@@ -121,7 +121,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot read the file ({error})") from error
 
 
 def _read_text_file(path: Path, suffix: str) -> ParsedDataFile:
@@ -130,7 +130,9 @@ def _read_text_file(path: Path, suffix: str) -> ParsedDataFile:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{SampleLocation(path, line)}: cannot be read ({error})") from error
+        raise DataError(
+            f"{SampleLocation(path, line)}: cannot decode the text ({error})"
+        ) from error
     digest = hashlib.sha256(data).digest()
     if suffix in (".csv", ".tsv"):
         return ParsedDataFile(
@@ -189,7 +191,7 @@ def _read_parquet(path: Path) -> ParsedDataFile:
         # `datasets` reads Parquet with pyarrow too, but would leave a copy in its cache.
         entries = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not valid Parquet ({error})") from error
+        raise DataError(f"{path}: not a valid Parquet file ({error})") from error
     return ParsedDataFile(_number_rows(path, entries), hashlib.sha256(data).digest())
 
 
@@ -213,7 +215,7 @@ def _read_saved_dataset(path: Path) -> ParsedDataFile:
                 digest.update(len(data).to_bytes(8, "little") + data)
         entries = datasets.load_from_disk(str(path), keep_in_memory=True).with_format(None)[:]
     except Exception as error:  # Arrow and datasets raise many types of errors
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot read the dataset ({error})") from error
     columns = list(entries)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*entries.values(), strict=True)]
     return ParsedDataFile(_number_rows(path, rows), digest.digest())

@@ -410,7 +410,9 @@ class _RowValues:
                 )
         if not isinstance(message.get("role"), str):
             raise self._value_error(
-                column, f'{what} has no "role" (or "from") string: {quoted_excerpt(entry)}'
+                column,
+                f'{what} must have a "role" (or "from") key with a string value, '
+                f"got {quoted_excerpt(entry)}",
             )
         content = message.get("content")
         if content is None and not message.get("tool_calls"):

@@ -36,11 +36,11 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
     """The file is named; also evaluation data is read before training."""
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
     given["adapters"]["a"]["data"] = str(tmp_path / "x.txt")
-    assert "x.txt, line 1: cannot be read ('utf-8' codec" in fails(given)
+    assert "x.txt, line 1: cannot decode the text ('utf-8' codec" in fails(given)
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n\xe9t\xe9\n")
-    assert "x.txt, line 3: cannot be read ('utf-8' codec" in fails(given)
+    assert "x.txt, line 3: cannot decode the text ('utf-8' codec" in fails(given)
     given["adapters"]["a"]["data"] = str(tmp_path / "nowhere.txt")
-    assert "nowhere.txt: cannot be read ([Errno 2]" in fails(given)
+    assert "nowhere.txt: cannot read the file ([Errno 2]" in fails(given)
     (tmp_path / "empty.txt").write_text(" \n")
     given["adapters"]["a"] = {
         **{"data": str(tmp_path / "data" / "a.jsonl"), "eval_data": str(tmp_path / "empty.txt")}
@@ -102,7 +102,7 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ("stepz", 3, "unknown key 'stepz'; close names: steps"),
         ("lr", 3, "unknown key 'lr'; it belongs in [defaults] or in an adapter's table"),
         ("adapters.a.rank", 3, "adapters.a: unknown key 'rank'"),
-        ("adapters.a.learning_rate", 1e-3, "'learning_rate' is set under two names"),
+        ("adapters.a.learning_rate", 1e-3, "'learning_rate' is set twice, under its full"),
         ("adapters.a.lr", "fast", "learning_rate must be a number at least 0, got 'fast'"),
         ("adapters.a.lr", -1, "learning_rate must be a number at least 0, got -1"),
         ("adapters.a.lr", 1e39, "learning_rate must be a number from 0 to 3.4e+37, got 1e+39"),
@@ -146,7 +146,7 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ),
         ("adapters.a.r", 10**30, "'a': r must be at most 2147483647, got 1"),
         ("adapters.a.rank_pattern", {"q": 10**30}, "rank_pattern['q'] must be at most 2147483647"),
-        ("model", "~nosuchuser/x", "the home directory of ~nosuchuser/x is unknown; write the"),
+        ("model", "~nosuchuser/x", "cannot expand the home directory in ~nosuchuser/x; specify"),
         ("adapters.a.data", "a\0b", "adapters.a.data must be a path, got '"),
         ("out", "", "out must be a path, got ''"),
         ("chat_template", "", "chat_template must be a path, got ''"),
@@ -180,7 +180,7 @@ def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], gi
         assert cli.main(["train", str(tmp_path / name)]) == 1
         assert words in capsys.readouterr().err
     assert cli.main(["train", str(tmp_path / "nowhere.toml")]) == 1
-    assert "nowhere.toml: cannot be read" in capsys.readouterr().err
+    assert "nowhere.toml: cannot read the file" in capsys.readouterr().err
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path), "--out", ""]) == 1
     assert "out must be a path, got ''" in capsys.readouterr().err
@@ -197,7 +197,7 @@ def test_too_few_steps_and_forwards(
 ) -> None:
     """An adapter without a step, and processes without a forward."""
     given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
-    assert "none of the 1 steps uses a sample of adapter" in fails(given)
+    assert "none of the 1 steps uses a training sample for adapter" in fails(given)
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "2 forward passes of up to 2 samples, but each of the 3 processes needs" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"

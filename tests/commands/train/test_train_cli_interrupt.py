@@ -119,7 +119,9 @@ def test_the_first_signal_saves(
         assert cli.main(["train", str(path), "--quiet"]) == 128 + number
     printed = capsys.readouterr()
     folder = checkpoint.checkpoint_path(out / "checkpoints", step)
-    when = f"after step {step} of {STEPS}" if step < STEPS else f"after its last step, {STEPS}"
+    when = (
+        f"after step {step} of {STEPS}" if step < STEPS else f"after the run's last step ({STEPS})"
+    )
     *_, report, resume = printed.err.splitlines()
     assert report == (
         f"fastlora: interrupted by {number.name} {when}; saved: {out / 'a'}, {out / 'b'} and "

@@ -135,7 +135,7 @@ def test_rates_of_more_steps(base: Path, data: Any, tmp_path: Path, fails: Any) 
     train_runs.train(tmp_path / "c.json", given)
     assert [entry["next_lr"]["a"] for entry in log(tmp_path / "out")] == [0.005, 0]
     error = fails(given | {"steps": 1}, "--resume")
-    assert "2 steps are already done, but the run has only 1; set --steps to 2 or more" in error
+    assert "2 steps are already done, but the run is limited to 1; set --steps to 2" in error
     train_runs.train(tmp_path / "c.json", given | {"steps": 4}, "--resume")
     run = log(tmp_path / "out")
     assert [entry["next_lr"]["a"] for entry in run[2:]] == pytest.approx([0.0025, 0])
@@ -278,7 +278,7 @@ def test_loss_on_the_assistant_only(fails: Any, given: Any, tmp_path: Path) -> N
     assert "chat.jsonl, line 1: this sample is a chat, but the base model's" in fails(given)
     template = tmp_path / "t.jinja"
     given |= {"chat_template": str(template)}
-    assert "t.jinja: cannot be read" in fails(given)
+    assert "t.jinja: cannot read the file" in fails(given)
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     error = fails(given)
     assert "assistant_only_loss needs a chat template that marks the assistant's turns" in error
