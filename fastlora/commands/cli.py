@@ -194,7 +194,8 @@ def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         "merge",
         help="merge an adapter into a base model and save the result",
         description="Loads a causal language model with transformers, merges an adapter into its "
-        "weights, and saves the merged model and the tokenizer. If it fails, OUT is not created.",
+        "weights, and saves the merged model and the tokenizer. The saved model is not quantized, "
+        "even if the base model is. If it fails, OUT is not created.",
     )
     merge.add_argument("base", metavar="BASE", help="folder or Hub name of the base model")
     merge.add_argument("adapter", metavar="ADAPTER", help="a local PEFT adapter folder")
@@ -370,10 +371,15 @@ def _merge(args: argparse.Namespace) -> int:
 
     from fastlora import LoraModel
     from fastlora.model.atomic_files import atomic_new_folder
+    from fastlora.model.dequantize import is_quantized_linear
 
     print_progress_message(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
-    merged: Any = adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
+    merged: Any = adapted.merge_and_unload(
+        progressbar=sys.stderr.isatty(),
+        safe_merge=True,
+        dequantize=any(map(is_quantized_linear, model.modules())),
+    )
     try:
         with atomic_new_folder(out) as partial:
             print_progress_message(f"writing {out}")

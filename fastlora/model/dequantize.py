@@ -113,7 +113,8 @@ def dequantize_base_layer(layer: nn.Module) -> bool:
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace every quantized linear layer of a model with a plain linear layer.
 
-    The attributes that mark the model as quantized are removed.
+    The attributes that mark the model as quantized are removed, and so are the conversions with
+    which transformers read the quantized weights. It cannot save a model that has them.
 
     Args:
         model: The model.
@@ -138,7 +139,16 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         del own.config.quantization_config
     if hasattr(own, "is_quantized"):
         own.is_quantized = False
+    if getattr(own, "_weight_conversions", None):
+        own._weight_conversions = [
+            each for each in own._weight_conversions if not _reads_quantized_weights(each)
+        ]
     return model
+
+
+def _reads_quantized_weights(conversion: Any) -> bool:
+    """Return whether a weight conversion of transformers contains an operation of a quantizer."""
+    return any(hasattr(each, "hf_quantizer") for each in getattr(conversion, "operations", ()))
 
 
 @torch.no_grad()

@@ -421,6 +421,31 @@ def test_merge_is_pefts(base: Path, trained: Path, tmp_path: Path, dtype: str) -
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_merge_into_a_base_that_was_saved_quantized(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The merged model is not quantized, and loads as any other."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=bits, device_map={"": "cpu"}, dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "quantized")
+    assert (
+        cli.main(["merge", str(tmp_path / "quantized"), str(trained), str(tmp_path / "out")]) == 0
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    adapted = fastlora.LoraModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map={"": "cpu"}),
+        trained,
+    )
+    ids = torch.arange(9)[None]
+    found, expected = merged(ids).logits, adapted.eval()(ids).logits
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 def test_the_adapters_tokenizer_comes_first(base: Path, trained: Path, tmp_path: Path) -> None:
     (trained / "tokenizer_config.json").write_text('{"own": true}')
     try:

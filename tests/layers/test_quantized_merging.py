@@ -240,7 +240,8 @@ def test_a_plain_model_of_merged_and_bare_layers() -> None:
     assert torch.equal(bare.unload(dequantize=True).q.weight, own)
 
 
-def test_a_plain_model_is_saved_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved_quantized", [False, True])
+def test_a_plain_model_is_saved_as_one(tmp_path: Path, saved_quantized: bool) -> None:
     """Of transformers': it has no mark of a quantized one left, and loads as any other."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
@@ -249,6 +250,11 @@ def test_a_plain_model_is_saved_as_one(tmp_path: Path) -> None:
     quantized_model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=bits, device_map={"": "cpu"}
     )
+    if saved_quantized:
+        quantized_model.save_pretrained(tmp_path / "quantized")
+        quantized_model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "quantized", device_map={"": "cpu"}
+        )
     config = fastlora.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     model = fastlora.get_peft_model(quantized_model, config)
     randomize(model)
