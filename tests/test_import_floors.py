@@ -41,7 +41,7 @@ CODE_LINES = {
     "model": 7110,  # warm-up, experts in recommend, and modules with two names
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
     "optimizers": 260,  # copies of LoRA-FA optimizers
-    "pool": 1760,  # parameters, and stacks of them, as targets; longer names
+    "pool": 1770,  # parameters, and stacks of them, as targets; longer names
     "routing": 1690,  # longer names, and blocks of other asyncio tasks
     "serve": 2070,  # paths of invalid fields
     "train": 3720,  # checks of prompts, merge keys in YAML, and limits of settings

@@ -51,6 +51,10 @@ _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 
 
+class UnsupportedAdapterError(CheckpointError):
+    """A pool does not support an adapter, although the adapter is not damaged."""
+
+
 class TensorTargetAndKind(NamedTuple):
     """The target and the kind of a tensor from an adapter.
 
@@ -234,16 +238,21 @@ class AdapterReader:
         try:
             config.check_plain("an adapter pool")
         except ConfigError as error:
-            raise CheckpointError(f"{source}: {error}") from error
+            raise UnsupportedAdapterError(f"{source}: {error}") from error
         if config.modules_to_save:
-            raise CheckpointError(
+            raise UnsupportedAdapterError(
                 f"{source}: adapter pools do not support modules_to_save={config.modules_to_save}, "
                 "because all rows of a batch share everything except the LoRA factors"
             )
         if config.bias != "none":
-            raise CheckpointError(
+            raise UnsupportedAdapterError(
                 f"{source}: adapter pools do not support bias={config.bias!r}, because all rows of "
                 "a batch share the base model's biases; expected bias='none'"
+            )
+        if config.trainable_token_indices:
+            raise UnsupportedAdapterError(
+                f"{source}: adapter pools do not support trainable_token_indices, because all rows "
+                "of a batch share the base model's embeddings"
             )
         # If a pattern changes ranks, they are checked on the factors instead.
         if not config.rank_pattern:
@@ -276,7 +285,7 @@ class AdapterReader:
             parameters = self._parameters_and_ranks_of_file_layers(config, selected)
         for key, (module, kind) in keys.items():
             if kind in _UNSUPPORTED:
-                raise CheckpointError(
+                raise UnsupportedAdapterError(
                     f"{source}: {key!r} is {_UNSUPPORTED[kind]}, which an adapter pool does not "
                     "support because all rows of a batch would share the tensor"
                 )
@@ -285,8 +294,8 @@ class AdapterReader:
             if rank is None and config.target_parameters:  # Ranks have not been checked yet.
                 rank = config.rank_for(module)
             if index is None:
-                reason = self._describe_unknown_target(target, module in parameters)
-                raise CheckpointError(f"{source}: {key!r}: {reason}")
+                with error_prefix(f"{source}: {key!r}"):
+                    raise self._unknown_target_error(target, module in parameters)
             self._check_shape(index, kind, rank, tuple(tensors[key].shape), key, source)
             locations[key] = TensorTargetAndKind(index, _BLOCK_OF[kind], name)
         found = {each.row for each in locations.values()}
@@ -315,14 +324,15 @@ class AdapterReader:
             scaling = {each.row: config.scaling_for(each.name) for each in locations.values()}
         return self._packer.pack(blocks, scaling, source)
 
-    def _describe_unknown_target(self, target: str, is_parameter: bool) -> str:
+    def _unknown_target_error(self, target: str, is_parameter: bool) -> CheckpointError:
         if is_parameter or any(name == target for name, _ in self._model.named_modules()):
             fields = "target_parameters" if is_parameter else "target_modules"
-            return (
+            return UnsupportedAdapterError(
                 f"{target!r} is not among the modules that this pool adapts; expected one of the "
                 f"{len(self._index)} that {fields} matched when the pool was created"
             )
-        return f"the model has no module {target!r}{near_names(target, self._index)}"
+        names = near_names(target, self._index)
+        return CheckpointError(f"the model has no module {target!r}{names}")
 
     def _check_shape(
         self,

@@ -44,7 +44,8 @@ class AdapterVersion(RegisteredAdapter):
         fingerprint: Names, modification times, sizes, and inodes of the adapter's files.
         ready: Whether the adapter has been read. A new version is not ready until its files have
             been read.
-        error: Reason why the adapter cannot be used; None if it can be used.
+        error: The error that prevents requests from using the adapter, without its name; None if
+            the adapter can be used.
         users: Number of requests that use the version.
         waiting: Functions to call once the adapter has been read or found damaged. The list is not
             empty while the adapter is being read.
@@ -53,9 +54,17 @@ class AdapterVersion(RegisteredAdapter):
     served_as: str
     fingerprint: tuple[object, ...]
     ready: bool = False
-    error: str | None = None
+    error: CheckpointError | None = None
     users: int = 0
     waiting: list[Callable[[], None]] = field(default_factory=list)
+
+    def check_usable(self) -> None:
+        """Raise an error if requests cannot use the adapter.
+
+        The error has the class of ``error``, which is `CheckpointError` or a subclass.
+        """
+        if self.error is not None:
+            raise type(self.error)(f"adapter {self.served_as!r} cannot be used: {self.error}")
 
 
 class ServedAdapters:
@@ -100,14 +109,14 @@ class ServedAdapters:
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
-            CheckpointError: The folder of the adapter is damaged or does not fit the model.
+            CheckpointError: The folder of the adapter is damaged or does not fit the model, or the
+                server does not support the adapter.
         """
         with self._lock:
             version = self._versions.get(name)
             if version is None:
                 raise AdapterNotFoundError(f"the model {name!r} does not exist")
-            if version.error is not None:
-                raise CheckpointError(f"adapter {name!r} cannot be used: {version.error}")
+            version.check_usable()
             version.users += 1
             return version
 
@@ -146,7 +155,7 @@ class ServedAdapters:
             if error is None:
                 version.ready = True
             else:
-                version.error = self._client_error_message(error)
+                version.error = self._client_error(error)
                 _log.warning("adapter %r cannot be used: %s", version.served_as, error)
                 if not isinstance(error, CheckpointError):  # the next scan tries again
                     version.fingerprint = ()
@@ -228,7 +237,7 @@ class ServedAdapters:
         try:
             self.pool.load_registered(version)  # reads all files, so a damaged adapter fails here
         except (CheckpointError, OSError) as error:
-            raise CheckpointError(self._client_error_message(error)) from error
+            raise self._client_error(error) from error
         version.ready = True
         with self._lock:
             self._remove_current(name)
@@ -285,7 +294,7 @@ class ServedAdapters:
         try:
             self.pool.register_adapter(version)
         except (CheckpointError, ConfigError, OSError) as error:
-            version.error = self._client_error_message(error)
+            version.error = self._client_error(error)
         with self._lock:
             if self._needs_new_version(name, version.fingerprint):
                 self._remove_current(name)
@@ -334,17 +343,19 @@ class ServedAdapters:
             raise ConfigError("the path is outside the server's adapter folder")
         return real
 
-    def _client_error_message(self, error: BaseException) -> str:
-        """Return an error message for clients.
+    def _client_error(self, error: BaseException) -> CheckpointError:
+        """Return an error for clients.
 
-        The message does not reveal the server's folder. If the adapter exceeds a limit of the
+        Its message does not reveal the server's folder. If the adapter exceeds a limit of the
         server, the message names the option that sets the limit.
         """
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
         if len(text) > _MAX_MESSAGE_CHARS:  # it may quote a whole field of a config
             text = f"{text[:_MAX_MESSAGE_CHARS]}..."
-        return text if option is None else f"{text} (set by the server's {option})"
+        if option is not None:
+            text = f"{text} (set by the server's {option})"
+        return (type(error) if isinstance(error, CheckpointError) else CheckpointError)(text)
 
 
 def _adapter_folder_fingerprint(folder: Path) -> tuple[object, ...] | None:

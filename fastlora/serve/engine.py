@@ -30,7 +30,7 @@ from fastlora.serve.engine_request import (
 from fastlora.serve.model_runner import KVCacheModelRunner
 from fastlora.serve.running_batch import RunningBatch
 from fastlora.serve.sampling import SamplingParams
-from fastlora.validation import CheckpointError, ConfigError, FastLoraError, PoolFullError
+from fastlora.validation import ConfigError, FastLoraError, PoolFullError
 
 _log = logging.getLogger("fastlora.serve")
 
@@ -287,8 +287,7 @@ class Engine:
         use stay on the device. Raises `CheckpointError` if the adapter is damaged, and
         `PoolFullError` if the adapter can never fit.
         """
-        if version.error is not None:
-            raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")
+        version.check_usable()
         held = self._running.adapters_in_use
         if len(self._pool.plan([*held, version.name])) > 1:
             return None

@@ -11,11 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from fastlora.pool.reader import UnsupportedAdapterError
 from fastlora.serve.engine_request import ClosedOrCanceledError, QueueFullError
 from fastlora.serve.keys import AdminKeyRequiredError
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
+    AdapterTooLargeError,
     CheckpointError,
     ConfigError,
     FastLoraError,
@@ -24,13 +26,15 @@ from fastlora.validation import (
 )
 
 _RETRY_SECONDS = 1
-# HTTP status, OpenAI error type, and code of each class of errors.
+# HTTP status, OpenAI error type, and code of each class of errors. Subclasses are first.
 _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (AdminKeyRequiredError, 403, "invalid_request_error", "admin_key_required"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClosedOrCanceledError, 503, "server_error", "shutting_down"),
     (PoolClosedError, 503, "server_error", "shutting_down"),
+    (AdapterTooLargeError, 422, "invalid_request_error", "adapter_too_large"),
+    (UnsupportedAdapterError, 422, "invalid_request_error", "adapter_unsupported"),
     (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),
     (PoolFullError, 422, "invalid_request_error", "adapter_too_large"),
     (AdapterStateError, 400, "invalid_request_error", None),

@@ -106,6 +106,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "full copies": (lambda f: edit_config(f, modules_to_save=["head"]), "modules_to_save"),
     "biases": (lambda f: edit_config(f, bias="all"), "do not support bias='all'"),
+    "trained tokens": (
+        lambda f: edit_config(f, trainable_token_indices=[1]),
+        "do not support trainable_token_indices",
+    ),
     "rank": (
         lambda f: make_folder(f, 1, r=9),
         "r=9 exceeds the pool's max_rank=8",

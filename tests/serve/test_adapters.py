@@ -119,7 +119,7 @@ def test_a_damaged_folder_fails_its_own_requests(served: Any) -> None:
         shutil.rmtree(served.folder / folder)
 
 
-def check_rejected_when_it_comes(served: Any, folder: Path, why: str) -> None:
+def check_rejected_when_it_comes(served: Any, folder: Path, why: str, code: str) -> None:
     """Moves a folder to the server's, which refuses it with status 422 within a second.
 
     It refuses a request and a load; both messages contain ``why``.
@@ -130,6 +130,7 @@ def check_rejected_when_it_comes(served: Any, folder: Path, why: str) -> None:
     wait_for(lambda: served.http.post("/v1/completions", json=body).status_code != 404)
     answer = served.http.post("/v1/completions", json=body)
     assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["code"] == code
     assert why in answer.json()["error"]["message"]
     seconds = []
     for _ in range(3):  # each reads the folder anew; the machine may be busy at some
@@ -147,9 +148,23 @@ def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = [name.rpartition(".")[2] for name in config["target_modules"]]
     (folder / "adapter_config.json").write_text(json.dumps(config | SLOW_FIELDS[field]))
-    check_rejected_when_it_comes(served, folder, field)
+    code = "adapter_unsupported" if field == "modules_to_save" else "adapter_damaged"
+    check_rejected_when_it_comes(served, folder, field, code)
     assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
     shutil.rmtree(served.folder / field)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}]
+)
+def test_an_adapter_that_pools_do_not_support(served: Any, fields: dict[str, Any]) -> None:
+    (field,) = fields
+    folder = served.folder.parent / f"with_{field}"
+    shutil.copytree(served.folder / "ash", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    check_rejected_when_it_comes(served, folder, field, "adapter_unsupported")
+    shutil.rmtree(served.folder / folder.name)
 
 
 @pytest.mark.parametrize("option", ["--max-rank", "--max-adapter-mib"])
@@ -162,7 +177,7 @@ def test_an_adapter_over_a_limit_is_rejected_unread(served: Any, option: str) ->
     folder = make_sparse_folder(served.folder.parent / name, served.folder / "ash", **size)
     assert (folder / "adapter_model.safetensors").stat().st_size > 1_500_000_000
     with peak_memory(50 << 20):
-        check_rejected_when_it_comes(served, folder, option)
+        check_rejected_when_it_comes(served, folder, option, "adapter_too_large")
     shutil.rmtree(served.folder / name)
 
 
@@ -340,7 +355,7 @@ def test_a_file_that_becomes_a_link_after_the_listing(served: Any) -> None:
     adapters.read_in_background(version, read.set)
     assert read.wait(20)
     assert (
-        version.error
+        str(version.error)
         == f"late/{weights.name}: this path points to a file outside the folder of adapters"
     )
     pool.close()
