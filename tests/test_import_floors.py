@@ -42,7 +42,7 @@ CODE_LINES = {
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
     "optimizers": 260,  # copies of LoRA-FA optimizers
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names
-    "routing": 1690,  # longer names, and blocks of other asyncio tasks
+    "routing": 1700,  # longer names, and blocks of other asyncio tasks
     "serve": 2070,  # paths of invalid fields
     "train": 3720,  # checks of prompts, merge keys in YAML, and limits of settings
     "kernels": 4320,

@@ -16,6 +16,8 @@ BASE = "__base__"
 NO_ADAPTER = -1
 # Replaces an unchecked slot that does not exist.
 OUT_OF_RANGE = -2
+# Layers store their adapters in such modules, by name.
+_MODULE_DICT = nn.ModuleDict()
 
 
 def check_adapter_name(name: object) -> None:
@@ -26,7 +28,7 @@ def check_adapter_name(name: object) -> None:
         raise ConfigError(
             f"adapter_name cannot be {name!r}, which selects the base model without an adapter"
         )
-    if hasattr(nn.ModuleDict, name):
+    if hasattr(_MODULE_DICT, name):
         raise ConfigError(
             f"adapter_name cannot be {name!r}, because nn.ModuleDict has an attribute of that "
             "name; choose another name"

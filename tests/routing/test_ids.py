@@ -9,12 +9,19 @@ import torch
 
 from fastlora.routing.ids import (
     DeferredIdChecks,
+    check_adapter_name,
     check_slots_and_move_to_cpu,
     each_id_covers_whole_entries,
     ids_divide_rows,
     names_and_slots,
 )
-from fastlora.validation import AdapterNotFoundError
+from fastlora.validation import AdapterNotFoundError, ConfigError
+
+
+@pytest.mark.parametrize("name", ["keys", "type", "training", "_modules", "_forward_hooks"])
+def test_attributes_of_a_module_dict_are_no_names(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot be '{name}', because nn.ModuleDict"):
+        check_adapter_name(name)
 
 
 def test_each_batch_is_told_once() -> None:

@@ -118,6 +118,7 @@ def test_prompts_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Pa
         ("adapters.x/y", {"data": "d"}, "invalid adapter name 'x/y'"),
         ("adapters.checkpoints", {"data": "d"}, "invalid adapter name 'checkpoints'"),
         ("adapters.__base__", {"data": "d"}, "'__base__', which selects the base model"),
+        ("adapters.training", {"data": "d"}, "adapter_name cannot be 'training'"),
         ("adapters.a.bias", "all", "'a' has bias='all', which trains base model biases"),
         (
             "adapters.a.init_lora_weights",
