@@ -404,7 +404,8 @@ class AdapterPool:
         """Return an adapter's slot.
 
         The slot is the integer that refers to the adapter in row ids, or None if the adapter is not
-        on the device. It can change unless a lease or a pin keeps the adapter on the device.
+        on the device. It can change unless a lease or a pin keeps the adapter on the device. Take
+        the lease or the pin before the call, and keep it while batches use the slot.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
