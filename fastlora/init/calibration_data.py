@@ -96,6 +96,11 @@ def iterate_batches(
     for batch in progress_bar(loader, what, show):
         empty = False
         yield move_to_device(batch, device)
+    if empty and isinstance(loader, Iterator):
+        raise InitializationError(
+            f"{what}: the dataloader is an iterator that has no more batches; pass a list or a "
+            "DataLoader, which can be iterated again"
+        )
     if empty:
         raise InitializationError(f"{what}: the dataloader is empty; expected at least one batch")
 

@@ -301,9 +301,9 @@ def _store_on_layers(
 
 def _backward(model: nn.Module, batch: Any) -> None:
     output = call_model(model, batch)
-    loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if loss is None:
-        with contextlib.suppress(TypeError, IndexError):
+        with contextlib.suppress(TypeError, LookupError):
             loss = output if isinstance(output, torch.Tensor) and not output.dim() else output[0]
     if not isinstance(loss, torch.Tensor) or loss.dim():
         raise InitializationError(

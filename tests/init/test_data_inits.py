@@ -209,6 +209,15 @@ def test_lora_ga_beside_other_kinds_of_layers() -> None:
     assert adapted.base_model.model.q.lora_B["default"].weight.any()
 
 
+def test_lora_ga_without_labels() -> None:
+    config = fastlora.LoraConfig(
+        target_modules=["q_proj"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
+    batch = {"input_ids": torch.arange(6)[None]}
+    with pytest.raises(InitializationError, match="no scalar loss for these batches; add labels"):
+        fastlora.preprocess_loraga(tiny_llama(), config, dataloader=[batch])
+
+
 def test_lora_ga_errors() -> None:
     settings = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     config = fastlora.LoraConfig(**FIELDS, **settings)
@@ -411,6 +420,14 @@ def test_eva_keeps_no_graph_of_a_call_that_makes_one() -> None:
         model, [torch.cat([X, X + 1])], None, call, None, rows, show_progress_bar=False
     )
     assert seen and not any(seen)
+
+
+def test_eva_with_a_generator_that_is_used_up() -> None:
+    config = fastlora.LoraConfig(**FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    model = fastlora.get_peft_model(two_layers(), config)
+    batches = (torch.randn(9, 16) for _ in range(2))
+    with unchanged(model), pytest.raises(InitializationError, match="iterator .* no more batches"):
+        fastlora.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
 
 
 def test_eva_errors() -> None:
