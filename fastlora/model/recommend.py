@@ -22,6 +22,7 @@ from fastlora.model.stacked_experts import (
     stacks_with_expert_layer_class,
 )
 from fastlora.model.tuner import tuner_of
+from fastlora.validation import check_rank
 
 _BILLION = 1_000_000_000
 # Rows of: exclusive upper bound on the number of parameters, range of r, range of alpha, dropout.
@@ -121,17 +122,21 @@ class Recommendation:
     def config(self, **changes: Any) -> LoraConfig:
         """Create a `fastlora.LoraConfig` with the recommended values.
 
-        If ``changes`` contains ``r``, the rank on experts is ``r / experts_per_token``. If it
-        contains other targets, experts are adapted only if these targets select them, with rank r.
-        Otherwise, a ``rank_pattern`` or ``exclude_modules`` in ``changes`` is added to the
-        recommended value. Its patterns take precedence over the recommended patterns.
+        If ``changes`` contains ``r``, the rank on experts is ``r / experts_per_token``, and
+        ``lora_alpha`` is ``2 * r`` unless it is also in ``changes``. If ``changes`` contains other
+        targets, experts are adapted only if these targets select them, with rank r. Otherwise, a
+        ``rank_pattern`` or ``exclude_modules`` in ``changes`` is added to the recommended value.
+        Its patterns take precedence over the recommended patterns.
 
         Args:
             **changes: Values of further fields, or values that replace the recommended values.
+
+        Raises:
+            ConfigError: If the value of a field is invalid.
         """
         fields: dict[str, Any] = {
             "r": self.r,
-            "lora_alpha": self.lora_alpha,
+            "lora_alpha": 2 * check_rank(changes["r"]) if "r" in changes else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": self.target_modules,
         }

@@ -38,7 +38,6 @@ from fastlora.train.settings_file import read_settings_file
 from fastlora.validation import (
     AdapterStateError,
     ConfigError,
-    check_rank,
     error_prefix,
     near_names,
 )
@@ -133,11 +132,8 @@ class AdapterSettings:
         Raises:
             ConfigError: A field is invalid.
         """
-        given = dict(self.lora)
         with error_prefix(f"adapter {self.name!r}"):
-            if "r" in given:  # the ratio that fastlora.recommend uses
-                given.setdefault("lora_alpha", 2 * check_rank(given["r"]))
-            return advice.config(task_type="CAUSAL_LM", **given)
+            return advice.config(task_type="CAUSAL_LM", **self.lora)
 
 
 @dataclass(frozen=True)

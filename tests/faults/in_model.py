@@ -17,6 +17,15 @@ _WEIGHTED = "tests/algebra/test_weighted.py"
 
 FAULTS = (
     Fault(
+        sentence="A recommended config keeps alpha when another rank is given, and scales less.",
+        kind="a value that does not follow another",
+        source="D8",
+        path="fastlora/model/recommend.py",
+        before='2 * check_rank(changes["r"]) if "r" in changes else self.lora_alpha',
+        after="self.lora_alpha",
+        tests=("tests/model/test_recommend.py::test_by_size",),
+    ),
+    Fault(
         sentence="A mixed batch of a patched model computes with the factors of before a swap.",
         kind="a stale packed copy",
         source="17b48e7",

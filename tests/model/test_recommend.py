@@ -38,8 +38,10 @@ def test_by_size(count: int, r: tuple[int, int], alpha: tuple[int, int], dropout
     assert found.learning_rate_range == (1e-4, 5e-4) and 1e-4 <= found.learning_rate <= 5e-4
     assert found.max_grad_norm == 1.0 and found.num_params == count
     config = found.config(task_type="CAUSAL_LM", r=3)
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, found.lora_alpha, dropout)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 6, dropout)
     assert config.target_modules == "all-linear"
+    assert found.config(r=3, lora_alpha=5).lora_alpha == 5
+    assert found.config(use_rslora=True).lora_alpha == found.lora_alpha
 
 
 def test_by_model() -> None:
