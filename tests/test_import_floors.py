@@ -36,7 +36,7 @@ CODE_LINES = {
     "autograd": 831,
     "commands": 1850,  # vLLM in doctor, closed pipes, and names with dots in chat
     "init": 879,
-    "integrations": 1790,  # 700 for vLLM, and mixed batches without a PeftModel
+    "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6961,  # replaced forwards, and hooks of adapted parameters
     "model": 7110,  # warm-up, experts in recommend, and modules with two names
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks

@@ -18,11 +18,12 @@ from typing import Any
 from torch import nn
 
 from fastlora.integrations.import_hooks import call_when_imported
-from fastlora.integrations.peft_overrides import override_peft_functions
+from fastlora.integrations.peft_overrides import has_fastlora_layers, override_peft_functions
 from fastlora.layers import LoraLayer
 from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, ParameterLoraLayer
 from fastlora.model import LoraModel
 from fastlora.model.config import LoraConfig
+from fastlora.validation import AdapterStateError
 
 
 @functools.cache
@@ -52,6 +53,7 @@ def register_as_peft_subclasses() -> None:
     if hasattr(theirs.layer, "ParamWrapper"):  # older versions do not adapt parameters
         theirs.layer.ParamWrapper.register(ParameterLoraLayer)
     _make_from_pretrained_accept_lora_model(peft)
+    _make_tuner_reject_fastlora_layers(theirs.LoraModel)
     override_peft_functions()
 
 
@@ -100,6 +102,25 @@ def _make_from_pretrained_accept_lora_model(peft: Any) -> None:
         return theirs(cls, model, *args, **kwargs)
 
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _make_tuner_reject_fastlora_layers(tuner: Any) -> None:
+    """Make PEFT's LoRA tuner raise an error for a model that has fastlora's layers.
+
+    The tuner cannot add adapters to these layers. The error is raised before the model changes.
+    """
+    theirs = tuner.__init__
+
+    @functools.wraps(theirs)
+    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        if has_fastlora_layers(model):
+            raise AdapterStateError(
+                "the model already has LoRA layers of fastlora, to which PEFT cannot add adapters; "
+                "use add_adapter() of the fastlora model, or unload() it first"
+            )
+        theirs(self, model, *args, **kwargs)
+
+    tuner.__init__ = __init__
 
 
 call_when_imported("peft", register_as_peft_subclasses)

@@ -15,6 +15,7 @@ import torch
 
 import fastlora
 from fastlora import LoraConfig, get_peft_model
+from fastlora.validation import AdapterStateError
 from tests.support.tiny import TwoLayers
 
 peft = pytest.importorskip("peft", reason="is about PEFT's classes")
@@ -106,6 +107,21 @@ def test_config_of_ours_injected_by_peft() -> None:
     model = peft.inject_adapter_in_model(LoraConfig(r=2, target_modules=["q"]), TwoLayers())
     assert isinstance(model.q, peft.tuners.lora.Linear)
     assert fastlora.fusion_report(model).fused == 1
+
+
+@pytest.mark.parametrize("target", ["q", "v"])
+@pytest.mark.parametrize("config_class", [LoraConfig, peft.LoraConfig])
+def test_peft_adds_no_adapters_to_layers_of_ours(config_class: Any, target: str) -> None:
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    config, state = model.peft_config["default"], model.state_dict()
+    for given in (model, model.get_base_model()):
+        with (
+            pytest.warns(UserWarning, match="second time"),
+            pytest.raises(AdapterStateError, match="already has LoRA layers of fastlora"),
+        ):
+            peft.get_peft_model(given, config_class(r=4, target_modules=[target]))
+    assert model.peft_config == {"default": config} and model.peft_config["default"] is config
+    assert model.state_dict().keys() == state.keys()
 
 
 def test_model_and_layers_are_pefts() -> None:
