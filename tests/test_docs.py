@@ -54,6 +54,13 @@ def given() -> dict[str, Any]:
     }
 
 
+def save_given(names: dict[str, Any]) -> None:
+    """The folders that a reader has: a base model, and what somebody trained before."""
+    names["another_base"].save_pretrained("base")
+    for folder in ("adapter", "adapters/one"):
+        names["model"].save_pretrained(folder)
+
+
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python(
     page: Path,
@@ -65,14 +72,26 @@ def test_python(
     """Each block by itself, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     names = given()
-    for folder in ("adapter", "adapters/one"):  # what somebody trained before
-        names["model"].save_pretrained(folder)
+    save_given(names)
     exec(compile(text, str(page), "exec"), names)
     if "report" in names:
         assert names["report"].fused == len(names["report"].rows) > 0
         assert "LoRA layers are eligible for the fused call" in capsys.readouterr().out
     if "merged" in names:
         assert fastlora.fusion_report(names["merged"]).rows == ()
+
+
+@pytest.mark.parametrize(
+    "page", {each.values[0]: None for each in blocks("python")}, ids=lambda page: page.name
+)
+def test_python_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page in one session, as a reader runs them."""
+    monkeypatch.chdir(tmp_path)
+    names = given()
+    save_given(names)
+    for each in blocks("python"):
+        if each.values[0] == page:
+            exec(compile(each.values[1], str(page), "exec"), names)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))
