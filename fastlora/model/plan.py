@@ -205,13 +205,20 @@ def _fan_in_fan_out_to_store(plan: AdapterPlan) -> bool:
     """Return the value of ``fan_in_fan_out`` to store in the config.
 
     As in PEFT, the last linear layer among the targets determines the value. If no target is a
-    linear layer, the config's own value is returned.
+    linear layer, the config's own value is returned. As in PEFT, a warning is emitted if the value
+    changes from True to False.
     """
-    for target in reversed(plan.targets.values()):
+    given = plan.config.fan_in_fan_out
+    for name, target in reversed(plan.targets.items()):
         transposed = stores_weight_transposed(target.base)
         if transposed or isinstance(target.base, nn.Linear):
+            if given and not transposed:
+                warn(
+                    f"fan_in_fan_out is set to True but {name!r} is a "
+                    f"{type(target.base).__name__}. Setting fan_in_fan_out to False",
+                )
             return transposed
-    return plan.config.fan_in_fan_out
+    return given
 
 
 def plan_target_modules(

@@ -17,6 +17,17 @@ _WEIGHTED = "tests/algebra/test_weighted.py"
 
 FAULTS = (
     Fault(
+        sentence="A config that asks for a transposed weight is changed without a warning.",
+        kind="a warning left out",
+        source="D11",
+        path="fastlora/model/plan.py",
+        before="            if given and not transposed:",
+        after="            if False:",
+        tests=(
+            "tests/model/test_features.py::test_fan_in_fan_out_in_files_is_what_the_targets_say",
+        ),
+    ),
+    Fault(
         sentence="A recommended config keeps alpha when another rank is given, and scales less.",
         kind="a value that does not follow another",
         source="D8",

@@ -379,13 +379,17 @@ def test_base_embeddings_in_files_are_those_that_peft_saves(name: str, tmp_path:
 def test_fan_in_fan_out_in_files_is_what_the_targets_say(
     given: bool, targets: list[str], tmp_path: Path
 ) -> None:
-    """Whatever the caller's config says, as in PEFT."""
+    """Whatever the caller's config says, as in PEFT. A warning says where True is ignored."""
     found = []
     for library in (fastlora, peft):
         config = library.LoraConfig(target_modules=targets, fan_in_fan_out=given)
-        model = library.get_peft_model(tiny("GPT2LMHeadModel"), config)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = library.get_peft_model(tiny("GPT2LMHeadModel"), config)
         model.save_pretrained(tmp_path)
-        found.append(json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"])
+        stored = json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
+        warned = any("Setting fan_in_fan_out to False" in str(each.message) for each in caught)
+        found.append((stored, given and warned))
     assert found[0] == found[1]
 
 
