@@ -74,6 +74,7 @@ def choose_mixed_implementation(
     if call.routing.captured:
         raise AdapterStateError(graph_capture_error_message(bare, autocast))
     if invariant:
+        conditions.check_batch_invariant(x)
         conditions.raise_if_batch_invariant(
             layer, batch_invariance_unsupported_reason(bare, autocast)
         )

@@ -10,8 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 
+import fastlora
 from fastlora import sharding
 from fastlora.ops.execution_mode import batch_invariant, is_batch_invariant
+from fastlora.validation import ImplementationError
+from tests.support.tiny import TwoLayers
 
 
 def test_a_graph_compiled_before_the_first_use_of_the_mode() -> None:
@@ -29,6 +32,19 @@ def test_a_graph_compiled_before_the_first_use_of_the_mode() -> None:
         thread.start()
         thread.join()
     assert found == [0, 1, 0] * 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mixed_batch_in_the_mode_without_kernels(training: bool) -> None:
+    """The error names the device before anything that `eval()` would change."""
+    config = fastlora.LoraConfig(r=2, target_modules=["q"])
+    model = fastlora.get_peft_model(TwoLayers(), config).train(training)
+    with (
+        batch_invariant(),
+        fastlora.adapters(model, ["default", None]),
+        pytest.raises(ImplementationError, match="no Triton kernels for device type 'cpu'"),
+    ):
+        model(torch.randn(2, 16))
 
 
 @pytest.mark.parametrize("name", ["torch.distributed.tensor", "torch.distributed.fsdp"])
