@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 DISTRIBUTION = "fastlora-triton"
 # Packages that `import fastlora` does not need, each with what needs it.
 _OPTIONAL = {
-    "transformers": "train, chat, merge, and doctor MODEL",
+    "transformers": "train, chat, merge, serve, and doctor MODEL",
     "peft": "fastlora.patch and PEFT models",
-    "accelerate": "transformers' Trainer and quantized base models",
+    "accelerate": "train, transformers' Trainer, and quantized base models",
+    "fastapi": "serve",
+    "uvicorn": "serve",
     "bitsandbytes": "4-bit and 8-bit base models",
     "torchao": "int8, int4, and float8 base models",
 }

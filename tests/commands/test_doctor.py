@@ -55,6 +55,7 @@ def test_a_machine_that_is_well(
     assert packages["torch"]["version"] == system_checks.installed_version("torch")
     assert packages["torch"]["supported"] == ">=2.11,<3"
     assert packages["triton"]["needed_for"] is None and packages["peft"]["needed_for"]
+    assert packages["fastapi"]["needed_for"] == packages["uvicorn"]["needed_for"] == "serve"
     (cpu,) = facts["devices"]
     assert (cpu["device"], cpu["implementation"], cpu["trial"]) == ("cpu", "eager", None)
     assert cli.main(["doctor"]) == 0
