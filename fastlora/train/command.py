@@ -3,7 +3,8 @@
 The config file is TOML, JSON, or YAML. In it, `model` is the folder of the base model and `out` is
 the output folder. Each adapter has a table `adapters.NAME` with its `data` and its own settings:
 `r`, `alpha`, `dropout`, `targets`, `rslora`, `dora`, `lr`, or any other field of
-`fastlora.LoraConfig`. A table `defaults` has settings for all adapters.
+`fastlora.LoraConfig` that defines the adapter, which `task_type` and `revision` do not. A table
+`defaults` has settings for all adapters.
 
 Flags override the file. For several GPUs or processes, run:
 `torchrun --nproc-per-node N -m fastlora train ...`
