@@ -11,6 +11,15 @@ _THREADS = "tests/pool/test_pool_threads.py"
 
 FAULTS = (
     Fault(
+        sentence="An adapter with trained tokens is registered, and fails when it is first used.",
+        kind="a check left out",
+        source="D2",
+        path="fastlora/pool/reader.py",
+        before="        if config.trainable_token_indices:",
+        after="        if False:",
+        tests=("tests/pool/test_pool_errors.py::test_an_adapter_that_raises_changes_nothing",),
+    ),
+    Fault(
         sentence="A slot gets another adapter while a captured graph may still read the old one.",
         kind="a slot changed before its readers end",
         source="21830f9",

@@ -14,6 +14,17 @@ _PROMPTS = "tests/serve/test_prompts.py"
 
 FAULTS = (
     Fault(
+        sentence="An adapter that is intact but not supported is called damaged.",
+        kind="a wrong code",
+        source="D2",
+        path="fastlora/serve/exception_handlers.py",
+        before="""\
+    (UnsupportedAdapterError, 422, "invalid_request_error", "adapter_unsupported"),
+""",
+        after="",
+        tests=("tests/serve/test_adapters.py::test_an_adapter_that_pools_do_not_support",),
+    ),
+    Fault(
         sentence="A request that has ended keeps its adapter for a client that reads slowly.",
         kind="a lease kept",
         source="fc317c3",
