@@ -87,7 +87,7 @@ class ParsedAdapterKey(NamedTuple):
             module in ``modules_to_save``), ``"tokens"`` (the rows of ``trainable_token_indices``),
             ``"bias"`` (a trained bias of the base model), ``"base"`` (a base weight, such as an
             embedding, that was saved with the adapter), or ``"duplicate"`` (a second copy that PEFT
-            writes for a module in ``modules_to_save``; it is not loaded).
+            writes for a module in ``modules_to_save`` or a module tied to it; it is not loaded).
     """
 
     module: str
@@ -421,9 +421,10 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
             f"not support {_FOREIGN[leaf]}. Load the adapter with PEFT instead: "
             "model = peft.PeftModel.from_pretrained(model, folder), then fastlora.patch(model)"
         )
-    copied = any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
-    if config.ensure_weight_tying and copied and module.rpartition(".")[2] in _EMBEDDINGS:
-        return ParsedAdapterKey(module, "saved")  # tied to a module in modules_to_save
+    if config.ensure_weight_tying and any(e.rpartition(".")[2] in _EMBEDDINGS for e in entries):
+        tied = module.removesuffix(".original_module").removesuffix(".modules_to_save")
+        if tied.rpartition(".")[2] in _EMBEDDINGS:  # may be tied to a module in modules_to_save
+            return ParsedAdapterKey(tied, "saved" if tied == module else "duplicate")
     inner = module.removesuffix(".base_layer").removesuffix(".token_adapter")
     if leaf == "bias" and config.bias != "none":
         return ParsedAdapterKey(inner, "bias")

@@ -94,6 +94,8 @@ def check_adapter_fits_model(
 ) -> AdapterContents:
     """Check that the tensors of an adapter match a model, and return the adapter's contents.
 
+    In the result, the kind of each tensor is that on this model. See `_with_kinds_on_model`.
+
     Args:
         model: The base model, with or without adapters.
         plan: The plan for the adapter on this model.
@@ -102,12 +104,14 @@ def check_adapter_fits_model(
             warning, instead of raising an error.
 
     Returns:
-        ``file``, or a copy of it without the tensors that were left out.
+        The contents without the tensors that were left out.
 
     Raises:
         CheckpointError: If a tensor is missing, has no counterpart in the model, or has a different
             shape and ``ignore_mismatched_sizes`` is False.
     """
+    if plan.tokens or plan.config.ensure_weight_tying:
+        file = _with_kinds_on_model(file, plan)
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     with temporary_replication(plan.replication):
         expected = _expected_shapes(model, plan)
@@ -145,6 +149,35 @@ def check_adapter_fits_model(
         )
     warn(f"{message}; mismatched tensors keep their initial values")
     return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
+
+
+def _with_kinds_on_model(file: AdapterContents, plan: AdapterPlan) -> AdapterContents:
+    """Return an adapter's contents, in which the kinds of tensors are those on a model.
+
+    Only the model shows which modules are tied to the input embedding. If a module does not share
+    the adapter's copy of the embedding, its weight in the file is a base weight. If a module shares
+    the embedding's trained rows, its rows in the file are a duplicate, which is left out.
+
+    Args:
+        file: The loaded adapter.
+        plan: The plan for the adapter on the model.
+    """
+    copied = (*plan.modules_to_save, *plan.tied_copies)
+    keys = {}
+    for key, parts in file.keys.items():
+        rows = plan.tokens.get(parts.module) if parts.kind == "tokens" else None
+        if rows is not None and rows.tied_to is not None:
+            parts = parts._replace(kind="duplicate")
+        elif (
+            plan.config.ensure_weight_tying
+            and parts.kind == "saved"
+            and parts.module not in copied
+            and key == f"{KEY_PREFIX}{parts.module}.weight"
+        ):
+            parts = parts._replace(kind="base")
+        keys[key] = parts
+    tensors = {key: t for key, t in file.tensors.items() if keys[key].kind != "duplicate"}
+    return replace(file, keys=keys, tensors=tensors)
 
 
 def check_overwritable_from_file(

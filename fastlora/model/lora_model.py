@@ -327,7 +327,8 @@ class LoraModel(PeftModelMethods, nn.Module):
             self.set_requires_grad(adapter_name)
         else:
             self.eval()
-        return _IncompatibleKeys([key for key in whole.tensors if key not in file.tensors], [])
+        read = [key for key in whole.tensors if file.keys[key].kind != "duplicate"]
+        return _IncompatibleKeys([key for key in read if key not in file.tensors], [])
 
     def save_pretrained(
         self,

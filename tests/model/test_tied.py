@@ -148,6 +148,46 @@ def test_what_models_tie(kind: str) -> None:
     assert modules_tied_to_embedding(model) == _get_module_names_tied_with_embedding(model)
 
 
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def drawn(model: Any, seed: int = 0) -> Any:
+    """Gives all that trains random values; for evaluation."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("library", ["fastlora", "peft"])
+@pytest.mark.parametrize(
+    ("tied", "fields"),
+    [
+        (True, {"trainable_token_indices": [1, 5]}),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        (False, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+)
+def test_files_with_base_embeddings(
+    library: str, tied: bool, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """As PEFT saves them once the vocabulary was resized, with a second copy of what is tied."""
+    made = pytest.importorskip(library)
+    base = tiny_llama(tie_word_embeddings=tied)
+    nn.init.normal_(base.lm_head.weight, std=0.3)
+    settings = made.LoraConfig(r=2, target_modules=["q_proj"], **fields)
+    model = drawn(made.get_peft_model(base, settings))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = LoraModel.from_pretrained(tiny_llama(tie_word_embeddings=tied), tmp_path)
+    assert loaded.load_adapter(tmp_path, "again").missing_keys == []
+    for name in ("default", "again"):
+        loaded.set_adapter(name)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def hooked_linear() -> nn.Module:
     linear = nn.Linear(16, 16)
     linear.register_forward_hook(lambda module, args, y: y.clone())
