@@ -33,7 +33,11 @@ from fastlora.model.inject import (
 )
 from fastlora.model.plan import AdapterPlan
 from fastlora.model.replication import temporary_replication
-from fastlora.model.tied_weights import input_embedding_name
+from fastlora.model.tied_weights import (
+    EMBEDDING_NAMES,
+    are_embeddings_copied_and_targeted,
+    input_embedding_name,
+)
 from fastlora.sharding import copy_full_tensor_
 from fastlora.user_warnings import warn
 from fastlora.validation import CheckpointError
@@ -335,6 +339,13 @@ def adapter_file_state_dict(
             for disk, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
                 factor = tensors[f"{at}.{own}"]
                 tensors[f"{KEY_PREFIX}{name}.{disk}.weight"] = factor.t().contiguous()
+            if not any(are_embeddings_copied_and_targeted(config)):
+                warn(
+                    f"{name!r} shares the LoRA factors of {at.removeprefix(KEY_PREFIX)!r} "
+                    "(ensure_weight_tying=True), but PEFT will load this adapter without an "
+                    "adapter on the head, because PEFT ties only modules named "
+                    f"{' or '.join(EMBEDDING_NAMES)}"
+                )
     embeddings = _embeddings_by_module_name(model)
     save = save_embedding_layers
     if save == "auto":

@@ -254,9 +254,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         file = convert_expert_factors(model, file)
         chosen = file.config if config is None else config
-        plan = make_adapter_plan(
-            model, adapter_name, chosen, loading=True, layers_in_file=file.layers
-        )
+        plan = make_adapter_plan(model, adapter_name, chosen, file=file)
         plan.config.inference_mode = not is_trainable
         file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if isinstance(config, LoraConfig):
@@ -309,9 +307,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         model = self.get_base_model()
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         file = whole = convert_expert_factors(model, file)
-        plan = make_adapter_plan(
-            model, adapter_name, file.config, loading=True, layers_in_file=file.layers
-        )
+        plan = make_adapter_plan(model, adapter_name, file.config, file=file)
         plan.config.inference_mode = not is_trainable
         file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -58,6 +58,9 @@ from fastlora.validation import (
     UnsupportedLayerError,
     error_prefix,
 )
+
+if TYPE_CHECKING:
+    from fastlora.model.adapter_folder import AdapterContents
 
 
 class TargetModule(NamedTuple):
@@ -157,8 +160,7 @@ def make_adapter_plan(
     adapter_name: str,
     peft_config: Any,
     *,
-    loading: bool = False,
-    layers_in_file: Collection[str] | None = None,
+    file: AdapterContents | None = None,
 ) -> AdapterPlan:
     """Create the plan for adding an adapter to a model.
 
@@ -171,9 +173,8 @@ def make_adapter_plan(
         model: The base model, with or without adapters.
         adapter_name: The name of the adapter.
         peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
-        loading: Whether the adapter's weights come from a file.
-        layers_in_file: The names of the layers with LoRA factors in the file. See
-            `select_targets`.
+        file: The contents of the file that the adapter's weights come from, or None if the adapter
+            is new.
 
     Raises:
         TargetNotFoundError: If the config does not match any module of the model.
@@ -182,11 +183,12 @@ def make_adapter_plan(
     """
     check_adapter_name(adapter_name)
     config = copy.deepcopy(to_lora_config(peft_config))
-    config.check_supported("load" if loading else "new")
+    config.check_supported("new" if file is None else "load")
     replication = plan_layer_replication(model, config.layer_replication)
     with temporary_replication(replication):
-        ties = update_config_for_tied_embedding(model, config)
-        plan = plan_target_modules(model, config, loading, ties, layers_in_file)
+        tensors, layers = (None, None) if file is None else (file.tensors, file.layers)
+        ties = update_config_for_tied_embedding(model, config, tensors)
+        plan = plan_target_modules(model, config, file is not None, ties, layers)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_peft_differences_and_ignored_dropout(plan)
         config.target_modules = plan.target_modules
@@ -239,7 +241,8 @@ def plan_target_modules(
         config: The adapter's config.
         from_file: Whether the adapter's weights come from a file.
         ties: The modules that share the input embedding's adapter.
-        layers_in_file: See `make_adapter_plan`.
+        layers_in_file: The names of the layers with LoRA factors in the file. See
+            `select_targets`.
 
     Raises:
         TargetNotFoundError: If no module matches the config.
@@ -262,18 +265,11 @@ def plan_target_modules(
         named = targets if isinstance(meant, str) else {*meant, *selected.only_in_file}
         meant = set(named)
     saved = find_modules_to_save(model, config)
-    copies, heads = list(ties.names), list[str]()
+    copies, heads = list(ties.copies), list(ties.heads)
     saved = [name for name in saved if name not in copies]
-    if not ties.copies:
-        # As in PEFT, tied heads share the embedding's LoRA factors, and tied embeddings have their
-        # own factors.
-        tied, copies = copies, []
-        heads = [
-            n for n in tied if not isinstance(base_module_of(model.get_submodule(n)), nn.Embedding)
-        ]
-        targets = [name for name in targets if name not in heads]
-        targets += [name for name in tied if name not in (*heads, *targets)]
-        _check_can_share_embedding_factors(model, config, targets, heads)
+    targets = [name for name in targets if name not in heads]
+    targets += [name for name in ties.embeddings if name not in targets]
+    _check_can_share_embedding_factors(model, config, targets, heads)
     tokens = find_trainable_tokens(model, config)
     check_modules_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
 from fastlora.layers.trainable_tokens import TrainableTokensLayer
 from fastlora.layers.unfused import has_replaced_forward_that_cannot_be_copied
+from fastlora.model.adapter_folder import KEY_PREFIX
 from fastlora.model.base_modules import (
     base_module_of,
     copy_sharing_parameters,
@@ -35,13 +37,15 @@ class ModulesAdaptedWithEmbedding(NamedTuple):
     They are tied to the embedding.
 
     Attributes:
-        names: The names of the modules.
-        copies: True if the modules share the adapter's copy of the embedding's weight
-            (``modules_to_save``), or False if they share the embedding's LoRA factors.
+        heads: The names of the modules that share the embedding's LoRA factors.
+        copies: The names of the modules that share the adapter's copy of the embedding's weight
+            (``modules_to_save``).
+        embeddings: The names of other embeddings, which get LoRA factors of their own.
     """
 
-    names: tuple[str, ...] = ()
-    copies: bool = False
+    heads: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
 
 NO_TIED_MODULES = ModulesAdaptedWithEmbedding()
@@ -99,7 +103,9 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
 
 
 def update_config_for_tied_embedding(
-    model: nn.Module, config: LoraConfig
+    model: nn.Module,
+    config: LoraConfig,
+    tensors_in_file: Mapping[str, torch.Tensor] | None = None,
 ) -> ModulesAdaptedWithEmbedding:
     """Update a config to adapt tied modules together with the embedding, and return the modules.
 
@@ -109,28 +115,27 @@ def update_config_for_tied_embedding(
     ``target_modules`` is a regular expression, it is extended so that it matches the embedding too.
 
     As in PEFT, a warning is emitted if the config requires tying that is not possible, or if a tied
-    module is adapted without ``ensure_weight_tying``.
+    module is adapted without ``ensure_weight_tying``. PEFT ties no modules if the config names only
+    embeddings that are not in `EMBEDDING_NAMES`. In this case, the tensors in the file determine
+    whether modules are tied.
 
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
+        tensors_in_file: The tensors of the adapter's file, or None if the adapter is new.
     """
-    known, targets = list(EMBEDDING_NAMES), config.target_modules
+    known: tuple[str, ...] = EMBEDDING_NAMES
     embedding = input_embedding_name(model) if config.ensure_weight_tying else None
-    if embedding is not None:
-        # PEFT writes the embedding's name into the config. When PEFT reads this config again, it
-        # ties nothing if the name is not one of the known names.
-        known += [embedding, embedding.rpartition(".")[2]]
-    copied = any(name.rpartition(".")[2] in known for name in config.modules_to_save or ())
-    if isinstance(targets, str):
-        targeted = any(matches_whole_name("target_modules", targets, name) for name in known)
-    else:
-        targeted = any(name.rpartition(".")[2] in known for name in targets or ())
+    tied = modules_tied_to_embedding(model) if config.ensure_weight_tying else []
+    if embedding is not None and (
+        tensors_in_file is None or _are_tied_in_file(embedding, tied, tensors_in_file)
+    ):
+        known = (*known, embedding, embedding.rpartition(".")[2])
+    copied, targeted = are_embeddings_copied_and_targeted(config, known)
     if not config.ensure_weight_tying and not copied and not targeted:
         return ModulesAdaptedWithEmbedding()
-    tied = modules_tied_to_embedding(model)
     if not config.ensure_weight_tying:
-        if tied:
+        if modules_tied_to_embedding(model):
             _warn(
                 "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
                 "`ensure_weight_tying` is not set to True: the layer is trained and merged "
@@ -144,6 +149,7 @@ def update_config_for_tied_embedding(
                 "model"
             )
         return ModulesAdaptedWithEmbedding()
+    targets = config.target_modules
     if copied:
         config.modules_to_save = _replace_tied_with_embedding(
             config.modules_to_save or [], embedding, tied
@@ -161,7 +167,60 @@ def update_config_for_tied_embedding(
                 "`modules_to_save` or `target_modules`"
             )
         return ModulesAdaptedWithEmbedding()
-    return ModulesAdaptedWithEmbedding(tuple(tied), copied)
+    if copied:
+        return ModulesAdaptedWithEmbedding(copies=tuple(tied))
+    # As in PEFT, tied heads share the embedding's LoRA factors, and tied embeddings have their own
+    # factors.
+    embeddings = tuple(
+        n for n in tied if isinstance(base_module_of(model.get_submodule(n)), nn.Embedding)
+    )
+    heads = tuple(name for name in tied if name not in embeddings)
+    return ModulesAdaptedWithEmbedding(heads, embeddings=embeddings)
+
+
+def are_embeddings_copied_and_targeted(
+    config: LoraConfig, known: Collection[str] = EMBEDDING_NAMES
+) -> tuple[bool, bool]:
+    """Return whether ``modules_to_save`` and ``target_modules`` of a config name embeddings.
+
+    The result is a tuple of two booleans, one for each field. PEFT ties modules according to this
+    result.
+
+    Args:
+        config: The adapter's config.
+        known: The last components of names that are considered to be embeddings, or heads tied to
+            embeddings.
+    """
+    targets = config.target_modules
+    copied = any(name.rpartition(".")[2] in known for name in config.modules_to_save or ())
+    if isinstance(targets, str):
+        return copied, any(matches_whole_name("target_modules", targets, name) for name in known)
+    return copied, any(name.rpartition(".")[2] in known for name in targets or ())
+
+
+def _are_tied_in_file(
+    embedding: str, tied: Collection[str], tensors: Mapping[str, torch.Tensor]
+) -> bool:
+    """Return whether an adapter file adapts modules together with the input embedding.
+
+    The file then contains LoRA factors of such a module, or a copy of the module's weight that is
+    equal to the copy of the embedding's weight. PEFT may save a base weight under the same key as a
+    copy.
+
+    Args:
+        embedding: The name of the input embedding.
+        tied: The names of the modules that are tied to the embedding in the model.
+        tensors: The tensors of the file, keyed by file key.
+    """
+    own = tensors.get(f"{KEY_PREFIX}{embedding}.weight")
+    for name in tied:
+        at = f"{KEY_PREFIX}{name}."
+        if f"{at}lora_A.weight" in tensors or f"{at}lora_embedding_A" in tensors:
+            return True
+        copied = tensors.get(f"{at}weight")
+        if own is not None and copied is not None and torch.equal(own, copied):
+            return True
+    return False
 
 
 def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ _EXPERT_MODELS = "tests/model/test_expert_models.py"
 _HOTSWAP = "tests/model/test_hotswap.py"
 _PATTERNS = "tests/test_patterns.py"
 _OPEN_BLOCKS = "tests/routing/test_open_blocks.py"
+_TIED = "tests/model/test_tied.py"
 _WEIGHTED = "tests/algebra/test_weighted.py"
 
 FAULTS = (
@@ -436,5 +437,17 @@ FAULTS = (
         before='for parameter in (_adapted_parameter_name(module), "bias"):',
         after="for parameter in (_adapted_parameter_name(module),):",
         tests=(f"{_ALIASED}[linear]", f"{_ALIASED}[hooks]"),
+    ),
+    Fault(
+        sentence="A head is adapted that is not tied to the embedding in a file of PEFT's.",
+        kind="a tie that is not in the file",
+        source="a file of PEFT's for GPT-2",
+        path="fastlora/model/tied_weights.py",
+        before="tensors_in_file is None or _are_tied_in_file(embedding, tied, tensors_in_file)",
+        after="True",
+        tests=(
+            f"{_TIED}::test_files_say_what_is_tied_to_an_embedding_that_peft_does_not_know"
+            "[fields1-False]",
+        ),
     ),
 )

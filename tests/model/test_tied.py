@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.tied_weights import modules_tied_to_embedding
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
@@ -162,6 +163,27 @@ def drawn(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
+def gpt2(library: Any = fastlora, **fields: Any) -> Any:
+    """With the embedding called ``wte``, to which PEFT ties nothing."""
+    settings = {"r": 2, "target_modules": ["c_attn"], "ensure_weight_tying": True, **fields}
+    return drawn(library.get_peft_model(tiny("GPT2LMHeadModel"), library.LoraConfig(**settings)))
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["wte"]}, {"target_modules": ["wte"]}])
+def test_files_say_what_is_tied_to_an_embedding_that_peft_does_not_know(
+    fields: dict[str, Any], embeddings: bool, tmp_path: Path
+) -> None:
+    import peft
+
+    theirs, ours = gpt2(peft, **fields), gpt2(**fields)
+    for model, ties in ((theirs, False), (ours, True)):
+        model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+        loaded = LoraModel.from_pretrained(tiny("GPT2LMHeadModel"), tmp_path)
+        assert (type(loaded.get_base_model().lm_head) is not nn.Linear) == ties
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("library", ["fastlora", "peft"])
 @pytest.mark.parametrize(
     ("tied", "fields"),
@@ -186,6 +208,14 @@ def test_files_with_base_embeddings(
     for name in ("default", "again"):
         loaded.set_adapter(name)
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_saving_says_what_peft_will_not_tie(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="'lm_head' shares the LoRA factors .* but PEFT will"):
+        gpt2(target_modules=["wte"]).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tied_lora(["embed_tokens"]).save_pretrained(tmp_path, save_embedding_layers=False)
 
 
 def hooked_linear() -> nn.Module:
