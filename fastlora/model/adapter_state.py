@@ -29,6 +29,7 @@ from fastlora.model.inject import (
     adapted_layers,
     base_biases_trained_by,
     base_parameters,
+    modules_adapted_with_embedding,
     modules_with_adapters,
 )
 from fastlora.model.plan import AdapterPlan
@@ -189,9 +190,10 @@ def check_overwritable_from_file(
 ) -> None:
     """Check that a loaded adapter can be overwritten with the adapter in a file.
 
-    The two adapters must adapt the same modules, with the same rank and scaling for each module.
-    Both adapters must also have the same ``use_dora`` and the same ``trainable_token_indices``. A
-    scaling that was changed with `set_scale` is not compared and remains in effect, as in PEFT.
+    The two adapters must adapt the same modules, with the same rank and scaling for each module,
+    own copies of the same modules, and tie the same modules to the input embedding. Both adapters
+    must also have the same ``use_dora``, ``lora_bias``, ``bias``, and ``trainable_token_indices``.
+    A scaling that was changed with `set_scale` is not compared and remains in effect, as in PEFT.
 
     Args:
         model: The base model with its adapters.
@@ -215,16 +217,38 @@ def check_overwritable_from_file(
             f"{path} and the loaded adapter {adapter_name!r} adapt different modules (only one of "
             f"them adapts {differing[0]}); load the new adapter under another name"
         )
-    dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
-    if dora != config.use_dora:
+    for field in ("use_dora", "lora_bias", "bias"):
+        mine, other = getattr(config, field), getattr(loaded_config, field)
+        if mine != other:
+            raise CheckpointError(
+                f"{path}: {field}={mine!r}, but the loaded adapter {adapter_name!r} has "
+                f"{field}={other!r}; load the new adapter under another name"
+            )
+    wrappers = [
+        (name, module)
+        for name, module in modules_with_adapters(model)
+        if isinstance(module, ModuleWrapper) and adapter_name in module.adapter_names
+    ]
+    copied = {name for name, module in wrappers if isinstance(module, ModulesToSaveWrapper)}
+    differing = sorted(copied.symmetric_difference((*plan.modules_to_save, *plan.tied_copies)))
+    if differing:
         raise CheckpointError(
-            f"{path}: use_dora={config.use_dora}, but the loaded adapter {adapter_name!r} has "
-            f"use_dora={dora}; load the new adapter under another name"
+            f"{path} and the loaded adapter {adapter_name!r} have copies of different modules "
+            f"(only one of them has a copy of {differing[0]}); load the new adapter under another "
+            "name"
+        )
+    tied = modules_adapted_with_embedding(model, adapter_name)
+    differing = sorted({*tied.heads, *tied.copies} ^ {*plan.tied_heads, *plan.tied_copies})
+    if differing:
+        raise CheckpointError(
+            f"{path} and the loaded adapter {adapter_name!r} differ in ensure_weight_tying (only "
+            f"one of them ties {differing[0]} to the input embedding); load the new adapter under "
+            "another name"
         )
     rows = {
         name: module.token_indices[adapter_name]
-        for name, module in modules_with_adapters(model)
-        if isinstance(module, TrainableTokensWrapper) and adapter_name in module.token_indices
+        for name, module in wrappers
+        if isinstance(module, TrainableTokensWrapper)
     }
     if rows != {name: tokens.indices for name, tokens in plan.tokens.items()}:
         raise CheckpointError(

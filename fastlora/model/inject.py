@@ -28,6 +28,7 @@ from fastlora.model.dequantize import (
 from fastlora.model.plan import AdapterPlan, adapter_settings_for
 from fastlora.model.replication import clear_layer_replication_record
 from fastlora.model.tied_weights import (
+    ModulesAdaptedWithEmbedding,
     SharedWeightUntier,
     input_embedding_name,
     untie_config_if_weights_untied,
@@ -246,6 +247,26 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
                 n: layer for n, layer in {name: module, **own}.items() if adapter_name in layer.r
             }
     return found
+
+
+def modules_adapted_with_embedding(
+    model: nn.Module, adapter_name: str
+) -> ModulesAdaptedWithEmbedding:
+    """Return the modules that an adapter of a model adapts together with the input embedding.
+
+    The result contains the modules that share the embedding's LoRA factors or the adapter's copy of
+    its weight.
+    """
+    heads, copies = list[str](), dict[str, nn.Module]()
+    for name, module in modules_with_adapters(model):
+        if isinstance(module, TiedLoraHead) and adapter_name in module.r:
+            heads.append(name)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            copies[name] = module.modules_to_save[adapter_name]
+    own = copies.pop(input_embedding_name(model) or "", None) if copies else None
+    weight = getattr(own, "weight", None)
+    tied = (name for name, copied in copies.items() if getattr(copied, "weight", None) is weight)
+    return ModulesAdaptedWithEmbedding(tuple(heads), () if weight is None else tuple(tied))
 
 
 def freeze_base(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ _HOTSWAP = "tests/model/test_hotswap.py"
 _PATTERNS = "tests/test_patterns.py"
 _OPEN_BLOCKS = "tests/routing/test_open_blocks.py"
 _TIED = "tests/model/test_tied.py"
+_UNLIKE = f"{_TIED}::test_a_file_of_an_adapter_that_is_unlike_the_loaded_one"
 _WEIGHTED = "tests/algebra/test_weighted.py"
 
 FAULTS = (
@@ -437,6 +438,36 @@ FAULTS = (
         before='for parameter in (_adapted_parameter_name(module), "bias"):',
         after="for parameter in (_adapted_parameter_name(module),):",
         tests=(f"{_ALIASED}[linear]", f"{_ALIASED}[hooks]"),
+    ),
+    Fault(
+        sentence="A file with biases is loaded over an adapter that has none.",
+        kind="tensors left out in silence",
+        source="a file over another adapter",
+        path="fastlora/model/adapter_state.py",
+        before='for field in ("use_dora", "lora_bias", "bias"):',
+        after='for field in ("use_dora",):',
+        tests=(f"{_UNLIKE}[lora_bias-one over the other]", f"{_UNLIKE}[bias-one over the other]"),
+    ),
+    Fault(
+        sentence="A file with a copy of a module is loaded over an adapter that has none.",
+        kind="a copy left out in silence",
+        source="a file over another adapter",
+        path="fastlora/model/adapter_state.py",
+        before="copied.symmetric_difference((*plan.modules_to_save, *plan.tied_copies))",
+        after="copied.difference(copied)",
+        tests=(f"{_UNLIKE}[copies-one over the other]", f"{_UNLIKE}[copies-the other over one]"),
+    ),
+    Fault(
+        sentence="A file of an untied adapter is loaded over a tied one, whose head it changes.",
+        kind="a tie that is not in the file",
+        source="a file over another adapter",
+        path="fastlora/model/adapter_state.py",
+        before="{*tied.heads, *tied.copies} ^ {*plan.tied_heads, *plan.tied_copies}",
+        after="set[str]()",
+        tests=(
+            f"{_UNLIKE}[ties of factors-one over the other]",
+            f"{_UNLIKE}[ties of copies-the other over one]",
+        ),
     ),
     Fault(
         sentence="A head is adapted that is not tied to the embedding in a file of PEFT's.",

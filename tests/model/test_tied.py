@@ -14,7 +14,12 @@ from torch import nn
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.tied_weights import modules_tied_to_embedding
-from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
+from fastlora.validation import (
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedLayerError,
+)
 from tests.support.tiny import quantized_two_layers, randomize, tiny, tiny_llama, unchanged
 
 pytest.importorskip("transformers")
@@ -216,6 +221,30 @@ def test_saving_says_what_peft_will_not_tie(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tied_lora(["embed_tokens"]).save_pretrained(tmp_path, save_embedding_layers=False)
+
+
+COPIES = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+FACTORS = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "copies": ({"modules_to_save": ["lm_head"]}, {}, "has a copy of lm_head"),
+    "lora_bias": ({"lora_bias": True}, {}, "lora_bias="),
+    "bias": ({"bias": "lora_only"}, {}, "bias='(none|lora_only)'"),
+    "ties of factors": (FACTORS, {**FACTORS, "ensure_weight_tying": False}, "ties lm_head"),
+    "ties of copies": (COPIES, {"modules_to_save": ["embed_tokens", "lm_head"]}, "ties lm_head"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("over", [False, True], ids=["one over the other", "the other over one"])
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_file_of_an_adapter_that_is_unlike_the_loaded_one(
+    kind: str, over: bool, tmp_path: Path
+) -> None:
+    *fields, words = UNLIKE[kind]
+    models = [drawn(get_peft_model(tiny_llama(), config(**each))) for each in fields]
+    models[over].save_pretrained(tmp_path)
+    with unchanged(models[not over]), pytest.raises(CheckpointError, match=words):
+        models[not over].load_adapter(tmp_path, "default")
 
 
 def hooked_linear() -> nn.Module:
