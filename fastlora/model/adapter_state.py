@@ -504,6 +504,10 @@ def _copy_into_model_tensor(
     old: Any = getattr(owner, leaf)
     if isinstance(old, nn.Parameter):
         made = nn.Parameter(made, requires_grad=old.requires_grad)
+    tied = isinstance(layer, ModulesToSaveWrapper)
+    for each in lora_model.modules() if tied else ():
+        if each._parameters.get(leaf) is old:  # copies that are tied stay tied
+            setattr(each, leaf, made)
     setattr(owner, leaf, made)
     if isinstance(layer, LoraLayer):
         for each in (layer, *layer.inner_layers().values()):

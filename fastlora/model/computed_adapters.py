@@ -15,8 +15,13 @@ from torch import nn
 from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import lora_layers, modules_with_adapters
+from fastlora.model.inject import (
+    lora_layers,
+    modules_adapted_with_embedding,
+    modules_with_adapters,
+)
 from fastlora.model.plan import AdapterPlan, plan_target_modules
+from fastlora.model.tied_weights import ModulesAdaptedWithEmbedding, input_embedding_name
 from fastlora.ops.stacks import rank_row_views
 from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -183,15 +188,20 @@ def build_computed_adapter(
             include all scalings, and the config is derived from ``source_configs``.
 
     Raises:
-        AdapterStateError: If two of the adapters own a copy of the same module.
+        AdapterStateError: If two of the adapters own a copy of the same module, or if only some of
+            them tie a head to the input embedding.
         ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
     copies = _owner_by_copied_module(model, list(source_configs))
+    ties = _ties_of_sources(model, list(source_configs))
     ranks = {name: each.rank for name, each in factors.items()}
+    ranks |= {name: ranks[str(input_embedding_name(model))] for name in ties.heads}
     if config is None:
-        config = _computed_adapter_config(list(source_configs.values()), ranks, copies)
-    alphas = {name: config.alpha_for(name) for name in factors}
-    plan = plan_target_modules(model, config)
+        saved = [name for name in copies if name not in ties.copies]
+        config = _computed_adapter_config(list(source_configs.values()), ranks, saved)
+    config.ensure_weight_tying = any(ties)
+    alphas = {name: config.alpha_for(name) for name in ranks}
+    plan = plan_target_modules(model, config, ties=ties)
     layers = lora_layers(model)
     parameters = {name for name in factors if not layers[name].replaces_module}
     inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
@@ -202,11 +212,38 @@ def build_computed_adapter(
         config.target_parameters = sorted(parameters) or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config._set_layer_ranks_and_alphas(ranks, alphas)
-        plan = plan_target_modules(model, config)
+        plan = plan_target_modules(model, config, ties=ties)
     holders = (
         layers[name]._factors(a) for name in factors for a in source_configs if a in layers[name].r
     )
     return ComputedAdapter(plan, factors, copies, next(holders)[0].dtype == torch.float32)
+
+
+def _ties_of_sources(model: nn.Module, adapters: Sequence[str]) -> ModulesAdaptedWithEmbedding:
+    """Return the modules that a computed adapter adapts together with the input embedding.
+
+    Args:
+        model: The base model with its adapters.
+        adapters: The adapters from which the new adapter is computed.
+
+    Raises:
+        AdapterStateError: If a head shares the embedding's LoRA factors in only some of the
+            adapters that have such factors.
+    """
+    found = {name: modules_adapted_with_embedding(model, name) for name in adapters}
+    heads = {head for ties in found.values() for head in ties.heads}
+    layers = lora_layers(model)
+    for head in heads:
+        embedding: Any = layers[head]
+        apart = [n for n in adapters if n in embedding.tied_to.r and head not in found[n].heads]
+        if apart:
+            raise AdapterStateError(
+                f"adapters {list(adapters)} cannot be combined: adapters {apart} do not tie "
+                f"{head!r} to the input embedding (ensure_weight_tying=True), and the others do; "
+                "combine only adapters that tie the same modules"
+            )
+    copies = (name for ties in found.values() for name in ties.copies)
+    return ModulesAdaptedWithEmbedding(tuple(sorted(heads)), tuple(copies))
 
 
 def _owner_by_copied_module(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
@@ -252,7 +289,7 @@ def _adapters_by_copied_module(model: nn.Module, adapters: Sequence[str]) -> dic
 
 
 def _computed_adapter_config(
-    configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
+    configs: Sequence[LoraConfig], ranks: Mapping[str, int], modules_to_save: Sequence[str]
 ) -> LoraConfig:
     """Create the config of a computed adapter from the configs of the original adapters.
 
@@ -263,8 +300,7 @@ def _computed_adapter_config(
     Args:
         configs: The configs of the adapters that the new adapter was computed from.
         ranks: A mapping from the names of layers to ranks.
-        copies: A mapping with the names of the modules in ``modules_to_save`` as keys. The values
-            are not used.
+        modules_to_save: The names of the modules that the new adapter owns a copy of.
 
     Raises:
         ConfigError: If an adapter was trained on base weights that its initialization changed.
@@ -278,7 +314,7 @@ def _computed_adapter_config(
     config.bias = "none"  # the biases of the base model do not belong to the adapter
     config.lora_bias = any(each.lora_bias for each in configs)
     config.init_lora_weights = True
-    config.modules_to_save = sorted(copies) or None
+    config.modules_to_save = sorted(modules_to_save) or None
     targets = [each.target_modules for each in configs]
     if all(isinstance(target, str) for target in targets):
         config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))

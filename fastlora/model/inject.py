@@ -170,8 +170,10 @@ def add_adapter(
 def move_adapter_to_meta(model: nn.Module, adapter_name: str) -> None:
     """Move an adapter's parameters to the meta device.
 
-    When weights are loaded into the adapter, the parameters are allocated again.
+    When weights are loaded into the adapter, the parameters are allocated again. A parameter that
+    several modules share stays shared.
     """
+    tied = modules_adapted_with_embedding(model, adapter_name)
     for _, module in modules_with_adapters(model):
         for owned in module._modules.values():
             if isinstance(owned, nn.ModuleDict) and adapter_name in owned:
@@ -180,6 +182,10 @@ def move_adapter_to_meta(model: nn.Module, adapter_name: str) -> None:
                 parameter = owned[adapter_name]
                 made = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
                 owned[adapter_name] = made
+    for name in tied.copies:
+        copied: Any = model.get_submodule(name)
+        source: Any = model.get_submodule(str(input_embedding_name(model)))
+        copied.modules_to_save[adapter_name].weight = source.modules_to_save[adapter_name].weight
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -228,6 +234,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     LoRA layers inside other LoRA layers are included.
     """
     return {name: m for name, m in modules_with_adapters(model) if isinstance(m, LoraLayer)}
+
+
+def layers_with_own_factors(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return a dict of a model's LoRA layers, keyed by name, without tied heads.
+
+    A `TiedLoraHead` has no factors of its own.
+    """
+    layers = lora_layers(model).items()
+    return {name: layer for name, layer in layers if not isinstance(layer, TiedLoraHead)}
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

@@ -258,7 +258,7 @@ def plan_target_modules(
                 "first"
             )
     meant = resolve_target_modules(model, config, modules)
-    selected = select_targets(model, config, meant, modules, layers_in_file)
+    selected = select_targets(model, config, meant, modules, layers_in_file, ties.heads)
     targets = selected.modules
     selected.parameters.store_targets_and_patterns_in(config)
     if selected.only_in_file:

@@ -30,7 +30,7 @@ from fastlora.model.computed_adapters import (
     join_per_matrix_factors,
     split_factors_by_matrix,
 )
-from fastlora.model.inject import lora_layers
+from fastlora.model.inject import layers_with_own_factors
 from fastlora.model.tuner import tuner_of
 from fastlora.user_warnings import warn
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
@@ -367,7 +367,7 @@ def _compute_reduced_adapter(
 
 
 def _layers_with_adapter(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield a tuple ``(name, layer)`` for each LoRA layer that has the adapter.
+    """Yield a tuple ``(name, layer)`` for each LoRA layer that has factors of the adapter.
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
@@ -380,7 +380,7 @@ def _layers_with_adapter(model: LoraModel, adapter_name: str) -> Iterator[tuple[
             f"adapter {adapter_name!r} trains token embeddings (trainable_token_indices), which "
             "have no rank to reduce"
         )
-    for name, layer in lora_layers(tuner.model).items():
+    for name, layer in layers_with_own_factors(tuner.model).items():
         if adapter_name in layer.r:
             yield name, layer
 

@@ -100,6 +100,7 @@ def select_targets(
     resolved_targets: set[str] | str | None = None,
     modules: ModulesWithOriginalNames | None = None,
     layers_in_file: Collection[str] | None = None,
+    tied_heads: Collection[str] = (),
 ) -> SelectedTargets:
     """Select the modules and parameters of a model that a LoRA config targets.
 
@@ -121,6 +122,8 @@ def select_targets(
             the adapter is new. A file decides about some of the targets: see `select_parameters`.
             A linear layer with a name that PEFT converts to experts is also a target if the file
             has factors for it, because PEFT removes these names from the config.
+        tied_heads: The names of the modules that share the input embedding's factors, which keys of
+            ``rank_pattern`` and ``alpha_pattern`` may match.
 
     Raises:
         TargetNotFoundError: If no module or parameter matches, or if an entry of
@@ -194,7 +197,8 @@ def select_targets(
     lost = _unmatched_targets(names, resolved_targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     excludes = bool(excluded or selected.excluded)
-    _warn_of_unmatched_modules_and_patterns(unmatched, found, selected, excludes, config)
+    adapted = [*found, *tied_heads]
+    _warn_of_unmatched_modules_and_patterns(unmatched, adapted, selected, excludes, config)
     if left:
         warn(
             f"target_modules={format_config_value(config.target_modules)} leaves out experts"
@@ -254,7 +258,8 @@ def _warn_of_unmatched_modules_and_patterns(
     Args:
         unmatched_target_modules: The entries of ``target_modules`` that match no module and no
             experts.
-        target_module_names: The names of the target modules.
+        target_module_names: The names of the target modules, and of heads that share the input
+            embedding's factors.
         selected_parameters: The selected parameters.
         any_excluded: Whether at least one module or parameter is excluded.
         config: The adapter's config.

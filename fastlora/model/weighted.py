@@ -21,7 +21,7 @@ from fastlora.model.computed_adapters import (
     split_factors_by_matrix,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import lora_layers
+from fastlora.model.inject import layers_with_own_factors
 from fastlora.model.stacked_experts import former_to_parameter_names
 from fastlora.model.targets import model_type_of
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
@@ -89,7 +89,7 @@ def combine_adapters(
         AdapterNameAndWeight(*each) for each in zip(adapters, map(float, weights), strict=True)
     ]
     factors = {}
-    for name, layer in lora_layers(model).items():
+    for name, layer in layers_with_own_factors(model).items():
         holders = [summand for summand in chosen if summand.adapter in layer.r]
         if holders:
             factors[name] = _combine_on_layer(name, layer, holders, options)

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.model.inject import modules_adapted_with_embedding
 from fastlora.model.tied_weights import modules_tied_to_embedding
 from fastlora.validation import (
     AdapterStateError,
@@ -245,6 +246,61 @@ def test_a_file_of_an_adapter_that_is_unlike_the_loaded_one(
     models[over].save_pretrained(tmp_path)
     with unchanged(models[not over]), pytest.raises(CheckpointError, match=words):
         models[not over].load_adapter(tmp_path, "default")
+
+
+def weighted(model: Any) -> str:
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    return "sum"
+
+
+def reduced(model: Any) -> str:
+    return fastlora.reduce_rank(model, 1.0).adapter_name
+
+
+def without_intruders(model: Any) -> str:
+    fastlora.reduce_intruder_dimension(model, threshold_epsilon=0.0, logging_sink=None)
+    return "intruder_reduced"
+
+
+@pytest.mark.parametrize("compute", [weighted, reduced, without_intruders])
+@pytest.mark.parametrize("fields", [COPIES, FACTORS], ids=["copies", "factors"])
+def test_a_computed_adapter_is_tied_as_its_source(
+    fields: dict[str, Any], compute: Any, tmp_path: Path
+) -> None:
+    model = drawn(get_peft_model(tiny_llama(), config(**fields)))
+    expected, base = logits(model), model.get_base_model()
+    name = compute(model)
+    ties = [modules_adapted_with_embedding(base, each) for each in ("default", name)]
+    assert ties[0] == ties[1] and any(ties[0])
+    model.set_adapter(name)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    expected = logits(drawn(model, 1))  # as training changes what is tied
+    model.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(tiny_llama(), tmp_path / name)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert modules_adapted_with_embedding(loaded.get_base_model(), "default") == ties[0]
+
+
+def test_a_sum_of_adapters_of_which_only_some_are_tied() -> None:
+    model = drawn(get_peft_model(tiny_llama(), config(**FACTORS)))
+    model.add_adapter("b", config(target_modules=["embed_tokens"]))
+    model.add_adapter("c", config())
+    with unchanged(model), pytest.raises(AdapterStateError, match=r"adapters \['b'\] do not tie"):
+        model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_weighted_adapter(["default", "c"], [1.0, 1.0], "sum", "cat")
+    assert model.get_base_model().lm_head.r == {"default": 2, "sum": 2}
+
+
+def test_copies_on_the_meta_device_stay_tied(tmp_path: Path) -> None:
+    source = drawn(tied_copies(["lm_head"]))
+    source.save_pretrained(tmp_path)
+    settings = config(modules_to_save=["lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(tiny_llama(), settings, low_cpu_mem_usage=True)
+    model.load_adapter(tmp_path, "default")
+    assert modules_adapted_with_embedding(model.get_base_model(), "default").copies == ("lm_head",)
+    torch.testing.assert_close(logits(model), logits(source), rtol=1e-5, atol=1e-5)
 
 
 def hooked_linear() -> nn.Module:
