@@ -303,6 +303,14 @@ def test_copies_on_the_meta_device_stay_tied(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(source), rtol=1e-5, atol=1e-5)
 
 
+def test_ranks_of_tied_factors_are_padded() -> None:
+    model = drawn(tied_lora(["embed_tokens", "q_proj"]))
+    expected = logits(model)
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert model.get_base_model().lm_head.r == {"default": 8}
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
 def hooked_linear() -> nn.Module:
     linear = nn.Linear(16, 16)
     linear.register_forward_hook(lambda module, args, y: y.clone())
