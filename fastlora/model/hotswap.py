@@ -34,8 +34,18 @@ from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
 from fastlora.model.base_modules import peft_function_or_raise
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors
-from fastlora.model.inject import adapted_layers, lora_layers
+from fastlora.model.inject import (
+    adapted_layers,
+    lora_layers,
+    modules_adapted_with_embedding,
+)
 from fastlora.model.plan import adapter_tensor_shapes, plan_target_modules, to_lora_config
+from fastlora.model.tied_weights import (
+    NO_TIED_MODULES,
+    ModulesAdaptedWithEmbedding,
+    input_embedding_name,
+    update_config_for_tied_embedding,
+)
 from fastlora.model.tuner import tuner_of
 from fastlora.user_warnings import warn
 from fastlora.validation import (
@@ -177,7 +187,8 @@ def hotswap_adapter(
         AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the model
             is open.
         ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
-            ``bias``, or ``trainable_token_indices``.
+            ``bias``, or ``trainable_token_indices``, or if the two adapters tie different modules
+            to the input embedding (``ensure_weight_tying``).
         CheckpointError: If the folder is missing or damaged.
         UnsupportedLayerError: If a layer that is split over several processes needs a larger rank.
         HotswapError: If the new weights do not match the loaded adapter. The model is unchanged
@@ -256,6 +267,11 @@ def _check_and_write_tensors(
                 "under another name"
             )
     tuner.check_adapter_replaceable("hotswap_adapter", adapter_name, config)
+    tied = modules_adapted_with_embedding(tuner.model, adapter_name)
+    _check_ties_agree(tuner.model, tied, tensors, config)
+    # PEFT saves the factors of a tied head a second time.
+    heads = tuple(f"{KEY_PREFIX}{name}.lora_" for name in tied.heads)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     for layer in layers.values():
         if adapter_name in layer.merged_adapters:
@@ -282,9 +298,12 @@ def _check_and_write_tensors(
     }
     copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
     grown = {}
+    # A tied head has the factors of the embedding, and therefore its rank and scaling.
+    embedding = str(input_embedding_name(tuner.model)) if tied.heads else ""
+    owners = {name: embedding if name in tied.heads else name for name in layers}
     for name, layer in layers.items():
-        rank = config.rank_for(name)
-        if given[name] and rank > layer.r[adapter_name]:
+        rank = config.rank_for(owners[name])
+        if given[owners[name]] and rank > layer.r[adapter_name]:
             _raise_if_split(name, layer)
             grown[name] = factors_padded_to_rank(layer, adapter_name, rank), rank
     # All checks have passed. The model is changed from here on.
@@ -292,13 +311,44 @@ def _check_and_write_tensors(
         replace_factors(layers[name], adapter_name, factors, rank)
     for name, layer in layers.items():
         layer.use_rslora[adapter_name] = config.use_rslora
-        set_scaling_and_alpha(layer, adapter_name, config.scaling_for(name))
+        set_scaling_and_alpha(layer, adapter_name, config.scaling_for(owners[name]))
         _write_layer_tensors(layer, adapter_name, given[name])
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
     _copy_ranks_and_scalings_to_config(made, adapter_name, layers)
     tuner.peft_config[adapter_name] = made
+
+
+def _check_ties_agree(
+    model: nn.Module,
+    loaded: ModulesAdaptedWithEmbedding,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+) -> None:
+    """Check that a new adapter ties the same modules to the input embedding as the loaded one.
+
+    An adapter that adapts neither the embedding nor a tied module can always be loaded.
+
+    Args:
+        model: The base model with its adapters.
+        loaded: The modules that the loaded adapter adapts together with the embedding.
+        tensors: The tensors of the new adapter.
+        config: The config of the new adapter.
+
+    Raises:
+        ConfigError: If only one of the adapters ties a module.
+    """
+    new = NO_TIED_MODULES
+    if config.ensure_weight_tying:
+        new = update_config_for_tied_embedding(model, copy.deepcopy(config), tensors)
+    differing = sorted({*loaded.heads, *loaded.copies} ^ {*new.heads, *new.copies})
+    names = (input_embedding_name(model), *differing) if differing else ()
+    if any(key.startswith(tuple(f"{KEY_PREFIX}{name}." for name in names)) for key in tensors):
+        raise ConfigError(
+            f"Configs are incompatible: only one of the adapters ties {differing[0]!r} to the "
+            "input embedding (ensure_weight_tying); load the adapter under another name"
+        )
 
 
 def _checked_new_layer_tensors(

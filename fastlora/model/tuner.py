@@ -361,7 +361,8 @@ class LoraTuner(nn.Module):
             AdapterNotFoundError: If there is no such adapter.
             AdapterStateError: If the new name is in use; if an adapter uses DoRA, has trained
                 tokens, or has values that are not finite; if two adapters own a copy of the same
-                module; or if factors are sharded.
+                module; if only some of the adapters tie a head to the input embedding; or if
+                factors are sharded.
             ConfigError: If another argument is invalid, or if the ranks differ and the type
                 requires equal ranks.
             UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.

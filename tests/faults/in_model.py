@@ -470,6 +470,18 @@ FAULTS = (
         ),
     ),
     Fault(
+        sentence="A swap writes the values of an untied adapter into what is tied.",
+        kind="a tie that is not in the file",
+        source="a swap of a tied adapter",
+        path="fastlora/model/hotswap.py",
+        before="    names = (input_embedding_name(model), *differing) if differing else ()\n",
+        after="    names = ()\n",
+        tests=(
+            f"{_UNLIKE}[ties of factors-one over the other]",
+            f"{_UNLIKE}[ties of copies-one over the other]",
+        ),
+    ),
+    Fault(
         sentence="The copies of a computed adapter come apart in training.",
         kind="a tie that is lost",
         source="a sum of tied adapters",

@@ -230,8 +230,8 @@ UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "copies": ({"modules_to_save": ["lm_head"]}, {}, "has a copy of lm_head"),
     "lora_bias": ({"lora_bias": True}, {}, "lora_bias="),
     "bias": ({"bias": "lora_only"}, {}, "bias='(none|lora_only)'"),
-    "ties of factors": (FACTORS, {**FACTORS, "ensure_weight_tying": False}, "ties lm_head"),
-    "ties of copies": (COPIES, {"modules_to_save": ["embed_tokens", "lm_head"]}, "ties lm_head"),
+    "ties of factors": (FACTORS, {**FACTORS, "ensure_weight_tying": False}, "ties '?lm_head"),
+    "ties of copies": (COPIES, {"modules_to_save": ["embed_tokens", "lm_head"]}, "ties '?lm_head"),
 }
 
 
@@ -246,6 +246,29 @@ def test_a_file_of_an_adapter_that_is_unlike_the_loaded_one(
     models[over].save_pretrained(tmp_path)
     with unchanged(models[not over]), pytest.raises(CheckpointError, match=words):
         models[not over].load_adapter(tmp_path, "default")
+    if kind.startswith("ties"):
+        with unchanged(models[not over]), pytest.raises(ConfigError, match=words):
+            fastlora.hotswap_adapter(models[not over], tmp_path, "default")
+
+
+@pytest.mark.parametrize("fields", [COPIES, FACTORS], ids=["copies", "factors"])
+def test_an_adapter_beside_the_embedding_is_swapped_for_a_tied_one(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model, plain = (drawn(get_peft_model(tiny_llama(), config(**each))) for each in (fields, {}))
+    plain.save_pretrained(tmp_path)
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_tied_factors_are_swapped(tmp_path: Path) -> None:
+    """The head gets the rank and scaling of the embedding; nobody else's."""
+    fields = {"target_modules": ["wte", "c_attn"], "alpha_pattern": {"lm_head": 5}}
+    one, other = gpt2(**fields), gpt2(**fields, r=4, lora_alpha=3)
+    other.save_pretrained(tmp_path)
+    fastlora.hotswap_adapter(one, tmp_path, "default")
+    torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+    assert one.get_base_model().lm_head.r == {"default": 4}
 
 
 def weighted(model: Any) -> str:
