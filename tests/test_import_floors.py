@@ -38,7 +38,7 @@ CODE_LINES = {
     "init": 879,
     "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6961,  # replaced forwards, and hooks of adapted parameters
-    "model": 7250,  # warm-up, experts in recommend, modules with two names, and ties of files
+    "model": 7290,  # warm-up, experts in recommend, modules with two names, and ties of files
     "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
     "optimizers": 260,  # copies of LoRA-FA optimizers
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names
