@@ -16,7 +16,7 @@ from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.routing.ids import (
     OUT_OF_RANGE,
     check_one_dimensional_integer_ids,
-    check_slots_and_move_to_cpu,
+    check_slots_and_copy_to_cpu,
     names_and_slots,
 )
 from fastlora.routing.routing import Routing
@@ -67,7 +67,7 @@ def lease_batch_routing(
             table[loaded.slot] = loaded.column
             in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
-            check_slots_and_move_to_cpu(ids, in_slots)
+            check_slots_and_copy_to_cpu(ids, in_slots)
         columns = lookup_or_negative_if_out_of_range(table, ids)
     loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
     for loaded in lease.loaded_adapters:

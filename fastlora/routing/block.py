@@ -19,7 +19,7 @@ from fastlora.routing.ids import (
     NO_ADAPTER,
     OUT_OF_RANGE,
     check_one_dimensional_integer_ids,
-    check_slots_and_move_to_cpu,
+    check_slots_and_copy_to_cpu,
     names_and_slots,
 )
 from fastlora.routing.routers import AdapterRouter, router_of
@@ -106,6 +106,7 @@ def adapters(
             routing.defer_id_check()
 
 
+@torch.inference_mode(False)  # A backward pass may need the ids and the seeds.
 def routing_from_parameters(
     group: RoutedLayerGroup,
     layers: Sequence[RoutedLayerProtocol],
@@ -141,7 +142,7 @@ def routing_from_parameters(
         outside = (ids < NO_ADAPTER) | (ids >= len(adapter_names))
         names, slots = adapter_names, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
-        names, slots = adapter_names, check_slots_and_move_to_cpu(ids, adapter_names)
+        names, slots = adapter_names, check_slots_and_copy_to_cpu(ids, adapter_names)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     whole = Routing(

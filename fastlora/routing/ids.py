@@ -79,11 +79,12 @@ def names_and_slots(
     return names, torch.tensor(slots, dtype=torch.int64, device="cpu")
 
 
-def check_slots_and_move_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check that integer ids are valid slots, and move them to the CPU.
+def check_slots_and_copy_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
+    """Check that integer ids are valid slots, and copy them to the CPU.
 
     An id is valid if it is within the range of ``slots`` and its slot is occupied. The id -1, which
-    stands for no adapter, is valid too. The result is int64.
+    stands for no adapter, is valid too. The result is int64, and always a copy, because callers may
+    overwrite their ids while a block is open or before its backward pass.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
@@ -95,7 +96,7 @@ def check_slots_and_move_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) 
             integer dtype.
     """
     check_one_dimensional_integer_ids(ids)
-    numbers = ids.to(device="cpu", dtype=torch.int64)
+    numbers = ids.to(device="cpu", dtype=torch.int64, copy=True)
     for slot in torch.unique(numbers).tolist():
         known = NO_ADAPTER <= slot < len(slots)
         if not known or (slot != NO_ADAPTER and slots[slot] is None):

@@ -118,8 +118,9 @@ class Routing:
     Attributes:
         group: The group of layers that the routing applies to.
         names: Adapter of each slot; an empty string for an empty slot.
-        ids: Slot of each sample or token, ``[B]`` int64; -1 for none. On a GPU they are not checked
-            yet, and -2 stands for an id that was out of range.
+        ids: Slot of each sample or token, ``[B]`` int64; -1 for none. The caller has no reference
+            to them. On a GPU they are not checked yet, and -2 stands for an id that was out of
+            range.
         seeds: Dropout seed of each slot for this forward pass, int64 ``[S]`` on the CPU.
         source: The source of the slots' adapters.
         layers: The model's routed modules when the block began.
@@ -167,9 +168,7 @@ class Routing:
                     f"a layer got {m} rows in a batch with {count} adapter ids; expected one id "
                     "per sample or per token"
                 )
-            # Clone the ids: rows read them later too, when the caller may have overwritten them.
-            ids = self.ids if self.ids.is_cuda else self.ids.clone()
-            known = cache.rows[key] = sort_rows(ids, m, len(self.names), device)
+            known = cache.rows[key] = sort_rows(self.ids, m, len(self.names), device)
         if check_ids_now and not cache.is_checked:
             if self.ids.numel() and self.ids.min() < NO_ADAPTER:
                 raise AdapterNotFoundError(self._out_of_range())

@@ -198,10 +198,13 @@ FAULTS = (
         sentence="Rows of a block follow ids that the caller has written since.",
         kind="ids written",
         source="M10",
-        path="fastlora/routing/routing.py",
-        before="ids = self.ids if self.ids.is_cuda else self.ids.clone()",
-        after="ids = self.ids",
-        tests=("tests/routing/test_mixed_blocks.py::test_ids_written_within_a_block",),
+        path="fastlora/routing/ids.py",
+        before="dtype=torch.int64, copy=True)",
+        after="dtype=torch.int64)",
+        tests=(
+            "tests/routing/test_mixed_blocks.py::test_ids_written_within_a_block",
+            "tests/routing/test_mixed_blocks.py::test_ids_written_before_the_backward_pass",
+        ),
     ),
     Fault(
         sentence="A model keeps every set of adapters packed.",

@@ -10,7 +10,7 @@ import torch
 from fastlora.routing.ids import (
     DeferredIdChecks,
     check_adapter_name,
-    check_slots_and_move_to_cpu,
+    check_slots_and_copy_to_cpu,
     each_id_covers_whole_entries,
     ids_divide_rows,
     names_and_slots,
@@ -51,10 +51,10 @@ def test_names_are_slots_in_the_order_of_the_model() -> None:
 def test_slots_that_are_empty_raise() -> None:
     slots = ["a", None, "b"]
     ids = torch.tensor([2, -1, 0], dtype=torch.int32)
-    assert check_slots_and_move_to_cpu(ids, slots).tolist() == [2, -1, 0]
+    assert check_slots_and_copy_to_cpu(ids, slots).tolist() == [2, -1, 0]
     for wrong in (1, 3, -2):
         with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* 0 to 2 .*'a', 'b'"):
-            check_slots_and_move_to_cpu(torch.tensor([0, wrong]), slots)
+            check_slots_and_copy_to_cpu(torch.tensor([0, wrong]), slots)
 
 
 def test_messages_have_twenty_names() -> None:
@@ -62,7 +62,7 @@ def test_messages_have_twenty_names() -> None:
     names = [f"n{index:02}" for index in range(25)]
     shown = re.escape(f"adapters {names[:20]}") + "$"
     with pytest.raises(AdapterNotFoundError, match=shown):
-        check_slots_and_move_to_cpu(torch.tensor([25]), names)
+        check_slots_and_copy_to_cpu(torch.tensor([25]), names)
     with pytest.raises(AdapterNotFoundError, match=shown.replace("adapters", "adapters are")):
         names_and_slots(names, ["other"])
 

@@ -367,6 +367,19 @@ def test_training_behind_inference_mode() -> None:
     assert model.base_model.model.q.lora_B["a"].weight.grad.any()
 
 
+@pytest.mark.parametrize("given", ["names", "slots"])
+def test_training_in_a_block_that_inference_mode_opened(given: str) -> None:
+    """DoRA with dropout saves the ids and the seeds for its backward pass."""
+    model = build(lora_dropout=0.5, use_dora=True).train()
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        block = adapters(model, ["a", "b"] if given == "names" else torch.tensor([0, 1]))
+        block.__enter__()
+    model(x).sum().backward()
+    block.__exit__(None, None, None)
+    assert model.base_model.model.q.lora_B["a"].weight.grad.any()
+
+
 def test_a_dropout_that_trains_in_a_layer_that_does_not() -> None:
     """Packed factors drop nothing, so they serve no adapter with a dropout that acts."""
     model, x = build(lora_dropout=0.5), torch.randn(2, 16, dtype=torch.float64)
@@ -385,10 +398,30 @@ def test_a_dropout_that_trains_in_a_layer_that_does_not() -> None:
 def test_ids_written_within_a_block() -> None:
     """A block's rows are those of the ids that its first forward saw, whenever they are read."""
     model, ids = build(), torch.tensor([0, 1])
+    x = torch.randn(2, 16, dtype=torch.float64)
     with adapters(model, ids):
         rows = active_routings()[-1].sorted_rows(4, ids.device)
         ids.fill_(-1)
         assert [(segment.slot, segment.start) for segment in rows.segments] == [(0, 0), (1, 2)]
+        found = rows_of(model, x)
+    with adapters(model, ["a", "b"]):
+        torch.testing.assert_close(rows_of(model, x), found)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_ids_written_before_the_backward_pass(use_reentrant: bool) -> None:
+    """A checkpoint is recomputed with the adapters of its first run."""
+    model = build(modules_to_save=["head"])
+    x, grads = torch.randn(2, 16, dtype=torch.float64, requires_grad=True), []
+    for written in ([0, 1], [1, -1]):
+        model.zero_grad()
+        ids = torch.tensor([0, 1])
+        with adapters(model, ids):
+            y = checkpoint(model, x, use_reentrant=use_reentrant)
+        ids.copy_(torch.tensor(written))
+        y.sum().backward()
+        grads.append(model.base_model.model.head.modules_to_save["a"].weight.grad.clone())
+    assert grads[0].any() and torch.equal(*grads)
 
 
 def test_unloading_frees_packed_factors() -> None:
