@@ -35,12 +35,12 @@ class LoraFAOptimizer(Optimizer):
     """An optimizer that implements LoRA-FA, in which lora_A is frozen and lora_B is trained.
 
     The optimizer is AdamW with the LoRA-FA gradient for lora_B. All other parameters that have a
-    gradient are updated by plain AdamW.
+    gradient are updated by plain AdamW. A lora_A never changes, even if it has a gradient.
 
     Args:
         params: Parameter groups. Each group is a dict with ``params``, their ``names`` in the
             model, and their ``scaling_factors``: a number for each lora_B, and None for other
-            parameters. Each lora_A must be included, although it never changes.
+            parameters. Each lora_A must be included.
         lr: Learning rate.
         betas: Decay rates of the running averages of the gradient and its square.
         eps: Term added to the denominator for numerical stability.
@@ -139,9 +139,10 @@ class LoraFAOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        frozen = set(self._partners.values())  # may have gradients from before the freeze
         for group in self.param_groups:
             for parameter, factor in zip(group["params"], group["scaling_factors"], strict=True):
-                if parameter.grad is None:
+                if parameter.grad is None or parameter in frozen:
                     continue
                 partner = self._partners.get(parameter)
                 if partner is None:

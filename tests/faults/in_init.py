@@ -86,6 +86,15 @@ FAULTS = (
         tests=(f"{_OPTIMIZERS}::test_lorafa_of_several_adapters_and_of_all_their_parts",),
     ),
     Fault(
+        sentence="LoRA-FA steps a lora_A that has a gradient from before it was frozen.",
+        kind="a stale gradient",
+        source="gradients from before LoRA-FA",
+        path="fastlora/optimizers/lorafa.py",
+        before="if parameter.grad is None or parameter in frozen:",
+        after="if parameter.grad is None:",
+        tests=(f"{_OPTIMIZERS}::test_lorafa_leaves_a_lora_a_with_a_gradient_alone",),
+    ),
+    Fault(
         sentence="A model keeps the gradients that its adapters have started from.",
         kind="kept memory",
         source="M10",

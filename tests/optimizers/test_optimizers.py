@@ -142,6 +142,16 @@ def backward(model: Any) -> torch.Tensor:
     return loss
 
 
+def test_lorafa_leaves_a_lora_a_with_a_gradient_alone() -> None:
+    """The gradient is from a backward pass before the optimizer froze lora_A."""
+    model = adapted(fastlora)
+    lora_a = model.base_model.model.q.lora_A["default"].weight
+    model(X).square().mean().backward()
+    before = lora_a.detach().clone()
+    create_lorafa_optimizer(model, 4, 8, lr=1e-2, weight_decay=0.1).step()
+    assert lora_a.grad is not None and torch.equal(lora_a, before)
+
+
 def test_lorafa_sees_a_lora_a_that_was_written_to() -> None:
     """The inverse that is kept belongs to the values it was made from."""
     model = adapted(fastlora)
