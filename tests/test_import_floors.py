@@ -39,10 +39,10 @@ CODE_LINES = {
     "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6961,  # replaced forwards, and hooks of adapted parameters
     "model": 7290,  # warm-up, experts in recommend, modules with two names, and ties of files
-    "ops": 4277,  # an engine's slots, packed factors of several slices, and stacks
+    "ops": 4290,  # packed factors of several slices, stacks, and seeds of each call
     "optimizers": 260,  # copies of LoRA-FA optimizers
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names
-    "routing": 1700,  # longer names, and blocks of other asyncio tasks
+    "routing": 1750,  # blocks of other asyncio tasks, and dropout of each call of a layer
     "serve": 2070,  # paths of invalid fields
     "train": 3720,  # checks of prompts, merge keys in YAML, and limits of settings
     "kernels": 4320,

@@ -48,6 +48,8 @@ class MixedCall:
         layer: The layer. The adapters belong to it or to a pool.
         original_x, x, conditions: As in `UniformCall`.
         routing: The batch's routing. In a graph that is being compiled, the routing's ``whole``.
+        dropout_call: Number of the call among the layer's calls with dropout in the block; None
+            until the call needs it.
     """
 
     layer: BaseLinearWithAdapters
@@ -55,6 +57,14 @@ class MixedCall:
     x: torch.Tensor
     conditions: ExecutionMode
     routing: Routing
+    dropout_call: int | None = None
+
+    def dropout_seeds(self, device: torch.device) -> torch.Tensor:
+        """Return the dropout seed of each slot for this call, int64 ``[S]`` on the device."""
+        number, routing = self.layer.routing_index, self.routing
+        if self.dropout_call is None:
+            self.dropout_call = routing.count_dropout_call(number)
+        return routing.layer_dropout_seeds(number, self.dropout_call, device)
 
     def sorted_rows(self, *, check_ids_now: bool = False) -> Rows:
         """Return the call's rows, sorted by adapter.

@@ -245,7 +245,7 @@ def _apply_dora_adapters_with_dropout(
     if call.conditions.compiling:
         seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index)
     else:
-        seeds = routing.layer_dropout_seeds(layer.routing_index, torch.device("cpu"))
+        seeds = call.dropout_seeds(torch.device("cpu"))
     adapters: list[torch.Tensor] = []
     acting: dict[int, float] = {}
     for slot, scale in zip(slots_with_dropout, scales, strict=True):

@@ -341,7 +341,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
             if compiling:
                 seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index).to(device)
             else:
-                seeds = routing.layer_dropout_seeds(layer.routing_index, device)
+                seeds = MixedCall(layer, x, x, call.conditions, routing).dropout_seeds(device)
             if len(call.adapters) < len(routing.names):
                 slots = number_tensor_without_sync(tuple(call.adapters), torch.int64, seeds.device)
                 seeds = seeds.index_select(0, slots)

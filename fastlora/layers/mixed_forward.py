@@ -177,7 +177,7 @@ def _forward_with_factor_lists(
     if any(dropout_p):
         check_dropout_dtype(x.dtype)
         device = x.device if impl == "triton" else torch.device("cpu")
-        seeds = call.routing.layer_dropout_seeds(call.layer.routing_index, device)
+        seeds = call.dropout_seeds(device)
         seeds = call.layer._local_dropout_seed(seeds if which is None else seeds[list(which)])
     scaling, drop = scalings_as_tensor(scalings, x), (tuple(dropout_p), seeds)
     own = LayerAdapterOperands(lora_a, lora_b, lora_bias, scaling, *drop, which)

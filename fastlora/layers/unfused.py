@@ -203,11 +203,10 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         adapter ids if they are on a GPU.
         """
         rows = routing.sorted_rows(x.shape[0], x.device, check_ids_now=True)
-        seeds = (
-            routing.layer_dropout_seeds(self.routing_index, torch.device("cpu"))
-            if self.training
-            else None
-        )
+        seeds, number = None, self.routing_index
+        if self.training:
+            call_number = routing.count_dropout_call(number)
+            seeds = routing.layer_dropout_seeds(number, call_number, torch.device("cpu"))
         spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}
         names = [name for name in spans if name in self.r]
         if routing.unused_gradients and torch.is_grad_enabled():

@@ -2,7 +2,8 @@
 
 A layer's seed is a SplitMix64 step from the adapter's seed. The masks of the layers are therefore
 independent, and one number determines them all (Steele, Lea and Flood, "Fast splittable
-pseudorandom number generators", OOPSLA 2014).
+pseudorandom number generators", OOPSLA 2014). If a layer is called several times in one block, each
+call has its own masks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 SEED_BITS = 62
 _INCREMENT = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+# Larger than the number of any layer, so that no call has the seeds of a layer.
+_CALLS = 2**40
 
 
 def draw_seeds(
@@ -66,6 +69,17 @@ def derive_seeds_of_layer(adapter_seeds: torch.Tensor, layer: int) -> torch.Tens
     For S adapters, the result is an int64 tensor ``[S]``. See `dropout_seeds_of_layers`.
     """
     return _mixed_bits(adapter_seeds + _wrap_to_int64((layer + 1) * _INCREMENT))
+
+
+def derive_seeds_of_call(adapter_seeds: torch.Tensor, call_number: int) -> torch.Tensor:
+    """Derive the adapters' seeds for the calls of layers that have the given number.
+
+    ``call_number`` says how many calls of the layer came before in the block. The first calls,
+    whose number is 0, use ``adapter_seeds`` themselves.
+    """
+    if call_number == 0:
+        return adapter_seeds
+    return derive_seeds_of_layer(adapter_seeds, _CALLS + call_number)
 
 
 def _wrap_to_int64(value: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
@@ -43,7 +44,7 @@ def patch_activation_checkpointing() -> None:
 
         @classmethod
         def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
-            return reentrant.apply(_with_routing(function), *args)
+            return reentrant.apply(_with_routing(function, runs_first=True), *args)
 
     @functools.wraps(other)
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -53,17 +54,28 @@ def patch_activation_checkpointing() -> None:
     setattr(module, name, generator)
 
 
-def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a wrapper that runs a function with the routings of the original forward pass.
+def _with_routing(function: Callable[..., Any], runs_first: bool = False) -> Callable[..., Any]:
+    """Return a wrapper that recomputes a function with the routings of the original forward pass.
 
     The wrapper runs ``function`` with the routings that are active when `_with_routing` is called,
-    if any. The same routings are used when activations are recomputed in the backward pass.
+    if any. Each run counts the calls of layers from the same numbers, so that it has the dropout
+    masks of the original forward pass.
+
+    Args:
+        function: The function of the checkpoint.
+        runs_first: Whether the first run of the wrapper is the original forward pass itself.
     """
     routings = active_routings()
+    calls = [dict(routing.dropout_calls) for routing in routings]
 
     @functools.wraps(function, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
-        with replace_active_routings(routings):
+        nonlocal runs_first
+        if runs_first:
+            runs_first = False
+            return function(*args, **kwargs)
+        copies = zip(routings, map(dict, calls), strict=True)
+        with replace_active_routings(tuple(replace(r, dropout_calls=c) for r, c in copies)):
             return function(*args, **kwargs)
 
     return run

@@ -72,9 +72,9 @@ def adapters(
             alone. Alternatively, an int tensor of slots for each sample or token, with -1 for none.
             A slot is an index into ``list(model.peft_config)``, or for a pool the result of
             `AdapterPool.slot_of`. An empty sequence is valid for a batch without rows.
-        seeds: Dropout seed of each adapter in this forward pass. With the same seed, an adapter
-            drops the same elements whatever else is in the batch. In training, missing seeds are
-            drawn.
+        seeds: Dropout seed of each adapter in this block. With the same seed, an adapter drops the
+            same elements whatever else is in the batch. Each call of a layer in the block drops
+            other elements, except in compiled graphs. In training, missing seeds are drawn.
         validate: Whether to check slots on a GPU before any work, which waits for the GPU.
             Otherwise, the host does not wait: rows with an invalid slot become NaN, and a later
             block of the model raises once the GPU has reported the error.

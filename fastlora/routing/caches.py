@@ -225,7 +225,7 @@ class RoutingCache:
             result. The result is valid for a forward pass with an equal key.
         plans: Plans for packed factors, by rows, and then by layout and element size.
         rows: Sorted rows, by number of rows, device, and stream.
-        seeds: Dropout seeds by layer number, for each device and stream.
+        seeds: Dropout seeds by layer number, for each device, stream, and number of a layer's call.
         sets: The model's adapter sets, by key.
         is_checked: Whether the host has checked the ids.
         row_checker: Checks the rows that layers get in the block; None if every layer has been
@@ -235,7 +235,9 @@ class RoutingCache:
     layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)
     plans: dict[Rows, dict[Any, Any]] = field(default_factory=dict)
     rows: dict[tuple[int, torch.device, int], Rows] = field(default_factory=dict)
-    seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
+    seeds: dict[tuple[torch.device, int, int], dict[int, torch.Tensor]] = field(
+        default_factory=dict
+    )
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
     row_checker: RowOrderChecker | None = None

@@ -19,7 +19,10 @@ import torch
 from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.seeds import derive_seeds_of_layer, dropout_seeds_of_layers
+from fastlora.ops.seeds import (
+    derive_seeds_of_call,
+    dropout_seeds_of_layers,
+)
 from fastlora.routing.caches import (
     PackedAdapterSet,
     PackedAdapterSetsCache,
@@ -39,6 +42,9 @@ from fastlora.weights_version import UncopiedCache
 
 if TYPE_CHECKING:
     from fastlora.layers.adapter_factors import AdapterSource
+
+# A block keeps the dropout seeds of all layers for this many numbers of calls, on each device.
+_MOST_SEEDS = 16
 
 
 class RoutedLayerGroup(UncopiedCache):
@@ -121,7 +127,7 @@ class Routing:
         ids: Slot of each sample or token, ``[B]`` int64; -1 for none. The caller has no reference
             to them. On a GPU they are not checked yet, and -2 stands for an id that was out of
             range.
-        seeds: Dropout seed of each slot for this forward pass, int64 ``[S]`` on the CPU.
+        seeds: Dropout seed of each slot for this block, int64 ``[S]`` on the CPU.
         source: The source of the slots' adapters.
         layers: The model's routed modules when the block began.
         unused_gradients: Whether trainable adapters without rows get zeros as gradients.
@@ -129,6 +135,7 @@ class Routing:
             so another mix changes only the contents of tensors. None if graphs are not supported.
         captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
             adapters are then unknown.
+        dropout_calls: Number of calls with dropout in the block so far, by layer number.
         cache: The cache of this routing, which lasts for the block.
     """
 
@@ -141,6 +148,7 @@ class Routing:
     unused_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
+    dropout_calls: dict[int, int] = field(default_factory=dict)
     cache: RoutingCache = field(default_factory=RoutingCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, check_ids_now: bool = False) -> Rows:
@@ -239,28 +247,47 @@ class Routing:
             return contextlib.nullcontext()
         return row_checker.order.pause_row_order_tracking()
 
-    def layer_dropout_seeds(self, layer_number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of one layer, on the given device.
+    def count_dropout_call(self, layer_number: int) -> int:
+        """Count a call of a layer that applies dropout.
+
+        The result is the number of the call: how many such calls of the layer came before it in the
+        block. ``layer_number`` is the ``routing_index`` of the layer.
+        """
+        call_number = self.dropout_calls.get(layer_number, 0)
+        self.dropout_calls[layer_number] = call_number + 1
+        return call_number
+
+    def layer_dropout_seeds(
+        self, layer_number: int, call_number: int, device: torch.device
+    ) -> torch.Tensor:
+        """Return the dropout seeds of one call of a layer, on the given device.
 
         The result is an int64 tensor ``[S]``, with one seed for each slot, and thus for each
-        adapter. The seeds of a layer are derived from the seeds of the routing. The seeds of all
+        adapter. The seeds of a call are derived from the seeds of the routing. The seeds of all
         layers are copied to the device together. ``layer_number`` is the ``routing_index`` of the
-        layer.
+        layer, and ``call_number`` is a result of `count_dropout_call`.
         """
-        key = (device, cuda_stream_handle(device))
-        known = self.cache.seeds.get(key)
+        key, cached = (device, cuda_stream_handle(device), call_number), self.cache.seeds
+        known = cached.get(key)
         if known is None:
+            while len(cached) >= _MOST_SEEDS:
+                cached.pop(next(iter(cached)), None)
             numbers = [layer.routing_index for layer in self.layers if hasattr(layer, "lora_A")]
-            # Autograd functions save them for a backward pass.
-            with torch.inference_mode(False):
-                made = dropout_seeds_of_layers(self.seeds, numbers)
+            known = cached[key] = self._derive_seeds(numbers, call_number, device)
+        if layer_number not in known:  # The layer was added after the block began.
+            known |= self._derive_seeds([layer_number], call_number, device)
+        return known[layer_number]
+
+    def _derive_seeds(
+        self, layer_numbers: Sequence[int], call_number: int, device: torch.device
+    ) -> dict[int, torch.Tensor]:
+        """Derive the dropout seeds of calls with the given number, by layer number."""
+        with torch.inference_mode(False):  # Autograd functions save them for a backward pass.
+            seeds = derive_seeds_of_call(self.seeds, call_number)
+            made = dropout_seeds_of_layers(seeds, layer_numbers)
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
-            known = self.cache.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
-        if layer_number not in known:  # The layer was added after the block began.
-            with torch.inference_mode(False):
-                known[layer_number] = derive_seeds_of_layer(self.seeds, layer_number).to(device)
-        return known[layer_number]
+            return dict(zip(layer_numbers, made.unbind(), strict=True))
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
         """Return the cached `PackedAdapterSet` for a key.

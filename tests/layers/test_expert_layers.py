@@ -188,6 +188,18 @@ def test_dropout_acts_on_adapters_alone_and_only_in_training() -> None:
     assert torch.equal(first, model(*inputs)) and not torch.equal(first, model(*inputs))
 
 
+def test_each_pass_of_a_block_has_its_own_masks() -> None:
+    model, inputs, found = mixed_block("qwen3_moe", 0.5), batch_inputs(), []
+
+    def passes(x: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+        found.extend(model(x, *routed) for _ in range(2))
+        return found[0]
+
+    first = run_rows(model, ROWS, *inputs)[0]
+    y = run_rows(model, ROWS, *inputs, run=passes)[0]
+    assert torch.equal(y, first) and not torch.allclose(found[0], found[1])
+
+
 def test_nan_in_an_adapter_stays_in_its_rows() -> None:
     model = mixed_block("gpt_oss")
     inputs = batch_inputs()

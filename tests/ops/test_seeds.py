@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.ops.seeds import derive_seeds_of_layer, draw_seeds, dropout_seeds_of_layers
+from fastlora.ops.seeds import (
+    derive_seeds_of_call,
+    derive_seeds_of_layer,
+    draw_seeds,
+    dropout_seeds_of_layers,
+)
 
 MASK = 2**64 - 1
 
@@ -25,6 +30,14 @@ def test_layers_seeds_are_splitmix64() -> None:
     expected = [[splitmix(seed, layer) for seed in seeds] for layer in layers]
     assert dropout_seeds_of_layers(given, layers).tolist() == expected
     assert [derive_seeds_of_layer(given, layer).tolist() for layer in layers] == expected
+
+
+def test_calls_of_layers_have_their_own_seeds() -> None:
+    """A layer's first call has the seeds that it always had."""
+    given, layers = torch.tensor([0, 7]), (0, 3, 2**32 - 1)
+    assert derive_seeds_of_call(given, 0) is given
+    calls = [dropout_seeds_of_layers(derive_seeds_of_call(given, n), layers) for n in range(4)]
+    assert torch.cat(calls).unique().numel() == 4 * 3 * 2
 
 
 def test_given_seeds_are_taken_and_others_drawn() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import adapters
 from fastlora.routing.active import active_routings
 from fastlora.routing.ids import DeferredIdChecks, _PendingIdCheck
-from fastlora.routing.routing import layer_numbers_from_name_hashes
+from fastlora.routing.routing import _MOST_SEEDS, layer_numbers_from_name_hashes
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
 from tests.support.tiny import TwoLayers, randomize, tiny_llama, with_adapters
 
@@ -194,6 +195,128 @@ def test_evaluation_draws_no_seed() -> None:
     with adapters(model, ["a", "b"]):
         pass
     assert not torch.equal(torch.random.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------ dropout
+
+
+class Recurrent(nn.Module):
+    """Layers of every kind, two of which run twice; each half of a forward may be a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(8, 16), nn.Linear(16, 5)
+        self.q, self.conv = nn.Linear(16, 16), nn.Conv1d(3, 3, 1)
+        self.reentrant: bool | None = None
+
+    def half(self, x: torch.Tensor) -> torch.Tensor:
+        """Calls each shared layer once."""
+        return self.conv(self.q(x).tanh())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, 3]`` to ``[B, 3, 5]``."""
+        x = self.embed(ids)
+        for _ in range(2):
+            if self.reentrant is None:
+                x = self.half(x)
+            else:
+                x = checkpoint(self.half, x, use_reentrant=self.reentrant)
+        return self.out(x)
+
+
+KINDS = ("embed", "q", "conv", "out")
+TOKENS = torch.arange(6).view(2, 3)
+SEEDS = {"a": 3, "b": 5, "c": 7}
+
+
+def dropping(use_dora: bool, targets: Any = KINDS) -> Any:
+    """Recurrent with dropout in all its adapters, in training."""
+    config = {"lora_dropout": 0.5, "use_dora": use_dora}
+    model = build(Recurrent(), targets, **config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_embedding_A" in name:
+            nn.init.normal_(parameter)
+    model.set_adapter(["a", "b", "c"])
+    return model
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", KINDS[1:])  # PEFT's embeddings drop nothing
+def test_each_forward_pass_of_a_block_has_its_own_masks(kind: str, use_dora: bool) -> None:
+    """They follow from the seeds, whatever else is in the batch; the first ones as before."""
+    model = dropping(use_dora, [kind])
+
+    def passes(ids: list[str], rows: slice) -> list[torch.Tensor]:
+        with adapters(model, ids, seeds=SEEDS):
+            return [rows_of(model, TOKENS[rows]) for _ in range(3)]
+
+    together, alone = passes(["a", "b"], slice(2)), passes(["b"], slice(1, 2))
+    for number, (found, expected) in enumerate(zip(together, alone, strict=True)):
+        torch.testing.assert_close(found[1:], expected)
+        assert all(not torch.allclose(found[1], y[1]) for y in together[:number])
+
+
+def test_a_layer_that_runs_twice_has_two_masks() -> None:
+    model = build(targets=["q"], lora_dropout=0.5).train()
+    q, x = model.base_model.model.q, torch.randn(2, 16, dtype=torch.float64)
+    with adapters(model, ["a", "b"], seeds=SEEDS):
+        assert not torch.allclose(q(x), q(x))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputation_has_the_masks_of_its_first_run(
+    use_reentrant: bool, whole: bool, use_dora: bool
+) -> None:
+    """Two passes of a block, whose checkpoints hold one layer's calls and may be nested."""
+    model, grads = dropping(use_dora), []
+    one = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def run(one: torch.Tensor) -> torch.Tensor:
+        return model(TOKENS) * one
+
+    for checkpointed in (False, True):
+        model.zero_grad()
+        model.base_model.model.reentrant = use_reentrant if checkpointed else None
+        with adapters(model, ["a", "b"], seeds=SEEDS):
+            loss = torch.zeros((), dtype=torch.float64)
+            for _ in range(2):
+                segment = checkpointed and whole
+                y = checkpoint(run, one, use_reentrant=use_reentrant) if segment else run(one)
+                loss = loss + y.square().sum()
+            if whole:  # A recomputation within the block does not count.
+                loss.backward()
+            last = rows_of(model, TOKENS)
+        if not whole:
+            loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads.append({**found, "last": last})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_passes_of_a_compiled_graph_share_their_masks() -> None:
+    """Another call compiles nothing."""
+    model, x = build(lora_dropout=0.5).train(), torch.randn(2, 16, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        with adapters(model, ["a", "b"], seeds=SEEDS):
+            found = [compiled(x) for _ in range(3)]
+            torch.testing.assert_close(model(x), found[0])
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_a_block_of_many_passes_keeps_few_seeds() -> None:
+    model, x = build(lora_dropout=0.5).train(), torch.randn(2, 16, dtype=torch.float64)
+    with adapters(model, ["a", "b"]):
+        for _ in range(40):
+            rows_of(model, x)
+        assert len(active_routings()[-1].cache.seeds) <= _MOST_SEEDS
 
 
 # ------------------------------------------------------------------------------ open blocks
