@@ -172,7 +172,11 @@ class FastPeftLoraModel(PeftLoraModel):
             return
         slots = names_and_slots(tuple(self.peft_config), list(names or ()))
         seeds, source = draw_seeds(slots[0], None, draw=False), ModelAdapterSource(slots[0])
-        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.routed_layers)):
+        undrawn = [*range(len(seeds))]
+        layers = routed.routed_layers
+        with routing_in_force(
+            Routing(routed.group, *slots, seeds, source, layers, undrawn=undrawn)
+        ):
             check_batch_matches_ids(routed.group, args, kwargs)
             yield
 

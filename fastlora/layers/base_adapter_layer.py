@@ -18,6 +18,7 @@ from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
+from fastlora.routing.active import active_routings
 from fastlora.weights_version import weights_versions
 
 
@@ -78,10 +79,13 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
         """Set the training mode of the layer.
 
         The layer is returned, as by `nn.Module.train`. If the mode changes, the layer's caches are
-        cleared.
+        cleared. Open blocks of the layer's model draw the dropout seeds that training needs.
         """
         if mode != self.training:
             clear_layer_caches(self)
+        for routing in active_routings() if mode else ():
+            if routing.group is self.routing_group:
+                routing.draw_missing_seeds()  # Compiled graphs only read the seeds.
         return super().train(mode)
 
     @property

@@ -24,7 +24,7 @@ from fastlora.ops.execution_mode import ExecutionMode, execution_mode_of
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.routing.active import active_routing, is_capturing_cuda_graph
 from fastlora.routing.ids import ids_divide_rows
-from fastlora.routing.routing import Routing
+from fastlora.routing.routing import Routing, has_active_dropout
 from fastlora.validation import ImplementationError, UnsupportedLayerError
 from fastlora.weights_version import WeightsVersion, weights_versions
 
@@ -204,7 +204,7 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         """
         rows = routing.sorted_rows(x.shape[0], x.device, check_ids_now=True)
         seeds, number = None, self.routing_index
-        if self.training:
+        if has_active_dropout(self):
             call_number = routing.count_dropout_call(number)
             seeds = routing.layer_dropout_seeds(number, call_number, torch.device("cpu"))
         spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}

@@ -66,6 +66,9 @@ def _with_routing(function: Callable[..., Any], runs_first: bool = False) -> Cal
         runs_first: Whether the first run of the wrapper is the original forward pass itself.
     """
     routings = active_routings()
+    for routing in routings:
+        if routing.needs_missing_seeds:  # A draw within the checkpoint would not be repeated.
+            routing.draw_missing_seeds()
     calls = [dict(routing.dropout_calls) for routing in routings]
 
     @functools.wraps(function, updated=())

@@ -74,7 +74,7 @@ def adapters(
             `AdapterPool.slot_of`. An empty sequence is valid for a batch without rows.
         seeds: Dropout seed of each adapter in this block. With the same seed, an adapter drops the
             same elements whatever else is in the batch. Each call of a layer in the block drops
-            other elements, except in compiled graphs. In training, missing seeds are drawn.
+            other elements, except in compiled graphs. Missing seeds are drawn if dropout is active.
         validate: Whether to check slots on a GPU before any work, which waits for the GPU.
             Otherwise, the host does not wait: rows with an invalid slot become NaN, and a later
             block of the model raises once the GPU has reported the error.
@@ -143,8 +143,9 @@ def routing_from_parameters(
         names, slots = adapter_names, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
         names, slots = adapter_names, check_slots_and_copy_to_cpu(ids, adapter_names)
-    acts = any(layer.training for layer in layers)
-    drawn = draw_seeds(names, seeds, draw=acts)
+    trains = any(layer.training for layer in layers)
+    drawn = draw_seeds(names, seeds, draw=trains)
+    undrawn = [] if trains else [n for n, name in enumerate(names) if name not in (seeds or ())]
     whole = Routing(
         group,
         adapter_names,
@@ -157,7 +158,8 @@ def routing_from_parameters(
         whole = dataclasses.replace(
             whole, seeds=_spread_seeds_to_known(drawn, adapter_names, names)
         )
-    return Routing(group, names, slots, drawn, source_for_names(names), layers, whole=whole)
+    source = source_for_names(names)
+    return Routing(group, names, slots, drawn, source, layers, whole=whole, undrawn=undrawn)
 
 
 def sample_routings_from_parameters(

@@ -21,6 +21,7 @@ from torch import nn
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import (
     derive_seeds_of_call,
+    draw_seeds,
     dropout_seeds_of_layers,
 )
 from fastlora.routing.caches import (
@@ -135,6 +136,8 @@ class Routing:
             so another mix changes only the contents of tensors. None if graphs are not supported.
         captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
             adapters are then unknown.
+        undrawn: Slots whose seeds are drawn when dropout first needs them, because the block began
+            in evaluation mode.
         dropout_calls: Number of calls with dropout in the block so far, by layer number.
         cache: The cache of this routing, which lasts for the block.
     """
@@ -148,6 +151,7 @@ class Routing:
     unused_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
+    undrawn: list[int] = field(default_factory=list)
     dropout_calls: dict[int, int] = field(default_factory=dict)
     cache: RoutingCache = field(default_factory=RoutingCache, repr=False)
 
@@ -270,6 +274,7 @@ class Routing:
         key, cached = (device, cuda_stream_handle(device), call_number), self.cache.seeds
         known = cached.get(key)
         if known is None:
+            self.draw_missing_seeds()
             while len(cached) >= _MOST_SEEDS:
                 cached.pop(next(iter(cached)), None)
             numbers = [layer.routing_index for layer in self.layers if hasattr(layer, "lora_A")]
@@ -288,6 +293,22 @@ class Routing:
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
             return dict(zip(layer_numbers, made.unbind(), strict=True))
+
+    def draw_missing_seeds(self) -> None:
+        """Draw the seeds that were neither given nor drawn when the block began."""
+        slots, whole = [*self.undrawn], self.whole
+        if slots:
+            self.undrawn.clear()
+            with torch.inference_mode(False):
+                self.seeds[slots] = draw_seeds(self.names, None)[slots]
+                if whole is not None and whole.seeds is not self.seeds:
+                    places = [whole.names.index(self.names[slot]) for slot in slots]
+                    whole.seeds[places] = self.seeds[slots]
+
+    @property
+    def needs_missing_seeds(self) -> bool:
+        """Whether a dropout module is in training mode, but the seeds have not been drawn yet."""
+        return bool(self.undrawn) and any(map(has_active_dropout, self.layers))
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
         """Return the cached `PackedAdapterSet` for a key.
@@ -325,6 +346,14 @@ class Routing:
         return (
             f"an adapter id is out of range; expected -1 for no adapter, or a slot of {names[:20]}"
         )
+
+
+def has_active_dropout(layer: nn.Module) -> bool:
+    """Return whether a layer has an adapter whose dropout module is in training mode."""
+    return any(
+        dropout.training and not isinstance(dropout, nn.Identity)
+        for dropout in getattr(layer, "lora_dropout", {}).values()
+    )
 
 
 def layer_numbers_from_name_hashes(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:

@@ -252,6 +252,26 @@ def test_mixed_batches_are_pefts() -> None:
         assert torch.equal(logits(patched), logits(twin))
 
 
+def test_dropout_modules_that_train_in_evaluation_draw_other_masks_in_each_pass() -> None:
+    """Monte Carlo dropout with `adapter_names=`, and in blocks."""
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5), "a"
+    )
+    randomize(model)
+    fastlora.patch(model.eval())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    ids, found = torch.randint(0, 97, (2, 6)), []
+    with torch.no_grad():
+        for _ in range(2):
+            found.append(model(input_ids=ids, adapter_names=["a", "__base__"]).logits)
+            with fastlora.adapters(model, ["a", None]):
+                found += [model(input_ids=ids).logits for _ in range(2)]
+    assert all(torch.equal(y[1], found[0][1]) for y in found)
+    assert not any(torch.equal(y, x) for n, y in enumerate(found) for x in found[:n])
+
+
 def test_mixed_batches_that_cannot_be_routed_are_pefts_own() -> None:
     """Modules to save: `adapter_names=` goes PEFT's way, `adapters` refuses."""
     patched, _ = mixed_models()

@@ -319,6 +319,60 @@ def test_a_block_of_many_passes_keeps_few_seeds() -> None:
         assert len(active_routings()[-1].cache.seeds) <= _MOST_SEEDS
 
 
+def train_dropouts(model: nn.Module) -> None:
+    """Turns on the dropout of a model in evaluation."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])  # PEFT's embeddings drop nothing
+@pytest.mark.parametrize("how", ["dropouts", "model"])
+def test_a_block_that_begins_in_evaluation_draws_seeds_for_dropout(how: str, kind: str) -> None:
+    """Of the dropout modules alone, as for Monte Carlo dropout, or of a model that then trains."""
+    model, found = dropping(False, [kind]), []
+    for seed in (0, 0, 1):
+        model.eval()
+        torch.manual_seed(seed)
+        with adapters(model, ["a", "b"]):
+            if how == "dropouts":
+                train_dropouts(model)
+            else:
+                model.train()
+            found.append(rows_of(model, TOKENS))
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_missing_seeds_are_drawn_before_a_checkpoint(use_reentrant: bool) -> None:
+    """A recomputation starts from the generator's state at the checkpoint, and draws none."""
+    model, grads = build(lora_dropout=0.5), []
+    train_dropouts(model)
+    x = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(model(x))
+
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        x.grad = None
+        with adapters(model, ["a", "b"]):
+            y = checkpoint(run, x, use_reentrant=use_reentrant) if checkpointed else run(x)
+        y.square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_training_within_a_block_draws_the_seeds_of_graphs() -> None:
+    model = build(lora_dropout=0.5)
+    with adapters(model, ["c", "a"], seeds={"a": 4}):
+        routing = active_routings()[-1]
+        assert routing.seeds.tolist() == [4, 0]
+        model.train()
+        a, c = routing.seeds.tolist()
+        assert a == 4 and c > 0 and routing.whole.seeds.tolist() == [a, 0, c]
+
+
 # ------------------------------------------------------------------------------ open blocks
 
 
