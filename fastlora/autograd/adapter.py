@@ -164,6 +164,8 @@ def _linear_with_native_autograd(
     if as_rows:
         x = x.view(-1, shape[-1])
     y = F.linear(x, weight, bias)
+    if torch._C._len_torch_dispatch_stack():
+        y = products.make_writable(y)
     # There are so few rows that another pass over y costs little.
     if x.dtype is torch.bfloat16:
         y.add_(F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b))

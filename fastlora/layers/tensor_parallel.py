@@ -65,7 +65,7 @@ from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.quantized_base import clear_base_and_adapter_caches
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.ops.execution_mode import execution_mode_of
+from fastlora.ops.execution_mode import dispatch_mode_may_keep_results, execution_mode_of
 from fastlora.ops.factors import Base, Factors
 from fastlora.routing.active import active_routing
 from fastlora.sharding import full_tensor, local_shard, to_local_summing_replicated_grads
@@ -242,7 +242,8 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         partial = (Partial(),) if self.style == COLUMN_PARALLEL else x.placements
         own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
         call = replace(call, original_x=own_x, x=own_x)
-        result = forward(call, Base(y=own_y, inplace=True))
+        inplace = not dispatch_mode_may_keep_results(own_y)
+        result = forward(call, Base(y=own_y, inplace=inplace))
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
         )

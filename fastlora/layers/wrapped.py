@@ -25,6 +25,7 @@ from fastlora.layers.quantized_base import (
     quantized_base_of_layer,
     to_base_output_dtype,
 )
+from fastlora.ops.execution_mode import dispatch_mode_may_keep_results
 from fastlora.ops.factors import Base
 from fastlora.validation import UnsupportedLayerError
 
@@ -119,7 +120,7 @@ class FastLoraWrapper(LoraLayer):
         """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return keeps_no_reference_to_output(self.base_layer) and not (
-            hooked or y is x or y._is_view()
+            hooked or y is x or y._is_view() or dispatch_mode_may_keep_results(y)
         )
 
     @property

@@ -195,6 +195,16 @@ def operators_are_observed(
     )
 
 
+def dispatch_mode_may_keep_results(x: torch.Tensor) -> bool:
+    """Return whether a dispatch mode may keep the results of operations on x.
+
+    Selective activation checkpointing is such a mode. It saves the results of some operators for
+    the recomputation, so nothing may be written into these results. Code that writes into the
+    result of a matrix product has to copy it first.
+    """
+    return not has_unknown_values(x) and bool(torch._C._len_torch_dispatch_stack())
+
+
 def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function with the current device set to x's device.
 

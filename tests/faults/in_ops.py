@@ -404,6 +404,15 @@ FAULTS = (
     ),
     # ----------------------------------------------------------------------------- functions
     Fault(
+        "A layer writes into a product that selective activation checkpointing has saved.",
+        "overwritten product",
+        "selective checkpoints",
+        "fastlora/ops/torch/products.py",
+        "return product.clone() if dispatch_mode_may_keep_results(product) else product",
+        "return product",
+        ("tests/layers/test_layers.py::test_selective_checkpoints_that_keep_products",),
+    ),
+    Fault(
         "A function overwrites y though a gradient is recorded.",
         "overwritten output",
         "17ac4e3",

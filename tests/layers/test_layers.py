@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import weakref
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import fastlora
 from fastlora import FastLoraLinear
 from fastlora.layers import FastLoraWrapper
 from fastlora.validation import ConfigError, UnsupportedLayerError
+from tests.support.tiny import Gated, randomize, with_adapters
 
 
 def trained(layer: FastLoraLinear | FastLoraWrapper) -> FastLoraLinear | FastLoraWrapper:
@@ -121,6 +126,45 @@ def test_wrapper_does_not_write_into_an_output_that_others_hold() -> None:
             y = layer(x)
         assert torch.equal(x, before)
         assert not kept or not torch.equal(kept[0], y)
+
+
+@pytest.mark.parametrize("ids", [None, ["a", "b", None, "a"]], ids=["one", "mixed"])
+@pytest.mark.parametrize("tokens", [3, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}]
+    + [{"lora_dropout": 0.5, "use_dora": True}, {"frozen": True}],
+    ids=str,
+)
+def test_selective_checkpoints_that_keep_products(
+    options: dict[str, Any], dtype: torch.dtype, tokens: int, ids: list[str | None] | None
+) -> None:
+    """A layer does not write into a product that `torch.utils.checkpoint` has saved."""
+    torch.manual_seed(0)
+    options = dict(options)
+    frozen = options.pop("frozen", False)
+    config = fastlora.LoraConfig(r=4, target_modules=["gate", "up", "down"], **options)
+    model = with_adapters(Gated(), {"a": config, "b": config}).to(dtype).train()
+    randomize(model)
+    model.set_adapter(["a", "b"], inference_mode=frozen)
+    x = torch.randn(4, tokens, 16, dtype=dtype, requires_grad=True)
+    kept = [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm")]
+    found = []
+    for context in (None, functools.partial(create_selective_checkpoint_contexts, kept)):
+        model.zero_grad()
+        x.grad = None
+        torch.manual_seed(1)
+        block: Any = contextlib.nullcontext()
+        with block if ids is None else fastlora.adapters(model, ids, seeds={"a": 3, "b": 5}):
+            if context is None:
+                y = model(x)
+            else:
+                y = checkpoint(model, x, use_reentrant=False, context_fn=context)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["plain", "called"])

@@ -10,7 +10,7 @@ In all other cases, these functions call PyTorch's. These cases include code tha
 tracer traces, products for which autograd records a graph, and operands of different dtypes.
 Temporaries are the smaller operand in fp32, and parts of the larger operand and of the result. No
 function is called that autocast would run in a lower precision: autocast ignores in-place products
-and products with ``out``.
+and products with ``out``. Callers may write into all results.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastlora.ops.execution_mode import dispatch_mode_may_keep_results
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 # Number of elements that are converted at a time. Parts are larger if the smaller operand and the
 # result are, and never larger than `Fp32ProductThresholds.largest_part`.
 _CHUNK = 1 << 17
@@ -103,6 +106,14 @@ def can_use_fp32_for_emulated_dtype(*operands: torch.Tensor) -> bool:
     )
 
 
+def make_writable(product: torch.Tensor) -> torch.Tensor:
+    """Return a product that the caller may write into.
+
+    The result is a copy if a dispatch mode may keep the product itself.
+    """
+    return product.clone() if dispatch_mode_may_keep_results(product) else product
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``x @ weight.T + bias``.
 
@@ -116,7 +127,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         or not can_use_fp32_for_emulated_dtype(*operands)
         or _native_is_as_fast_as_fp32(x, weight.t())
     ):
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        return y if torch.compiler.is_compiling() or not _dispatch_modes() else make_writable(y)
     return mm(x, weight.t()) if bias is None else addmm_(bias.repeat(x.shape[0], 1), x, weight.t())
 
 
@@ -132,7 +144,8 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         or not can_use_fp32_for_emulated_dtype(a, b)
         or _native_is_as_fast_as_fp32(a, b)
     ):
-        return torch.mm(a, b)
+        y = torch.mm(a, b)
+        return y if torch.compiler.is_compiling() or not _dispatch_modes() else make_writable(y)
     y = a.new_empty(a.shape[0], b.shape[1])
 
     def write(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -184,7 +197,8 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     and b, and if fp32 is possible and faster.
     """
     if not can_use_fp32_for_emulated_dtype(a, b) or _native_is_as_fast_as_fp32(a, b):
-        return torch.bmm(a, b)
+        y = torch.bmm(a, b)
+        return y if torch.compiler.is_compiling() or not _dispatch_modes() else make_writable(y)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for part in _groups(a, b):
         own_a, own_b = a[part].float(), b[part].float()

@@ -115,8 +115,8 @@ def add_updates_and_return_s_(
         (lora_a,), (lora_b,) = operands.lora_a, operands.lora_b
         for part in _split_keys_into_parts(rows, dtype != x.dtype):
             own = reference.cast(x[part.at], dtype)
-            found = F.grouped_mm(own, lora_a[part.keys].transpose(1, 2), offs=part.ends)
-            s[part.at] = found
+            product = F.grouped_mm(own, lora_a[part.keys].transpose(1, 2), offs=part.ends)
+            s[part.at] = found = products.make_writable(product)
             _add_grouped_product_(y, found.mul_(operands.scaling.to(dtype)), lora_b, part)
         return s
     for its in _rows_of_each_key(operands, rows):
@@ -380,8 +380,8 @@ def grouped_products(x: torch.Tensor, stack: torch.Tensor, starts: torch.Tensor)
     number of rows that belong to any matrix.
     """
     if _supports_grouped_mm(x, stack):
-        made: torch.Tensor = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:].contiguous())
-        return made
+        made = F.grouped_mm(x, stack.transpose(1, 2), offs=starts[1:].contiguous())
+        return products.make_writable(made)
     y = x.new_zeros(x.shape[0], stack.shape[1])
     for matrix, at in _spans(starts):
         y[at] = products.linear(x[at], stack[matrix])
