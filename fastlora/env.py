@@ -45,18 +45,18 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder for tuned kernel configurations, as set by an environment variable.
+    """Return the folder of measured kernel configurations that an environment variable names.
 
-    The environment variable is ``FASTLORA_MEASURED``. The folder contains tables of configurations
-    that were chosen based on measurements, and is used instead of the default folder. The result is
-    None if the variable is empty or is not set.
+    The environment variable is ``FASTLORA_MEASURED``. The result is None if the variable is empty
+    or is not set. The folder contains tables of configurations that were chosen based on
+    measurements, and is used instead of the default folder.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
 
 
 def vllm_plugin_enabled(device: str) -> bool:
-    """Return whether fastlora's vLLM plugin is enabled for a device type.
+    """Return whether the environment enables fastlora's vLLM plugin on a type of device.
 
     ``FASTLORA_VLLM=0`` disables the plugin, and ``FASTLORA_VLLM=1`` enables it. If the variable is
     not set, the plugin is enabled only on CPUs, because its performance on GPUs has not been
@@ -126,7 +126,7 @@ def user_configured_malloc() -> bool:
 
 
 def set_offline_demo_variables() -> None:
-    """Set the environment variables that disable network access for the demo.
+    """Set the environment variables that let the demo run without network access.
 
     They also suppress log output. Call this function before the demo imports other libraries. The
     demo's model is on disk, so it does not need the Hugging Face Hub. Without the log level, Kineto

@@ -56,10 +56,10 @@ class _BoundedPatternMatcher:
 
     @contextlib.contextmanager
     def count_toward_matching_time_limit(self, config_field: str) -> Iterator[None]:
-        """Context manager that counts CPU time toward the time limit for pattern matching.
+        """Context manager that counts its block's time toward the time limit for pattern matching.
 
-        The CPU time of the whole ``with`` block is counted, including the time between matches.
-        The time of nested blocks is counted only once.
+        The CPU time of the ``with`` block is counted: the time of the matches and the time between
+        them. The time of nested blocks is counted only once.
 
         Args:
             config_field: Name of the config field with the patterns, for error messages.
@@ -169,13 +169,13 @@ def bounded_matching() -> Iterator[None]:
 def count_toward_matching_time_limit(
     config_field: str,
 ) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts CPU time toward the time limit for pattern matching.
+    """Return a context manager whose time counts toward the time limit for pattern matching.
 
-    The CPU time of the whole ``with`` block is counted, including the time between matches. The
-    block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside the
-    block also checks the limit. A block around a loop over patterns therefore counts the time of
-    the loop itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`, the
-    context manager does nothing.
+    The CPU time of the ``with`` block is counted: the time of the matches and the time between
+    them. The block raises `CheckpointError` at its end if the time limit is exceeded. Each match
+    inside the block also checks the limit. A block around a loop over patterns therefore counts the
+    time of the loop itself, and the loop stops when the limit is exceeded. Outside
+    `bounded_matching`, the context manager does nothing.
 
     Args:
         config_field: Name of the config field with the patterns, for error messages.
@@ -407,13 +407,13 @@ def _max_length_with_repeats_expanded(pattern: str, expression: str) -> int:
 
 
 def _name_suffix_as_plain_pattern(module_name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Convert a suffix of a module name to a pattern that matches names with this suffix.
+    """Convert a suffix of a module name to a plain pattern, or return None if it is not possible.
 
-    The result is a plain pattern: a name without regular-expression syntax, except that a dot
-    matches any character. The pattern consists of parts of the given lengths, separated by dots.
-    The parts are copied from the name. A dot replaces the character between two parts. The result
-    is None if the name is too short, or if the first part does not start at the beginning of a
-    component of the name.
+    The pattern matches names with this suffix. A plain pattern is a name without regular-expression
+    syntax, except that a dot matches any character. The pattern consists of parts of the given
+    lengths in characters, separated by dots. The parts are copied from the name. A dot replaces the
+    character between two parts. The result is None if the name is too short, or if the first part
+    does not start at the beginning of a component of the name.
     """
     at = start = len(module_name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and module_name[start - 1] != "."):

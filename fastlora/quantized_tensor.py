@@ -54,7 +54,7 @@ class QuantizedData(NamedTuple):
 
 
 class QuantizedTensor(torch.Tensor):
-    """A tensor that holds a quantized weight and dequantizes it when necessary.
+    """A tensor subclass for a quantized weight, which is dequantized when necessary.
 
     The weight has the shape ``[N, K]`` and is stored as quantized data, such as codes and scales.
     Kernels read the quantized data directly. Most PyTorch operations dequantize the weight first.
@@ -102,7 +102,7 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def quantized_data(self) -> QuantizedData:
-        """The quantized data that kernels read.
+        """The quantized data of the tensor, which kernels read.
 
         Raises:
             RuntimeError: The quantized data has been modified since this tensor was created.

@@ -27,9 +27,9 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """Raised when a configuration, such as a `LoraConfig`, is invalid.
+    """Raised when a config, such as the `LoraConfig` of an adapter, is invalid.
 
-    The value of a config field, of a setting, or of an argument is invalid or unsupported.
+    The error is also raised for an invalid setting or argument, and for an unsupported value.
     """
 
 
@@ -106,10 +106,11 @@ PEFT_MODEL_ALTERNATIVE = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """Raised when an adapter pool has no room for a requested adapter.
+    """Raised when an adapter pool is full.
 
-    The pool cannot make enough room by evicting other adapters. A pool may limit the number of
-    adapters and their total size in bytes. A batch may request several adapters at once.
+    The pool has no room for a requested adapter, and cannot make enough room by evicting other
+    adapters. A pool may limit the number of adapters and their total size in bytes. A batch may
+    request several adapters at once.
     """
 
 

@@ -49,7 +49,7 @@ class UncopiedCache:
 
 
 class TensorStamp:
-    """A stamp that is used to detect whether tensors have changed.
+    """A stamp of one or more tensors, which is used to detect whether they have changed.
 
     A stamp records the memory, the shape, and the ``_version`` of one or more tensors. A value that
     was computed from the tensors is cached with their stamp. The memory address and the
@@ -124,7 +124,7 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """The version of a set of weights, used to detect possible changes to them.
+    """The version of a set of weights, by which caches detect that the weights may have changed.
 
     The set contains many weights of this process, such as all trainable weights. A cached value
     records the version that the weights had when it was cached. If the current version is a
@@ -135,10 +135,10 @@ class WeightsVersion:
 
 
 class ProcessWeightsVersions:
-    """The current `WeightsVersion` of each set of weights in the process, for detecting changes.
+    """The process-wide versions of weights, by which caches detect changes to the weights.
 
-    Each version is a `WeightsVersion`. A version is replaced when its weights may have changed.
-    The replacement invalidates all values that were cached with the old version.
+    Each set of weights has a current `WeightsVersion`. A version is replaced when its weights may
+    have changed. The replacement invalidates all values that were cached with the old version.
 
     Attributes:
         trained: Version of weights that may be trained.

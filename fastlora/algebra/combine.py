@@ -22,10 +22,11 @@ SVD = "_svd"
 class CombinationMethodSpec(NamedTuple):
     """Specification of an adapter combination method.
 
-    The specification states how the method prunes values and whether it elects signs. A method may
-    prune values, elect signs, do both, or do neither. `METHODS` maps the name of each method, such
-    as ``"ties"``, to its specification. Each method combines several tensors of the same shape into
-    one tensor. The tensors are the adapters' factors or updates.
+    The specification contains the function with which the method prunes values, and an option that
+    states whether the method elects signs. A method may prune values, elect signs, do both, or do
+    neither. `METHODS` maps the name of each method, such as ``"ties"``, to its specification. Each
+    method combines several tensors of the same shape into one tensor. The tensors are the adapters'
+    factors or updates.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its

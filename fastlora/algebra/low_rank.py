@@ -118,7 +118,7 @@ def svd_of_weighted_sum(
 def clamp_factors_to_quantile(
     lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float
 ) -> FactorPair:
-    """Clamp the values of an adapter's factors to a range given by a quantile of these values.
+    """Clamp an adapter's factors to a quantile of their values, as PEFT's ``svd_clamp`` does.
 
     Returns the clamped lora_a and lora_b. Both are clamped to ``[-bound, bound]``, where the bound
     is the quantile of the signed values of both factors together.

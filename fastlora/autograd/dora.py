@@ -135,11 +135,12 @@ def _enumerate_adapters_with_rows(
 def _allocate_shrink_and_base_products(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate the tensors for the shrink product s and the base product z of DoRA with dropout.
+    """Allocate the tensors for the adapters' shrink products and for the base products.
 
-    `_dora_with_dropout` computes s and z, and the backward pass uses them. The tensor s is for
-    ``dropout(x) @ lora_a.T``, and z is for ``dropout(x) @ weight.T``. If ``needs_z`` is False, z
-    has no rows. The tensors are not initialized. Only the rows of adapters are used later.
+    `_dora_with_dropout` computes the shrink product s and the base product z of DoRA with dropout,
+    and the backward pass uses them. The tensor s is for ``dropout(x) @ lora_a.T``, and z is for
+    ``dropout(x) @ weight.T``. If ``needs_z`` is False, z has no rows. The tensors are not
+    initialized. Only the rows of adapters are used later.
     """
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if needs_z else 0, y.shape[1])
@@ -261,16 +262,17 @@ class DoraLinearWithDropout(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the output of a linear layer with DoRA adapters.
+        """Run the forward pass of a linear layer with DoRA adapters, and return the layer's output.
+
+        If ``ids [B]`` is given, the batch is mixed, and ``ids`` chooses the adapter of each row: it
+        contains the slot of each sample or token. ``slots`` lists the slot of each adapter. A mixed
+        batch requires ``base``. If ``ids`` is None, there is one adapter, which applies to all
+        rows.
 
         The adapters have active dropout with the probabilities ``dropout_p``. ``adapters`` contains
         six tensors for each adapter; see `DoraAdapterWithDropout`. The output is computed from the
         base layer's output ``base``, or from weight and bias if ``base`` is None. Tensors that the
         backward pass needs are saved in ``ctx``.
-
-        If ``ids`` is given, the batch is mixed. ``ids [B]`` contains the slot of each sample or
-        token, and ``slots`` lists the slot of each adapter. A mixed batch requires ``base``. If
-        ``ids`` is None, there is one adapter, which applies to all rows.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad

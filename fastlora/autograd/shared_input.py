@@ -159,11 +159,12 @@ def grouped_shrink(
 
 
 class GroupedLoraShrink(torch.autograd.Function):
-    """Autograd function for the LoRA shrink of layers that share the input x.
+    """Autograd function for the LoRA shrink of a group of layers that share the input x.
 
-    It computes s for G layers as one autograd node. x is passed detached, because this node does
-    not compute its gradient. There is a seed or None for each layer. The lora_a of all layers
-    follow in turn. Each layer has one per slot, or without rows only one.
+    It computes the shrink product s of each of G layers, as one autograd node. x is passed
+    detached, because this node does not compute its gradient. There is a seed or None for each
+    layer. The lora_a of all layers follow in turn. Each layer has one per slot, or without rows
+    only one.
 
     Saves x, the seeds, and the factors. The backward pass reads x once for all d_lora_a. A layer
     with an unused s takes no part in it.

@@ -159,13 +159,14 @@ def _lora_linear_with_stacked_weights(
     num_adapter_slots: int,
     *given: Any,
 ) -> torch.Tensor:
-    """Compute the output of LoRA linear layers whose base weights are stacked in one tensor.
+    """Compute the output of LoRA linear layers with stacked base weights.
 
     This function implements the operator ``fastlora::stacked_linear``, which decomposes when
     autograd is traced. The rows of x are sorted. Each row is multiplied by its weight in the stack,
     and the LoRA update of its adapter is added. If y ``[P, N]`` is given, y is also added. Without
-    a weight stack, y is the base output, to which the LoRA updates are added. The lists of factors
-    may be empty if a weight stack is given.
+    a weight stack, y is the base output, to which the LoRA updates are added. ``given`` contains
+    the fields of a `StackedWeightAdapterOperands`, the tensors that describe the rows, and the
+    implementation. The lists of factors may be empty if a weight stack is given.
     """
     *operands, tensors, impl = given
     rows, adapters = rows_from_tensors(tensors), StackedWeightAdapterOperands(*operands)

@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_adapted_model_and_tokenizer(
     args: argparse.Namespace, folders: dict[str, Path]
 ) -> tuple[Any, Any, dict[str, str]]:
-    """Load the tokenizer and the model with its adapters.
+    """Load the model with its adapters, the tokenizer, and the names of the adapters in the model.
 
     The result is a tuple (model, tokenizer, names). The dict ``names`` maps the names of the
     adapters to their names in the model. The model is in evaluation mode. Of its generation config,
@@ -375,9 +375,9 @@ def _load_adapted_model_and_tokenizer(
 
 
 def _read_user_lines(chat: Chat) -> Iterator[str]:
-    """Yield the lines that the user enters.
+    """Yield the lines that the user types, until the end of the input.
 
-    The input comes from the terminal or a pipe. The iteration ends at the end of the input.
+    The input comes from the terminal or a pipe.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()

@@ -161,10 +161,10 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def examples_data_path(name: str) -> Path:
-    """Return the path of an example data file in the source repository.
+    """Return the path of a data file of the examples.
 
-    The file is in the folder ``examples/data`` of the repository. The installed package does not
-    contain it.
+    The file is in the folder ``examples/data`` of the source repository. The folder is not part of
+    the installed package.
 
     Raises:
         DataError: The file is missing.

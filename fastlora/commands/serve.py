@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _LoadingThread(threading.Thread):
-    """The thread that loads the model and the adapters in the background.
+    """Thread that loads the model and its adapters while the server starts.
 
     The thread starts with the server's event loop, and the server is already listening while the
     thread runs. If loading fails, the server stops.
@@ -211,11 +211,11 @@ class _LoadingThread(threading.Thread):
         app.on_startup = self.start
 
     def run(self) -> None:
-        """Load the model, and start serving it.
+        """Run the thread, which loads the model and starts serving it.
 
-        The thread runs this method in the background. The method also loads the adapters. Before
-        the model is loaded, the server is already listening. If loading fails, the exception is
-        stored in `error` and the server is stopped, unless the server is already stopping.
+        The method also loads the adapters. The server is already listening before the model is
+        loaded. If loading fails, the exception is stored in `error` and the server is stopped,
+        unless the server is already stopping.
         """
         try:
             self._load()
@@ -244,11 +244,11 @@ class _LoadingThread(threading.Thread):
 
 
 def _warms_up(args: argparse.Namespace) -> bool:
-    """Return whether the server warms up.
+    """Return whether the server warms up the kernels before it serves requests.
 
     The warm-up compiles the kernels before the server accepts requests. The server skips the
-    warm-up if ``--no-warm-up`` or ``--cpu`` is given, if there is no GPU, or if compiled kernels do
-    not run on the GPU.
+    warm-up if the arguments include ``--no-warm-up`` or ``--cpu``, if there is no GPU, or if
+    compiled kernels do not run on the GPU.
     """
     if args.no_warm_up or args.cpu or not torch.cuda.is_available():
         return False

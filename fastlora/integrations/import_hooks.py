@@ -40,10 +40,11 @@ def _call_or_warn(name: str, action: Callable[[], None]) -> None:
 
 
 class _ImportHookFinder(importlib.abc.MetaPathFinder):
-    """An import finder that adds an import hook to a module.
+    """Import finder that runs a hook after a module is imported.
 
-    The hook runs an action after the module is imported. Each finder handles one module and one
-    action. The finder locates the module through the other finders in ``sys.meta_path``.
+    The hook is an action that the finder adds to the loader of the module. Each finder handles one
+    module and one action. The finder locates the module through the other finders in
+    ``sys.meta_path``.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
@@ -75,7 +76,11 @@ class _ImportHookLoader(importlib.abc.Loader):
         self.loader, self.watcher = loader, watcher
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Create the module with the wrapped loader."""
+        """Create the module as the wrapped loader does.
+
+        The result is None if the wrapped loader leaves the creation of the module to Python's
+        default.
+        """
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:

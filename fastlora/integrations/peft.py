@@ -44,11 +44,11 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """Subclass of PEFT's ``LoraModel`` that uses fastlora's LoRA layers.
+    """PEFT's LoRA model (``LoraModel``) with fastlora's LoRA layers.
 
-    ``LoraModel`` is PEFT's LoRA tuner. PEFT creates each new LoRA layer, and `patch_layer` then
-    replaces the class of the layer with fastlora's subclass, if there is one. The model supports
-    mixed batches.
+    This class is a subclass of ``LoraModel``, which is PEFT's LoRA tuner. PEFT creates each new
+    LoRA layer, and `patch_layer` then replaces the class of the layer with fastlora's subclass, if
+    there is one. The model supports mixed batches.
     """
 
     @staticmethod
@@ -96,9 +96,10 @@ class FastPeftLoraModel(PeftLoraModel):
         return model
 
     def unload(self) -> nn.Module:
-        """Remove the LoRA layers from the model, and return the base model.
+        """Unload the adapters, and return the base model.
 
-        The adapters are not merged into the base weights.
+        The LoRA layers are removed from the model. The adapters are not merged into the base
+        weights.
         """
         self._check_no_open_block("unload")
         model = super().unload()
@@ -130,12 +131,12 @@ class FastPeftLoraModel(PeftLoraModel):
             router.update_routed_layers(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward pass of the patched PEFT model.
+        """Run the patched model's forward pass, with fastlora if possible and otherwise with PEFT.
 
-        The patched LoRA layers run with fastlora if possible, or else with PEFT's ``forward``
-        method. Returns the model's output, as PEFT's method does. If a `fastlora.adapters` block is
-        active or fastlora routes ``adapter_names``, the batch size must match the number of adapter
-        ids.
+        Each patched LoRA layer of the PEFT model runs with fastlora if possible, or else with
+        PEFT's ``forward`` method. Returns the model's output, as PEFT's method does. If a
+        `fastlora.adapters` block is active or fastlora routes ``adapter_names``, the batch size
+        must match the number of adapter ids.
         """
         self._check_batch(args, kwargs)
         try:
@@ -203,10 +204,9 @@ copy_dunder_name_from_peft_base(FastPeftLoraModel)
 
 
 def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
-    """Return the router of a patched model.
+    """Return the router of a patched PEFT model, or None if the model is not patched.
 
-    The router is a `PatchedModelRouter`, which routes the rows of mixed batches to adapters. The
-    result is None if the model is not patched.
+    The router is a `PatchedModelRouter`, which routes the rows of mixed batches to adapters.
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -238,7 +238,7 @@ def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
-    """Find the root module that PEFT adapted in a model, and list the modules outside the root.
+    """Find the root PEFT model inside a model, and list the modules outside the root.
 
     The root is the first module that is a patched tuner, or into which PEFT injected LoRA layers
     that are not inside a tuner. The root can be the model itself. The result is a tuple (root,
@@ -289,10 +289,10 @@ def _is_injected_root(model: nn.Module) -> bool:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch a PEFT model in place so that it runs with fastlora, and count its LoRA layers.
+    """Patch a PEFT model's LoRA layers to run with fastlora, and return the number of LoRA layers.
 
-    Returns the number of LoRA layers. A LoRA layer of a class that fastlora does not patch remains
-    unchanged, but is also counted. The model's tuners are also patched.
+    The model is patched in place, including its tuners. A LoRA layer of a class that fastlora does
+    not patch remains unchanged, but is also counted.
     """
     seen = 0
     for module in model.modules():

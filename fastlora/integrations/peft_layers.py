@@ -65,7 +65,7 @@ class FusedForwardMixin(BaseAdapterLayer):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the layer's forward pass, with fastlora if possible.
+        """Run the forward pass of PEFT's LoRA layer through fastlora, if possible.
 
         PEFT's ``forward`` method runs the layer if fastlora cannot. The output is the same as that
         of PEFT's layer.
@@ -149,15 +149,16 @@ class FusedForwardMixin(BaseAdapterLayer):
 
     @with_signature_of(PeftLinear.merge)
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Merge adapters into the base weight, as PEFT's layer does.
+        """Merge adapters into the base weight, with the arguments of PEFT's method.
 
-        The caches that fastlora keeps for the layer's weights are cleared first.
+        PEFT's method merges the adapters. Before that, the caches that fastlora keeps for the
+        layer's weights are cleared.
         """
         clear_base_and_adapter_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge the adapters from the layer's base weight.
+        """Unmerge the adapters from the base weight of the patched PEFT layer.
 
         Before PEFT's own method unmerges the adapters, the caches that fastlora keeps for the
         layer's weights are cleared.
@@ -238,7 +239,7 @@ class FastPeftParamWrapper(PeftParamWrapper):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer's forward pass, with fastlora if possible.
+        """Run the forward pass of PEFT's parameter wrapper through fastlora, if possible.
 
         PEFT's ``forward`` method runs the layer if fastlora cannot. For example, fastlora cannot
         run a layer whose module is not a module of stacked experts.
@@ -298,7 +299,7 @@ class FastPeftParamWrapper(PeftParamWrapper):
 
 
 def copy_dunder_name_from_peft_base(cls: type) -> type:
-    """Copy the ``__name__`` of the PEFT base class to a patched class.
+    """Give a patched class the ``__name__`` of its PEFT base class.
 
     Printed models and `get_layer_status` thus show the name of PEFT's class. The patched class
     keeps its ``__qualname__``, which pickles use. The class itself is returned, so that this

@@ -60,10 +60,10 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return the state dict of one adapter in a fastlora model.
+    """Return the state dict of one adapter, like PEFT's function of the same name.
 
-    For fastlora's models, this function replaces PEFT's function of the same name. The keys of the
-    state dict have the names that PEFT's adapter files use.
+    This function replaces PEFT's function for fastlora's models. The keys of the state dict have
+    the names that PEFT's adapter files use.
     """
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict

@@ -277,8 +277,9 @@ class _GenerateAfterBatchSizeCheck:
 
 
 def _has_checked_generate(model: nn.Module) -> bool:
-    """Return whether a router has replaced the model's ``generate`` method.
+    """Return whether the model's ``generate`` has been replaced with one that checks the batch.
 
-    The replacement is a `_GenerateAfterBatchSizeCheck`, which first checks the batch size.
+    The router has then replaced the method with a `_GenerateAfterBatchSizeCheck`, which first
+    checks the batch size.
     """
     return isinstance(vars(model).get("generate"), _GenerateAfterBatchSizeCheck)

@@ -54,7 +54,7 @@ class LayerFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A report that shows which LoRA layers of a model are fused.
+    """Report on which LoRA layers of a model are fused, and which are not.
 
     The report has one row for each LoRA layer. The row of a layer that is not fused contains the
     reason. ``str()`` formats the report as a table.

@@ -129,10 +129,7 @@ class ParameterLoraLayer(LoraLayer):
         self._init_adapters()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer.
-
-        The base layer is the module that owns the parameter.
-        """
+        """Return the base layer, which is the module that owns the parameter."""
         owner: nn.Module = self.__dict__["_owner"]
         return owner
 
@@ -340,11 +337,11 @@ class FastLoraAdaptedParameters(BaseUnfusedLoraLayer):
     def _layers_to_adapt(
         self, settings: Mapping[str, object]
     ) -> list[tuple[LoraLayer, dict[str, Any]]]:
-        """Return the layers to adapt, each with its settings for the new adapter.
+        """Return the layers to adapt, each with its own settings for the adapter.
 
-        There is one layer for each parameter that the adapter adapts. Layers that do not exist yet
-        are created. The settings of a layer are the arguments for adding the adapter to the layer.
-        See `LoraLayer._layers_to_adapt`.
+        There is one LoRA layer for each parameter that the new adapter adapts. Layers that do not
+        exist yet are created. The settings of a layer are the arguments for adding the adapter to
+        the layer. See `LoraLayer._layers_to_adapt`.
         """
         common = {name: value for name, value in settings.items() if name != "parameters"}
         parameters: Any = settings["parameters"]
@@ -668,10 +665,10 @@ def file_prefixes_by_parameter(parameter_names: Sequence[str]) -> dict[str, str]
 
 
 def parameter_adapter_shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return the shapes of an adapter's lora_A and lora_B for a module's parameters.
+    """Return the shapes of an adapter's tensors for the adapted parameters of a module.
 
-    The parameters are those in ``settings.parameters``. The result is a dict that is keyed by the
-    factors' names in adapter files.
+    The tensors are lora_A and lora_B for each parameter in ``settings.parameters``. The result is a
+    dict that is keyed by the factors' names in adapter files.
     """
     prefixes = file_prefixes_by_parameter([each.name for each in settings.parameters])
     shapes: TensorShapes = {}

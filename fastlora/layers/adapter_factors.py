@@ -198,11 +198,10 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return a list of scalings as one tensor.
+    """Return scalings as one tensor on the device of x.
 
-    The tensor has the shape ``[S]`` and is on the device of x. The dtype is fp64 if x is fp64, and
-    fp32 otherwise. If PEFT's compiled hot swap has made a scaling a tensor, the host does not read
-    its value.
+    The tensor has the shape ``[S]``. Its dtype is fp32, or fp64 if x is fp64. If PEFT's compiled
+    hot swap has made a scaling a tensor, the host does not read its value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -369,7 +368,7 @@ def factors_in_slots(
     slots: Sequence[int],
     excluded_slots: Sequence[int] = (),
 ) -> Slots:
-    """Return a layer's factors in the given slots.
+    """Return a layer's factors for the adapters in the given slots.
 
     The result is a list that has one entry for each slot in ``slots``. The entry is None for a slot
     in ``excluded_slots`` and for an adapter that does not adapt the layer.

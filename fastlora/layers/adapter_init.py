@@ -186,7 +186,7 @@ class AdapterInitializer:
 def find_calibration_result(
     layer: InitializableLayer, init: InitMethod
 ) -> tuple[nn.Module, object] | None:
-    """Return a layer's calibration result and the module that holds it.
+    """Find a layer's calibration result and the module that holds it.
 
     The calibration result is the data that the initialization method needs. Returns a tuple
     (module, result), or None if there is no calibration result. The module is the one on which the

@@ -58,8 +58,9 @@ class MultiheadAttentionOutProjection(FastLoraWrapper):
     def fusion(self, gathered: bool = False) -> FusionStatus:
         """Return the fusion status of the layer.
 
-        The status states whether the layer is fused and, if not, the reason. A fused layer computes
-        the base GEMM and the LoRA update in one call. A layer of this class is never fused.
+        The status states whether this projection of the attention module is fused and, if not, the
+        reason. A fused layer computes the base GEMM and the LoRA update in one call. A layer of
+        this class is never fused.
         """
         return FusionStatus(False, _FALLBACK_REASON)
 
@@ -86,11 +87,11 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """The value that PyTorch reads to check whether q, k, and v have the same dimension.
+        """The attribute of `nn.MultiheadAttention` with this name, which PyTorch reads.
 
-        `nn.MultiheadAttention` has an attribute of this name. If no adapter applies, the value is
-        that of the base layer's attribute, which is True for every supported module. If an adapter
-        applies, the value is False.
+        `nn.MultiheadAttention` sets the attribute to True if q, k, and v have the same dimension.
+        If no adapter applies, the value is that of the base layer's attribute, which is True for
+        every supported module. If an adapter applies, the value is False.
 
         In evaluation mode, `nn.TransformerEncoderLayer` may read the base weights itself only if
         the attribute is True. The value False makes the encoder layer call this layer. Otherwise,
@@ -105,8 +106,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     def inner_layers(self) -> dict[str, LoraLayer]:
         """Return the LoRA layers inside the attention module, by relative name.
 
-        The returned dict contains the LoRA layer of out_proj. It contains no layer for in_proj,
-        because the adapters of in_proj belong to this layer itself.
+        The returned dict contains the LoRA layer of out_proj. The adapters of in_proj belong to
+        this layer itself.
         """
         return {_OUT: self._out()}
 
@@ -170,9 +171,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
 
 def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Add a layer's LoRA updates to a weight, and return the result.
+    """Add the LoRA updates of the named adapters to a projection weight of an attention module.
 
-    The weight is ``[N, K]`` and is not changed. The result is rounded once to the weight's dtype.
+    Returns the sum, which is rounded once to the weight's dtype. The weight is ``[N, K]`` and is
+    not changed.
     """
     if not names:
         return weight

@@ -103,7 +103,7 @@ class BaseAdapterLayer(BaseLinearWithAdapters):
             weights_versions.invalidate_trainable_weights()
 
     def _register_load_hook_that_moves_scalings(self) -> None:
-        """Register a load hook that moves the scalings to the device of the layer's factors.
+        """Register a load hook that moves the layer's scalings to the right device.
 
         The hook runs after ``load_state_dict``, which may replace the factors with tensors on
         another device. The hook moves each scaling to the device of its adapter's factors.

@@ -246,12 +246,12 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
 
 
 def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
-    """Replace the data of a module's weight.
+    """Replace the data of a module's weight with the given values.
 
-    The module is linear-like, and the new data is ``[N, K]``. The parameter itself is not replaced,
-    and the dtype and the layout stay the same. A dense weight gets new memory, because other code
-    may refer to its old memory. A quantized weight is quantized again, possibly in the same memory.
-    See `reason_weight_not_replaceable`.
+    The module is linear-like, and the new data is ``[N, K]``. The parameter remains the same
+    object, and its dtype and layout stay the same. A dense weight gets new memory, because other
+    code may refer to its old memory. A quantized weight is quantized again, possibly in the same
+    memory. See `reason_weight_not_replaceable`.
     """
     found = quantized_weight_of(module)
     if found is not None:
@@ -265,11 +265,11 @@ def replace_weight_data(module: nn.Module, weight: torch.Tensor) -> None:
 def make_weight_restorer(module: nn.Module, save_on_cpu: bool) -> Callable[[], None]:
     """Save a module's current weight, and return a function that restores it.
 
-    The returned function restores the saved values bit for bit. If ``save_on_cpu`` is set, the
-    values of a dense weight on an accelerator are saved on the CPU, for models that do not fit on
-    the accelerator twice. If ``save_on_cpu`` is not set, the saved values of a dense weight share
-    the weight's current memory, which `replace_weight_data` does not overwrite. The values of a
-    quantized weight are always saved as a copy on the weight's device.
+    The returned function restores the saved values bit for bit. The values of a quantized weight
+    are saved as a copy on the weight's device. If ``save_on_cpu`` is set, the values of a dense
+    weight on an accelerator are copied to the CPU, for models that do not fit on the accelerator
+    twice. If ``save_on_cpu`` is not set, the values of a dense weight need no copy: the function
+    keeps the weight's current memory, which `replace_weight_data` does not overwrite.
     """
     found = quantized_weight_of(module)
     if found is not None:

@@ -219,9 +219,10 @@ def _must_gather_adapter_rows(
     routing: Routing,
     slots: SlotsUsingDora,
 ) -> bool:
-    """Return whether the rows of each adapter must be gathered for the DoRA computation.
+    """Return whether the rows of each DoRA adapter must be gathered and processed separately.
 
-    The rows are gathered if autograd records the computation or if an adapter has active dropout.
+    The rows are gathered if autograd records the DoRA computation or if an adapter has active
+    dropout.
     """
     if slots.dropped:
         return True

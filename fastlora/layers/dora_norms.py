@@ -151,13 +151,13 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: BaseLinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return the squared norms of a layer's adapted weight, from the cache if possible.
+    """Return the squared row norms of a layer's adapted weight, from the cache if possible.
 
-    The norms are those of the rows, as `local_adapted_squared_norms` computes them for the adapter
-    ``name``. If gradients are disabled, and changes to the weights can be detected, cached norms
-    are used until a weight or the scaling changes. If gradients are enabled, the norms are computed
-    in every forward pass, because an optimizer may be about to step, and not all optimizers change
-    the versions of tensors. The norms are not cached in a compiled or captured graph.
+    The norms are those that `local_adapted_squared_norms` computes for the adapter ``name``. If
+    gradients are disabled, and changes to the weights can be detected, cached norms are used until
+    a weight or the scaling changes. If gradients are enabled, the norms are computed in every
+    forward pass, because an optimizer may be about to step, and not all optimizers change the
+    versions of tensors. The norms are not cached in a compiled or captured graph.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight

@@ -175,9 +175,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute the forward pass of the experts layer.
+        """Compute the output of the experts with the adapters applied.
 
-        Returns the output of the experts with the adapters applied. The output is ``[T, H]``.
+        The output is ``[T, H]``. ``routing`` and ``conditions`` are those of the call.
         """
         base, k = self.base_layer, top_k_index.shape[-1]
         bad = (top_k_index < 0) | (top_k_index >= base.num_experts)
@@ -427,9 +427,9 @@ class FastLoraExpertsOfAllTokens(FastLoraExperts):
     def _forward(  # type: ignore[override]  # these experts get no choices of a router
         self, routing: Routing | None, conditions: ExecutionMode, x: torch.Tensor
     ) -> torch.Tensor:
-        """Compute the forward pass of the experts layer.
+        """Compute the output of the experts with the adapters applied.
 
-        Returns the output of the experts with the adapters applied. The output is ``[E * T, H]``.
+        The output is ``[E * T, H]``. ``routing`` and ``conditions`` are those of the call.
         """
         base = self.base_layer
         count = base.num_experts

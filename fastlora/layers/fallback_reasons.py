@@ -131,10 +131,9 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 def batch_invariance_unsupported_reason(
     inference_only: bool, autocast_dtype: torch.dtype | None
 ) -> str:
-    """Explain why a layer cannot run a mixed batch in batch-invariant mode.
+    """Return the reason why batch-invariant mode is not supported for a mixed batch.
 
-    Returns the reason as text. The caller has already found that the layer cannot run the batch in
-    this mode, although kernels are available. The function therefore always returns a reason.
+    Call this function only if kernels are available, but a layer cannot run the batch in this mode.
     """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"

@@ -172,7 +172,7 @@ def _as_slots(own: Factors | Slots) -> Slots:
 def _context_of_group_results(
     call: UniformCall | MixedCall, own: _LayerFactors
 ) -> tuple[object, ...]:
-    """Return the context in which a call's stored group results remain valid.
+    """Return the context in which a group's stored results are valid for a call.
 
     The context is a tuple of the objects on which all these results depend, for example the open
     block, the autocast state, and the version of the weights. A stored result is valid only in the
@@ -219,11 +219,11 @@ def _layer_operands_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key for a result that is computed from the given tensors.
+    """Return a cache key for a computation on the given tensors.
 
     The key contains the stream, the dropout probability, and the identity and state of each tensor.
-    The key is None if any of the tensors is an inference tensor, because PyTorch does not count
-    writes to inference tensors.
+    The key is None if the computation cannot be cached. This is the case if any of the tensors is
+    an inference tensor, because PyTorch does not count writes to inference tensors.
     """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
@@ -369,11 +369,11 @@ def _active_dropout_p(layer_slots: Slots) -> float:
 def _compute_s_in_compiled_graph(
     call: UniformCall | MixedCall, own: Slots
 ) -> PrecomputedResult | None:
-    """Compute s for a layer in a compiled graph.
+    """Compute the shrink result s in a compiled graph, together with layers that share the input.
 
-    s is ``x @ lora_a.T``. The function is called while the graph is being compiled. The computation
-    of s is shared with other layers of the layer's shared-input group. Returns the layer's own
-    result, or None if the layer cannot share the computation of s.
+    s is ``x @ lora_a.T``, and the layers of the shared-input group share its computation. The
+    function is called while the graph is being compiled. Returns the result of the call's own
+    layer, or None if the layer cannot share the computation of s.
     """
     layer, conditions = call.layer, call.conditions
     if not layer.has_shared_input_group():

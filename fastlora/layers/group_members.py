@@ -100,10 +100,10 @@ class PreparedGroupLaunch:
         )
 
     def fits_one_autograd_node(self, x: torch.Tensor) -> bool:
-        """Return whether the group's outputs for input x can be computed in one autograd node.
+        """Return whether the layers of the group can be computed in one autograd node for input x.
 
-        The outputs are those of the layers in the prepared launch. Since the launch was prepared,
-        parameters may have been frozen or may have received hooks.
+        The layers are those of the prepared launch. Since the launch was prepared, parameters may
+        have been frozen or may have received hooks.
         """
         if not self.others:
             return True
@@ -205,7 +205,7 @@ def _groupable_operands(
 
 
 def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether a layer's output can be computed in one call with other layers' outputs.
+    """Return whether a layer's output can be computed as part of a group, in one call.
 
     The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its
     base weight and bias must have x's dtype. With dropout, the layer must not be split, because a

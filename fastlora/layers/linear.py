@@ -114,7 +114,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @classmethod
     def _from_linear_without_adapter(cls, linear: nn.Linear) -> FastLoraLinear:
-        """Create a LoRA layer without adapters from a plain `nn.Linear`.
+        """Create a LoRA layer from an `nn.Linear`, without an adapter yet.
 
         The layer shares the weight and bias of ``linear``, which are not frozen.
         """
@@ -155,7 +155,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self.to_linear()
 
     def _check_release(self) -> None:
-        """Check that the base layer can be released from this layer.
+        """Check that this layer can release its base layer.
 
         The base layer is released as a plain `nn.Linear`, which must be able to hold the layer's
         weight and bias.
@@ -215,11 +215,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer.
+        """Return the base layer, as PEFT's method of this name does.
 
-        The base layer is this layer itself, because this layer contains the base weight. The
-        property `base_layer` is the base `nn.Linear` without the adapters. The name of the method
-        is PEFT's.
+        This layer contains the base weight, so it is its own base layer and is returned. The
+        property `base_layer` is the base `nn.Linear` without the adapters.
         """
         return self
 

@@ -130,11 +130,11 @@ class BaseLinearWithAdapters(nn.Module):
     def _reduce_squares_and_replace_zeros(
         self, squared_norms: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Sum squared row norms across tensor-parallel processes, and replace zeros with infinity.
+        """Sum squared row norms across tensor-parallel processes, and replace zeros.
 
-        Zeros are replaced so that DoRA does not divide by zero. Each entry of ``squared_norms``
-        contains the squared norms ``[N]`` of an adapted weight over this process's columns. Each
-        result contains the squared norms ``[N]`` of whole rows. By default, a process has whole
-        rows, so no norms are summed.
+        Zeros are replaced with infinity so that DoRA does not divide by zero. Each entry of
+        ``squared_norms`` contains the squared norms ``[N]`` of an adapted weight over this
+        process's columns. Each result contains the squared norms ``[N]`` of whole rows. By default,
+        a process has whole rows, so no norms are summed.
         """
         return [replace_zeros_with_infinity(each) for each in squared_norms]

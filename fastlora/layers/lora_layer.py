@@ -183,10 +183,10 @@ class LoraLayer(MergeableLayer):
         return any(adapter_name in layer.r for layer in (self, *self.inner_layers().values()))
 
     def _num_rank_blocks(self, factor_name: str) -> int:
-        """Return the number of rank blocks of a factor.
+        """Return the number of rank blocks that a factor consists of.
 
         The rank dimension of a factor is divided into blocks of the same size. The lora_A of a
-        convolution has one block per group. The lora_A of a stack has one block per matrix. Any
+        stack has one block per matrix, and the lora_A of a convolution has one block per group. Any
         other factor has one block.
         """
         base: Any = self.get_base_layer()

@@ -138,7 +138,7 @@ class DenseMergeTarget:
         """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write a dense matrix back to the weight.
+        """Write the merged matrix to the weight.
 
         The matrix must be the result of `merge_buffer`, which for this class is the weight itself
         or a view of it. The weight therefore already has the values of the matrix, and nothing

@@ -205,9 +205,10 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
             )
 
     def _scales_of_dora_adapters(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the DoRA scale of each named adapter that uses DoRA.
+        """Return the DoRA scales of those of the named adapters that use DoRA.
 
-        The result is a dict that maps each adapter's name to the adapter's scale g, ``[N]``.
+        The result is a dict that maps each adapter's name to the adapter's scale g, ``[N]``. The
+        scale is the magnitude divided by the row norms of the adapted weight.
         """
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]

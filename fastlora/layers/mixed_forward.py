@@ -88,7 +88,7 @@ def _forward_before_dora(
 
     The adapters in ``excluded_slots`` are not applied, so their rows get the base layer's output.
     Returns a tuple (y, by_address). y is the output ``[..., N]``. by_address says whether kernels
-    found the factors by address.
+    found the factors by address, which determines how DoRA is then applied to y.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = choose_mixed_implementation(call, base, excluded_slots)

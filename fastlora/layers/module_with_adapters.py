@@ -102,8 +102,9 @@ class ModuleWithAdapters:
     ) -> None:
         """Activate the named adapters.
 
-        Only their parameters become trainable, or none if ``inference_mode`` is set. Unlike
-        `set_adapter`, this method accepts the names of adapters that the module lacks.
+        Only their parameters become trainable, or none if ``inference_mode`` is set. If adapters
+        are merged, they are unmerged first, unless ``keep_merged`` is set. Unlike `set_adapter`,
+        this method accepts the names of adapters that the module lacks.
         """
         if self.merged and not keep_merged:
             warn("set_adapter() unmerges the adapters that are currently merged")
@@ -166,10 +167,10 @@ class ModuleWithAdapters:
         return []
 
     def _check_release(self) -> None:
-        """Check that the base module can be released from this module.
+        """Check that the adapters can be removed, so that the base module can be released.
 
-        Raises an error if `release`, a method of subclasses, cannot return the module without
-        adapters. The error states the reason.
+        Raises an error that states the reason if `release`, a method of subclasses, cannot return
+        the module without adapters.
         """
 
     def merge(

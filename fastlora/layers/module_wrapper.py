@@ -17,13 +17,13 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class for wrappers that add adapters to a module.
+    """Base class for wrappers that take the place of a module in the model.
 
-    A wrapper takes the place of the original module in the model. The wrapper keeps the original
-    module and the copies of the module or of its rows that the adapters train without LoRA. A
-    subclass defines what an adapter trains: a copy of the whole module (``modules_to_save``) or of
-    some of its rows (``trainable_token_indices``). Names of parameters and of file keys follow
-    PEFT.
+    A wrapper adds adapters to the module. It keeps the original module and the copies of the module
+    or of its rows that the adapters train without LoRA. Attributes that the wrapper lacks are
+    looked up on the module that is currently in use. A subclass defines what an adapter trains: a
+    copy of the whole module (``modules_to_save``) or of some of its rows
+    (``trainable_token_indices``). Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -93,7 +93,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         """Release the wrapped module from this wrapper, and return it.
 
         The returned module replaces this wrapper when the wrapper and its adapters are removed. By
-        default, the base layer is returned, which is the original module. A subclass may return an
+        default, it is the base layer, which is the original module. A subclass may return an
         adapter's copy of the module instead.
         """
         return self.get_base_layer()
@@ -155,7 +155,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its copy of the wrapped module.
+        """Remove an adapter from the wrapper, with the adapter's copy of the wrapped module.
 
         The copy may contain only some of the module's rows. Unlike `delete_adapter`, this method
         checks nothing. For example, this method is called after the addition of an adapter has
@@ -191,7 +191,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the acting adapter.
+        """Return the name of the acting adapter, whose copy of the module or of its rows is in use.
 
         A forward pass applies the acting adapter, which is the first active adapter that has its
         own copy of this module or of some of the module's rows. Returns None if there is no such

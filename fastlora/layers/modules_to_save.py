@@ -76,7 +76,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file.
+        """Return the names that an adapter's tensors have in the adapter file.
 
         The result is a dict that maps each name in the adapter file to the name of the same tensor
         in the state dict of this wrapper. The names in the adapter file are those in the state dict
@@ -95,11 +95,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Release and return the wrapped module.
+        """Release the wrapped module from this wrapper, and return it.
 
-        The returned module replaces this wrapper when the wrapper and its adapters are removed. The
-        original module is returned if no adapter is active. Otherwise, the active adapter's copy of
-        the original module is returned, even if adapters are disabled.
+        The returned module replaces this wrapper when the wrapper and its adapters are removed. It
+        is the original module, unless an adapter is active. Then the active adapter's copy of the
+        original module is returned, even if adapters are disabled.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]

@@ -31,10 +31,10 @@ class DoraMagnitude(nn.Module):
 def freeze_and_convert(
     factor: Factor, reference: torch.Tensor | None, module_training_mode: bool
 ) -> Factor:
-    """Freeze a factor and convert it to the device and dtype of a reference tensor.
+    """Return a factor, frozen and converted to the device and dtype of a reference tensor.
 
-    Returns the frozen factor. The factor is not converted if ``reference`` is None. If the factor
-    is a module, its training mode is set to ``module_training_mode``.
+    The factor is not converted if ``reference`` is None. A factor that is a module is changed in
+    place, and its training mode is set to ``module_training_mode``.
     """
     if isinstance(factor, nn.Module):
         if reference is not None:

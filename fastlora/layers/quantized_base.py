@@ -135,7 +135,7 @@ class KernelWeightCache(UncopiedCache):
             self._captured.clear()
 
     def output_from_repacked_codes(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Compute a module's output from repacked quantization codes.
+        """Compute a module's output from repacked quantization codes, if possible.
 
         Returns None if the module must be called, or if calling it is faster. The module is one for
         which `is_bitsandbytes_repacking_prevented` is true.
@@ -155,11 +155,11 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _entries_if_cacheable(self, module: nn.Module) -> _Found | None:
-        """Return the cache entries for a module's weight, or None if it cannot be cached.
+        """Return what is cached for a module's weight, or None if the weight cannot be cached.
 
-        The entries are a tuple (kind, dict), and are created if needed. A weight without a stamp
-        cannot be cached. Entries for another weight, or from before a write to the weight, are
-        dropped.
+        The cache entries are a tuple (kind, dict), and are created if needed. A weight without a
+        stamp cannot be cached. Entries for another weight, or from before a write to the weight,
+        are dropped.
 
         Raises:
             UnsupportedLayerError: The weight is not quantized yet.
@@ -238,7 +238,7 @@ def quantized_base_of_layer(layer: BaseLinearWithAdapters) -> Base | None:
 
 
 def fallback_reason_base_called(layer: BaseLinearWithAdapters) -> str:
-    """Return the reason why a layer's base layer is called instead of a fused kernel.
+    """Return the reason why a base layer is called instead of its weight being used directly.
 
     The result is an empty string if kernels can be used instead of the base layer. If the base
     layer is not quantized, the result is never empty.
@@ -300,9 +300,10 @@ def clear_base_and_adapter_caches(layer: object, release_cuda_graph_weights: boo
 def _arguments_for_weight_stamp(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments with which `stamp_tensors` can stamp a module's weight.
+    """Return the tensors and other values from which a module's weight is stamped.
 
-    Returns None if the module's weight is no longer the object that ``kind`` refers to.
+    They are the arguments for `stamp_tensors`. Returns None if the module's weight is no longer the
+    object that ``kind`` refers to.
     """
     if kind is None:
         weight = module._parameters.get("weight")

@@ -168,7 +168,7 @@ class SharedResultCache(UncopiedCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear all cached results.
+        """Clear all cached results that layers share.
 
         The results of all threads are discarded.
         """
@@ -225,7 +225,7 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Clear the group's cached results.
+        """Clear everything that the group has cached.
 
         The results of every thread are discarded. The cached launches and the set of idle layers
         are cleared too.

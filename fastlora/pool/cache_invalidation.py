@@ -12,10 +12,11 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_caches(model: nn.Module) -> None:
-    """Clear the cached values that a model's layers have computed from the model's weights.
+    """Clear the caches of a model's layers.
 
-    The weights include base weights and LoRA factors. If the model has an adapter pool, the DoRA
-    scales of the pool's adapters are recomputed.
+    The caches contain values that were computed from the model's weights, which include base
+    weights and LoRA factors. If the model has an adapter pool, the DoRA scales of the pool's
+    adapters are recomputed.
 
     Call this function only after writes to weights that fastlora cannot detect:
 

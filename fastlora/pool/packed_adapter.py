@@ -145,10 +145,10 @@ def _elements_per_fp32(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter whose tensors are packed into contiguous memory.
+    """An adapter whose tensors are packed into one contiguous tensor.
 
-    A single 1-D tensor in CPU or GPU memory contains all of the adapter's tensors. A single
-    transfer can therefore copy the whole adapter to a GPU.
+    The contiguous tensor is a 1-D tensor in CPU or GPU memory. A single transfer can therefore copy
+    the whole adapter to a GPU.
 
     Attributes:
         data: The packed tensors, a 1-D tensor in the pool's dtype.
@@ -169,7 +169,7 @@ class PackedAdapter:
 
 
 class AdapterPacker:
-    """Packs adapter tensors for storage in a pool.
+    """Packs an adapter's tensors into the form in which a pool stores them.
 
     Each adapter becomes a `PackedAdapter`, in which one 1-D tensor contains all of the adapter's
     tensors.

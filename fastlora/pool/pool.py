@@ -206,10 +206,11 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_registered(self, entry: RegisteredAdapter) -> None:
-        """Load the adapter of a `RegisteredAdapter` into the pool.
+        """Load a `RegisteredAdapter` into the pool.
 
         The adapter is read from its folder. The new adapter replaces any adapter with the same
-        name. If no adapter has this name, the adapter is also registered. See `load` for details.
+        name. If the pool has no adapter with this name yet, the adapter is registered too. See
+        `load` for details.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -304,7 +305,7 @@ class AdapterPool:
             self._tiers.register(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
-        """Unload an adapter from the pool, and free its memory.
+        """Unload an adapter from the pool.
 
         The adapter is also unregistered, so no adapter in the pool has this name afterwards. Leases
         on the adapter remain valid. The adapter's memory is freed when the last of these leases
@@ -392,11 +393,11 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that the pool has replaced so far.
+        """Number of adapters that have been replaced in the pool.
 
-        Adapters that were removed by `unload` also count, but evicted adapters do not. As long as
-        this number does not change, each name in an open `fastlora.adapters` block still refers to
-        the same adapter.
+        Adapters that were removed by `unload` also count. As long as this number does not change,
+        each name in an open `fastlora.adapters` block still refers to the same adapter. An eviction
+        does not change this number, because the name still refers to the evicted adapter.
         """
         return self._tiers.replaced
 
@@ -617,10 +618,12 @@ def _check_adapter_name(name: object) -> None:
 
 
 def _require_folder(entry: RegisteredAdapter) -> Path:
-    """Return the folder in an adapter's record, or raise an error if the record has no folder.
+    """Return the folder of a registered adapter, or raise an error if it has no folder.
+
+    An adapter that was loaded from a state dict has no folder.
 
     Raises:
-        ConfigError: The record's name is invalid, or the record does not specify a folder.
+        ConfigError: The adapter's name is invalid, or its record does not specify a folder.
     """
     _check_adapter_name(entry.name)
     if entry.folder is None:

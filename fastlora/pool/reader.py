@@ -89,7 +89,7 @@ _UNSUPPORTED = {
 
 
 class AdapterReader:
-    """Reads adapters and prepares them for a pool.
+    """Reads adapters into the form that a pool stores.
 
     An adapter is read from a folder or from a state dict. The reader validates the contents of the
     adapter and packs its tensors. Any thread may use the reader, because the reader stores no
@@ -374,7 +374,7 @@ class AdapterReader:
     def _parameters_and_ranks_of_file_layers(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
-        """For each layer in an adapter file, return the adapted parameter and the adapter's rank.
+        """Map each layer in an adapter file to the parameter that it adapts and to its rank.
 
         Only layers whose factors adapt a parameter are included. The result is a dict that maps the
         name of each layer to a tuple (name of the target, name of the parameter, rank). If the

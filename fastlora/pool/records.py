@@ -105,11 +105,12 @@ class LoadedAdapter:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter, with its name and its source.
+    """The pool's record of a registered adapter.
 
-    The source is the adapter's folder, if there is one. The record also states whether the adapter
-    is pinned, and whether a thread is reading the adapter's files. The adapter may be in any
-    storage tier. An adapter that replaces another adapter gets its own record.
+    The record states the adapter's name and source, whether the adapter is pinned, and whether a
+    thread is reading the adapter's files. The source is the adapter's folder, if there is one. The
+    adapter may be in any storage tier. An adapter that replaces another adapter gets its own
+    record.
 
     Attributes:
         name: Name of the adapter.

@@ -31,11 +31,11 @@ _StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new 
 
 
 class DoraScaleUpdater:
-    """Updates the DoRA scales of a pool's adapters.
+    """Keeps the DoRA scales of a pool's adapters up to date.
 
-    Only stale scales are updated. Scales are stale if they are missing, or if base weights have
-    changed since the scales were computed. The scales of a newly loaded adapter are missing. All
-    scales are computed and stored on the device.
+    Only stale scales are computed. Scales are stale if they are missing, as those of a newly loaded
+    adapter are, or if base weights have changed since the scales were computed. All scales are
+    computed and stored on the device.
 
     Args:
         layers: The pool's layers. The index of a layer is its ``table_row``.
@@ -93,7 +93,7 @@ class DoraScaleUpdater:
     def _find_stale_scales_and_base_weight_stamps(
         self, dora_adapters: list[LoadedAdapter]
     ) -> tuple[list[_StaleScales], list[Any]]:
-        """Return which DoRA scales are stale, along with version stamps of the base weights.
+        """Find the DoRA scales that are stale, and return them with stamps of the base weights.
 
         Scales depend on the base weights. Scales are stale if they are missing, or if a base weight
         may have changed since the scales were computed. The version stamps show such changes.

@@ -81,10 +81,10 @@ class StorageTiers:
         return found
 
     def find_packed_adapter(self, name: str) -> PackedAdapter | None:
-        """Find a packed adapter by its name.
+        """Return the packed adapter with a name, or None if the adapter is not in memory.
 
         The packed adapter may be on the device or in the CPU tier, or a thread may have just read
-        it from files. The result is None if the adapter is not in memory.
+        it from files.
         """
         loaded = self.device.get(name)
         if loaded is not None:
@@ -198,7 +198,7 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """Records of the adapters that are currently loaded on the device.
+        """The adapters that are loaded on the device.
 
         Adapters that were replaced or removed are included while they are leased.
         """
@@ -442,9 +442,9 @@ class StorageTiers:
         self.host[name] = image
 
     def describe_device_tier(self) -> str:
-        """Return a description of the device tier's contents and limits.
+        """Return a description of the device tier, for error messages.
 
-        The description is for error messages.
+        The description states the contents and the limits of the tier.
         """
         leased = sum(1 for loaded in self.device.values() if loaded.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)

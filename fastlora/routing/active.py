@@ -16,7 +16,10 @@ from fastlora.routing.routing import RoutedLayerGroup, Routing
 
 
 class _AsyncioTaskBlock:
-    """An open `fastlora.adapters` block, with the asyncio task that opened it."""
+    """An open `fastlora.adapters` block that belongs to an asyncio task.
+
+    The task has opened the block.
+    """
 
     def __init__(self, task: asyncio.Task[object]) -> None:
         self.task = task

@@ -16,12 +16,12 @@ _training = attrgetter("training")
 
 
 class AdapterChangeDetector:
-    """Detects whether adapters have changed since a snapshot of their state was taken.
+    """Detects whether a model's adapters have changed since their state was recorded.
 
-    The snapshot records modules, parameters, parameter versions, scalings, and dropouts. The
-    snapshot is checked once per block. The check does not detect writes that do not change a
-    tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
-    checked within a block too.
+    The recorded state is a snapshot of modules, parameters, parameter versions, scalings, and
+    dropouts. The snapshot is checked once per block. The check does not detect writes that do not
+    change a tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and
+    are checked within a block too.
 
     The snapshot keeps the factors' memory alive, so no other tensor can get the same address. An
     address and a version then identify the contents. A `TensorStamp` keeps no memory alive, but
@@ -93,7 +93,7 @@ class AdapterChangeDetector:
             self._memory.append(value.untyped_storage())
 
     def adapters_are_unchanged(self) -> bool:
-        """Return whether the recorded adapters are still unchanged.
+        """Return whether the adapters have not changed since they were recorded.
 
         The current state of the adapters is compared with the state that was recorded. A new
         forward hook on a module also counts as a change.

@@ -90,10 +90,11 @@ class PackedAdapterSet:
         return self.weights_version is None or self.weights_version is weights_versions.trained
 
     def is_valid(self) -> bool:
-        """Return whether the cached packed factors of this set are still valid.
+        """Return whether the values that this set caches are still valid.
 
-        The packed factors are valid if the set's weights version is current and no LoRA factor has
-        changed since the factors were packed. Each factor is checked.
+        The values are the packed factors of the set's adapters. They are valid if the set's weights
+        version is current and no LoRA factor has changed since the factors were packed. Each factor
+        is checked.
         """
         return self.has_current_weights_version and (
             self.snapshot is None or self.snapshot.adapters_are_unchanged()
@@ -161,10 +162,11 @@ class PackedAdapterSetsCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the cached packed adapter set for a key, and create the set if necessary.
+        """Return the cached packed adapter set for a key, or create the set if necessary.
 
         A new set is created if no set is cached for the key, or if the factors of the cached set
-        have changed. ``factors_can_change`` tells whether the factors can change at all.
+        may have changed. ``factors_can_change`` tells whether the factors of a new set can change
+        at all.
         """
         with self._lock:
             known = self._sets.get(key)

@@ -49,9 +49,9 @@ _MOST_SEEDS = 16
 
 
 class RoutedLayerGroup(UncopiedCache):
-    """The group of all routed layers of a model, which use the same `Routing`.
+    """The routing group of a model: all routed layers of the model, which use the same `Routing`.
 
-    The group also stores other state that the layers share. A copied or unpickled model gets a new
+    The group stores the state that these layers share. A copied or unpickled model gets a new
     group, which has not seen a forward pass.
 
     Attributes:
@@ -264,12 +264,12 @@ class Routing:
     def layer_dropout_seeds(
         self, layer_number: int, call_number: int, device: torch.device
     ) -> torch.Tensor:
-        """Return the dropout seeds of one call of a layer, on the given device.
+        """Return the adapters' dropout seeds for one call of a layer.
 
-        The result is an int64 tensor ``[S]``, with one seed for each slot, and thus for each
-        adapter. The seeds of a call are derived from the seeds of the routing. The seeds of all
-        layers are copied to the device together. ``layer_number`` is the ``routing_index`` of the
-        layer, and ``call_number`` is a result of `count_dropout_call`.
+        The result is an int64 tensor ``[S]`` on the given device, with one seed for each slot, and
+        thus for each adapter. The seeds of a call are derived from the seeds of the routing. The
+        seeds of all layers are copied to the device together. ``layer_number`` is the
+        ``routing_index`` of the layer, and ``call_number`` is a result of `count_dropout_call`.
         """
         key, cached = (device, cuda_stream_handle(device), call_number), self.cache.seeds
         known = cached.get(key)

@@ -93,7 +93,7 @@ class ModelRowOrderChecks:
             )
 
     def row_checker_unless_all_layers_were_checked(self, num_ids: int) -> RowOrderChecker | None:
-        """Return a checker for a batch's rows, or None if all layers have already been checked.
+        """Return a row-order checker for a batch, or None if all layers have been checked.
 
         The checker is a context manager for the block of the batch. A layer has been checked if it
         has been shown to get all rows in the model's current mode (training or evaluation), or if
@@ -117,9 +117,10 @@ class ModelRowOrderChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def mixed_batches_unsupported_reason(self, layer: RoutedLayerProtocol) -> str | None:
-        """Return why a layer does not support mixed batches, or None if no reason is known.
+        """Return the reason why a layer does not support mixed batches, or None.
 
-        For example, the rows of the layer's input might not be in batch order.
+        For example, the rows of the layer's input might not be in batch order. The result is None
+        if no reason is known.
         """
         return self._unsupported.get(layer.routing_index)
 
@@ -149,7 +150,7 @@ class ModelRowOrderChecks:
                 layer.may_see_partial_rows = False
 
     def raise_now_and_at_later_checks(self, layer: RoutedLayerProtocol, reason: str) -> None:
-        """Raise an error about a layer now, and again whenever the layer is checked later.
+        """Raise an error about a layer, and record it so that later checks of the layer raise too.
 
         Even if the caller catches the first error, the layer raises an error in all later mixed
         batches, including in compiled code. The error message contains ``reason``, which says why
@@ -182,10 +183,10 @@ class ModelRowOrderChecks:
 
 
 class RowOrderChecker:
-    """Checks that the rows of a batch reach the layers of a model in batch order.
+    """Checks that a model keeps the rows of a batch in order.
 
-    The layers must also get all rows of the batch. The checker is a context manager that checks the
-    inputs of the layers that run in its ``with`` block.
+    Each layer must get all rows of the batch, in batch order. The checker is a context manager that
+    checks the inputs of the layers that run in its ``with`` block.
 
     Args:
         checks: The model's checks.
@@ -326,13 +327,12 @@ class _ExpertModuleEvidence(NamedTuple):
 
 
 class _ExpertLayerDetector:
-    """Detects expert layers in a mixture of experts.
+    """Detects layers that belong to the experts of a mixture of experts.
 
-    An expert layer is an expert or a part of an expert. An expert layer may get only some rows of a
-    batch, and the order of these rows may differ from that of the batch. The detector compares the
-    structure and the names of the model's modules, so the model does not need to run; see
-    `looks_like_expert`. The detector looks for modules with the same structure, and caches the
-    results.
+    Such a layer is an expert or a part of an expert. It may get only some rows of a batch, and the
+    order of these rows may differ from that of the batch. The detector compares the structure and
+    the names of the model's modules, so the model does not need to run; see `looks_like_expert`.
+    The detector looks for modules with the same structure, and caches the results.
     """
 
     def __init__(self) -> None:
@@ -431,7 +431,7 @@ class _ExpertLayerDetector:
         return known
 
     def _parameter_shapes(self, module: nn.Module) -> set[tuple[int, ...]]:
-        """Return the shapes of the parameters of a module and of its children.
+        """Return the shapes of a module's parameters, including the parameters of its children.
 
         The result is a set of shapes. Adapters are excluded.
         """

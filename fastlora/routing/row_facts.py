@@ -197,7 +197,7 @@ class RowFactsTable:
     def facts_from_samples(
         self, sample_index_per_row: torch.Tensor | None, index_key: int | None, *, fixed: bool
     ) -> RowOriginFacts:
-        """Return the `RowOriginFacts` of rows, given the sample that each row belongs to.
+        """Return the `RowOriginFacts` of rows that belong to the given samples.
 
         The rows were selected by an index, or they result from joining tensors with such rows.
 
@@ -235,9 +235,10 @@ class RowFactsTable:
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard the facts about the origin of a tensor's rows.
+        """Discard the known facts about a tensor.
 
-        Its rows are then treated as the rows of the batch, in the same order.
+        The facts describe the origin of the tensor's rows. Without them, the rows are treated as
+        the rows of the batch, in the same order.
         """
         self._by_storage.pop(storage_key(tensor), None)
 

@@ -368,11 +368,11 @@ def _write_along_rule(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Return the original form of an expanded row index, with one entry per row.
+    """Return the original row index from which an expanded row index was made.
 
-    `gather` requires a row index to be expanded to all elements of the rows, with one entry per
-    element. This function undoes the expansion. An index that was not expanded is returned
-    unchanged, as an index of elements.
+    The original row index has one entry per row. `gather` requires a row index to be expanded to
+    all elements of the rows, with one entry per element. This function undoes the expansion. An
+    index that was not expanded is returned unchanged, as an index of elements.
     """
     while index.dim() > 1 and (index.stride(-1) == 0 or index.shape[-1] == 1):
         index = index.select(-1, 0)
@@ -486,7 +486,7 @@ def _cat_or_stack_rule(stacks: bool) -> Rule:
 def _elementwise_product(
     known: RowFactsTable, args: Arguments, out: object
 ) -> RowOriginFacts | None:
-    """Apply the rule for elementwise products.
+    """Apply the rule for `mul`, the elementwise product.
 
     The rule combines the row facts of the operands. A `CHOICE` times weights is still a `CHOICE`.
     """

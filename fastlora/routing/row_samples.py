@@ -144,9 +144,9 @@ def values_are_readable(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """For each row that the indices select, return the sample that the row belongs to.
+    """Return the samples of the rows that indices select, or None if the indices cannot be read.
 
-    The result is None if the indices cannot be read.
+    For each selected row, the result contains the sample that the row belongs to.
     """
     values = copy_indices_to_cpu(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
@@ -155,7 +155,7 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples_before: torch.Tensor, indices: Indices, written_samples: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """For each row of a tensor, return the sample that the row belongs to after an indexed write.
+    """Return the sample that each row belongs to after an indexed write, or None if it is unknown.
 
     The write changes the rows of a tensor at ``indices``. ``samples_before`` are the samples of the
     rows before the write, and ``written_samples`` are the samples of the written rows. If ``adds``

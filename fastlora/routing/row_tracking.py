@@ -57,10 +57,10 @@ class RowOriginTracker(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Tell PyTorch that this mode ignores the internals of `torch.compile`.
+        """Return whether this mode ignores the internals of `torch.compile`, which is always True.
 
-        PyTorch calls this method, which always returns True. Code is compiled as if the mode were
-        off, and the mode ignores the operators that are compiled.
+        PyTorch calls this method. Code is compiled as if the mode were off, and the mode ignores
+        the operators that are compiled.
         """
         return True
 
@@ -115,7 +115,7 @@ class RowOriginTracker(TorchDispatchMode):
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x`` is a table shared by all samples in the batch.
+        """Return whether ``x`` is a table that the whole batch shares.
 
         Such a table, for example of position embeddings, is computed from parameters and buffers
         alone and has no separate rows for each sample. The shape of ``x`` is ``[..., K]``. A tensor

@@ -270,13 +270,12 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether an adapter's files must be registered as a new version.
+        """Return whether an adapter's files are new or changed, and thus need a new version.
 
-        An adapter needs a new version if the adapter is new or has changed. An adapter has changed
-        if ``fingerprint``, which identifies the state of the adapter's files, differs from the
-        fingerprint of the adapter's current version. The result is False for an adapter that a
-        client has loaded, and for an unloaded adapter whose files have not changed since it was
-        unloaded.
+        An adapter has changed if ``fingerprint``, which identifies the state of the adapter's
+        files, differs from the fingerprint of the adapter's current version. The result is False
+        for an adapter that a client has loaded, and for an unloaded adapter whose files have not
+        changed since it was unloaded.
         """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False

@@ -101,14 +101,15 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_for_connection(self) -> bool:
-        """Close a waiting connection if necessary, and return whether there is room for a new one.
+        """Make room for a new connection if necessary, and return whether there is room.
 
-        A connection is closed only if the server is full, that is, if the maximum number of
-        connections is open. Only a connection that waits for its client can be closed. Connections
-        with unfinished requests are closed before idle connections, which are between two requests,
-        because the client of an idle connection has been served. A quarter of the connections is
-        reserved for unfinished requests, so that idle connections do not keep new clients out.
-        There is no room if no connection can be closed or if the server is shutting down.
+        If the server is full, that is, if the maximum number of connections is open, a connection
+        is closed to make room. Only a connection that waits for its client can be closed.
+        Connections with unfinished requests are closed before connections that are between two
+        requests, because the clients of the latter have been served. A quarter of the connections
+        is reserved for unfinished requests, so that connections between two requests do not keep
+        new clients out. There is no room if no connection can be closed or if the server is
+        shutting down.
         """
         if self.ending:
             return False

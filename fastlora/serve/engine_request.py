@@ -110,7 +110,7 @@ class EngineRequest:
         return None if self.version is None else self.version.name
 
     def emit(self, chunk: AnswerChunk) -> None:
-        """Send a chunk of the request's answer.
+        """Send a chunk of the answer to the request's consumer.
 
         The chunk is passed to the callback ``on_chunk``. If the callback raises an exception, the
         request is canceled.

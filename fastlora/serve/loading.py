@@ -21,7 +21,8 @@ class LoadingApp:
     """An ASGI application that answers requests while the server's model is loading.
 
     Another application serves the model. Until that application is ready, each request gets status
-    503 with a ``Retry-After`` header. After that, requests are forwarded to that application.
+    503 with a ``Retry-After`` header, and ``/health`` reports that the server is loading. After
+    that, requests are forwarded to that application.
 
     Attributes:
         on_startup: Function that is called once the event loop runs, before requests are accepted.

@@ -19,12 +19,12 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that exceed a token limit, without tokenizing them.
+    """Detects texts that are too long, without tokenizing them.
 
-    A detected text is certain to exceed the limit. A text that is not detected may exceed the limit
-    as well. The detector uses the maximum number of characters per token. This maximum exists for
-    byte-level BPE, and for BPE with byte tokens for unknown characters, in tokenizers of the
-    ``tokenizers`` library.
+    A text is too long if it exceeds a token limit. A detected text is certain to exceed the limit.
+    A text that is not detected may exceed the limit as well. The detector uses the maximum number
+    of characters per token. This maximum exists for byte-level BPE, and for BPE with byte tokens
+    for unknown characters, in tokenizers of the ``tokenizers`` library.
 
     Args:
         tokenizer: A transformers tokenizer.

@@ -120,9 +120,9 @@ class BatchKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes that the key-value cache occupies in memory.
+        """Size of the key-value cache in bytes.
 
-        The memory is allocated in forward passes, so the number is 0 before the first forward pass.
+        The memory is allocated in forward passes, so the size is 0 before the first forward pass.
         """
         return sum(cached.nbytes for cached in self._all())
 

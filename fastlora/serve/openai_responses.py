@@ -79,7 +79,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 class BaseAnswerFormat(abc.ABC):
-    """Base class for formatting answers as OpenAI-compatible API responses.
+    """Base class for the formats of answers, which are those of OpenAI-compatible API responses.
 
     Each subclass formats the answers of one endpoint, such as chat completions. An answer is
     formatted as JSON, either as a complete response or as the events of a streamed response.
@@ -152,7 +152,7 @@ class BaseAnswerFormat(abc.ABC):
 
 
 class CompletionFormat(BaseAnswerFormat):
-    """Formats answers as OpenAI-compatible completion responses.
+    """The format of answers of the OpenAI-compatible completion endpoint.
 
     The responses and the events of a streamed response are in JSON.
     """
@@ -166,7 +166,7 @@ class CompletionFormat(BaseAnswerFormat):
 
 
 class ChatCompletionFormat(BaseAnswerFormat):
-    """Formats answers as OpenAI-compatible chat completion responses.
+    """The format of answers of the OpenAI-compatible chat completion endpoint.
 
     The responses and the events of a streamed response are in JSON.
     """

@@ -153,9 +153,9 @@ class RunningBatch:
         return chosen
 
     def _forward_and_choose_tokens(self, first_row: int, requests: Sequence[EngineRequest]) -> None:
-        """Run a forward pass for the given requests, and choose each request's next token.
+        """Run a forward pass for some rows of the batch, and choose each request's next token.
 
-        The requests are in adjacent rows, starting at row ``first_row``. A long prompt takes
+        The given requests are in adjacent rows, starting at row ``first_row``. A long prompt takes
         several forward passes, and a token is chosen only after the last of them. If the forward
         pass fails, the requests in it fail.
         """

@@ -118,10 +118,11 @@ class _RecordOnlyDriver(StandInDriver):
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return a stand-in for Triton's launcher that records kernel launches.
+        """Return a launcher that records the launches of a kernel.
 
-        The method itself stands in for Triton's launcher class. Each launch of a kernel is recorded
-        as a `Launch`, and the kernel is not executed.
+        The method stands in for Triton's launcher class, and the launcher stands in for an instance
+        of that class. Each launch of the kernel is recorded as a `Launch`, and the kernel is not
+        executed.
         """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared

@@ -75,12 +75,12 @@ def run_with_largest_error(runs: Iterable[torch.Tensor], truth: torch.Tensor) ->
 
 @contextlib.contextmanager
 def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
-    """Randomize the order of summation in a model's linear layers during a ``with`` block.
+    """Randomize a model's order of summation during a ``with`` block.
 
-    No order of summation is more accurate than another, but a deep model can amplify a difference
-    in the last bit. The largest error over several random orders therefore shows how inaccurate
-    PyTorch's own result can be. A single run does not show this. This context manager is not
-    thread-safe.
+    The sums in the model's linear layers are then computed in a random order. No order of summation
+    is more accurate than another, but a deep model can amplify a difference in the last bit. The
+    largest error over several random orders therefore shows how inaccurate PyTorch's own result can
+    be. A single run does not show this. This context manager is not thread-safe.
 
     Args:
         model: The model. The forward and backward passes of all its `torch.nn.Linear` modules are

@@ -37,7 +37,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Training counters for one adapter, such as the numbers of completed and skipped steps.
+    """Training counters for one adapter.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -54,10 +54,10 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter, including its optimizer, schedule, and step counters.
+    """The training state of one adapter, such as its parameters, optimizer, and step counters.
 
-    The state also includes the adapter's parameters. See `AdapterOptimizers` for the arguments and
-    errors.
+    The state also includes the adapter's learning rate schedule. See `AdapterOptimizers` for the
+    arguments and errors.
     """
 
     def __init__(
@@ -109,10 +109,11 @@ class AdapterTrainingState:
         return derive_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Multiply the adapter's loss by a weight and by the loss scale before the backward pass.
+        """Scale the adapter's loss for the backward pass.
 
-        The loss scale is that of the adapter's gradient scaler. Without a gradient scaler, the loss
-        scale is 1. ``loss`` is a scalar tensor.
+        The loss is multiplied by ``weight`` and by the loss scale, which is that of the adapter's
+        gradient scaler. Without a gradient scaler, the loss scale is 1. ``loss`` is a scalar
+        tensor. For `check_can_step`, the method records that the loss was scaled.
         """
         loss = loss if weight == 1 else loss * weight
         self._has_scaled_loss = True
@@ -151,9 +152,10 @@ class AdapterTrainingState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def unscale_gradients_and_get_norm(self) -> torch.Tensor:
-        """Unscale the gradients, and return their total norm.
+        """Unscale the adapter's gradients, and return their total norm.
 
-        The norm is a scalar tensor.
+        The adapter's gradient scaler, if there is one, divides the gradients by the loss scale. The
+        norm is a scalar tensor.
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -231,7 +233,7 @@ class AdapterTrainingState:
                 raise CheckpointError(f"{what} has {key} {found}; expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the adapter's training state from a saved state.
+        """Restore the adapter's training state from a state dict.
 
         ``state`` is a dict that `state_dict` returned and `check_state` has accepted.
         """

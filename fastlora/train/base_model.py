@@ -177,11 +177,11 @@ def check_prompts_fit_model(
     corpora: Mapping[str, TokenizedCorpus],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raise an error unless the base model can process all prompts.
+    """Raise an error unless all prompts and their answers fit the base model.
 
-    The length and the token ids of each prompt are checked. The checked length includes an answer
-    with the maximum number of tokens. ``corpora`` maps each adapter to its training data, whose
-    format determines the format of the prompts.
+    A prompt and an answer with the maximum number of tokens must not need more positions than the
+    model has. The token ids of a prompt must be in the model's vocabulary. ``corpora`` maps each
+    adapter to its training data, whose format determines the format of the prompts.
 
     Raises:
         ConfigError: A prompt and an answer with the maximum number of tokens need more positions

@@ -83,12 +83,12 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 @contextlib.contextmanager
 def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> Iterator[Path]:
-    """Write a checkpoint, and remove old checkpoints.
+    """Write a checkpoint atomically, and remove old checkpoints.
 
-    This context manager yields the folder in which the caller saves the adapters. The checkpoint is
-    written atomically: in the ``with`` block, it is a temporary folder. On exit, the state is
-    written, and the checkpoint is completed by renaming the folder. Then all but the newest
-    ``max_to_keep`` checkpoints are removed.
+    This context manager yields the folder in which the caller saves the adapters. In the ``with``
+    block, the checkpoint is a temporary folder. On exit, the state is written, and the checkpoint
+    is completed by renaming the folder. Then all but the newest ``max_to_keep`` checkpoints are
+    removed.
 
     Args:
         root: The folder of all checkpoints of the run.

@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``fastlora train``, and return the exit code.
+    """Run the command ``fastlora train``, and return its exit code.
 
     The command trains the adapters. ``argv`` contains its arguments; None uses the arguments of the
     process. The exit code is 0, or 128 plus the number of the signal that interrupted the run. The

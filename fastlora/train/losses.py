@@ -46,7 +46,7 @@ class AdapterLosses:
 
     @property
     def finite(self) -> tuple[str, ...]:
-        """Names of the adapters whose loss is finite."""
+        """Names of the adapters with finite losses."""
         return tuple(name for name, value in self.values.items() if math.isfinite(value))
 
     @property

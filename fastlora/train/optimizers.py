@@ -30,12 +30,12 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Make the named adapters trainable, and freeze all other adapters.
+    """Make the named adapters trainable.
 
-    The function sets ``requires_grad`` of the adapters' parameters. The model's training mode does
-    not change. The named adapters can then be trained at the same time. Several of the named
-    adapters may have their own copies of the same module (``modules_to_save``), because each row of
-    a mixed batch uses at most one adapter.
+    All other adapters are frozen. The function sets ``requires_grad`` of the adapters' parameters.
+    The model's training mode does not change. The named adapters can then be trained at the same
+    time. Several of the named adapters may have their own copies of the same module
+    (``modules_to_save``), because each row of a mixed batch uses at most one adapter.
 
     The active adapters remain the same. To change the active adapters, call ``model.set_adapter``
     before this function. A later call to ``model.set_adapter`` freezes all adapters that the call
@@ -189,9 +189,10 @@ class AdapterOptimizers:
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """The training counters of each adapter, such as its number of optimizer steps.
+        """The training counters of each adapter, by adapter name.
 
-        This is a dict that maps each adapter to the `AdapterCounts` that have accumulated so far.
+        This is a dict that maps each adapter to the `AdapterCounts` that have accumulated so far,
+        such as its number of optimizer steps.
         """
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 

@@ -220,10 +220,10 @@ def read_and_tokenize_data(
     *,
     progress: bool = False,
 ) -> dict[str, TokenizedCorpus]:
-    """Read and tokenize the data files of each adapter.
+    """Read and tokenize the training or evaluation data that the settings name.
 
-    The files are those in its ``"data"`` or ``"eval_data"``, as ``which`` says. Returns a dict that
-    maps each adapter with files to its `TokenizedCorpus`.
+    The data files of each adapter are those in its ``"data"`` or ``"eval_data"``, as ``which``
+    says. Returns a dict that maps the name of each adapter with files to its `TokenizedCorpus`.
 
     Raises `DataError` if a file or a row is invalid.
     """
@@ -285,10 +285,11 @@ class _StreamIgnoringWriteErrors:
 
 
 def progress_bar(**options: Any) -> tqdm[Any]:
-    """Create a tqdm progress bar that is written to stderr.
+    """Create a tqdm progress bar with the given options.
 
-    If writing to stderr fails, the error is ignored, so that it does not end a training run. The
-    options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
+    The options are keyword arguments of `tqdm.tqdm`, for example ``disable=True`` to hide the bar.
+    The bar is written to stderr. If writing fails, the error is ignored, so that it does not end a
+    training run.
 
     Raises:
         TrainError: tqdm is not installed.

@@ -25,7 +25,7 @@ _STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
-    """A training run cannot start or continue.
+    """Raised when a problem prevents a training run from starting or continuing.
 
     The error message describes the problem.
     """
@@ -43,7 +43,7 @@ def import_or_raise(name: str, what: str = "training needs") -> Any:
 
 
 class AgreedFiniteLosses(NamedTuple):
-    """The adapters whose losses in a batch are finite, as agreed by all training processes.
+    """The finite losses of a batch, as agreed by all training processes.
 
     Each adapter has its own loss. If an adapter's loss is not finite in at least one process, all
     processes skip the loss of that adapter. The losses of the other adapters are still used. The

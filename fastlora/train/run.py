@@ -173,10 +173,11 @@ def open_run(
 
 
 class _MeanLossesAndFilePaths(NamedTuple):
-    """The mean loss of each adapter in a training run, and the paths of the run's loss files.
+    """The mean losses of a training run, and the paths of the loss files that it wrote.
 
-    The means are computed from the training losses. The loss files are a table and, if matplotlib
-    is installed, a plot. If the run has steps left, there are no mean losses and no files.
+    The mean loss of each adapter is computed from its training losses. The loss files are a table
+    and, if matplotlib is installed, a plot. If the run has steps left, there are no mean losses and
+    no files.
     """
 
     means: dict[str, float]
@@ -286,10 +287,10 @@ class Run:
             )
 
     def train(self) -> TrainResult:
-        """Run the training loop, and return the result of the run.
+        """Run the training to its end, and return the result.
 
-        The loop runs all remaining steps, including the evaluations and checkpoints that are due.
-        The adapters and a checkpoint are saved at the end.
+        The training loop runs all remaining steps, including the evaluations and checkpoints that
+        are due. The adapters and a checkpoint are saved at the end.
 
         Raises:
             RunInterrupted: A signal arrived. Everything trained so far has been saved.
@@ -412,10 +413,10 @@ class Run:
         return self._stop_agreed if self.processes.count > 1 else self._this_process_should_stop()
 
     def _this_process_should_stop(self) -> bool:
-        """Return whether this process should stop early, for example because of a signal.
+        """Return whether this process has a reason to stop the training run early.
 
-        A deferred write error stops the process too. The process then ends after the current step.
-        Other processes may not have a reason to stop yet. In contrast, the result of
+        The reason may be a signal or a deferred write error. The process then ends after the
+        current step. Other processes may not have a reason to stop yet. In contrast, the result of
         `_run_should_stop` is the same in all processes.
         """
         return self._signals.received is not None or self._failure is not None

@@ -108,8 +108,9 @@ def _shards(
     """Return this process's shards of a layer's factors.
 
     The result is a tuple of two lists, one for lora_a and one for lora_b. Each list has one entry
-    for each slice of the layer. vLLM shards all factors, but the factors of its warm-up adapters
-    already have the shape of a shard. The factors of warm-up adapters are returned unchanged.
+    for each slice of the layer. vLLM shards all factors, and the result contains vLLM's shards.
+    However, the factors of vLLM's warm-up adapters have the shape of a shard even before vLLM
+    shards them. These factors are returned as they were.
 
     Args:
         layer: The layer.
@@ -165,7 +166,7 @@ def _split_and_set_slices(
     lora_a: torch.Tensor | Sequence[_Factor],
     lora_b: torch.Tensor | Sequence[_Factor],
 ) -> None:
-    """Split an adapter's factors into slices, and load them into a slot.
+    """Split an adapter's factors into slices, and set the slices in the slot ``index``.
 
     A merged linear layer has one slice for each of its output sizes. A single lora_b is split. A
     single lora_a is used for all slices.

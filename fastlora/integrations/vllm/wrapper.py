@@ -200,10 +200,10 @@ class FastLoraPunicaWrapper(PunicaWrapperBase):
         bias_stacked: torch.Tensor,
         module_enabled: torch.Tensor,
     ) -> None:
-        """Apply the adapters' own classification heads, and write the outputs to y.
+        """Apply adapters' full linear layers to the rows whose adapters have one.
 
-        An adapter's own head is a full linear layer, with a full weight and a bias instead of
-        low-rank factors. Each row of y is replaced with the output of the head of its adapter. Rows
+        The full linear layer of an adapter is its own classification head, which has a full weight
+        and a bias instead of low-rank factors. The output of the head replaces the row of y. Rows
         are not changed if their adapter does not have its own head.
 
         Args:

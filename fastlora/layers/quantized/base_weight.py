@@ -88,9 +88,9 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight.
+        """The dtype of the dequantized weight.
 
-        `dense` returns the dequantized weight in this dtype.
+        `dense` returns the weight in this dtype.
         """
         found: torch.dtype = self.weight.dtype
         return found
@@ -240,9 +240,9 @@ class BaseQuantizedWeight(MergeTarget):
     # ------------------------------------------------------------------------------- in pieces
 
     def row_slices(self, approximate_count: int = PIECES) -> list[slice]:
-        """Return a list of slices that divide the rows of the weight into pieces.
+        """Return slices that divide the rows of the weight into pieces.
 
-        There are approximately ``approximate_count`` pieces.
+        The result is a list of approximately ``approximate_count`` slices, one for each piece.
         """
         step = -(-self.shape[0] // approximate_count)
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
@@ -313,10 +313,9 @@ class BaseQuantizedWeight(MergeTarget):
     ) -> object:
         """Convert a snapshot of the weight with ``fn`` if needed, and return the result.
 
-        A snapshot of a quantized weight is always returned without conversion, because ``fn`` may
-        change dtypes. ``fn`` is the function that ``nn.Module._apply`` applies to the module's
-        tensors. `restore` can use the unconverted snapshot, because `restore` moves the data to the
-        weight's device.
+        ``fn`` is the function that ``nn.Module._apply`` applies to the module's tensors. A snapshot
+        of a quantized weight needs no conversion, because `restore` moves the data to the weight's
+        device. The snapshot is returned as it is, because ``fn`` may change dtypes.
         """
         return snapshot
 

@@ -33,10 +33,10 @@ _NESTED_BLOCK = 256
 
 @register_quantized_weight
 class BitsAndBytes4BitWeight(BaseQuantizedWeight):
-    """Base weight of a bitsandbytes 4-bit layer.
+    """Base weight that bitsandbytes has quantized to 4 bits.
 
-    The class has methods that read and write the weight. The layer is a `Linear4bit`. The weight is
-    stored as blocks of 4-bit codes with one absmax each.
+    The class recognizes the weight of a `Linear4bit`, and has methods that dequantize the weight
+    and write to it. The weight is stored as blocks of 4-bit codes with one absmax each.
 
     In evaluation on a CPU, bitsandbytes repacks the codes for its matrix product, and rounds the
     blocks' absmax values to bf16. `write` restores the usual layout, and the next forward pass
@@ -186,10 +186,11 @@ class BitsAndBytes4BitWeight(BaseQuantizedWeight):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_as_module_adds_it(self, product_dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias to add to a matrix product of dtype ``product_dtype``.
+        """Return the bias in the dtype in which the bitsandbytes module adds it to a product.
 
-        Returns None if the module has no bias. As in bitsandbytes, the module's own bias is
-        converted to ``product_dtype`` in place.
+        This is ``product_dtype``, the dtype of the matrix product. Returns None if the module has
+        no bias. As in bitsandbytes, the module's own bias is converted to ``product_dtype`` in
+        place.
         """
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not product_dtype:

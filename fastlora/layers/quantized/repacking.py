@@ -95,11 +95,11 @@ def is_repacked_by_bitsandbytes(base: nn.Module) -> bool:
 
 
 class ProductWithRepackedCopy:
-    """Matrix product of x and a repacked copy of a base weight.
+    """Repacked copy of a base weight, for matrix products in inference on a CPU.
 
-    bitsandbytes computes the product from the repacked codes, for inference on a CPU. The first
-    product makes the copy, which takes 4 bits per weight and a bf16 value per block. The module is
-    not changed.
+    bitsandbytes computes the product of x and the copy from the repacked codes. The first product
+    makes the copy, which takes 4 bits per weight and a bf16 value per block. The module is not
+    changed.
 
     Args:
         base: A `Linear4bit` that `prevent_bitsandbytes_repacking` prevents from being repacked.

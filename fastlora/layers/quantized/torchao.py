@@ -33,8 +33,8 @@ _LOADERS = {
 class TorchaoWeight(BaseQuantizedWeight):
     """Base weight that torchao has quantized.
 
-    The class has methods that read and write the weight. Examples of such weights are int8 or
-    float8 weights with one scale per row or per tensor.
+    The class recognizes such a weight, and has methods that dequantize the weight and write to it.
+    Examples of such weights are int8 or float8 weights with one scale per row or per tensor.
     """
 
     backend = "torchao"

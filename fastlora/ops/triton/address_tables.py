@@ -41,11 +41,11 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, table_shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` object that holds the addresses and ranks of the lora_a factors.
+    """Return the addresses of the lora_a factors, for kernels that read the rank rows.
 
-    Kernels use the object to read the rank rows, which are the rows of lora_a, by address. The
-    object contains a table of the factors' addresses and a table of their ranks. Each table has the
-    given ``table_shape``, with one entry for each factor. All factors must be aligned.
+    The rank rows are the rows of lora_a. The result is a `RankRows` object, which contains a table
+    of the factors' addresses and a table of their ranks. Each table has the given ``table_shape``,
+    with one entry for each factor. All factors must be aligned.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -61,11 +61,11 @@ def lora_b_rank_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return a `RankRows` object that holds the addresses and ranks of the lora_b factors.
+    """Return the addresses of the lora_b factors, for kernels that read the rank rows.
 
-    Kernels use the object to read the rank rows, which are the columns of lora_b, by address. The
-    object contains tables of the addresses of lora_b and lora_bias, of the ranks, and of the
-    scalings. Each table has one entry for each factor. The tensors must be aligned.
+    The rank rows are the columns of lora_b. The result is a `RankRows` object, which contains
+    tables of the addresses of lora_b and lora_bias, of the ranks, and of the scalings. Each table
+    has one entry for each factor. The tensors must be aligned.
     """
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)

@@ -67,11 +67,12 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _DsGradBColumnSums:
-    """Return the gradients of the lora_b factors, of the biases, and of s.
+    """Compute the gradients of the lora_b factors, of the biases, and of s.
 
-    The result is a tuple of three items. The first item, ds, is the gradient of s. The last item,
-    the column sums of dy, is the gradient of the layer's bias. For a mixed batch, the gradients of
-    lora_bias are computed instead, and are part of the second item.
+    The batch may use one slot or be a mixed batch. The result is a tuple of three items. The first
+    item, ds, is the gradient of s. The last item, the column sums of dy, is the gradient of the
+    layer's bias. For a mixed batch, the gradients of lora_bias are computed instead, and are part
+    of the second item.
 
     For one slot, the second item is the gradient of lora_b alone, and the column sums are computed
     if ``with_bias`` requests them. For a mixed batch, the second item is a buffer with the
@@ -337,10 +338,10 @@ def _can_share_adapter_grad_x(
     lora_a: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one launch can compute the adapters' contribution to the gradient of x.
+    """Return whether a group of modules can share a launch that computes the gradient of x.
 
-    The launch adds up the contributions of the adapters on all modules that share the input x. The
-    contributions of the base layers are computed separately.
+    The modules share the input x. The launch adds up the contributions of the adapters on all of
+    these modules. The contributions of the base layers are computed separately.
     """
     return (
         len(dys) > 1

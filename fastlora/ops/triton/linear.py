@@ -53,10 +53,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute the output of a linear layer with adapters.
+    """Compute the forward pass of a linear layer with adapters.
 
     Returns a list that starts with the output y. Unless s is given, the list also contains the
-    shrink output s.
+    shrink output s, which a backward pass needs.
     """
     if not rows:
         lora_a, lora_b, _ = factors
@@ -148,13 +148,14 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Compute the outputs of a group of LoRA linear layers, in shared launches if possible.
+    """Compute the forward pass of a group of LoRA linear layers that share the input x.
 
-    The layers share the input x. The result is a list of the outputs. If ``with_s`` is True, the
-    list also contains the s of the layers, as in `Backend.grouped_forward`. ``operands`` are the
+    The layers share launches if possible. Each layer has its own launches if there is dropout, if a
+    tensor's layout is not supported in a shared launch, or if the weights, biases, or factors
+    differ in kind or dtype. The result is a list of the outputs. If ``with_s`` is True, the list
+    also contains the s of the layers, as in `Backend.grouped_forward`. ``operands`` are the
     weights, biases, lora_a factors, lora_b factors, scalings, and seeds of the layers, in this
-    order. Each layer has its own launches if there is dropout, if a tensor's layout is not
-    supported in a shared launch, or if the weights, biases, or factors differ in kind or dtype.
+    order.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -341,9 +342,10 @@ def _plan_and_base_products(
 
 
 def _fused_linear_launch_name(stem: str, weight: Weight) -> str:
-    """Return the name under which the config tables list the fused linear kernel for a weight.
+    """Return the launch name of the fused linear kernel for a weight.
 
-    The name depends on whether the weight is dense or quantized.
+    The config tables list the kernel under this name. The name depends on whether the weight is
+    dense or quantized.
     """
     return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 

@@ -53,10 +53,10 @@ class SampleLocation(NamedTuple):
 
 
 class ParsedDataFile(NamedTuple):
-    """A parsed file of training or evaluation data.
+    """The rows of a parsed file of training or evaluation data.
 
-    A training or evaluation sample is made from each row of the file. The object also stores the
-    location of each row.
+    A training or evaluation sample is made from each row. The object also stores the location of
+    each row and the digest of the file.
 
     Attributes:
         found: List of tuples (location of the row, row). A plain text file has one row, its text.

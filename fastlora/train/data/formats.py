@@ -84,9 +84,9 @@ class TextOrChatSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample is in chat format.
+        """Whether the sample consists of chat messages rather than text.
 
-        A sample in chat format consists of chat messages rather than text.
+        Such a sample is in chat format.
         """
         return isinstance(self.text, list)
 
@@ -380,7 +380,7 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the value in a column, parsed if the value is stored as JSON.
+        """Return the value in a column, parsed if it is stored as a JSON string.
 
         In the cells of a table and in the column ``tools``, a string is JSON, and an empty string
         becomes None. Any other value is returned unchanged.

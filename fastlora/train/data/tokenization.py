@@ -139,10 +139,11 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether the document has tokens that contribute to the loss.
+        """Whether any tokens contribute to the loss.
 
-        The document is assumed to have a row of its own. No token then precedes the first token of
-        the document, so the first token does not contribute to the loss.
+        These are tokens of the document. The document is assumed to have a row of its own. No token
+        then precedes the first token of the document, so the first token does not contribute to the
+        loss.
         """
         return any(self.counts[1:])
 
@@ -396,7 +397,7 @@ def _document_with_masked_prompt(
     document_token_ids: list[int],
     options: DataOptions,
 ) -> _TokenizedDocument:
-    """Create a tokenized document, and mask the prompt so that it does not contribute to the loss.
+    """Create a tokenized document whose prompt is masked out of the loss.
 
     ``document_token_ids`` contains the tokens of the document, and ``prompt_token_ids`` contains
     the tokens of the prompt alone. The masked tokens are the prefix that the document shares with
