@@ -97,7 +97,8 @@ def prepare_model_for_compiled_hotswap(
     Raises:
         AdapterStateError: If the model has no adapter or is already compiled.
         ConfigError: If ``check_compiled`` is invalid, if an adapter has a rank larger than
-            ``target_rank``, or if the groups of a convolution do not divide ``target_rank``.
+            ``target_rank``, if the groups of a convolution do not divide ``target_rank``, or if the
+            initialization of an adapter with a smaller rank changed the base weights.
         UnsupportedLayerError: If a layer is split over several processes. The model is unchanged
             after any of these errors.
     """
@@ -144,9 +145,11 @@ def prepare_model_for_compiled_hotswap(
             if r < target_rank:
                 _raise_if_split(name, layer)
                 made.append((layer, adapter, factors_padded_to_rank(layer, adapter, target_rank)))
+    configs = {} if tuner is None else tuner.peft_config
+    for adapter in {adapter: None for _, adapter, _ in made if adapter in configs}:
+        configs[adapter].check_plain("an adapter of another rank")
     for layer, adapter, factors in made:
         replace_factors(layer, adapter, factors, target_rank)
-    configs = {} if tuner is None else tuner.peft_config
     for adapter, of_model in configs.items():
         _copy_ranks_and_scalings_to_config(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
@@ -187,8 +190,10 @@ def hotswap_adapter(
         AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the model
             is open.
         ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
-            ``bias``, or ``trainable_token_indices``, or if the two adapters tie different modules
-            to the input embedding (``ensure_weight_tying``).
+            ``bias``, or ``trainable_token_indices``; if the two adapters tie different modules to
+            the input embedding (``ensure_weight_tying``); or if the initialization of one of the
+            two adapters changed the base weights and that of the other one did not change them in
+            the same way.
         CheckpointError: If the folder is missing or damaged.
         UnsupportedLayerError: If a layer that is split over several processes needs a larger rank.
         HotswapError: If the new weights do not match the loaded adapter. The model is unchanged
@@ -266,7 +271,6 @@ def _check_and_write_tensors(
                 f"Configs are incompatible: for {field}, {mine!r} != {other!r}; load the adapter "
                 "under another name"
             )
-    tuner.check_adapter_replaceable("hotswap_adapter", adapter_name, config)
     tied = modules_adapted_with_embedding(tuner.model, adapter_name)
     _check_ties_agree(tuner.model, tied, tensors, config)
     # PEFT saves the factors of a tied head a second time.
@@ -296,11 +300,13 @@ def _check_and_write_tensors(
         )
         for name, layer in layers.items()
     }
-    copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
-    grown = {}
     # A tied head has the factors of the embedding, and therefore its rank and scaling.
     embedding = str(input_embedding_name(tuner.model)) if tied.heads else ""
     owners = {name: embedding if name in tied.heads else name for name in layers}
+    left_out = [name for name in layers if not given[owners[name]]]
+    tuner.check_adapter_replaceable("hotswap_adapter", adapter_name, config, left_out)
+    copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
+    grown = {}
     for name, layer in layers.items():
         rank = config.rank_for(owners[name])
         if given[owners[name]] and rank > layer.r[adapter_name]:

@@ -302,6 +302,9 @@ class LoraModel(PeftModelMethods, nn.Module):
                 model is unchanged in this case.
             AdapterStateError: If the adapter is already loaded and a `fastlora.adapters` block of
                 the model is open in any thread.
+            ConfigError: If the adapter is already loaded, the initialization of the loaded or the
+                new adapter changed the base weights, and the initialization of the other one did
+                not change them in the same way.
         """
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()

@@ -7,6 +7,7 @@ implements saving, loading, and calling the model.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from fastlora.user_warnings import warn
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
+    ConfigError,
     error_prefix,
     near_names,
 )
@@ -154,7 +156,7 @@ class LoraTuner(nn.Module):
                 # Adding an earlier adapter may have activated that adapter on this module.
                 module._activate_without_making_trainable(self._active)
         self.peft_config[adapter_name] = config
-        if config.init.changes_base:
+        if config.init.changes_base and (config.init.must_repeat or not plan.from_file):
             self._changed_base[adapter_name] = config.init
         self._parameters_by_adapter[adapter_name] = plan.parameters
         owners = {name.rpartition(".")[0] for name in plan.parameters}
@@ -200,8 +202,8 @@ class LoraTuner(nn.Module):
                 f"loading adapter {adapter_name!r} requires changing this model's base weights "
                 f"({init.title}), but adapter {other!r} has already changed them "
                 f"({others[other].title}); first save one of the two adapters as plain LoRA with "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
-                "untrained adapter>)"
+                "save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
             )
         changing = init.title if init.changes_base else ""
         changing = changing or next((other.title for other in others.values()), "")
@@ -223,7 +225,11 @@ class LoraTuner(nn.Module):
             )
 
     def check_adapter_replaceable(
-        self, operation: str, adapter_name: str, config: LoraConfig
+        self,
+        operation: str,
+        adapter_name: str,
+        config: LoraConfig,
+        layers_left_out: Collection[str] = (),
     ) -> None:
         """Check that a loaded adapter can be replaced with another adapter.
 
@@ -233,16 +239,53 @@ class LoraTuner(nn.Module):
             operation: The name of the method that replaces the weights, for messages.
             adapter_name: The name of the loaded adapter.
             config: The config of the other adapter.
+            layers_left_out: The names of the loaded adapter's layers that the other adapter does
+                not adapt.
 
         Raises:
             AdapterStateError: If a `fastlora.adapters` block of the model is open.
-            ConfigError: If the other adapter was trained on base weights that its initialization
-                changed, and the initialization of the loaded adapter did not change them.
+            ConfigError: If the initialization of one of the two adapters changed the base weights,
+                and the initialization of the other one did not change them in the same way.
         """
         with error_prefix(f"adapter {adapter_name!r} is already loaded"):
             self.group.check_no_open_blocks(operation)
-        if adapter_name not in self._changed_base:
+        if adapter_name in self._changed_base:
+            self._check_same_base_change(adapter_name, config, layers_left_out)
+        else:
             config.check_plain(f"an adapter that replaces {adapter_name!r}")
+
+    def _check_same_base_change(
+        self, adapter_name: str, config: LoraConfig, layers_left_out: Collection[str]
+    ) -> None:
+        """Check that another adapter's initialization changes the base weights in the same way.
+
+        The initialization of the loaded adapter has changed the base weights. See
+        `check_adapter_replaceable`.
+        """
+        loaded, init = self.peft_config[adapter_name], self._changed_base[adapter_name]
+        differing = [*layers_left_out]
+        differing += [
+            name
+            for name, layer in inject.lora_layers(self.model).items()
+            if adapter_name in layer.r
+            and (
+                config.rank_for(name) != loaded.rank_for(name)
+                or not math.isclose(config.scaling_for(name), loaded.scaling_for(name))
+            )
+        ]
+        old, new = (str(each.init_lora_weights).lower() for each in (loaded, config))
+        if config.init is not init or old != new or config.init_config != loaded.init_config:
+            what = f"init_lora_weights={config.init_lora_weights!r} or its settings"
+        elif differing:
+            what = f"the rank or scaling for {differing[0]!r}"
+        else:
+            return
+        raise ConfigError(
+            f"the initialization of adapter {adapter_name!r} ({init.title}) changed the base "
+            "weights, so only an adapter with the same initialization, layers, ranks, and scalings "
+            f"can replace it; the new adapter differs in {what}. Load the base model again, and "
+            "load the new adapter into it"
+        )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters.

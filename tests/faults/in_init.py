@@ -59,6 +59,18 @@ FAULTS = (
         tests=(f"{_WEIGHTS}::test_what_cannot_start_leaves_the_model_as_it_was",),
     ),
     Fault(
+        sentence="A plain adapter takes the place of a PiSSA adapter, on the weights that it left.",
+        kind="a check left out",
+        source="replacing adapters that changed the base",
+        path="fastlora/model/tuner.py",
+        before="        if config.init is not init or old != new or",
+        after="        if",
+        tests=(
+            f"{_WEIGHTS}::test_only_the_same_change_of_the_base_replaces_an_adapter"
+            "[hotswap_adapter-pissa-{'init_lora_weights': True}]",
+        ),
+    ),
+    Fault(
         sentence="LoRA-FA projects gradients by a lora_A that has been replaced since.",
         kind="a stale inverse",
         source="4247458",

@@ -426,6 +426,53 @@ def test_what_cannot_go_without_its_own_base_weights(tmp_path: Path) -> None:
         check_raises("an adapter pool", pool.register, "a", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("init", "other"),
+    [
+        ("pissa", {"init_lora_weights": True}),
+        ("pissa", {"init_lora_weights": "olora"}),
+        ("pissa_niter_4", {"init_lora_weights": "pissa_niter_8"}),
+        ("olora", {"r": 2, "lora_alpha": 3}),
+        ("olora", {"lora_alpha": 4}),
+        ("olora", {"target_modules": ["q"]}),
+        ("corda", {"corda_method": "kpm"}),
+        ("lora_ga", {"init_lora_weights": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("operation", ["load_adapter", "hotswap_adapter"])
+def test_only_the_same_change_of_the_base_replaces_an_adapter(
+    init: str, other: dict[str, Any], operation: str, tmp_path: Path
+) -> None:
+    base = two_layers()
+    model = started(fastlora, copy.deepcopy(base), init_lora_weights=init)
+    train_a_bit(model)
+    expected = model(X)
+    model.save_pretrained(tmp_path / "own")
+    settings = {"settings": other} if "corda_method" in other else other
+    new = started(fastlora, copy.deepcopy(base), **{"init_lora_weights": init, **settings})
+    new.save_pretrained(tmp_path / "new")
+
+    def replace(folder: str) -> None:
+        if operation == "load_adapter":
+            model.load_adapter(tmp_path / folder, "default")
+        else:
+            fastlora.hotswap_adapter(model, tmp_path / folder, "default")
+
+    with unchanged(model), pytest.raises(FastLoraError, match="'default'"):
+        replace("new")
+    torch.nn.init.zeros_(layers_of(model)["q"].lora_B["default"].weight)
+    replace("own")
+    assert torch.equal(model(X), expected)
+
+
+def test_a_rank_that_the_base_was_changed_for_is_not_padded() -> None:
+    model = started(fastlora, two_layers(), init_lora_weights="pissa")
+    with unchanged(model), pytest.raises(ConfigError, match="'pissa' changed the base weights"):
+        fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=4)
+
+
 def test_every_name_is_known_to_the_config() -> None:
     for init in all_init_methods():
         if init.settings is None:
