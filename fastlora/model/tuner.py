@@ -70,7 +70,9 @@ class LoraTuner(nn.Module):
         self.targeted_module_names: list[str] = []
         self._parameters_by_adapter: dict[str, list[str]] = {}
         self._active: list[str] = []
-        self._changed_base: dict[str, InitMethod] = {}
+        # The initialization methods that changed the base weights, by adapter. The key None stands
+        # for adapters that were deleted.
+        self._changed_base: dict[str | None, InitMethod] = {}
         self._weight_layout_set = False
         # The layers of this model refer to the same object. Since it is a separate object, the
         # references remain correct when the model is copied or pickled.
@@ -198,12 +200,19 @@ class LoraTuner(nn.Module):
         others = self._changed_base
         if plan.from_file and init.changes_base and init.must_repeat and others:
             other = next(iter(others))
+            by = "a deleted adapter" if other is None else f"adapter {other!r}"
             raise AdapterStateError(
                 f"loading adapter {adapter_name!r} requires changing this model's base weights "
-                f"({init.title}), but adapter {other!r} has already changed them "
-                f"({others[other].title}); first save one of the two adapters as plain LoRA with "
+                f"({init.title}), but {by} has already changed them ({others[other].title}); load "
+                "the base model again, or first save one of the two adapters as plain LoRA with "
                 "save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
+            )
+        if None in others:
+            warn(
+                f"a deleted adapter has changed the base weights of this model "
+                f"({others[None].title}), and adapter {adapter_name!r} is added to the changed "
+                "weights. To use the original weights, load the base model again",
             )
         changing = init.title if init.changes_base else ""
         changing = changing or next((other.title for other in others.values()), "")
@@ -352,7 +361,14 @@ class LoraTuner(nn.Module):
             bias.requires_grad_(False)
         del self.peft_config[adapter_name]
         self._parameters_by_adapter.pop(adapter_name, None)
-        self._changed_base.pop(adapter_name, None)
+        init = self._changed_base.pop(adapter_name, None)
+        if init is not None:
+            self._changed_base[None] = init
+            warn(
+                f"the base weights keep the change that the initialization of the deleted adapter "
+                f"{adapter_name!r} made to them ({init.title}). To use the original weights, load "
+                "the base model again",
+            )
         left = {n for n, m in inject.modules_with_adapters(self.model) if getattr(m, "r", None)}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
         if adapter_name in self._active:

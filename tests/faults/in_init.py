@@ -71,6 +71,15 @@ FAULTS = (
         ),
     ),
     Fault(
+        sentence="A deleted PiSSA adapter is forgotten, and the next one decomposes what it left.",
+        kind="a record lost",
+        source="deleting adapters that changed the base",
+        path="fastlora/model/tuner.py",
+        before="            self._changed_base[None] = init\n",
+        after="",
+        tests=(f"{_WEIGHTS}::test_the_base_stays_changed_behind_a_deleted_adapter",),
+    ),
+    Fault(
         sentence="LoRA-FA projects gradients by a lora_A that has been replaced since.",
         kind="a stale inverse",
         source="4247458",

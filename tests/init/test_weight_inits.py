@@ -473,6 +473,22 @@ def test_a_rank_that_the_base_was_changed_for_is_not_padded() -> None:
     fastlora.prepare_model_for_compiled_hotswap(model, target_rank=4)
 
 
+def test_the_base_stays_changed_behind_a_deleted_adapter(tmp_path: Path) -> None:
+    base = two_layers()
+    for init in ("pissa", True):
+        adapter = started(fastlora, copy.deepcopy(base), init_lora_weights=init)
+        adapter.save_pretrained(tmp_path / str(init))
+    model = fastlora.LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "pissa")
+    with pytest.warns(UserWarning, match=r"keep the change .* 'default' made to them \(PiSSA\)"):
+        model.delete_adapter("default")
+    words = r"but a deleted adapter has already changed them \(PiSSA\); load the base model again"
+    with unchanged(model), pytest.raises(AdapterStateError, match=words):
+        model.load_adapter(tmp_path / "pissa", "default")
+    with pytest.warns(UserWarning, match="a deleted adapter has changed the base weights"):
+        model.load_adapter(tmp_path / "True", "default")
+    model.load_adapter(tmp_path / "True", "default")  # is no PiSSA adapter
+
+
 def test_every_name_is_known_to_the_config() -> None:
     for init in all_init_methods():
         if init.settings is None:
