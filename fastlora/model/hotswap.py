@@ -277,12 +277,6 @@ def _check_and_write_tensors(
     heads = tuple(f"{KEY_PREFIX}{name}.lora_" for name in tied.heads)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
-    for layer in layers.values():
-        if adapter_name in layer.merged_adapters:
-            raise AdapterStateError(
-                f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the "
-                "base weights; call unmerge_adapter() first"
-            )
     keys = adapter_state.file_keys_to_state_keys(model, adapter_name)
     tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
     prefixes = _file_key_prefixes_by_adapted_parameter(tuner.model, adapter_name)

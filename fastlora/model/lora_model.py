@@ -300,8 +300,8 @@ class LoraModel(PeftModelMethods, nn.Module):
         Raises:
             CheckpointError: If the folder is missing or damaged, or does not fit the model. The
                 model is unchanged in this case.
-            AdapterStateError: If the adapter is already loaded and a `fastlora.adapters` block of
-                the model is open in any thread.
+            AdapterStateError: If the adapter is already loaded and is merged, or a
+                `fastlora.adapters` block of the model is open in any thread.
             ConfigError: If the adapter is already loaded, the initialization of the loaded or the
                 new adapter changed the base weights, and the initialization of the other one did
                 not change them in the same way.

@@ -252,12 +252,19 @@ class LoraTuner(nn.Module):
                 not adapt.
 
         Raises:
-            AdapterStateError: If a `fastlora.adapters` block of the model is open.
+            AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the
+                model is open.
             ConfigError: If the initialization of one of the two adapters changed the base weights,
                 and the initialization of the other one did not change them in the same way.
         """
         with error_prefix(f"adapter {adapter_name!r} is already loaded"):
             self.group.check_no_open_blocks(operation)
+        modules = inject.modules_with_adapters(self.model)
+        if any(adapter_name in module.merged_adapters for _, module in modules):
+            raise AdapterStateError(
+                f"{operation} cannot replace adapter {adapter_name!r} because it is currently "
+                "merged into the base weights; call unmerge_adapter() first"
+            )
         if adapter_name in self._changed_base:
             self._check_same_base_change(adapter_name, config, layers_left_out)
         else:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, fusion_report, get_peft_model
-from fastlora.layers import FastLoraLinear
+from fastlora.layers import FastLoraLinear, LoraLayer, TrainableTokensWrapper
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -81,6 +81,24 @@ def test_load_over_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
     other = adapted(lora_alpha=32)
     with pytest.raises(CheckpointError, match="rank and scaling for q are"):
         other.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("kind", [LoraLayer, TrainableTokensWrapper])
+def test_a_merged_adapter_is_not_replaced(kind: type, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    model = get_peft_model(tiny_llama(), config)
+    model.save_pretrained(tmp_path)
+    randomize(model)
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.merge()  # type: ignore[attr-defined]
+    words = "cannot replace adapter 'default' because it is currently merged"
+    with unchanged(model), pytest.raises(AdapterStateError, match=f"load_adapter {words}"):
+        model.load_adapter(tmp_path, "default")
+    with unchanged(model), pytest.raises(AdapterStateError, match=f"hotswap_adapter {words}"):
+        fastlora.hotswap_adapter(model, tmp_path, "default")
+    model.unmerge_adapter()
+    model.load_adapter(tmp_path, "default")
 
 
 def test_own_files_load_over_an_adapter_that_was_scaled(tmp_path: Path) -> None:
