@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -455,7 +455,7 @@ def load_contents_into_adapter(
     The model must already have the adapter, and the file must have been checked. The tensors of the
     file are copied into the adapter's parameters, which keep their dtypes. If the file contains a
     base embedding, which PEFT saves when the vocabulary was resized, the embedding is copied into
-    the base model.
+    the base model. If other adapters are merged into it, they are then merged into the new values.
 
     Args:
         lora_model: The model that has the adapter.
@@ -467,7 +467,25 @@ def load_contents_into_adapter(
         if parts.kind == "base" and disk in file.tensors:
             weight = _base_weight_of_module(lora_model.base_model.model, parts.module)
             if weight is not None:
-                copy_full_tensor_(weight, file.tensors[disk])
+                with _unmerged_modules(lora_model.base_model.model, [weight]):
+                    copy_full_tensor_(weight, file.tensors[disk])
+
+
+@contextlib.contextmanager
+def _unmerged_modules(model: nn.Module, base_tensors: Collection[torch.Tensor]) -> Iterator[None]:
+    """Unmerge adapters for the duration of a ``with`` block that writes to base parameters.
+
+    The adapters of the modules that hold one of ``base_tensors`` are merged again afterwards.
+    """
+    with contextlib.ExitStack() as stack:
+        for _, module in modules_with_adapters(model):
+            if module.merged and any(
+                parameter is tensor
+                for parameter in base_module_of(module).parameters()
+                for tensor in base_tensors
+            ):
+                stack.enter_context(module.disable_adapter())
+        yield
 
 
 def _copy_into_model_tensor(
@@ -543,7 +561,8 @@ def set_adapter_tensors(
         file_keys_to_state_keys(lora_model, adapter_name),
     )
     keys, others = dict(own), [disk for disk in tensors if disk not in own]
-    biases = _base_biases_by_original_name(tuner.model) if others else {}
+    with_biases = others or tuner.peft_config[adapter_name].bias != "none"
+    biases = _base_biases_by_original_name(tuner.model) if with_biases else {}
     for disk in others:  # base biases, regardless of the config's bias field, as in PEFT
         name = strip_adapter_wrapper_names(disk.removeprefix(KEY_PREFIX))
         if name in biases:
@@ -555,7 +574,12 @@ def set_adapter_tensors(
                 f"{disk!r} has shape {tuple(tensors[disk].shape)}, but this model expects "
                 f"{tuple(state[key].shape)}"
             )
-    for disk, key in present.items():
-        _copy_into_model_tensor(lora_model, key, state[key], tensors[disk])
+    with contextlib.ExitStack() as stack:
+        if biases:
+            base = {KEY_PREFIX + strip_wrapper_prefixes(n): bias for n, bias in biases.values()}
+            written = [base[key] for key in present.values() if key in base]
+            stack.enter_context(_unmerged_modules(tuner.model, written))
+        for disk, key in present.items():
+            _copy_into_model_tensor(lora_model, key, state[key], tensors[disk])
     missing = [disk for disk in own if disk not in tensors]
     return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

@@ -213,6 +213,18 @@ FAULTS = (
         tests=("tests/model/test_model.py::test_a_merged_adapter_is_not_replaced",),
     ),
     Fault(
+        sentence="The base weight of a file replaces a merged weight, and loses its adapter.",
+        kind="a state not checked",
+        source="loading beside a merged adapter",
+        path="fastlora/model/adapter_state.py",
+        before="            if module.merged and any(\n",
+        after="            if False and any(\n",
+        tests=(
+            "tests/model/test_model.py::test_base_weights_of_a_file_beside_a_merged_adapter",
+            "tests/model/test_model.py::test_base_biases_of_a_file_beside_a_merged_adapter",
+        ),
+    ),
+    Fault(
         sentence="A PiSSA adapter takes a plain one's place, on base weights that it does not fit.",
         kind="a base weight of its own ignored",
         source="8aa38ac",

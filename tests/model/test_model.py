@@ -101,6 +101,43 @@ def test_a_merged_adapter_is_not_replaced(kind: type, tmp_path: Path) -> None:
     model.load_adapter(tmp_path, "default")
 
 
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_base_weights_of_a_file_beside_a_merged_adapter(
+    dora: bool, keep_base: bool, tmp_path: Path
+) -> None:
+    """They replace the weight from before the merge."""
+    base, x = tiny_llama(tie_word_embeddings=False), torch.arange(6)[None]
+    targets = ["q_proj", "lm_head"]
+    model = adapted(base=copy.deepcopy(base), target_modules=targets, use_dora=dora)
+    model.save_pretrained(tmp_path)
+    expected = model(x).logits
+    model.merge_adapter(keep_base=keep_base)
+    model.load_adapter(tmp_path, "second")
+    torch.testing.assert_close(model(x).logits, expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x).logits, base(x).logits)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x).logits, expected)
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x).logits, expected)
+
+
+def test_base_biases_of_a_file_beside_a_merged_adapter(tmp_path: Path) -> None:
+    other = adapted(bias="lora_only")
+    with torch.no_grad():
+        other.base_model.model.q.bias.add_(1.0)
+    other.save_pretrained(tmp_path)
+    x = torch.randn(3, 16)
+    expected = other(x)
+    model = adapted(lora_bias=True)
+    model.merge_adapter()
+    model.load_adapter(tmp_path, "second")
+    model.unmerge_adapter()
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_own_files_load_over_an_adapter_that_was_scaled(tmp_path: Path) -> None:
     """An adapter's own files load over it after `set_scale`, and the scale stays; as in PEFT."""
     pytest.importorskip("peft")
