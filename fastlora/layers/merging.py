@@ -190,6 +190,20 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales.clear()
         clear_base_and_adapter_caches(self)
 
+    def _parameters_changed_by_merge(self) -> list[tuple[object, object]]:
+        """Return the base parameters that the merge of adapters has changed.
+
+        The result is a list of tuples ``(parameter, value)``, where ``value`` is the parameter's
+        value before the merge, or None if it was not kept.
+        """
+        kept: tuple[object, object] = (None, None)
+        if self._unmerged is not None and self._is_base_layer_unmodified_since_merge():
+            kept = self._unmerged
+        with_bias = any(self._factors(name)[2] is not None for name in self.merged_adapters)
+        base = self.get_base_layer()
+        changed = [(getattr(base, "weight", None), kept[0])] if self.merged else []
+        return [*changed, (getattr(base, "bias", None), kept[1])] if with_bias else changed
+
     def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Subtract all merged adapters from a weight and a bias in place.
 

@@ -164,6 +164,14 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
+    def _parameters_changed_by_merge(self) -> list[tuple[object, object]]:
+        """Return the base parameters that the merge of adapters has changed.
+
+        The result is a list of tuples ``(parameter, value)``, where ``value`` is the parameter's
+        value before the merge, or None if it was not kept.
+        """
+        return [(self.get_base_layer().weight, None)] if self.merged else []
+
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapter_names)
 

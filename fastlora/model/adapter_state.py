@@ -41,7 +41,7 @@ from fastlora.model.tied_weights import (
 )
 from fastlora.sharding import copy_full_tensor_
 from fastlora.user_warnings import warn
-from fastlora.validation import CheckpointError
+from fastlora.validation import AdapterStateError, CheckpointError
 
 if TYPE_CHECKING:
     from fastlora.model.lora_model import LoraModel
@@ -77,9 +77,15 @@ def file_keys_to_state_keys(
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
     for name in base_biases_trained_by(model, adapter_name, bias):
-        disk = strip_wrapper_prefixes(str(key_without_adapters(model, name, adapter_name)))
-        keys[KEY_PREFIX + disk] = KEY_PREFIX + strip_wrapper_prefixes(name)
+        key = KEY_PREFIX + strip_wrapper_prefixes(name)
+        keys[_bias_file_key(model, name, adapter_name)] = key
     return keys
+
+
+def _bias_file_key(model: nn.Module, name: str, adapter_name: str) -> str:
+    """Return the key in an adapter's file of the base bias called ``name``."""
+    key = str(key_without_adapters(model, name, adapter_name))
+    return KEY_PREFIX + strip_wrapper_prefixes(key)
 
 
 def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,8 +351,11 @@ def adapter_file_state_dict(
     Raises:
         CheckpointError: If a tensor of the adapter is missing from ``source``. Trained biases of
             the base model may be missing.
+        AdapterStateError: If adapters are merged into a base weight or bias that belongs into the
+            file, and its value from before the merge is not available.
     """
     tensors = {}
+    base = dict[str, torch.Tensor]()
     source = strip_wrapper_prefixes_from_keys(source)
     for disk, key in file_keys_to_state_keys(lora_model, adapter_name).items():
         if key in source:
@@ -357,6 +366,8 @@ def adapter_file_state_dict(
             )
     tuner = lora_model.base_model
     model, config = tuner.model, tuner.peft_config[adapter_name]
+    for name, bias in base_biases_trained_by(model, adapter_name, config.bias).items():
+        base[_bias_file_key(model, name, adapter_name)] = bias
     for name, module in modules_with_adapters(model):
         if isinstance(module, TiedLoraHead) and adapter_name in module.r:
             at = KEY_PREFIX + str(input_embedding_name(model))
@@ -392,11 +403,46 @@ def adapter_file_state_dict(
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
             if isinstance(module, TrainableTokensWrapper):
                 inner = "token_adapter.base_layer.weight"
-            own = "weight" if isinstance(module, FastLoraLinear) else inner
-            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight_of_module(model, name))
+            own, weight = (
+                "weight" if isinstance(module, FastLoraLinear) else inner,
+                _base_weight_of_module(model, name),
+            )
             if weight is not None:
+                base[f"{KEY_PREFIX}{name}.{inner}"] = weight
+                weight = source.get(f"{KEY_PREFIX}{name}.{own}", weight)
                 tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
-    return tensors
+    return tensors | (_values_before_merge(model, base) if base else {})
+
+
+def _values_before_merge(
+    model: nn.Module, base: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the values from before the merge of those tensors that adapters are merged into.
+
+    The result has the keys of these tensors in ``base``, which contains parameters of the base
+    model.
+
+    Raises:
+        AdapterStateError: If such a value is not available.
+    """
+    changed = [
+        pair
+        for _, module in modules_with_adapters(model)
+        for pair in module._parameters_changed_by_merge()
+    ]
+    values: dict[str, torch.Tensor] = {}
+    for key, tensor in base.items():
+        kept = [value for parameter, value in changed if parameter is tensor]
+        full = [v for v in kept if isinstance(v, torch.Tensor) and v.shape == tensor.shape]
+        if kept and not full:
+            raise AdapterStateError(
+                f"adapters are merged into the base tensor {key!r}, which is saved with the "
+                "adapter, and its value from before the merge was not kept; call unmerge_adapter() "
+                "first"
+            )
+        if full:
+            values[key] = full[0]
+    return values
 
 
 def _embeddings_by_module_name(model: nn.Module) -> dict[str, nn.Module]:

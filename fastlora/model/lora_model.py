@@ -364,6 +364,8 @@ class LoraModel(PeftModelMethods, nn.Module):
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If adapters are merged into a base weight or bias that is saved with
+                an adapter, and its value from before the merge was not kept.
             CheckpointError: If ``state_dict`` lacks a tensor of the adapter, or if the untrained
                 adapter does not fit the trained one.
             ConfigError: If the adapter cannot be converted.

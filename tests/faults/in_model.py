@@ -213,6 +213,15 @@ FAULTS = (
         tests=("tests/model/test_model.py::test_a_merged_adapter_is_not_replaced",),
     ),
     Fault(
+        sentence="An adapter's file contains a base weight that adapters are merged into.",
+        kind="a state not checked",
+        source="saving while adapters are merged",
+        path="fastlora/model/adapter_state.py",
+        before="        if full:\n            values[key]",
+        after="        if False:\n            values[key]",
+        tests=("tests/model/test_checkpoint.py::test_base_tensors_are_saved_as_before_a_merge",),
+    ),
+    Fault(
         sentence="The base weight of a file replaces a merged weight, and loses its adapter.",
         kind="a state not checked",
         source="loading beside a merged adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -20,8 +21,8 @@ from fastlora.model.adapter_folder import (
     save_adapter_folder,
 )
 from fastlora.model.config import CONFIG_NAME, LoraConfig
-from fastlora.validation import CheckpointError
-from tests.support.tiny import tiny, two_layers
+from fastlora.validation import AdapterStateError, CheckpointError
+from tests.support.tiny import adapted, tiny, tiny_llama, two_layers
 
 PRE = "base_model.model."
 
@@ -69,6 +70,32 @@ def test_saved_embeddings_of_a_transformers_model(tmp_path: Path) -> None:
         "model.embed_tokens.base_layer.weight": "base",
         "lm_head.weight": "saved",
     }
+
+
+def test_base_tensors_are_saved_as_before_a_merge(tmp_path: Path) -> None:
+    """Of a head and an embedding, and of biases into which a lora_bias is merged."""
+    head = {"target_modules": ["lm_head", "embed_tokens"]}
+    bias = {"target_modules": ["q_proj"], "bias": "lora_only", "lora_bias": True}
+    for config in (head, bias):
+        base = functools.partial(tiny_llama, tie_word_embeddings=False)
+        model = adapted(base=base(), **config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_embedding" in name or name.endswith("bias"):
+                    parameter.normal_()
+        model.save_pretrained(tmp_path / "before")
+        model.merge_adapter()
+        model.save_pretrained(tmp_path / "merged")
+        before, merged = (
+            load_file(tmp_path / folder / "adapter_model.safetensors")
+            for folder in ("before", "merged")
+        )
+        torch.testing.assert_close(merged, before, rtol=0, atol=0)
+        model.unmerge_adapter()
+        model.merge_adapter(keep_base=False)
+        with pytest.raises(AdapterStateError, match="before the merge was not kept; call unmerge"):
+            model.save_pretrained(tmp_path / "neither")
+        assert not (tmp_path / "neither").exists()
 
 
 def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
