@@ -163,7 +163,7 @@ def convert_to_lora(
         tensors = adapter_state.adapter_file_state_dict(model, _CONVERTED, state, False)
         return tuner.peft_config[_CONVERTED], {k: v.detach().clone() for k, v in tensors.items()}
     finally:
-        tuner.delete_adapter(_CONVERTED)
+        tuner._delete_adapter(_CONVERTED)  # also in an open `fastlora.adapters` block
 
 
 def save_as_lora(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import fastlora
@@ -90,6 +92,20 @@ def test_conversion_is_that_of_peft(rank: int | float, tmp_path: Path) -> None:
     fastlora.save_as_lora(tmp_path, ours, rank)
     again = (lib.PeftModel.from_pretrained(two_layers(), tmp_path) for lib in (peft, fastlora))
     assert_near(*(model.eval()(X).detach() for model in again), "what is saved")
+
+
+def test_conversion_while_a_block_is_open(tmp_path: Path) -> None:
+    """In any thread; the model and the block stay as they are."""
+    model = adapted(modules_to_save=["head"])
+    _, expected = fastlora.convert_to_lora(model, 2)
+    ids = ["default", None, "default", None, None]
+    with unchanged(model), torch.no_grad(), fastlora.adapters(model, ids):
+        before = model(X)
+        _, tensors = fastlora.convert_to_lora(model, 2)
+        ThreadPoolExecutor(1).submit(fastlora.save_as_lora, tmp_path, model, 2).result(60)
+        assert torch.equal(model(X), before)
+    for found in (tensors, load_file(tmp_path / "adapter_model.safetensors")):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_other_methods_of_peft_are_converted_by_peft(tmp_path: Path) -> None:
