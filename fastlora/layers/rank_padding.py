@@ -49,12 +49,16 @@ def replace_factors(
     """Replace an adapter's factors on a layer with factors of a new rank.
 
     The new factors, such as the adapter's factors padded with zeros, have rank ``new_rank``. The
-    adapter's scaling does not change.
+    adapter's scaling does not change, and neither does the scaling that ``set_scale(name, 1.0)``
+    restores.
     """
+    growth = new_rank / layer.r[adapter_name]
     for part, factor in new_factors.items():
         layer._modules[part][adapter_name] = factor
     layer.r[adapter_name] = new_rank
-    set_scaling_and_alpha(layer, adapter_name, layer.scaling[adapter_name])
+    layer.lora_alpha[adapter_name] *= (
+        math.sqrt(growth) if layer.use_rslora[adapter_name] else growth
+    )
     layer._move_scalings_to_factors([adapter_name])
     clear_layer_caches(layer)
 

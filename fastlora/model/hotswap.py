@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -533,8 +532,8 @@ def _copy_ranks_and_scalings_to_config(
 ) -> None:
     """Copy the ranks and scalings of an adapter's layers into the adapter's config.
 
-    The config stores each scaling as an alpha, which is computed from the rank and the scaling of a
-    layer. If the adapter is then saved, its files are consistent and can be loaded.
+    The config stores each scaling as an alpha. Scalings that were changed with `set_scale` are not
+    stored. If the adapter is then saved, its files are consistent and can be loaded.
     """
     own = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
     if not own:
@@ -542,10 +541,7 @@ def _copy_ranks_and_scalings_to_config(
     ranks = {name: layer.r[adapter_name] for name, layer in own.items()}
     rank = max(ranks.values())
     config.r = rank
-    alphas = {}
-    for name, layer in own.items():
-        by = math.sqrt(ranks[name]) if config.use_rslora else ranks[name]
-        alphas[name] = float(layer.scaling[adapter_name]) * by
+    alphas = {name: float(layer.lora_alpha[adapter_name]) for name, layer in own.items()}
     config.lora_alpha = next(iter(alphas.values()))
     before = config.rank_pattern
     config._set_layer_ranks_and_alphas(ranks, alphas)

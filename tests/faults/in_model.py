@@ -213,6 +213,15 @@ FAULTS = (
         tests=("tests/model/test_model.py::test_a_merged_adapter_is_not_replaced",),
     ),
     Fault(
+        sentence="Padding an adapter for hot swaps makes the scale of set_scale permanent.",
+        kind="a wrong source of a value",
+        source="preparing a scaled adapter",
+        path="fastlora/model/hotswap.py",
+        before="float(layer.lora_alpha[adapter_name])",
+        after="float(layer.scaling[adapter_name]) * ranks[name]",
+        tests=(f"{_HOTSWAP}::test_preparing_keeps_a_temporary_scale_temporary[False]",),
+    ),
+    Fault(
         sentence="An adapter's file contains a base weight that adapters are merged into.",
         kind="a state not checked",
         source="saving while adapters are merged",

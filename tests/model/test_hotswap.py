@@ -142,6 +142,24 @@ def test_preparing() -> None:
     assert layer.scaling["default"] == pytest.approx(scalings[0])
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_preparing_keeps_a_temporary_scale_temporary(rslora: bool, tmp_path: Path) -> None:
+    model = adapted(use_rslora=rslora)
+    before = model(X)
+    layers = model.base_model.model.q, model.base_model.model.v
+    for layer in layers:
+        layer.set_scale("default", 3.0)
+    scaled = model(X)
+    fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(X), scaled)
+    model.save_pretrained(tmp_path)
+    for layer in layers:
+        layer.set_scale("default", 1.0)
+    torch.testing.assert_close(model(X), before)
+    loaded = fastlora.LoraModel.from_pretrained(two_layers(), tmp_path)
+    torch.testing.assert_close(loaded(X), before)
+
+
 def test_errors_change_nothing(tmp_path: Path) -> None:
     """Each before the first tensor is written."""
     saved(tmp_path / "wide", target_modules=["q", "v", "head"])
