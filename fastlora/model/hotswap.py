@@ -186,8 +186,8 @@ def hotswap_adapter(
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
-        AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the model
-            is open.
+        AdapterStateError: If the adapter is merged or on the meta device, or if a
+            `fastlora.adapters` block of the model is open.
         ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
             ``bias``, or ``trainable_token_indices``; if the two adapters tie different modules to
             the input embedding (``ensure_weight_tying``); or if the initialization of one of the
@@ -261,7 +261,7 @@ def _check_and_write_tensors(
     The keys of ``tensors`` are those of PEFT's adapter files.
     """
     tuner = model.base_model
-    tuner.check_adapter_loaded(adapter_name)
+    tuner.check_adapter_has_values(adapter_name)
     old = tuner.peft_config[adapter_name]
     for field in _MUST_AGREE:
         mine, other = getattr(old, field), getattr(config, field)

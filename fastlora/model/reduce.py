@@ -371,10 +371,10 @@ def _layers_with_adapter(model: LoraModel, adapter_name: str) -> Iterator[tuple[
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
-        AdapterStateError: If the adapter has trainable tokens.
+        AdapterStateError: If the adapter has trainable tokens or is on the meta device.
     """
     tuner = model.base_model
-    tuner.check_adapter_loaded(adapter_name)
+    tuner.check_adapter_has_values(adapter_name)
     if tuner.peft_config[adapter_name].trainable_token_indices:
         raise AdapterStateError(
             f"adapter {adapter_name!r} trains token embeddings (trainable_token_indices), which "

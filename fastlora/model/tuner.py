@@ -426,15 +426,17 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterNotFoundError: If there is no such adapter.
             AdapterStateError: If the new name is in use; if an adapter uses DoRA, has trained
-                tokens, or has values that are not finite; if two adapters own a copy of the same
-                module; if only some of the adapters tie a head to the input embedding; or if
-                factors are sharded.
+                tokens, is on the meta device, or has values that are not finite; if two adapters
+                own a copy of the same module; if only some of the adapters tie a head to the input
+                embedding; or if factors are sharded.
             ConfigError: If another argument is invalid, or if the ranks differ and the type
                 requires equal ranks.
             UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.
                 The model is unchanged after any of these errors.
         """
         names = self._checked_adapter_names(adapters)
+        for name in names:
+            self.check_adapter_has_values(name)
         self.check_new_adapter_name(adapter_name)
         options = CombinationOptions(
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
@@ -665,6 +667,21 @@ class LoraTuner(nn.Module):
                 f"no adapter {name!r}; loaded adapters: {list(self.peft_config)}"
                 f"{near_names(name, self.peft_config)}"
             )
+
+    def check_adapter_has_values(self, name: str) -> None:
+        """Check that an adapter is loaded and that its parameters have values.
+
+        Raises:
+            AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If a parameter of the adapter is on the meta device.
+        """
+        self.check_adapter_loaded(name)
+        for _, module in inject.modules_with_adapters(self.model):
+            if any(parameter.is_meta for parameter in module.adapter_parameters(name)):
+                raise AdapterStateError(
+                    f"adapter {name!r} is on the meta device (low_cpu_mem_usage=True) and has no "
+                    "values yet; first load weights into it with load_adapter()"
+                )
 
     def merge_adapter(
         self,

@@ -213,6 +213,15 @@ FAULTS = (
         tests=("tests/model/test_model.py::test_a_merged_adapter_is_not_replaced",),
     ),
     Fault(
+        sentence="A hot swap into an adapter on the meta device writes nothing.",
+        kind="a state not checked",
+        source="hot-swapping into an empty adapter",
+        path="fastlora/model/hotswap.py",
+        before="    tuner.check_adapter_has_values(adapter_name)\n",
+        after="",
+        tests=(f"{_HOTSWAP}::test_an_adapter_without_values_is_not_used",),
+    ),
+    Fault(
         sentence="Padding an adapter for hot swaps makes the scale of set_scale permanent.",
         kind="a wrong source of a value",
         source="preparing a scaled adapter",

@@ -195,6 +195,24 @@ def test_errors_change_nothing(tmp_path: Path) -> None:
     assert model.base_model.model.q.scaling["default"] == 8 / 4
 
 
+def test_an_adapter_without_values_is_not_used(tmp_path: Path) -> None:
+    """One that `low_cpu_mem_usage` left on the meta device; weights can be loaded into it."""
+    expected = saved(tmp_path)
+    config = fastlora.LoraConfig(r=4, target_modules=["q", "v"])
+    model = fastlora.get_peft_model(two_layers(), config, low_cpu_mem_usage=True)
+    for use in (
+        lambda: fastlora.hotswap_adapter(model, tmp_path, "default"),
+        lambda: model.add_weighted_adapter(["default"], [1.0], "sum"),
+        lambda: fastlora.reduce_rank(model, 2),
+    ):
+        with pytest.raises(AdapterStateError, match="'default' is on the meta device .* load_ada"):
+            use()
+    assert list(model.peft_config) == ["default"]
+    model.load_adapter(tmp_path, "default")
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(model(X), expected)
+
+
 def test_compiled_models_and_models_without_adapters() -> None:
     """PEFT's three answers to a model that is compiled already."""
     compiled: Any = torch.compile(adapted(), backend="eager")
