@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.layers import LoraLayer
+from fastlora.layers import LoraLayer, ModuleWrapper
+from fastlora.layers.base_layers import fallback_reason_hooked
+from fastlora.sharding import is_dtensor, is_fsdp2_module
 
 # Name components that torch.compile, FSDP1, and activation checkpointing add when they wrap a
 # module.
@@ -89,6 +91,25 @@ def base_module_of(module: nn.Module) -> nn.Module:
         module.get_base_layer()
         if isinstance(module, LoraLayer)
         else unwrap_auxiliary_wrapper(module)
+    )
+
+
+def is_lora_layer_in_use(module: nn.Module) -> bool:
+    """Return whether ``module`` is a LoRA layer that `is_replaceable` does not accept."""
+    return isinstance(module, LoraLayer) and not is_replaceable(module)
+
+
+def is_replaceable(module: LoraLayer | ModuleWrapper) -> bool:
+    """Return whether a LoRA layer or wrapper can be replaced with its base module.
+
+    Its adapters must all have been deleted. It must not have hooks, such as those of `fully_shard`,
+    and its parameters must not be sharded.
+    """
+    return not (
+        module._all_available_adapter_names()
+        or fallback_reason_hooked(module)
+        or is_fsdp2_module(module)
+        or any(map(is_dtensor, module.parameters()))
     )
 
 

@@ -18,7 +18,11 @@ from fastlora.init.calibration_data import progress_bar
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TrainableTokensLayer
-from fastlora.model.base_modules import base_module_of, named_modules_outside_adapters
+from fastlora.model.base_modules import (
+    base_module_of,
+    is_replaceable,
+    named_modules_outside_adapters,
+)
 from fastlora.model.dequantize import (
     dequantize_base_layer,
     dequantize_linears,
@@ -102,7 +106,8 @@ def add_adapter(
             return module
         if not name:
             raise ConfigError("the model itself is a target; wrap it in another module first")
-        made = make(module)
+        # The adapters of such a LoRA layer have been deleted.
+        made = make(module.release() if isinstance(module, LoraLayer) else module)
         replaced[name] = module, made
         model.set_submodule(name, made)
         return made
@@ -209,6 +214,25 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
         module._active_adapters = [n for n in module._active_adapters if n != adapter_name]
+
+
+def remove_wrappers_without_adapters(model: nn.Module) -> bool:
+    """Replace wrappers whose adapters have been deleted with the modules that they wrap.
+
+    Wrappers that `is_replaceable` does not accept stay. LoRA layers stay too, because any LoRA
+    adapter can be added to them.
+
+    Returns:
+        Whether a wrapper was replaced.
+    """
+    empty = [
+        (name, module)
+        for name, module in modules_with_adapters(model)
+        if isinstance(module, (ModuleWrapper, TiedLoraHead)) and is_replaceable(module)
+    ]
+    for name, module in empty:
+        model.set_submodule(name, module.release())
+    return bool(empty)
 
 
 def modules_with_adapters(

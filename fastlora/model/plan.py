@@ -28,7 +28,11 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.modules_to_save import raise_if_container
 from fastlora.layers.quantized import quantized_weight_of
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.model.base_modules import base_module_of, modules_with_original_names
+from fastlora.model.base_modules import (
+    base_module_of,
+    is_lora_layer_in_use,
+    modules_with_original_names,
+)
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import (
     RevertibleLayerReplication,
@@ -285,7 +289,7 @@ def plan_target_modules(
             continue  # checked when the wrapper was created
         raise_if_container(module)
         for inner, part in module.named_modules():
-            if isinstance(part, LoraLayer):
+            if isinstance(part, LoraLayer) and (inner or is_lora_layer_in_use(part)):
                 raise UnsupportedLayerError(
                     f"modules_to_save matches {name!r}, which another adapter adapts with LoRA"
                 )

@@ -14,10 +14,11 @@ from torch import nn
 from fastlora.layers import LoraLayer, TrainableTokensWrapper
 from fastlora.layers.trainable_tokens import check_tokens_trainable
 from fastlora.model.base_modules import (
+    base_module_of,
     is_auxiliary_wrapper,
+    is_lora_layer_in_use,
     is_modules_to_save_wrapper,
     modules_with_original_names,
-    unwrap_auxiliary_wrapper,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.tied_weights import (
@@ -177,13 +178,13 @@ def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRow
         AdapterStateError: If the module's weight is sharded.
     """
     module: Any = model.get_submodule(module_name)
-    if isinstance(module, LoraLayer) or is_modules_to_save_wrapper(module):
+    if is_lora_layer_in_use(module) or is_modules_to_save_wrapper(module):
         how = "LoRA factors" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
         raise UnsupportedLayerError(
             f"trainable_token_indices selects rows of {module_name!r} for training, but another "
             f"adapter already adapts this module with {how}"
         )
-    check_tokens_trainable(unwrap_auxiliary_wrapper(module), rows.indices)
+    check_tokens_trainable(base_module_of(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
             f"trainable_token_indices: in adapters {module.adapter_names}, the trainable rows of "

@@ -360,6 +360,8 @@ class LoraTuner(nn.Module):
                 f"{near_names(adapter_name, known)}"
             )
         self._delete_adapter(adapter_name)
+        if inject.remove_wrappers_without_adapters(self.model):
+            self._find_routed()
 
     def _delete_adapter(self, adapter_name: str) -> None:
         biases = self._selected_base_biases(adapter_name) if adapter_name in self._active else []

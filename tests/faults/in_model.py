@@ -213,6 +213,18 @@ FAULTS = (
         tests=("tests/model/test_model.py::test_a_merged_adapter_is_not_replaced",),
     ),
     Fault(
+        sentence="A deleted adapter takes the hooks of its module along.",
+        kind="a hook lost",
+        source="modules of deleted adapters",
+        path="fastlora/model/base_modules.py",
+        before="        or fallback_reason_hooked(module)\n",
+        after="",
+        tests=(
+            "tests/model/test_trainable_tokens.py::"
+            "test_a_deleted_adapter_leaves_hooks_where_they_are[rows]",
+        ),
+    ),
+    Fault(
         sentence="A hot swap into an adapter on the meta device writes nothing.",
         kind="a state not checked",
         source="hot-swapping into an empty adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -332,6 +333,70 @@ def test_errors_beside_other_adapters() -> None:
         UnsupportedLayerError, match=r"adapts this module with a full copy \(modules_to_save\)"
     ):
         other.add_adapter("b", config([1]))
+
+
+# Ways to train the embeddings: rows, LoRA, and copies, tied and not.
+WAYS: dict[str, dict[str, Any]] = {
+    "rows": {"tokens": [1, 3]},
+    "rows apart": {"tokens": {"embed_tokens": [1], "lm_head": [2]}},
+    "lora": {"tokens": None, "target_modules": ["q_proj", "embed_tokens"]},
+    "copy": {"tokens": None, "modules_to_save": ["embed_tokens"]},
+}
+WAYS |= {f"tied {way}": {**WAYS[way], "ensure_weight_tying": True} for way in ("lora", "copy")}
+
+
+@pytest.mark.parametrize("later", WAYS)
+@pytest.mark.parametrize("deleted", WAYS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_deleted_adapter_leaves_its_modules_to_others(deleted: str, later: str) -> None:
+    model = get_peft_model(tiny_llama(), config(**WAYS[deleted]), "a")
+    model(input_ids=IDS, adapter_names=["a", None])
+    model.delete_adapter("a")
+    torch.testing.assert_close(logits(model), logits(tiny_llama()))
+    model.add_adapter("b", config(**WAYS[later]))
+    model.set_adapter("b")
+    fresh = get_peft_model(tiny_llama(), config(**WAYS[later]), "b")
+    for each in (model, fresh):
+        for module in each.modules():
+            module.eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, parameter in sorted(each.named_parameters()):
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    torch.testing.assert_close(logits(model), logits(fresh))
+    ids = ["b", None]
+    mixed = model(input_ids=IDS, adapter_names=ids).logits
+    torch.testing.assert_close(mixed, fresh(input_ids=IDS, adapter_names=ids).logits)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_deleted_adapter_leaves_hooks_where_they_are(way: str) -> None:
+    """Such as the hook that gradient checkpointing needs."""
+    model = get_peft_model(tiny_llama(), config(**WAYS[way]), "a")
+    model.get_input_embeddings().register_forward_hook(lambda _, args, y: y * 2.0)
+    before = logits(model)
+    model.delete_adapter("a")
+    for tokens in ([1], None):
+        with contextlib.suppress(UnsupportedLayerError):
+            model.add_adapter("rows" if tokens else "lora", config(tokens))
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_a_failed_addition_puts_the_layer_of_a_deleted_adapter_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = get_peft_model(tiny_llama(), config(**WAYS["lora"]), "a")
+    model.delete_adapter("a")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(TrainableTokensWrapper, "add_adapter", fail)
+    with unchanged(model), pytest.raises(RuntimeError, match="no memory"):
+        model.add_adapter("b", config([1]))
+    model.add_adapter("c", config(**WAYS["lora"]))
 
 
 def test_files(tmp_path: Path) -> None:
