@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -480,16 +479,27 @@ def _targets_embedding_or_head(
 def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
     """Return whether the vocabulary of a model has been resized.
 
-    The current size is compared with the one in the base model's ``config.json``, which the model
-    had when it was loaded. The result is False if the base model was not loaded from a local
-    folder.
+    The current size is compared with the one in the config that the base model was loaded with,
+    from a local folder or from the Hugging Face Hub. A config in the Hub's local cache is read
+    without a request to the Hub. If the config cannot be read, a warning is emitted and the result
+    is False, as in PEFT.
     """
-    path = Path(config.base_model_name_or_path or "") / "config.json"
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not config.base_model_name_or_path or not path.is_file() or size is None:
+    name = config.base_model_name_or_path
+    current: Any = getattr(model, "config", None)
+    size = getattr(current, "vocab_size", None)
+    if not name or size is None:
         return False
-    original = json.loads(path.read_text(encoding="utf-8")).get("vocab_size", size)
-    return bool(original != size)
+    loaded_from_name = getattr(current, "_name_or_path", None) == name
+    revision = getattr(current, "_commit_hash", None) if loaded_from_name else config.revision
+    try:
+        original = type(current).from_pretrained(name, revision=revision)
+    except Exception:  # also what a config class raises for fields that it does not accept
+        warn(  # begins as in PEFT
+            f"Could not find a config file in {name} - will assume that the vocabulary was not "
+            "modified. If it was, pass save_embedding_layers=True",
+        )
+        return False
+    return bool(getattr(original, "vocab_size", size) != size)
 
 
 @torch.no_grad()

@@ -571,4 +571,15 @@ FAULTS = (
             "[fields1-False]",
         ),
     ),
+    Fault(
+        sentence="A file of a model from the Hub lacks the embeddings that were resized.",
+        kind="a size that is compared with itself",
+        source="a base model loaded by its id",
+        path="fastlora/model/adapter_state.py",
+        before='return bool(getattr(original, "vocab_size", size) != size)',
+        after="return False",
+        tests=(
+            "tests/model/test_dropin_calls.py::test_resized_embeddings_of_a_model_from_the_hub[True]",
+        ),
+    ),
 )

@@ -275,6 +275,30 @@ def test_resized_embeddings_are_saved_along(tmp_path: Path) -> None:
     assert torch.equal(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_resized_embeddings_of_a_model_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """The original size is in the cached config; without it a warning says that it is unknown."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, commit = tmp_path / "hub" / "models--org--tiny", "a" * 40
+    tiny_llama().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained("org/tiny")
+    base.resize_token_embeddings(101)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    if not cached:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    message = "has been resized" if cached else "Could not find a config file in org/tiny"
+    with pytest.warns(UserWarning, match=message):
+        model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert any("embed_tokens" in key for key in saved) == cached
+
+
 def test_fp8_base_weights_get_fp32_factors() -> None:
     """Factors are never in a dtype that cannot train."""
 
