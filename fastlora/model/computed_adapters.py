@@ -24,6 +24,7 @@ from fastlora.model.plan import AdapterPlan, plan_target_modules
 from fastlora.model.tied_weights import ModulesAdaptedWithEmbedding, input_embedding_name
 from fastlora.ops.stacks import rank_row_views
 from fastlora.sharding import is_dtensor
+from fastlora.user_warnings import warn
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
@@ -246,6 +247,25 @@ def _ties_of_sources(model: nn.Module, adapters: Sequence[str]) -> ModulesAdapte
     return ModulesAdaptedWithEmbedding(tuple(sorted(heads)), tuple(copies))
 
 
+def warn_if_base_biases_left_out(source_configs: Mapping[str, LoraConfig]) -> None:
+    """Warn if a new adapter in the model leaves out base biases that its sources train.
+
+    At most one adapter of a model trains biases of the base model, because all adapters share them.
+
+    Args:
+        source_configs: A mapping from adapter names to configs. It contains the adapters from which
+            the new adapter is computed.
+    """
+    for name, config in source_configs.items():
+        if config.bias != "none":
+            warn(
+                f"the new adapter does not include the base biases that adapter {name!r} trains "
+                f"(bias={config.bias!r}). They stay in this model, but the new adapter's file does "
+                "not contain them; save_as_lora saves a reduced adapter together with its base "
+                "biases",
+            )
+
+
 def _owner_by_copied_module(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
     """Return a dict that maps the name of each copied module to the adapter that owns the copy.
 
@@ -311,7 +331,7 @@ def _computed_adapter_config(
     rank = max(ranks.values())
     config.r = config.lora_alpha = rank
     config.use_rslora = False  # alpha / sqrt(rank) would scale a second time
-    config.bias = "none"  # the biases of the base model do not belong to the adapter
+    config.bias = "none"  # at most one adapter of a model trains the base model's biases
     config.lora_bias = any(each.lora_bias for each in configs)
     config.init_lora_weights = True
     config.modules_to_save = sorted(modules_to_save) or None

@@ -29,6 +29,7 @@ from fastlora.model.computed_adapters import (
     factor_matrices,
     join_per_matrix_factors,
     split_factors_by_matrix,
+    warn_if_base_biases_left_out,
 )
 from fastlora.model.inject import layers_with_own_factors
 from fastlora.model.tuner import tuner_of
@@ -90,7 +91,8 @@ def reduce_rank(
     The copy is a new adapter that approximates the given adapter. On each layer, the new update is
     the best approximation of the old update with the given rank, in the Frobenius norm. The factors
     of the new adapter include the scaling. Biases of ``lora_B``, DoRA magnitudes, and copies of
-    modules are copied. The new adapter is frozen and inactive.
+    modules are copied. If the given adapter trains base biases, a warning says that the new adapter
+    does not. The new adapter is frozen and inactive.
 
     Args:
         model: The model that has the adapter.
@@ -113,6 +115,7 @@ def reduce_rank(
     """
     model.base_model.check_new_adapter_name(new_adapter_name)
     new, errors = _compute_reduced_adapter(model, rank, adapter_name)
+    warn_if_base_biases_left_out({adapter_name: model.base_model.peft_config[adapter_name]})
     model.base_model.add_computed_adapter(new_adapter_name, new)
     return RankReduction(new_adapter_name, new.ranks, errors)
 
@@ -131,7 +134,7 @@ def convert_to_lora(
 
     In a `LoraModel`, the adapter is already a LoRA adapter. The result is then a reduced-rank
     approximation of the adapter, as in `reduce_rank`, and a warning reports the approximation
-    error.
+    error. It contains the base biases that the adapter trains.
 
     Args:
         model: A `LoraModel` or a PEFT model. For a PEFT model, PEFT's function is called.
@@ -159,9 +162,10 @@ def convert_to_lora(
     tuner = model.base_model
     tuner.add_computed_adapter(_CONVERTED, new)
     try:
-        state = model.state_dict()
+        config, state = tuner.peft_config[_CONVERTED], model.state_dict()
+        config.bias = tuner.peft_config[adapter_name].bias
         tensors = adapter_state.adapter_file_state_dict(model, _CONVERTED, state, False)
-        return tuner.peft_config[_CONVERTED], {k: v.detach().clone() for k, v in tensors.items()}
+        return config, {k: v.detach().clone() for k, v in tensors.items()}
     finally:
         tuner._delete_adapter(_CONVERTED)  # also in an open `fastlora.adapters` block
 
@@ -203,10 +207,11 @@ def reduce_intruder_dimension(
 ) -> None:
     """Add a copy of an adapter, and scale down the intruder dimensions of the copy.
 
-    The copy is activated. An intruder dimension is one of the leading singular vectors of the
-    adapted weight that is not similar to any singular vector of the base weight. Intruder
-    dimensions are associated with forgetting (https://arxiv.org/abs/2410.21228). Scaling them down
-    may lower the accuracy on the adapter's own task.
+    The copy is activated. If the given adapter trains base biases, a warning says that the copy
+    does not. An intruder dimension is one of the leading singular vectors of the adapted weight
+    that is not similar to any singular vector of the base weight. Intruder dimensions are
+    associated with forgetting (https://arxiv.org/abs/2410.21228). Scaling them down may lower the
+    accuracy on the adapter's own task.
 
     Args:
         peft_model: The model that has the adapter.
@@ -259,6 +264,7 @@ def reduce_intruder_dimension(
     config = copy.deepcopy(old)
     config.bias, config.init_lora_weights = "none", True
     new = build_computed_adapter(tuner.model, {old_adapter_name: old}, factors, config)
+    warn_if_base_biases_left_out({old_adapter_name: old})
     tuner.add_computed_adapter(new_adapter_name, new)
     tell(f"Enabling new adapter {new_adapter_name}")
     peft_model.set_adapter(new_adapter_name)

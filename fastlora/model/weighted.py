@@ -19,6 +19,7 @@ from fastlora.model.computed_adapters import (
     factor_matrices,
     join_per_matrix_factors,
     split_factors_by_matrix,
+    warn_if_base_biases_left_out,
 )
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import layers_with_own_factors
@@ -93,6 +94,7 @@ def combine_adapters(
         holders = [summand for summand in chosen if summand.adapter in layer.r]
         if holders:
             factors[name] = _combine_on_layer(name, layer, holders, options)
+    warn_if_base_biases_left_out(configs)
     return build_computed_adapter(model, configs, factors)
 
 

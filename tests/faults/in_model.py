@@ -582,4 +582,13 @@ FAULTS = (
             "tests/model/test_dropin_calls.py::test_resized_embeddings_of_a_model_from_the_hub[True]",
         ),
     ),
+    Fault(
+        sentence="A converted adapter loses the base biases that it trained.",
+        kind="a field that is reset",
+        source="bias='all' in save_as_lora",
+        path="fastlora/model/reduce.py",
+        before="        config.bias = tuner.peft_config[adapter_name].bias\n",
+        after="",
+        tests=(f"{_BIASES}::test_a_converted_adapter_keeps_its_biases[all]",),
+    ),
 )

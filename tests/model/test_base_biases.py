@@ -91,6 +91,25 @@ def test_a_file_holds_the_biases_that_were_trained(tmp_path: Path, bias: str) ->
 
 
 @pytest.mark.parametrize("bias", MODES)
+def test_a_converted_adapter_keeps_its_biases(tmp_path: Path, bias: str) -> None:
+    """The file of a conversion holds the biases; of a new adapter beside it, a warning says not."""
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["v"], bias=bias))
+    trained = train(model)
+    fastlora.save_as_lora(tmp_path, model, 1.0)
+    torch.testing.assert_close(outputs(LoraModel.from_pretrained(base(), tmp_path)), trained)
+    torch.testing.assert_close(outputs(peft.PeftModel.from_pretrained(base(), tmp_path)), trained)
+    assert trains(model) == trains(
+        get_peft_model(base(), LoraConfig(r=2, target_modules=["v"], bias=bias))
+    )
+    with pytest.warns(UserWarning, match="does not include the base biases that adapter 'default'"):
+        fastlora.reduce_rank(model, 1.0)
+    with pytest.warns(UserWarning, match="does not include the base biases"):
+        fastlora.reduce_intruder_dimension(model, logging_sink=None)
+    with pytest.warns(UserWarning, match="does not include the base biases"):
+        model.add_weighted_adapter(["default", "reduced"], [0.5, 0.5], "sum")
+
+
+@pytest.mark.parametrize("bias", MODES)
 def test_biases_in_files_of_peft(tmp_path: Path, bias: str) -> None:
     """A file that PEFT saved beside another adapter has biases under that adapter's names too."""
     twin = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["q"], bias=bias))
