@@ -21,7 +21,12 @@ from fastlora.layers import (
 )
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterContents
-from fastlora.model.base_modules import base_module_of, strip_wrapper_prefixes
+from fastlora.model.base_modules import (
+    WRAPPER_PREFIX,
+    base_module_of,
+    strip_wrapper_prefixes,
+    strip_wrapper_prefixes_from_keys,
+)
 from fastlora.model.base_state import key_without_adapters, strip_adapter_wrapper_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import (
@@ -49,6 +54,18 @@ if TYPE_CHECKING:
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
 
 
+def file_key(name: str, key_within_module: str) -> str:
+    """Return the key that a tensor of a module or parameter has in an adapter file.
+
+    The prefixes of wrapper modules (see `strip_wrapper_prefixes`) are left out of the key.
+
+    Args:
+        name: The name of the module or parameter in the base model.
+        key_within_module: The rest of the key, such as ``lora_A.weight``.
+    """
+    return f"{KEY_PREFIX}{WRAPPER_PREFIX.sub('', name)}.{key_within_module}"
+
+
 def file_keys_to_state_keys(
     lora_model: LoraModel, adapter_name: str, bias: str | None = None
 ) -> dict[str, str]:
@@ -71,7 +88,7 @@ def file_keys_to_state_keys(
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
     for name, module in modules_with_adapters(model, include_inner_lora_layers=False):
-        at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
+        at = file_key(name, "")
         if isinstance(module, ModuleWrapper) or module._has_adapter(adapter_name):
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
@@ -85,15 +102,6 @@ def _bias_file_key(model: nn.Module, name: str, adapter_name: str) -> str:
     """Return the key in an adapter's file of the base bias called ``name``."""
     key = str(key_without_adapters(model, name, adapter_name))
     return KEY_PREFIX + strip_wrapper_prefixes(key)
-
-
-def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Strip the prefixes of wrapper modules from the keys of a state dict.
-
-    The result is a new dict with the same tensors. See `strip_wrapper_prefixes` for the
-    wrappers.
-    """
-    return {strip_wrapper_prefixes(key): tensor for key, tensor in state.items()}
 
 
 def check_adapter_fits_model(
@@ -273,15 +281,17 @@ def check_overwritable_from_file(
 def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, target in plan.targets.items():
+        at = file_key(name, "")
         for key, shape in target.tensor_shapes_by_key_within_module().items():
-            shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
+            shapes[at + key] = shape
     for name in (*plan.modules_to_save, *plan.tied_copies):
+        at = file_key(name, "")
         for key, tensor in base_module_of(model.get_submodule(name)).state_dict().items():
-            shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
+            shapes[at + key] = tuple(tensor.shape)
     for name, tokens in plan.tokens.items():
         if tokens.tied_to is None:
             weight: Any = _base_weight_of_module(model, name)
-            shapes[f"{KEY_PREFIX}{name}.{TOKENS_KEY}"] = (len(tokens.indices), weight.shape[1])
+            shapes[file_key(name, TOKENS_KEY)] = (len(tokens.indices), weight.shape[1])
     return shapes
 
 
@@ -298,12 +308,11 @@ def _file_shapes_of_tied_heads(
     factors, keyed by file key. Other entries are ignored.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    at = KEY_PREFIX + str(input_embedding_name(model)) if plan.tied_heads else ""
+    embedding = str(input_embedding_name(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-            shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = embedding_factor_shapes[f"{at}.{own}"][
-                ::-1
-            ]
+            shape = embedding_factor_shapes[file_key(embedding, own)]
+            shapes[file_key(name, f"{end}.weight")] = shape[::-1]
     return shapes
 
 
@@ -369,13 +378,13 @@ def adapter_file_state_dict(
         base[_bias_file_key(model, name, adapter_name)] = bias
     for name, module in modules_with_adapters(model):
         if isinstance(module, TiedLoraHead) and adapter_name in module.r:
-            at = KEY_PREFIX + str(input_embedding_name(model))
+            embedding = str(input_embedding_name(model))
             for disk, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-                factor = tensors[f"{at}.{own}"]
-                tensors[f"{KEY_PREFIX}{name}.{disk}.weight"] = factor.t().contiguous()
+                factor = tensors[file_key(embedding, own)]
+                tensors[file_key(name, f"{disk}.weight")] = factor.t().contiguous()
             if not any(are_embeddings_copied_and_targeted(config)):
                 warn(
-                    f"{name!r} shares the LoRA factors of {at.removeprefix(KEY_PREFIX)!r} "
+                    f"{name!r} shares the LoRA factors of {embedding!r} "
                     "(ensure_weight_tying=True), but PEFT will load this adapter without an "
                     "adapter on the head, because PEFT ties only modules named "
                     f"{' or '.join(EMBEDDING_NAMES)}"
@@ -402,14 +411,12 @@ def adapter_file_state_dict(
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
             if isinstance(module, TrainableTokensWrapper):
                 inner = "token_adapter.base_layer.weight"
-            own, weight = (
-                "weight" if isinstance(module, FastLoraLinear) else inner,
-                _base_weight_of_module(model, name),
-            )
+            own = "weight" if isinstance(module, FastLoraLinear) else inner
+            weight = _base_weight_of_module(model, name)
             if weight is not None:
-                base[f"{KEY_PREFIX}{name}.{inner}"] = weight
-                weight = source.get(f"{KEY_PREFIX}{name}.{own}", weight)
-                tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
+                base[file_key(name, inner)] = weight
+                weight = source.get(file_key(name, own), weight)
+                tensors[file_key(name, inner)] = weight.detach()
     return tensors | (_values_before_merge(model, base) if base else {})
 
 
@@ -567,11 +574,11 @@ def _copy_into_model_tensor(
         copy_full_tensor_(target, source)
         return
     name, _, leaf = key.rpartition(".")
-    owner, inside = lora_model.get_submodule(name), f"{key.removeprefix(KEY_PREFIX)}."
+    owner = lora_model.get_submodule(name)
     layer = next(
         m
         for n, m in modules_with_adapters(lora_model.base_model.model)
-        if inside.startswith(f"{n}.")
+        if f"{key}.".startswith(file_key(n, ""))
     )
     devices = (p.device for p in base_module_of(layer).parameters() if not p.is_meta)
     made = source.detach().to(next(devices, source.device), target.dtype, copy=True)

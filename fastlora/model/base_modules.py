@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,8 +16,8 @@ from fastlora.layers.base_layers import fallback_reason_hooked
 from fastlora.sharding import is_dtensor, is_fsdp2_module
 
 # Name components that torch.compile, FSDP1, and activation checkpointing add when they wrap a
-# module.
-_WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# module. See `strip_wrapper_prefixes`.
+WRAPPER_PREFIX = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 # For each module of a base model: the name, the module, and whether it is, or is inside, a module
@@ -29,9 +31,21 @@ def strip_wrapper_prefixes(name: str) -> str:
     The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
     occur in the name.
     """
-    for wrapped in _WRAPPED:
-        name = name.replace(wrapped, "")
-    return name
+    return WRAPPER_PREFIX.sub("", name)
+
+
+def strip_wrapper_prefixes_from_names(names: Iterable[str]) -> list[str]:
+    """Return a list of names without wrapper prefixes. See `strip_wrapper_prefixes`."""
+    return [WRAPPER_PREFIX.sub("", name) for name in names]
+
+
+def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Strip the prefixes of wrapper modules from the keys of a state dict.
+
+    The result is a new dict with the same tensors. See `strip_wrapper_prefixes` for the
+    wrappers.
+    """
+    return {WRAPPER_PREFIX.sub("", key): tensor for key, tensor in state.items()}
 
 
 def is_lora_layer(module: nn.Module) -> bool:

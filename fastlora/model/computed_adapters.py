@@ -14,6 +14,7 @@ from torch import nn
 
 from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
+from fastlora.model.base_modules import strip_wrapper_prefixes_from_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import (
     lora_layers,
@@ -209,7 +210,7 @@ def build_computed_adapter(
     outer = set(factors) - inner
     if set(plan.adapted_module_and_parameter_names) != outer | parameters:
         # The configs select layers in different ways. Only a list of names describes all layers.
-        config.target_modules = outer
+        config.target_modules = set(strip_wrapper_prefixes_from_names(outer))
         config.target_parameters = sorted(parameters) or None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config._set_layer_ranks_and_alphas(ranks, alphas)

@@ -27,6 +27,7 @@ from fastlora.model.adapter_files import (
     read_config_matching_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
+from fastlora.model.base_modules import strip_wrapper_prefixes
 from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
 from fastlora.model.peft_config_methods import PeftConfigMethods
 from fastlora.patterns import (
@@ -403,17 +404,14 @@ class LoraConfig(PeftConfigMethods):
         """Return the name to match against ``rank_pattern`` and ``alpha_pattern``.
 
         The given name is that of a module or target parameter. If the weight of the module is a
-        target parameter, the result is the name of the weight, as in PEFT. Otherwise, the given
-        name is returned unchanged.
+        target parameter, the result is the name of the weight, as in PEFT. Otherwise, the result is
+        the given name. The prefixes of wrapper modules are left out, as in adapter files.
         """
-        weight, entries = f"{module_or_parameter_name}.weight", self.target_parameters or ()
+        name = strip_wrapper_prefixes(module_or_parameter_name)
+        weight, entries = f"{name}.weight", self.target_parameters or ()
         # A config may list any number of names.
         with count_toward_matching_time_limit("target_parameters"):
-            return (
-                weight
-                if any(f".{weight}".endswith(f".{e}") for e in entries)
-                else module_or_parameter_name
-            )
+            return weight if any(f".{weight}".endswith(f".{e}") for e in entries) else name
 
     def _set_layer_ranks_and_alphas(
         self, ranks: Mapping[str, int], alphas: Mapping[str, int | float]

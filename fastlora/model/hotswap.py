@@ -30,7 +30,7 @@ from fastlora.layers.rank_padding import (
 )
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
-from fastlora.model.base_modules import peft_function_or_raise
+from fastlora.model.base_modules import peft_function_or_raise, strip_wrapper_prefixes_from_keys
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors
 from fastlora.model.inject import (
@@ -116,7 +116,7 @@ def prepare_model_for_compiled_hotswap(
                 "prepare_model_for_compiled_hotswap was called with a model that is already "
                 "compiled; swapping in an adapter of another rank will recompile it",
             )
-    tuner = tuner_of(getattr(model, "_orig_mod", model))
+    tuner = tuner_of(model._modules.get("_orig_mod", model))
     layers = lora_layers(model if tuner is None else tuner.model)
     if not layers:
         theirs = _peft_function(model, "prepare_model_for_compiled_hotswap")
@@ -198,7 +198,7 @@ def hotswap_adapter(
         HotswapError: If the new weights do not match the loaded adapter. The model is unchanged
             after any of these errors.
     """
-    own: Any = getattr(model, "_orig_mod", model)
+    own: Any = model._modules.get("_orig_mod", model)
     if tuner_of(own) is None:
         _peft_function(model, "hotswap_adapter")(
             model, model_name_or_path, adapter_name, torch_device, **kwargs
@@ -236,7 +236,7 @@ def hotswap_adapter_from_state_dict(
             `hotswap_adapter`.
         AdapterNotFoundError, AdapterStateError, ConfigError, HotswapError: See `hotswap_adapter`.
     """
-    own: Any = getattr(model, "_orig_mod", model)
+    own: Any = model._modules.get("_orig_mod", model)
     if tuner_of(own) is None:
         raise UnsupportedLayerError(
             f"hotswap_adapter_from_state_dict expects a fastlora.LoraModel, got "
@@ -247,8 +247,9 @@ def hotswap_adapter_from_state_dict(
     disk = {
         key: name for name, key in adapter_state.file_keys_to_state_keys(own, adapter_name).items()
     }
+    tensors = strip_wrapper_prefixes_from_keys(state_dict)
     _check_and_write_tensors(
-        own, {disk.get(key, key): t for key, t in state_dict.items()}, adapter_name, given
+        own, {disk.get(key, key): t for key, t in tensors.items()}, adapter_name, given
     )
 
 
@@ -289,7 +290,7 @@ def _check_and_write_tensors(
         )
     given = {
         name: _checked_new_layer_tensors(
-            name, layer, tensors, config, prefixes.get(name, f"{name}.")
+            name, layer, tensors, config, prefixes.get(name, adapter_state.file_key(name, ""))
         )
         for name, layer in layers.items()
     }
@@ -355,19 +356,18 @@ def _checked_new_layer_tensors(
     layer: LoraLayer,
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig,
-    prefix: str,
+    at: str,
 ) -> dict[str, torch.Tensor]:
     """Return the new adapter's tensors for a layer, after checking them.
 
     The result is a dict whose keys are those of PEFT's adapter files without the layer's name. The
-    dict is empty if the new adapter does not adapt the layer. ``prefix`` is the layer's name in the
-    keys of ``tensors``, followed by a dot.
+    dict is empty if the new adapter does not adapt the layer. ``at`` is the part of the keys of
+    ``tensors`` that precedes the keys of the result.
 
     Raises:
         HotswapError: If only some of the layer's tensors are given, or if a shape differs.
     """
     expected = adapter_tensor_shapes(layer, name, config)
-    at = KEY_PREFIX + prefix
     found = {key: tensors[f"{at}{key}"] for key in expected if f"{at}{key}" in tensors}
     for key, tensor in found.items():
         if tuple(tensor.shape) != tuple(expected[key]):
@@ -403,7 +403,7 @@ def _file_key_prefixes_by_parameter(
     modules to the names of the parameters that an adapter adapts in these modules.
     """
     return {
-        f"{module}.{name}": f"{module}.{prefix}"
+        f"{module}.{name}": adapter_state.file_key(module, prefix)
         for module, names in adapted_parameters_by_module.items()
         for name, prefix in file_prefixes_by_parameter(names).items()
     }
@@ -439,7 +439,7 @@ def _with_keys_of_loaded_adapter(
         }
     )
     new_keys = {
-        f"{KEY_PREFIX}{prefix}{part}": f"{KEY_PREFIX}{loaded_prefixes.get(name, f'{name}.')}{part}"
+        f"{prefix}{part}": f"{loaded_prefixes.get(name, adapter_state.file_key(name, ''))}{part}"
         for name, prefix in given.items()
         for part in ("lora_A.weight", "lora_B.weight")
     }
@@ -491,8 +491,8 @@ def _tensors_outside_layers(
         HotswapError: If a tensor is missing or has a different shape.
     """
     base = model.base_model.model
-    state = model.state_dict()
-    inside = tuple(f"{KEY_PREFIX}{name}." for name in lora_layers(base))
+    state = strip_wrapper_prefixes_from_keys(model.state_dict())
+    inside = tuple(adapter_state.file_key(name, "") for name in lora_layers(base))
     pairs = []
     for disk, key in keys.items():
         if disk.startswith(inside) and not disk.endswith("base_layer.bias"):

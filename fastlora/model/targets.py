@@ -23,6 +23,8 @@ from fastlora.model.base_modules import (
     is_trainable_tokens_wrapper,
     modules_with_original_names,
     named_modules_outside_adapters,
+    strip_wrapper_prefixes,
+    strip_wrapper_prefixes_from_names,
     unwrap_auxiliary_wrapper,
 )
 from fastlora.model.config import LoraConfig
@@ -148,23 +150,38 @@ def select_targets(
         if former or config.target_parameters or is_new
         else []
     )
+    wrapped = {name: inside for name, _, inside in modules if name}
+    names = list(wrapped)
+    # Configs and files usually have the names without the prefixes of wrapper modules.
+    bare_names = strip_wrapper_prefixes_from_names(names)
+    if layers_in_file:
+        pairs = zip(names, bare_names, strict=True)
+        layers_in_file = {name for name, bare in pairs if bare in layers_in_file}
     selected = select_parameters(former, config, base, layers_in_file)
     if resolved_targets == NO_TARGETS:
         return SelectedTargets([], selected)
     saved = saved_modules_and_task_heads(config)
-    wrapped = {name: inside for name, _, inside in modules if name}
-    names = list(wrapped)
     excludes = bool(config.exclude_modules or saved)
-    excluded = {name for name in names if excludes and is_excluded(name, config, saved)}
+    excluded = {
+        name
+        for name, bare in zip(names, bare_names, strict=True)
+        if excludes
+        and (
+            is_excluded(bare, config, saved) or (bare != name and is_excluded(name, config, saved))
+        )
+    }
     named = [(each.module_name, former_names_of_parameter(former, each)) for each in base]
     converted = {module_name for module_name, olds in named if olds}
     former_names = {old for _, olds in named for old in olds}
     found = [
         name
-        for name in names
+        for name, bare in zip(names, bare_names, strict=True)
         if name not in excluded
-        and matches_targets(name, resolved_targets, config)
         and name not in converted
+        and (
+            matches_targets(bare, resolved_targets, config)
+            or (bare != name and matches_targets(name, resolved_targets, config))
+        )
     ]
     by_module = selected.by_module()
     named_in_config = {*found, *by_module}
@@ -183,7 +200,8 @@ def select_targets(
     ]
     left = experts_named_but_not_selected(left, found, config) if left else []
     if not found and not selected.parameters:
-        message = _no_target_message(names, excluded, resolved_targets, config)
+        without = strip_wrapper_prefixes_from_names(excluded)
+        message = _no_target_message(bare_names, without, resolved_targets, config)
         raise TargetNotFoundError(f"{message}{_hint_about_experts(left)}")
     _check_bypassed(model, found)
     for name in found:
@@ -194,7 +212,7 @@ def select_targets(
             )
     # The warning of experts that are left out is about projections too.
     told = {*former_names, *(FEED_FORWARD_NAMES if left or not is_new else ())}
-    lost = _unmatched_targets(names, resolved_targets)
+    lost = _unmatched_targets([*names, *bare_names], resolved_targets)
     unmatched = [entry for entry in lost if entry.rpartition(".")[2] not in told]
     excludes = bool(excluded or selected.excluded)
     adapted = [*found, *tied_heads]
@@ -425,7 +443,7 @@ def resolve_target_modules(
     if targets is None:
         targets = _default_targets(model, config)
     if is_all_linear(targets):
-        modules = modules_with_original_names(model) if modules is None else modules
+        modules = _with_bare_names(modules or modules_with_original_names(model))
         targets = {
             name for name, inside in _linears_without_head(model, config, modules) if not inside
         }
@@ -439,10 +457,15 @@ def resolve_target_modules(
         # With layers_to_transform, full names are exempt from the layer filter but suffixes are
         # not. PEFT's shortening would then change which modules match.
         return targets
-    modules = modules_with_original_names(model) if modules is None else modules
+    modules = _with_bare_names(modules or modules_with_original_names(model))
     others = [n for n, _, _ in modules if n and not matches_names(n, targets)]
     shorter = distinguishing_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
+
+
+def _with_bare_names(modules: ModulesWithOriginalNames) -> ModulesWithOriginalNames:
+    """Return the modules under their names without the prefixes of wrapper modules."""
+    return [(strip_wrapper_prefixes(name), module, wrapped) for name, module, wrapped in modules]
 
 
 def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
@@ -624,7 +647,8 @@ def _format_unmatched_config_values(
     )
     if config.exclude_modules and not any_excluded:
         unused.append(f"exclude_modules={format_config_value(config.exclude_modules)}")
+    names = strip_wrapper_prefixes_from_names(found_target_names)
     for field in ("rank_pattern", "alpha_pattern"):
-        lost = patterns_matching_no_suffix(field, getattr(config, field), found_target_names)
+        lost = patterns_matching_no_suffix(field, getattr(config, field), names)
         unused += [f"{field} keys {format_config_value(lost)}"] if lost else []
     return unused

@@ -591,4 +591,16 @@ FAULTS = (
         after="",
         tests=(f"{_BIASES}::test_a_converted_adapter_keeps_its_biases[all]",),
     ),
+    Fault(
+        sentence="A pattern for one module does not act if the module is in a compiled one.",
+        kind="two names of one module",
+        source="wrapped modules",
+        path="fastlora/model/config.py",
+        before="name = strip_wrapper_prefixes(module_or_parameter_name)",
+        after="name = module_or_parameter_name",
+        tests=(
+            f"{_HOTSWAP}::test_wrapped_modules[compiled]",
+            "tests/model/test_model.py::test_files_and_wrapped_modules[patterns-compiled]",
+        ),
+    ),
 )

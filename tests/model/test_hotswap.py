@@ -20,7 +20,7 @@ from fastlora.validation import (
 )
 from tests.support.compiled import graph_count
 from tests.support.peft_twins import assert_files_cross, peft
-from tests.support.tiny import adapted, randomize, tiny_llama, two_layers, unchanged
+from tests.support.tiny import adapted, in_a_wrapper, randomize, tiny_llama, two_layers, unchanged
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 
@@ -93,6 +93,32 @@ def test_nothing_is_compiled_anew(dora: bool, tmp_path: Path) -> None:
     assert graph_count() == count
     factor = model.base_model.model.q.lora_B["default"].weight
     assert factor.grad is not None
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_wrapped_modules(how: str, tmp_path: Path) -> None:
+    """Another rank and a pattern for one module act, by a folder and by tensors of such a model."""
+    config = {"r": 6, "alpha_pattern": {"0.q": 40}}
+    new = adapted(seed=2, base=in_a_wrapper("none"), **config)
+    new.save_pretrained(tmp_path)
+    model = adapted(base=in_a_wrapper(how))
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(model(X), new(X))
+    model.save_pretrained(tmp_path / "again")
+    again = fastlora.LoraModel.from_pretrained(in_a_wrapper("none"), tmp_path / "again")
+    assert torch.equal(again(X), new(X))
+    model = adapted(base=in_a_wrapper(how))
+    state = adapted(seed=2, base=in_a_wrapper(how), **config).state_dict()
+    state = {key: tensor for key, tensor in state.items() if "lora_" in key}
+    fastlora.hotswap_adapter_from_state_dict(model, state, "default", new.peft_config["default"])
+    assert torch.equal(model(X), new(X))
+
+
+def test_a_model_with_a_compiled_base(tmp_path: Path) -> None:
+    expected = saved(tmp_path)
+    model = adapted(base=torch.compile(two_layers(), backend="eager"))
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(model(X), expected)
 
 
 def test_a_mixed_batch_sees_the_swap(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import cProfile
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
-from tests.support.tiny import TwoLayers, adapted, randomize, tiny, tiny_llama, unchanged
+from tests.support.tiny import (
+    TwoLayers,
+    adapted,
+    in_a_wrapper,
+    randomize,
+    tiny,
+    tiny_llama,
+    unchanged,
+)
 
 CONFIG = {"r": 4, "target_modules": ["q", "v"]}
 
@@ -156,6 +165,44 @@ def test_own_files_load_over_an_adapter_that_was_scaled(tmp_path: Path) -> None:
         model.load_adapter(tmp_path, "default")
         assert torch.equal(model(x), found[-1])
     torch.testing.assert_close(*found)
+
+
+WRAPPED = [
+    {"target_modules": ["0.q", "v"], "alpha_pattern": {"0.q": 40}, "rank_pattern": {"0.v": 3}},
+    {"target_modules": r"0\.[qv]", "exclude_modules": ["0.v"], "lora_alpha": 4},
+    {"target_modules": "all-linear", "modules_to_save": ["head"]},
+]
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+@pytest.mark.parametrize("config", WRAPPED, ids=["patterns", "expression", "all-linear"])
+def test_files_and_wrapped_modules(how: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """The names of wrappers are in no file, so files load into models with and without them."""
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    for saved, loaded in (("none", how), (how, "none"), (how, how)):
+        model = adapted(base=in_a_wrapper(saved), **config)
+        model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = LoraModel.from_pretrained(in_a_wrapper(loaded), tmp_path)
+        assert torch.equal(again(x), model(x))
+        again.load_adapter(tmp_path, "default")
+        again.load_adapter(tmp_path, "other")
+        again.set_adapter("other")
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_sum_of_adapters_on_a_wrapped_module_is_saved(tmp_path: Path) -> None:
+    """Neither the targets nor the patterns of a computed config name the wrapper."""
+    model = adapted(base=in_a_wrapper("compiled"), target_modules=["q"], exclude_modules=["v"])
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["v"], init_lora_weights=False))
+    model.set_adapter(["default", "other"])
+    x = torch.randn(3, 16)
+    expected = model(x)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = LoraModel.from_pretrained(in_a_wrapper("none"), tmp_path / "sum")
+    torch.testing.assert_close(again(x), expected)
 
 
 def test_a_resized_embedding_is_loaded(tmp_path: Path) -> None:

@@ -118,6 +118,18 @@ def adapted(
     return model.eval()
 
 
+def in_a_wrapper(how: str) -> nn.Sequential:
+    """`two_layers` as the module ``0``, as it is (``"none"``), compiled, or checkpointed."""
+    base = nn.Sequential(two_layers())
+    if how == "compiled":
+        base[0] = torch.compile(base[0], backend="eager")  # type: ignore[assignment]
+    elif how == "checkpointed":
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        base[0] = checkpoint_wrapper(base[0])
+    return base
+
+
 @contextlib.contextmanager
 def unchanged(*models: nn.Module) -> Iterator[None]:
     """Behind the block all is as it was: modules, values, what trains, configs, who acts."""
