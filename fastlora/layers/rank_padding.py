@@ -23,12 +23,10 @@ def factors_padded_to_rank(
 ) -> dict[str, parts.Factor]:
     """Return copies of an adapter's factors, padded with zeros to ``rank``.
 
-    The result is a dict that maps each part to the padded copy of its factor. It is empty if the
-    layer shares the factors of another layer. The layer is not changed.
+    The result is a dict that maps each part to the padded copy of its factor. The layer is not
+    changed.
     """
     held = layer._factors_by_name(adapter_name)
-    if not any(map(factor_parameters_by_name, held.values())):
-        return {}
     lora_bias = layer._factors(adapter_name)[2] is not None
     with torch.random.fork_rng(devices=[]):  # The drawn values are overwritten below.
         made = layer._create_factors(

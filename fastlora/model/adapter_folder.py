@@ -250,6 +250,20 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
         return opened.header
 
 
+def effective_key_mapping(
+    model: object, key_mapping: Mapping[str, str] | None
+) -> Mapping[str, str]:
+    """Return the key mapping to use for a model.
+
+    It is ``key_mapping`` or, if ``key_mapping`` is None, the key mapping that the model itself
+    defines. In the latter case, the result is empty if the model does not define a key mapping.
+    """
+    if key_mapping is not None:
+        return key_mapping
+    own = getattr(model, "_checkpoint_conversion_mapping", None)
+    return own if isinstance(own, Mapping) else {}
+
+
 def with_renamed_modules(
     file: AdapterContents, mapping: Mapping[str, str] | None
 ) -> AdapterContents:

@@ -136,7 +136,7 @@ def check_adapter_fits_model(
         shapes = _file_shapes_of_tied_heads(model, expected, plan) | expected
         biases = _base_biases_by_original_name(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
-            found = _base_weight_of_module(model, parts.module) if parts.kind == "base" else None
+            found = base_weight_of_module(model, parts.module) if parts.kind == "base" else None
             if parts.kind == "bias":
                 _, found = biases.get(
                     f"{strip_adapter_wrapper_names(parts.module)}.bias", (key, None)
@@ -290,7 +290,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
             shapes[at + key] = tuple(tensor.shape)
     for name, tokens in plan.tokens.items():
         if tokens.tied_to is None:
-            weight: Any = _base_weight_of_module(model, name)
+            weight: Any = base_weight_of_module(model, name)
             shapes[file_key(name, TOKENS_KEY)] = (len(tokens.indices), weight.shape[1])
     return shapes
 
@@ -329,7 +329,7 @@ def _base_biases_by_original_name(model: nn.Module) -> dict[str, tuple[str, torc
     }
 
 
-def _base_weight_of_module(model: nn.Module, name: str) -> torch.Tensor | None:
+def base_weight_of_module(model: nn.Module, name: str) -> torch.Tensor | None:
     """Return the weight of a module's base layer.
 
     Returns None if there is no such module or weight.
@@ -412,7 +412,7 @@ def adapter_file_state_dict(
             if isinstance(module, TrainableTokensWrapper):
                 inner = "token_adapter.base_layer.weight"
             own = "weight" if isinstance(module, FastLoraLinear) else inner
-            weight = _base_weight_of_module(model, name)
+            weight = base_weight_of_module(model, name)
             if weight is not None:
                 base[file_key(name, inner)] = weight
                 weight = source.get(file_key(name, own), weight)
@@ -528,7 +528,7 @@ def load_contents_into_adapter(
     set_adapter_tensors(lora_model, adapter_name, file.tensors)
     for disk, parts in file.keys.items():
         if parts.kind == "base" and disk in file.tensors:
-            weight = _base_weight_of_module(lora_model.base_model.model, parts.module)
+            weight = base_weight_of_module(lora_model.base_model.model, parts.module)
             if weight is not None:
                 with _unmerged_modules(lora_model.base_model.model, [weight]):
                     copy_full_tensor_(weight, file.tensors[disk])

@@ -28,13 +28,21 @@ from fastlora.layers.rank_padding import (
     replace_factors,
     set_scaling_and_alpha,
 )
+from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model import adapter_state
-from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
+from fastlora.model.adapter_folder import (
+    KEY_PREFIX,
+    effective_key_mapping,
+    load_adapter_folder,
+    with_renamed_modules,
+)
 from fastlora.model.base_modules import peft_function_or_raise, strip_wrapper_prefixes_from_keys
+from fastlora.model.base_state import strip_adapter_wrapper_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors
 from fastlora.model.inject import (
     adapted_layers,
+    layers_with_own_factors,
     lora_layers,
     modules_adapted_with_embedding,
 )
@@ -117,7 +125,8 @@ def prepare_model_for_compiled_hotswap(
                 "compiled; swapping in an adapter of another rank will recompile it",
             )
     tuner = tuner_of(model._modules.get("_orig_mod", model))
-    layers = lora_layers(model if tuner is None else tuner.model)
+    adapted = model if tuner is None else tuner.model
+    layers = layers_with_own_factors(adapted)
     if not layers:
         theirs = _peft_function(model, "prepare_model_for_compiled_hotswap")
         theirs(model, target_rank=target_rank, config=config, check_compiled="ignore")
@@ -149,6 +158,7 @@ def prepare_model_for_compiled_hotswap(
         configs[adapter].check_plain("an adapter of another rank")
     for layer, adapter, factors in made:
         replace_factors(layer, adapter, factors, target_rank)
+    _update_tied_heads(adapted)
     for adapter, of_model in configs.items():
         _copy_ranks_and_scalings_to_config(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
@@ -181,8 +191,8 @@ def hotswap_adapter(
         model_name_or_path: A local folder. For a PEFT model, anything that PEFT accepts.
         adapter_name: The adapter to replace. Its name does not change.
         torch_device: Ignored. The adapter's tensors stay on their devices.
-        **kwargs: ``subfolder`` is the path of the adapter inside the folder. Other arguments of
-            PEFT are ignored.
+        **kwargs: ``subfolder`` is the path of the adapter inside the folder, and ``key_mapping`` is
+            that of `LoraModel.load_adapter`. Other arguments of PEFT are ignored.
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
@@ -210,7 +220,9 @@ def hotswap_adapter(
                 clear_layer_caches(layer)
         return
     file = load_adapter_folder(Path(model_name_or_path) / (kwargs.get("subfolder") or ""))
-    file = convert_expert_factors(own.get_base_model(), file)
+    base = own.get_base_model()
+    file = with_renamed_modules(file, effective_key_mapping(base, kwargs.get("key_mapping")))
+    file = convert_expert_factors(base, file)
     _check_and_write_tensors(own, file.tensors, adapter_name, file.config)
 
 
@@ -273,12 +285,10 @@ def _check_and_write_tensors(
             )
     tied = modules_adapted_with_embedding(tuner.model, adapter_name)
     _check_ties_agree(tuner.model, tied, tensors, config)
-    # PEFT saves the factors of a tied head a second time.
-    heads = tuple(f"{KEY_PREFIX}{name}.lora_" for name in tied.heads)
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
-    layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
+    owners = layers_with_own_factors(tuner.model).items()
+    layers = {name: layer for name, layer in owners if adapter_name in layer.r}
     keys = adapter_state.file_keys_to_state_keys(model, adapter_name)
-    tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
+    tensors = _drop_unchanged_and_shared_weights(tuner.model, tensors, keys)
     prefixes = _file_key_prefixes_by_adapted_parameter(tuner.model, adapter_name)
     tensors = _with_keys_of_loaded_adapter(tuner.model, tensors, config, prefixes)
     unexpected = [key for key in tensors if key not in keys]
@@ -286,7 +296,8 @@ def _check_and_write_tensors(
         names = ", ".join(_insert_adapter_name(key, adapter_name) for key in unexpected)
         raise HotswapError(  # the first sentence is PEFT's
             f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. If the "
-            "new adapter targets different layers, load it under another name"
+            "new adapter targets different layers, load it under another name. A hot swap does not "
+            "change base weights"
         )
     given = {
         name: _checked_new_layer_tensors(
@@ -294,16 +305,13 @@ def _check_and_write_tensors(
         )
         for name, layer in layers.items()
     }
-    # A tied head has the factors of the embedding, and therefore its rank and scaling.
-    embedding = str(input_embedding_name(tuner.model)) if tied.heads else ""
-    owners = {name: embedding if name in tied.heads else name for name in layers}
-    left_out = [name for name in layers if not given[owners[name]]]
+    left_out = [name for name in layers if not given[name]]
     tuner.check_adapter_replaceable("hotswap_adapter", adapter_name, config, left_out)
     copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
     grown = {}
     for name, layer in layers.items():
-        rank = config.rank_for(owners[name])
-        if given[owners[name]] and rank > layer.r[adapter_name]:
+        rank = config.rank_for(name)
+        if given[name] and rank > layer.r[adapter_name]:
             _raise_if_split(name, layer)
             grown[name] = factors_padded_to_rank(layer, adapter_name, rank), rank
     # All checks have passed. The model is changed from here on.
@@ -311,8 +319,9 @@ def _check_and_write_tensors(
         replace_factors(layers[name], adapter_name, factors, rank)
     for name, layer in layers.items():
         layer.use_rslora[adapter_name] = config.use_rslora
-        set_scaling_and_alpha(layer, adapter_name, config.scaling_for(owners[name]))
+        set_scaling_and_alpha(layer, adapter_name, config.scaling_for(name))
         _write_layer_tensors(layer, adapter_name, given[name])
+    _update_tied_heads(tuner.model)
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
@@ -349,6 +358,18 @@ def _check_ties_agree(
             f"Configs are incompatible: only one of the adapters ties {differing[0]!r} to the "
             "input embedding (ensure_weight_tying); load the adapter under another name"
         )
+
+
+def _update_tied_heads(model: nn.Module) -> None:
+    """Set the ranks and scalings of tied heads to those of the embedding that owns the factors."""
+    for head in lora_layers(model).values():
+        if isinstance(head, TiedLoraHead):
+            source = head.tied_to
+            for adapter in head.r:
+                head.use_rslora[adapter] = source.use_rslora[adapter]
+                replace_factors(head, adapter, {}, source.r[adapter])
+                if head.scaling[adapter] != source.scaling[adapter]:
+                    set_scaling_and_alpha(head, adapter, source.scaling[adapter])
 
 
 def _checked_new_layer_tensors(
@@ -548,13 +569,14 @@ def _copy_ranks_and_scalings_to_config(
     config.rank_pattern = config.rank_pattern or dict.fromkeys(before, rank)
 
 
-def _drop_unchanged_base_weights(
+def _drop_unchanged_and_shared_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Drop unchanged base weights from the tensors of a new adapter.
+    """Drop the tensors that PEFT saves in addition to an adapter's own tensors.
 
-    A base weight is unchanged if it is equal to the model's weight of the same name. PEFT saves the
-    base weights of embeddings with some adapters. The result is a new dict.
+    These are base weights of embeddings and heads, which are dropped if they are equal to the
+    model's, and the copies of the factors that tied heads share with the input embedding. The
+    result is a new dict.
 
     Args:
         model: The base model with its adapters.
@@ -562,12 +584,18 @@ def _drop_unchanged_base_weights(
         adapter_keys: The keys of the loaded adapter's own tensors. Tensors with these keys are
             kept.
     """
-    own = dict(model.named_parameters())
+    heads = [n for n, layer in lora_layers(model).items() if isinstance(layer, TiedLoraHead)]
+    shared = {adapter_state.file_key(n, f"{p}.weight") for n in heads for p in ("lora_A", "lora_B")}
     remaining = {}
     for key, tensor in tensors.items():
-        weight = own.get(key.removeprefix("base_model.model."))
-        same = key not in adapter_keys and weight is not None and weight.shape == tensor.shape
-        if not (same and weight is not None and torch.equal(weight, tensor.to(weight))):
+        module, _, leaf = key.removeprefix(KEY_PREFIX).rpartition(".")
+        weight = None
+        if key not in adapter_keys and leaf == "weight":
+            name = strip_adapter_wrapper_names(module)
+            weight = adapter_state.base_weight_of_module(model, name)
+        same = weight is not None and weight.shape == tensor.shape
+        unchanged = same and weight is not None and torch.equal(weight, tensor.to(weight))
+        if key not in shared and not unchanged:
             remaining[key] = tensor
     return remaining
 

@@ -17,6 +17,7 @@ from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model import adapter_state, conversion
 from fastlora.model.adapter_folder import (
     AdapterContents,
+    effective_key_mapping,
     load_adapter_folder,
     save_adapter_folder,
     with_renamed_modules,
@@ -251,7 +252,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
             return model
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
-        file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
+        file = with_renamed_modules(file, effective_key_mapping(model, key_mapping))
         file = convert_expert_factors(model, file)
         chosen = file.config if config is None else config
         plan = make_adapter_plan(model, adapter_name, chosen, file=file)
@@ -308,7 +309,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         """
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
-        file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
+        file = with_renamed_modules(file, effective_key_mapping(model, key_mapping))
         file = whole = convert_expert_factors(model, file)
         plan = make_adapter_plan(model, adapter_name, file.config, file=file)
         plan.config.inference_mode = not is_trainable
@@ -551,20 +552,6 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
     """
     cls = type(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-
-
-def _effective_key_mapping(
-    model: nn.Module, key_mapping: Mapping[str, str] | None
-) -> Mapping[str, str]:
-    """Return the key mapping to use for a model.
-
-    It is ``key_mapping`` or, if ``key_mapping`` is None, the key mapping that the model itself
-    defines. In the latter case, the result is empty if the model does not define a key mapping.
-    """
-    if key_mapping is not None:
-        return key_mapping
-    own = getattr(model, "_checkpoint_conversion_mapping", None)
-    return own if isinstance(own, Mapping) else {}
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

@@ -58,8 +58,8 @@ FAULTS = (
         kind="a tensor without a place",
         source="9e5a853",
         path="fastlora/model/hotswap.py",
-        before="(same and weight is not None and torch.equal(weight, tensor.to(weight)))",
-        after="(same and weight is None)",
+        before="unchanged = same and weight is not None and torch.equal(weight, tensor.to(weight))",
+        after="unchanged = same and weight is None",
         tests=(f"{_HOTSWAP}::test_files_that_hold_the_base_embedding",),
     ),
     Fault(

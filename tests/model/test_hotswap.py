@@ -395,3 +395,56 @@ def test_files_that_hold_the_base_embedding(tmp_path: Path) -> None:
         model.get_base_model().get_input_embeddings().weight[0, 0] += 1
     with pytest.raises(HotswapError, match="unexpected keys found: .*embed_tokens"):
         fastlora.hotswap_adapter(model, tmp_path / "0", "default")
+
+
+def resized(tied: bool) -> Any:
+    """A Llama with ten more tokens than it was made with."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(107, mean_resizing=False)
+    return model
+
+
+FILES_WITH_MORE: list[tuple[bool, dict[str, Any]]] = [
+    (False, {"target_modules": ["q_proj", "lm_head"]}),
+    (True, {"target_modules": ["q_proj"]}),
+    (True, {"target_modules": ["q_proj"], "trainable_token_indices": [98, 99]}),
+    (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
+]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("tied, config", FILES_WITH_MORE, ids=[str(c) for _, c in FILES_WITH_MORE])
+def test_files_with_more_than_the_adapter(
+    tied: bool, config: dict[str, Any], padded: bool, tmp_path: Path
+) -> None:
+    """Base weights of embeddings and heads, and the factors of a tied head, are no other layers."""
+    ids = torch.tensor([[1, 2, 98, 99]])
+    new = adapted(seed=2, base=resized(tied), r=6, lora_alpha=24, **config)
+    for key, rows in new.state_dict().items():
+        if "trainable_tokens_delta" in key:
+            rows.mul_(2)
+    new.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = adapted(base=resized(tied), **{**config, "r": 2})
+    before = model(input_ids=ids).logits.detach()
+    if padded:
+        fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        torch.testing.assert_close(model(input_ids=ids).logits.detach(), before)
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    expected = new(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=True)
+    again = fastlora.LoraModel.from_pretrained(resized(tied), tmp_path / "again")
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
+
+
+def test_former_names_of_modules(tmp_path: Path) -> None:
+    """A swap maps the names in a file as loading does: by the model's mapping, or a given one."""
+    expected = saved(tmp_path)
+    model = adapted(base=nn.Sequential(two_layers()))
+    fastlora.hotswap_adapter(model, tmp_path, "default", key_mapping={"^": "0."})
+    assert torch.equal(model(X), expected)
+    model = adapted(base=nn.Sequential(two_layers()))
+    model.get_base_model()._checkpoint_conversion_mapping = {"^": "0."}
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    assert torch.equal(model(X), expected)
