@@ -31,6 +31,7 @@ from fastlora.model.computed_adapters import (
     split_factors_by_matrix,
     warn_if_base_biases_left_out,
 )
+from fastlora.model.expert_files import config_for_peft
 from fastlora.model.inject import layers_with_own_factors
 from fastlora.model.tuner import tuner_of
 from fastlora.user_warnings import warn
@@ -193,6 +194,8 @@ def save_as_lora(
         )
         return
     config, tensors = convert_to_lora(model, rank, adapter_name)
+    # The converted adapter is on the same layers as the original one.
+    config = config_for_peft(model.get_base_model(), adapter_name, config)
     save_adapter_folder(Path(path), config, tensors)
 
 

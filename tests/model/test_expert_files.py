@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastlora
 from fastlora import AdapterPool, LoraConfig, LoraModel, adapters, get_peft_model
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.model.expert_files import infer_settings_of_layers_in_file
@@ -85,6 +86,16 @@ def test_saved_adapters_load_in_peft(kind: str, fields: dict[str, Any], tmp_path
     again.save_pretrained(tmp_path / "again")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "fields"), SAVED[2:6], ids=str)
+def test_converted_adapters_load_in_peft(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(kind, **fields)
+    fastlora.save_as_lora(tmp_path, model, 1.0)
+    for library in (peft, fastlora):
+        twin = library.PeftModel.from_pretrained(moe_model(kind), tmp_path)
+        torch.testing.assert_close(logits_of(twin), logits_of(model), rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
