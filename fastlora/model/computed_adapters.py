@@ -6,6 +6,7 @@ All factors of a new adapter are computed before the model is changed.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from fastlora.model.inject import (
     modules_with_adapters,
 )
 from fastlora.model.plan import AdapterPlan, plan_target_modules
+from fastlora.model.targets import NO_TARGETS
 from fastlora.model.tied_weights import ModulesAdaptedWithEmbedding, input_embedding_name
 from fastlora.ops.stacks import rank_row_views
 from fastlora.sharding import is_dtensor
@@ -338,7 +340,8 @@ def _computed_adapter_config(
     config.modules_to_save = sorted(modules_to_save) or None
     targets = [each.target_modules for each in configs]
     if all(isinstance(target, str) for target in targets):
-        config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))
+        patterns = [str(target) for target in dict.fromkeys(targets)]
+        config.target_modules = patterns[0] if len(patterns) == 1 else _join_patterns(patterns)
     else:  # if there are also patterns, `build_computed_adapter` lists all layers
         lists = [each for each in targets if each and not isinstance(each, str)]
         config.target_modules = {name for each in lists for name in each}
@@ -346,3 +349,17 @@ def _computed_adapter_config(
     config.target_parameters = sorted(parameters) or None
     config._set_layer_ranks_and_alphas(ranks, ranks)
     return config
+
+
+def _join_patterns(patterns: Sequence[str]) -> str:
+    """Return a regular expression that matches what any of the patterns matches.
+
+    Patterns with flags, or with groups of the same name, cannot be joined. The result then matches
+    no module, so that `build_computed_adapter` lists all layers.
+    """
+    joined = "|".join(f"({pattern})" for pattern in patterns)
+    try:
+        re.compile(joined)
+    except re.error:
+        return NO_TARGETS
+    return joined

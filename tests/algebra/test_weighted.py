@@ -330,3 +330,19 @@ def test_a_failed_sum_is_not_left_in_the_model(
             model.add_weighted_adapter(["a"], [1.0], "sum")
     assert list(model.state_dict()) == names
     assert list(model.peft_config) == ["a", "b"]
+
+
+@pytest.mark.parametrize("patterns", [("(?i)Q", "v"), ("(?P<name>q)", "(?P<name>v)")], ids=str)
+def test_patterns_that_cannot_be_joined(patterns: tuple[str, str], tmp_path: Path) -> None:
+    """The config of the sum then lists the layers, and that of one adapter keeps its pattern."""
+    model = filled(fastlora, *({"target_modules": pattern} for pattern in patterns))
+    model.set_adapter(["a", "b"])
+    expected = model(X)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
+    fastlora.reduce_rank(model, 2, "a")
+    assert model.peft_config["sum"].target_modules == {"q", "v"}
+    assert model.peft_config["reduced"].target_modules == patterns[0]
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = fastlora.LoraModel.from_pretrained(TwoLayers(), tmp_path / "sum")
+    torch.testing.assert_close(again(X), expected)
