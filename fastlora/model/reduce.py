@@ -256,7 +256,13 @@ def reduce_intruder_dimension(
             )
         pair = factor_matrices(name, layer, old_adapter_name)
         scaling = float(layer.scaling[old_adapter_name])
-        weight = layer._local_weight().detach().to(pair[0].dtype)
+        try:
+            weight = layer._local_weight().detach().to(pair[0].dtype)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(
+                f"the base weight of {name!r}, a {type(layer.get_base_layer()).__name__}, cannot "
+                "be read as one matrix; exclude this layer from target_modules"
+            ) from error
         found = _scale_down_intruder_dimensions(
             weight, pair, scaling, (top_k, threshold_epsilon, mitigation_lambda)
         )

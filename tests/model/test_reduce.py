@@ -192,6 +192,9 @@ def test_errors_change_nothing() -> None:
             call()
     with pytest.raises(AdapterStateError, match="uses DoRA"):
         fastlora.reduce_intruder_dimension(adapted(use_dora=True), logging_sink=None)
+    attention = adapted(base=nn.Sequential(nn.MultiheadAttention(16, 2)), target_modules=["0"])
+    with unchanged(attention), pytest.raises(UnsupportedLayerError, match="'0', a MultiheadAtt"):
+        fastlora.reduce_intruder_dimension(attention, logging_sink=None)
     for function in (fastlora.convert_to_lora, fastlora.reduce_rank):
         with torch.no_grad():
             model.base_model.model.v.lora_A["default"].weight[0, 0] = math.inf
