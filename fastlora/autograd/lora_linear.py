@@ -33,6 +33,7 @@ from fastlora.ops.backend import BACKENDS, BackwardArguments
 from fastlora.ops.execution_mode import (
     is_being_compiled,
     raise_for_second_derivative,
+    raise_if_gradients_are_batched,
 )
 from fastlora.ops.factors import Base, LayerAdapterOperands
 from fastlora.ops.rows import Rows
@@ -136,7 +137,7 @@ def _forward_without_graph(
 def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
     """Decorate a backward method so that it runs without autocast and rejects double backward.
 
-    See `raise_for_second_derivative`.
+    See `raise_for_second_derivative` and, for its errors, `raise_if_gradients_are_batched`.
     """
 
     @functools.wraps(backward)
@@ -148,10 +149,14 @@ def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
         if grad is None:
             grad = next((g for g in grads if g is not None), None)
         device_type = "cpu" if grad is None or grad.is_cpu else grad.device.type
-        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return backward(ctx, *grads)
-        return backward(ctx, *grads)
+        try:
+            if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return backward(ctx, *grads)
+            return backward(ctx, *grads)
+        except RuntimeError as error:
+            raise_if_gradients_are_batched(grads, error)
+            raise
 
     return call_backward
 

@@ -23,7 +23,7 @@ import contextlib
 import functools
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
@@ -67,6 +67,28 @@ def raise_for_second_derivative() -> NoReturn:
         "fastlora's layers support first derivatives only; do not pass create_graph=True, or use "
         "PEFT's layers, which fastlora.unpatch(model) restores in a patched PEFT model"
     )
+
+
+def raise_if_gradients_are_batched(
+    grads: Iterable[torch.Tensor | None], error: RuntimeError
+) -> None:
+    """Raise `RuntimeError` if a backward pass failed because its gradients are batched.
+
+    Autograd batches gradients with vmap if ``is_grads_batched=True`` or ``vectorize=True`` is
+    passed. PyTorch's errors do not say so.
+
+    Args:
+        grads: The incoming gradients of the backward pass.
+        error: The error that it raised.
+    """
+    functorch = torch._C._functorch
+    tensors = [grad for grad in grads if grad is not None]
+    if any(functorch.is_legacy_batchedtensor(t) or functorch.is_batchedtensor(t) for t in tensors):
+        raise RuntimeError(
+            "fastlora's layers do not support batched gradients (is_grads_batched=True, "
+            "vectorize=True) in mixed batches, with DoRA, with active dropout, or when the kernels "
+            "are used; compute one gradient at a time"
+        ) from error
 
 
 class _BatchInvariantState(threading.local):

@@ -73,6 +73,26 @@ def test_second_derivatives_raise(case: str) -> None:
     torch.autograd.grad(call(made, x).sum(), x, retain_graph=True)
 
 
+@pytest.mark.parametrize("case", CALLS)
+def test_batched_gradients(case: str) -> None:
+    """They are right where PyTorch's operations batch them; elsewhere an error says what to do."""
+    call, x, options = CALLS[case]
+    made, x = model(**options), x.clone().requires_grad_()
+    y = call(made, x)
+    batch = torch.randn(3, *y.shape)
+
+    def gradients() -> torch.Tensor:
+        (found,) = torch.autograd.grad(y, x, batch, retain_graph=True, is_grads_batched=True)
+        return found
+
+    if case == "many rows":
+        each = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in batch]
+        torch.testing.assert_close(gradients(), torch.stack(each))
+    else:
+        with pytest.raises(RuntimeError, match="compute one gradient at a time"):
+            gradients()
+
+
 def test_second_derivatives_of_few_rows() -> None:
     """PyTorch's own autograd nodes compute them."""
     made, x = model(), X.clone().requires_grad_()

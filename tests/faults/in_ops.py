@@ -316,8 +316,8 @@ FAULTS = (
         "autocast",
         "17ac4e3",
         "fastlora/autograd/lora_linear.py",
-        "with torch.autocast(device_type, enabled=False):\n                return backward",
-        "with torch.autocast(device_type, enabled=True):\n                return backward",
+        "with torch.autocast(device_type, enabled=False):\n                    return backward",
+        "with torch.autocast(device_type, enabled=True):\n                    return backward",
         (f"{_CONFORMS}[autocast-layer-single-dropout-base-trains]",),
     ),
     Fault(
