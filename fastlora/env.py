@@ -55,7 +55,7 @@ def measured_configs_folder() -> Path | None:
     return Path(named) if named else None
 
 
-def vllm_plugin_enabled(device: str) -> bool:
+def vllm_plugin_enabled(device_type: str) -> bool:
     """Return whether the environment enables fastlora's vLLM plugin on a type of device.
 
     ``FASTLORA_VLLM=0`` disables the plugin, and ``FASTLORA_VLLM=1`` enables it. If the variable is
@@ -64,7 +64,7 @@ def vllm_plugin_enabled(device: str) -> bool:
     """
     if vllm_plugin_disabled():
         return False
-    return device == "cpu" or os.environ.get("FASTLORA_VLLM") == "1"
+    return device_type == "cpu" or os.environ.get("FASTLORA_VLLM") == "1"
 
 
 def vllm_plugin_disabled() -> bool:

@@ -232,11 +232,8 @@ def test_the_figures_of_the_readme_and_the_home_are_those_of_the_results() -> No
         assert f"bf16 weights and fp32 adapters is {peak:.0%} of PEFT's." in text
     readme = " ".join(PAGES[0].read_text(encoding="utf-8").split())
     fp32_step = f"in fp32 on 4 sequences of 128 tokens takes {lora[0]} times as long with fastlora"
-    assert f"{fp32_step} as with PEFT." in readme
-    bf16_step = (
-        f"With a bf16 model and fp32 adapters, the step takes {lora[1]} times as long as with"
-    )
-    assert f"{bf16_step} PEFT." in readme
+    assert f"{fp32_step} as it does with PEFT." in readme
+    assert f"With a bf16 model and fp32 adapters, the ratio is {lora[1]}." in readme
 
 
 def test_the_figures_of_serving_are_those_of_the_results() -> None:
@@ -253,10 +250,10 @@ def test_the_figures_of_serving_are_those_of_the_results() -> None:
     assert f"loaded, replaced, or unloaded {soak['changes']} times in total." in page
     assert f"All {soak['greedy']} greedy answers were identical" in page
     assert (
-        f"The median memory use in the second quarter of the run was {int(soak['mib']):,} MiB"
+        f"The median memory usage in the second quarter of the run was {int(soak['mib']):,} MiB"
         in page
     )
-    assert f"the maximum memory use was {int(soak['mib_most']):,} MiB." in page
+    assert f"Peak memory usage over the whole run was {int(soak['mib_most']):,} MiB." in page
     assert f"The median in the last quarter was {float(soak['growth']):.3f} times" in page
 
 

@@ -391,7 +391,7 @@ def _merge(args: argparse.Namespace) -> int:
                 )
     except (SafetensorError, OSError) as error:
         raise CommandError(
-            f"{out} could not be written ({error}); free disk space, or choose another folder"
+            f"{out} could not be written ({error}); free up disk space or choose another folder"
         ) from error
     print_progress_message("done")
     return 0

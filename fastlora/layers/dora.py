@@ -139,11 +139,11 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class SlotsUsingDora(NamedTuple):
-    """The slots of a batch whose adapters use DoRA on a layer.
+    """The slots in a batch that refer to adapters with DoRA on a given layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
-        dropped: Slots with active dropout.
+        dropped: Slots whose adapters have active dropout.
     """
 
     scaled: tuple[int, ...] = ()
@@ -238,7 +238,7 @@ def _apply_dora_adapters_with_dropout(
     slots_with_dropout: tuple[int, ...],
     scales: Sequence[DoraScaleTerms],
 ) -> torch.Tensor:
-    """Apply the DoRA adapters with active dropout to their rows of y.
+    """Apply the DoRA adapters whose dropout is active to their rows of y.
 
     y is ``[..., N]``. Each adapter is applied to its own rows of the mixed batch.
     """

@@ -217,7 +217,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _sort_by_expert_and_slot(
         self, expert_ids: torch.Tensor, routing: Routing | None, conditions: ExecutionMode
     ) -> _RowsSortedByExpert:
-        """Sort the rows of a call by expert and adapter slot.
+        """Sort the rows of the input by expert and adapter slot.
 
         Args:
             expert_ids: The expert of each row, ``[T, k]``: k rows for each token; -1 for none.
@@ -244,9 +244,9 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         return _RowsSortedByExpert(rows, matrix, routing, adapters, conditions)
 
     def _product(self, name: str, x: torch.Tensor, call: _RowsSortedByExpert) -> torch.Tensor:
-        """Return the product of the sorted rows ``x`` and the weight stack called ``name``.
+        """Multiply each of the sorted rows ``x`` by its expert's weight in the stack ``name``.
 
-        The bias and the adapters' updates are added to the product.
+        The bias and the adapters' updates are added to the products.
         """
         base = self.base_layer
         stack = base._parameters[name]
@@ -263,10 +263,10 @@ class FastLoraExperts(FastLoraAdaptedParameters):
         x: torch.Tensor,
         call: _RowsSortedByExpert,
     ) -> torch.Tensor:
-        """Return the product of the sorted rows ``x`` and a stack, with the adapters applied.
+        """Multiply each of the sorted rows ``x`` by its expert's weight, with the adapters applied.
 
-        Without adapters, the product is ``x @ stack[expert].T + bias[expert]``. The shape of
-        ``stack`` is ``[E, N, K]``.
+        ``stack`` contains the weights of all experts and has the shape ``[E, N, K]``. Without
+        adapters, the result is ``x @ stack[expert].T + bias[expert]``.
         """
         # As in transformers, products are computed in the dtype of the weights under autocast.
         with disable_autocast_on(x.device):
@@ -283,7 +283,7 @@ class FastLoraExperts(FastLoraAdaptedParameters):
     def _adapter_operands(
         self, layer: ParameterLoraLayer, x: torch.Tensor, call: _RowsSortedByExpert
     ) -> list[StackedWeightAdapterOperands]:
-        """Return the operands of a layer's adapters for the sorted rows.
+        """Return the operands for applying a layer's adapters to the sorted rows.
 
         The layer holds the adapters of one stack of weights. The result is a list. One update is
         computed from each entry of the list, and the updates are added one after another.
@@ -396,10 +396,10 @@ def _stacked_linear(
     operands: StackedWeightAdapterOperands,
     call: _RowsSortedByExpert,
 ) -> torch.Tensor:
-    """Multiply sorted rows by a stack of matrices, and add ``addend`` and the adapters' updates.
+    """Multiply each sorted row by its matrix, and add ``addend`` and the adapters' updates.
 
-    Returns the sum. ``addend`` or ``stack`` may be None. If ``stack`` is None, the updates may be
-    added to ``addend`` in place.
+    Returns the sum. ``stack`` contains the matrices. ``addend`` or ``stack`` may be None. If
+    ``stack`` is None, the updates may be added to ``addend`` in place.
     """
     rows, impl = call.rows, call.conditions.backend
     if call.conditions.compiling:

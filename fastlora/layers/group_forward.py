@@ -147,10 +147,10 @@ def group_forward(
 
 
 def _reason_call_cannot_share(call: UniformCall | MixedCall) -> str:
-    """Return the reason why a layer's call cannot share a computation with other layers.
+    """Return the reason that a layer's call cannot share computations with other layers' calls.
 
     The other layers are those in the layer's shared-input group, which have the same input. Returns
-    an empty string if the call can share a computation.
+    an empty string if the call can share computations.
     """
     if call.conditions.invariant:
         return _INVARIANT
@@ -172,11 +172,11 @@ def _as_slots(own: Factors | Slots) -> Slots:
 def _context_of_group_results(
     call: UniformCall | MixedCall, own: _LayerFactors
 ) -> tuple[object, ...]:
-    """Return the context in which a group's stored results are valid for a call.
+    """Return a tuple that identifies the context in which a group's stored results are valid.
 
-    The context is a tuple of the objects on which all these results depend, for example the open
-    block, the autocast state, and the version of the weights. A stored result is valid only in the
-    same context. The objects are compared by identity.
+    The tuple contains the objects on which all these results depend, for example the open block,
+    the autocast state, and the version of the weights. A call can use a stored result only if the
+    call has the same context. The objects are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, TableLaunchArguments):
@@ -275,7 +275,7 @@ def _can_group_outputs(
 def _compute_outputs_with_later_layers(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PrecomputedResult | None:
-    """Compute the outputs of a layer and of later layers in its group, in one call.
+    """In one call, compute the outputs of a layer and of later layers in its group.
 
     The later layers are those that are called after it. Returns the layer's own result, or None if
     one call cannot compute it.
@@ -327,7 +327,7 @@ def _compute_outputs_with_later_layers(
 def _compute_s_with_later_layers(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[PrecomputedResult | None, _ReasonNotShared]:
-    """Compute s for a layer and later layers in its group, in one pass over x.
+    """In one pass over x, compute s for a layer and for later layers in its group.
 
     The later layers are those that are called after the layer. Returns a tuple (result, reason). If
     s is shared, the tuple contains the layer's own result and an empty string. Otherwise, the tuple
@@ -417,7 +417,7 @@ def _compute_s_in_compiled_graph(
 def _compute_outputs_with_neighbors(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute the outputs of a layer and its neighbors in shared kernel launches.
+    """Compute the outputs of a layer and neighboring layers in shared kernel launches.
 
     The neighbors are the layers of the same shared-input group that are next to the layer in the
     address tables. The results of the neighbors are stored in the group. Returns the layer's own
@@ -451,12 +451,12 @@ def _compute_outputs_with_neighbors(
 def _compute_output_and_store_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
-    """Compute a layer's output, and compute and store s for its neighbors.
+    """Compute a layer's output, and store the shrink results s of neighboring layers.
 
     One call computes the output and every s, which is ``x @ lora_a.T``. The neighbors are the
-    layers of the same shared-input group that are next to the layer in the address tables. The
-    results of the neighbors are stored in the group. Returns the layer's own result, which contains
-    the output. Returns None if the layer has no neighbors.
+    layers of the same shared-input group that are next to the layer in the address tables. Every
+    s is stored in the group. Returns the layer's own result, which contains the output. Returns
+    None if the layer has no neighbors.
     """
     if own.group is None:
         return None

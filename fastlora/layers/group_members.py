@@ -205,7 +205,7 @@ def _groupable_operands(
 
 
 def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether a layer's output can be computed as part of a group, in one call.
+    """Return whether a layer's output can be computed in the same call as those of its group.
 
     The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its
     base weight and bias must have x's dtype. With dropout, the layer must not be split, because a
@@ -226,7 +226,7 @@ def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, ow
 
 
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return a list of the tensors that are a layer's operands.
+    """Return a layer's tensor operands as a list.
 
     The operands are the lora_a, lora_b, and scaling of the layer's factors, and the weight and bias
     of the base layer. The layer's output depends on these tensors and on x. A weight or bias of
@@ -245,7 +245,7 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 def select_sharing_layers(
     members: Sequence[BaseLinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Select the group members that can share one computation, each with its slots.
+    """Select the group members that can share one computation, along with the slots of each.
 
     The selected layers share the calling layer's pass over x. Returns a tuple (pairs, reason). Each
     pair is a layer and its `Slots`, a list of the layer's factors for each slot. If the calling
@@ -338,7 +338,7 @@ def _reason_for_separate_pass(
 
 
 def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
-    """Return a list with each slot's lora_a.
+    """Return a list of each slot's lora_a.
 
     The entry of a slot without factors is None.
     """

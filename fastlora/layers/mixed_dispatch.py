@@ -96,8 +96,8 @@ def check_not_merged(layer: BaseLinearWithAdapters) -> None:
     """Raise `AdapterStateError` if adapters are merged into the layer's base weight."""
     if layer.merged_adapters:
         raise AdapterStateError(
-            f"adapters {layer.merged_adapters} were merged into the base weights inside the "
-            "fastlora.adapters() block, but all rows share the base weights; unmerge them first"
+            f"adapters cannot be selected per row, because {layer.merged_adapters} were merged "
+            "into the base weights inside the fastlora.adapters() block; unmerge them first"
         )
 
 
@@ -114,7 +114,7 @@ def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
 
 
 def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
-    """Return the address tables for the kernels.
+    """Return the address tables that the kernels read.
 
     Returns None if kernels are not used.
     """
@@ -131,10 +131,10 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return the factors of each slot for the kernels, or None if kernels cannot be used.
+    """Return a list of the factors to pass to the kernels, with one entry per slot.
 
-    The result is a list with one entry per slot. Kernels are not used if the call runs in PyTorch,
-    or if the kernels do not support the factors' dtypes.
+    Returns None if kernels cannot be used. This is the case if the call runs in PyTorch, or if the
+    kernels do not support the factors' dtypes.
 
     Args:
         call: The call of a layer.
@@ -143,7 +143,7 @@ def slot_factors_for_kernels(
 
     Raises:
         ImplementationError, UnsupportedLayerError: As for `choose_mixed_implementation`.
-        ValueError: A factor is not on the device of x.
+        ValueError: A factor is not on the same device as x.
     """
     if call.conditions.impl != "triton":
         return None
@@ -151,9 +151,7 @@ def slot_factors_for_kernels(
     slots = factors_in_slots(routing.source, layer, range(len(routing.names)), excluded)
     reason = fallback_reason_for_factor_dtypes(routing, slots)
     if reason and layer.impl == "triton":
-        raise ImplementationError(
-            f"impl='triton' cannot be used for a mixed batch with gradients: {reason}"
-        )
+        raise ImplementationError(f"impl='triton' cannot be used for this mixed batch: {reason}")
     if reason:
         return None
     check_factor_devices(slots, call.x)
@@ -163,10 +161,10 @@ def slot_factors_for_kernels(
 def slot_factors_for_compiled_graph(
     call: MixedCall, layer: BaseLinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return the factors of each slot for a graph that is being compiled.
+    """Return a list of the factors to use in a compiled graph, with one entry per slot.
 
-    The result is a list with one entry per slot. Returns None if the factors cannot be part of a
-    graph.
+    The function is called while the graph is being compiled. Returns None if the factors cannot be
+    part of a graph.
 
     Args:
         call: The call of a layer. Its routing is the batch's ``whole``.
@@ -188,7 +186,7 @@ def slot_factors_for_compiled_graph(
 
 
 def check_factor_devices(slots: Slots, x: torch.Tensor) -> None:
-    """Raise `ValueError` if a factor is not on the device of x."""
+    """Raise `ValueError` if a factor is not on the same device as x."""
     for factors in slots:
         if factors is not None and factors.lora_a.device != x.device:
             check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)

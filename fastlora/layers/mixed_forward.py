@@ -114,7 +114,7 @@ def _forward_before_dora(
 
 
 def _forward_by_address(call: MixedCall, base: Base, tables: AddressTables) -> torch.Tensor:
-    """Compute a layer's output with the factors at the addresses in ``tables``.
+    """Compute a layer's output from the factors whose addresses are in ``tables``.
 
     The shape of the output is ``[..., N]``. If the tables have no row for the layer, the result is
     the base layer's output.
@@ -144,7 +144,7 @@ def _forward_with_factor_lists(
     which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute a layer's output with lists of factors.
+    """Compute a layer's output from lists of the adapters' LoRA factors.
 
     `fastlora.autograd.lora_linear.run_adapters` receives the factors as lists of tensors and
     computes the output ``[..., N]``. If PyTorch operators run, ``slots`` lists the factors of the
@@ -229,10 +229,11 @@ def _forward_in_compiled_graph(call: MixedCall, base: Base) -> torch.Tensor | No
 
 
 def _forward_lists_in_compiled_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Compute a layer's output with lists of factors while `torch.compile` traces the layer.
+    """In a compiled graph, compute a layer's output from lists of the adapters' LoRA factors.
 
-    ``slots`` lists the factors of each slot. At least one slot must have factors on the layer. The
-    shape of the output is ``[..., N]``.
+    The function is called while the graph is being compiled. ``slots`` lists the factors of each
+    slot. At least one slot must have factors for the layer. The shape of the output is
+    ``[..., N]``.
     """
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
     if promoted_factor_dtype(slots) not in KERNEL_DTYPES and layer.impl != "triton":

@@ -16,7 +16,7 @@ from fastlora.ops.factors import Base, Factors
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import packed_forward, packed_plans
 from fastlora.ops.torch.packed import PackedLayerFactors, pack_layer_factors_if_finite
-from fastlora.ops.torch.packed_choice import batch_row_pattern
+from fastlora.ops.torch.packed_choice import batch_size_category
 from fastlora.routing.active import is_capturing_cuda_graph
 from fastlora.validation import UnsupportedLayerError
 from fastlora.weights_version import weights_versions
@@ -83,7 +83,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _PackedFactor
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:
         return None
-    number, kind = layer.routing_index, batch_row_pattern(rows.m, rows.each)
+    number, kind = layer.routing_index, batch_size_category(rows.m, rows.each)
     sets = routing.cached_adapter_set(routing.adapter_identities(rows))
     pack, due = sets.get_or_should_pack(number, x.dtype, kind)
     if due:

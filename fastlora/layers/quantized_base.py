@@ -89,7 +89,7 @@ class KernelWeightCache(UncopiedCache):
         if reason:
             return reason
         try:
-            entries = self._entries_if_cacheable(module)
+            entries = self._cache_entries_if_cacheable(module)
         except (UnsupportedLayerError, AttributeError) as error:
             return str(error)
         if entries is None:
@@ -141,7 +141,7 @@ class KernelWeightCache(UncopiedCache):
         which `is_bitsandbytes_repacking_prevented` is true.
         """
         try:
-            if self._entries_if_cacheable(module) is None:
+            if self._cache_entries_if_cacheable(module) is None:
                 return None
         except (UnsupportedLayerError, AttributeError):
             return None
@@ -154,7 +154,7 @@ class KernelWeightCache(UncopiedCache):
             else repacked(x)
         )
 
-    def _entries_if_cacheable(self, module: nn.Module) -> _Found | None:
+    def _cache_entries_if_cacheable(self, module: nn.Module) -> _Found | None:
         """Return what is cached for a module's weight, or None if the weight cannot be cached.
 
         The cache entries are a tuple (kind, dict), and are created if needed. A weight without a

@@ -113,11 +113,10 @@ def get_table_launch_arguments(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output for a mixed batch, using address tables.
+    """Compute a layer's output, using tables of the factors' addresses.
 
-    The tables contain the addresses of the adapters' factors. The output ``[M, N]`` is the base
-    output plus the update of each row's adapter. ``impl`` may differ from ``"triton"`` only if the
-    base layer's output is given.
+    The batch is mixed. The output ``[M, N]`` is the base output plus the update of each row's
+    adapter. ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
     """
     if base.weight is not None:
         return linear_from_tables(call, base, launch)[0]

@@ -316,7 +316,7 @@ class TensorParallelLoraLinear(FastLoraWrapper):
         return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Derive this process's dropout seeds from ``seed``.
+        """Derive the dropout seeds to use in this process from ``seed``.
 
         The seeds are int64 and have the shape of ``seed``. In a row-parallel layer, each process
         has its own seeds for masking its shard of x. In a column-parallel layer, x is not split, so

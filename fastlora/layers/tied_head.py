@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _TransposedEmbeddingFactor(nn.Module):
-    """Transposed LoRA factor of an embedding, used as a factor of the tied output head.
+    """A LoRA factor of an embedding, transposed for use in the tied output head.
 
     The factor is a module without parameters of its own. The module's ``weight`` is a transposed
     view of the embedding's factor.
@@ -38,10 +38,9 @@ class _TransposedEmbeddingFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of the tied head's lora_A or lora_B factor.
+        """The LoRA factor of the embedding that the head is tied to, as a transposed view.
 
-        The weight is a transposed view of the LoRA factor of the embedding to which the head is
-        tied. The weight is not the embedding matrix.
+        This is the weight of the head's lora_A or lora_B factor, not the weight of the head.
         """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
@@ -104,10 +103,10 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the names of an adapter's tensors in the adapter file.
+        """Return the names that the head's tensors for an adapter have in the adapter file.
 
-        A tied head has no tensors of its own, so the result is an empty dict. The shared factors
-        are saved with the embedding.
+        The result is an empty dict, because a tied head has no tensors of its own. The shared
+        factors are saved with the embedding.
         """
         return {}
 

@@ -24,9 +24,9 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
-    """Check that the given token rows of a module can be trained.
+    """Check that the given token rows of an embedding or linear layer can be trained.
 
-    Each token has a row in the module's weight.
+    Each token has a row in the layer's weight.
 
     Args:
         module: The base layer, which must be an embedding or a linear layer.
@@ -367,11 +367,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Replace the columns of y that belong to an adapter's trainable tokens.
+        """Return y with new values in the columns that belong to an adapter's trainable tokens.
 
-        Returns the result as a new tensor. y ``[..., V]`` is the output of the base layer, such as
-        a head's logits, and has one column per token. The new columns are computed from x
-        ``[..., D]`` and the adapter's trained rows.
+        The result is a new tensor. y ``[..., V]`` is the output of the base layer, such as a head's
+        logits, and has one column per token. The new columns are computed from x ``[..., D]`` and
+        the adapter's trained rows.
         """
         base: Any = self.get_base_layer()
         index, places = self._token_lookup_keys_and_row_indices([name], x.device)
@@ -387,7 +387,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check that adapters can be merged, and return the names of those to merge.
+        """Check that adapters can be merged into the module, and return the names of the adapters.
 
         The list contains the adapters that `merge` would merge. The module is not changed.
 
@@ -421,11 +421,11 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge_without_checks(self, names: list[str], keep_base: bool) -> None:
-        """Merge the trained rows of the named adapters without running `check_merge` first.
+        """Merge the trained rows of the named adapters into the base weight, without checks.
 
         The trained rows replace rows of the base weight. The adapters must already have passed
-        `check_merge`. The replaced rows are always kept for `unmerge`, so ``keep_base`` has no
-        effect.
+        `check_merge`. Whether ``keep_base`` is set or not, the original rows are kept for
+        `unmerge`.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

@@ -86,7 +86,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
     def _check_mode_is_supported(self, x: torch.Tensor) -> ExecutionMode:
-        """Check that the layer supports the execution mode for the input x, and return the mode.
+        """Determine the execution mode for x, check that the layer supports it, and return it.
 
         The mode is determined by `execution_mode_of`.
 

@@ -31,12 +31,12 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer that wraps a base module.
+    """LoRA layer that wraps a base layer and adds adapters to it.
 
-    The LoRA layer adds adapters to the wrapped module, which is called the base layer and may be
-    any linear-like module. The class is used for base layers that are not a plain `nn.Linear`, such
-    as quantized layers, layers that hooks offload, and Hugging Face's Conv1D. LoRA layers for other
-    kinds of base modules, such as tensor-parallel layers, are subclasses of this class.
+    The base layer may be any linear-like module. The class is used for base layers that are not a
+    plain `nn.Linear`, such as quantized layers, layers that hooks offload, and Hugging Face's
+    Conv1D. LoRA layers for other kinds of base layers, such as tensor-parallel layers, are
+    subclasses of this class.
 
     The LoRA layer computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``,
     usually by calling the base layer and adding the update to its output. Without gradients, the
@@ -66,11 +66,11 @@ class FastLoraWrapper(LoraLayer):
         base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the base layer's output for x, with the adapters applied.
+        """Compute the output of the wrapped base layer for x, with the adapters' updates.
 
-        The applied adapters are the active adapters or, in a mixed batch, each row's adapter. The
-        shape of x is ``[..., K]``, and that of the output is ``[..., N]``. The base layer receives
-        all other arguments.
+        The adapters are the active adapters or, in a mixed batch, each row's adapter. The shape of
+        x is ``[..., K]``, and that of the output is ``[..., N]``. The base layer receives all other
+        arguments.
         """
         call = create_call(self, x)
         acts = not isinstance(call, UniformCall) or call.names

@@ -4,7 +4,7 @@ A save replaces the weights file first and the config file second. If the proces
 the two steps, the folder contains new weights and an old config. For this reason, the metadata of
 the weights file contains a copy of the config that was saved with the weights, and a hash of the
 config file that the save replaces. `_select_config_matching_weights` compares both with the
-config file, and selects the config that belongs to the weights.
+config file, and selects the config that matches the weights.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class ConfigAndHeaderSizeLimits:
 
 @dataclass(frozen=True)
 class ConfigAndOpenWeightsFile:
-    """The config and the open weights file of an adapter folder.
+    """The config of an adapter folder, and its weights file, opened for reading.
 
     Attributes:
-        config: The fields of the config that belongs to the weights. The values are not checked.
+        config: The fields of the config that matches the weights. The values are not checked.
         weights: The weights file, opened for reading. Its header has been read.
     """
 
@@ -153,12 +153,12 @@ def make_weights_file_metadata(folder: Path, new_config: bytes) -> dict[str, str
 
 
 def config_file_bytes_for_config_only_save(folder: Path, new_config: bytes) -> bytes:
-    """Return the bytes to write to the config file when only the config is saved.
+    """Return the bytes to write to the config file of a folder when only the config is saved.
 
-    The bytes are ``new_config``. A newline is appended if readers would otherwise use the config in
-    the existing weights file instead. The weights file may contain a hash of the config file that
-    was replaced when the weights were saved. If ``new_config`` had this hash, readers would
-    conclude that saving the weights was interrupted, and would ignore the config file.
+    The bytes are ``new_config``, with a newline appended if readers of the folder would otherwise
+    ignore the config file and use the config in the existing weights file. The weights file may
+    contain a hash of the config file that was replaced when the weights were saved. If
+    ``new_config`` had this hash, readers would conclude that saving the weights was interrupted.
 
     Args:
         folder: The folder that the config is saved into.
@@ -175,12 +175,13 @@ def config_file_bytes_for_config_only_save(folder: Path, new_config: bytes) -> b
 
 
 def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:
-    """Open a file for reading, and check that the file is a regular file.
+    """Open a regular file for reading.
 
-    The check uses the file descriptor, so replacing the file during the check has no effect.
-    Symbolic links are followed. With ``root``, the resolved path must be inside that folder, and
-    links that are created after the path was resolved are not followed. (On Windows, links that are
-    created after the path was resolved cannot be detected and are followed.)
+    The function checks that the file is a regular file. The check uses the descriptor of the opened
+    file, so replacing the file during the check has no effect. Symbolic links are followed. With
+    ``root``, the resolved path must be inside that folder, and links that are created after the
+    path was resolved are not followed. (On Windows, links that are created after the path was
+    resolved cannot be detected and are followed.)
 
     Raises:
         CheckpointError: If the file is not a regular file, or is outside ``root``.
@@ -238,12 +239,13 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
 def _select_config_matching_weights(
     config_file_text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Select the config that belongs to the weights: the config file or the config in the metadata.
+    """Select the config that matches the weights.
 
-    The config stored in the metadata is selected if the save was interrupted or is still running.
-    In this case, the config file is the one that the save was about to replace. If both configs are
-    the same, the content of the config file is returned. Returns None if the config was edited
-    after the save, or if the weights were not written by fastlora.
+    The candidates are the config file and the config stored in the metadata of the weights file.
+    The config in the metadata is selected if the save was interrupted or is still running. In this
+    case, the config file is the one that the save was about to replace. If both configs are the
+    same, the content of the config file is returned. Returns None if the config was edited after
+    the save, or if the weights were not written by fastlora.
 
     Args:
         config_file_text: The content of the config file.

@@ -171,7 +171,7 @@ class OpenAdapterFolder:
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The header of the adapter: the names, shapes, and dtypes of the tensors, and the config.
+        """The adapter's header: its config, and the names, shapes, and dtypes of its tensors.
 
         When the property is read for the first time, the header of the weights file is checked
         against the config, which has already been validated. No tensor data is read.
@@ -228,7 +228,7 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
-    """Load the config and the tensors of an adapter folder.
+    """Load the config and the tensors from an adapter folder.
 
     Both are checked. The folder must be local. Symbolic links are followed.
 
@@ -242,9 +242,10 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Read and return the header of the adapter in a folder.
+    """Read an adapter folder's header, which contains the config and describes the tensors.
 
-    The tensors are not read. The folder must be local, and is checked as in `load_adapter_folder`.
+    The tensor data is not read. The folder must be local, and is checked as in
+    `load_adapter_folder`.
     """
     with open_adapter_folder(path) as opened:
         return opened.header
@@ -371,7 +372,7 @@ def parse_and_check_tensors(
         keys = {key: _parse(key, config, tensors) for key in tensors}
         if not any(k.kind in _PARTNERS for k in keys.values()):
             raise CheckpointError(
-                "contains no LoRA factors, expected keys that end in lora_A.weight"
+                "contains no LoRA factors; expected keys that end in lora_A.weight"
             )
         found = {(k.module, k.kind): key for key, k in keys.items() if k.kind != "saved"}
         for module, kind in found:
@@ -449,7 +450,7 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
         return ParsedAdapterKey(inner, "base")
     raise CheckpointError(
         f"unknown key {key!r}; expected the key of a LoRA factor"
-        f"{', a bias,' if config.bias != 'none' else ''} or a module in "
+        f"{', of a bias,' if config.bias != 'none' else ''} or of a module in "
         f"modules_to_save={list(entries)}"
     )
 
@@ -460,7 +461,7 @@ def _check_factor(
     key, partner = found[module, kind], _PARTNERS[kind]
     if (module, partner) not in found:
         raise CheckpointError(
-            f"found {key!r}, but no {partner} for {module!r}; expected both factors"
+            f"found {key!r}, but no {partner} for {module!r}; expected both factors, A and B"
         )
     shape = tuple(tensors[key].shape)
     _check_dtype(key, tensors[key])
@@ -509,11 +510,12 @@ def _check_vector(
 ) -> None:
     key, (field, _) = found[module, kind], _VECTORS[kind]
     if not getattr(config, field):
-        raise CheckpointError(f"found {key!r}, but the config says {field}=False")
+        raise CheckpointError(f"found {key!r}, but the config has {field}=False")
     factor = found.get((module, "lora_B"), found.get((module, "lora_embedding_B")))
     if factor is None:
         raise CheckpointError(
-            f"found {key!r}, but no LoRA factors for {module!r}; expected both factors"
+            f"found {key!r}, but LoRA factors for {module!r} are missing; expected both factors, "
+            "A and B"
         )
     n, *kernel = tensors[factor].shape
     expected: tuple[int, ...] = (n,)
@@ -526,7 +528,7 @@ def _check_vector(
 
 def _check_tokens(config: LoraConfig, tensors: Tensors, key: str) -> None:
     if config.trainable_token_indices is None:
-        raise CheckpointError(f"found {key!r}, but the config says trainable_token_indices=None")
+        raise CheckpointError(f"found {key!r}, but the config has trainable_token_indices=None")
     if len(tensors[key].shape) != 2:
         raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected (n, dim)")
     _check_dtype(key, tensors[key])
@@ -535,5 +537,5 @@ def _check_tokens(config: LoraConfig, tensors: Tensors, key: str) -> None:
 def _check_dtype(key: str, tensor: TensorInfo | torch.Tensor) -> None:
     if tensor.dtype not in _FACTOR_DTYPES:
         raise CheckpointError(
-            f"{key!r} has dtype {tensor.dtype}, expected a 16-, 32-, or 64-bit floating-point dtype"
+            f"{key!r} has dtype {tensor.dtype}; expected a 16-, 32-, or 64-bit floating-point dtype"
         )

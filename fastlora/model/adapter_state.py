@@ -554,10 +554,11 @@ def _unmerged_modules(model: nn.Module, base_tensors: Collection[torch.Tensor]) 
 def _copy_into_model_tensor(
     lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor
 ) -> None:
-    """Copy the values of a tensor into a tensor of the model.
+    """Copy the values of a tensor into the tensor that the model has for a key.
 
-    Both tensors have the same shape. If ``target`` is sharded, each process copies its own shard. A
-    target on the meta device is replaced with a new tensor on the device of the base layer.
+    Both tensors have the same shape, and the values are converted to the dtype of ``target``. If
+    ``target`` is sharded, each process copies its own shard. A target on the meta device is
+    replaced with a new tensor on the device of the base layer.
 
     Args:
         lora_model: The model.

@@ -26,7 +26,7 @@ ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove wrapper prefixes from the name of a module or tensor.
+    """Remove the prefixes that wrappers add from the name of a module or tensor.
 
     The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
     occur in the name.
@@ -130,7 +130,7 @@ def is_replaceable(module: LoraLayer | ModuleWrapper) -> bool:
 def named_modules_outside_adapters(
     model: nn.Module, *, remove_duplicate: bool = True, include_inner_lora_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return the named modules of a model that are not inside modules with adapters.
+    """Return the named modules of a model, except those inside modules with adapters.
 
     Modules with adapters are LoRA layers and auxiliary wrappers (see `is_auxiliary_wrapper`). These
     modules themselves are included. Of the modules inside them, only inner LoRA layers can be

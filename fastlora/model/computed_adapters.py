@@ -32,7 +32,7 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
 class LayerAdapterTensors(NamedTuple):
-    """The tensors of a computed adapter in one layer.
+    """A computed adapter's tensors for one layer.
 
     These are the adapter's factors and, where it has them, its bias and DoRA magnitude. The adapter
     was computed from one or more other adapters.
@@ -56,16 +56,16 @@ class LayerAdapterTensors(NamedTuple):
     def rank(self) -> int:
         """The rank of the computed adapter.
 
-        The rank is that of the adapter's factors on one layer. The adapter may have different ranks
-        on other layers.
+        The rank is that of the adapter's factors for one layer. The adapter may have different
+        ranks for other layers.
         """
         return self.lora_a.shape[0] // self.num_matrices
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter whose parameters were computed from those of one or more other adapters.
+    """An adapter that was computed from other adapters and is ready to be added to a model.
 
-    The computed adapter is ready to be added to a model.
+    Its parameters were computed from those of one or more other adapters.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -113,9 +113,10 @@ class ComputedAdapter(NamedTuple):
 def factor_matrices(
     name: str, layer: LoraLayer, adapter: str, *, require_product: bool = True
 ) -> low_rank.FactorPair:
-    """Return the two LoRA factors of an adapter on a layer as matrices.
+    """Return an adapter's two LoRA factors for a layer, as matrices.
 
-    The matrices have the dtype fp32 or, if a factor has a wider dtype, that dtype.
+    The matrices have the dtype fp32 or, if a factor has a wider dtype, that dtype. They are not
+    multiplied by the adapter's scaling.
 
     Args:
         name: The name of the layer, for messages.

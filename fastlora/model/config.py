@@ -280,13 +280,12 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Raise an error if the config describes an adapter that cannot be treated as plain LoRA.
+        """Raise an error if the config does not describe plain LoRA on unchanged base weights.
 
-        Plain LoRA does not change the base weights. Some initialization methods change the base
-        weights, and the adapter is then trained on the changed weights. If this change to the base
-        weights must be repeated when the adapter is loaded, an error is raised. If PEFT does not
-        repeat the change to the base weights either, only a warning is emitted. DoRA, rank
-        patterns, and other features are allowed.
+        Some initialization methods change the base weights, and the adapter is then trained on the
+        changed weights. If this change to the base weights must be repeated when the adapter is
+        loaded, an error is raised. If PEFT does not repeat the change to the base weights either,
+        only a warning is emitted. DoRA, rank patterns, and other features are allowed.
 
         Args:
             what: A description of the operation's result, as the subject of the message.

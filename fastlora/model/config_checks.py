@@ -30,9 +30,9 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Enum of the PEFT types that fastlora supports.
+    """Enum of PEFT types that stands in for PEFT's ``PeftType``.
 
-    The enum stands in for PEFT's ``PeftType``. Its only member is ``LORA``.
+    The only member is ``LORA``, because fastlora supports no other type.
     """
 
     LORA = "LORA"

@@ -28,10 +28,10 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the memory needed to train a model with an adapter.
+    """An estimate of an adapter's size and of the memory needed to train a model with it.
 
-    `estimate` returns this object, which also contains parameter counts. The memory for activations
-    is not included.
+    `estimate` returns this object without creating the adapter. The memory for activations is not
+    included.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -62,7 +62,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The trainable parameters as a fraction of the base model's parameters.
+        """The share of trainable parameters, as a fraction of the base model's parameters.
 
         The value is the number of trainable parameters divided by the number of parameters of the
         base model.
@@ -71,7 +71,7 @@ class Estimate:
 
     @property
     def training_bytes(self) -> int:
-        """The estimated number of bytes needed to train the adapter.
+        """The estimated number of bytes that training needs for the adapter alone.
 
         The number is the total size of the trainable parameters, their gradients, and the optimizer
         state. The memory for the base model, activations, and dequantized weights (see

@@ -41,7 +41,7 @@ _MOST_RHO = 1000
 def prepare_model_inputs_fn_language_modeling(
     model_input: Any, peft_config: Any
 ) -> torch.Tensor | None:
-    """Prepare a language model's inputs for EVA by selecting the tokens to use.
+    """Return the indices of the tokens in a language model's inputs that EVA uses.
 
     A token is selected if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
@@ -357,10 +357,9 @@ def _apply_eva_state_dict(
 
 
 def _target_parameter_names_by_layer(layers: Iterable[str], config: LoraConfig) -> dict[str, str]:
-    """Return a dict that maps layers to the full names of their target parameters.
+    """Map the name of each layer to the full name of its target parameter.
 
-    The keys are the names of the layers. Layers that ``target_modules`` selects have no target
-    parameter, and are left out.
+    Layers that ``target_modules`` selects have no target parameter, and are left out.
     """
     names = {name: config._name_for_rank_and_alpha_patterns(name) for name in layers}
     return {name: weight for name, weight in names.items() if weight != name}

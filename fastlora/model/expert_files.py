@@ -53,7 +53,7 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 def may_need_expert_conversion(model: nn.Module, layers_in_file: Iterable[str]) -> bool:
-    """Return whether an adapter file may need conversion to the layout of the model's experts.
+    """Return whether experts' factors in an adapter file may need conversion to the model's layout.
 
     The function `convert_expert_factors` converts the file. A conversion may be needed if at least
     one layer in the file is not a module of the model, and `former_to_parameter_names` has former

@@ -379,7 +379,7 @@ def _checked_new_layer_tensors(
     config: LoraConfig,
     at: str,
 ) -> dict[str, torch.Tensor]:
-    """Return the new adapter's tensors for a layer, after checking them.
+    """Check the new adapter's tensors for a layer, and return them.
 
     The result is a dict whose keys are those of PEFT's adapter files without the layer's name. The
     dict is empty if the new adapter does not adapt the layer. ``at`` is the part of the keys of
@@ -436,7 +436,7 @@ def _with_keys_of_loaded_adapter(
     config: LoraConfig,
     loaded_prefixes: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
-    """Rename the keys of a new adapter's tensors to the keys of the loaded adapter.
+    """Rename the keys of a new adapter's tensors to match those of the loaded adapter.
 
     The result is a dict with the keys that a file of the loaded adapter would have. The keys in a
     file depend on which parameters the file's adapter adapts. Tensors that are not factors of
@@ -470,7 +470,7 @@ def _with_keys_of_loaded_adapter(
 def _write_layer_tensors(
     layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy new tensors into an adapter's parameters on a layer.
+    """Copy new tensors into the parameters that a layer holds for an adapter.
 
     If ``new`` is empty, the parameters are set so that the adapter does not change the output.
     """

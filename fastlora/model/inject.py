@@ -457,11 +457,10 @@ def unload(
 
 
 def warn_of_requantization_errors(merge_errors: Mapping[str, float | None]) -> None:
-    """Warn about the rounding errors from requantizing merged weights.
+    """Warn that requantizing merged weights caused rounding errors in the layers.
 
-    One warning summarizes the errors of all layers. The warning states the average error, the
-    largest error, and the layer with the largest error. If no layer has a quantized weight, no
-    warning is emitted.
+    A single warning states the average error, the largest error, and the layer with the largest
+    error. If no layer has a quantized weight, no warning is emitted.
 
     Args:
         merge_errors: A mapping from layer names to the fraction of the merged update that rounding

@@ -56,7 +56,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> LoraModel:
-    """Return a `LoraModel` that wraps a model with a new adapter.
+    """Wrap a model in a `LoraModel`, add a new adapter, and return the `LoraModel`.
 
     The adapter is added to the given model in place.
 
@@ -278,9 +278,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load a saved adapter from a folder into the model under a given name.
+        """Load a saved adapter into the model under a given name.
 
-        The folder must contain an adapter in PEFT's format.
+        The adapter is loaded from a local folder, which must contain an adapter in PEFT's format.
 
         If no adapter with the given name is loaded, a new inactive adapter is added. Otherwise, the
         loaded adapter is overwritten in place, and a scaling that was set with `set_scale` remains
@@ -527,11 +527,12 @@ class LoraModel(PeftModelMethods, nn.Module):
 
 
 def _check_arguments_and_read_folder(
-    model_id: str | os.PathLike[str], subfolder: str | None, other_arguments: dict[str, Any]
+    folder: str | os.PathLike[str], subfolder: str | None, other_arguments: dict[str, Any]
 ) -> AdapterContents:
     """Check the arguments for loading an adapter, and read the adapter's folder.
 
-    Some arguments of PEFT are accepted and ignored. Any other additional argument is rejected.
+    The folder is a local folder. Some arguments of PEFT are accepted and ignored. Any other
+    additional argument is rejected.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.
@@ -541,7 +542,7 @@ def _check_arguments_and_read_folder(
     for name, value in other_arguments.items():
         if name not in _WITHOUT_EFFECT:
             raise TypeError(f"unexpected argument {name}={value!r}")
-    return load_adapter_folder(Path(model_id) / (subfolder or ""))
+    return load_adapter_folder(Path(folder) / (subfolder or ""))
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:

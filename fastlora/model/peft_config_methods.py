@@ -93,11 +93,11 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Hook for checking the keyword arguments of a new config.
+        """Check the keyword arguments of a new config, and return them.
 
-        The hook returns the arguments. As in PEFT, subclasses can override the hook to check or
-        correct the arguments. The hook of this class returns all arguments unchanged, because
-        invalid arguments are rejected when the config is created.
+        As in PEFT, this is a hook that subclasses can override to check or correct the arguments.
+        This class returns all arguments unchanged and checks none of them, because invalid
+        arguments are rejected when the config is created.
         """
         return fields
 

@@ -68,9 +68,7 @@ if TYPE_CHECKING:
 
 
 class TargetModule(NamedTuple):
-    """A target module of an adapter, together with the adapter's settings for the module.
-
-    The adapter applies LoRA to the module.
+    """A module to which an adapter applies LoRA, with the adapter's settings for the module.
 
     Attributes:
         base: The module without adapters.
@@ -136,10 +134,10 @@ class AdapterPlan:
 
     @property
     def adapted_module_and_parameter_names(self) -> list[str]:
-        """The names of the modules and parameters that the adapter adapts.
+        """The names of the modules and parameters that the adapter targets.
 
         Each of these modules and parameters has LoRA factors of its own. Modules that share the
-        input embedding's LoRA factors are left out. If the adapter adapts parameters of a module,
+        input embedding's LoRA factors are left out. If the adapter targets parameters of a module,
         the list contains the names of the parameters instead of the module's name.
         """
         return [
@@ -234,11 +232,11 @@ def plan_target_modules(
     ties: ModulesAdaptedWithEmbedding = NO_TIED_MODULES,
     layers_in_file: Collection[str] | None = None,
 ) -> AdapterPlan:
-    """Plan which modules and parameters of a model get an adapter.
+    """Plan which modules of a model get an adapter, and with which settings.
 
-    The function finds the targets and checks that they can be adapted. The plan also contains the
-    settings for each module, such as the rank. The model is not changed. In the config, the
-    selected parameters are stored (see `SelectedParameters.store_targets_and_patterns_in`).
+    The function finds the targets and checks that they can be adapted. The targets include the
+    parameters that the config selects. The model is not changed. In the config, the selected
+    parameters are stored (see `SelectedParameters.store_targets_and_patterns_in`).
 
     Args:
         model: The base model, with or without adapters.
@@ -291,14 +289,15 @@ def plan_target_modules(
         for inner, part in module.named_modules():
             if isinstance(part, LoraLayer) and (inner or is_lora_layer_in_use(part)):
                 raise UnsupportedLayerError(
-                    f"modules_to_save matches {name!r}, which another adapter adapts with LoRA"
+                    f"modules_to_save matches {name!r}, but another adapter has LoRA factors in "
+                    "this module"
                 )
             if isinstance(part, ModuleWrapper):
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
-                    f"modules_to_save matches {name!r}, but adapters {part.adapter_names} train "
-                    f"{part.owns} of {at!r}; all adapters that train this module must train it in "
-                    "the same way"
+                    f"modules_to_save matches {name!r}, but adapters {part.adapter_names} already "
+                    f"train {part.owns} of {at!r} in another way; all adapters that train a module "
+                    "must train it in the same way"
                 )
     return plan
 
@@ -390,7 +389,7 @@ def _has_own_forward(linear: nn.Linear) -> bool:
 
 
 def _warn_of_peft_differences_and_ignored_dropout(plan: AdapterPlan) -> None:
-    """Warn about an adapter's differences from PEFT and about dropout that has no effect.
+    """Warn if an adapter is computed differently than in PEFT, or if its dropout has no effect.
 
     A warning about a difference names a target that is computed differently than in PEFT. Such a
     warning is emitted only for an adapter that was loaded from a file with a ``peft_version`` in
@@ -486,7 +485,7 @@ def adapter_settings_for(name: str, config: LoraConfig) -> LayerAdapterSettings:
 
 
 def _settings_without_patterns(config: LoraConfig, from_file: bool = False) -> LayerAdapterSettings:
-    """Return a config's layer settings without regard to its rank and alpha patterns.
+    """Return a config's layer settings, ignoring its rank and alpha patterns.
 
     Layers that match neither ``rank_pattern`` nor ``alpha_pattern`` have these settings.
     """

@@ -50,7 +50,7 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A recommendation of LoRA settings for a model.
+    """The recommended LoRA settings for a model.
 
     The settings for training an adapter on the model include the hyperparameters, and the modules
     and parameters to adapt. The rank, alpha, and learning rate each have a starting value and a
@@ -92,9 +92,9 @@ class Recommendation:
 
     @property
     def expert_r(self) -> int:
-        """The rank of the adapters on experts.
+        """The recommended rank of the adapters on experts.
 
-        It is ``r // experts_per_token``, with a minimum of 1.
+        The rank is ``r // experts_per_token``, with a minimum of 1.
         """
         return _expert_rank(self.r, self.experts_per_token)
 
@@ -218,13 +218,13 @@ def recommend(
         count = model_or_num_params
     else:
         raise TypeError(
-            f"model_or_num_params is {model_or_num_params!r}, expected a model or an int (the "
-            "number of parameters)"
+            "model_or_num_params must be a model or an int (the number of parameters), got "
+            f"{model_or_num_params!r}"
         )
     if count < 1:
-        raise ValueError(f"the model has {count} parameters, expected at least 1")
+        raise ValueError(f"the number of parameters must be at least 1, got {count}")
     if memory_bytes is not None and memory_bytes < 1:
-        raise ValueError(f"memory_bytes is {memory_bytes}, expected at least 1")
+        raise ValueError(f"memory_bytes must be at least 1, got {memory_bytes}")
     r, alpha, dropout = next(row[1:] for row in _BY_SIZE if count < row[0])
     tight = memory_bytes is not None and 2 * count > _OF_MEMORY * memory_bytes
     return Recommendation(

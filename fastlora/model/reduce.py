@@ -115,7 +115,7 @@ def reduce_rank(
             unchanged after any of these errors.
     """
     model.base_model.check_new_adapter_name(new_adapter_name)
-    new, errors = _compute_reduced_adapter(model, rank, adapter_name)
+    new, errors = _compute_reduced_adapter_and_errors(model, rank, adapter_name)
     warn_if_base_biases_left_out({adapter_name: model.base_model.peft_config[adapter_name]})
     model.base_model.add_computed_adapter(new_adapter_name, new)
     return RankReduction(new_adapter_name, new.ranks, errors)
@@ -155,7 +155,7 @@ def convert_to_lora(
         return _peft_function(model, "convert_to_lora")(
             model, rank, adapter_name, progressbar, compile_kwargs
         )
-    new, errors = _compute_reduced_adapter(model, rank, adapter_name)
+    new, errors = _compute_reduced_adapter_and_errors(model, rank, adapter_name)
     warn(
         "Converting a PEFT adapter to LoRA that is already a LoRA adapter: "
         f"{RankReduction(adapter_name, new.ranks, errors)}",
@@ -252,7 +252,8 @@ def reduce_intruder_dimension(
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
         if layer.num_matrices > 1:
             raise UnsupportedLayerError(
-                f"{name!r} is a stack of matrices; expected an adapter without target_parameters"
+                f"{name!r} is a stack of matrices, which is not supported here; use an adapter "
+                "without target_parameters"
             )
         pair = factor_matrices(name, layer, old_adapter_name)
         scaling = float(layer.scaling[old_adapter_name])
@@ -321,10 +322,10 @@ def _scale_down_intruder_dimensions(
     ), index.numel()
 
 
-def _compute_reduced_adapter(
+def _compute_reduced_adapter_and_errors(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute a reduced-rank approximation of an adapter and its relative error for each layer.
+    """Compute a reduced-rank approximation of an adapter, and its error on each layer.
 
     The adapter and the model are not changed.
 

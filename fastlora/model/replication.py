@@ -28,7 +28,7 @@ Ranges = Sequence[Sequence[int]]
 
 
 class RevertibleLayerReplication:
-    """A reversible replication of a model's layers.
+    """A replication of a model's layers that can be undone.
 
     The replication replaces the model's list of layers with a longer list that contains copies of
     the layers. The model is not changed before `apply` is called.

@@ -164,7 +164,7 @@ def is_quantized(parameter: BaseModelParameter) -> bool:
 
 
 def former_to_parameter_names(model_type: object) -> Mapping[str, str]:
-    """Return a dict that maps former layer names to parameter names for a model type.
+    """For a model type, return a dict that maps former layer names to parameter names.
 
     The former names are those that the linear layers of the model type's experts and routers had in
     transformers 4. In transformers 5, parameters replaced these layers, except for routers that are
@@ -199,7 +199,7 @@ def former_names_selected_by_target_modules(
     config: LoraConfig,
     listed_last_components: Collection[str],
 ) -> set[str]:
-    """Return those of a parameter's former names that ``target_modules`` selects.
+    """Return which of a parameter's former names ``target_modules`` selects.
 
     The former names are the names of the linear layers that the parameter replaced. The parameter
     replaced linear layers of individual experts, or the linear layer of a router.
@@ -236,10 +236,9 @@ def former_names_selected_by_target_modules(
 
 
 def full_former_name_without_index(parameter: BaseModelParameter, former_name: str) -> str:
-    """Return the full former name of a parameter, without the expert index.
+    """Return the full name that a parameter had in transformers 4, without the expert index.
 
-    In transformers 4, the former name was the name of the linear layers that the parameter
-    replaced.
+    It is the name of the linear layers that the parameter replaced.
     """
     return (
         parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"
@@ -268,8 +267,9 @@ def check_fused_parameter_not_split(
     if former_names_in_config and missing:
         raise ConfigError(
             f"the config {verb} {sorted(former_names_in_config)} but not {missing}; all of these "
-            f"are fused in {parameter.name!r}, so specify all or none of them. To match only "
-            "linear layers with these names, use a regular expression that does not match experts"
+            f"are fused in {parameter.name!r}, so specify all or none of them; to match only "
+            "the linear layers with these names, use a regular expression that does not match the "
+            "names of expert modules"
         )
 
 

@@ -93,9 +93,9 @@ def select_parameters(
     parameters: Sequence[BaseModelParameter],
     layers_in_file: Collection[str] | None = None,
 ) -> SelectedParameters:
-    """Select the parameters of a model that a config targets.
+    """Select the parameters of a model that a config targets directly.
 
-    Both ``target_parameters`` and former names in ``target_modules`` can select a parameter.
+    ``target_parameters`` and former names in ``target_modules`` can select a parameter.
 
     Args:
         former: The result of `former_to_parameter_names` for the base model.

@@ -71,9 +71,9 @@ _MINIMIZE_FROM = 20
 
 
 class SelectedTargets(NamedTuple):
-    """The modules and parameters that a config selects in a model.
+    """The targets that a config selects in a model.
 
-    The selected modules and parameters are the targets of the adapter.
+    The targets are modules and parameters.
 
     Attributes:
         modules: The names of the target modules, in the order of ``named_modules()``.
@@ -250,7 +250,7 @@ def _linears_in_file_not_in_config(
 def _check_no_target_has_selected_parameters(
     target_modules: Collection[str], parameters_by_module: Mapping[str, list[str]]
 ) -> None:
-    """Raise `ConfigError` if a target module also has a parameter that is itself a target."""
+    """Raise `ConfigError` if a parameter of a target module is also a target."""
     twice = sorted(parameters_by_module.keys() & set(target_modules))
     if twice:
         raise ConfigError(  # the first sentence is PEFT's
@@ -417,7 +417,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
             raise UnsupportedLayerError(
                 f"modules_to_save matches {name!r}, which "
                 f"{_explain_auxiliary_module(model, name)}; "
-                "specify the whole outer module instead, or a module outside it"
+                "specify the entire enclosing module instead, or a module outside it"
             )
     return found
 
@@ -561,10 +561,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _explain_auxiliary_module(model: nn.Module, name: str) -> str:
-    """Return text that explains why a module is auxiliary and cannot be a target.
+    """Return an explanation of why a module is auxiliary and cannot be a target.
 
-    The text follows the module's name in a message. The module called ``name`` must be, or be
-    inside, a module that adapters own copies of or train rows of.
+    The explanation follows the module's name in a message. The module called ``name`` must be, or
+    be inside, a module that adapters own copies of or train rows of.
     """
     for outer, module in named_modules_outside_adapters(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
@@ -611,10 +611,10 @@ def _no_target_message(
 
 
 def _unmatched_targets(module_names: list[str], targets: Collection[str] | str) -> list[str]:
-    """Return the targets that match no module name.
+    """Return the entries of ``targets`` that match no module name.
 
-    The result is a sorted list of entries of ``targets``. A string, such as a regular expression,
-    has no entries, and the list is then empty.
+    The result is a sorted list. If ``targets`` is a string, such as a regular expression, it has no
+    entries, and the list is empty.
     """
     if isinstance(targets, str):
         return []
@@ -628,10 +628,10 @@ def _format_unmatched_config_values(
     any_excluded: bool,
     config: LoraConfig,
 ) -> list[str]:
-    """Format the config values that match no module, for a message.
+    """Format the config values that match no module.
 
-    The result is a list of texts, one for each field that has such values. The fields are
-    ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
+    The result is a list of texts for a warning, one for each field that has such values. The fields
+    are ``target_modules``, ``exclude_modules``, ``rank_pattern``, and ``alpha_pattern``.
 
     Args:
         unmatched_target_modules: The entries of ``target_modules`` that match no module and no

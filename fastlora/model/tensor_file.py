@@ -108,9 +108,9 @@ class SafetensorsFile:
 
     @property
     def file_size(self) -> int:
-        """The size of the file on disk, in bytes.
+        """The size of the file in bytes.
 
-        The value is the size at the time when the file was opened.
+        The value is the size on disk at the time when the file was opened.
         """
         return self._state[0]
 
@@ -214,15 +214,15 @@ def write_safetensors(
         raise CheckpointError(f"{path} could not be written ({error})") from error
 
 
-def _reorder_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Reorder the metadata in the header of a safetensors file.
+def _reorder_metadata(path: Path, ordered_metadata: Mapping[str, str]) -> None:
+    """Rewrite the metadata in a safetensors file's header in the order of ``ordered_metadata``.
 
-    The new order is that of ``metadata``. safetensors writes the metadata in a random order.
+    safetensors writes the metadata in a random order.
     """
-    ordered = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+    ordered = json.dumps(ordered_metadata, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
         written, end = _parse_leading_metadata(_read_header_and_data_start(file)[0])
-        if written == metadata and len(_METADATA_START) + len(ordered) == end:
+        if written == ordered_metadata and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
             file.write((_METADATA_START + ordered).encode())
 

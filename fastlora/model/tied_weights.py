@@ -107,10 +107,10 @@ def update_config_for_tied_embedding(
     config: LoraConfig,
     tensors_in_file: Mapping[str, torch.Tensor] | None = None,
 ) -> ModulesAdaptedWithEmbedding:
-    """Update a config to adapt tied modules together with the embedding, and return the modules.
+    """Update a config so that tied modules are adapted with the embedding, and return the modules.
 
-    The embedding is the model's input embedding. The modules in the result are tied to the
-    embedding. If there are such modules, the config is changed in place: ``modules_to_save`` or
+    The embedding is the model's input embedding, and the modules in the result are tied to it. If
+    there are such modules, the config is changed in place: ``modules_to_save`` or
     ``target_modules`` then contains the embedding instead of the modules tied to it. If
     ``target_modules`` is a regular expression, it is extended so that it matches the embedding too.
 
@@ -243,7 +243,7 @@ def _warn(message: str) -> None:
 
 
 class _Holder(NamedTuple):
-    """A module that holds a parameter, with one of the names of the module in the model.
+    """A module that holds parameters, paired with one of the module's names in the model.
 
     There is one such object for each name of the module.
     """
@@ -254,7 +254,7 @@ class _Holder(NamedTuple):
 
     @property
     def in_adapter_module(self) -> bool:
-        """Whether the module is a module with adapters, or a child of one.
+        """Whether the module has adapters, or is a child of a module that has adapters.
 
         A module with adapters is a LoRA layer, a wrapper, or a `TrainableTokensLayer`.
         """
@@ -263,9 +263,8 @@ class _Holder(NamedTuple):
 
 
 class SharedWeightUntier:
-    """Unties weights that several modules of a model share.
+    """Unties weights that modules share, so that one can be changed without changing the others.
 
-    After a weight has been untied, one module's weight can be changed without changing the others.
     A module that has several names in the model shares its weight in the same way as several
     modules do. The object can also find shared weights without untying them. It is used before
     adapters are merged, and before an initialization method changes base weights.
@@ -296,7 +295,7 @@ class SharedWeightUntier:
     def _other_holders(
         self, name: str, base: nn.Module, family: Collection[nn.Module], parameter: str
     ) -> list[_Holder]:
-        """Return the other holders of a parameter.
+        """Return a `_Holder` for each other module that holds a parameter.
 
         A holder is left out if its module is in ``family``, and if the holder is called ``name`` or
         is, or is a child of, a module with adapters. A module in ``family`` is therefore returned
@@ -341,10 +340,11 @@ class SharedWeightUntier:
         return others[0].name if others else None
 
     def _other_base_weight_holders(self, name: str, module: Any) -> list[_Holder]:
-        """Return the other holders of a layer's base weight.
+        """Return the other modules that share a layer's base weight.
 
-        A merge of the layer's adapters must not change the weight of these holders. The modules
-        that share the layer's factors are the ``family`` of `_other_holders`.
+        A merge of the layer's adapters must not change the weight of these modules. Each of them is
+        returned as a `_Holder`. The modules that share the layer's factors are the ``family`` of
+        `_other_holders`.
         """
         family, base = self._modules_sharing_factors(module), module.get_base_layer()
         return self._other_holders(name, base, family, _adapted_parameter_name(module))
@@ -362,10 +362,10 @@ class SharedWeightUntier:
                 holder.module
             ):
                 raise AdapterStateError(
-                    f"target module {name!r} also has the name {holder.name!r} and must be "
-                    "copied before the merge, but its forward was replaced by a function that "
-                    "cannot be copied; restore the original forward, or give each name its own "
-                    "module"
+                    f"target module {name!r} is also registered as {holder.name!r} and must be "
+                    "copied before merging, but its forward was replaced by a function that "
+                    "cannot be copied; restore the original forward, or use a separate module for "
+                    "each name"
                 )
 
     def _modules_sharing_factors(self, module: Any) -> set[nn.Module]:

@@ -32,10 +32,10 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class TrainableRowIndices:
-    """The indices of the trainable rows of a module's weight.
+    """The indices of the token rows to train in one module.
 
-    An adapter's config selects the rows with ``trainable_token_indices``. Each row belongs to a
-    token. The module is an embedding or linear layer.
+    An adapter's config selects the rows of the module's weight with ``trainable_token_indices``.
+    The module is an embedding or linear layer.
 
     Attributes:
         indices: The indices of the rows.
@@ -47,10 +47,10 @@ class TrainableRowIndices:
 
 
 def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableRowIndices]:
-    """Find the tokens that an adapter trains in each module of a model.
+    """Find the modules and the token rows that a config selects with ``trainable_token_indices``.
 
-    The result is a dict that maps the name of each module to the rows of these tokens in the
-    module's weight. Modules without such tokens are not in the dict.
+    The modules are embeddings or linear layers. The result is a dict that maps the name of each
+    module to the rows of the tokens in the module's weight.
 
     If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
     each key refers to every module with a name that ends with the key. If the input embedding is
@@ -169,7 +169,9 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
 
 
 def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRowIndices) -> None:
-    """Check that an adapter can train the given rows of a module.
+    """Check that the given rows of a module can be trained.
+
+    The module must be an embedding or a linear layer.
 
     Raises:
         UnsupportedLayerError: If the module is anything other than an embedding or linear layer

@@ -50,8 +50,8 @@ class LoraTuner(nn.Module):
     Attributes:
         model: The base model, which contains the LoRA layers.
         peft_config: A dict that maps adapter names to configs.
-        targeted_module_names: The names of the modules to which adapters apply LoRA, in the order
-            in which they were added.
+        targeted_module_names: The names of the modules that adapters target, in the order in which
+            they were added.
 
     Raises:
         AdapterStateError: If the model already contains LoRA layers.
@@ -85,7 +85,7 @@ class LoraTuner(nn.Module):
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """The names of the parameters to which adapters apply LoRA.
+        """The names of the parameters that adapters target.
 
         Their modules are not in ``targeted_module_names``.
         """
@@ -325,7 +325,7 @@ class LoraTuner(nn.Module):
             owners = inject.existing_adapter_names(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(  # the second sentence begins as in PEFT
-                    f"adapters {owners} each have their own {wrapper.owns} of the same module "
+                    f"adapters {owners} train separate {wrapper.owns} of the same module "
                     f"({wrapper.field}). Only one adapter can be set at a time for "
                     f"{type(wrapper).__name__}"
                 )
@@ -356,7 +356,7 @@ class LoraTuner(nn.Module):
         if adapter_name not in self.peft_config:
             known = list(self.peft_config)
             raise AdapterNotFoundError(
-                f"Adapter {adapter_name} does not exist; loaded adapters: {known}"
+                f"Adapter {adapter_name} does not exist; the loaded adapters are {known}"
                 f"{near_names(adapter_name, known)}"
             )
         self._delete_adapter(adapter_name)
@@ -633,10 +633,10 @@ class LoraTuner(nn.Module):
         )
 
     def sample_routings(self, adapters: int | None, ranks: Sequence[int] | None) -> list[Routing]:
-        """Return example routings for `warm_up`.
+        """Return example routings for the given number of adapters and the given ranks.
 
-        `warm_up` uses the routings to determine which kernels to compile. The routings are for up
-        to the given number of adapters, and for the given ranks. See
+        `warm_up` uses the routings to determine which kernels to compile. ``adapters`` is the
+        largest number of adapters in a batch. See
         `fastlora.routing.routers.AdapterRouter.sample_routings`.
         """
         known = tuple(self.peft_config)
@@ -666,8 +666,8 @@ class LoraTuner(nn.Module):
         """Raise `AdapterNotFoundError` if no adapter with the given name is loaded."""
         if name not in self.peft_config:
             raise AdapterNotFoundError(
-                f"no adapter {name!r}; loaded adapters: {list(self.peft_config)}"
-                f"{near_names(name, self.peft_config)}"
+                f"there is no adapter named {name!r}; the loaded adapters are "
+                f"{list(self.peft_config)}{near_names(name, self.peft_config)}"
             )
 
     def check_adapter_has_values(self, name: str) -> None:

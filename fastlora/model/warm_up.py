@@ -41,7 +41,7 @@ _MAX_PROCESSES = 16
 
 @dataclass(frozen=True)
 class WarmUpReport:
-    """A report on the warm-up of a model's kernels.
+    """A report on what a warm-up of a model's kernels did.
 
     The report is the result of `warm_up`.
 
@@ -84,7 +84,7 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Warm up a model for inference by compiling its Triton kernels ahead of time.
+    """Compile the Triton kernels that a model needs for inference ahead of time.
 
     After the warm-up, requests do not wait for compilation. The kernels are compiled into Triton's
     cache folder, in separate processes. Programs that start later reuse the compiled kernels. Which
@@ -174,7 +174,7 @@ def reason_without_kernels(device: torch.device) -> str:
 
 
 def check_kernel_cache_writable() -> None:
-    """Raise an error if Triton's cache folder is not writable.
+    """Check that Triton's cache folder for kernels is writable.
 
     Raises:
         ConfigError: The cache folder is not writable.
@@ -251,7 +251,7 @@ def record_kernel_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> _VariantsByKey:
-    """Record which kernel variants a model launches during inference.
+    """Record which kernel variants a model launches during inference, without executing them.
 
     To find the variants, the model and its layers are run. During these runs, each kernel launch is
     recorded instead of being executed, and no kernel is compiled. The result is a dict indexed by

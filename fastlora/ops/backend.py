@@ -23,7 +23,7 @@ _Gradient = torch.Tensor | None
 
 
 def draw_dropout_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draw a random dropout seed on the device from which ``impl`` reads it.
+    """Draw a random dropout seed on the device that ``impl`` requires.
 
     The seed is an int64 tensor ``[1]``, drawn from torch's default generator. If ``impl`` is
     ``"triton"``, the tensor is on x's device, so that the host does not wait for the seed.
@@ -213,7 +213,9 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        """Return a list of the shrink outputs s, one for each layer of a shared-input group.
+        """Compute the shrink outputs s of a group of layers that share an input.
+
+        The result is a list with one s for each layer.
 
         Args:
             x: Input of the layers.

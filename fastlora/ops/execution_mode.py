@@ -178,7 +178,7 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def has_unknown_values(x: torch.Tensor) -> bool:
-    """Return whether x has unknown values, as a meta tensor or a traced tensor does.
+    """Return whether the values of x are unknown, as for a meta tensor or a traced tensor.
 
     The values cannot be read if x is on the meta device, or while a compiler traces operations on
     x. The function does not detect the capture of a CUDA graph.
@@ -199,12 +199,12 @@ def disable_autocast_on(device: torch.device) -> contextlib.AbstractContextManag
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether calls to operators on x are observed, for example by autograd.
+    """Return whether something, such as autograd, observes the operators that are applied to x.
 
     Compilers and other tracers, dispatch modes, profilers, autograd, and functorch transforms
-    observe such calls: they intercept or record them. If ``in_autograd_function`` is set, autograd
-    is ignored, because it records nothing inside an autograd function. If ``by_profiler`` is False,
-    profilers are ignored.
+    observe operators: they intercept or record the calls. If ``in_autograd_function`` is set,
+    autograd is ignored, because it records nothing inside an autograd function. If ``by_profiler``
+    is False, profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -287,7 +287,7 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """Describes the conditions under which a forward pass runs, such as compilation and autocast.
+    """The conditions under which a forward pass runs, such as compilation and autocast.
 
     The object states whether compilation, tracing, autocast, and batch invariance are active. It
     also names the backend that executes the forward pass: Triton kernels or plain PyTorch.

@@ -23,10 +23,10 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The LoRA factors for a linear layer, together with the LoRA bias and the scaling.
+    """An adapter's LoRA factors for a linear layer, together with the LoRA bias and the scaling.
 
-    The tuple also contains the dropout probability and DoRA's magnitude. The factors are those of
-    one adapter, or those of several adapters, concatenated along the rank.
+    The tuple also contains the dropout probability and DoRA's magnitude. The factors can also be
+    those of several adapters, concatenated along the rank.
 
     Attributes:
         lora_a: ``[R, K]``.
@@ -145,11 +145,10 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the tables as a list of tensors to pass to an operator.
+        """Return the list of tensors that operators take as their ``tables`` argument.
 
-        The list is the operator's ``tables`` argument. It contains the tables of the factors'
-        addresses, of the ranks, and of the scalings. The operator reads the factors at these
-        addresses.
+        The tensors are the tables of the factors' addresses, of the ranks, and of the scalings. The
+        operator reads the factors at these addresses.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:

@@ -63,10 +63,10 @@ def shrink_partials_shape(
 
 
 def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[_Offsets, int]:
-    """Return the layout of a buffer into which all lora_a gradients are packed.
+    """Return the layout of a shared buffer for the gradients of all lora_a factors.
 
-    The result is a tuple (offsets, size). ``offsets`` has the offset of each gradient. All values
-    are in elements.
+    The result is a tuple (offsets, size). ``offsets`` has the offset of each gradient in the
+    buffer. All values are in elements.
     """
     return _offsets_aligned_to_16_bytes([a.numel() for a in lora_a], lora_a[0].itemsize)
 

@@ -11,7 +11,7 @@ _LIBRARY = torch.library.Library("fastlora", "DEF")
 
 
 def define_operator(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
-    """Define an operator in the ``fastlora`` library from its schema."""
+    """Define a custom operator in fastlora's `torch.library.Library` from its schema."""
     _LIBRARY.define(schema, tags=tags)
 
 

@@ -30,11 +30,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend(Backend):
-    """Backend that runs the LoRA operators with either Triton kernels or plain PyTorch.
+    """Backend that runs fastlora's registered operators, or their implementations directly.
 
-    The backend calls the registered operators if the calls are observed, for example by a tracer or
-    by autograd. Otherwise, the backend calls the operators' implementations directly where this is
-    possible.
+    The operators run either Triton kernels or plain PyTorch. The backend calls the registered
+    operators if the calls are observed, for example by a tracer or by autograd. Otherwise, the
+    backend calls the operators' implementations directly where this is possible.
 
     Args:
         impl: The implementation that the operators run, ``"triton"`` or ``"eager"``.
@@ -102,7 +102,7 @@ class OperatorBackend(Backend):
         operators: schema.OperatorNamespace,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight in the form that the given operators expect.
+        """Return the base weight in the form that the given operators expect.
 
         Registered operators and the PyTorch implementation take the weight itself, quantized or
         not. If Triton kernels are called directly, the form depends on the plan, as in
@@ -318,7 +318,7 @@ def launch_mixed_group_without_operator(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Launch a layer group's kernels for a mixed batch directly, not through a custom operator.
+    """Launch the kernels of a layer group for a mixed batch, without using a custom operator.
 
     The layers are linear layers with adapters. They share the input x, and have adjacent rows in
     the address tables, starting at ``first``. The result is a list of the outputs of the layers.

@@ -115,7 +115,7 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments of the sorted rows: ranges of adjacent rows that use the same adapter.
+        """The segments, which are ranges of sorted rows that use the same adapter.
 
         The rows of a segment have the same slot, and are adjacent in sorted order. There is one
         segment for each slot that has rows, in slot order. If the ids are on a GPU, the host waits
@@ -165,10 +165,10 @@ class Rows:
 
     @functools.cached_property
     def _sort_key_of_each_id_on_cpu(self) -> torch.Tensor:
-        """The sort key of each id, as a CPU tensor.
+        """The sort key of each adapter id in `ids`, as a CPU tensor.
 
-        The ids are the adapter ids in `ids`. Rows are sorted by the keys of their ids. The keys are
-        int64. See `_sort_keys_and_invalid_mask`.
+        Rows are sorted by the keys of their ids. The keys are int64. See
+        `_sort_keys_and_invalid_mask`.
         """
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
@@ -332,7 +332,7 @@ def _sort_rows_by_slot(
     if slots < 0:
         raise ValueError(f"the number of slots must be non-negative, got {slots}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids has dtype {ids.dtype}, expected an integer dtype")
+        raise TypeError(f"ids must have an integer dtype, got {ids.dtype}")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
         raise ValueError(
             f"ids has shape {tuple(ids.shape)}; expected [B], where B divides the number of rows "

@@ -97,11 +97,10 @@ def define_and_register_fake(
 
 
 class OperatorNamespace(Protocol):
-    """A namespace of fastlora's operators, such as `torch.ops.fastlora`.
+    """The operators that backends call, as attributes of an object.
 
-    Backends call the operators by attribute. This protocol describes the results of
-    `registered_or_direct_operators`: `torch.ops.fastlora`, or an object that provides the functions
-    that the operators run.
+    The object is a result of `registered_or_direct_operators`: the namespace `torch.ops.fastlora`,
+    or an object that provides the functions that the operators run.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...

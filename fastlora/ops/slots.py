@@ -140,9 +140,9 @@ def _operator_tensors(rows: Rows) -> list[torch.Tensor]:
 
 
 class _PackedFactorsAndPlan(NamedTuple):
-    """The packed factors of a layer's adapter slots, and the plan for their matrix products.
+    """The packed factors of a layer's adapter slots, and the plan for applying them to a batch.
 
-    The plan is for one batch.
+    The plan describes the matrix products.
 
     Attributes:
         batch: The rows of the batch.

@@ -97,9 +97,9 @@ def transposed_rank_rows(lora_b: torch.Tensor, num_matrices: int) -> torch.Tenso
 
 
 def dropout_seeds_of_keys(adapter_seeds: torch.Tensor, num_matrices: int) -> torch.Tensor:
-    """Derive a dropout seed for each matrix and adapter of a stack from the adapters' seeds.
+    """Derive dropout seeds for the matrices of a stack from the adapters' seeds.
 
-    Each pair of a matrix and an adapter has a key. For E matrices and S adapters, the result is an
-    int64 tensor ``[E * S]`` with the seeds in the order of the keys.
+    Each pair of a matrix and an adapter has a key and a seed of its own. For E matrices and S
+    adapters, the result is an int64 tensor ``[E * S]`` with the seeds in the order of the keys.
     """
     return dropout_seeds_of_layers(adapter_seeds, range(num_matrices)).reshape(-1)

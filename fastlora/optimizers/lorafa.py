@@ -63,7 +63,7 @@ class LoraFAOptimizer(Optimizer):
         if lr < 0.0:
             raise ConfigError(f"Invalid learning rate: {lr}; expected a value >= 0.0")
         if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ConfigError(f"Invalid beta parameter: {betas}; expected values in [0.0, 1.0)")
+            raise ConfigError(f"Invalid beta parameters: {betas}; expected values in [0.0, 1.0)")
         if eps < 0.0:
             raise ConfigError(f"Invalid epsilon value: {eps}; expected a value >= 0.0")
         # The first dict maps each lora_B to its lora_A. The second dict maps each lora_A to a tuple
@@ -98,9 +98,9 @@ class LoraFAOptimizer(Optimizer):
         factors = group.get("scaling_factors", ())
         if not len(names) == len(factors) == len(group["params"]):
             raise ConfigError(
-                f"Expected the param group to have names and `scaling_factors` for each of its "
-                f"{len(group['params'])} parameters, got {len(names)} names and {len(factors)} "
-                "scaling factors"
+                "Expected the param group to have one entry in `names` and one in "
+                f"`scaling_factors` for each of its {len(group['params'])} parameters, got "
+                f"{len(names)} names and {len(factors)} scaling factors"
             )
         self._pair_factors(group)
         super().add_param_group(group)

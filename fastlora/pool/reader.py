@@ -56,7 +56,7 @@ class UnsupportedAdapterError(CheckpointError):
 
 
 class TensorTargetAndKind(NamedTuple):
-    """The target and the kind of a tensor from an adapter.
+    """The target and the kind of an adapter tensor.
 
     The target and the kind determine the location of the tensor in a packed adapter.
 
@@ -265,11 +265,10 @@ class AdapterReader:
         tensors: Tensors,
         source: str,
     ) -> dict[str, TensorTargetAndKind]:
-        """Update the config, and find the target and the kind of each tensor.
+        """Store the selected parameters in the config, and find the location of each tensor.
 
-        The target and the kind determine the location of the tensor in the packed adapter. The
-        selected parameters are stored in the config; see
-        `SelectedParameters.store_targets_and_patterns_in`.
+        The location of a tensor in the packed adapter consists of its target and its kind. For the
+        changes to the config, see `SelectedParameters.store_targets_and_patterns_in`.
 
         Returns:
             A dict that maps the key of each tensor to its location.
@@ -282,7 +281,7 @@ class AdapterReader:
         names = [target.name for target in self._packer.targets]
         with error_prefix(source):
             selected = self._targets_in_model(config, {module for module, _ in keys.values()})
-            parameters = self._parameters_and_ranks_of_file_layers(config, selected)
+            parameters = self._adapted_parameter_and_rank_by_file_layer(config, selected)
         for key, (module, kind) in keys.items():
             if kind in _UNSUPPORTED:
                 raise UnsupportedAdapterError(
@@ -364,14 +363,14 @@ class AdapterReader:
         )
         if found != expected:
             raise CheckpointError(
-                f"{source}: {key!r} has shape {shape}, but this model expects size {expected} for "
-                f"the {axis} dimension, not {found}"
+                f"{source}: {key!r} has shape {shape}; for this model, the {axis} dimension must "
+                f"have size {expected}, got {found}"
             )
         if kind == "lora_A":
             own = shape[0] if rank is None else rank
             self._check_rank(f"{source}: {key!r} has rank {own}, which", own)
 
-    def _parameters_and_ranks_of_file_layers(
+    def _adapted_parameter_and_rank_by_file_layer(
         self, config: LoraConfig, selected: SelectedTargets
     ) -> dict[str, tuple[str, str, int]]:
         """Map each layer in an adapter file to the parameter that it adapts and to its rank.

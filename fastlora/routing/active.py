@@ -18,7 +18,7 @@ from fastlora.routing.routing import RoutedLayerGroup, Routing
 class _AsyncioTaskBlock:
     """An open `fastlora.adapters` block that belongs to an asyncio task.
 
-    The task has opened the block.
+    The task has entered the block.
     """
 
     def __init__(self, task: asyncio.Task[object]) -> None:
@@ -100,7 +100,7 @@ def _current_task() -> asyncio.Task[object] | None:
 
 
 def _raise_if_opened_by_other_asyncio_task(routing: Routing) -> None:
-    """Raise `RuntimeError` if the routing's block was opened by another asyncio task.
+    """Raise `RuntimeError` if another asyncio task has entered the routing's ``with`` block.
 
     Tasks that a task creates inside its block may use the block. A task that has ended leaves its
     blocks to the thread, as an asynchronous fixture does. Compiled code cannot call this function.
@@ -117,7 +117,10 @@ def _raise_if_opened_by_other_asyncio_task(routing: Routing) -> None:
 
 @contextlib.contextmanager
 def _record_asyncio_task(routing: Routing) -> Iterator[None]:
-    """Context manager that records the asyncio task that opened the routing's block, if any."""
+    """Context manager that records which asyncio task has entered a routing's ``with`` block.
+
+    Nothing is recorded outside of an asyncio task or in compiled code.
+    """
     task = None if is_being_compiled() else _current_task()
     if task is None:
         yield

@@ -170,9 +170,9 @@ def sample_routings_from_parameters(
     max_adapters: int | None,
     allowed_ranks: Sequence[int] | None,
 ) -> list[Routing]:
-    """Return example routings for the adapters that layers store as parameters.
+    """Return example routings for adapters that are stored as parameters of the layers.
 
-    `warm_up` uses these example routings to cover the ranks and dtypes of the adapters. For each
+    `warm_up` uses these routings to cover the ranks and dtypes of the adapters. For each
     combination of rank and dtype, one routing has a single adapter. Another routing also has other
     adapters of at most this rank, up to ``max_adapters`` in total. If ``allowed_ranks`` is given,
     there are routings only for these ranks. See
@@ -205,7 +205,7 @@ def sample_routings_from_parameters(
 def _convert_slots_to_known(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
-    """Convert slots to indices into the known adapter names.
+    """Convert slots to indices into the tuple of known adapter names.
 
     ``slots`` contains indices into ``names``, and the result contains indices into ``known``. The
     result is always a new tensor ``[B]``, because a tensor that the routing also refers to

@@ -18,7 +18,7 @@ import torch
 from fastlora.ops.factors import AddressTables
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, has_layout_for
-from fastlora.ops.torch.packed_choice import BatchRowPattern
+from fastlora.ops.torch.packed_choice import BatchSizeCategory
 from fastlora.routing.adapter_changes import AdapterChangeDetector
 from fastlora.routing.row_checks import RowOrderChecker
 from fastlora.weights_version import weights_versions
@@ -77,8 +77,10 @@ class PackedAdapterSet:
             weights_versions.version_of_trainable_weights() if factors_can_change else None
         )
         self.tables: AddressTables | Literal[False] | None = None
-        self._met: set[tuple[int, torch.dtype, BatchRowPattern]] = set()
-        self._packs: dict[tuple[int, torch.dtype, BatchRowPattern], PackedLayerFactors | None] = {}
+        self._met: set[tuple[int, torch.dtype, BatchSizeCategory]] = set()
+        self._packs: dict[
+            tuple[int, torch.dtype, BatchSizeCategory], PackedLayerFactors | None
+        ] = {}
 
     @property
     def has_current_weights_version(self) -> bool:
@@ -101,9 +103,9 @@ class PackedAdapterSet:
         )
 
     def get_or_should_pack(
-        self, layer_number: int, dtype: torch.dtype, kind: BatchRowPattern
+        self, layer_number: int, dtype: torch.dtype, kind: BatchSizeCategory
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return a layer's cached packed factors, and whether the caller should pack them.
+        """Return a layer's packed factors, or None and whether the caller should pack the factors.
 
         The result is a tuple. Its first item is None if no packed factors are stored, or if the
         factors cannot be packed. Its second item is True only if none are stored and the same
@@ -113,7 +115,7 @@ class PackedAdapterSet:
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
             return pack, False
-        for other in BatchRowPattern:
+        for other in BatchSizeCategory:
             pack = self._packs.get((layer_number, dtype, other))
             if pack is not None and has_layout_for(pack, dtype, kind):
                 self._packs[key] = pack
@@ -127,7 +129,7 @@ class PackedAdapterSet:
         self,
         layer_number: int,
         dtype: torch.dtype,
-        kind: BatchRowPattern,
+        kind: BatchSizeCategory,
         pack: PackedLayerFactors | None,
     ) -> None:
         """Store the packed factors of a layer.
@@ -162,7 +164,7 @@ class PackedAdapterSetsCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the cached packed adapter set for a key, or create the set if necessary.
+        """Return the packed adapter set cached under a key, creating it if necessary.
 
         A new set is created if no set is cached for the key, or if the factors of the cached set
         may have changed. ``factors_can_change`` tells whether the factors of a new set can change

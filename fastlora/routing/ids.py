@@ -21,7 +21,7 @@ _MODULE_DICT = nn.ModuleDict()
 
 
 def check_adapter_name(name: object) -> None:
-    """Raise `ConfigError` unless ``name`` is a valid name for an adapter of a model."""
+    """Raise `ConfigError` unless ``name`` is a valid adapter name."""
     if not isinstance(name, str) or not name or "." in name:
         raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
     if name == BASE:
@@ -54,12 +54,14 @@ def names_and_slots(
     """
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         what = f"the string {ids!r}" if isinstance(ids, str) else f"a {type(ids).__name__}"
-        raise TypeError(f"ids is {what}, expected a sequence with one name per sample")
+        raise TypeError(
+            f"ids must be a sequence with an adapter name or None for each sample, got {what}"
+        )
     odd = next((name for name in ids if not (name is None or isinstance(name, str))), None)
     if odd is not None:
         raise TypeError(
-            f"ids contains {odd!r}; expected ids to contain only names and None, or to be a tensor "
-            "of slots"
+            f"ids contains {odd!r}; expected a sequence in which each item is an adapter name or "
+            "None, or a tensor of slots"
         )
     wanted = [None if name == BASE else name for name in ids]
     present = {name for name in wanted if name is not None}
@@ -111,9 +113,9 @@ def check_slots_and_copy_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) 
 def check_one_dimensional_integer_ids(ids: torch.Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless the ids are a 1-dimensional integer tensor."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"ids has dtype {ids.dtype}, expected an integer dtype")
+        raise TypeError(f"ids must have an integer dtype, got {ids.dtype}")
     if ids.dim() != 1:
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
+        raise ValueError(f"ids must have one dimension, got shape {tuple(ids.shape)}")
 
 
 def ids_divide_rows(rows: int, ids: int) -> bool:
@@ -125,7 +127,7 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def each_id_covers_whole_entries(leading_shape: Sequence[int], num_ids: int) -> bool:
-    """Return whether each id's rows are whole slices along one of a tensor's leading dimensions.
+    """Return whether the rows of each id form whole slices along one of the leading dimensions.
 
     ``leading_shape`` contains the sizes of a tensor's leading dimensions. Each of the ``num_ids``
     ids has an equal share of consecutive flattened rows. Slices along the first dimension are

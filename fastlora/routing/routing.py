@@ -112,9 +112,9 @@ class RoutedLayerGroup(UncopiedCache):
             raise AdapterStateError(
                 f"{operation}() cannot be called while a fastlora.adapters() block is open or a "
                 "call with adapter_names= is in progress for this model (open blocks in all "
-                f"threads: {self._open}), because {operation}() would remove, disable, or change "
-                "adapters or weights that the open blocks use. "
-                f"Call {operation}() after the blocks have ended"
+                f"threads: {self._open}), because it would remove, disable, or change adapters or "
+                f"weights that are in use. Call {operation}() after these blocks and calls have "
+                "finished"
             )
 
 
@@ -198,12 +198,13 @@ class Routing:
     def check_gets_all_rows(
         self, layer: RoutedLayerProtocol, x: torch.Tensor, compiling: bool
     ) -> None:
-        """Raise an error if a layer does not get all rows of the batch.
+        """Raise an error if a layer does not receive all rows of the batch.
 
-        The error is also raised if the layer might get only some rows.
+        The error is also raised if the layer might receive only some rows.
 
         Raises:
-            UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
+            UnsupportedLayerError: The layer receives or may receive only some rows. The message
+                names the layer.
         """
         row_checker = None if compiling else self.cache.row_checker
         if row_checker is not None:

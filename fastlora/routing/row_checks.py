@@ -130,9 +130,9 @@ class ModelRowOrderChecks:
         ran: Iterable[RoutedLayerProtocol],
         track_again: Collection[int] = (),
     ) -> None:
-        """Record that rows were tracked in a block, and which layers ran in the block.
+        """Record which layers ran in a block that tracked rows.
 
-        The layers in ``ran`` got all rows.
+        The layers in ``ran`` received all rows.
 
         Args:
             training: Whether the model is in training mode.
@@ -150,7 +150,7 @@ class ModelRowOrderChecks:
                 layer.may_see_partial_rows = False
 
     def raise_now_and_at_later_checks(self, layer: RoutedLayerProtocol, reason: str) -> None:
-        """Raise an error about a layer, and record it so that later checks of the layer raise too.
+        """Raise an error for a layer now, and have later checks of the layer raise it again.
 
         Even if the caller catches the first error, the layer raises an error in all later mixed
         batches, including in compiled code. The error message contains ``reason``, which says why
@@ -278,9 +278,9 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     if reason is not None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
-        f"layer {name!r} looks like an expert in a mixture of experts, and may get only some rows "
-        "of a batch. To find out whether the layer gets all rows, first run a mixed batch without "
-        f"torch.compile. If the layer does not get all rows, {advice}"
+        f"layer {name!r} looks like an expert in a mixture of experts, and may receive only some "
+        "rows of a batch. Run one mixed batch without torch.compile, so that fastlora can check "
+        f"whether the layer receives all rows. If it does not, {advice}"
     )
 
 
@@ -307,11 +307,11 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _ExpertModuleEvidence(NamedTuple):
-    """Evidence of whether a module is an expert in a mixture of experts.
+    """Evidence for or against a module being an expert in a mixture of experts.
 
-    An expert gets only the rows that a router selects for it. The order of these rows may differ
-    from that of the batch. The evidence comes from the structure and the names of the model's
-    modules.
+    An expert receives only the rows that a router selects for it. The order of these rows may
+    differ from that of the batch. The evidence comes from the structure and the names of the
+    model's modules.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -329,10 +329,11 @@ class _ExpertModuleEvidence(NamedTuple):
 class _ExpertLayerDetector:
     """Detects layers that belong to the experts of a mixture of experts.
 
-    Such a layer is an expert or a part of an expert. It may get only some rows of a batch, and the
-    order of these rows may differ from that of the batch. The detector compares the structure and
-    the names of the model's modules, so the model does not need to run; see `looks_like_expert`.
-    The detector looks for modules with the same structure, and caches the results.
+    Such a layer is an expert or a part of an expert. It may receive only some rows of a batch, and
+    the order of these rows may differ from that of the batch. The detector compares the structure
+    and the names of the model's modules, so the model does not need to run (see
+    `looks_like_expert`). The detector looks for modules with the same structure, and caches the
+    results.
     """
 
     def __init__(self) -> None:
@@ -374,7 +375,7 @@ class _ExpertLayerDetector:
     def _evidence_that_last_module_is_expert(
         self, path_modules: list[nn.Module], path_names: list[str], ends_at_layer: bool
     ) -> _ExpertModuleEvidence:
-        """Return evidence of whether the last module in a path is an expert.
+        """Return the evidence for or against the last module in a path being an expert.
 
         Args:
             path_modules: The path, starting at the model.

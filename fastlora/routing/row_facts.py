@@ -46,7 +46,7 @@ class RowOriginKind(enum.Enum):
 
 
 class RowOriginFacts(NamedTuple):
-    """What is known about the origin of a tensor's rows.
+    """Known facts about where a tensor's rows come from.
 
     The facts show whether the rows can be assigned to adapters by their position. The facts include
     the sample of the batch that each row belongs to, if the sample is known.
@@ -97,9 +97,9 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """A table that records what is known about the rows of tensors.
+    """A table that maps tensors to the known facts about their rows.
 
-    For example, the facts may tell which sample of the batch each row comes from. The table covers
+    For example, the facts may state which sample of the batch each row comes from. The table covers
     the tensors of one block.
 
     Args:
@@ -112,7 +112,7 @@ class RowFactsTable:
         self._next_drop = _FIRST_DROP
 
     def facts_of(self, tensor: torch.Tensor) -> RowOriginFacts:
-        """Return the facts about the origin of a tensor's rows.
+        """Return the known facts about where a tensor's rows come from.
 
         The tensor is looked up by its storage.
         """
@@ -214,11 +214,11 @@ class RowFactsTable:
         return RowOriginFacts(RowOriginKind.CHOSEN, index_key, None, found, fixed)
 
     def rows_have_fixed_sample_indices(self, *tensors: torch.Tensor) -> bool:
-        """Return whether each row of the given tensors belongs to a fixed sample index.
+        """Return whether each row of the given tensors has the same sample index in every batch.
 
-        A sample index is the position of a sample in the batch. The sample index of a row is fixed
-        if it is the same in every batch. The result is False if any of the tensors has a row that
-        may belong to different sample indices in different batches.
+        The sample index of a row is the position in the batch of the sample that the row belongs
+        to. The result is False if any of the tensors has a row whose sample index may differ
+        between batches.
         """
         found = map(self.facts_of, tensors)
         return all(
@@ -235,10 +235,9 @@ class RowFactsTable:
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard the known facts about a tensor.
+        """Discard the known facts about where a tensor's rows come from.
 
-        The facts describe the origin of the tensor's rows. Without them, the rows are treated as
-        the rows of the batch, in the same order.
+        Without these facts, the rows are treated as the rows of the batch, in the same order.
         """
         self._by_storage.pop(storage_key(tensor), None)
 

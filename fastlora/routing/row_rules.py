@@ -111,7 +111,7 @@ def _combined_facts(
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowOriginFacts:
-    """Return what is known about the origin of the rows that indices select from ``source``.
+    """Return the known facts about the rows that ``indices`` select from ``source``.
 
     There is one index, or None, for each leading dimension.
     """
@@ -158,7 +158,7 @@ def _counts_up_through_all_rows(
 def _table_lookup_facts(
     known: RowFactsTable, table_kind: RowOriginKind, indices: Indices
 ) -> RowOriginFacts:
-    """Return what is known about the origin of the rows that the indices select from a table.
+    """Return the known facts about the rows that ``indices`` select from a table.
 
     The result is derived from the kind of the table and from the facts about the indices.
     """
@@ -185,7 +185,7 @@ def _facts_after_write(
     *,
     adds: bool = False,
 ) -> RowOriginFacts:
-    """Return what is known about the origin of the rows of ``dest`` after a write.
+    """Return the known facts about the rows of ``dest`` after a write.
 
     ``values`` are written to ``dest`` at ``indices``.
     """
@@ -289,7 +289,7 @@ def _rows_from_argument_rule(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for dtype conversions, which usually keep the origin of the rows.
+    """Apply the rule for dtype conversions, whose results usually have the row facts of the input.
 
     The result of a conversion has the `RowOriginFacts` of the input, with two exceptions. The
     samples are kept only for the kind `CHOSEN`, if they are known for the result. If integers or
@@ -310,7 +310,7 @@ def _index(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts
 
 
 def _copy_into(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
-    """Apply the rule for in-place copies: the target takes over the row facts of the source.
+    """Apply the rule for in-place copies: the row facts of the source are copied to the target.
 
     The rule is for `copy_`. If `copy_` fills only a part of a tensor, the facts change only if the
     tensor contains no rows of the batch.
@@ -352,7 +352,7 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFact
 
 
 def _write_along_rule(adds: bool) -> Rule:
-    """Return the rule for operators that write at indices along a dimension.
+    """Return the rule for operators that write to given indices along a dimension.
 
     These are the `index_add`, `index_copy`, and `scatter` operators.
     """
@@ -421,7 +421,7 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFac
 def _sort(
     known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]
 ) -> RowOriginFacts | None:
-    """Apply the rule for `sort`, and record the origin of the rows in its results.
+    """Apply the rule for `sort`, and record where the rows of the operator's outputs come from.
 
     The permutation that sorts an index is the inverse of the index. Otherwise, the rule is the same
     as for `topk`.
@@ -438,7 +438,7 @@ def _sort(
 def _topk(
     known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]
 ) -> RowOriginFacts | None:
-    """Apply the rule for `topk`, and record the origin of the rows in its results.
+    """Apply the rule for `topk`, and record where the rows of the operator's outputs come from.
 
     For a vector that depends on the input data, the returned indices select the returned values.
     All other results count as rows of the batch in order.
@@ -483,9 +483,7 @@ def _cat_or_stack_rule(stacks: bool) -> Rule:
     return rule
 
 
-def _elementwise_product(
-    known: RowFactsTable, args: Arguments, out: object
-) -> RowOriginFacts | None:
+def _mul(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFacts | None:
     """Apply the rule for `mul`, the elementwise product.
 
     The rule combines the row facts of the operands. A `CHOICE` times weights is still a `CHOICE`.
@@ -552,7 +550,7 @@ _RULES: dict[Any, Rule] = {
     aten.stack: _cat_or_stack_rule(stacks=True),
     aten.sort: _sort,
     aten.topk: _topk,
-    **dict.fromkeys((aten.mul, aten.mul_), _elementwise_product),
+    **dict.fromkeys((aten.mul, aten.mul_), _mul),
     aten.where: _where,
     aten._to_copy: _convert_dtype,
     **dict.fromkeys(

@@ -24,7 +24,7 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def samples_in_batch_order(leading_shape: Sequence[int], num_samples: int) -> torch.Tensor | None:
-    """Return the sample that each row belongs to, for rows that are in batch order.
+    """For rows in batch order, return the index of the sample that each row belongs to.
 
     Row r of R rows belongs to sample ``r * num_samples // R``, as a layer in a mixed batch assumes.
     R is the product of the sizes in ``leading_shape``. Returns None if R is zero or is not a

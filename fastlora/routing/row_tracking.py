@@ -73,18 +73,18 @@ class RowOriginTracker(TorchDispatchMode):
         super().__exit__(*error)
 
     def invalidate_all_facts(self) -> None:
-        """Invalidate all facts that have been recorded about rows.
+        """Invalidate all recorded information about the origin of rows.
 
         From then on, `has_valid_facts` is False, even while the mode is still on, and the rows of
-        layers are no longer checked against the facts.
+        layers are no longer checked against the recorded information.
         """
         self._thread = 0
 
     @property
     def has_valid_facts(self) -> bool:
-        """Whether the recorded facts about rows are still valid.
+        """Whether the recorded information about the origin of rows is still valid.
 
-        The facts are valid, and may be used, if the mode is on in this thread and
+        The information is valid, and may be used, if the mode is on in this thread and
         `invalidate_all_facts` has not been called.
         """
         return self._thread == threading.get_ident()
@@ -107,7 +107,7 @@ class RowOriginTracker(TorchDispatchMode):
             self._rests = before
 
     def row_origin_kind(self, x: torch.Tensor) -> RowOriginKind:
-        """Return the kind of relation between a tensor's rows and the rows of the batch.
+        """Return how a tensor's rows relate to the rows of the batch.
 
         For example, a tensor may contain the rows of the batch in order, rows that the data
         selected, or rows made from parameters. See `RowOriginKind`.
@@ -135,7 +135,7 @@ class RowOriginTracker(TorchDispatchMode):
         return not bool((parts == parts[:1]).all())
 
     def record_in_batch_order(self, tensors: Iterable[object]) -> None:
-        """Record that the rows of tensors are in batch order.
+        """Record that the rows of the given tensors are in batch order.
 
         The tensors are, for example, a model's inputs.
         """
@@ -150,7 +150,7 @@ class RowOriginTracker(TorchDispatchMode):
         args: Arguments = (),
         kwargs: Keywords | None = None,
     ) -> Any:
-        """Call an operator, record facts about the rows of its result, and return the result."""
+        """Call an operator, record the origin of the rows of its result, and return the result."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._rests:

@@ -480,7 +480,7 @@ class Run:
         Raises `NonFiniteError` if a loss or a gradient is not finite. With loss scaling, an
         adapter with a non-finite gradient is skipped instead, unless its loss scale is too low.
         """
-        values = self._compute_mean_losses(
+        values = self._compute_mean_losses_by_adapter(
             self.schedule.order.step_samples(self.step), self.corpora, accumulate_gradients=True
         )
         for name, value in values.items():
@@ -539,7 +539,7 @@ class Run:
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
-    def _compute_mean_losses(
+    def _compute_mean_losses_by_adapter(
         self,
         samples: Sequence[SampleRef],
         corpora: Mapping[str, TokenizedCorpus],
@@ -623,7 +623,9 @@ class Run:
         """
         rows = [SampleRef(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
         self.model.eval()
-        found = self._compute_mean_losses(rows, self.held_out, accumulate_gradients=False)
+        found = self._compute_mean_losses_by_adapter(
+            rows, self.held_out, accumulate_gradients=False
+        )
         self.model.train()
         if self._run_should_stop():
             return {}

@@ -229,7 +229,7 @@ def test_it_trains_and_keeps_the_dtype() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], type[FastLoraError], str]] = [
-    ({"adapters": ["a", "z"]}, AdapterNotFoundError, "no adapter 'z'"),
+    ({"adapters": ["a", "z"]}, AdapterNotFoundError, "no adapter named 'z'"),
     ({"adapters": []}, ConfigError, "adapters is empty"),
     ({"weights": [1.0]}, ConfigError, "one weight for each of the 2 adapters"),
     ({"weights": [1.0, math.inf]}, ConfigError, "finite"),

@@ -241,7 +241,7 @@ def test_set_requires_grad() -> None:
             {n.replace("base_layer.", "") for n, p in model.named_parameters() if p.requires_grad}
         )
     assert found[0] == found[1] and len(found[0]) == 4
-    with pytest.raises(ValueError, match="no adapter 'c'"):
+    with pytest.raises(ValueError, match="no adapter named 'c'"):
         model.set_requires_grad("c")
 
 

@@ -247,19 +247,19 @@ def test_a_write_ends_a_copy_of_the_codes() -> None:
     """Of the product that evaluates on a CPU; here on any CPU, which may have no such product."""
     module: Any = quantize_linear(nn.Linear(128, 48).half(), "nf4")
     kept = KernelWeightCache()
-    kept._entries_if_cacheable(module)
+    kept._cache_entries_if_cacheable(module)
     kept.repacked = made = ProductWithRepackedCopy(module)
-    kept._entries_if_cacheable(module)
+    kept._cache_entries_if_cacheable(module)
     assert kept.repacked is made
     module.weight.quant_state.absmax.mul_(2)
-    kept._entries_if_cacheable(module)
+    kept._cache_entries_if_cacheable(module)
     assert kept.repacked is None
 
 
 def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a look at the weight and its use, as a change of mode in another thread does."""
     module: Any = quantize_linear(nn.Linear(128, 48).half(), "nf4")
-    kept, look = KernelWeightCache(), KernelWeightCache._entries_if_cacheable
+    kept, look = KernelWeightCache(), KernelWeightCache._cache_entries_if_cacheable
 
     def looks(self: KernelWeightCache, module: nn.Module) -> Any:
         found = look(self, module)
@@ -267,7 +267,7 @@ def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) ->
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(KernelWeightCache, "_entries_if_cacheable", looks)
+        patch.setattr(KernelWeightCache, "_cache_entries_if_cacheable", looks)
         assert not isinstance(kept.weight_or_fallback_reason(module, torch.float16), str)
     assert not isinstance(kept.weight_or_fallback_reason(module, torch.float16), str)
 

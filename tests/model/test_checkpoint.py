@@ -106,7 +106,7 @@ def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
     assert inspect_adapter_folder(tmp_path).keys[magnitude].kind == "magnitude"
     data = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**data, "use_dora": False}))
-    assert "the config says use_dora=False" in error_message(tmp_path)
+    assert "the config has use_dora=False" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -254,7 +254,7 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         ({"modules_to_save": ["head"]}, {f"{PRE}heads.weight": (6,)}, "unknown key"),
         ({}, {"q.lora_A.weight": (2, 4)}, f"expected a key that starts with {PRE!r}"),
         ({}, {f"{PRE}mha.lora_A": (2, 4)}, "unknown key"),
-        ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "the config says use_dora=False"),
+        ({}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "the config has use_dora=False"),
         ({"use_dora": True}, {f"{PRE}q.lora_magnitude_vector": (6,)}, "has no lora_magnitude"),
         (
             {"use_dora": True},
@@ -264,7 +264,7 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         (
             {"use_dora": True},
             {f"{PRE}{m}.lora_magnitude_vector": (6,) for m in ("q", "deep.q", "v")},
-            "but no LoRA factors for 'v'; expected both factors",
+            "but LoRA factors for 'v' are missing; expected both factors",
         ),
         ({}, {f"{PRE}e.token_adapter.trainable_tokens_delta": (6, 1)}, "trainable_token_indices"),
         ({}, {f"{PRE}e.lora_embedding_A": (2, 7)}, "but no lora_embedding_B for 'e'; expected"),

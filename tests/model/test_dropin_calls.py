@@ -119,12 +119,12 @@ def test_one_adapter_with_biases() -> None:
 def test_modules_to_save_corners() -> None:
     """Copies of adapted modules, two copies at once, and containers are refused."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
-    with pytest.raises(UnsupportedLayerError, match="adapts with LoRA"):
+    with pytest.raises(UnsupportedLayerError, match="has LoRA factors in this module"):
         model.add_adapter("b", LoraConfig(r=2, target_modules=["v"], modules_to_save=["q"]))
     for name in ("c", "d"):
         config = LoraConfig(r=2, target_modules=["v"], modules_to_save=["head"])
         model.add_adapter(name, config)
-    with pytest.raises(AdapterStateError, match="each have their own copies of the same module"):
+    with pytest.raises(AdapterStateError, match="train separate copies of the same module"):
         model.set_adapter(["c", "d"])
     assert model.active_adapters == ["default"]
 

@@ -198,7 +198,7 @@ def test_errors_change_nothing(tmp_path: Path) -> None:
         ("wide", "default", RuntimeError, "Hot swapping the adapter did not succeed"),
         ("dora", "default", ConfigError, "for use_dora, False != True"),
         ("dropout", "default", ConfigError, "for lora_dropout"),
-        ("good", "absent", AdapterNotFoundError, "no adapter 'absent'"),
+        ("good", "absent", AdapterNotFoundError, "no adapter named 'absent'"),
         ("nowhere", "default", CheckpointError, "nowhere"),
     ]
     for folder, name, error, words in wrong:

@@ -85,7 +85,7 @@ def test_by_memory() -> None:
         assert ("Paged" in found.optimizer) == bool(load_in)
         if load_in is None:
             assert found.quantization_config() is None
-    with pytest.raises(ValueError, match="memory_bytes is 0"):
+    with pytest.raises(ValueError, match="memory_bytes must be at least 1, got 0"):
         fastlora.recommend(count, memory_bytes=0)
     pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")

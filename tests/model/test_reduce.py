@@ -182,7 +182,7 @@ def test_errors_change_nothing() -> None:
         for function in (fastlora.reduce_rank, fastlora.convert_to_lora):
             with unchanged(model), pytest.raises(ConfigError, match=words):
                 function(model, rank)
-    with pytest.raises(AdapterNotFoundError, match="no adapter 'absent'"):
+    with pytest.raises(AdapterNotFoundError, match="no adapter named 'absent'"):
         fastlora.reduce_rank(model, 2, "absent")
     for call in (
         lambda: fastlora.reduce_rank(model, 2, new_adapter_name="default"),

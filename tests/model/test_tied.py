@@ -391,7 +391,7 @@ def test_a_module_with_two_names_that_cannot_be_copied() -> None:
     base["v"].forward = lambda x: forward(x)  # type: ignore[method-assign]
     base["w"] = base["v"]
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"]))
-    with unchanged(model), pytest.raises(AdapterStateError, match="'v' also has the name 'w'"):
+    with unchanged(model), pytest.raises(AdapterStateError, match="'v' is also registered as 'w'"):
         model.merge_and_unload()
 
 

@@ -221,7 +221,7 @@ def test_rows_are_told_apart_by_identity() -> None:
 
 def test_bad_ids_are_named() -> None:
     for ids, m, error, message in (
-        (torch.zeros(4), 4, TypeError, "torch.float32, expected an integer dtype"),
+        (torch.zeros(4), 4, TypeError, "must have an integer dtype, got torch.float32"),
         (torch.zeros(4, dtype=torch.bool), 4, TypeError, "torch.bool"),
         (torch.zeros(3, dtype=torch.int64), 4, ValueError, r"\(3,\); expected \[B\], where B div"),
         (torch.zeros(2, 2, dtype=torch.int64), 4, ValueError, r"\(2, 2\)"),

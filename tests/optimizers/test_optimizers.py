@@ -195,7 +195,7 @@ def test_errors() -> None:
         create_lorafa_optimizer(model, 4, 8, 1e-3)
     with pytest.raises(ConfigError, match="no parameter is trainable"):
         create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=2.0)
-    with pytest.raises(ConfigError, match="names and `scaling_factors`"):
+    with pytest.raises(ConfigError, match="`names` and one in `scaling_factors`"):
         LoraFAOptimizer([nn.Parameter(torch.ones(2))])
 
 

@@ -94,11 +94,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no such target": (lambda f: edit_config(f, target_modules=["k"]), "different base"),
     "wider": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(2, 12)})),
-        "expects size 10 for the last dimension, not 12",
+        "the last dimension must have size 10, got 12",
     ),
     "taller": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 2)})),
-        "expects size 14 for the first dimension, not 15",
+        "the first dimension must have size 14, got 15",
     ),
     "DoRA without magnitudes": (
         lambda f: edit_config(f, use_dora=True),

@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from fastlora.ops.torch.packed_choice import BatchRowPattern
+from fastlora.ops.torch.packed_choice import BatchSizeCategory
 from fastlora.routing.caches import PackedAdapterSet, PackedAdapterSetsCache, cuda_stream_handle
 from fastlora.weights_version import weights_versions
 
@@ -39,7 +39,7 @@ def test_sets_that_cannot_change_hold_after_training() -> None:
 
 
 def test_a_layer_is_packed_when_it_comes_again() -> None:
-    kind, known = next(iter(BatchRowPattern)), PackedAdapterSet(False)
+    kind, known = next(iter(BatchSizeCategory)), PackedAdapterSet(False)
     assert known.get_or_should_pack(3, torch.float32, kind) == (None, False)
     assert known.get_or_should_pack(4, torch.float32, kind) == (None, False)
     assert known.get_or_should_pack(3, torch.float32, kind) == (None, True)

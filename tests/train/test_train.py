@@ -340,7 +340,7 @@ def test_shared_biases_train_alone() -> None:
 
 
 BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "name": ({"optimizers": {"aa": SGD}}, AdapterNotFoundError, "no adapter 'aa'.*close names: a"),
+    "name": ({"optimizers": {"aa": SGD}}, AdapterNotFoundError, "named 'aa'.*close names: a"),
     "none": ({"optimizers": {}}, ValueError, "no adapters were given"),
     "schedule": (
         {"schedulers": {"b": SCHEDULERS["a"]}},

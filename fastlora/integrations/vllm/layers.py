@@ -102,8 +102,8 @@ def _shards(
     layer: Any,
     lora_a: Sequence[_Factor],
     lora_b: Sequence[_Factor],
-    sharded_a: Sequence[_Factor],
-    sharded_b: Sequence[_Factor],
+    lora_a_sharded_by_vllm: Sequence[_Factor],
+    lora_b_sharded_by_vllm: Sequence[_Factor],
 ) -> tuple[list[Any], list[Any]]:
     """Return this process's shards of a layer's factors.
 
@@ -116,10 +116,10 @@ def _shards(
         layer: The layer.
         lora_a: For each slice, the lora_a that vLLM passes.
         lora_b: For each slice, the lora_b that vLLM passes.
-        sharded_a: For each slice, lora_a as vLLM shards it.
-        sharded_b: For each slice, lora_b as vLLM shards it.
+        lora_a_sharded_by_vllm: For each slice, lora_a as vLLM shards it.
+        lora_b_sharded_by_vllm: For each slice, lora_b as vLLM shards it.
     """
-    found_a, found_b = list[Any](sharded_a), list[Any](sharded_b)
+    found_a, found_b = list[Any](lora_a_sharded_by_vllm), list[Any](lora_b_sharded_by_vllm)
     for index, (down, up) in enumerate(zip(lora_a, lora_b, strict=True)):
         features = layer.lora_a_stacked[index].shape[3]
         width = layer.lora_b_stacked[index].shape[2]

@@ -236,7 +236,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add each row's LoRA update to y in place, using the factors' addresses in ``tables``.
+    """Add each row's LoRA update to y in place, using tables of the factors' addresses.
 
     Each row of y gets the update of its own adapter, which is computed from the same row of the
     layer's input x. ``index`` is the layer's row in the tables.

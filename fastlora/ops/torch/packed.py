@@ -20,7 +20,7 @@ import torch
 
 from fastlora.ops.factors import Factors, Slots
 from fastlora.ops.torch.packed_choice import (
-    BatchRowPattern,
+    BatchSizeCategory,
     coalescing_units_is_faster,
     column_major_lora_a_is_faster,
     dense_products_are_fastest,
@@ -56,9 +56,10 @@ class PackedLayout:
 
     @property
     def rank_rows(self) -> int:
-        """The total number of rank rows (rows of lora_a, columns of lora_b), including unused ones.
+        """The total number of rank rows in the packed factors.
 
-        Unused rank rows contain zeros.
+        A rank row is a row of lora_a and a column of lora_b. Unused rank rows, which contain zeros,
+        are counted too.
         """
         return self.unit * self.units
 
@@ -123,7 +124,7 @@ class PackedLayerFactors(NamedTuple):
 
 
 def pack_layer_factors_if_finite(
-    slots: Slots, dtype: torch.dtype, kind: BatchRowPattern
+    slots: Slots, dtype: torch.dtype, kind: BatchSizeCategory
 ) -> PackedLayerFactors | None:
     """Pack the factors of a layer's adapters together if all of the factors are finite.
 
@@ -131,7 +132,7 @@ def pack_layer_factors_if_finite(
     are not packed because one product serves several adapters and would carry a NaN from one
     adapter to the others.
 
-    The packed factors have the dtype ``dtype``. ``kind`` is the row pattern of the batch, and
+    The packed factors have the dtype ``dtype``. ``kind`` is the size category of the batch, and
     affects only the layout of the packed factors.
     """
     layout = _layout(slots, dtype, kind)
@@ -167,13 +168,13 @@ def _dtype_for_applying_scaling(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unrounded_scaled_lora_b_rank_rows(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Return the transpose of lora_b multiplied by the scaling, without rounding to ``dtype``.
+def unrounded_scaled_lora_b_rank_rows(factors: Factors, packed_dtype: torch.dtype) -> torch.Tensor:
+    """Return the scaled rank rows of lora_b, not yet rounded to ``packed_dtype``.
 
-    The rows of the result are the scaled rank rows of lora_b. The result has the shape ``[R, N]``.
-    Its dtype is fp64 if ``dtype`` is fp64, and fp32 otherwise.
+    The result is the transpose of lora_b multiplied by the scaling, and has the shape ``[R, N]``.
+    Its dtype is fp64 if ``packed_dtype`` is fp64, and fp32 otherwise.
     """
-    rows = factors.lora_b.t().to(_dtype_for_applying_scaling(dtype))
+    rows = factors.lora_b.t().to(_dtype_for_applying_scaling(packed_dtype))
     scaling = factors.scaling
     if isinstance(scaling, torch.Tensor) and scaling.dim():
         scaling = scaling.unsqueeze(1)
@@ -188,11 +189,11 @@ def zeros_and_view_for_packed_lora_a(
     device: torch.device | None,
     for_dense_products: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate a zero-filled tensor for the packed lora_a, and return it with a view of it.
+    """Allocate zeros for the packed lora_a, and return them with a view for writing the factors.
 
     The tensor has the layout that the matrix products use. The shape and the memory layout of the
-    tensor depend on whether the packed factors are for dense products. The factors can be written
-    to the tensor through the view, which always has the shape ``[units, slices, unit, K]``.
+    tensor depend on whether the packed factors are for dense products. The view always has the
+    shape ``[units, slices, unit, K]``.
     """
     unit, units = layout.unit, layout.units
     if for_dense_products:
@@ -205,15 +206,15 @@ def zeros_and_view_for_packed_lora_a(
     return zeros.flatten(1, 2).transpose(1, 2), zeros
 
 
-def _layout(slots: Slots, dtype: torch.dtype, kind: BatchRowPattern) -> PackedLayout | None:
+def _layout(slots: Slots, dtype: torch.dtype, kind: BatchSizeCategory) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
     return first_fit_layout(ranks, coalescing_units_is_faster(dtype, kind)) if any(ranks) else None
 
 
-def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchRowPattern) -> bool:
+def has_layout_for(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchSizeCategory) -> bool:
     """Return whether packed factors have the layout for the given dtype and kind of batch.
 
-    ``kind`` is the row pattern of the batch. Factors that were packed for another row pattern can
+    ``kind`` is the size category of the batch. Factors that were packed for another category can
     have the same layout.
     """
     return (

@@ -46,11 +46,10 @@ _MATRIX_UNIT = frozenset(
 )
 
 
-class BatchRowPattern(enum.Enum):
-    """A category of batches: few rows, many rows, or many rows in long samples.
+class BatchSizeCategory(enum.Enum):
+    """A category of batches by size: few rows, many rows, or many rows in long samples.
 
-    The category of a batch is called the row pattern of the batch. The row pattern affects how the
-    matrix products of the batch are computed.
+    The category affects how the matrix products of a batch are computed.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -63,15 +62,15 @@ class BatchRowPattern(enum.Enum):
     SAMPLES = enum.auto()
 
 
-def batch_row_pattern(num_rows: int, rows_per_id: int) -> BatchRowPattern:
-    """Return the category of a batch: few rows, many rows, or many rows in long samples.
+def batch_size_category(num_rows: int, rows_per_id: int) -> BatchSizeCategory:
+    """Return the size category of a batch: few rows, many rows, or many rows in long samples.
 
-    The category is the row pattern of the batch. ``rows_per_id`` is the number of adjacent rows
-    that each id covers. Many rows count as long samples if this number is large enough.
+    ``rows_per_id`` is the number of adjacent rows that each id covers. Many rows count as long
+    samples if this number is large enough.
     """
     if num_rows <= _FEW_ROWS:
-        return BatchRowPattern.FEW
-    return BatchRowPattern.SAMPLES if rows_per_id >= _LONG else BatchRowPattern.MANY
+        return BatchSizeCategory.FEW
+    return BatchSizeCategory.SAMPLES if rows_per_id >= _LONG else BatchSizeCategory.MANY
 
 
 def dense_products_are_fastest(
@@ -119,7 +118,7 @@ def column_major_lora_a_is_faster(rank_rows: int, dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 and rank_rows >= _WIDE
 
 
-def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchRowPattern) -> bool:
+def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchSizeCategory) -> bool:
     """Return whether matrix products are faster if units are coalesced into larger blocks.
 
     A unit is a group of adjacent rank rows, which are rows of lora_a or columns of lora_b. The
@@ -130,4 +129,4 @@ def coalescing_units_is_faster(dtype: torch.dtype, kind: BatchRowPattern) -> boo
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product if blocks have 4
     rows, and 6.1 times as long if blocks have 1 row. In fp32, the block size makes no difference.
     """
-    return dtype.itemsize == 2 and kind is BatchRowPattern.FEW
+    return dtype.itemsize == 2 and kind is BatchSizeCategory.FEW

@@ -43,8 +43,8 @@ from fastlora.ops.torch.packed import (
     PackedLayout,
 )
 from fastlora.ops.torch.packed_choice import (
-    BatchRowPattern,
-    batch_row_pattern,
+    BatchSizeCategory,
+    batch_size_category,
     coalescing_units_is_faster,
     expand_by_embedding_bag_is_faster,
 )
@@ -62,13 +62,17 @@ _UNUSED_RANK_ROWS_EACH = 16
 # batch than this, and this many more per adapter, blocks cost more than they save. Time that the
 # adapters add for 16 rows in 16 slots of rank 16 (SmolLM2's linears, one Zen 4 core): 16.9 ms with
 # blocks of 64 places, and 18.8 ms with products for each of 11 adapters.
-_MOST_PLACES = {BatchRowPattern.FEW: 2.0, BatchRowPattern.MANY: 1.25, BatchRowPattern.SAMPLES: 1.25}
+_MOST_PLACES = {
+    BatchSizeCategory.FEW: 2.0,
+    BatchSizeCategory.MANY: 1.25,
+    BatchSizeCategory.SAMPLES: 1.25,
+}
 _PLACES_EACH = 4
 
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """The terms that are summed to form each row's LoRA update, stored as indices.
+    """Indices of the terms that are summed to form each row's LoRA update.
 
     A term is a row of the packed lora_b multiplied by a weight, which is an element of s. The LoRA
     update of a row of y is the sum of one term for each rank row of its adapter. The object stores
@@ -236,7 +240,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     adapter = adapter.cpu()  # Blocks are counted on the CPU.
     first = torch.tensor([*layout.firsts, 0], device="cpu")[adapter]
     rank = torch.tensor([*layout.ranks, 0], device="cpu")[adapter]
-    kind = batch_row_pattern(m, rows.each)
+    kind = batch_size_category(m, rows.each)
     counts = torch.bincount(adapter, minlength=len(layout.ranks)).tolist()
     used = [index for index, own in enumerate(layout.ranks) if own and counts[index]]
     sums_rank_rows = expand_by_embedding_bag_is_faster(m, len(used), layout.unit, dtype, device)
@@ -258,7 +262,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
     unused = (stop - start) * layout.unit - sum(layout.ranks[index] for index in used)
     if unused > _UNUSED_RANK_ROWS_EACH * len(used):
         return _make_per_adapter_plan(rows, adapter, layout)
-    if stop - start == 1 and kind is BatchRowPattern.FEW:
+    if stop - start == 1 and kind is BatchSizeCategory.FEW:
         own = _mask_outside_row_ranges(layout.unit, first - start * layout.unit, rank, device)
         return DensePlan(own, start)
     coalesced = 1
@@ -269,7 +273,7 @@ def _make_plan(rows: Rows, adapter: torch.Tensor, pack: PackedLayerFactors) -> P
         if plan.longest >= _FEW_ROWS or not fits or not coalesces:
             break
         coalesced = wider
-    if kind is BatchRowPattern.SAMPLES and rows.each >= layout.unit and not plan.exact:
+    if kind is BatchSizeCategory.SAMPLES and rows.each >= layout.unit and not plan.exact:
         return _make_per_sample_plan(
             first[:: rows.each], rank[:: rows.each], layout, rows.each, device
         )

@@ -41,9 +41,9 @@ def one_unit_per_slot(rank_rows_per_unit: int, ranks: tuple[int, ...]) -> Packed
 
 
 class _PackedSlotFactors(NamedTuple):
-    """The packed factors of a layer's slots.
+    """The packed LoRA factors of a layer's adapter slots.
 
-    The tensors contain the factors of all slots.
+    The tensors have space for all slots, including those without an adapter.
 
     Attributes:
         lora_a: As in `PackedLayerFactors`.
@@ -159,9 +159,9 @@ class PackedSlots:
         self.set_slot(slot, [None] * len(self._widths))
 
     def _check(self, slices: Sequence[Factors | None]) -> None:
-        """Check that the factors of each slice fit the packed slots.
+        """Check that an adapter's factors for each slice can be put into a packed slot.
 
-        Factors in any dtype fit, because a copy into a slot converts them.
+        The dtype and the device are not checked, because a copy into a slot converts the factors.
 
         Raises:
             ValueError: The number or the shapes of the factors do not fit, or an adapter has a

@@ -33,11 +33,10 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductThresholds:
-    """The size thresholds for computing a product in fp32.
+    """The size thresholds that determine whether a product is computed in fp32.
 
-    The thresholds are those of one dtype that the processor emulates. For operands of this dtype,
-    the thresholds determine whether a product is computed in fp32 instead, and how many elements of
-    an operand are converted at a time.
+    The thresholds apply to operands of one dtype that the processor emulates. They also determine
+    how many elements of an operand are converted at a time.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -65,11 +64,10 @@ ONEDNN = Fp32ProductThresholds(few_rows=63, few_other_rows=63, largest_part=1 <<
 
 
 def _cpu_emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
-    """Return the dtypes that are emulated on this CPU, with each dtype's thresholds for fp32.
+    """Return the dtypes that this CPU emulates, each with the sizes above which fp32 is used.
 
-    The result is a dict that maps each dtype to its `Fp32ProductThresholds`, which determine for
-    which sizes products are computed in fp32 instead. The dict is empty if the CPU is not an x86
-    CPU.
+    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. Above these sizes,
+    products are computed in fp32 instead. The dict is empty if the CPU is not an x86 CPU.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -221,7 +219,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_may_be_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's matrix multiplication may be slow for a dtype and a number of rows.
+    """Return whether PyTorch's matmul may be slow for the given dtype and number of rows.
 
     The function does not consider the memory layout of the operands. In some layouts, a product
     with few rows is fast even if the result is True.
@@ -230,10 +228,11 @@ def native_product_may_be_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch multiplies a and b as fast in their own dtype as in fp32.
+    """Return whether PyTorch multiplies a and b at least as fast in their own dtype as in fp32.
 
     The processor emulates the dtype of a and b. The time of the product in fp32 includes the
-    conversion of a and b. PyTorch's product in their own dtype is as fast if ``a`` has few rows.
+    conversion of a and b. PyTorch's product in their own dtype is at least as fast if ``a`` has
+    few rows.
     """
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
@@ -246,10 +245,11 @@ def _multiply_in_fp32_by_chunks(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Multiply a and b in fp32, converting the larger operand to fp32 in chunks.
+    """Multiply a and b in fp32, chunk by chunk.
 
-    The chunks limit the memory for the converted operands. The fp32 copies at any time are a copy
-    of the whole smaller operand and a copy of one chunk of the larger operand.
+    The larger operand is converted to fp32 in chunks, which limits the memory for the converted
+    operands. The fp32 copies at any time are a copy of the whole smaller operand and a copy of one
+    chunk of the larger operand.
 
     ``write_or_add_product`` is called with each part of y and the fp32 operands of this part.
     ``write_or_add_product`` writes the product of these operands to the part of y, or adds the

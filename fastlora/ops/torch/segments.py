@@ -336,11 +336,11 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return a list of the gradients of the adapters' lora_a factors.
+    """Compute the gradients of the adapters' lora_a factors.
 
-    The list has one item for each adapter of each layer. ``wants`` tells which gradients are
-    wanted. The item is None for an adapter without rows, and for a gradient that is not wanted. The
-    rows of x may be in any order.
+    The result is a list with one item for each adapter of each layer. ``wants`` tells which
+    gradients are wanted. The item is None for an adapter without rows, and for a gradient that is
+    not wanted. The rows of x may be in any order, because the function sorts them by adapter.
     """
     found: list[torch.Tensor | None] = []
     x = rows.sorted(x)

@@ -160,7 +160,7 @@ def gradients(
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[2])
     dtype = _dtype_of_factor_products(dy, operands, rows)
     if _uses_grouped_mm(dtype, operands, rows):
-        return dx, _grouped_factor_gradients(dy.contiguous(), x, s, operands, rows, dx, wants)
+        return dx, _factor_gradients_by_grouped_mm(dy.contiguous(), x, s, operands, rows, dx, wants)
     pairs = zip(operands.lora_a, operands.lora_b, strict=True)
     factors = [factor for pair in pairs for factor in pair]
     found = [
@@ -279,7 +279,7 @@ def _add_grouped_product_(
         own_y[at].addmm_(mat[at], factor[key])
 
 
-def _grouped_factor_gradients(
+def _factor_gradients_by_grouped_mm(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     s: torch.Tensor,
@@ -316,9 +316,9 @@ def _grouped_factor_gradients(
 
 
 def _concatenated_gradients(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Concatenate the gradients for all ranges of keys, and return the result.
+    """Concatenate the parts of a stack's gradient, one for each range of keys.
 
-    ``parts`` contains one gradient for each range. The result is None if there are no gradients.
+    The result is None if there are no parts.
     """
     if len(parts) > 1:
         return torch.cat(parts)

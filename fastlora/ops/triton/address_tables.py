@@ -38,7 +38,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
     )
 
 
-def lora_a_rank_rows(
+def lora_a_rank_row_addresses(
     lora_a: Sequence[torch.Tensor], device: torch.device, table_shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
     """Return the addresses of the lora_a factors, for kernels that read the rank rows.
@@ -56,7 +56,7 @@ def lora_a_rank_rows(
     return RankRows(*own, lora_a[0].dtype, max(ranks))
 
 
-def lora_b_rank_rows(
+def lora_b_rank_row_addresses(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,

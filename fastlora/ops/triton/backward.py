@@ -37,8 +37,8 @@ from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_a_rank_rows,
-    lora_b_rank_rows,
+    lora_a_rank_row_addresses,
+    lora_b_rank_row_addresses,
     max_rank_sum_of_one_adapter,
 )
 from fastlora.ops.triton.expand import expand_mixed_
@@ -106,7 +106,7 @@ def grad_x(
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one_adapter(dy, weight, ds, downs[0], seeds, p, plan)
     downs, dropout = align_factors(downs), dropout_tables(seeds, dropout_p)
-    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_rank_rows(downs, dy.device)
+    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_rank_row_addresses(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
@@ -506,7 +506,7 @@ def _mixed_grad_b(
         if with_own_factors:
             b_partials = dy.new_empty(count, columns, largest, dtype=fp32)
             bias_partials = dy.new_empty(count, columns, dtype=fp32) if biased else None
-        up = lora_b_rank_rows([block[first:stop] for block in blocks], (), scaling)
+        up = lora_b_rank_row_addresses([block[first:stop] for block in blocks], (), scaling)
         lora_grad_b.launch_mixed_lora_grad_b(
             *(ds_partials if with_ds else None, b_partials, bias_partials),
             *(dy[:, first:stop], s, rows, up),

@@ -15,7 +15,7 @@ from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, address_tables_from_tensors, replace_missing_with_empty
 from fastlora.ops.triton.address_tables import (
     align_factors,
-    lora_b_rank_rows,
+    lora_b_rank_row_addresses,
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
@@ -46,7 +46,7 @@ def expand_(
         expand_one_adapter_(y, s, ups[0], scaling)
         return
     ups, biases = align_factors(ups), align_factors(lora_bias)
-    up = lora_b_rank_rows(ups, biases, scaling)
+    up = lora_b_rank_row_addresses(ups, biases, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
     expand_mixed_([y], s.unsqueeze(0), rows, up, config=config)

@@ -23,7 +23,7 @@ from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_b_rank_rows,
+    lora_b_rank_row_addresses,
     lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.expand import expand_mixed_
@@ -69,7 +69,7 @@ def linear(
         align_factors(replace_missing_with_empty(factors[1::3], 1)),
         align_factors(factors[2::3]),
     )
-    up = lora_b_rank_rows(ups, lora_bias, scaling)
+    up = lora_b_rank_row_addresses(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
     plan, ys = _plan_and_base_products(stem, x, weights, biases, up, plan)
     if own is None:

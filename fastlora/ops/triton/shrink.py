@@ -18,7 +18,7 @@ from fastlora.ops.layout import rank_to_multiple_of_16, shrink_partials_shape
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    lora_a_rank_rows,
+    lora_a_rank_row_addresses,
     max_rank_sum_of_one_adapter,
 )
 from fastlora.ops.triton.launch_configs import chip_of, config_of
@@ -168,7 +168,7 @@ def mixed_shrink(
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)
-    down = lora_a_rank_rows(lora_a, x.device, (modules, slots))
+    down = lora_a_rank_row_addresses(lora_a, x.device, (modules, slots))
     columns = max_rank_sum_of_one_adapter(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]
