@@ -399,7 +399,8 @@ def _stacked_linear(
     """Multiply each sorted row by its matrix, and add ``addend`` and the adapters' updates.
 
     Returns the sum. ``stack`` contains the matrices. ``addend`` or ``stack`` may be None. If
-    ``stack`` is None, the updates may be added to ``addend`` in place.
+    ``stack`` is None, the rows are not multiplied, and the updates may be added to ``addend`` in
+    place.
     """
     rows, impl = call.rows, call.conditions.backend
     if call.conditions.compiling:

@@ -277,8 +277,8 @@ def _compute_outputs_with_later_layers(
 ) -> PrecomputedResult | None:
     """In one call, compute the outputs of a layer and of later layers in its group.
 
-    The later layers are those that are called after it. Returns the layer's own result, or None if
-    one call cannot compute it.
+    The later layers are those that are called after the layer. Returns the layer's own result, or
+    None if one call cannot compute it.
     """
     layer, x, conditions = call.layer, call.original_x, call.conditions
     records, several = torch.is_grad_enabled(), len(group.members) > 1
@@ -454,9 +454,9 @@ def _compute_output_and_store_neighbor_s(
     """Compute a layer's output, and store the shrink results s of neighboring layers.
 
     One call computes the output and every s, which is ``x @ lora_a.T``. The neighbors are the
-    layers of the same shared-input group that are next to the layer in the address tables. Every
-    s is stored in the group. Returns the layer's own result, which contains the output. Returns
-    None if the layer has no neighbors.
+    layers of the same shared-input group that are next to the layer in the address tables. The
+    shrink results of the neighbors are stored in the group. Returns the layer's own result, which
+    contains the output. Returns None if the layer has no neighbors.
     """
     if own.group is None:
         return None

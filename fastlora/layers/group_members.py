@@ -205,7 +205,7 @@ def _groupable_operands(
 
 
 def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether a layer's output can be computed in the same call as those of its group.
+    """Return whether a layer's output can be computed in one call with its group's outputs.
 
     The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its
     base weight and bias must have x's dtype. With dropout, the layer must not be split, because a

@@ -96,8 +96,8 @@ def check_not_merged(layer: BaseLinearWithAdapters) -> None:
     """Raise `AdapterStateError` if adapters are merged into the layer's base weight."""
     if layer.merged_adapters:
         raise AdapterStateError(
-            f"adapters cannot be selected per row, because {layer.merged_adapters} were merged "
-            "into the base weights inside the fastlora.adapters() block; unmerge them first"
+            f"adapters cannot be selected per row, because adapters {layer.merged_adapters} were "
+            "merged into the base weights inside the fastlora.adapters() block; unmerge them first"
         )
 
 
@@ -133,8 +133,7 @@ def slot_factors_for_kernels(
 ) -> Slots | None:
     """Return a list of the factors to pass to the kernels, with one entry per slot.
 
-    Returns None if kernels cannot be used. This is the case if the call runs in PyTorch, or if the
-    kernels do not support the factors' dtypes.
+    Returns None if the call runs in PyTorch, or if the kernels do not support the factors' dtypes.
 
     Args:
         call: The call of a layer.

@@ -148,8 +148,8 @@ def _forward_with_factor_lists(
 
     `fastlora.autograd.lora_linear.run_adapters` receives the factors as lists of tensors and
     computes the output ``[..., N]``. If PyTorch operators run, ``slots`` lists the factors of the
-    slots in ``which``. If kernels run, it lists the factors of all slots, and ``s`` is given if
-    another layer of the shared-input group has computed it.
+    slots in ``which``. If kernels run, ``slots`` lists the factors of all slots, and ``s`` is given
+    if another layer of the shared-input group has computed it.
     """
     x, impl = call.x, "triton" if which is None else "eager"
     lora_a: list[Any] = []

@@ -43,7 +43,7 @@ def _own_s_and_optional_seed(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return one layer's own s and its dropout seed, in a group of layers that share the input x.
+    """Return the s and the dropout seed of one layer in a group of layers that share the input x.
 
     s is ``dropout(x) @ lora_a.T``. ``own`` is the layer's number. In a trace, the first call also
     computes s for the group's other layers. The seed is in a list, which is empty without dropout.

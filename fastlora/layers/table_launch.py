@@ -115,7 +115,7 @@ def output_from_tables(
 ) -> torch.Tensor:
     """Compute a layer's output, using tables of the factors' addresses.
 
-    The batch is mixed. The output ``[M, N]`` is the base output plus the update of each row's
+    The output ``[M, N]`` for the mixed batch is the base output plus the update of each row's
     adapter. ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
     """
     if base.weight is not None:

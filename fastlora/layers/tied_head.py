@@ -40,7 +40,7 @@ class _TransposedEmbeddingFactor(nn.Module):
     def weight(self) -> torch.Tensor:
         """The LoRA factor of the embedding that the head is tied to, as a transposed view.
 
-        This is the weight of the head's lora_A or lora_B factor, not the weight of the head.
+        The view is the weight of the head's lora_A or lora_B factor, not the weight of the head.
         """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]

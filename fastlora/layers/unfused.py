@@ -86,9 +86,9 @@ class BaseUnfusedLoraLayer(LoraLayer):
         return FusionStatus(False, f"its base layer is {kind}: {self.fallback_reason}")
 
     def _check_mode_is_supported(self, x: torch.Tensor) -> ExecutionMode:
-        """Determine the execution mode for x, check that the layer supports it, and return it.
+        """Check that the layer supports the execution mode for x, and return that mode.
 
-        The mode is determined by `execution_mode_of`.
+        The execution mode is determined by `execution_mode_of`.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.

@@ -26,7 +26,7 @@ ModulesWithOriginalNames = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Remove the prefixes that wrappers add from the name of a module or tensor.
+    """Remove the prefixes of wrapper modules from the name of a module or tensor.
 
     The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
     occur in the name.

@@ -280,7 +280,7 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Raise an error if the config does not describe plain LoRA on unchanged base weights.
+        """Check that the adapter can be treated as plain LoRA on unchanged base weights.
 
         Some initialization methods change the base weights, and the adapter is then trained on the
         changed weights. If this change to the base weights must be repeated when the adapter is

@@ -531,8 +531,8 @@ def _check_arguments_and_read_folder(
 ) -> AdapterContents:
     """Check the arguments for loading an adapter, and read the adapter's folder.
 
-    The folder is a local folder. Some arguments of PEFT are accepted and ignored. Any other
-    additional argument is rejected.
+    ``folder`` is the path of a local folder. Some arguments of PEFT are accepted and ignored. Any
+    other additional argument is rejected.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.

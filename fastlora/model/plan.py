@@ -296,8 +296,8 @@ def plan_target_modules(
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
                     f"modules_to_save matches {name!r}, but adapters {part.adapter_names} already "
-                    f"train {part.owns} of {at!r} in another way; all adapters that train a module "
-                    "must train it in the same way"
+                    f"train their own {part.owns} of {at!r}; all adapters that train a module must "
+                    "train it in the same way"
                 )
     return plan
 

@@ -135,7 +135,7 @@ def convert_to_lora(
 
     In a `LoraModel`, the adapter is already a LoRA adapter. The result is then a reduced-rank
     approximation of the adapter, as in `reduce_rank`, and a warning reports the approximation
-    error. It contains the base biases that the adapter trains.
+    error. The result also contains the base biases that the adapter trains.
 
     Args:
         model: A `LoraModel` or a PEFT model. For a PEFT model, PEFT's function is called.
@@ -252,8 +252,8 @@ def reduce_intruder_dimension(
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
         if layer.num_matrices > 1:
             raise UnsupportedLayerError(
-                f"{name!r} is a stack of matrices, which is not supported here; use an adapter "
-                "without target_parameters"
+                f"reduce_intruder_dimension does not support {name!r}, which is a stack of "
+                "matrices; use an adapter without target_parameters"
             )
         pair = factor_matrices(name, layer, old_adapter_name)
         scaling = float(layer.scaling[old_adapter_name])

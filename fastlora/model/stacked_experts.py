@@ -236,9 +236,9 @@ def former_names_selected_by_target_modules(
 
 
 def full_former_name_without_index(parameter: BaseModelParameter, former_name: str) -> str:
-    """Return the full name that a parameter had in transformers 4, without the expert index.
+    """Return a parameter's full former name in transformers 4, without the expert index.
 
-    It is the name of the linear layers that the parameter replaced.
+    The former name is the name of the linear layers that the parameter replaced.
     """
     return (
         parameter.module_name if former_name == ROUTER else f"{parameter.module_name}.{former_name}"

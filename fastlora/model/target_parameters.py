@@ -95,7 +95,7 @@ def select_parameters(
 ) -> SelectedParameters:
     """Select the parameters of a model that a config targets directly.
 
-    ``target_parameters`` and former names in ``target_modules`` can select a parameter.
+    A parameter can be selected by ``target_parameters`` or by a former name in ``target_modules``.
 
     Args:
         former: The result of `former_to_parameter_names` for the base model.

@@ -263,7 +263,7 @@ class _Holder(NamedTuple):
 
 
 class SharedWeightUntier:
-    """Unties weights that modules share, so that one can be changed without changing the others.
+    """Unties shared weights, so that one module's weight can change without changing the others.
 
     A module that has several names in the model shares its weight in the same way as several
     modules do. The object can also find shared weights without untying them. It is used before

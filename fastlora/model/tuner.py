@@ -325,7 +325,7 @@ class LoraTuner(nn.Module):
             owners = inject.existing_adapter_names(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(  # the second sentence begins as in PEFT
-                    f"adapters {owners} train separate {wrapper.owns} of the same module "
+                    f"adapters {owners} train their own {wrapper.owns} of the same module "
                     f"({wrapper.field}). Only one adapter can be set at a time for "
                     f"{type(wrapper).__name__}"
                 )

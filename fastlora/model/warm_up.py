@@ -84,7 +84,7 @@ def warm_up(
     processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> WarmUpReport:
-    """Compile the Triton kernels that a model needs for inference ahead of time.
+    """Compile, ahead of time, the Triton kernels that a model needs for inference.
 
     After the warm-up, requests do not wait for compilation. The kernels are compiled into Triton's
     cache folder, in separate processes. Programs that start later reuse the compiled kernels. Which
@@ -251,7 +251,7 @@ def record_kernel_variants(
     ranks: Sequence[int] | None = None,
     inputs: Any = None,
 ) -> _VariantsByKey:
-    """Record which kernel variants a model launches during inference, without executing them.
+    """Record which kernel variants a model launches during inference, without running the kernels.
 
     To find the variants, the model and its layers are run. During these runs, each kernel launch is
     recorded instead of being executed, and no kernel is compiled. The result is a dict indexed by

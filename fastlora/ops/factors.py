@@ -147,8 +147,9 @@ class AddressTables(NamedTuple):
     def operator_arguments(self) -> list[torch.Tensor]:
         """Return the list of tensors that operators take as their ``tables`` argument.
 
-        The tensors are the tables of the factors' addresses, of the ranks, and of the scalings. The
-        operator reads the factors at these addresses.
+        The tensors are the tables of the factors' addresses, of the ranks, and of the scalings. If
+        an adapter has a LoRA bias, the table of the biases' addresses follows. The operators read
+        the factors and biases at these addresses.
         """
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:

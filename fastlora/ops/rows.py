@@ -115,7 +115,7 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments, which are ranges of sorted rows that use the same adapter.
+        """The segments, each of which is a range of sorted rows that use the same adapter.
 
         The rows of a segment have the same slot, and are adjacent in sorted order. There is one
         segment for each slot that has rows, in slot order. If the ids are on a GPU, the host waits

@@ -267,7 +267,7 @@ class AdapterReader:
     ) -> dict[str, TensorTargetAndKind]:
         """Store the selected parameters in the config, and find the location of each tensor.
 
-        The location of a tensor in the packed adapter consists of its target and its kind. For the
+        The target and the kind of a tensor determine its location in the packed adapter. For the
         changes to the config, see `SelectedParameters.store_targets_and_patterns_in`.
 
         Returns:

@@ -88,11 +88,11 @@ def lease_batch_routing(
 def sample_routing_per_rank(pool: Any, ranks: Sequence[int] | None) -> list[Routing]:
     """Return an example routing of a pool for each rank.
 
-    `warm_up` compiles kernels for these routings. If ``ranks`` is given, there is one routing for
-    each of these ranks. Otherwise, ranks that share kernel configs share one routing. The routing
-    with the largest rank comes first. Each routing has as many slots as a batch of the pool, and
-    all slots are empty. A launch processes the rank rows of 1 to `MAX_LAYERS_PER_LAUNCH` modules,
-    in blocks of a power of two.
+    `warm_up` compiles kernels for the example routings. If ``ranks`` is given, there is one routing
+    for each of these ranks. Otherwise, ranks that share kernel configs share one routing. The
+    routing with the largest rank comes first. Each routing has as many slots as a batch of the
+    pool, and all slots are empty. A launch processes the rank rows of 1 to `MAX_LAYERS_PER_LAUNCH`
+    modules, in blocks of a power of two.
 
     Args:
         pool: The `AdapterPool`.

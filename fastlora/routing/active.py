@@ -119,7 +119,7 @@ def _raise_if_opened_by_other_asyncio_task(routing: Routing) -> None:
 def _record_asyncio_task(routing: Routing) -> Iterator[None]:
     """Context manager that records which asyncio task has entered a routing's ``with`` block.
 
-    Nothing is recorded outside of an asyncio task or in compiled code.
+    The context manager records nothing outside of an asyncio task or in compiled code.
     """
     task = None if is_being_compiled() else _current_task()
     if task is None:

@@ -105,11 +105,11 @@ class PackedAdapterSet:
     def get_or_should_pack(
         self, layer_number: int, dtype: torch.dtype, kind: BatchSizeCategory
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return a layer's packed factors, or None and whether the caller should pack the factors.
+        """Return a layer's packed factors, if any, and whether the caller should pack the factors.
 
-        The result is a tuple. Its first item is None if no packed factors are stored, or if the
-        factors cannot be packed. Its second item is True only if none are stored and the same
-        factors were requested before.
+        The result is a tuple of two items. The first item is None if no packed factors are stored
+        for the layer, or if the factors cannot be packed. The second item is True only if no packed
+        factors are stored and the same factors were requested before.
         """
         key = (layer_number, dtype, kind)
         pack = self._packs.get(key)

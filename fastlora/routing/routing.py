@@ -112,9 +112,9 @@ class RoutedLayerGroup(UncopiedCache):
             raise AdapterStateError(
                 f"{operation}() cannot be called while a fastlora.adapters() block is open or a "
                 "call with adapter_names= is in progress for this model (open blocks in all "
-                f"threads: {self._open}), because it would remove, disable, or change adapters or "
-                f"weights that are in use. Call {operation}() after these blocks and calls have "
-                "finished"
+                f"threads: {self._open}), because this method would remove, disable, or change "
+                f"adapters or weights that are in use. Call {operation}() after these blocks and "
+                "calls have finished"
             )
 
 

@@ -130,9 +130,9 @@ class ModelRowOrderChecks:
         ran: Iterable[RoutedLayerProtocol],
         track_again: Collection[int] = (),
     ) -> None:
-        """Record which layers ran in a block that tracked rows.
+        """Record which layers ran in a block with row tracking.
 
-        The layers in ``ran`` received all rows.
+        The layers in ``ran`` received all rows of the batch.
 
         Args:
             training: Whether the model is in training mode.
@@ -280,7 +280,7 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     raise UnsupportedLayerError(
         f"layer {name!r} looks like an expert in a mixture of experts, and may receive only some "
         "rows of a batch. Run one mixed batch without torch.compile, so that fastlora can check "
-        f"whether the layer receives all rows. If it does not, {advice}"
+        f"whether the layer receives all rows. If the layer does not receive all rows, {advice}"
     )
 
 

@@ -352,7 +352,7 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowOriginFact
 
 
 def _write_along_rule(adds: bool) -> Rule:
-    """Return the rule for operators that write to given indices along a dimension.
+    """Return the rule for operators that write values at given indices along a dimension.
 
     These are the `index_add`, `index_copy`, and `scatter` operators.
     """

@@ -75,8 +75,8 @@ class RowOriginTracker(TorchDispatchMode):
     def invalidate_all_facts(self) -> None:
         """Invalidate all recorded information about the origin of rows.
 
-        From then on, `has_valid_facts` is False, even while the mode is still on, and the rows of
-        layers are no longer checked against the recorded information.
+        After this call, `has_valid_facts` is False, even while the mode is still on, and the rows
+        of layers are no longer checked against the recorded information.
         """
         self._thread = 0
 

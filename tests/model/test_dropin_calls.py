@@ -124,7 +124,7 @@ def test_modules_to_save_corners() -> None:
     for name in ("c", "d"):
         config = LoraConfig(r=2, target_modules=["v"], modules_to_save=["head"])
         model.add_adapter(name, config)
-    with pytest.raises(AdapterStateError, match="train separate copies of the same module"):
+    with pytest.raises(AdapterStateError, match="train their own copies of the same module"):
         model.set_adapter(["c", "d"])
     assert model.active_adapters == ["default"]
 

@@ -72,7 +72,7 @@ _PLACES_EACH = 4
 
 @dataclass(frozen=True, eq=False)
 class RowUpdateTerms:
-    """Indices of the terms that are summed to form each row's LoRA update.
+    """Indices that describe the terms of each row's LoRA update.
 
     A term is a row of the packed lora_b multiplied by a weight, which is an element of s. The LoRA
     update of a row of y is the sum of one term for each rank row of its adapter. The object stores

@@ -35,8 +35,8 @@ _LEAST = 32
 class Fp32ProductThresholds:
     """The size thresholds that determine whether a product is computed in fp32.
 
-    The thresholds apply to operands of one dtype that the processor emulates. They also determine
-    how many elements of an operand are converted at a time.
+    The thresholds apply to operands of one dtype that the processor emulates. In addition,
+    ``largest_part`` limits how many elements of an operand are converted at a time.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -64,10 +64,11 @@ ONEDNN = Fp32ProductThresholds(few_rows=63, few_other_rows=63, largest_part=1 <<
 
 
 def _cpu_emulated_dtypes() -> dict[torch.dtype, Fp32ProductThresholds]:
-    """Return the dtypes that this CPU emulates, each with the sizes above which fp32 is used.
+    """Return the dtypes that this CPU emulates, and the fp32 thresholds of each dtype.
 
-    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. Above these sizes,
-    products are computed in fp32 instead. The dict is empty if the CPU is not an x86 CPU.
+    The result is a dict that maps each dtype to its `Fp32ProductThresholds`. These thresholds
+    determine for which sizes a product is computed in fp32 instead. The dict is empty if the CPU is
+    not an x86 CPU.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -231,8 +232,8 @@ def _native_is_as_fast_as_fp32(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether PyTorch multiplies a and b at least as fast in their own dtype as in fp32.
 
     The processor emulates the dtype of a and b. The time of the product in fp32 includes the
-    conversion of a and b. PyTorch's product in their own dtype is at least as fast if ``a`` has
-    few rows.
+    conversion of a and b. PyTorch's product in the dtype of a and b is at least as fast if ``a``
+    has few rows.
     """
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows

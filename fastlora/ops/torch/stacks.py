@@ -316,9 +316,9 @@ def _factor_gradients_by_grouped_mm(
 
 
 def _concatenated_gradients(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """Concatenate the parts of a stack's gradient, one for each range of keys.
+    """Concatenate the parts of a stacked factor's gradient.
 
-    The result is None if there are no parts.
+    ``parts`` contains one part for each range of keys. The result is None if there are no parts.
     """
     if len(parts) > 1:
         return torch.cat(parts)
