@@ -19,6 +19,7 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _CALLS = 2**40
 
 
+@torch.inference_mode(False)  # Missing seeds are written into the result later.
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:

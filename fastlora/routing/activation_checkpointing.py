@@ -11,6 +11,7 @@ the version of torch.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -52,14 +53,17 @@ def patch_activation_checkpointing() -> None:
 
     module.CheckpointFunction = CheckpointFunction
     setattr(module, name, generator)
+    importer = sys.modules.get("torch.distributed._composable.checkpoint_activation")
+    if hasattr(importer, name):  # It has imported the function by its name.
+        setattr(importer, name, generator)
 
 
 def _with_routing(function: Callable[..., Any], runs_first: bool = False) -> Callable[..., Any]:
     """Return a wrapper that recomputes a function with the routings of the original forward pass.
 
     The wrapper runs ``function`` with the routings that are active when `_with_routing` is called,
-    if any. Each run counts the calls of layers from the same numbers, so that it has the dropout
-    masks of the original forward pass.
+    if any. Each recomputation counts the calls of layers from the same numbers, so that it has the
+    dropout masks of the original forward pass.
 
     Args:
         function: The function of the checkpoint.
@@ -78,7 +82,8 @@ def _with_routing(function: Callable[..., Any], runs_first: bool = False) -> Cal
             runs_first = False
             return function(*args, **kwargs)
         copies = zip(routings, map(dict, calls), strict=True)
-        with replace_active_routings(tuple(replace(r, dropout_calls=c) for r, c in copies)):
+        own = tuple(replace(r, dropout_calls=c, recomputes=True) for r, c in copies)
+        with replace_active_routings(own):
             return function(*args, **kwargs)
 
     return run

@@ -74,7 +74,8 @@ def adapters(
             `AdapterPool.slot_of`. An empty sequence is valid for a batch without rows.
         seeds: Dropout seed of each adapter in this block. With the same seed, an adapter drops the
             same elements whatever else is in the batch. Each call of a layer in the block drops
-            other elements, except in compiled graphs. Missing seeds are drawn if dropout is active.
+            other elements, except in compiled graphs. Missing seeds are drawn in training, or when
+            dropout first needs them. Convolutions in compiled graphs ignore the seeds.
         validate: Whether to check slots on a GPU before any work, which waits for the GPU.
             Otherwise, the host does not wait: rows with an invalid slot become NaN, and a later
             block of the model raises once the GPU has reported the error.

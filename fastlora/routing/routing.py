@@ -139,6 +139,7 @@ class Routing:
         undrawn: Slots whose seeds are drawn when dropout first needs them, because the block began
             in evaluation mode.
         dropout_calls: Number of calls with dropout in the block so far, by layer number.
+        recomputes: Whether a checkpoint uses this copy of the routing to recompute a forward pass.
         cache: The cache of this routing, which lasts for the block.
     """
 
@@ -153,6 +154,7 @@ class Routing:
     captured: bool = False
     undrawn: list[int] = field(default_factory=list)
     dropout_calls: dict[int, int] = field(default_factory=dict)
+    recomputes: bool = False
     cache: RoutingCache = field(default_factory=RoutingCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, check_ids_now: bool = False) -> Rows:
@@ -253,12 +255,25 @@ class Routing:
         return row_checker.order.pause_row_order_tracking()
 
     def count_dropout_call(self, layer_number: int) -> int:
-        """Count a call of a layer that applies dropout.
+        """Count a call of a layer that applies dropout, and return the number of the call.
 
-        The result is the number of the call: how many such calls of the layer came before it in the
-        block. ``layer_number`` is the ``routing_index`` of the layer.
+        The number says how many such calls of the layer came before in the block. ``layer_number``
+        is the ``routing_index`` of the layer. Calls in a backward pass that no checkpoint of
+        `torch.utils.checkpoint` makes are not counted, because they repeat an earlier call.
+
+        Raises:
+            AdapterStateError: Such a call may repeat any of several earlier calls.
         """
         call_number = self.dropout_calls.get(layer_number, 0)
+        if call_number and not self.recomputes and torch._C._current_graph_task_id() != -1:
+            if call_number > 1:
+                raise AdapterStateError(
+                    f"the backward pass calls a layer with dropout that was called {call_number} "
+                    "times in this fastlora.adapters() block, and it is not known which of these "
+                    "calls it recomputes; use torch.utils.checkpoint, or open a block for each "
+                    "forward pass"
+                )
+            return 0
         self.dropout_calls[layer_number] = call_number + 1
         return call_number
 

@@ -78,7 +78,7 @@ FAULTS = (
         "checkpoint",
         "c088499",
         "fastlora/routing/activation_checkpointing.py",
-        "with replace_active_routings(tuple(replace(r, dropout_calls=c) for r, c in copies)):",
+        "with replace_active_routings(own):",
         "if True:",
         (f"{_BLOCKS}test_gradients_within_a_block_without[False]",),
     ),
@@ -87,7 +87,7 @@ FAULTS = (
         "other masks",
         "dropout in blocks",
         "fastlora/routing/activation_checkpointing.py",
-        "replace(r, dropout_calls=c)",
+        "replace(r, dropout_calls=c, recomputes=True)",
         "r",
         (f"{_BLOCKS}test_a_recomputation_has_the_masks_of_its_first_run",),
     ),
@@ -322,6 +322,18 @@ FAULTS = (
         tests=(
             "tests/routing/test_mixed_blocks.py::"
             "test_a_default_device_does_not_matter[5-float32-False]",
+        ),
+    ),
+    Fault(
+        sentence="A recomputation that is no checkpoint of torch draws other masks.",
+        kind="wrong gradients in silence",
+        source="calls that are counted in a block",
+        path="fastlora/routing/routing.py",
+        before="if call_number and not self.recomputes and",
+        after="if False and",
+        tests=(
+            "tests/routing/test_mixed_blocks.py::"
+            "test_a_recomputation_that_is_no_checkpoint_has_the_masks_of_the_only_run",
         ),
     ),
 )

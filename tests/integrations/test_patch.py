@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -252,7 +253,10 @@ def test_mixed_batches_are_pefts() -> None:
         assert torch.equal(logits(patched), logits(twin))
 
 
-def test_dropout_modules_that_train_in_evaluation_draw_other_masks_in_each_pass() -> None:
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_dropout_modules_that_train_in_evaluation_draw_other_masks_in_each_pass(
+    context: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
     """Monte Carlo dropout with `adapter_names=`, and in blocks."""
     model = peft.get_peft_model(
         tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5), "a"
@@ -263,7 +267,7 @@ def test_dropout_modules_that_train_in_evaluation_draw_other_masks_in_each_pass(
         if isinstance(module, torch.nn.Dropout):
             module.train()
     ids, found = torch.randint(0, 97, (2, 6)), []
-    with torch.no_grad():
+    with context():
         for _ in range(2):
             found.append(model(input_ids=ids, adapter_names=["a", "__base__"]).logits)
             with fastlora.adapters(model, ["a", None]):

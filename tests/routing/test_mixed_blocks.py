@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -295,6 +297,50 @@ def test_a_recomputation_has_the_masks_of_its_first_run(
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+class _OwnCheckpoint(torch.autograd.Function):
+    """Runs a function again in the backward pass, without `torch.utils.checkpoint`."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor | None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.function(x).backward(grad)
+        return None, x.grad
+
+
+def test_a_recomputation_that_is_no_checkpoint_has_the_masks_of_the_only_run() -> None:
+    model = build(lora_dropout=0.5).train()
+    x, found = torch.randn(2, 16, dtype=torch.float64, requires_grad=True), []
+    for run in (model, lambda x: _OwnCheckpoint.apply(model, x)):
+        with adapters(model, ["a", "b"], seeds=SEEDS):
+            found += torch.autograd.grad(run(x).square().sum(), x)
+    torch.testing.assert_close(found[1], found[0])
+    with adapters(model, ["a", "b"], seeds=SEEDS):
+        model(x)
+        y = _OwnCheckpoint.apply(model, x)
+        with pytest.raises(AdapterStateError, match="which of these calls it recomputes"):
+            y.sum().backward()
+
+
+def test_the_composable_checkpoint_has_the_masks_of_its_first_run() -> None:
+    model, x = build(lora_dropout=0.5).train(), torch.randn(2, 16, dtype=torch.float64)
+    x, found = x.requires_grad_(), []
+    for composable in (False, True):
+        if composable:
+            composable_checkpoint(model.base_model.model)
+        with adapters(model, ["a", "b"], seeds=SEEDS):
+            y = model(x) + model(x)
+        found += torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_passes_of_a_compiled_graph_share_their_masks() -> None:
