@@ -87,7 +87,7 @@ def run_adapter(
                 "lora_add cannot run in batch-invariant mode, because the operation that "
                 "produced y may depend on the number of rows"
             )
-        conditions.check_batch_invariant(x, plan, dropout_p)
+        conditions.check_supports_batch_invariance(x, plan, dropout_p)
         plan = "invariant"
     s = seed = None
     if precomputed is not None:

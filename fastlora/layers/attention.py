@@ -148,8 +148,8 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
         if routing is not None and any(name in self.r for name in routing.names):
             raise UnsupportedLayerError(
                 "the rows of a batch cannot use different adapters on a "
-                f"{type(self.base_layer).__name__}, because all rows share its weight (as in "
-                "PEFT); run one adapter at a time, or remove the module from target_modules"
+                f"{type(self.base_layer).__name__}, as in PEFT, because all rows share its "
+                "weight; run one adapter at a time, or remove the module from target_modules"
             )
         own, inner = self._applied_adapters(), self._out()._applied_adapters()
         if routing is not None or not (own or inner):

@@ -74,7 +74,7 @@ def choose_mixed_implementation(
     if call.routing.captured:
         raise AdapterStateError(graph_capture_error_message(bare, autocast))
     if invariant:
-        conditions.check_batch_invariant(x)
+        conditions.check_supports_batch_invariance(x)
         conditions.raise_if_batch_invariant(
             layer, batch_invariance_unsupported_reason(bare, autocast)
         )
@@ -120,7 +120,7 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
     """
     x, conditions = call.x, call.conditions
     if conditions.invariant:
-        conditions.check_batch_invariant(x)
+        conditions.check_supports_batch_invariance(x)
     elif conditions.impl != "triton":
         return None
     tables = get_or_build_address_tables(call.routing, x)

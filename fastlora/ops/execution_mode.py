@@ -294,7 +294,7 @@ class ExecutionMode:
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
-            implementation, which `check_batch_invariant` checks.
+            implementation, which `check_supports_batch_invariance` checks.
         backend: The backend's name in `fastlora.ops.backend.BACKENDS`. In batch-invariant mode
             it is always ``"triton"``.
         compiling: Whether `torch.compile` traces the forward pass.
@@ -325,7 +325,7 @@ class ExecutionMode:
                 f"batch-invariant mode: {reason}"
             )
 
-    def check_batch_invariant(
+    def check_supports_batch_invariance(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
         """Raise an exception if a call cannot run in batch-invariant mode.

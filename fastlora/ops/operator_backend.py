@@ -158,7 +158,7 @@ class OperatorBackend(Backend):
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
-            own, run = self._rows_argument_and_rows_per_program("mixed_lora_grad_b", rows, dy)
+            own, run = self._rows_argument_and_max_rows_per_program("mixed_lora_grad_b", rows, dy)
             with_bias = [bias is not None for bias in lora_bias]
             with_factors = any(wants[1::3]) or any(wants[2::3])
             ds, packed, _ = operators.lora_grad_b(
@@ -186,7 +186,7 @@ class OperatorBackend(Backend):
             ds = _zero_unwritten_elements(ds, rows, lora_a)
         return dx, d_bias, ds, found
 
-    def _rows_argument_and_rows_per_program(
+    def _rows_argument_and_max_rows_per_program(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
         """Return the ``rows`` argument of a launch, and the maximum number of rows per program.
@@ -218,7 +218,7 @@ class OperatorBackend(Backend):
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
-        own, run = self._rows_argument_and_rows_per_program("mixed_lora_grad_a", rows, x)
+        own, run = self._rows_argument_and_max_rows_per_program("mixed_lora_grad_a", rows, x)
         (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
         return split_grad_a(packed, lora_a)
 

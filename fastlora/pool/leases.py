@@ -323,7 +323,7 @@ class LeaseManager:
         are in memory.
         """
         entries = {name: self._tiers.entry(name) for name in request.names}
-        images = {name: self._tiers.find_packed_adapter(name) for name in entries}
+        images = {name: self._tiers.find_packed_adapter_in_any_tier(name) for name in entries}
         request.in_memory = {name: image for name, image in images.items() if image is not None}
         return [entry for name, entry in entries.items() if name not in request.in_memory]
 

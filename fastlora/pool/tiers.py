@@ -80,7 +80,7 @@ class StorageTiers:
             raise adapter_not_found_error(name, self.entries)
         return found
 
-    def find_packed_adapter(self, name: str) -> PackedAdapter | None:
+    def find_packed_adapter_in_any_tier(self, name: str) -> PackedAdapter | None:
         """Return the packed adapter with a name, or None if the adapter is not in memory.
 
         The packed adapter may be on the device or in the CPU tier, or a thread may have just read
@@ -185,7 +185,11 @@ class StorageTiers:
         others = [n for n, entry in self.entries.items() if entry.folder is None and n != name]
         images = [
             image,
-            *(found for n in others if (found := self.find_packed_adapter(n)) is not None),
+            *(
+                found
+                for n in others
+                if (found := self.find_packed_adapter_in_any_tier(n)) is not None
+            ),
         ]
         homeless = sum(image.nbytes for image in images)
         if homeless > self.cpu_bytes:

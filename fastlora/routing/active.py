@@ -168,7 +168,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
                     if (
                         other.cache.row_checker is not None
                     ):  # Its dispatch mode ends with this block.
-                        other.cache.row_checker.stop_tracking()
+                        other.cache.row_checker.stop_tracking_in_block()
     finally:
         routing.group.discard_unused_results()
         routing.group.change_open_blocks(-1)

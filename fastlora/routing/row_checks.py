@@ -227,7 +227,7 @@ class RowOrderChecker:
         if self.order is not None:
             self.order.record_in_batch_order(inputs)
 
-    def stop_tracking(self) -> None:
+    def stop_tracking_in_block(self) -> None:
         """Stop tracking the rows of tensors.
 
         In the rest of this block, the inputs of layers are not checked against the tracked rows.

@@ -308,7 +308,7 @@ class Run:
         saved = None
         self._signals.defer_first_signal()
         # A run interrupted after this step has not evaluated yet; a finished run evaluates again.
-        evaluated = {} if was_evaluated or not self.step else self._evaluate_if_due()
+        evaluated = {} if was_evaluated or not self.step else self._evaluation_losses_if_due()
         with prepare.progress_bar(
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
         ) as bar:
@@ -318,7 +318,7 @@ class Run:
                 bar.update()
                 if self.step == steps:
                     self._check_no_adapter_skipped_all_steps()
-                evaluated = self._evaluate_if_due()
+                evaluated = self._evaluation_losses_if_due()
                 if self._is_due_or_last(settings.save_every):
                     self.save_adapters_and_checkpoint()
                     saved = self.step
@@ -438,7 +438,7 @@ class Run:
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
-    def _evaluate_if_due(self) -> dict[str, float]:
+    def _evaluation_losses_if_due(self) -> dict[str, float]:
         """Run the evaluation if it is due, and return the evaluation losses.
 
         The result is a dict that maps each adapter with evaluation data to its loss. Unless the run

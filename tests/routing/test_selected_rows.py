@@ -201,7 +201,7 @@ def test_a_block_that_is_abandoned_follows_nothing() -> None:
     followed = model.base_model.group.row_checks.row_checker_unless_all_layers_were_checked(2)
     with followed:
         assert followed.order.has_valid_facts
-        followed.stop_tracking()
+        followed.stop_tracking_in_block()
         assert not followed.order.has_valid_facts
 
 

@@ -47,12 +47,12 @@ def replacement(
 def _creating_slots(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        _create_layer_slots(self)
+        _replace_stacks_with_layer_slots(self)
 
     return create_lora_weights
 
 
-def _create_layer_slots(layer: Any) -> None:
+def _replace_stacks_with_layer_slots(layer: Any) -> None:
     """Create the `LayerSlots` of a vLLM LoRA layer.
 
     The layer then stores its adapters in the `LayerSlots`, because its stacks of factors are

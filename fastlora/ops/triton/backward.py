@@ -176,7 +176,7 @@ def grouped_gradients(
                 dy, s[i], b, scaling, wants_bias[i]
             )
             if _bytes_of([*partials, *own]) > MAX_PARTIAL_BYTES:
-                _add_partials(partials)
+                _add_gradient_partials(partials)
                 partials = []
             partials += own
         else:
@@ -184,7 +184,7 @@ def grouped_gradients(
             sums = product(reference.column_sums, dy) if wants_bias[i] else dy
         if wants_bias[i]:
             found[i] = sums
-    _add_partials(partials)
+    _add_gradient_partials(partials)
     dx = _grad_x_of_group(dys, weights, ds, lora_a, seeds, dropout_p) if wants_x else None
     some = [i for i in range(count) if i in ds and wants_a[i]]
     if some and x is not None:
@@ -229,7 +229,7 @@ def _grad_b_one_adapter(
     column sums are the gradient of the layer's bias, and are empty unless ``with_bias`` is True.
     """
     found, partials = _grad_b_and_partials(dy, s, lora_b, scaling, with_bias)
-    _add_partials(partials)
+    _add_gradient_partials(partials)
     return found
 
 
@@ -244,8 +244,8 @@ def _grad_b_and_partials(
 
     The result is a tuple of two items. The first item is the result of `_grad_b_one_adapter`, which
     also contains the column sums of dy. The second item is a list of partial sums of these results.
-    The caller must add up the partial sums with `_add_partials`, which stores the totals in the
-    tensors of the first item. Until then, the tensors for these totals are uninitialized.
+    The caller must add up the partial sums with `_add_gradient_partials`, which stores the totals in
+    the tensors of the first item. Until then, the tensors for these totals are uninitialized.
 
     One launch reads dy. If several programs contribute to a sum, they write partial sums. If the
     partial sums of ds would cost more than another read of dy, a library product computes ds
@@ -287,7 +287,7 @@ def _bytes_of(partials: Sequence[_Partials]) -> int:
     return sum(stack.numel() * stack.itemsize for _, stack in partials)
 
 
-def _add_partials(partials: Sequence[_Partials]) -> None:
+def _add_gradient_partials(partials: Sequence[_Partials]) -> None:
     """Add up the partial sums of each gradient with a kernel.
 
     For each gradient, the total is stored in the gradient's tensor. One launch processes up to
