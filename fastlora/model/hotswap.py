@@ -21,6 +21,7 @@ from torch import nn
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper
 from fastlora.layers.adapted_parameters import file_prefixes_by_parameter
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
+from fastlora.layers.embedding import FastLoraEmbedding
 from fastlora.layers.rank_padding import (
     copy_zero_padded,
     factor_parameters_by_name,
@@ -158,7 +159,8 @@ def prepare_model_for_compiled_hotswap(
         configs[adapter].check_plain("an adapter of another rank")
     for layer, adapter, factors in made:
         replace_factors(layer, adapter, factors, target_rank)
-    _update_tied_heads(adapted)
+        for head in _heads_with_factors_of(adapted, layer, adapter):
+            replace_factors(head, adapter, {}, target_rank)
     for adapter, of_model in configs.items():
         _copy_ranks_and_scalings_to_config(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
@@ -317,11 +319,13 @@ def _check_and_write_tensors(
     # All checks have passed. The model is changed from here on.
     for name, (factors, rank) in grown.items():
         replace_factors(layers[name], adapter_name, factors, rank)
+        for head in _heads_with_factors_of(tuner.model, layers[name], adapter_name):
+            replace_factors(head, adapter_name, {}, rank)
     for name, layer in layers.items():
-        layer.use_rslora[adapter_name] = config.use_rslora
-        set_scaling_and_alpha(layer, adapter_name, config.scaling_for(name))
+        for each in (layer, *_heads_with_factors_of(tuner.model, layer, adapter_name)):
+            each.use_rslora[adapter_name] = config.use_rslora
+            set_scaling_and_alpha(each, adapter_name, config.scaling_for(name))
         _write_layer_tensors(layer, adapter_name, given[name])
-    _update_tied_heads(tuner.model)
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
@@ -360,16 +364,18 @@ def _check_ties_agree(
         )
 
 
-def _update_tied_heads(model: nn.Module) -> None:
-    """Set the ranks and scalings of tied heads to those of the embedding that owns the factors."""
-    for head in lora_layers(model).values():
-        if isinstance(head, TiedLoraHead):
-            source = head.tied_to
-            for adapter in head.r:
-                head.use_rslora[adapter] = source.use_rslora[adapter]
-                replace_factors(head, adapter, {}, source.r[adapter])
-                if head.scaling[adapter] != source.scaling[adapter]:
-                    set_scaling_and_alpha(head, adapter, source.scaling[adapter])
+def _heads_with_factors_of(
+    model: nn.Module, layer: LoraLayer, adapter_name: str
+) -> list[TiedLoraHead]:
+    """Return the tied heads that share a layer's factors for an adapter.
+
+    Only an embedding shares its factors. The rank and the scaling of a tied head must be those of
+    the embedding.
+    """
+    if not isinstance(layer, FastLoraEmbedding):
+        return []
+    heads = [head for head in lora_layers(model).values() if isinstance(head, TiedLoraHead)]
+    return [head for head in heads if head.tied_to is layer and adapter_name in head.r]
 
 
 def _checked_new_layer_tensors(

@@ -603,4 +603,13 @@ FAULTS = (
             "tests/model/test_model.py::test_files_and_wrapped_modules[patterns-compiled]",
         ),
     ),
+    Fault(
+        sentence="A swap leaves a tied head with the scaling of the former adapter.",
+        kind="a scaling not renewed",
+        source="set_scale after a swap",
+        path="fastlora/model/hotswap.py",
+        before="for each in (layer, *_heads_with_factors_of(tuner.model, layer, adapter_name)):",
+        after="for each in (layer,):",
+        tests=(f"{_TIED}::test_a_swap_sets_the_initial_scaling_of_tied_heads",),
+    ),
 )

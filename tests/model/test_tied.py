@@ -271,6 +271,21 @@ def test_tied_factors_are_swapped(tmp_path: Path) -> None:
     assert one.get_base_model().lm_head.r == {"default": 4}
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_swap_sets_the_initial_scaling_of_tied_heads(scaled: bool, tmp_path: Path) -> None:
+    """It is what the embedding has, whatever `set_scale` had set, and what `set_scale` uses."""
+    new = {"lora_alpha": 16} if scaled else {"use_rslora": True, "r": 4, "lora_alpha": 8}
+    one, other = (drawn(get_peft_model(tiny_llama(), config(**FACTORS, **c))) for c in ({}, new))
+    other.save_pretrained(tmp_path)
+    if scaled:
+        one.get_base_model().lm_head.set_scale("default", 2.0)
+    fastlora.hotswap_adapter(one, tmp_path, "default")
+    torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+    for model in (one, other):
+        model.get_base_model().lm_head.set_scale("default", 0.5)
+    torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+
+
 def weighted(model: Any) -> str:
     model.add_weighted_adapter(["default"], [1.0], "sum")
     return "sum"
@@ -328,6 +343,7 @@ def test_copies_on_the_meta_device_stay_tied(tmp_path: Path) -> None:
 
 def test_ranks_of_tied_factors_are_padded() -> None:
     model = drawn(tied_lora(["embed_tokens", "q_proj"]))
+    model.get_base_model().lm_head.set_scale("default", 2.0)
     expected = logits(model)
     fastlora.prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert model.get_base_model().lm_head.r == {"default": 8}
