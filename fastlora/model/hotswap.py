@@ -326,8 +326,9 @@ def _check_and_write_tensors(
             each.use_rslora[adapter_name] = config.use_rslora
             set_scaling_and_alpha(each, adapter_name, config.scaling_for(name))
         _write_layer_tensors(layer, adapter_name, given[name])
-    for target, source in copies:
-        target.copy_(source)
+    with adapter_state._unmerged_modules(tuner.model, [target for target, _ in copies]):
+        for target, source in copies:
+            target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
     _copy_ranks_and_scalings_to_config(made, adapter_name, layers)
     tuner.peft_config[adapter_name] = made
@@ -518,13 +519,21 @@ def _tensors_outside_layers(
         HotswapError: If a tensor is missing or has a different shape.
     """
     base = model.base_model.model
-    state = strip_wrapper_prefixes_from_keys(model.state_dict())
-    inside = tuple(adapter_state.file_key(name, "") for name in lora_layers(base))
+    state = strip_wrapper_prefixes_from_keys(model.state_dict(keep_vars=True))
+    inside = {
+        adapter_state.file_key(name, key)
+        for name, layer in lora_layers(base).items()
+        if layer._has_adapter(adapter_name)
+        for key in layer.file_names(adapter_name)
+    }
+    given = {id(state[key]) for disk, key in keys.items() if disk in tensors}
     pairs = []
     for disk, key in keys.items():
-        if disk.startswith(inside) and not disk.endswith("base_layer.bias"):
+        if disk in inside:
             continue
         source = tensors.get(disk)
+        if source is None and id(state[key]) in given:
+            continue  # A tied copy gets the values that the file has under another key.
         if source is None:
             source = _original_of_copied_tensor(base, key)
         if source is None:

@@ -148,6 +148,23 @@ def test_tensors_by_either_name(tmp_path: Path) -> None:
         torch.testing.assert_close(model(X).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_base_biases_of_layers_of_another_adapter(merged: bool, tmp_path: Path) -> None:
+    """They are the swapped adapter's to train, also where the other one is merged into them."""
+    new = adapted(seed=2, target_modules=["q"], bias="all")
+    with torch.no_grad():
+        new.base_model.model.v.bias.add_(1)
+    new.save_pretrained(tmp_path)
+    model = adapted(target_modules=["q"], bias="all")
+    model.add_adapter("other", fastlora.LoraConfig(r=2, target_modules=["v"], lora_bias=True))
+    randomize(model)
+    if merged:
+        model.merge_adapter(["other"])
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), new(X), rtol=1e-4, atol=1e-5)
+
+
 def test_preparing() -> None:
     """Requires-grad flags, a config that is handed in, and the model's own stay right."""
     model = adapted(rank_pattern={"q": 2}, lora_alpha=8)

@@ -286,6 +286,16 @@ def test_a_swap_sets_the_initial_scaling_of_tied_heads(scaled: bool, tmp_path: P
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("left_out", ["lm_head", "model.embed_tokens"])
+def test_a_file_with_only_one_of_the_tied_copies(left_out: str) -> None:
+    model, new = (drawn(tied_copies(["lm_head"]), seed) for seed in (0, 1))
+    tensors = dict(fastlora.get_peft_model_state_dict(new))
+    del tensors[f"base_model.model.{left_out}.weight"]
+    given = tensors, "default", new.peft_config["default"]
+    fastlora.hotswap_adapter_from_state_dict(model, *given)
+    torch.testing.assert_close(logits(model), logits(new), rtol=1e-5, atol=1e-5)
+
+
 def weighted(model: Any) -> str:
     model.add_weighted_adapter(["default"], [1.0], "sum")
     return "sum"
