@@ -358,7 +358,8 @@ def _check_ties_agree(
         new = update_config_for_tied_embedding(model, copy.deepcopy(config), tensors)
     differing = sorted({*loaded.heads, *loaded.copies} ^ {*new.heads, *new.copies})
     names = (input_embedding_name(model), *differing) if differing else ()
-    if any(key.startswith(tuple(f"{KEY_PREFIX}{name}." for name in names)) for key in tensors):
+    prefixes = tuple(adapter_state.file_key(str(name), "") for name in names)
+    if any(key.startswith(prefixes) for key in tensors):
         raise ConfigError(
             f"Configs are incompatible: only one of the adapters ties {differing[0]!r} to the "
             "input embedding (ensure_weight_tying); load the adapter under another name"

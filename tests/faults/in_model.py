@@ -613,6 +613,15 @@ FAULTS = (
         tests=(f"{_TIED}::test_a_swap_sets_the_initial_scaling_of_tied_heads",),
     ),
     Fault(
+        sentence="A swap does not compare the ties of wrapped modules.",
+        kind="two names of one module",
+        source="ties of wrapped modules",
+        path="fastlora/model/hotswap.py",
+        before='tuple(adapter_state.file_key(str(name), "") for name in names)',
+        after='tuple(f"{KEY_PREFIX}{name}." for name in names)',
+        tests=(f"{_TIED}::test_ties_of_wrapped_modules_are_compared",),
+    ),
+    Fault(
         sentence="A swap skips the base biases of layers that only another adapter adapts.",
         kind="layers of another adapter",
         source="a swap with bias='all'",

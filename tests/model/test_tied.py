@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
@@ -284,6 +285,16 @@ def test_a_swap_sets_the_initial_scaling_of_tied_heads(scaled: bool, tmp_path: P
     for model in (one, other):
         model.get_base_model().lm_head.set_scale("default", 0.5)
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+
+
+def test_ties_of_wrapped_modules_are_compared(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.model = checkpoint_wrapper(base.model)
+    model = drawn(get_peft_model(base, config(**FACTORS)))
+    untied = config(**{**FACTORS, "ensure_weight_tying": False})
+    get_peft_model(tiny_llama(), untied).save_pretrained(tmp_path)
+    with unchanged(model), pytest.raises(ConfigError, match="ties 'lm_head'"):
+        fastlora.hotswap_adapter(model, tmp_path, "default")
 
 
 @pytest.mark.parametrize("left_out", ["lm_head", "model.embed_tokens"])
