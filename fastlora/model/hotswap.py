@@ -37,8 +37,12 @@ from fastlora.model.adapter_folder import (
     load_adapter_folder,
     with_renamed_modules,
 )
-from fastlora.model.base_modules import peft_function_or_raise, strip_wrapper_prefixes_from_keys
-from fastlora.model.base_state import strip_adapter_wrapper_names
+from fastlora.model.base_modules import (
+    peft_function_or_raise,
+    strip_wrapper_prefixes,
+    strip_wrapper_prefixes_from_keys,
+)
+from fastlora.model.base_state import key_without_adapters, strip_adapter_wrapper_names
 from fastlora.model.config import LoraConfig
 from fastlora.model.expert_files import convert_expert_factors
 from fastlora.model.inject import (
@@ -198,8 +202,9 @@ def hotswap_adapter(
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
-        AdapterStateError: If the adapter is merged or on the meta device, or if a
-            `fastlora.adapters` block of the model is open.
+        AdapterStateError: If the adapter is merged or on the meta device, if a `fastlora.adapters`
+            block of the model is open, or if the file contains a base tensor that other adapters
+            are merged into and its value from before the merge was not kept.
         ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
             ``bias``, or ``trainable_token_indices``; if the two adapters tie different modules to
             the input embedding (``ensure_weight_tying``); or if the initialization of one of the
@@ -290,7 +295,7 @@ def _check_and_write_tensors(
     owners = layers_with_own_factors(tuner.model).items()
     layers = {name: layer for name, layer in owners if adapter_name in layer.r}
     keys = adapter_state.file_keys_to_state_keys(model, adapter_name)
-    tensors = _drop_unchanged_and_shared_weights(tuner.model, tensors, keys)
+    tensors = _drop_unchanged_and_shared_tensors(tuner.model, tensors, keys, tied.heads)
     prefixes = _file_key_prefixes_by_adapted_parameter(tuner.model, adapter_name)
     tensors = _with_keys_of_loaded_adapter(tuner.model, tensors, config, prefixes)
     unexpected = [key for key in tensors if key not in keys]
@@ -585,35 +590,51 @@ def _copy_ranks_and_scalings_to_config(
     config.rank_pattern = config.rank_pattern or dict.fromkeys(before, rank)
 
 
-def _drop_unchanged_and_shared_weights(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], adapter_keys: Container[str]
+def _drop_unchanged_and_shared_tensors(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    adapter_keys: Container[str],
+    tied_heads: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    """Drop the tensors that PEFT saves in addition to an adapter's own tensors.
+    """Drop the tensors that are given in addition to an adapter's own tensors.
 
-    These are base weights of embeddings and heads, which are dropped if they are equal to the
-    model's, and the copies of the factors that tied heads share with the input embedding. The
-    result is a new dict.
+    These are tensors of the base model, which are dropped if they are equal to the model's from
+    before any merge, and the copies of the factors that tied heads share with the input embedding.
+    PEFT saves such tensors of embeddings and heads, and a model's state dict contains all of them.
+    The result is a new dict.
 
     Args:
         model: The base model with its adapters.
         tensors: A mapping from the keys of PEFT's adapter files to tensors.
         adapter_keys: The keys of the loaded adapter's own tensors. Tensors with these keys are
             kept.
+        tied_heads: The names of the heads that share the embedding's factors for this adapter.
     """
-    heads = [n for n, layer in lora_layers(model).items() if isinstance(layer, TiedLoraHead)]
-    shared = {adapter_state.file_key(n, f"{p}.weight") for n in heads for p in ("lora_A", "lora_B")}
-    remaining = {}
-    for key, tensor in tensors.items():
-        module, _, leaf = key.removeprefix(KEY_PREFIX).rpartition(".")
-        weight = None
-        if key not in adapter_keys and leaf == "weight":
-            name = strip_adapter_wrapper_names(module)
-            weight = adapter_state.base_weight_of_module(model, name)
-        same = weight is not None and weight.shape == tensor.shape
-        unchanged = same and weight is not None and torch.equal(weight, tensor.to(weight))
-        if key not in shared and not unchanged:
-            remaining[key] = tensor
+    parts = ("lora_A", "lora_B")
+    shared = {adapter_state.file_key(n, f"{p}.weight") for n in tied_heads for p in parts}
+    remaining = {key: tensor for key, tensor in tensors.items() if key not in shared}
+    names = {
+        key: strip_adapter_wrapper_names(key.removeprefix(KEY_PREFIX))
+        for key in remaining
+        if key not in adapter_keys
+    }
+    own = _base_tensors_by_original_name(model) if names else {}
+    base = {key: own[name] for key, name in names.items() if name in own}
+    for key, value in (base | adapter_state._values_before_merge(model, base)).items():
+        tensor = remaining[key]
+        if value.shape == tensor.shape and torch.equal(value, tensor.to(value)):
+            del remaining[key]
     return remaining
+
+
+def _base_tensors_by_original_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the base model's parameters and buffers, keyed by their names without adapters."""
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    bare = ((key_without_adapters(model, name), tensor) for name, tensor in named)
+    return {strip_wrapper_prefixes(name): tensor for name, tensor in bare if name is not None}
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:

@@ -58,8 +58,8 @@ FAULTS = (
         kind="a tensor without a place",
         source="9e5a853",
         path="fastlora/model/hotswap.py",
-        before="unchanged = same and weight is not None and torch.equal(weight, tensor.to(weight))",
-        after="unchanged = same and weight is None",
+        before="if value.shape == tensor.shape and torch.equal(value, tensor.to(value)):",
+        after="if value.shape != tensor.shape:",
         tests=(f"{_HOTSWAP}::test_files_that_hold_the_base_embedding",),
     ),
     Fault(
@@ -602,6 +602,15 @@ FAULTS = (
             f"{_HOTSWAP}::test_wrapped_modules[compiled]",
             "tests/model/test_model.py::test_files_and_wrapped_modules[patterns-compiled]",
         ),
+    ),
+    Fault(
+        sentence="A swap drops a head's factors if another adapter ties the head.",
+        kind="a tie of another adapter",
+        source="a swap beside a tied adapter",
+        path="fastlora/model/hotswap.py",
+        before="    tied = modules_adapted_with_embedding(tuner.model, adapter_name)\n",
+        after='    tied = modules_adapted_with_embedding(tuner.model, "default")\n',
+        tests=(f"{_TIED}::test_a_head_that_another_adapter_ties_is_not_left_out",),
     ),
     Fault(
         sentence="A swap leaves a tied head with the scaling of the former adapter.",

@@ -148,6 +148,26 @@ def test_tensors_by_either_name(tmp_path: Path) -> None:
         torch.testing.assert_close(model(X).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_state_dict_of_the_whole_model() -> None:
+    """What both base models have is no part of the adapter: biases, copied modules, buffers."""
+
+    def one(seed: int, r: int) -> Any:
+        base = nn.Sequential(two_layers(), nn.BatchNorm1d(5))
+        return adapted(seed=seed, base=base, r=r, modules_to_save=["head"])
+
+    model, new = one(1, 4), one(2, 2)
+    given = new.state_dict(), "default", new.peft_config["default"]
+    fastlora.hotswap_adapter_from_state_dict(model, *given)
+    torch.testing.assert_close(model(X), new(X), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.get_base_model()[0].v.bias[0] += 1
+    with (
+        unchanged(model),
+        pytest.raises(HotswapError, match=r"unexpected keys found: \S+\.v\.bias"),
+    ):
+        fastlora.hotswap_adapter_from_state_dict(model, *given)
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_base_biases_of_layers_of_another_adapter(merged: bool, tmp_path: Path) -> None:
     """They are the swapped adapter's to train, also where the other one is merged into them."""
@@ -453,6 +473,21 @@ def test_files_with_more_than_the_adapter(
     model.save_pretrained(tmp_path / "again", save_embedding_layers=True)
     again = fastlora.LoraModel.from_pretrained(resized(tied), tmp_path / "again")
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
+
+
+def test_base_weights_that_another_adapter_is_merged_into(tmp_path: Path) -> None:
+    """They are compared with the values from before the merge."""
+    config = {"target_modules": ["q_proj", "lm_head"]}
+    new = adapted(seed=2, base=resized(False), **config)
+    new.save_pretrained(tmp_path)
+    model = adapted(base=resized(False), **config)
+    model.add_adapter("other", fastlora.LoraConfig(**config))
+    randomize(model)
+    model.merge_adapter(["other"])
+    fastlora.hotswap_adapter(model, tmp_path, "default")
+    model.unmerge_adapter()
+    ids = torch.tensor([[1, 2, 98, 99]])
+    torch.testing.assert_close(model(input_ids=ids).logits, new(input_ids=ids).logits)
 
 
 def test_former_names_of_modules(tmp_path: Path) -> None:

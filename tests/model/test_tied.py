@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import fastlora
 from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora.model.hotswap import HotswapError
 from fastlora.model.inject import modules_adapted_with_embedding
 from fastlora.model.tied_weights import modules_tied_to_embedding
 from fastlora.validation import (
@@ -285,6 +286,19 @@ def test_a_swap_sets_the_initial_scaling_of_tied_heads(scaled: bool, tmp_path: P
     for model in (one, other):
         model.get_base_model().lm_head.set_scale("default", 0.5)
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_another_adapter_ties_is_not_left_out(tmp_path: Path) -> None:
+    model = drawn(get_peft_model(tiny_llama(), config(**FACTORS)))
+    model.add_adapter("b", config())
+    get_peft_model(tiny_llama(), config(target_modules=["q_proj", "lm_head"])).save_pretrained(
+        tmp_path
+    )
+    with (
+        unchanged(model),
+        pytest.raises(HotswapError, match=r"unexpected keys.*lm_head\.lora_A\.b"),
+    ):
+        fastlora.hotswap_adapter(model, tmp_path, "b")
 
 
 def test_ties_of_wrapped_modules_are_compared(tmp_path: Path) -> None:
