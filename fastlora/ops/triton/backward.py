@@ -244,8 +244,8 @@ def _grad_b_and_partials(
 
     The result is a tuple of two items. The first item is the result of `_grad_b_one_adapter`, which
     also contains the column sums of dy. The second item is a list of partial sums of these results.
-    The caller must add up the partial sums with `_add_gradient_partials`, which stores the totals in
-    the tensors of the first item. Until then, the tensors for these totals are uninitialized.
+    The caller must add up the partial sums with `_add_gradient_partials`, which stores the totals
+    in the tensors of the first item. Until then, the tensors for these totals are uninitialized.
 
     One launch reads dy. If several programs contribute to a sum, they write partial sums. If the
     partial sums of ds would cost more than another read of dy, a library product computes ds

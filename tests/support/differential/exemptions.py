@@ -218,7 +218,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"], bias="all"), _set("ash"))),
     ),
     Exemption(
-        "the biases in an inactive adapter's module copies are trained",
+        "inactive adapter's copies of modules (`modules_to_save`) are also trained",
         lambda m: (
             m.less()
             and m.trains(*(f"modules_to_save.{n}.bias" for n in m.inactive()))
@@ -447,6 +447,18 @@ EXEMPTIONS: tuple[Exemption, ...] = (
                 _wrap(["q_proj"]),
                 _add("ash", ["v_proj"]),
                 _op("load", saved="ash", adapter_name="default", is_trainable=False),
+            ),
+        ),
+    ),
+    Exemption(
+        "If the existing adapter is merged, loading raises an error.",
+        lambda m: m.of("load") and m.only_fastlora_raises("is currently merged"),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"]),
+                _op("merge"),
+                _op("load", saved="default", adapter_name="default", is_trainable=False),
             ),
         ),
     ),
