@@ -30,6 +30,7 @@ from fastlora.model.adapter_files import (
     open_adapter_files,
 )
 from fastlora.model.atomic_files import atomic_replace_each_file, folder_lock, fsync_path
+from fastlora.model.base_modules import WRAPPER_PREFIX
 from fastlora.model.config import LoraConfig
 from fastlora.model.target_names import saved_modules_and_task_heads
 from fastlora.model.tensor_file import TensorInfo, write_safetensors
@@ -297,6 +298,18 @@ def _renamed(name: str, mapping: Mapping[str, str]) -> str:
         if count:
             return changed
     return name
+
+
+def file_key(name: str, key_within_module: str) -> str:
+    """Return the key that a tensor of a module or parameter has in an adapter file.
+
+    The prefixes of wrapper modules (see `strip_wrapper_prefixes`) are left out of the key.
+
+    Args:
+        name: The name of the module or parameter in the base model.
+        key_within_module: The rest of the key, such as ``lora_A.weight``.
+    """
+    return KEY_PREFIX + WRAPPER_PREFIX.sub("", f"{name}.{key_within_module}")
 
 
 def save_adapter_folder(

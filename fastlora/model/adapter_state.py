@@ -20,9 +20,8 @@ from fastlora.layers import (
     TrainableTokensWrapper,
 )
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterContents
+from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterContents, file_key
 from fastlora.model.base_modules import (
-    WRAPPER_PREFIX,
     base_module_of,
     strip_wrapper_prefixes,
     strip_wrapper_prefixes_from_keys,
@@ -52,18 +51,6 @@ if TYPE_CHECKING:
 
 # The embeddings that PEFT saves with an adapter that targets them.
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
-
-
-def file_key(name: str, key_within_module: str) -> str:
-    """Return the key that a tensor of a module or parameter has in an adapter file.
-
-    The prefixes of wrapper modules (see `strip_wrapper_prefixes`) are left out of the key.
-
-    Args:
-        name: The name of the module or parameter in the base model.
-        key_within_module: The rest of the key, such as ``lora_A.weight``.
-    """
-    return f"{KEY_PREFIX}{WRAPPER_PREFIX.sub('', name)}.{key_within_module}"
 
 
 def file_keys_to_state_keys(
@@ -180,17 +167,18 @@ def _with_kinds_on_model(file: AdapterContents, plan: AdapterPlan) -> AdapterCon
         file: The loaded adapter.
         plan: The plan for the adapter on the model.
     """
-    copied = (*plan.modules_to_save, *plan.tied_copies)
+    copies = {file_key(name, "") for name in (*plan.modules_to_save, *plan.tied_copies)}
+    tied_rows = {file_key(n, "") for n, rows in plan.tokens.items() if rows.tied_to is not None}
     keys = {}
     for key, parts in file.keys.items():
-        rows = plan.tokens.get(parts.module) if parts.kind == "tokens" else None
-        if rows is not None and rows.tied_to is not None:
+        at = file_key(parts.module, "")
+        if parts.kind == "tokens" and at in tied_rows:
             parts = parts._replace(kind="duplicate")
         elif (
             plan.config.ensure_weight_tying
             and parts.kind == "saved"
-            and parts.module not in copied
-            and key == f"{KEY_PREFIX}{parts.module}.weight"
+            and at not in copies
+            and key == f"{at}weight"
         ):
             parts = parts._replace(kind="base")
         keys[key] = parts

@@ -17,7 +17,8 @@ from fastlora.sharding import is_dtensor, is_fsdp2_module
 
 # Name components that torch.compile, FSDP1, and activation checkpointing add when they wrap a
 # module. See `strip_wrapper_prefixes`.
-WRAPPER_PREFIX = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPER_PREFIX = re.compile(r"\.(?:{0})(?=\.|$)|^(?:(?:{0})\.)+".format("|".join(_WRAPPERS)))
 
 
 # For each module of a base model: the name, the module, and whether it is, or is inside, a module
@@ -29,14 +30,22 @@ def strip_wrapper_prefixes(name: str) -> str:
     """Remove the prefixes of wrapper modules from the name of a module or tensor.
 
     The prefixes of ``torch.compile``, FSDP1, and activation checkpointing are removed wherever they
-    occur in the name.
+    occur in the name, also at its end.
     """
     return WRAPPER_PREFIX.sub("", name)
 
 
 def strip_wrapper_prefixes_from_names(names: Iterable[str]) -> list[str]:
-    """Return a list of names without wrapper prefixes. See `strip_wrapper_prefixes`."""
-    return [WRAPPER_PREFIX.sub("", name) for name in names]
+    """Return a list of names without wrapper prefixes. See `strip_wrapper_prefixes`.
+
+    A name that equals an earlier name without the prefixes keeps them. It is the name of a module
+    whose wrapper is itself in the list.
+    """
+    bare_names: dict[str, None] = {}
+    for name in names:
+        bare = WRAPPER_PREFIX.sub("", name)
+        bare_names[name if bare in bare_names else bare] = None
+    return list(bare_names)
 
 
 def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +62,8 @@ def is_lora_layer(module: nn.Module) -> bool:
 
     The function also recognizes the LoRA layers of PEFT.
     """
-    return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
+    # A wrapper, such as that of activation checkpointing, forwards the layer's attributes.
+    return "lora_A" in module._modules or "lora_embedding_A" in module._modules
 
 
 def is_modules_to_save_wrapper(module: nn.Module) -> bool:
@@ -184,7 +194,8 @@ def modules_with_original_names(
     The original names are those in the base model without adapters. Modules that belong to an
     adapter are left out. A LoRA layer or wrapper is listed in place of the module that it replaced,
     under the name of that module. The modules inside wrapped modules are included in addition to
-    those that `named_modules_outside_adapters` returns.
+    those that `named_modules_outside_adapters` returns. A wrapper of a LoRA layer, such as that of
+    ``torch.compile``, is left out, because the LoRA layer stands for it.
 
     Returns:
         A list of tuples ``(name, module, wrapped)``. ``wrapped`` is True if the module is a wrapper
@@ -193,6 +204,9 @@ def modules_with_original_names(
     found: ModulesWithOriginalNames = []
     for name, module in named_modules_outside_adapters(model, remove_duplicate=remove_duplicate):
         wraps = bool(module._modules) and is_auxiliary_wrapper(module)
+        is_wrapper = not _WRAPPERS.isdisjoint(module._modules)
+        if name and is_wrapper and any(map(is_lora_layer, module.children())):
+            continue
         found.append((name, module, wraps))
         if wraps:
             original = unwrap_auxiliary_wrapper(module)

@@ -14,7 +14,7 @@ from torch import nn
 from fastlora.layers import LoraLayer, ModuleWrapper
 from fastlora.layers.trainable_tokens import TrainableTokensLayer
 from fastlora.layers.unfused import has_replaced_forward_that_cannot_be_copied
-from fastlora.model.adapter_folder import KEY_PREFIX
+from fastlora.model.adapter_folder import file_key
 from fastlora.model.base_modules import (
     base_module_of,
     copy_sharing_parameters,
@@ -212,12 +212,11 @@ def _are_tied_in_file(
         tied: The names of the modules that are tied to the embedding in the model.
         tensors: The tensors of the file, keyed by file key.
     """
-    own = tensors.get(f"{KEY_PREFIX}{embedding}.weight")
+    own = tensors.get(file_key(embedding, "weight"))
     for name in tied:
-        at = f"{KEY_PREFIX}{name}."
-        if f"{at}lora_A.weight" in tensors or f"{at}lora_embedding_A" in tensors:
+        if any(file_key(name, end) in tensors for end in ("lora_A.weight", "lora_embedding_A")):
             return True
-        copied = tensors.get(f"{at}weight")
+        copied = tensors.get(file_key(name, "weight"))
         if own is not None and copied is not None and torch.equal(own, copied):
             return True
     return False

@@ -656,5 +656,36 @@ FAULTS = (
         before="        if source is None and id(state[key]) in given:\n",
         after="        if False:\n",
         tests=(f"{_TIED}::test_a_file_with_only_one_of_the_tied_copies",),
+        ),
+    ),
+    Fault(
+        sentence="A tied copy in a file overwrites the base embedding of a wrapped model.",
+        kind="two names of one module",
+        source="wrapped modules",
+        path="fastlora/model/adapter_state.py",
+        before="            and at not in copies\n",
+        after="            and parts.module not in (*plan.modules_to_save, *plan.tied_copies)\n",
+        tests=(f"{_TIED}::test_files_load_into_wrapped_models[llama-peft-checkpointed]",),
+    ),
+    Fault(
+        sentence="A copy that is tied in a file is not tied in a wrapped model.",
+        kind="two names of one module",
+        source="wrapped modules",
+        path="fastlora/model/tied_weights.py",
+        before='own = tensors.get(file_key(embedding, "weight"))',
+        after='own = tensors.get(f"base_model.model.{embedding}.weight")',
+        tests=(f"{_TIED}::test_files_load_into_wrapped_models[gpt2-fastlora-checkpointed]",),
+    ),
+    Fault(
+        sentence="A LoRA layer that is wrapped later is in no file, and stays on when disabled.",
+        kind="attributes that a wrapper forwards",
+        source="wrapped modules",
+        path="fastlora/model/base_modules.py",
+        before='"lora_A" in module._modules or "lora_embedding_A" in module._modules',
+        after='hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")',
+        tests=(
+            "tests/model/test_model.py"
+            "::test_layers_that_are_wrapped_after_they_were_adapted[checkpointed]",
+        ),
     ),
 )

@@ -35,6 +35,7 @@ from tests.support.tiny import (
     randomize,
     tiny,
     tiny_llama,
+    two_layers,
     unchanged,
 )
 
@@ -190,6 +191,27 @@ def test_files_and_wrapped_modules(how: str, config: dict[str, Any], tmp_path: P
         again.load_adapter(tmp_path, "other")
         again.set_adapter("other")
         assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_layers_that_are_wrapped_after_they_were_adapted(how: str, tmp_path: Path) -> None:
+    x = torch.randn(3, 16)
+    model, new = (adapted(seed=n, base=two_layers(), rank_pattern={"q": 2}) for n in (1, 2))
+    base = model.get_base_model()
+    base.q = in_a_wrapper(how, base.q)[0]
+    for each, name in ((model, "own"), (new, "new")):
+        each.save_pretrained(tmp_path / name)
+        again = LoraModel.from_pretrained(two_layers(), tmp_path / name)
+        assert torch.equal(again(x), each(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), two_layers()(x))
+    model.load_adapter(tmp_path / "new", "default")
+    assert torch.equal(model(x), new(x))
+    model.load_adapter(tmp_path / "own", "other")
+    model.set_adapter("other")
+    model.save_pretrained(tmp_path)
+    again = LoraModel.from_pretrained(two_layers(), tmp_path / "other")
+    assert torch.equal(model(x), again(x))
 
 
 def test_a_sum_of_adapters_on_a_wrapped_module_is_saved(tmp_path: Path) -> None:

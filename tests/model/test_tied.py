@@ -23,7 +23,14 @@ from fastlora.validation import (
     ConfigError,
     UnsupportedLayerError,
 )
-from tests.support.tiny import quantized_two_layers, randomize, tiny, tiny_llama, unchanged
+from tests.support.tiny import (
+    in_a_wrapper,
+    quantized_two_layers,
+    randomize,
+    tiny,
+    tiny_llama,
+    unchanged,
+)
 
 pytest.importorskip("transformers")
 
@@ -216,6 +223,32 @@ def test_files_with_base_embeddings(
     for name in ("default", "again"):
         loaded.set_adapter(name)
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+@pytest.mark.parametrize(
+    ("kind", "library"), [("gpt2", "fastlora"), ("llama", "peft"), ("rows", "peft")]
+)
+def test_files_load_into_wrapped_models(kind: str, library: str, how: str, tmp_path: Path) -> None:
+    """The base model keeps its embedding, and what is tied stays tied."""
+    made = pytest.importorskip(library)
+    base = {"gpt2": lambda: tiny("GPT2LMHeadModel")}.get(kind, tiny_llama)
+    fields: dict[str, Any] = {"trainable_token_indices": [1, 5]}
+    if kind != "rows":
+        fields = {"modules_to_save": ["wte" if kind == "gpt2" else "embed_tokens"]}
+    fields["target_modules"] = ["c_attn" if kind == "gpt2" else "q_proj"]
+    settings = made.LoraConfig(r=2, ensure_weight_tying=True, **fields)
+    model = drawn(made.get_peft_model(base(), settings))
+    model.save_pretrained(tmp_path, save_embedding_layers=kind == "rows")
+    wrapped = base()
+    part = wrapped.base_model_prefix
+    setattr(wrapped, part, in_a_wrapper(how, getattr(wrapped, part))[0])
+    loaded = LoraModel.from_pretrained(wrapped, tmp_path)
+    expected = LoraModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    assert type(wrapped.lm_head) is type(expected.get_base_model().lm_head)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded), logits(base()))
 
 
 def test_saving_says_what_peft_will_not_tie(tmp_path: Path) -> None:

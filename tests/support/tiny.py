@@ -118,9 +118,9 @@ def adapted(
     return model.eval()
 
 
-def in_a_wrapper(how: str) -> nn.Sequential:
+def in_a_wrapper(how: str, module: nn.Module | None = None) -> nn.Sequential:
     """`two_layers` as the module ``0``, as it is (``"none"``), compiled, or checkpointed."""
-    base = nn.Sequential(two_layers())
+    base = nn.Sequential(two_layers() if module is None else module)
     if how == "compiled":
         base[0] = torch.compile(base[0], backend="eager")  # type: ignore[assignment]
     elif how == "checkpointed":
