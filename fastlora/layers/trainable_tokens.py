@@ -452,6 +452,21 @@ class TrainableTokensWrapper(ModuleWrapper):
             if before is not None:
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
+    def _parameters_changed_by_merge(self) -> list[tuple[object, object]]:
+        """Return the base parameters that the merge of adapters has changed.
+
+        The only parameter is the base weight. Its value before the merge is always available. See
+        `ModuleWrapper._parameters_changed_by_merge` for the format.
+        """
+        weight: Any = self.get_base_layer().weight
+        rows_before = self._rows_before_merge_by_adapter()
+        if not rows_before:
+            return []
+        before = weight.detach().clone()
+        for name, rows in reversed(rows_before.items()):
+            before.index_copy_(0, self._index(name, weight.device), rows.to(weight))
+        return [(weight, before)]
+
     def _rows_before_merge_by_adapter(self) -> dict[str, torch.Tensor]:
         """Return, for each merged adapter, the weight rows that the adapter replaced.
 

@@ -73,24 +73,27 @@ def test_saved_embeddings_of_a_transformers_model(tmp_path: Path) -> None:
 
 
 def test_base_tensors_are_saved_as_before_a_merge(tmp_path: Path) -> None:
-    """Of a head and an embedding, and of biases into which a lora_bias is merged."""
+    """Of a head and an embedding, of trained rows, and of biases with a merged lora_bias."""
     head = {"target_modules": ["lm_head", "embed_tokens"]}
     bias = {"target_modules": ["q_proj"], "bias": "lora_only", "lora_bias": True}
-    for config in (head, bias):
+    rows = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}
+    for config in (head, bias, rows):
         base = functools.partial(tiny_llama, tie_word_embeddings=False)
         model = adapted(base=base(), **config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_embedding" in name or name.endswith("bias"):
+                if name.endswith("bias") or "lora_embedding" in name or "trainable_" in name:
                     parameter.normal_()
-        model.save_pretrained(tmp_path / "before")
+        model.save_pretrained(tmp_path / "before", save_embedding_layers=config is not bias)
         model.merge_adapter()
-        model.save_pretrained(tmp_path / "merged")
+        model.save_pretrained(tmp_path / "merged", save_embedding_layers=config is not bias)
         before, merged = (
             load_file(tmp_path / folder / "adapter_model.safetensors")
             for folder in ("before", "merged")
         )
         torch.testing.assert_close(merged, before, rtol=0, atol=0)
+        if config is rows:
+            continue  # the rows are always kept
         model.unmerge_adapter()
         model.merge_adapter(keep_base=False)
         with pytest.raises(AdapterStateError, match="before the merge was not kept; call unmerge"):
