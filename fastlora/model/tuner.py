@@ -199,11 +199,10 @@ class LoraTuner(nn.Module):
         config, init = plan.config, plan.config.init
         others = self._changed_base
         if plan.from_file and init.changes_base and init.must_repeat and others:
-            other = next(iter(others))
-            by = "a deleted adapter" if other is None else f"adapter {other!r}"
+            by, other = self._another_change_of_base(adapter_name)
             raise AdapterStateError(
                 f"loading adapter {adapter_name!r} requires changing this model's base weights "
-                f"({init.title}), but {by} has already changed them ({others[other].title}); load "
+                f"({init.title}), but {by} has already changed them ({other.title}); load "
                 "the base model again, or first save one of the two adapters as plain LoRA with "
                 "save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
@@ -233,6 +232,12 @@ class LoraTuner(nn.Module):
                 "To avoid this, save the adapter with path_initial_model_for_weight_conversion",
             )
 
+    def _another_change_of_base(self, adapter_name: str) -> tuple[str, InitMethod]:
+        """Return the text for another adapter that changed the base weights, and its method."""
+        changes = self._changed_base.items()
+        other, init = next((name, init) for name, init in changes if name != adapter_name)
+        return ("a deleted adapter" if other is None else f"adapter {other!r}"), init
+
     def check_adapter_replaceable(
         self,
         operation: str,
@@ -255,7 +260,8 @@ class LoraTuner(nn.Module):
             AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the
                 model is open.
             ConfigError: If the initialization of one of the two adapters changed the base weights,
-                and the initialization of the other one did not change them in the same way.
+                and the initialization of the other one did not change them in the same way, or a
+                third adapter changed them too.
         """
         with error_prefix(f"adapter {adapter_name!r} is already loaded"):
             self.group.check_no_open_blocks(operation)
@@ -279,6 +285,13 @@ class LoraTuner(nn.Module):
         `check_adapter_replaceable`.
         """
         loaded, init = self.peft_config[adapter_name], self._changed_base[adapter_name]
+        if len(self._changed_base) > 1:
+            by, other = self._another_change_of_base(adapter_name)
+            raise ConfigError(
+                f"the initialization of adapter {adapter_name!r} ({init.title}) changed the base "
+                f"weights, and so did that of {by} ({other.title}), so no file can replace the "
+                "adapter. Load the base model again, and load the new adapter into it"
+            )
         differing = [*layers_left_out]
         differing += [
             name

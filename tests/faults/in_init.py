@@ -71,6 +71,15 @@ FAULTS = (
         ),
     ),
     Fault(
+        sentence="A PiSSA file replaces an adapter whose base a second adapter changed.",
+        kind="a check left out",
+        source="replacing adapters that changed the base",
+        path="fastlora/model/tuner.py",
+        before="        if len(self._changed_base) > 1:\n",
+        after="        if False:\n",
+        tests=(f"{_WEIGHTS}::test_no_file_replaces_an_adapter_if_two_changed_the_base[True]",),
+    ),
+    Fault(
         sentence="A deleted PiSSA adapter is forgotten, and the next one decomposes what it left.",
         kind="a record lost",
         source="deleting adapters that changed the base",

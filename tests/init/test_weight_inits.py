@@ -466,6 +466,22 @@ def test_only_the_same_change_of_the_base_replaces_an_adapter(
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.parametrize("deleted", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_file_replaces_an_adapter_if_two_changed_the_base(deleted: bool, tmp_path: Path) -> None:
+    """Each file belongs to other base weights, which the configs do not show."""
+    model = started(fastlora, two_layers(), init_lora_weights="pissa")
+    model.save_pretrained(tmp_path)
+    if deleted:
+        model.delete_adapter("default")
+    name = "default" if deleted else "other"
+    model.add_adapter(name, copy.deepcopy(fastlora.LoraConfig.from_pretrained(tmp_path)))
+    words = "so did that of a deleted adapter" if deleted else "so did that of adapter 'default'"
+    for replace in (model.load_adapter, functools.partial(fastlora.hotswap_adapter, model)):
+        with unchanged(model), pytest.raises(FastLoraError, match=words):
+            replace(tmp_path, name)
+
+
 def test_a_rank_that_the_base_was_changed_for_is_not_padded() -> None:
     model = started(fastlora, two_layers(), init_lora_weights="pissa")
     with unchanged(model), pytest.raises(ConfigError, match="'pissa' changed the base weights"):
