@@ -441,7 +441,9 @@ def _check_can_share_embedding_factors(
             )
     for name in tied_heads:
         module = model.get_submodule(name)
-        if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        has_own_factors = is_lora_layer_in_use(module) and not isinstance(module, TiedLoraHead)
+        if has_own_factors or not isinstance(base, nn.Linear):
             raise UnsupportedLayerError(
                 f"ensure_weight_tying makes {name!r} share the input embedding's LoRA factors, so "
                 "this module must be an nn.Linear without LoRA factors of its own; got "

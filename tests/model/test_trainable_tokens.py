@@ -341,6 +341,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "rows apart": {"tokens": {"embed_tokens": [1], "lm_head": [2]}},
     "lora": {"tokens": None, "target_modules": ["q_proj", "embed_tokens"]},
     "copy": {"tokens": None, "modules_to_save": ["embed_tokens"]},
+    "lora head": {"tokens": None, "target_modules": ["q_proj", "lm_head"]},
 }
 WAYS |= {f"tied {way}": {**WAYS[way], "ensure_weight_tying": True} for way in ("lora", "copy")}
 
