@@ -72,7 +72,7 @@ FAULTS = (
     ),
     Fault(
         sentence="A PiSSA file replaces an adapter whose base a second adapter changed.",
-        kind="a check left out",
+        kind="a record overlooked",
         source="replacing adapters that changed the base",
         path="fastlora/model/tuner.py",
         before="        if len(self._changed_base) > 1:\n",
