@@ -656,7 +656,6 @@ FAULTS = (
         before="        if source is None and id(state[key]) in given:\n",
         after="        if False:\n",
         tests=(f"{_TIED}::test_a_file_with_only_one_of_the_tied_copies",),
-        ),
     ),
     Fault(
         sentence="A tied copy in a file overwrites the base embedding of a wrapped model.",
