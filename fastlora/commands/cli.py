@@ -19,7 +19,7 @@ from typing import Any
 from fastlora import env
 from fastlora.command_line import install_command
 from fastlora.commands.models import DTYPES, CommandError, load_causal_lm, print_progress_message
-from fastlora.commands.system_checks import describe_cpu_and_accelerators, installed_version
+from fastlora.commands.system_checks import describe_devices, installed_version
 from fastlora.validation import FastLoraError, near_names
 
 _DISTRIBUTIONS = {
@@ -229,7 +229,7 @@ def _info(args: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: installed_version(dist) for name, dist in _DISTRIBUTIONS.items()},
-        "devices": list(describe_cpu_and_accelerators()),
+        "devices": list(describe_devices()),
     }
     if args.json:
         print(json.dumps(facts, indent=2))

@@ -27,7 +27,7 @@ from fastlora.commands.system_checks import (
     check_gpus_and_test_launches,
     check_packages,
     check_python,
-    describe_cpu_and_accelerators,
+    describe_devices,
 )
 from fastlora.validation import CheckpointError, FastLoraError
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python": check_python(found),
         "platform": platform.platform(),
         "packages": list(check_packages(found)),
-        "devices": list(describe_cpu_and_accelerators()),
+        "devices": list(describe_devices()),
         "environment": env.variables_in_use(),
         "vllm": _vllm_plugin_facts(),
     }

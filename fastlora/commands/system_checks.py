@@ -165,7 +165,7 @@ def import_error_text(name: str) -> str:
     return ""
 
 
-def describe_cpu_and_accelerators() -> Iterator[dict[str, Any]]:
+def describe_devices() -> Iterator[dict[str, Any]]:
     """Describe the CPU and the accelerators that torch detects.
 
     For each device, yields a dict of properties. The devices are the CPU, each GPU, and any

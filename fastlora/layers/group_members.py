@@ -131,7 +131,7 @@ def prepare_launch_with_later_layers(
     apart = torch.is_grad_enabled() and has_gradient_hooks(operand_tensors(base, own))
     for reference in group.members:
         member: Any = reference()
-        if member is layer and _is_groupable(member, x, base, own):
+        if member is layer and _can_compute_output_with_group(member, x, base, own):
             found.append((id(layer), base, own))
         elif (
             found
@@ -192,7 +192,7 @@ def _groupable_operands(
     if len(names) != 1 or base is None:
         return None
     factors = factors_without_calling_modules(member, names[0], call)
-    if factors is None or not _is_groupable(member, x, base, factors):
+    if factors is None or not _can_compute_output_with_group(member, x, base, factors):
         return None
     if records:
         tensors = operand_tensors(base, factors)
@@ -204,7 +204,9 @@ def _groupable_operands(
     return base, factors
 
 
-def _is_groupable(layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
+def _can_compute_output_with_group(
+    layer: BaseLinearWithAdapters, x: torch.Tensor, base: Base, own: Factors
+) -> bool:
     """Return whether a layer's output can be computed in one call with its group's outputs.
 
     The layer must have neither a lora_bias nor DoRA. Its tensors must be on x's device, and its

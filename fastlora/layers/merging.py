@@ -190,7 +190,7 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales.clear()
         clear_base_and_adapter_caches(self)
 
-    def _parameters_changed_by_merge(self) -> list[tuple[object, object]]:
+    def _parameters_and_values_before_merge(self) -> list[tuple[object, object]]:
         """Return the base parameters that the merge of adapters has changed.
 
         The result is a list of tuples ``(parameter, value)``, where ``value`` is the parameter's

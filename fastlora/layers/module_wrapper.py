@@ -164,7 +164,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
-    def _parameters_changed_by_merge(self) -> list[tuple[object, object]]:
+    def _parameters_and_values_before_merge(self) -> list[tuple[object, object]]:
         """Return the base parameters that the merge of adapters has changed.
 
         The result is a list of tuples ``(parameter, value)``, where ``value`` is the parameter's

@@ -23,7 +23,7 @@ from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
-def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
+def check_token_rows_trainable(module: nn.Module, indices: list[int]) -> None:
     """Check that the given token rows of an embedding or linear layer can be trained.
 
     Each token has a row in the layer's weight.
@@ -130,7 +130,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     The wrapped module is an embedding or a tied head.
 
     Args:
-        original: An `nn.Embedding` or `nn.Linear` that `check_tokens_trainable` accepts.
+        original: An `nn.Embedding` or `nn.Linear` that `check_token_rows_trainable` accepts.
         tied_to: The wrapper of the embedding that this module shares its weight and rows with.
     """
 
@@ -452,11 +452,11 @@ class TrainableTokensWrapper(ModuleWrapper):
             if before is not None:
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
-    def _parameters_changed_by_merge(self) -> list[tuple[object, object]]:
+    def _parameters_and_values_before_merge(self) -> list[tuple[object, object]]:
         """Return the base parameters that the merge of adapters has changed.
 
         The only parameter is the base weight. Its value before the merge is always available. See
-        `ModuleWrapper._parameters_changed_by_merge` for the format.
+        `ModuleWrapper._parameters_and_values_before_merge` for the format.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()

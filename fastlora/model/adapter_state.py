@@ -422,7 +422,7 @@ def _values_before_merge(
     changed = [
         pair
         for _, module in modules_with_adapters(model)
-        for pair in module._parameters_changed_by_merge()
+        for pair in module._parameters_and_values_before_merge()
     ]
     values: dict[str, torch.Tensor] = {}
     for key, tensor in base.items():

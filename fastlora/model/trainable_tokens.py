@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.layers import LoraLayer, TrainableTokensWrapper
-from fastlora.layers.trainable_tokens import check_tokens_trainable
+from fastlora.layers.trainable_tokens import check_token_rows_trainable
 from fastlora.model.base_modules import (
     base_module_of,
     is_auxiliary_wrapper,
@@ -186,7 +186,7 @@ def _check_rows_trainable(model: nn.Module, module_name: str, rows: TrainableRow
             f"trainable_token_indices selects rows of {module_name!r} for training, but another "
             f"adapter already adapts this module with {how}"
         )
-    check_tokens_trainable(base_module_of(module), rows.indices)
+    check_token_rows_trainable(base_module_of(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
             f"trainable_token_indices: in adapters {module.adapter_names}, the trainable rows of "
