@@ -199,7 +199,7 @@ class LoraTuner(nn.Module):
         config, init = plan.config, plan.config.init
         others = self._changed_base
         if plan.from_file and init.changes_base and init.must_repeat and others:
-            by, other = self._another_change_of_base(adapter_name)
+            by, other = self._describe_other_change_of_base(adapter_name)
             raise AdapterStateError(
                 f"loading adapter {adapter_name!r} requires changing this model's base weights "
                 f"({init.title}), but {by} has already changed them ({other.title}); load "
@@ -232,8 +232,8 @@ class LoraTuner(nn.Module):
                 "To avoid this, save the adapter with path_initial_model_for_weight_conversion",
             )
 
-    def _another_change_of_base(self, adapter_name: str) -> tuple[str, InitMethod]:
-        """Return the text for another adapter that changed the base weights, and its method."""
+    def _describe_other_change_of_base(self, adapter_name: str) -> tuple[str, InitMethod]:
+        """Describe another adapter that changed the base weights, and return its method too."""
         changes = self._changed_base.items()
         other, init = next((name, init) for name, init in changes if name != adapter_name)
         return ("a deleted adapter" if other is None else f"adapter {other!r}"), init
@@ -286,7 +286,7 @@ class LoraTuner(nn.Module):
         """
         loaded, init = self.peft_config[adapter_name], self._changed_base[adapter_name]
         if len(self._changed_base) > 1:
-            by, other = self._another_change_of_base(adapter_name)
+            by, other = self._describe_other_change_of_base(adapter_name)
             raise ConfigError(
                 f"the initialization of adapter {adapter_name!r} ({init.title}) changed the base "
                 f"weights, and so did that of {by} ({other.title}), so no file can replace the "
