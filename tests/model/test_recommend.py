@@ -71,7 +71,7 @@ def test_str() -> None:
 @pytest.mark.parametrize("wrong", [0, -5, "7b", 7e9, True, None], ids=repr)
 def test_errors(wrong: Any) -> None:
     """Neither a model nor a number of parameters."""
-    with pytest.raises((TypeError, ValueError), match="expected"):
+    with pytest.raises((TypeError, ValueError), match="must be"):
         fastlora.recommend(wrong)
 
 

@@ -215,7 +215,7 @@ def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
             fastlora.hotswap_adapter(model, tmp_path / "a", "b")
 
     def check_put_raises() -> None:
-        match = rf"'b' is already loaded: {replace}\(\) cannot be called while .*: 1\).* blocks use"
+        match = rf"'b' is already loaded: {replace}\(\) cannot be called while .*: 1\).* are in use"
         with unchanged(model), pytest.raises(AdapterStateError, match=match):
             put()
 
