@@ -101,12 +101,15 @@ def draw_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tenso
     mask. ``seed`` is one int64 value, on the CPU so that reading it does not wait for the device.
     16 random bits decide each element, so ``p`` is rounded to a multiple of 2**-16.
     """
+    dropped = round(p * 2**_LANE_BITS)
+    if dropped == 2**_LANE_BITS:  # No 16-bit integer is that large.
+        return torch.zeros(x.shape, dtype=INTEGERS[x.itemsize], device=x.device)
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD
     bits = torch.empty(words, dtype=torch.int64, device=x.device)
     bits.random_(-(2**63), None, generator=generator)
     lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    threshold = min(round(p * 2**_LANE_BITS), 2**_LANE_BITS - 1) - 2 ** (_LANE_BITS - 1)
+    threshold = dropped - 2 ** (_LANE_BITS - 1)
     if x.itemsize * 8 == _LANE_BITS:
         return lanes.ge_(threshold)
     keep = torch.empty(x.shape, dtype=INTEGERS[x.itemsize], device=x.device)
