@@ -42,8 +42,8 @@ def create_loraplus_optimizer(
             1e-6 by default), and arguments of ``optimizer_cls``.
 
     Returns:
-        An optimizer with four parameter groups: lora_A, adapters on embeddings, lora_B, and biases
-        and norms.
+        An optimizer with separate parameter groups for lora_A, adapters on embeddings, lora_B, and
+        biases and norms.
 
     Raises:
         ConfigError: A learning rate or the ratio is not a positive number, or no parameter is
