@@ -27,16 +27,15 @@ def lora_linear(
 
     This is the low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors
     in PEFT's layout. The function is differentiable with respect to x, weight, bias, lora_a, and
-    lora_b. Second derivatives raise an error, except for few rows on a CPU. Under autocast, x and
-    weight are cast to the autocast dtype.
+    lora_b. Second derivatives raise an error, except in some cases with few rows on a CPU. Under
+    autocast, x and weight are cast to the autocast dtype.
 
     Args:
         x: Input, ``[..., K]``, in fp16, bf16, fp32, or fp64.
-        weight: Base weight, ``[N, K]``, in the dtype of x.
-        lora_a: Down projection, ``[R, K]``, in any floating-point dtype. It is cast to the dtype of
-            x for the product.
-        lora_b: Up projection, ``[N, R]``, in any floating-point dtype. It is cast to the dtype of x
-            for the product.
+        weight: Base weight, ``[N, K]``, in the dtype of x unless autocast is enabled.
+        lora_a: Down projection, ``[R, K]``, in fp16, bf16, fp32, or fp64. It is cast to the dtype
+            of x for the product, except for few bf16 rows on a CPU, where x is cast instead.
+        lora_b: Up projection, ``[N, R]``, in one of these dtypes. It is cast in the same way.
         scaling: A number, or a tensor with 1 element or R elements (one per row of lora_a).
         bias: Base bias, ``[N]``, or None.
         dropout_p: Probability, in [0, 1), of zeroing an element of the input of lora_a. The input
@@ -52,13 +51,14 @@ def lora_linear(
             the variable is not set, a plan chosen by GPU, dtype, number of rows, and rank.
 
     Returns:
-        Output, ``[..., N]``, in the dtype of x.
+        Output, ``[..., N]``, in the dtype of x, or in the autocast dtype if autocast is enabled.
 
     Raises:
         ValueError: Shapes or devices do not match, or an option has an unknown value.
-        TypeError: A tensor does not have a floating-point dtype, or the dtype of weight differs
-            from that of x.
-        ImplementationError: ``impl="triton"`` or batch-invariant mode cannot run on this machine.
+        TypeError: A tensor does not have one of these dtypes, or the dtype of weight differs from
+            that of x without autocast.
+        ImplementationError: ``impl="triton"`` or batch-invariant mode cannot be used with these
+            arguments or on this machine.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     if plan not in PLANS:
@@ -107,10 +107,10 @@ def lora_add(
         Output, ``[..., N]``, in the dtype of y.
 
     Raises:
-        ValueError: Shapes or devices do not match.
-        TypeError: A tensor does not have a floating-point dtype.
-        ImplementationError: ``impl="triton"`` cannot run on this machine, or batch-invariant mode
-            is enabled.
+        ValueError: Shapes or devices do not match, or an option has an invalid value.
+        TypeError: A tensor is not in fp16, bf16, fp32, or fp64.
+        ImplementationError: ``impl="triton"`` cannot be used with these arguments or on this
+            machine, or batch-invariant mode is enabled.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     _check_factors(x, lora_a, lora_b)

@@ -1,7 +1,7 @@
 """Error classes, and argument checks that several public functions share.
 
-Public functions run all checks before they change any state. The message of a failed check states
-the invalid value and what was expected.
+Unless documented otherwise, public functions run all checks before they change any state. The
+message of a failed check states the invalid value and what was expected.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from fastlora.validation import AdapterStateError
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Clip the gradients of parameters by their total norm, and return the norm.
 
-    Plain tensors and DTensors may be mixed. For plain tensors, the function is equivalent to
-    `torch.nn.utils.clip_grad_norm_`. Every process must call it.
+    Plain tensors and DTensors may be mixed. The gradients are clipped as by
+    `torch.nn.utils.clip_grad_norm_`. If there are DTensors, every process must call this function.
 
     Args:
         parameters: The parameters with the gradients to clip. Parameters without a gradient are

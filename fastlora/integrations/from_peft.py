@@ -92,7 +92,8 @@ def inject_adapter_in_model(
     For LoRA, this function is a drop-in replacement for PEFT's function. PEFT creates the LoRA
     layers, and `patch` then replaces the class of each supported layer with a subclass, so that the
     layer runs with fastlora. Use `unpatch` to restore PEFT's own layers. The result is the model
-    itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model.
+    itself, without a `peft.PeftModel` around it. `fastlora.adapters` accepts the model if all
+    adapted modules are linear layers.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any PEFT config for LoRA.

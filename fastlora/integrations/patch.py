@@ -38,7 +38,8 @@ def patch(peft_model: nn.Module) -> FusionReport:
     if not seen:
         raise UnsupportedLayerError(
             f"patch() expects a model with PEFT LoRA layers, but this {type(peft_model).__name__} "
-            "has none; add them with peft.get_peft_model or fastlora.get_peft_model"
+            "has none; add them with peft.get_peft_model. A model from fastlora.get_peft_model "
+            "does not need patch()"
         )
     return fusion_report(peft_model)
 

@@ -64,9 +64,9 @@ class Recommendation:
         target_modules: The modules to adapt: every linear layer except the output head.
         learning_rate: The learning rate of AdamW after the warm-up.
         max_grad_norm: The maximum norm to which each adapter's gradient is clipped.
-        r_range: The lower and the upper end of the range of ranks.
-        lora_alpha_range: The lower and the upper end of the range of alphas.
-        learning_rate_range: The lower and the upper end of the range of learning rates.
+        r_range: The lower and upper ends of the suggested range of ``r``.
+        lora_alpha_range: The lower and upper ends of the suggested range of ``lora_alpha``.
+        learning_rate_range: The lower and upper ends of the suggested range of learning rates.
         load_in: ``"4bit"`` if the base model in 16 bits would leave too little memory for a
             training step. None if it would not, or if no memory size was given.
         target_parameters: The stacked weights of experts to adapt. Empty if the model has none, or

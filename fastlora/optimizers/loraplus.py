@@ -37,13 +37,13 @@ def create_loraplus_optimizer(
         lr: Learning rate of lora_A and of other matrices.
         loraplus_lr_ratio: Ratio of the learning rate of lora_B and of vectors to ``lr``. The paper
             uses 16 for hard tasks and less for easy tasks, with half of LoRA's usual ``lr``.
-        **kwargs: ``loraplus_weight_decay`` (weight decay of all parameters except biases and norms,
-            0.0 by default), ``loraplus_lr_embedding`` (learning rate of adapters on embeddings,
-            1e-6 by default), and arguments of ``optimizer_cls``.
+        **kwargs: ``loraplus_weight_decay`` (weight decay of all parameters except biases and those
+            of `nn.LayerNorm`, 0.0 by default), ``loraplus_lr_embedding`` (learning rate of adapters
+            on embeddings, 1e-6 by default), and arguments of ``optimizer_cls``.
 
     Returns:
-        An optimizer with separate parameter groups for lora_A, adapters on embeddings, lora_B, and
-        biases and norms.
+        An optimizer with four parameter groups, in this order, for lora_A and other matrices,
+        adapters on embeddings, lora_B and other vectors, and biases and `nn.LayerNorm` parameters.
 
     Raises:
         ConfigError: A learning rate or the ratio is not a positive number, or no parameter is

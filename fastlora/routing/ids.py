@@ -102,10 +102,10 @@ def check_slots_and_copy_to_cpu(ids: torch.Tensor, slots: Sequence[str | None]) 
     for slot in torch.unique(numbers).tolist():
         known = NO_ADAPTER <= slot < len(slots)
         if not known or (slot != NO_ADAPTER and slots[slot] is None):
-            names = [name for name in slots if name is not None]
+            occupied = [(n, name) for n, name in enumerate(slots) if name is not None]
             raise AdapterNotFoundError(
-                f"no adapter in slot {slot}; expected -1 for no adapter, or 0 to {len(slots) - 1} "
-                f"for the adapters {names[:20]}"
+                f"no adapter in slot {slot}; expected -1 for no adapter, or one of the slots "
+                f"{dict(occupied[:20])}"
             )
     return numbers
 

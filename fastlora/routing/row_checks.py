@@ -163,23 +163,18 @@ class ModelRowOrderChecks:
         self._unsupported[layer.routing_index] = reason
         raise_partial_batch(layer)
 
-    def warn_row_order_not_checked(self, layer: RoutedLayerProtocol) -> None:
-        """Warn that the row order of a layer's input could not be checked.
+    def resume_tracking_for_late_layer(self, layer: RoutedLayerProtocol) -> bool:
+        """Resume row tracking in the next block if a layer runs for the first time only now.
 
-        The check determines whether the layer gets every row of the batch in order. Rows cannot be
-        checked if the layer runs for the first time after the limit of 8 tracked blocks has been
-        reached. In this case, row tracking starts again in the next block. If the limit has not
-        been reached, or if the layer has been shown to get all rows, this method does nothing.
+        Rows are not tracked after the limit of 8 tracked blocks, so the rows of such a layer cannot
+        be checked in the current block. Returns False, without resuming, if the limit has not been
+        reached or if the layer has been shown to get all rows.
         """
         mode = bool(layer.training)
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
-            return
+            return False
         self._blocks[mode] = 0
-        warn(
-            f"layer {self.name_of(layer)!r} runs in a mixed batch for the first time, after "
-            f"{_MOST_BLOCKS} mixed batches without it. fastlora checks from the next mixed batch "
-            "on whether the layer gets every row of the batch in order",
-        )
+        return True
 
 
 class RowOrderChecker:
@@ -255,9 +250,15 @@ class RowOrderChecker:
             self._ran[layer.routing_index] = layer
         # A checkpoint may run the layer again in another thread.
         elif layer.routing_index not in self._ran:
+            is_late = self._checks.resume_tracking_for_late_layer(layer)
             if layer.may_see_partial_rows:
                 raise_partial_batch(layer)
-            self._checks.warn_row_order_not_checked(layer)
+            if is_late:
+                warn(
+                    f"layer {self._checks.name_of(layer)!r} runs in a mixed batch for the first "
+                    f"time, after {_MOST_BLOCKS} mixed batches without it. fastlora checks from "
+                    "the next mixed batch on whether the layer gets every row of the batch in order"
+                )
 
 
 def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
@@ -271,8 +272,9 @@ def raise_partial_batch(layer: RoutedLayerProtocol) -> None:
     checks: ModelRowOrderChecks = layer.routing_group.row_checks
     name = checks.name_of(layer)
     advice = (
-        "remove it from target_modules, or use one adapter at a time, with set_adapter() and "
-        "without fastlora.adapters or adapter_names"
+        "remove it from target_modules, or use one adapter at a time: activate it with "
+        "set_adapter() and do not use fastlora.adapters or adapter_names; with an AdapterPool, run "
+        "one sample per block"
     )
     reason = checks.mixed_batches_unsupported_reason(layer)
     if reason is not None:

@@ -83,8 +83,9 @@ def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
     be. A single run does not show this. This context manager is not thread-safe.
 
     Args:
-        model: The model. The forward and backward passes of all its `torch.nn.Linear` modules are
-            affected.
+        model: The model. Its `torch.nn.Linear` modules then sum the output and the gradient of the
+            input in a random order. Subclasses with a forward method of their own, such as
+            fastlora's layers, are not affected.
         seed: The seed of the random orders.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +101,7 @@ def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
         y = F.linear(args[0].index_select(-1, k), shuffled).index_select(-1, n.argsort())
         return y if module.bias is None else y + module.bias
 
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in model.modules() if type(module).forward is nn.Linear.forward]
     # Run before other hooks, which receive the output of this one.
     handles = [module.register_forward_hook(again, prepend=True) for module in linears]
     try:

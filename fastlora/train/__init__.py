@@ -1,4 +1,4 @@
-"""Train several adapters in mixed batches, each exactly as it would train alone.
+"""Train several adapters in mixed batches, each as it would train alone, up to rounding.
 
 The rows of a mixed batch (`fastlora.adapters`) are independent of each other. The helpers in this
 package keep the rest of a training step independent for each adapter too: the loss, gradient

@@ -23,8 +23,9 @@ from fastlora.validation import AdapterStateError, CheckpointError
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter as a dict, keyed by name.
 
-    These are the parameters that are trained and saved with the adapter: its factors, its copies of
-    ``modules_to_save``, and with ``bias="all"`` or ``"lora_only"`` the base model's biases.
+    These are the parameters that are trained and saved with the adapter: its factors and DoRA
+    magnitudes, its trained token rows, its copies of ``modules_to_save``, and the base model's
+    biases that the config field ``bias`` selects.
 
     Raises:
         AdapterNotFoundError: The adapter does not exist.

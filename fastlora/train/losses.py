@@ -173,8 +173,8 @@ def causal_lm_losses(
         The losses of all adapters that have counted tokens.
 
     Raises:
-        ValueError, TypeError: See `adapter_losses`; or ``logits`` or ``labels`` has the wrong
-            shape.
+        ValueError, TypeError: See `adapter_losses`; or ``logits`` or ``labels`` has the wrong shape
+            or dtype.
     """
     check_floating("logits", logits)
     if logits.dim() != 3:
@@ -184,6 +184,8 @@ def causal_lm_losses(
             f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])} (the "
             "first two dimensions of logits)"
         )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
     _sample_indices_by_adapter(adapters, labels.shape[0])  # raises before any work
     shifted = _shift_labels(labels)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -208,7 +210,8 @@ def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[s
         A dict that maps each adapter with counted tokens to the number of these tokens.
 
     Raises:
-        ValueError, TypeError: See `causal_lm_losses`.
+        ValueError: ``labels`` has the wrong shape.
+        ValueError, TypeError: ``adapters`` is invalid; see `adapter_losses`.
     """
     if labels.dim() != 2:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected [B, T]")

@@ -1,8 +1,8 @@
 """`AdapterOptimizers`: a separate optimizer, schedule, clipping, and loss scale for each adapter.
 
-Everything that affects a step of an adapter belongs to that adapter, so the adapter trains exactly
-as it would alone. An adapter without rows in the batch does not change, whereas a shared AdamW
-would update it with zero gradients. A non-finite value in one adapter stops the step of that
+Everything that affects a step of an adapter belongs to that adapter, so the adapter trains as it
+would alone, up to rounding. An adapter without rows in the batch does not change, whereas a shared
+AdamW would update it with zero gradients. A non-finite value in one adapter stops the step of that
 adapter only.
 """
 

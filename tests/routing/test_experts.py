@@ -419,6 +419,24 @@ def test_an_expert_that_gets_all_rows_does_not_speak_for_the_others() -> None:
         model(X)
 
 
+def test_a_late_layer_that_looks_like_an_expert_is_checked_in_the_next_batch() -> None:
+    """It raises in its first batch. If it gets all rows, later batches run."""
+    used = [1]
+    model = ours(moe(InList, lambda experts, x: sum(e(x) for e in list(experts)[: used[0]])))
+    for _ in range(9):
+        with adapters(model, IDS):
+            model(X)
+    used[0] = 2
+    with pytest.raises(UnsupportedLayerError, match="'0.experts.1.w1'"), adapters(model, IDS):
+        model(X)
+    for _ in range(2):
+        with adapters(model, IDS):
+            mixed = model(X)
+    for row, name in enumerate(IDS):
+        with adapters(model, [name]):
+            torch.testing.assert_close(mixed[row : row + 1], model(X[row : row + 1]))
+
+
 def test_a_layer_without_alike_siblings_raises() -> None:
     """As the head of a masked language model, where it gets the masked tokens alone."""
 

@@ -53,17 +53,17 @@ def test_slots_that_are_empty_raise() -> None:
     ids = torch.tensor([2, -1, 0], dtype=torch.int32)
     assert check_slots_and_copy_to_cpu(ids, slots).tolist() == [2, -1, 0]
     for wrong in (1, 3, -2):
-        with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* 0 to 2 .*'a', 'b'"):
+        with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* {{0: 'a', 2: 'b'}}"):
             check_slots_and_copy_to_cpu(torch.tensor([0, wrong]), slots)
 
 
 def test_messages_have_twenty_names() -> None:
     """A model may have any number of adapters."""
     names = [f"n{index:02}" for index in range(25)]
-    shown = re.escape(f"adapters {names[:20]}") + "$"
-    with pytest.raises(AdapterNotFoundError, match=shown):
+    slots = re.escape(str(dict(enumerate(names[:20])))) + "$"
+    with pytest.raises(AdapterNotFoundError, match=slots):
         check_slots_and_copy_to_cpu(torch.tensor([25]), names)
-    with pytest.raises(AdapterNotFoundError, match=shown.replace("adapters", "adapters are")):
+    with pytest.raises(AdapterNotFoundError, match=re.escape(f"adapters are {names[:20]}") + "$"):
         names_and_slots(names, ["other"])
 
 
