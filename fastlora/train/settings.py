@@ -111,7 +111,7 @@ class AdapterSettings:
     weight_decay: float = setting_field(number_up_to(LARGEST), "weight decay of AdamW", 0.0)
     schedule: str = setting_field(
         one_of("linear", "cosine", "constant"),
-        "decay of the learning rate; linear and cosine reach 0 at the adapter's last step",
+        "decay of the learning rate; linear and cosine reach 0 after the adapter's last step",
         "linear",
     )
     warmup_ratio: float = setting_field(
