@@ -13,7 +13,7 @@ DoRA magnitude) are not treated as half of a factor pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from fastlora.layers.adapted_parameters import ParameterLoraLayer
 from fastlora.sharding import local_shard
 from fastlora.user_warnings import warn
-from fastlora.validation import ConfigError
+from fastlora.validation import ConfigError, check_rank
 from fastlora.weights_version import TensorStamp, stamp_tensors
 
 # The parts of a parameter's name that identify lora_A and the matching lora_B.
@@ -34,13 +34,13 @@ _RIDGE = 1e-8
 class LoraFAOptimizer(Optimizer):
     """An optimizer that implements LoRA-FA, in which lora_A is frozen and lora_B is trained.
 
-    The optimizer is AdamW with the LoRA-FA gradient for lora_B. All other parameters that have a
-    gradient are updated by plain AdamW. A lora_A never changes, even if it has a gradient.
+    The optimizer is AdamW with the LoRA-FA gradient for lora_B. The matching lora_A never changes,
+    even if it has a gradient. All other parameters that have a gradient are updated by plain AdamW.
 
     Args:
         params: Parameter groups. Each group is a dict with ``params``, their ``names`` in the
             model, and their ``scaling_factors``: a number for each lora_B, and None for other
-            parameters. Each lora_A must be included.
+            parameters. Each lora_A must be included, in the same group or another one.
         lr: Learning rate.
         betas: Decay rates of the running averages of the gradient and its square.
         eps: Term added to the denominator for numerical stability.
@@ -60,12 +60,6 @@ class LoraFAOptimizer(Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
     ) -> None:
-        if lr < 0.0:
-            raise ConfigError(f"Invalid learning rate: {lr}; expected a value >= 0.0")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ConfigError(f"Invalid beta parameters: {betas}; expected values in [0.0, 1.0)")
-        if eps < 0.0:
-            raise ConfigError(f"Invalid epsilon value: {eps}; expected a value >= 0.0")
         # The first dict maps each lora_B to its lora_A. The second dict maps each lora_A to a tuple
         # (stamp of lora_A, inverse of ``lora_A @ lora_A.T``).
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
@@ -77,6 +71,7 @@ class LoraFAOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "correct_bias": correct_bias,
         }
+        _check_numbers(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -89,7 +84,8 @@ class LoraFAOptimizer(Optimizer):
                 and ``scaling_factors``.
 
         Raises:
-            ConfigError: The group does not have a name and a scaling factor for each parameter.
+            ConfigError: The group does not have a name and a scaling factor for each parameter, or
+                a number is out of range.
         """
         names = list(param_group.get("names", ()))
         group = {**param_group, "params": list(param_group["params"]), "names": names}
@@ -102,16 +98,23 @@ class LoraFAOptimizer(Optimizer):
                 f"`scaling_factors` for each of its {len(group['params'])} parameters, got "
                 f"{len(names)} names and {len(factors)} scaling factors"
             )
-        self._pair_factors(group)
+        _check_numbers({**self.defaults, **group})
         super().add_param_group(group)
+        self._pair_factors()
 
-    def _pair_factors(self, group: dict[str, Any]) -> None:
-        """Pair each lora_B weight of a parameter group with the matching lora_A weight."""
-        by_name = dict(zip(group["names"], group["params"], strict=True))
-        for name, parameter in by_name.items():
-            partner = by_name.get(_paired_lora_a_name(name) or "")
-            if partner is not None:
-                self._partners[parameter] = partner
+    def _pair_factors(self) -> None:
+        """Pair each lora_B weight with the matching lora_A weight.
+
+        The lora_A may be in another parameter group, but one in the same group has precedence.
+        """
+        groups = [dict(zip(g["names"], g["params"], strict=True)) for g in self.param_groups]
+        everywhere = {name: parameter for group in groups for name, parameter in group.items()}
+        for group in groups:
+            for name, parameter in group.items():
+                lora_a = _paired_lora_a_name(name) or ""
+                partner = group.get(lora_a, everywhere.get(lora_a))
+                if partner is not None:
+                    self._partners[parameter] = partner
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or pickled optimizer, which consists of its groups and its state.
@@ -121,8 +124,7 @@ class LoraFAOptimizer(Optimizer):
         super().__setstate__(state)
         if "_partners" not in vars(self):
             self._partners, self._inverses = {}, {}
-            for group in self.param_groups:
-                self._pair_factors(group)
+            self._pair_factors()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -206,17 +208,19 @@ def create_lorafa_optimizer(
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
-        r, lora_alpha: Accepted for compatibility with PEFT. The optimizer uses the scaling of each
-            layer instead.
+        r, lora_alpha: Accepted for compatibility with PEFT. ``r`` must be positive. The optimizer
+            uses the scaling of each layer instead.
         lr: Learning rate.
         weight_decay: Decoupled weight decay coefficient of AdamW.
         use_rslora: Deprecated, as in PEFT. If not None, it must equal the value in the configs of
             all active adapters.
 
     Raises:
-        ConfigError: ``use_rslora`` differs from the value in a config, no lora_B is trainable, or
-            an adapter is on a parameter (``target_parameters``). The model is unchanged.
+        ConfigError: A number is out of range, ``use_rslora`` differs from the value in a config, no
+            lora_B is trainable, or an adapter is on a parameter (``target_parameters``). The model
+            is unchanged.
     """
+    check_rank(r)
     configs: Any = getattr(model, "peft_config", {})
     active: Any = getattr(model, "active_adapters", ())
     chosen = {name: bool(configs[name].use_rslora) for name in active if name in configs}
@@ -245,11 +249,9 @@ def create_lorafa_optimizer(
                 f"{name!r}; use another optimizer, or omit target_parameters"
             )
     lora_a = {partners[name] for name in lora_b}
-    for name in lora_a:
-        named[str(name)].requires_grad_(False)
     selected = [name for name in named if name in lora_a or name in trains]
     rslora = all(chosen.values()) if chosen else False
-    return LoraFAOptimizer(
+    optimizer = LoraFAOptimizer(
         [
             {
                 "params": [named[name] for name in selected],
@@ -261,6 +263,22 @@ def create_lorafa_optimizer(
             }
         ]
     )
+    for name in lora_a:
+        named[str(name)].requires_grad_(False)
+    return optimizer
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a number of a parameter group is out of range."""
+    lr, betas, eps, decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    if lr < 0.0:
+        raise ConfigError(f"Invalid learning rate: {lr}; expected a value >= 0.0")
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ConfigError(f"Invalid beta parameters: {betas}; expected values in [0.0, 1.0)")
+    if eps < 0.0:
+        raise ConfigError(f"Invalid epsilon value: {eps}; expected a value >= 0.0")
+    if decay < 0.0:
+        raise ConfigError(f"Invalid weight decay: {decay}; expected a value >= 0.0")
 
 
 def _paired_lora_a_name(name: str) -> str | None:

@@ -85,8 +85,8 @@ def loraplus_groups(
         named_parameters: Tuples (name, parameter) for all parameters to train.
         lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding: As in
             `create_loraplus_optimizer`.
-        without_decay: Names of parameters without weight decay. Parameters whose names contain
-            ``bias`` have no weight decay either.
+        without_decay: Names of vectors and lora_B weights without weight decay. Those whose names
+            contain ``bias`` have no weight decay either. As in PEFT, other matrices have it.
 
     Raises:
         ConfigError: As in `create_loraplus_optimizer`.

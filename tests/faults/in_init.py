@@ -139,8 +139,7 @@ FAULTS = (
         source="copies of LoRA-FA optimizers",
         path="fastlora/optimizers/lorafa.py",
         before="""\
-            for group in self.param_groups:
-                self._pair_factors(group)
+            self._pair_factors()
 """,
         after="",
         tests=(f"{_OPTIMIZERS}::test_a_copied_lorafa_optimizer_goes_on",),

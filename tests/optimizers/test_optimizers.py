@@ -152,6 +152,32 @@ def test_lorafa_leaves_a_lora_a_with_a_gradient_alone() -> None:
     assert lora_a.grad is not None and torch.equal(lora_a, before)
 
 
+@pytest.mark.parametrize("lora_a_first", [True, False])
+def test_lorafa_pairs_factors_of_different_groups(lora_a_first: bool) -> None:
+    """The step is that of one group, and lora_A stays as it is."""
+    results = []
+    for split in (False, True):
+        model = adapted(fastlora)
+        model(X).square().mean().backward()
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parts = [[n for n in named if place in n] for place in ("lora_A", "lora_B")]
+        parts = parts if lora_a_first else parts[::-1]
+        groups = [
+            {
+                "params": [named[name] for name in names],
+                "names": names,
+                "scaling_factors": [2.0 if "lora_B" in name else None for name in names],
+            }
+            for names in (parts if split else [[*parts[0], *parts[1]]])
+        ]
+        before = {name: p.detach().clone() for name, p in named.items()}
+        LoraFAOptimizer(groups, lr=1e-2).step()
+        moved = {name for name, p in named.items() if not torch.equal(p, before[name])}
+        assert moved == {name for name in named if "lora_B" in name}
+        results.append(list(named.values()))
+    assert all(map(torch.equal, *results))
+
+
 def test_lorafa_sees_a_lora_a_that_was_written_to() -> None:
     """The inverse that is kept belongs to the values it was made from."""
     model = adapted(fastlora)
@@ -190,6 +216,15 @@ def test_errors() -> None:
         create_lorafa_optimizer(model, 4, 8, 1e-3, use_rslora=True)
     with pytest.warns(FutureWarning, match="deprecated"):
         create_lorafa_optimizer(model, 4, 8, 1e-3, use_rslora=False)
+    model.set_adapter("default")
+    for message, given in (
+        ("Invalid learning rate: -1", {"lr": -1}),
+        ("Invalid weight decay: -1", {"lr": 1e-3, "weight_decay": -1}),
+        ("r must be a positive integer, got 0", {"lr": 1e-3, "r": 0}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            create_lorafa_optimizer(model, **{"r": 4, "lora_alpha": 8, **given})
+        assert all(p.requires_grad for name, p in model.named_parameters() if "lora_A" in name)
     model.set_adapter("default", inference_mode=True)
     with pytest.raises(ConfigError, match="no lora_B is trainable"):
         create_lorafa_optimizer(model, 4, 8, 1e-3)
