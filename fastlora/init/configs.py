@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,17 +42,17 @@ class EvaConfig:
 
     Args:
         rho: Limit on the rank of each layer, as a multiple of the layer's ``r``. With 1, every
-            layer has rank ``r``.
+            layer keeps rank ``r``, unless ``rank_pattern`` gives layers different ranks.
         tau: A direction has converged once its cosine similarity with the direction of the previous
             step is at least ``tau``.
         use_label_mask: Whether to ignore token positions whose label is ``label_mask_value``.
         label_mask_value: Label of the token positions to ignore.
         whiten: Whether to divide each direction by the square root of its singular value.
         adjust_scaling_factors: Whether to change the ``lora_alpha`` of each layer in proportion to
-            its rank, so that the scaling stays the same.
+            its rank, so that the scaling stays the same (without ``use_rslora``).
 
     Raises:
-        ConfigError: ``rho`` is below 1, or ``tau`` is not in [0, 1].
+        ConfigError: ``rho`` is not a number or is below 1, or ``tau`` is not in [0, 1].
     """
 
     rho: float = 2.0
@@ -62,6 +63,8 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
+        _check_number("rho", self.rho)
+        _check_number("tau", self.tau)
         if not self.rho >= 1.0:
             raise ConfigError(f"`rho` must be >= 1.0, got {self.rho!r}")
         if not 0.0 <= self.tau <= 1.0:
@@ -119,7 +122,7 @@ class LoraGAConfig:
 
     Raises:
         ConfigError: ``direction`` or ``scale`` has an unknown value, or ``stable_gamma`` is not
-            positive.
+            a positive number.
     """
 
     direction: str = "ArB2r"
@@ -129,6 +132,7 @@ class LoraGAConfig:
     def __post_init__(self) -> None:
         _check_choice("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
         _check_choice("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
+        _check_number("stable_gamma", self.stable_gamma)
         if not self.stable_gamma > 0:
             raise ConfigError(f"stable_gamma must be positive, got {self.stable_gamma!r}")
 
@@ -158,6 +162,11 @@ def convert_init_config(value: object, cls: type) -> Any:
         )
     known = {f.name for f in dataclasses.fields(cls)}
     return cls(**{name: entry for name, entry in value.items() if name in known})
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

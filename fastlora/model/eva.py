@@ -132,7 +132,10 @@ def get_eva_state_dict(
     Raises:
         ConfigError: If the model has no adapter and no config is given, or if a mapping contains
             unknown layer names.
-        InitializationError: If the dataloader has no batches, or no batch with enough rows.
+        AdapterNotFoundError: If there is no such adapter.
+        TargetNotFoundError: If the model has no adapter, and no module matches the config.
+        InitializationError: If the dataloader has no batches, or no batch with enough rows; if no
+            target is a linear layer; or if the data does not reach a layer.
     """
     tuner = tuner_of(model)
     if peft_config is None:
@@ -261,10 +264,11 @@ def initialize_lora_eva_weights(
         adapter_name: The adapter to initialize.
 
     Raises:
-        ConfigError: If the adapter has a different initialization, or if there is neither a
-            dataloader nor a state dict.
-        AdapterStateError: If several adapters are active, or an adapter is merged. The model is
-            unchanged in this case.
+        ConfigError: If the model is not a `LoraModel`, if the adapter has a different
+            initialization, or if there is neither a dataloader nor a state dict.
+        AdapterNotFoundError: If there is no such adapter.
+        AdapterStateError: If several adapters are active, if an adapter is merged, or if a
+            `fastlora.adapters` block of the model is open. The model is unchanged in this case.
         InitializationError: If the state dict does not fit the adapter, or in the cases listed in
             `get_eva_state_dict`.
     """
@@ -281,6 +285,7 @@ def initialize_lora_eva_weights(
         raise ConfigError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
         )
+    tuner.group.check_no_open_blocks("initialize_lora_eva_weights")
     if any(layer.merged for layer in lora_layers(tuner.model).values()):
         raise AdapterStateError("an adapter is merged; call unmerge_adapter() first")
     if eva_state_dict is None:

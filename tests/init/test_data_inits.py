@@ -454,6 +454,13 @@ def test_eva_errors() -> None:
             model, eva_state_dict={"base_model.model.v": torch.eye(24)[:4]}
         )
     assert layers_of(model)["v"].lora_A["default"].weight.equal(torch.eye(24)[:4])
+    state = {"base_model.model.q": torch.eye(16)[:1], "base_model.model.v": torch.eye(24)[:1]}
+    with (
+        fastlora.adapters(model, ["default"]),
+        unchanged(model),
+        pytest.raises(AdapterStateError, match=r"initialize_lora_eva_weights\(\) cannot be called"),
+    ):
+        fastlora.initialize_lora_eva_weights(model, eva_state_dict=state)
     plain = fastlora.get_peft_model(two_layers(), fastlora.LoraConfig(**FIELDS))
     with pytest.raises(ConfigError, match="only be used with `init_lora_weights='eva'`"):
         fastlora.initialize_lora_eva_weights(plain, SAMPLES)
@@ -465,7 +472,11 @@ def test_eva_errors() -> None:
     model.set_adapter(["default", "other"])
     with pytest.raises(AdapterStateError, match="single active adapter"):
         fastlora.initialize_lora_eva_weights(model, SAMPLES)
-    for values, words in (({"rho": 0.5}, "`rho` must be >= 1.0"), ({"tau": 2.0}, "between 0.0")):
+    for values, words in (
+        ({"rho": 0.5}, "`rho` must be >= 1.0"),
+        ({"rho": "a"}, "rho must be a number, got 'a'"),
+        ({"tau": 2.0}, "between 0.0"),
+    ):
         with pytest.raises(ConfigError, match=words):
             EvaConfig(**values)
 
