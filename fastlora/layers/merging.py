@@ -167,21 +167,14 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
             return
         weight, bias = self._weight_and_bias_to_merge()
         snapshot = self._unmerged
-        unwritten = snapshot is not None and self._is_base_layer_unmodified_since_merge()
         # All processes must take the same branch: one that takes the second branch alone would wait
         # for the others in the calls below.
-        if self._true_in_all_processes(unwritten) and snapshot is not None:
+        if self._can_restore_base() and snapshot is not None:
             weight.restore(snapshot[0])
             if bias is not None and snapshot[1] is not None:
                 bias.copy_(snapshot[1])
         else:
-            for name, scale in self._merged_scales.items():
-                if not self._true_in_all_processes(bool(scale.all())):
-                    raise AdapterStateError(
-                        f"adapter {name!r} cannot be unmerged: its magnitude or norm is 0 for "
-                        "at least one row, and the weight was modified after the merge or was "
-                        "merged without a copy (keep_base=False)"
-                    )
+            self._check_merged_scales_invertible()
             matrix = weight.merge_buffer()
             self._subtract_merged_adapters(matrix, bias)
             weight.write(matrix)
@@ -189,6 +182,33 @@ class MergeableLayer(ModuleWithAdapters, BaseAdapterLayer):
         self.merged_adapters.clear()
         self._merged_scales.clear()
         clear_base_and_adapter_caches(self)
+
+    def _can_restore_base(self) -> bool:
+        """Return whether `unmerge` can restore the values from before the merge.
+
+        The result is the same in all processes.
+        """
+        kept = self._unmerged is not None
+        return self._true_in_all_processes(kept and self._is_base_layer_unmodified_since_merge())
+
+    def _check_unmerge(self) -> None:
+        """Check that every merged adapter can be unmerged.
+
+        Raises the same errors as `unmerge`. The layer is not changed.
+        """
+        if self.merged:
+            self._weight_and_bias_to_merge()
+        if self._merged_scales and not self._can_restore_base():
+            self._check_merged_scales_invertible()
+
+    def _check_merged_scales_invertible(self) -> None:
+        for name, scale in self._merged_scales.items():
+            if not self._true_in_all_processes(bool(scale.all())):
+                raise AdapterStateError(
+                    f"adapter {name!r} cannot be unmerged: its magnitude or norm is 0 for "
+                    "at least one row, and the weight was modified after the merge or was "
+                    "merged without a copy (keep_base=False)"
+                )
 
     def _parameters_and_values_before_merge(self) -> list[tuple[object, object]]:
         """Return the base parameters that the merge of adapters has changed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,17 +24,24 @@ _QUANTIZATION_ATTRIBUTES = (
 )
 
 
-def dtype_for_dequantized_weights(model: nn.Module) -> torch.dtype:
+def dtype_for_dequantized_weights(
+    model: nn.Module, base_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> torch.dtype:
     """Return the dtype that the weights of quantized linear layers should have after
     dequantization.
 
-    It is the dtype of the first floating-point parameter that has at least 16 bits per value and is
-    not a quantized weight, because activations have this dtype. If there is no such parameter, the
-    result is the compute dtype of the first quantized linear layer, or fp32 if it has none.
+    It is the dtype of the first floating-point base parameter that has at least 16 bits per value
+    and is not a quantized weight, because activations have this dtype. If there is no such
+    parameter, the result is the compute dtype of the first quantized linear layer, or fp32 if it
+    has none.
+
+    Args:
+        model: The base model with its adapters.
+        base_parameters: The base model's parameters, with their names.
     """
     linears = [module for module in model.modules() if is_quantized_linear(module)]
     quantized_weights = {id(module._parameters.get("weight")) for module in linears}
-    for parameter in model.parameters():
+    for _, parameter in base_parameters:
         wide = parameter.is_floating_point() and parameter.itemsize >= 2
         if wide and id(parameter) not in quantized_weights:
             return parameter.dtype

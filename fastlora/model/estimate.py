@@ -34,8 +34,8 @@ class Estimate:
     included.
 
     Attributes:
-        adapter_parameters: The number of trainable parameters. These are the adapter's parameters
-            and the biases of the base model that its config trains.
+        adapter_parameters: The number of trainable parameters. These are the adapter's trainable
+            parameters and the biases of the base model that its config trains.
         base_parameters: The number of parameters of the model without adapters. Tied weights are
             counted once.
         modules: The number of modules that the adapter adapts.
@@ -108,7 +108,7 @@ def estimate(
     changed.
 
     Args:
-        model: Any module on any device, with or without adapters. A model on
+        model: Any module on any device, with or without adapters of fastlora. A model on
             ``torch.device("meta")`` needs no memory.
         config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
         optimizer_states: The number of tensors that the optimizer stores for each parameter: 2 for
@@ -118,6 +118,7 @@ def estimate(
 
     Raises:
         TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+        AdapterStateError: If the initialization changes a weight that another module shares.
         ValueError: If ``optimizer_states`` is negative.
     """
     if optimizer_states < 0:
@@ -243,10 +244,13 @@ def _trained_tensor_numels_and_itemsizes(
     ``itemsize`` is in bytes. The tensors include base-model biases that the config selects.
     """
     config = plan.config
+    frozen = tuple(factor.removeprefix("lora") for factor in config.init.frozen)  # such as "_B"
     for target in plan.targets.values():
         itemsize = _factor_itemsize(target.base, autocast)
-        for shape in target.tensor_shapes_by_key_within_module().values():
-            yield math.prod(shape), itemsize
+        for key, shape in target.tensor_shapes_by_key_within_module().items():
+            parts = (part for part in key.split(".") if part.startswith("lora_"))
+            if not any(part.endswith(frozen) for part in parts):
+                yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
         for parameter in base_module_of(model.get_submodule(name)).parameters():
             yield parameter.numel(), parameter.itemsize

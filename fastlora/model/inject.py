@@ -431,7 +431,7 @@ def unload(
                 if module.check_merge(safe_merge, names) and not gets_new_weight:
                     shared.check_can_untie(name, module)
                     merging.append((name, module))
-    dtype = dtype_for_dequantized_weights(model) if dequantize else None
+    dtype = dtype_for_dequantized_weights(model, base_parameters(model)) if dequantize else None
     merging.sort(key=lambda each: each[0].count(".base_layer."))  # outer before inner
     for name, module in merging:
         shared.untie_if_shared(name, module)

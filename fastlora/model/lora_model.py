@@ -23,6 +23,7 @@ from fastlora.model.adapter_folder import (
     with_renamed_modules,
 )
 from fastlora.model.config import LoraConfig
+from fastlora.model.estimate import unpacked_numel
 from fastlora.model.expert_files import config_for_peft, convert_expert_factors
 from fastlora.model.inject import move_adapter_to_meta
 from fastlora.model.peft_model_methods import PeftModelMethods
@@ -365,8 +366,9 @@ class LoraModel(PeftModelMethods, nn.Module):
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
-            AdapterStateError: If adapters are merged into a base weight or bias that is saved with
-                an adapter, and its value from before the merge was not kept.
+            AdapterStateError: If an adapter is on the meta device and ``state_dict`` is None, or if
+                adapters are merged into a base weight or bias that is saved with an adapter, and
+                its value from before the merge was not kept.
             CheckpointError: If ``state_dict`` lacks a tensor of the adapter, or if the untrained
                 adapter does not fit the trained one.
             ConfigError: If the adapter cannot be converted.
@@ -376,7 +378,10 @@ class LoraModel(PeftModelMethods, nn.Module):
             raise ValueError("safe_serialization must be True: fastlora writes safetensors only")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            self.base_model.check_adapter_loaded(name)
+            if state_dict is None:
+                self.base_model.check_adapter_has_values(name)
+            else:
+                self.base_model.check_adapter_loaded(name)
         path = path_initial_model_for_weight_conversion
         initial = (
             {}
@@ -490,7 +495,7 @@ class LoraModel(PeftModelMethods, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the number of trainable parameters and the total number of parameters."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        counts = [(unpacked_numel(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:

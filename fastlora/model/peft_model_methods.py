@@ -88,7 +88,9 @@ class PeftModelMethods:
         name = getattr(model, "name_or_path", None)
         if name is not None:
             tags.append(f"base_model:adapter:{name}")
-        pipeline = "text-generation" if self.active_peft_config.task_type == "CAUSAL_LM" else None
+        names = self.active_adapters or list(self.peft_config)
+        task = self.peft_config[names[0]].task_type if names else None
+        pipeline = "text-generation" if task == "CAUSAL_LM" else None
         write_or_update_model_card(Path(output_dir), config.get("_name_or_path"), tags, pipeline)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:

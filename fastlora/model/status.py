@@ -17,6 +17,7 @@ from fastlora.layers.adapted_parameters import FastLoraAdaptedParameters, Parame
 from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.rank_padding import factor_parameters_by_name
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
+from fastlora.model.estimate import unpacked_numel
 from fastlora.model.inject import modules_with_adapters
 from fastlora.model.tuner import tuner_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -137,7 +138,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     layers = get_layer_status(model)
     tuner = tuner_of(model)
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(unpacked_numel(p), p.requires_grad) for p in model.parameters()]
     named = any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     somewhere = set(merged)

@@ -444,8 +444,9 @@ class LoraTuner(nn.Module):
                 tokens, is on the meta device, or has values that are not finite; if two adapters
                 own a copy of the same module; if only some of the adapters tie a head to the input
                 embedding; or if factors are sharded.
-            ConfigError: If another argument is invalid, or if the ranks differ and the type
-                requires equal ranks.
+            ConfigError: If another argument is invalid; if the ranks differ and the type requires
+                equal ranks; if some adapters specify ``target_modules`` as a string and others as a
+                list; or if the initialization of an adapter changed the base weights.
             UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.
                 The model is unchanged after any of these errors.
         """
@@ -718,13 +719,13 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterNotFoundError: If there is no such adapter.
             AdapterStateError: If adapters are disabled, if a target shares its weight with another
-                module, if a `fastlora.adapters` block of the model is open, or if a layer cannot
-                merge an adapter in its current state.
+                module, if a `fastlora.adapters` block of the model is open, if an adapter is on the
+                meta device, or if a layer cannot merge an adapter in its current state.
             UnsupportedLayerError: If a layer does not support merging. The model is unchanged after
                 any of these errors.
         """
         self.group.check_no_open_blocks("merge_adapter")
-        wanted = None if adapter_names is None else self._checked_adapter_names(adapter_names)
+        wanted = self._names_to_merge(adapter_names)
         layers = dict(inject.modules_with_adapters(self.model))
         if any(layer._disabled for layer in layers.values()):
             raise AdapterStateError(
@@ -754,8 +755,17 @@ class LoraTuner(nn.Module):
         )
 
     def unmerge_adapter(self) -> None:
-        """Remove all merged adapters from the base weights."""
-        for _, module in inject.modules_with_adapters(self.model):
+        """Remove all merged adapters from the base weights.
+
+        Raises:
+            AdapterStateError: If a layer cannot unmerge a DoRA adapter. See `LoraLayer.unmerge`.
+                The model is unchanged in this case.
+        """
+        modules = [module for _, module in inject.modules_with_adapters(self.model)]
+        for module in modules:
+            if isinstance(module, LoraLayer):
+                module._check_unmerge()
+        for module in modules:
             module.unmerge()
 
     def merge_and_unload(
@@ -781,8 +791,8 @@ class LoraTuner(nn.Module):
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
-            AdapterStateError: If a `fastlora.adapters` block of the model is open, or if a layer
-                cannot merge an adapter in its current state.
+            AdapterStateError: If a `fastlora.adapters` block of the model is open, if an adapter is
+                on the meta device, or if a layer cannot merge an adapter in its current state.
             UnsupportedLayerError: If a layer does not support merging. The model is unchanged after
                 any of these errors.
         """
@@ -791,9 +801,7 @@ class LoraTuner(nn.Module):
             self.model,
             merge=True,
             safe_merge=safe_merge,
-            adapter_names=None
-            if adapter_names is None
-            else self._checked_adapter_names(adapter_names),
+            adapter_names=self._names_to_merge(adapter_names),
             progressbar=progressbar,
             dequantize=dequantize,
         )
@@ -811,9 +819,25 @@ class LoraTuner(nn.Module):
 
         Raises:
             AdapterStateError: If a `fastlora.adapters` block of the model is open.
+            UnsupportedLayerError: If a layer's weight is computed from other parameters. The model
+                is unchanged after any of these errors.
         """
         self.group.check_no_open_blocks("unload")
         return inject.unload(self.model, merge=False, dequantize=dequantize)
+
+    def _names_to_merge(self, names: str | Sequence[str] | None) -> list[str] | None:
+        """Check that adapters can be merged, and return their names as a list.
+
+        None, which stands for the active adapters, is returned unchanged.
+
+        Raises:
+            AdapterNotFoundError: If one of the adapters is not loaded.
+            AdapterStateError: If one of the adapters is on the meta device.
+        """
+        chosen = None if names is None else self._checked_adapter_names(names)
+        for name in self._active if chosen is None else chosen:
+            self.check_adapter_has_values(name)
+        return chosen
 
     def _checked_adapter_names(self, names: str | Sequence[str]) -> list[str]:
         """Check that adapters are loaded, and return their names as a list.

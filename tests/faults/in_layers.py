@@ -412,9 +412,8 @@ FAULTS = (
         "lost write",
         "a602bf8",
         "fastlora/layers/merging.py",
-        "unwritten = snapshot is not None and self._is_base_layer_unmodified_since_merge()\n"
-        "        # All processes",
-        "unwritten = snapshot is not None\n        # All processes",
+        "kept and self._is_base_layer_unmodified_since_merge()",
+        "kept",
         ("tests/model/test_dropin.py::test_unmerge_keeps_what_moves_no_version[fused step]",),
     ),
     Fault(

@@ -12,6 +12,7 @@ from torch import nn
 from fastlora import FastLoraLinear
 from fastlora.layers import FastLoraWrapper
 from fastlora.validation import AdapterStateError
+from tests.support.tiny import adapted
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
@@ -139,6 +140,13 @@ def test_merges_that_raise() -> None:
     with pytest.raises(AdapterStateError, match="0 for at least one row"):
         layer.unmerge()
     assert layer.merged and torch.equal(layer.weight, merged)
+    model = adapted(target_modules=["q", "v"], use_dora=True)
+    with torch.no_grad():
+        model.base_model.model.v.lora_magnitude_vector["default"].weight[3] = 0
+    model.merge_adapter(keep_base=False)
+    with pytest.raises(AdapterStateError, match="0 for at least one row"):
+        model.unmerge_adapter()
+    assert model.base_model.model.q.merged and model.base_model.model.v.merged
 
 
 def test_delete_and_freeze() -> None:

@@ -235,6 +235,12 @@ def test_a_plain_model_of_merged_and_bare_layers() -> None:
         exact = weight + deltas[i] if i < 2 else weight
         assert (base[i].weight.double() - exact).norm() < 2**-8 * exact.norm()
     assert base(torch.randn(3, K).bfloat16()).dtype == torch.bfloat16
+    ahead = fastlora.get_peft_model(
+        nn.Sequential(one("nf4", K, K, torch.bfloat16).q, nn.LayerNorm(K).bfloat16()),
+        fastlora.LoraConfig(r=4, target_modules=["0"]),
+    )
+    base = ahead.merge_and_unload(dequantize=True)  # not the dtype of the factors, fp32
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
     bare = fastlora.get_peft_model(one("int8"), fastlora.LoraConfig(target_modules=["q"]))
     own = dense_weight(q_of(bare).base_layer)
     assert torch.equal(bare.unload(dequantize=True).q.weight, own)

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastlora.model.adapter_folder import (
     save_adapter_folder,
 )
 from fastlora.model.config import CONFIG_NAME, LoraConfig
+from fastlora.model.lora_model import get_peft_model
 from fastlora.validation import AdapterStateError, CheckpointError
 from tests.support.tiny import adapted, tiny, tiny_llama, two_layers
 
@@ -99,6 +101,26 @@ def test_base_tensors_are_saved_as_before_a_merge(tmp_path: Path) -> None:
         with pytest.raises(AdapterStateError, match="before the merge was not kept; call unmerge"):
             model.save_pretrained(tmp_path / "neither")
         assert not (tmp_path / "neither").exists()
+
+
+def test_saving_without_an_active_adapter_or_without_values(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(two_layers(), config)
+    model.set_adapter([])
+    model.save_pretrained(tmp_path / "inactive")
+    assert load_adapter_folder(tmp_path / "inactive").config.r == 2
+    model.add_adapter("late", config, low_cpu_mem_usage=True)
+    model.set_adapter("late")
+    for refused in (
+        lambda: model.save_pretrained(tmp_path / "late"),
+        model.merge_adapter,
+        lambda: model.merge_adapter(["default", "late"]),
+        model.merge_and_unload,
+    ):
+        with pytest.raises(AdapterStateError, match="'late' is on the meta device"):
+            refused()
+    assert not (tmp_path / "late").exists()
+    assert not model.base_model.model.q.merged
 
 
 def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:

@@ -118,6 +118,15 @@ def test_a_bias_of_two_names_counts_once() -> None:
     assert found == fastlora.get_peft_model(model, config).get_nb_trainable_parameters()[0]
 
 
+def test_frozen_factors_are_not_counted() -> None:
+    """MiCA never trains lora_B."""
+    config = fastlora.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights="mica")
+    found = fastlora.estimate(TwoLayers(), config)
+    model = fastlora.get_peft_model(TwoLayers(), config)
+    assert found.adapter_parameters == model.get_nb_trainable_parameters()[0]
+    assert found.weight_bytes == 4 * found.adapter_parameters
+
+
 def test_errors() -> None:
     """Errors are those of get_peft_model."""
     model = TwoLayers()

@@ -122,7 +122,14 @@ def test_quantized_bases(kind: str) -> None:
     }
     assert (q.module_type, q.quantization_backend) == expected[kind]
     assert (v.module_type, v.quantization_backend) == ("lora.Linear", None)
-    assert model.get_model_status().quantization_backend == "irregular"
+    found = model.get_model_status()
+    assert found.quantization_backend == "irregular"
+    plain = fastlora.get_peft_model(
+        TwoLayers(), fastlora.LoraConfig(r=2, target_modules=["q", "v"])
+    ).get_nb_trainable_parameters()
+    # Two values of a 4-bit weight are in one byte.
+    assert (found.trainable_params, found.total_params) == plain
+    assert model.get_nb_trainable_parameters() == plain
 
 
 def test_models_that_are_not_wrapped() -> None:
