@@ -38,7 +38,7 @@ CODE_LINES = {
     "init": 879,
     "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 6975,  # replaced forwards, and hooks of adapted parameters
-    "model": 7560,  # ties of files, wrapped modules, and adapters that changed the base
+    "model": 7570,  # ties of files, wrapped modules, and adapters that changed the base
     "ops": 4310,  # packed factors of several slices, stacks, and seeds of each call
     "optimizers": 272,  # copies of LoRA-FA optimizers
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names

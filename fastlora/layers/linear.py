@@ -46,6 +46,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     Raises:
         ConfigError: A value is out of range.
+        InitializationError: The initialization does not support the rank, or lacks data.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
         Raises:
             UnsupportedLayerError: ``linear`` is not a plain `nn.Linear`.
-            ConfigError: A value is out of range. ``linear`` is then unchanged.
+            ConfigError: A value is out of range.
+            InitializationError: The initialization does not support the rank or the weight, or
+                lacks data. ``linear`` is unchanged after any of these errors.
         """
         reason = fallback_reason_not_plain_linear(linear)
         if reason:

@@ -212,8 +212,8 @@ class LoraLayer(MergeableLayer):
 
         The adapter stays inactive until `set_adapter` activates it. Random values are drawn as PEFT
         draws them, so the same seed gives the same factors. Some initializations move a part of the
-        base weight into the factors. They change the base weight and leave the layer's output
-        unchanged.
+        base weight into the factors, which changes the base weight. When the adapter is active, the
+        layer's output is the same as before (with LoftQ, only approximately).
 
         Args:
             adapter_name: A name without dots that is not in use on the layer.

@@ -149,7 +149,8 @@ def preprocess_corda(
 
     Raises:
         ConfigError: If there is neither data nor a cache file.
-        InitializationError: If a layer cannot be calibrated. The message names the layer.
+        InitializationError: If a layer cannot be calibrated. The message names the layer. Also if
+            no target is a linear layer, or if ``dataloader`` has no batches.
         TargetNotFoundError: If no module matches the config.
     """
     config = to_lora_config(lora_config)
@@ -234,13 +235,14 @@ def preprocess_loraga(
         cache_file: The file to store the gradients in. If the file exists, the gradients are read
             from it instead of being computed.
         dataloader: The batches to call the model with. The output for each batch must have a
-            ``loss``. Used if ``train_step`` is None.
+            ``loss``, be a scalar loss, or start with one. Used if ``train_step`` is None.
         show_progress_bar: Whether to show a progress bar over the batches, if tqdm is installed.
 
     Raises:
         ConfigError: If ``lora_ga_config`` is not set, or if there is neither data nor a cache file.
         InitializationError: If a layer received no gradient or is quantized. The message names the
-            layer.
+            layer. Also if no target is a linear layer, if ``dataloader`` has no batches, or if the
+            output for a batch has no scalar loss.
         TargetNotFoundError: If no module matches the config.
     """
     config = to_lora_config(lora_config)

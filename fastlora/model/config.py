@@ -113,11 +113,12 @@ class LoraConfig(PeftConfigMethods):
             ``"orthogonal"``, a method that uses the base weight (``"pissa"``, ``"pissa_niter_4"``,
             ``"olora"``, ``"mica"``, ``"loftq"``), or a method that uses data (``"corda"``,
             ``"eva"``, ``"lora_ga"``). See ``docs/initialization.md``.
-        layers_to_transform: The indices of the layers to adapt. ``target_modules`` must then be a
-            list of names.
+        layers_to_transform: The indices of the layers to adapt. ``target_modules`` must then not be
+            a string, and neither may the architecture's default.
         layers_pattern: The name of the list of layers that ``layers_to_transform`` refers to.
         rank_pattern: A mapping from regular expressions to ranks. An expression applies to a module
-            or a target parameter if it matches the end of its name. The first match is used.
+            or a target parameter if it matches the whole name, or the part of the name after one of
+            the dots. The first match is used.
         alpha_pattern: A mapping from regular expressions to values of ``lora_alpha``, with the same
             rules as ``rank_pattern``.
         loftq_config: Settings for ``"loftq"``, stored as a dict.
@@ -464,8 +465,8 @@ class LoraConfig(PeftConfigMethods):
         Args:
             data: A mapping from field names to values.
             for_loading: Whether the adapter's weights come from a file. The checks are then more
-                tolerant: settings that only affect the initialization are not checked.
-                ``init_lora_weights`` keeps its value.
+                tolerant: settings of the initialization are not required. Settings that are given
+                are checked. ``init_lora_weights`` keeps its value.
 
         Raises:
             ConfigError: See `LoraConfig`.
@@ -482,8 +483,8 @@ class LoraConfig(PeftConfigMethods):
         Args:
             peft_config: PEFT's config object.
             initialized: Whether the adapter is already in a model, and is therefore not initialized
-                again. Settings that only affect the initialization are then neither required nor
-                checked.
+                again. Settings of the initialization are then not required. Settings that are given
+                are checked.
 
         Raises:
             ConfigError: If the object is not a config for LoRA, or has a value that `LoraConfig`
@@ -598,8 +599,7 @@ class LoraConfig(PeftConfigMethods):
         Args:
             folder: The adapter folder.
             for_loading: Whether the adapter's weights are loaded from the folder as well. The
-                checks are then more lenient: settings that matter only for the initialization,
-                before training, are not checked. See `from_dict`.
+                checks are then more lenient. See `from_dict`.
 
         Raises:
             CheckpointError: If the config file is missing or is not a JSON object.

@@ -36,8 +36,8 @@ class Estimate:
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's trainable
             parameters and the biases of the base model that its config trains.
-        base_parameters: The number of parameters of the model without adapters. Tied weights are
-            counted once.
+        base_parameters: The number of parameters of the model without fastlora's adapters. Tied
+            weights are counted once.
         modules: The number of modules that the adapter adapts.
         weight_bytes: The size of the trainable parameters in bytes.
         gradient_bytes: The size of their gradients in bytes.

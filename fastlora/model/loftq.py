@@ -61,6 +61,7 @@ def replace_lora_weights_loftq(
     Raises:
         ConfigError: If the model has no adapters, or if the path of the unquantized model is
             unknown.
+        AdapterNotFoundError: If there is no such adapter.
         UnsupportedLayerError: If the adapter is not on any 4-bit layer.
         CheckpointError: If the file is missing, lacks a weight, or has a weight of another shape.
         InitializationError: If a weight is not finite, or if the rank is larger than a dimension of

@@ -75,8 +75,11 @@ def get_peft_model(
     Raises:
         TargetNotFoundError: If the config does not match any module of the model.
         UnsupportedLayerError: If the config matches a module that cannot be adapted.
-        ConfigError: If a field of the config is invalid. The model is unchanged after any of these
-            errors.
+        ConfigError: If a field of the config is invalid.
+        InitializationError: If the initialization lacks calibration data, or does not support the
+            rank or a weight.
+        AdapterStateError: If the model already has LoRA layers, or if the initialization changes a
+            weight that another module shares. The model is unchanged after any of these errors.
         ImplementationError: If ``mixed`` is True.
     """
     if mixed:
@@ -115,7 +118,8 @@ class LoraModel(PeftModelMethods, nn.Module):
         base_model: The `LoraTuner` that contains the model and its adapters.
 
     Raises:
-        TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+        TargetNotFoundError, UnsupportedLayerError, ConfigError, InitializationError,
+            AdapterStateError: See `get_peft_model`.
     """
 
     base_model: LoraTuner
@@ -159,7 +163,8 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> None:
         """Add an adapter to the model.
 
-        The adapter is frozen and inactive until `set_adapter` activates it.
+        The adapter is frozen and inactive until `set_adapter` activates it. As in PEFT, trained
+        tokens of a tied embedding are an exception: the first such adapter is active at once.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -168,9 +173,11 @@ class LoraModel(PeftModelMethods, nn.Module):
             autocast_adapter_dtype: See `get_peft_model`.
 
         Raises:
-            AdapterStateError: If the name is in use, or if the config trains biases of the base
-                model and another adapter already does.
-            TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
+            AdapterStateError: If the name is in use, if the config trains biases of the base model
+                and another adapter already does, or if the initialization changes a weight that
+                another module shares, or reads a weight that adapters are merged into.
+            TargetNotFoundError, UnsupportedLayerError, ConfigError, InitializationError: See
+                `get_peft_model`.
         """
         plan = make_adapter_plan(self.get_base_model(), adapter_name, peft_config)
         self.base_model.add_adapter(
@@ -219,25 +226,26 @@ class LoraModel(PeftModelMethods, nn.Module):
             is_trainable: Whether to continue training the adapter. If False, the adapter is frozen
                 and the model is put into evaluation mode.
             config: A config to use instead of the one in the folder. As in PEFT, a `LoraConfig`
-                object is not copied: the model uses it as its own config, and updates
-                ``target_modules`` and ``inference_mode`` in it.
+                object is not copied: the model uses it as its own config, and updates fields such
+                as ``target_modules`` and ``inference_mode`` in it.
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: The path of the adapter inside the folder.
             ignore_mismatched_sizes: Whether to skip tensors with a shape that differs from the
                 model's and emit a warning, instead of raising an error. The parameters of skipped
-                tensors keep their initial values.
+                tensors keep their values.
             key_mapping: A mapping from regular expressions to replacements, for modules that have
                 other names in the file than in the model. With None, the mapping that the model
                 itself defines is used, if there is one.
             **unused: Arguments of PEFT that are accepted and ignored: ``torch_device``,
-                ``low_cpu_mem_usage``, ``revision``, ``token``, ``cache_dir``, ``device_map``, and
-                the arguments related to ``device_map``. Each adapter is placed on the devices of
-                the layers that it adapts.
+                ``low_cpu_mem_usage``, ``revision``, ``token``, ``cache_dir``, ``device_map``, the
+                arguments related to ``device_map``, and ``ephemeral_gpu_offload``. Each adapter is
+                placed on the devices of the layers that it adapts.
 
         Raises:
             CheckpointError: If the folder is missing or damaged, or does not fit the model.
-            TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
-                The model is unchanged after any of these errors.
+            TargetNotFoundError, UnsupportedLayerError, ConfigError, InitializationError,
+                AdapterStateError: See `get_peft_model` and, for a `LoraModel`, `load_adapter`.
+            TypeError: If an argument is unknown. The model is unchanged after any of these errors.
         """
         if isinstance(model, LoraModel):
             if config is not None:
@@ -300,13 +308,16 @@ class LoraModel(PeftModelMethods, nn.Module):
             because of their shapes. ``unexpected_keys`` is always empty.
 
         Raises:
-            CheckpointError: If the folder is missing or damaged, or does not fit the model. The
-                model is unchanged in this case.
-            AdapterStateError: If the adapter is already loaded and is merged, or a
-                `fastlora.adapters` block of the model is open in any thread.
-            ConfigError: If the adapter is already loaded, the initialization of the loaded or the
-                new adapter changed the base weights, and the initialization of the other one did
-                not change them in the same way.
+            CheckpointError: If the folder is missing or damaged, or does not fit the model.
+            TargetNotFoundError, UnsupportedLayerError, InitializationError: See `get_peft_model`.
+            AdapterStateError: For a loaded adapter, if it is merged, or if a `fastlora.adapters`
+                block of the model is open in any thread. For a new adapter, if both this adapter
+                and another one train biases of the base model, if both need a change of the base
+                weights, or in the cases listed in `add_adapter`.
+            ConfigError: If the name or a field of the config is invalid. For a loaded adapter, also
+                if the initialization of the loaded or the new adapter changed the base weights, and
+                that of the other one did not change them in the same way.
+            TypeError: If an argument is unknown. The model is unchanged after any of these errors.
         """
         file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()

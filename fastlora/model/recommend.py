@@ -203,8 +203,8 @@ def recommend(
     PEFT 0.21.2 does not load adapters of stacked weights with dropout.
 
     Args:
-        model_or_num_params: A model, or a number of parameters. The adapters of a model are not
-            counted.
+        model_or_num_params: A model, or a number of parameters. Adapters of fastlora in the model
+            are not counted.
         memory_bytes: The memory of the device that is used for training, in bytes.
 
     Raises:

@@ -110,7 +110,9 @@ def reduce_rank(
         AdapterNotFoundError: If there is no such adapter.
         AdapterStateError: If the new name is in use, if the adapter has trainable tokens, or if
             factors are sharded or not finite.
-        ConfigError: If ``rank`` is out of range, or larger than a dimension of a layer's weight.
+        ConfigError: If ``rank`` is out of range, or larger than a dimension of a layer's weight; if
+            the new name is invalid; or if the initialization changed the base weights (PiSSA,
+            OLoRA, CorDA, or LoftQ).
         UnsupportedLayerError: If a layer's update is not the product of two matrices. The model is
             unchanged after any of these errors.
     """
@@ -229,8 +231,11 @@ def reduce_intruder_dimension(
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.
-        AdapterStateError: If the new name is in use, if an adapter is merged, if the old adapter
-            uses DoRA or has trainable tokens, or if factors are sharded or not finite.
+        AdapterStateError: If the model has no LoRA layers of fastlora, if the new name is in use,
+            if an adapter is merged, if the old adapter uses DoRA or has trainable tokens, or if
+            factors are sharded or not finite.
+        ConfigError: If the new name is invalid, or if the initialization changed the base weights
+            (PiSSA, OLoRA, CorDA, or LoftQ).
         UnsupportedLayerError: If a base weight cannot be read. The model is unchanged after any of
             these errors.
     """

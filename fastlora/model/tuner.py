@@ -126,8 +126,9 @@ class LoraTuner(nn.Module):
     ) -> None:
         """Add an adapter to the model.
 
-        The new adapter is frozen and inactive. If it is the model's first adapter, the base model
-        is frozen.
+        The new adapter is frozen and inactive. As in PEFT, trained tokens of a tied embedding are
+        an exception: the first such adapter is active at once. If the new adapter is the model's
+        first, the base model is frozen.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -446,7 +447,8 @@ class LoraTuner(nn.Module):
                 embedding; or if factors are sharded.
             ConfigError: If another argument is invalid; if the ranks differ and the type requires
                 equal ranks; if some adapters specify ``target_modules`` as a string and others as a
-                list; or if the initialization of an adapter changed the base weights.
+                list; or if the initialization of an adapter changed the base weights (PiSSA, OLoRA,
+                CorDA, or LoftQ).
             UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.
                 The model is unchanged after any of these errors.
         """

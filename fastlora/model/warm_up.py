@@ -124,7 +124,7 @@ def warm_up(
         ConfigError: An argument is out of range, no adapter has any of the ranks, Triton's cache
             folder is not writable, or ``inputs`` is required or contains no tensor.
         UnsupportedLayerError: A layer does not support mixed batches.
-        TypeError: The model has no adapters, or is not a module.
+        TypeError: The model has no adapters on linear layers, or is not a module.
     """
     check_is_module("warm_up", model)
     start = time.monotonic()
@@ -200,7 +200,9 @@ def _first_adapted_device(model: nn.Module) -> torch.device:
     for layer in _linear_layers(model):
         for parameter in layer.parameters():
             return parameter.device
-    raise TypeError(f"warm_up() expects a model with adapters, got a {type(model).__name__}")
+    raise TypeError(
+        f"warm_up() expects a model with adapters on linear layers, got a {type(model).__name__}"
+    )
 
 
 def _linear_layers(model: nn.Module) -> list[Any]:

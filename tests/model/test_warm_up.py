@@ -321,5 +321,5 @@ def test_arguments(small: dict[str, Any]) -> None:
             fastlora.warm_up(**{**small, "adapters": None, name: value})
     with pytest.raises(fastlora.FastLoraError, match="use inputs= to pass the arguments for a"):
         fastlora.warm_up(**{**small, "inputs": None})
-    with pytest.raises(TypeError, match="expects a model with adapters, got a Linear"):
+    with pytest.raises(TypeError, match="with adapters on linear layers, got a Linear"):
         fastlora.warm_up(nn.Linear(2, 2))
