@@ -42,7 +42,8 @@ class EvaConfig:
 
     Args:
         rho: Limit on the rank of each layer, as a multiple of the layer's ``r``. With 1, every
-            layer keeps rank ``r``, unless ``rank_pattern`` gives layers different ranks.
+            layer has rank ``r``, unless ``rank_pattern`` gives different ranks to layers with the
+            same input.
         tau: A direction has converged once its cosine similarity with the direction of the previous
             step is at least ``tau``.
         use_label_mask: Whether to ignore token positions whose label is ``label_mask_value``.
