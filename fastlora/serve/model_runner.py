@@ -149,8 +149,8 @@ class KVCacheModelRunner:
         length: Maximum number of tokens in a row. None uses the model's limit, but at most 2,048.
 
     Raises:
-        UnsupportedLayerError: The model caches something other than keys and values, or its forward
-            pass does not accept a cache, positions, and a mask.
+        UnsupportedLayerError: The model has an unsupported kind of layer, uses ALiBi, or its
+            forward pass does not accept a cache, positions, and a mask.
         ConfigError: ``length`` exceeds the limit of the model.
     """
 
@@ -223,14 +223,22 @@ def max_positions(config: Any) -> int | None:
 
     The maximum applies to each request. If the model uses a sliding window, the maximum is at most
     the size of the window. The result is None if the config contains no limit. Raises
-    `UnsupportedLayerError` if the model caches something other than keys and values.
+    `UnsupportedLayerError` if the model uses ALiBi or has layers of a type other than full
+    attention and sliding-window attention.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "alibi", False):
+        raise UnsupportedLayerError(
+            f"{type(text).__name__} has alibi=True; serving only supports models that compute "
+            "position embeddings from position_ids"
+        )
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    # GPT-Neo ends the windows of all rows at the position of the longest row.
+    kinds |= {"local"} & set(getattr(text, "attention_layers", None) or ())
     if kinds - {"sliding_attention"}:
         raise UnsupportedLayerError(
             f"{type(text).__name__} has layers of type {', '.join(sorted(kinds))}; serving only "
-            "supports layers that cache attention keys and values"
+            "supports layers of type full_attention or sliding_attention"
         )
     most: int | None = getattr(text, "max_position_embeddings", None)
     # Rows are not aligned, so a sliding window would cover other positions in each row.

@@ -31,7 +31,7 @@ from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.served import Alone, make_adapter, make_base
 from tests.support.tiny import tiny_llama
 
-pytest.importorskip("transformers", reason="serves models of transformers")
+transformers = pytest.importorskip("transformers", reason="serves models of transformers")
 GREEDY = SamplingParams(max_tokens=6, temperature=0)
 
 
@@ -359,6 +359,12 @@ def test_what_serving_cannot_do_raises() -> None:
     config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(UnsupportedLayerError, match="layers of type linear_attention"):
         max_positions(config)
+    with pytest.raises(UnsupportedLayerError, match="FalconConfig has alibi=True"):
+        max_positions(transformers.FalconConfig(alibi=True))
+    neo = transformers.GPTNeoConfig
+    assert max_positions(neo(num_layers=2, attention_types=[[["global"], 2]])) == 2048
+    with pytest.raises(UnsupportedLayerError, match="layers of type local"):
+        max_positions(neo(num_layers=2, attention_types=[[["global", "local"], 1]]))
     with pytest.raises(UnsupportedLayerError, match="does not accept"):
         KVCacheModelRunner(torch.nn.Linear(2, 2), 2, 8)
 
