@@ -89,8 +89,8 @@ OPTIONS = (
     ),
     Option(
         "--max-connections",
-        "maximum number of open connections; beyond it, the connection that has waited longest for "
-        "its client is closed (default: 1024, or less if the limit on open files requires it)",
+        "maximum number of open connections; beyond it, a connection that is waiting for its "
+        "client is closed (default: 1024, or less if the limit on open files requires it)",
         *(None, 1, int),
     ),
     Option(
@@ -118,7 +118,7 @@ OPTIONS = (
     Option("--max-body", "maximum size of a request body", 1 << 20, 1, metavar="BYTES"),
     Option(
         "--max-rank",
-        "maximum rank of an adapter; a larger one is rejected with status 422 before it is read",
+        "maximum rank of an adapter; a larger one is rejected with status 422",
         *(256, 1),
     ),
     Option(
@@ -134,7 +134,8 @@ OPTIONS = (
     ),
     Option(
         "--cpu-mib",
-        "MiB of CPU memory for adapters that are not on the device (default: unlimited)",
+        "MiB of CPU memory for adapters; on a CPU, only for those that are not on the device "
+        "(default: unlimited)",
         *(None, 0, int),
     ),
     Option(
@@ -148,7 +149,9 @@ OPTIONS = (
         False,
     ),
     Option(
-        "--drain", "time for running requests to finish after SIGTERM", 30.0, 0, metavar="SECONDS"
+        "--drain",
+        "time for running requests to finish after SIGTERM, rounded to whole seconds, at least 1",
+        *(30.0, 0, float, "SECONDS"),
     ),
 )
 

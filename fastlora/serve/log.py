@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable
 
-SECONDS = 60.0  # period in which the same message is logged once
+SECONDS = 60.0  # minimum length of a period in which the same message is logged once
 MAX_MESSAGES = 200  # maximum number of different messages in this period
 MAX_LINE_CHARS = 1000  # maximum number of characters in a line
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -37,10 +37,12 @@ class OneLineMessageFormatter(logging.Formatter):
 
 
 class OncePerMinuteFilter(logging.Filter):
-    """A logging filter that lets each message through at most once a minute.
+    """A logging filter that lets each message through once per period.
 
-    The next line for the same message says how often it was repeated. The filter lets at most
-    `MAX_MESSAGES` different messages through per minute.
+    A period lasts at least a minute. The next one starts with the first message after that, so the
+    same message may pass twice within a minute. The line in the next period says how often the
+    message was repeated. The filter lets at most `MAX_MESSAGES` different messages through per
+    period.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
