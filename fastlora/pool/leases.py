@@ -444,7 +444,8 @@ class LeaseManager:
         device if there is currently room for it. Otherwise, it is only read into CPU memory.
 
         Returns:
-            A future that is done when the thread has processed all of the adapters.
+            A future that is done when the thread has processed all of the adapters, or when an
+            adapter could not be read. In that case, the adapters after it are not loaded.
         """
         with self.changed:
             self.check_pool_open()

@@ -171,7 +171,7 @@ class AdapterPool:
         takes over the slot of the replaced adapter. Leases on the replaced adapter remain valid, so
         forward passes under them still use it. If leased and pinned adapters leave no room on the
         device, the new adapter is stored in the CPU tier, and the next lease on it brings it to the
-        device.
+        device. If ``cpu_bytes`` leaves no room for it either, that lease reads its folder again.
 
         Args:
             name: Name of the adapter.
@@ -355,8 +355,9 @@ class AdapterPool:
             names: Names of registered adapters.
 
         Returns:
-            A future, which may be ignored. Its ``result()`` raises an error if an adapter could not
-            be read. The next lease on that adapter tries to read it again.
+            A future, which may be ignored. If an adapter cannot be read, ``result()`` raises the
+            error, and the adapters after it in ``names`` are not loaded. The next lease on an
+            adapter that was not loaded reads it.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
