@@ -42,7 +42,7 @@ CODE_LINES = {
     "ops": 4310,  # packed factors of several slices, stacks, and seeds of each call
     "optimizers": 272,  # copies of LoRA-FA optimizers
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names
-    "routing": 1760,  # blocks of other asyncio tasks, and dropout of each call of a layer
+    "routing": 1770,  # blocks of other asyncio tasks, and dropout of each call of a layer
     "serve": 2070,  # paths of invalid fields
     "train": 3720,  # checks of prompts, merge keys in YAML, and limits of settings
     "kernels": 4320,

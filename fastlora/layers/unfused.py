@@ -179,7 +179,8 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         check_not_merged(self)
         m, dims = self._count_samples_and_batch_dims(x)
         count = routing.ids.shape[0]
-        if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
+        one_id_per_row = m == count and not routing.cache.ids_are_per_sample
+        if not one_id_per_row and not ids_divide_rows(x.shape[0] if dims else 1, count):
             raise ValueError(
                 f"{type(self).__name__} for {type(self.base_layer).__name__} got an input of "
                 f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected one id "

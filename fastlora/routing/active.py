@@ -239,7 +239,8 @@ def check_batch_matches_ids(
     if _thread.unchecked:
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
-    if not is_being_compiled() and routing.cache.row_checker is not None:
+    compiling = is_being_compiled()
+    if not compiling and routing.cache.row_checker is not None:
         routing.cache.row_checker.mark_inputs_as_batch_ordered((*args, *kwargs.values()))
     x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
     if x is None or not x.dim():
@@ -258,3 +259,5 @@ def check_batch_matches_ids(
             f"the batch has {samples} samples and {count} adapter ids; generate() expects one id "
             "per sample"
         )
+    if not compiling:
+        routing.cache.ids_are_per_sample = count != tokens

@@ -234,6 +234,8 @@ class RoutingCache:
         is_checked: Whether the host has checked the ids.
         row_checker: Checks the rows that layers get in the block; None if every layer has been
             checked.
+        ids_are_per_sample: Whether the ids of the model's last call are known to be one per sample
+            and not one per token.
     """
 
     layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)
@@ -245,3 +247,4 @@ class RoutingCache:
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
     row_checker: RowOrderChecker | None = None
+    ids_are_per_sample: bool = False

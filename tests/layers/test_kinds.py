@@ -459,6 +459,30 @@ def test_an_embedding_of_positions_shares_no_batch() -> None:
         _layer(model)(positions)
     with fastlora.adapters(model, torch.tensor([0, -1, 0, -1])):
         _layer(model)(positions)
+        model(positions)
+
+
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_an_embedding_of_positions_raises_for_as_many_tokens_as_ids(tokens: int) -> None:
+    """The ids of 4 samples are not those of the 4 positions."""
+
+    class WithPositions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wpe = nn.Embedding(8, 6)
+
+        def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = x + self.wpe(positions)
+            return made
+
+    config = fastlora.LoraConfig(r=2, target_modules=["wpe"], init_lora_weights=False)
+    model = fastlora.get_peft_model(WithPositions(), config)
+    x, positions = torch.zeros(4, tokens, 6), torch.arange(tokens).unsqueeze(0)
+    with fastlora.adapters(model, ["default", None] * 2):
+        with pytest.raises(ValueError, match="position embedding"):
+            model(x, positions)
+        y = model(x, positions.expand(4, -1))
+    assert torch.equal(y[:1], model(x[:1], positions))
 
 
 def test_a_sparse_embedding_trains() -> None:
