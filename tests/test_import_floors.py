@@ -37,8 +37,8 @@ CODE_LINES = {
     "commands": 1850,  # vLLM in doctor, closed pipes, and names with dots in chat
     "init": 879,
     "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
-    "layers": 6975,  # replaced forwards, and hooks of adapted parameters
-    "model": 7570,  # ties of files, wrapped modules, and adapters that changed the base
+    "layers": 7005,  # replaced forwards, hooks of adapted parameters, and inputs of copies
+    "model": 7560,  # ties of files, wrapped modules, and adapters that changed the base
     "ops": 4310,  # packed factors of several slices, stacks, and seeds of each call
     "optimizers": 272,  # copies of LoRA-FA optimizers
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import enum
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastlora.layers.module_wrapper import ModuleWrapper, adapter_index_of_rows
 from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
+
+# Types of arguments that each adapter's copy of a module receives unchanged.
+_SAME_FOR_ALL_ROWS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, enum.Enum)
 
 
 def raise_if_container(module: nn.Module) -> None:
@@ -123,7 +127,12 @@ class ModulesToSaveWrapper(ModuleWrapper):
             return self.current()(*args, **kwargs)
         return self._in_batch(routing, *args, **kwargs)
 
-    def _in_batch(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _in_batch(self, routing: Routing, x: object = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            raise UnsupportedLayerError(
+                f"{self._description()} must get a tensor as its first positional argument in a "
+                "mixed batch. Change the call of the module, or use one adapter per batch"
+            )
         with self._check_rows_and_pause_tracking(routing, x):
             return self._run_copies_on_rows(routing, x, *args, **kwargs)
 
@@ -135,8 +144,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
         The original module runs on the other rows, and all outputs are combined into one output.
         The rows are along x's first dimension. If ids are per token, the leading dimensions of
         ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
-        the rows along their first dimension. If x has two dimensions, a further argument that has
-        as many rows, such as a router's weights for experts, is split like x.
+        the rows along their first dimension. A further tensor argument that has as many rows, such
+        as an attention mask or a router's weights for experts, is split like x.
         """
         lead = x.shape[:1]
         if not ids_divide_rows(x.shape[0], routing.ids.numel()):
@@ -147,16 +156,18 @@ class ModulesToSaveWrapper(ModuleWrapper):
         # rows. FSDP2 may have wrapped each module, and each call then waits for the other
         # processes.
         together = routing.unused_gradients and torch.is_grad_enabled()
-        indices, parts = [], []
+        indices, modules, parts = [], [], []
         for slot, module in enumerate((self.original_module, *self.modules_to_save.values()), -1):
             index = (own == slot).nonzero().flatten()
             if index.numel() or together or not count:
                 indices.append(index)
-                own_args, own_kwargs = args, kwargs
-                if x.dim() == 2:
-                    own_args, own_kwargs = _select_rows((args, kwargs), index, count)
-                output = module(x.index_select(0, index), *own_args, **own_kwargs)
-                parts.append(tree_flatten(output))
+                modules.append(module)
+        for index, module in zip(indices, modules, strict=True):
+            own_args, own_kwargs = args, kwargs
+            if len(modules) > 1:
+                own_args, own_kwargs = self._select_rows((args, kwargs), index, x)
+            output = module(x.index_select(0, index), *own_args, **own_kwargs)
+            parts.append(tree_flatten(output))
         leaves = [
             self._combine_outputs(indices, found, lead)
             for found in zip(*(values for values, _ in parts), strict=True)
@@ -176,9 +187,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
             return outputs[0]  # None, or a number
         sizes = [index.numel() for index in indices]
         if any(not t.dim() or t.shape[0] != n for t, n in zip(tensors, sizes, strict=True)):
-            kind = type(self.original_module).__name__
             raise UnsupportedLayerError(
-                f"a {kind} in modules_to_save returned a tensor of shape "
+                f"{self._description()} returned a tensor of shape "
                 f"{tuple(tensors[0].shape)} for an input of {sizes[0]} rows; in a mixed batch, the "
                 "first dimension of the output must have one entry per input row. Change the "
                 "module's output, or use one adapter per batch"
@@ -188,16 +198,45 @@ class ModulesToSaveWrapper(ModuleWrapper):
             result = result.index_copy(0, index, tensor)
         return result.view(*lead, *result.shape[1:])
 
+    def _select_rows(
+        self,
+        arguments: tuple[tuple[object, ...], dict[str, object]],
+        index: torch.Tensor,
+        x: torch.Tensor,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Select the rows at ``index`` in each tensor argument that has as many rows as x.
 
-def _select_rows(
-    arguments: tuple[tuple[object, ...], dict[str, object]], index: torch.Tensor, count: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Select the rows at ``index`` in each tensor argument that has ``count`` rows.
+        Returns the arguments with the selected rows. All other arguments are unchanged.
 
-    Returns the arguments with the selected rows. All other arguments are unchanged.
-    """
-    return tree_map_only(
-        torch.Tensor,
-        lambda t: t.index_select(0, index) if t.dim() and t.shape[0] == count else t,
-        arguments,
-    )
+        Raises:
+            UnsupportedLayerError: An argument, such as a cache, cannot be split into rows, or a
+                tensor has as many rows as x along another dimension.
+        """
+        count = x.shape[0]
+
+        def select(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                if not value.dim() or value.shape[0] != count:
+                    return value
+                if value.dim() >= x.dim() or count not in x.shape[1:-1]:
+                    return value.index_select(0, index)
+                raise UnsupportedLayerError(
+                    f"{self._description()} got an argument of shape {tuple(value.shape)} for an "
+                    f"input of shape {tuple(x.shape)}; in a mixed batch, fastlora cannot tell "
+                    "whether the first dimension of the argument is the batch dimension. Use "
+                    "another batch size, or one adapter per batch"
+                )
+            if value is None or isinstance(value, _SAME_FOR_ALL_ROWS):
+                return value
+            raise UnsupportedLayerError(
+                f"{self._description()} got an argument of type {type(value).__name__}, which a "
+                "mixed batch cannot split by sample. Do not pass this argument (for a cache, set "
+                "use_cache=False), or use one adapter per batch"
+            )
+
+        # PyTorch's trees may contain caches, and would replace them with new ones.
+        return tree_map(select, arguments, is_leaf=lambda v: not isinstance(v, tuple | list | dict))
+
+    def _description(self) -> str:
+        """Return a description of the module for error messages."""
+        return f"a {type(self.original_module).__name__} in modules_to_save"

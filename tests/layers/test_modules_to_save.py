@@ -222,6 +222,59 @@ def test_several_tensors_in_a_mixed_batch() -> None:
         saved_twice(OnHalves(scalar=True)).double()(x, adapter_names=rows)
 
 
+class Masked(nn.Module):
+    """Has an input for each sample and settings beside x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: Any = None, setting: Any = None) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y if mask is None else y * mask
+
+
+class OnMasked(nn.Module):
+    """Its other inputs are for the module that is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.masked = nn.Linear(8, 8), Masked()
+
+    def forward(self, x: torch.Tensor | None, **others: Any) -> Any:
+        return self.masked(**others) if x is None else self.masked(self.lin(x), **others)
+
+
+def test_masks_are_split_like_the_input() -> None:
+    """By their first dimension, unless it may be another one of the input."""
+    model, x = saved_twice(OnMasked(), "masked"), torch.randn(4, 3, 8)
+    settings = {"a": (1, 2.0, [None]), "b": torch.Size([4]), "c": torch.float32}
+    mask, rows = torch.randn(4, 3, 1), ["b", None, "a", "b"]
+    mixed = model(x, mask=mask, setting=settings, adapter_names=rows)
+    torch.testing.assert_close(mixed, mask * model(x, mask=torch.ones(1, 3, 1), adapter_names=rows))
+    square = torch.randn(4, 4, 8)
+    model(square, mask=torch.randn(4, 4, 1), adapter_names=rows)
+    with pytest.raises(UnsupportedLayerError, match=r"shape \(4, 1\) for an input of shape \(4, 4"):
+        model(square, mask=torch.randn(4, 1), adapter_names=rows)
+    model(square, mask=torch.randn(4, 1), adapter_names=["a"] * 4)
+
+
+def test_inputs_that_have_no_rows_to_split() -> None:
+    """A cache that several copies would write to raises; one copy may have it."""
+    transformers = pytest.importorskip("transformers")
+    model, x = saved_twice(OnMasked(), "masked"), torch.randn(2, 3, 8)
+    for other in (transformers.DynamicCache(), [object()]):
+        with pytest.raises(UnsupportedLayerError, match="a Masked in modules_to_save got an argum"):
+            model(x, setting=other, adapter_names=["a", "b"])
+        model(x, setting=other, adapter_names=["a", "a"])
+
+
+def test_a_copy_that_is_called_by_keyword() -> None:
+    model = saved_twice(OnMasked(), "masked")
+    with pytest.raises(UnsupportedLayerError, match="a tensor as its first positional argument"):
+        model(None, mask=torch.randn(2, 8), adapter_names=["a", "b"])
+
+
 @pytest.mark.parametrize("how", ["layers", "block"])
 def test_nothing_trains_while_disabled(how: str) -> None:
     """And afterwards what did before, or what has been made active meanwhile."""
