@@ -203,7 +203,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _mixed("default", "__base__"))),
     ),
     Exemption(
-        "Any module in `modules_to_save` can be used with a mixed batch",
+        "Modules of any class in `modules_to_save` can be used with a mixed batch",
         lambda m: m.of("mixed") and m.accepted("Mixed batching is only supported"),
         Script("Llama", (_wrap(["q_proj"], modules_to_save=["norm"]), _mixed("default"))),
     ),
