@@ -38,9 +38,9 @@ CODE_LINES = {
     "init": 879,
     "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
     "layers": 7005,  # replaced forwards, hooks of adapted parameters, and inputs of copies
-    "model": 7560,  # ties of files, wrapped modules, and adapters that changed the base
+    "model": 7570,  # ties of files, wrapped modules, and adapters that changed the base
     "ops": 4310,  # packed factors of several slices, stacks, and seeds of each call
-    "optimizers": 272,  # copies of LoRA-FA optimizers
+    "optimizers": 272,  # copies of LoRA-FA optimizers, and checks of groups
     "pool": 1770,  # parameters, and stacks of them, as targets; longer names
     "routing": 1770,  # blocks of other asyncio tasks, and dropout of each call of a layer
     "serve": 2070,  # paths of invalid fields
