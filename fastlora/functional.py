@@ -34,8 +34,8 @@ def lora_linear(
         x: Input, ``[..., K]``, in fp16, bf16, fp32, or fp64.
         weight: Base weight, ``[N, K]``, in the dtype of x unless autocast is enabled.
         lora_a: Down projection, ``[R, K]``, in fp16, bf16, fp32, or fp64. It is cast to the dtype
-            of x for the product, except for few bf16 rows on a CPU, where x is cast instead.
-        lora_b: Up projection, ``[N, R]``, in one of these dtypes. It is cast in the same way.
+            of x for the product. If x has only a few rows in bf16 on a CPU, x is cast instead.
+        lora_b: Up projection, ``[N, R]``, in one of the same dtypes. It is cast in the same way.
         scaling: A number, or a tensor with 1 element or R elements (one per row of lora_a).
         bias: Base bias, ``[N]``, or None.
         dropout_p: Probability, in [0, 1), of zeroing an element of the input of lora_a. The input
@@ -55,8 +55,8 @@ def lora_linear(
 
     Raises:
         ValueError: Shapes or devices do not match, or an option has an unknown value.
-        TypeError: A tensor does not have one of these dtypes, or the dtype of weight differs from
-            that of x without autocast.
+        TypeError: A tensor is not in fp16, bf16, fp32, or fp64, or, if autocast is off, the dtype
+            of weight differs from that of x.
         ImplementationError: ``impl="triton"`` or batch-invariant mode cannot be used with these
             arguments or on this machine.
     """

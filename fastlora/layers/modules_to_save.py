@@ -131,7 +131,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         if not isinstance(x, torch.Tensor):
             raise UnsupportedLayerError(
                 f"{self._description()} must get a tensor as its first positional argument in a "
-                "mixed batch. Change the call of the module, or use one adapter per batch"
+                "mixed batch. Change how the module is called, or use one adapter per batch"
             )
         with self._check_rows_and_pause_tracking(routing, x):
             return self._run_copies_on_rows(routing, x, *args, **kwargs)
@@ -144,8 +144,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
         The original module runs on the other rows, and all outputs are combined into one output.
         The rows are along x's first dimension. If ids are per token, the leading dimensions of
         ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
-        the rows along their first dimension. A further tensor argument that has as many rows, such
-        as an attention mask or a router's weights for experts, is split like x.
+        the rows along their first dimension. Any other tensor argument with as many rows, such as
+        an attention mask or a router's weights for experts, is split like x.
         """
         lead = x.shape[:1]
         if not ids_divide_rows(x.shape[0], routing.ids.numel()):
@@ -209,8 +209,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         Returns the arguments with the selected rows. All other arguments are unchanged.
 
         Raises:
-            UnsupportedLayerError: An argument, such as a cache, cannot be split into rows, or a
-                tensor has as many rows as x along another dimension.
+            UnsupportedLayerError: An argument, such as a cache, cannot be split into rows, or it is
+                unclear whether the first dimension of a tensor is the batch dimension, because x
+                has another dimension of the same size.
         """
         count = x.shape[0]
 
@@ -234,7 +235,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
                 "use_cache=False), or use one adapter per batch"
             )
 
-        # PyTorch's trees may contain caches, and would replace them with new ones.
+        # PyTorch also treats some caches as trees, and would replace them with new ones.
         return tree_map(select, arguments, is_leaf=lambda v: not isinstance(v, tuple | list | dict))
 
     def _description(self) -> str:

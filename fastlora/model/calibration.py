@@ -149,8 +149,8 @@ def preprocess_corda(
 
     Raises:
         ConfigError: If there is neither data nor a cache file.
-        InitializationError: If a layer cannot be calibrated. The message names the layer. Also if
-            no target is a linear layer, or if ``dataloader`` has no batches.
+        InitializationError: If a layer cannot be calibrated (the message names the layer), if no
+            target is a linear layer, or if ``dataloader`` has no batches.
         TargetNotFoundError: If no module matches the config.
     """
     config = to_lora_config(lora_config)
@@ -240,8 +240,8 @@ def preprocess_loraga(
 
     Raises:
         ConfigError: If ``lora_ga_config`` is not set, or if there is neither data nor a cache file.
-        InitializationError: If a layer received no gradient or is quantized. The message names the
-            layer. Also if no target is a linear layer, if ``dataloader`` has no batches, or if the
+        InitializationError: If a layer received no gradient or is quantized (the message names the
+            layer), if no target is a linear layer, if ``dataloader`` has no batches, or if the
             output for a batch has no scalar loss.
         TargetNotFoundError: If no module matches the config.
     """

@@ -113,8 +113,8 @@ class LoraConfig(PeftConfigMethods):
             ``"orthogonal"``, a method that uses the base weight (``"pissa"``, ``"pissa_niter_4"``,
             ``"olora"``, ``"mica"``, ``"loftq"``), or a method that uses data (``"corda"``,
             ``"eva"``, ``"lora_ga"``). See ``docs/initialization.md``.
-        layers_to_transform: The indices of the layers to adapt. ``target_modules`` must then not be
-            a string, and neither may the architecture's default.
+        layers_to_transform: The indices of the layers to adapt. If set, neither ``target_modules``
+            nor the architecture's default for it may be a string.
         layers_pattern: The name of the list of layers that ``layers_to_transform`` refers to.
         rank_pattern: A mapping from regular expressions to ranks. An expression applies to a module
             or a target parameter if it matches the whole name, or the part of the name after one of
@@ -465,7 +465,7 @@ class LoraConfig(PeftConfigMethods):
         Args:
             data: A mapping from field names to values.
             for_loading: Whether the adapter's weights come from a file. The checks are then more
-                tolerant: settings of the initialization are not required. Settings that are given
+                tolerant: settings of the initialization are not required, but those that are given
                 are checked. ``init_lora_weights`` keeps its value.
 
         Raises:
@@ -483,8 +483,8 @@ class LoraConfig(PeftConfigMethods):
         Args:
             peft_config: PEFT's config object.
             initialized: Whether the adapter is already in a model, and is therefore not initialized
-                again. Settings of the initialization are then not required. Settings that are given
-                are checked.
+                again. Settings of the initialization are then not required, but those that are
+                given are checked.
 
         Raises:
             ConfigError: If the object is not a config for LoRA, or has a value that `LoraConfig`

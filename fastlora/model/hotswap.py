@@ -204,8 +204,8 @@ def hotswap_adapter(
         AdapterNotFoundError: If there is no such adapter.
         AdapterStateError: If the model has no adapters, if the adapter is merged or on the meta
             device, if a `fastlora.adapters` block of the model is open, or if the file contains a
-            base tensor that other adapters are merged into and its value from before the merge was
-            not kept.
+            base tensor that other adapters are merged into and whose value from before the merge
+            was not kept.
         ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
             ``bias``, or ``trainable_token_indices``; if the two adapters tie different modules to
             the input embedding (``ensure_weight_tying``); or if the initialization of one of the

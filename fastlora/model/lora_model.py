@@ -163,8 +163,8 @@ class LoraModel(PeftModelMethods, nn.Module):
     ) -> None:
         """Add an adapter to the model.
 
-        The adapter is frozen and inactive until `set_adapter` activates it. As in PEFT, trained
-        tokens of a tied embedding are an exception: the first such adapter is active at once.
+        The adapter is frozen and inactive until `set_adapter` activates it. As in PEFT, there is
+        one exception: the first adapter that trains tokens of a tied embedding is active at once.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -312,8 +312,8 @@ class LoraModel(PeftModelMethods, nn.Module):
             TargetNotFoundError, UnsupportedLayerError, InitializationError: See `get_peft_model`.
             AdapterStateError: For a loaded adapter, if it is merged, or if a `fastlora.adapters`
                 block of the model is open in any thread. For a new adapter, if both this adapter
-                and another one train biases of the base model, if both need a change of the base
-                weights, or in the cases listed in `add_adapter`.
+                and another one train biases of the base model, if both require the base weights
+                to change, or in the cases listed in `add_adapter`.
             ConfigError: If the name or a field of the config is invalid. For a loaded adapter, also
                 if the initialization of the loaded or the new adapter changed the base weights, and
                 that of the other one did not change them in the same way.
@@ -378,8 +378,8 @@ class LoraModel(PeftModelMethods, nn.Module):
         Raises:
             AdapterNotFoundError: If there is no such adapter.
             AdapterStateError: If an adapter is on the meta device and ``state_dict`` is None, or if
-                adapters are merged into a base weight or bias that is saved with an adapter, and
-                its value from before the merge was not kept.
+                adapters are merged into a base weight or bias that is saved with an adapter and
+                whose value from before the merge was not kept.
             CheckpointError: If ``state_dict`` lacks a tensor of the adapter, or if the untrained
                 adapter does not fit the trained one.
             ConfigError: If the adapter cannot be converted.

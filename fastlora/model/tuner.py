@@ -126,9 +126,9 @@ class LoraTuner(nn.Module):
     ) -> None:
         """Add an adapter to the model.
 
-        The new adapter is frozen and inactive. As in PEFT, trained tokens of a tied embedding are
-        an exception: the first such adapter is active at once. If the new adapter is the model's
-        first, the base model is frozen.
+        The new adapter is frozen and inactive. As in PEFT, there is one exception: the first
+        adapter that trains tokens of a tied embedding is active at once. If the new adapter is the
+        model's first, the base model is frozen.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.

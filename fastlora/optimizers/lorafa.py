@@ -105,7 +105,7 @@ class LoraFAOptimizer(Optimizer):
     def _pair_factors(self) -> None:
         """Pair each lora_B weight with the matching lora_A weight.
 
-        The lora_A may be in another parameter group, but one in the same group has precedence.
+        The lora_A may be in another parameter group, but one in the same group takes precedence.
         """
         groups = [dict(zip(g["names"], g["params"], strict=True)) for g in self.param_groups]
         everywhere = {name: parameter for group in groups for name, parameter in group.items()}
@@ -208,8 +208,8 @@ def create_lorafa_optimizer(
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
-        r, lora_alpha: Accepted for compatibility with PEFT. ``r`` must be positive. The optimizer
-            uses the scaling of each layer instead.
+        r, lora_alpha: Accepted for compatibility with PEFT, but not used: the optimizer uses the
+            scaling of each layer instead. ``r`` must still be positive.
         lr: Learning rate.
         weight_decay: Decoupled weight decay coefficient of AdamW.
         use_rslora: Deprecated, as in PEFT. If not None, it must equal the value in the configs of

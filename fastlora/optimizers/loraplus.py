@@ -42,8 +42,8 @@ def create_loraplus_optimizer(
             on embeddings, 1e-6 by default), and arguments of ``optimizer_cls``.
 
     Returns:
-        An optimizer with four parameter groups, in this order, for lora_A and other matrices,
-        adapters on embeddings, lora_B and other vectors, and biases and `nn.LayerNorm` parameters.
+        An optimizer. Its four parameter groups contain lora_A and other matrices; adapters on
+        embeddings; lora_B and vectors; and biases and the parameters of `nn.LayerNorm` modules.
 
     Raises:
         ConfigError: A learning rate or the ratio is not a positive number, or no parameter is
@@ -86,7 +86,7 @@ def loraplus_groups(
         lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding: As in
             `create_loraplus_optimizer`.
         without_decay: Names of vectors and lora_B weights without weight decay. Those whose names
-            contain ``bias`` have no weight decay either. As in PEFT, other matrices have it.
+            contain ``bias`` have no weight decay either. As in PEFT, all other matrices have it.
 
     Raises:
         ConfigError: As in `create_loraplus_optimizer`.

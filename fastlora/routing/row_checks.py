@@ -256,8 +256,9 @@ class RowOrderChecker:
             if is_late:
                 warn(
                     f"layer {self._checks.name_of(layer)!r} runs in a mixed batch for the first "
-                    f"time, after {_MOST_BLOCKS} mixed batches without it. fastlora checks from "
-                    "the next mixed batch on whether the layer gets every row of the batch in order"
+                    f"time, after {_MOST_BLOCKS} mixed batches without it. From the next mixed "
+                    "batch on, fastlora checks whether the layer gets every row of the batch in "
+                    "order"
                 )
 
 

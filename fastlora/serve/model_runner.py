@@ -149,7 +149,7 @@ class KVCacheModelRunner:
         length: Maximum number of tokens in a row. None uses the model's limit, but at most 2,048.
 
     Raises:
-        UnsupportedLayerError: The model has an unsupported kind of layer, uses ALiBi, or its
+        UnsupportedLayerError: The model has an unsupported kind of layer or uses ALiBi, or its
             forward pass does not accept a cache, positions, and a mask.
         ConfigError: ``length`` exceeds the limit of the model.
     """
