@@ -41,7 +41,7 @@ CODE_LINES = {
     "model": 7570,  # ties of files, wrapped modules, and adapters that changed the base
     "ops": 4310,  # packed factors of several slices, stacks, and seeds of each call
     "optimizers": 272,  # copies of LoRA-FA optimizers, and checks of groups
-    "pool": 1770,  # parameters, and stacks of them, as targets; longer names
+    "pool": 1780,  # parameters, and stacks of them, as targets; longer names
     "routing": 1770,  # blocks of other asyncio tasks, and dropout of each call of a layer
     "serve": 2070,  # paths of invalid fields
     "train": 3720,  # checks of prompts, merge keys in YAML, and limits of settings

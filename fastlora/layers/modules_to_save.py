@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import enum
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +14,6 @@ from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
-
-# Types of arguments that each adapter's copy of a module receives unchanged.
-_SAME_FOR_ALL_ROWS = (int, float, complex, str, torch.Size, torch.dtype, torch.device, enum.Enum)
 
 
 def raise_if_container(module: nn.Module) -> None:
@@ -156,18 +152,14 @@ class ModulesToSaveWrapper(ModuleWrapper):
         # rows. FSDP2 may have wrapped each module, and each call then waits for the other
         # processes.
         together = routing.unused_gradients and torch.is_grad_enabled()
-        indices, modules, parts = [], [], []
+        indices, parts = [], []
         for slot, module in enumerate((self.original_module, *self.modules_to_save.values()), -1):
             index = (own == slot).nonzero().flatten()
             if index.numel() or together or not count:
                 indices.append(index)
-                modules.append(module)
-        for index, module in zip(indices, modules, strict=True):
-            own_args, own_kwargs = args, kwargs
-            if len(modules) > 1:
-                own_args, own_kwargs = self._select_rows((args, kwargs), index, x)
-            output = module(x.index_select(0, index), *own_args, **own_kwargs)
-            parts.append(tree_flatten(output))
+                own_args, own_kwargs = self._select_rows((args, kwargs), index, x, lead)
+                output = module(x.index_select(0, index), *own_args, **own_kwargs)
+                parts.append(tree_flatten(output))
         leaves = [
             self._combine_outputs(indices, found, lead)
             for found in zip(*(values for values, _ in parts), strict=True)
@@ -203,36 +195,47 @@ class ModulesToSaveWrapper(ModuleWrapper):
         arguments: tuple[tuple[object, ...], dict[str, object]],
         index: torch.Tensor,
         x: torch.Tensor,
+        lead: torch.Size,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Select the rows at ``index`` in each tensor argument that has as many rows as x.
+        """Select the rows at ``index`` in each tensor argument that has one entry per row of x.
 
         Returns the arguments with the selected rows. All other arguments are unchanged.
 
+        Args:
+            arguments: The positional and keyword arguments of the module after x.
+            index: The rows of x that the module gets.
+            x: The input, with its rows along the first dimension.
+            lead: The dimensions of the input that were flattened to rows.
+
         Raises:
-            UnsupportedLayerError: An argument, such as a cache, cannot be split into rows, or it is
-                unclear whether the first dimension of a tensor is the batch dimension, because x
-                has another dimension of the same size.
+            UnsupportedLayerError: An argument is a cache, or it is unclear whether a tensor has one
+                entry per row.
         """
         count = x.shape[0]
+        if index.numel() == count:
+            return arguments
 
         def select(value: object) -> object:
             if isinstance(value, torch.Tensor):
-                if not value.dim() or value.shape[0] != count:
+                if len(lead) > 1 and value.shape[: len(lead)] == lead:
+                    value = value.flatten(0, len(lead) - 1)
+                elif not value.dim() or value.shape[0] != count:
                     return value
-                if value.dim() >= x.dim() or count not in x.shape[1:-1]:
-                    return value.index_select(0, index)
-                raise UnsupportedLayerError(
-                    f"{self._description()} got an argument of shape {tuple(value.shape)} for an "
-                    f"input of shape {tuple(x.shape)}; in a mixed batch, fastlora cannot tell "
-                    "whether the first dimension of the argument is the batch dimension. Use "
-                    "another batch size, or one adapter per batch"
-                )
-            if value is None or isinstance(value, _SAME_FOR_ALL_ROWS):
+                elif index.numel() and not _has_one_entry_per_row(value, x):
+                    raise UnsupportedLayerError(
+                        f"{self._description()} got an argument of shape {tuple(value.shape)} for "
+                        f"an input of shape {tuple(x.shape)}; in a mixed batch, fastlora cannot "
+                        "tell whether the first dimension of the argument is the batch dimension. "
+                        "Use another batch size, or one adapter per batch"
+                    )
+                return value.index_select(0, index.to(value.device))
+            if not callable(getattr(value, "get_seq_length", None)):
                 return value
+            if not index.numel():
+                return None
             raise UnsupportedLayerError(
-                f"{self._description()} got an argument of type {type(value).__name__}, which a "
-                "mixed batch cannot split by sample. Do not pass this argument (for a cache, set "
-                "use_cache=False), or use one adapter per batch"
+                f"{self._description()} got a {type(value).__name__}, which a mixed batch cannot "
+                "split by sample. Set use_cache=False, or use one adapter per batch"
             )
 
         # PyTorch also treats some caches as trees, and would replace them with new ones.
@@ -241,3 +244,18 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _description(self) -> str:
         """Return a description of the module for error messages."""
         return f"a {type(self.original_module).__name__} in modules_to_save"
+
+
+def _has_one_entry_per_row(value: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether a tensor with as many rows as x has one entry per row of x.
+
+    If x has more than two dimensions, the size of the first dimension could also be that of another
+    dimension, such as the number of heads in a bias of shape ``[heads, 1, T]``.
+    """
+    if x.dim() == 2:
+        return True
+    if value.dim() > 2:
+        return value.shape[1] > 1 or value.dim() == 4 or value.shape[1:] == x.shape[1:]
+    if value.shape == x.shape[:2] and value.dtype in (torch.int32, torch.int64):
+        return True
+    return x.shape[0] not in x.shape[1:]

@@ -188,7 +188,7 @@ class LoraFAOptimizer(Optimizer):
         square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
         size = group["lr"]
         if group["correct_bias"]:
-            size *= math.sqrt(1.0 - beta2 ** state["step"]) / (1.0 - beta1 ** state["step"])
+            size = size * math.sqrt(1.0 - beta2 ** state["step"]) / (1.0 - beta1 ** state["step"])
         parameter.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
         if group["weight_decay"] > 0.0:
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])

@@ -254,6 +254,11 @@ class AdapterReader:
                 f"{source}: adapter pools do not support trainable_token_indices, because all rows "
                 "of a batch share the base model's embeddings"
             )
+        if config.layer_replication:
+            raise UnsupportedAdapterError(
+                f"{source}: adapter pools do not support layer_replication, because all rows of a "
+                "batch share the base model's layers"
+            )
         # If a pattern changes ranks, they are checked on the factors instead.
         if not config.rank_pattern:
             self._check_rank(f"{source}: r={config.r}", config.r)

@@ -206,11 +206,16 @@ def skip_batch_size_check() -> Iterator[None]:
 def discard_unused_results(group: RoutedLayerGroup) -> None:
     """Discard a group's results that were computed in advance but not used.
 
-    These are results for layers that the model's forward pass did not call. Compiled code discards
-    nothing.
+    These are results for layers that the model's forward pass did not call. What is known about the
+    ids of this forward pass is discarded too. Compiled code discards nothing.
     """
-    if not is_being_compiled() and group.unfinished:
+    if is_being_compiled():
+        return
+    if group.unfinished:
         group.discard_unused_results()
+    routing = _thread.by_group.get(group)
+    if routing is not None:
+        routing.cache.ids_are_per_sample = False
 
 
 def check_batch_matches_ids(

@@ -234,8 +234,8 @@ class RoutingCache:
         is_checked: Whether the host has checked the ids.
         row_checker: Checks the rows that layers get in the block; None if every layer has been
             checked.
-        ids_are_per_sample: Whether the model's last call is known to have one id per sample rather
-            than one per token.
+        ids_are_per_sample: Whether the current call of the model is known to have one id per sample
+            rather than one per token.
     """
 
     layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)

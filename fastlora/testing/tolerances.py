@@ -84,7 +84,7 @@ def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
 
     Args:
         model: The model. Its `torch.nn.Linear` modules then sum the output and the gradient of the
-            input in a random order. Subclasses with a forward method of their own, such as
+            input in a random order. Modules with a forward method of their own, such as
             fastlora's layers, are not affected.
         seed: The seed of the random orders.
     """
@@ -101,7 +101,11 @@ def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
         y = F.linear(args[0].index_select(-1, k), shuffled).index_select(-1, n.argsort())
         return y if module.bias is None else y + module.bias
 
-    linears = [module for module in model.modules() if type(module).forward is nn.Linear.forward]
+    linears = [
+        module
+        for module in model.modules()
+        if type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    ]
     # Run before other hooks, which receive the output of this one.
     handles = [module.register_forward_hook(again, prepend=True) for module in linears]
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import LoraConfig, LoraModel, get_peft_model
+from fastlora import LoraConfig, LoraModel, adapters, get_peft_model
 from fastlora.model.targets import find_target_modules
 from fastlora.validation import UnsupportedLayerError
 from tests.support.tiny import randomize, tiny_llama
@@ -263,10 +263,32 @@ def test_inputs_that_have_no_rows_to_split() -> None:
     """A cache that several copies would write to raises; one copy may have it."""
     transformers = pytest.importorskip("transformers")
     model, x = saved_twice(OnMasked(), "masked"), torch.randn(2, 3, 8)
-    for other in (transformers.DynamicCache(), [object()]):
-        with pytest.raises(UnsupportedLayerError, match="a Masked in modules_to_save got an argum"):
-            model(x, setting=other, adapter_names=["a", "b"])
-        model(x, setting=other, adapter_names=["a", "a"])
+    cache = transformers.DynamicCache()
+    with pytest.raises(UnsupportedLayerError, match="Masked in modules_to_save got a DynamicCache"):
+        model(x, setting=[cache], adapter_names=["a", "b"])
+    model(x, setting=[cache], adapter_names=["a", "a"])
+    for other in (object(), torch.tanh, slice(2), transformers.LlamaConfig()):
+        model(x, setting=other, adapter_names=["a", "b"])
+
+
+def test_a_bias_with_as_many_heads_as_samples_raises() -> None:
+    """It is not split by sample."""
+    model, x = saved_twice(OnMasked(), "masked"), torch.randn(2, 3, 8)
+    for shape in ((2, 1, 1), (2, 1, 3)):
+        with pytest.raises(UnsupportedLayerError, match="whether the first dimension"):
+            model(x, setting=torch.randn(shape), adapter_names=["a", "b"])
+    for shape in ((2, 1, 3, 3), (2, 3), (2, 3, 1), (2,), (1, 3, 1), (3, 8)):
+        model(x, setting=torch.randn(shape), adapter_names=["a", "b"])
+
+
+def test_inputs_per_token_are_split_like_the_input() -> None:
+    """With ids per token, the rows are all tokens."""
+    model, x = saved_twice(OnMasked(), "masked"), torch.randn(2, 2, 8)
+    mask, ids = torch.randn(2, 2, 1), torch.tensor([0, 1, 1, -1])
+    with adapters(model, ids):
+        mixed = model(x, mask=mask)
+    with adapters(model, ids):
+        torch.testing.assert_close(mixed, mask * model(x))
 
 
 def test_a_copy_that_is_called_by_keyword() -> None:

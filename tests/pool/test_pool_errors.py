@@ -110,6 +110,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_config(f, trainable_token_indices=[1]),
         "do not support trainable_token_indices",
     ),
+    "copied layers": (
+        lambda f: edit_config(f, layer_replication=[[0, 2], [0, 2]]),
+        "do not support layer_replication",
+    ),
     "rank": (
         lambda f: make_folder(f, 1, r=9),
         "r=9 exceeds the pool's max_rank=8",
