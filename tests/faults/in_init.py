@@ -107,6 +107,15 @@ FAULTS = (
         tests=(f"{_OPTIMIZERS}::test_lorafa_sees_a_lora_a_that_was_replaced_twice",),
     ),
     Fault(
+        sentence="Each step of LoRA-FA decreases a learning rate that is a tensor.",
+        kind="a write to a setting",
+        source="e722df0",
+        path="fastlora/optimizers/lorafa.py",
+        before="size = size * math.sqrt(",
+        after="size *= math.sqrt(",
+        tests=(f"{_OPTIMIZERS}::test_lorafa_steps_are_those_of_peft",),
+    ),
+    Fault(
         sentence="LoRA-FA takes a bias of lora_B for the partner of a lora_A.",
         kind="partners matched wrongly",
         source="5b22cfd",

@@ -406,6 +406,30 @@ FAULTS = (
             "test_conformance[unused_adapters-model-mixed-plain]",
         ),
     ),
+    Fault(
+        sentence="Each position of a sequence gets the adapter of one of the samples.",
+        kind="ids of samples taken for those of tokens",
+        source="6f7e248",
+        path="fastlora/layers/unfused.py",
+        before="one_id_per_row = m == count and not routing.cache.ids_are_per_sample",
+        after="one_id_per_row = m == count",
+        tests=(
+            "tests/layers/test_kinds.py::"
+            "test_an_embedding_of_positions_raises_for_as_many_tokens_as_ids",
+        ),
+    ),
+    Fault(
+        sentence="What one call of a model tells of its ids is believed after the call.",
+        kind="a stale flag",
+        source="6f7e248",
+        path="fastlora/routing/active.py",
+        before="        routing.cache.ids_are_per_sample = False\n",
+        after="        pass\n",
+        tests=(
+            "tests/layers/test_kinds.py::"
+            "test_an_embedding_of_positions_raises_for_as_many_tokens_as_ids",
+        ),
+    ),
     # -------------------------------------------------------------------------------- merging
     Fault(
         "Unmerging loses what was written to the weight while it was merged.",

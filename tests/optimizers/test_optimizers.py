@@ -65,7 +65,8 @@ def test_lorafa_steps_are_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None
         (peft, library.create_lorafa_optimizer),
     ):
         model = adapted(source, **config)
-        optimizer = create(model, r=4, lora_alpha=12, lr=1e-2, weight_decay=0.1)
+        rate: Any = torch.tensor(1e-2) if create is create_lorafa_optimizer else 1e-2
+        optimizer = create(model, r=4, lora_alpha=12, lr=rate, weight_decay=0.1)
         for _ in range(4):
             optimizer.zero_grad()
             model(X).square().mean().backward()
