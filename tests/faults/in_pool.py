@@ -12,7 +12,7 @@ _THREADS = "tests/pool/test_pool_threads.py"
 FAULTS = (
     Fault(
         sentence="An adapter with replicated layers is registered, and adapts other layers.",
-        kind="a check left out",
+        kind="layers taken for others",
         source="f591f74",
         path="fastlora/pool/reader.py",
         before="        if config.layer_replication:",
