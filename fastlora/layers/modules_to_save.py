@@ -140,8 +140,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
         The original module runs on the other rows, and all outputs are combined into one output.
         The rows are along x's first dimension. If ids are per token, the leading dimensions of
         ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
-        the rows along their first dimension. Any other tensor argument with as many rows, such as
-        an attention mask or a router's weights for experts, is split like x.
+        the rows along their first dimension. Other tensor arguments with one entry per row, such
+        as an attention mask or a router's weights for experts, are split like x.
         """
         lead = x.shape[:1]
         if not ids_divide_rows(x.shape[0], routing.ids.numel()):
@@ -199,7 +199,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Select the rows at ``index`` in each tensor argument that has one entry per row of x.
 
-        Returns the arguments with the selected rows. All other arguments are unchanged.
+        Returns the arguments with the selected rows. Other arguments are unchanged, but a cache is
+        replaced with None if no rows are selected. If all rows are selected, nothing is changed.
 
         Args:
             arguments: The positional and keyword arguments of the module after x.
@@ -208,8 +209,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
             lead: The dimensions of the input that were flattened to rows.
 
         Raises:
-            UnsupportedLayerError: An argument is a cache, or it is unclear whether a tensor has one
-                entry per row.
+            UnsupportedLayerError: An argument is a cache and only some of the rows are selected, or
+                it is unclear whether a tensor has one entry per row.
         """
         count = x.shape[0]
         if index.numel() == count:
@@ -249,8 +250,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
 def _has_one_entry_per_row(value: torch.Tensor, x: torch.Tensor) -> bool:
     """Return whether a tensor with as many rows as x has one entry per row of x.
 
-    If x has more than two dimensions, the size of the first dimension could also be that of another
-    dimension, such as the number of heads in a bias of shape ``[heads, 1, T]``.
+    If x has more than two dimensions, the first dimension of the tensor may have the number of rows
+    only by coincidence. It could be the number of heads in a bias of shape ``[heads, 1, T]``.
     """
     if x.dim() == 2:
         return True

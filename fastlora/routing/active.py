@@ -206,8 +206,8 @@ def skip_batch_size_check() -> Iterator[None]:
 def discard_unused_results(group: RoutedLayerGroup) -> None:
     """Discard a group's results that were computed in advance but not used.
 
-    These are results for layers that the model's forward pass did not call. What is known about the
-    ids of this forward pass is discarded too. Compiled code discards nothing.
+    These are results for layers that the model's forward pass did not call. The record of whether
+    this forward pass has one id per sample is discarded too. Compiled code discards nothing.
     """
     if is_being_compiled():
         return

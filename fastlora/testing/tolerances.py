@@ -84,8 +84,8 @@ def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
 
     Args:
         model: The model. Its `torch.nn.Linear` modules then sum the output and the gradient of the
-            input in a random order. Modules with a forward method of their own, such as
-            fastlora's layers, are not affected.
+            input in a random order. Modules with another forward method, such as fastlora's layers,
+            are not affected.
         seed: The seed of the random orders.
     """
     generator = torch.Generator().manual_seed(seed)
