@@ -37,7 +37,7 @@ CODE_LINES = {
     "commands": 1850,  # vLLM in doctor, closed pipes, and names with dots in chat
     "init": 879,
     "integrations": 1800,  # 700 for vLLM, and mixed batches without a PeftModel
-    "layers": 7005,  # replaced forwards, hooks of adapted parameters, and inputs of copies
+    "layers": 7045,  # replaced forwards, hooks of adapted parameters, and inputs of copies
     "model": 7570,  # ties of files, wrapped modules, and adapters that changed the base
     "ops": 4310,  # packed factors of several slices, stacks, and seeds of each call
     "optimizers": 272,  # copies of LoRA-FA optimizers, and checks of groups

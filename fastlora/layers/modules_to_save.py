@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
+import functools
+import numbers
+import types
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +18,30 @@ from fastlora.routing.active import active_routing
 from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
+
+# Types of arguments that each adapter's copy of a module receives unchanged.
+_SAME_FOR_ALL_ROWS = (
+    types.NoneType,
+    numbers.Number,
+    str,
+    bytes,
+    slice,
+    range,
+    set,
+    frozenset,
+    enum.Enum,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    functools.partial,
+    nn.Module,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Generator,
+)
 
 
 def raise_if_container(module: nn.Module) -> None:
@@ -199,8 +227,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Select the rows at ``index`` in each tensor argument that has one entry per row of x.
 
-        Returns the arguments with the selected rows. Other arguments are unchanged, but a cache is
-        replaced with None if no rows are selected. If all rows are selected, nothing is changed.
+        Returns the arguments with the selected rows. Other arguments are unchanged, but objects
+        such as caches are replaced with None if no rows are selected. If all rows are selected,
+        nothing is changed.
 
         Args:
             arguments: The positional and keyword arguments of the module after x.
@@ -209,8 +238,8 @@ class ModulesToSaveWrapper(ModuleWrapper):
             lead: The dimensions of the input that were flattened to rows.
 
         Raises:
-            UnsupportedLayerError: An argument is a cache and only some of the rows are selected, or
-                it is unclear whether a tensor has one entry per row.
+            UnsupportedLayerError: Only some of the rows are selected, and an argument is an object
+                such as a cache, or it is unclear whether a tensor has one entry per row.
         """
         count = x.shape[0]
         if index.numel() == count:
@@ -230,13 +259,14 @@ class ModulesToSaveWrapper(ModuleWrapper):
                         "Use another batch size, or one adapter per batch"
                     )
                 return value.index_select(0, index.to(value.device))
-            if not callable(getattr(value, "get_seq_length", None)):
+            if _is_same_for_all_rows(value):
                 return value
             if not index.numel():
                 return None
             raise UnsupportedLayerError(
                 f"{self._description()} got a {type(value).__name__}, which a mixed batch cannot "
-                "split by sample. Set use_cache=False, or use one adapter per batch"
+                "split by sample. Do not pass this argument (for a cache, set use_cache=False), or "
+                "use one adapter per batch"
             )
 
         # PyTorch also treats some caches as trees, and would replace them with new ones.
@@ -247,16 +277,23 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return f"a {type(self.original_module).__name__} in modules_to_save"
 
 
-def _has_one_entry_per_row(value: torch.Tensor, x: torch.Tensor) -> bool:
-    """Return whether a tensor with as many rows as x has one entry per row of x.
+def _is_same_for_all_rows(value: object) -> bool:
+    """Return whether an argument that is not a tensor cannot contain values of single rows."""
+    return isinstance(value, _SAME_FOR_ALL_ROWS) or type(value).__name__.endswith("Config")
 
-    If x has more than two dimensions, the first dimension of the tensor may have the number of rows
-    only by coincidence. It could be the number of heads in a bias of shape ``[heads, 1, T]``.
+
+def _has_one_entry_per_row(value: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether a tensor with as many rows as x certainly has one entry per row of x.
+
+    If x is not a matrix of features, the first dimension of the tensor may have the number of rows
+    only by coincidence. It could be the number of heads in a bias of shape ``[heads, 1, T]`` or
+    ``[heads, T, T]``, or the number of tokens in a matrix ``[T, T]``.
     """
-    if x.dim() == 2:
+    if x.dim() == 1 or (x.dim() == 2 and x.is_floating_point()):
         return True
-    if value.dim() > 2:
-        return value.shape[1] > 1 or value.dim() == 4 or value.shape[1:] == x.shape[1:]
-    if value.shape == x.shape[:2] and value.dtype in (torch.int32, torch.int64):
-        return True
-    return x.shape[0] not in x.shape[1:]
+    if value.dim() == 3:
+        positions = x.shape[1]
+        if value.shape[-1] == x.shape[-1]:
+            return True
+        return x.shape[0] != positions > 1 and value.shape[1] == positions != value.shape[2]
+    return value.dim() > 3 or x.shape[0] not in x.shape[1:]

@@ -772,7 +772,7 @@ FAULTS = (
         kind="a cache of several copies",
         source="caches of copied decoder layers",
         path="fastlora/layers/modules_to_save.py",
-        before='            if not callable(getattr(value, "get_seq_length", None)):\n',
+        before="            if _is_same_for_all_rows(value):\n",
         after="            if True:\n",
         tests=("tests/layers/test_modules_to_save.py::test_inputs_that_have_no_rows_to_split",),
     ),

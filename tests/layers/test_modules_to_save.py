@@ -253,7 +253,7 @@ def test_masks_are_split_like_the_input() -> None:
     mixed = model(x, mask=mask, setting=settings, adapter_names=rows)
     torch.testing.assert_close(mixed, mask * model(x, mask=torch.ones(1, 3, 1), adapter_names=rows))
     square = torch.randn(4, 4, 8)
-    model(square, mask=torch.randn(4, 4, 1), adapter_names=rows)
+    model(square, mask=torch.randn(4, 4, 8), adapter_names=rows)
     with pytest.raises(UnsupportedLayerError, match=r"shape \(4, 1\) for an input of shape \(4, 4"):
         model(square, mask=torch.randn(4, 1), adapter_names=rows)
     model(square, mask=torch.randn(4, 1), adapter_names=["a"] * 4)
@@ -267,18 +267,24 @@ def test_inputs_that_have_no_rows_to_split() -> None:
     with pytest.raises(UnsupportedLayerError, match="Masked in modules_to_save got a DynamicCache"):
         model(x, setting=[cache], adapter_names=["a", "b"])
     model(x, setting=[cache], adapter_names=["a", "a"])
-    for other in (object(), torch.tanh, slice(2), transformers.LlamaConfig()):
+    with pytest.raises(UnsupportedLayerError, match="Masked in modules_to_save got a object"):
+        model(x, setting=object(), adapter_names=["a", "b"])
+    for other in (torch.tanh, lambda: 1, nn.ReLU(), slice(2), {1}, transformers.LlamaConfig()):
         model(x, setting=other, adapter_names=["a", "b"])
 
 
 def test_a_bias_with_as_many_heads_as_samples_raises() -> None:
     """It is not split by sample."""
     model, x = saved_twice(OnMasked(), "masked"), torch.randn(2, 3, 8)
-    for shape in ((2, 1, 1), (2, 1, 3)):
+    for shape in ((2, 1, 1), (2, 1, 3), (2, 3, 3)):
         with pytest.raises(UnsupportedLayerError, match="whether the first dimension"):
             model(x, setting=torch.randn(shape), adapter_names=["a", "b"])
-    for shape in ((2, 1, 3, 3), (2, 3), (2, 3, 1), (2,), (1, 3, 1), (3, 8)):
+    for shape in ((2, 1, 3, 3), (2, 3), (2, 3, 4), (2, 1, 8), (2,), (1, 3, 1), (3, 8)):
         model(x, setting=torch.randn(shape), adapter_names=["a", "b"])
+    square = torch.randn(2, 2, 8)
+    for shape in ((2, 2), (2, 2, 4), (2,)):
+        with pytest.raises(UnsupportedLayerError, match="whether the first dimension"):
+            model(square, setting=torch.ones(shape).long(), adapter_names=["a", "b"])
 
 
 def test_inputs_per_token_are_split_like_the_input() -> None:
